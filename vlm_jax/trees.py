@@ -1,0 +1,110 @@
+"""Paths over parameter trees, the one regex-table matcher, split and join.
+
+A parameter tree is a nested dict whose leaves are arrays or weight formats such as `NF4`. A path
+is its keys joined by "/". A table is an ordered sequence of `(regex, value)` rows: a regex must
+match a whole path, and the first row that does gives the value.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from vlm_jax.errors import UserError
+
+Tree = Mapping[str, Any]
+Table = Sequence[tuple[str, Any]]
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """Return `{path: leaf}` in the tree's own order; whatever is not a mapping is a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{path}/"))
+        else:
+            flat[path] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested dict that `flatten` came from."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def map_leaves(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
+    """Return the tree with each leaf replaced by `function(path, leaf)`."""
+    return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") -> dict[str, Any]:
+    """Return `{path: value}`, the value of the first row whose regex matches the whole path.
+
+    `what` names the table in errors. Raises `UserError` for a path no row matches and, unless
+    `unused` is "allow", for a row whose regex matches no path at all: a typo in a table must not
+    silently freeze, replicate or skip anything.
+    """
+    paths = list(paths)
+    rows = []
+    for pattern, value in table:
+        try:
+            rows.append((re.compile(pattern), value))
+        except re.error as error:
+            raise UserError(
+                f"The {what} has the row {pattern!r}, which is not a regular expression: {error}."
+            ) from error
+    result: dict[str, Any] = {}
+    used = [False] * len(rows)
+    for path in paths:
+        hits = [i for i, (pattern, _) in enumerate(rows) if pattern.fullmatch(path)]
+        if not hits:
+            raise UserError(
+                f"No row of the {what} matches the parameter '{path}'. Its rows are "
+                f"{[pattern for pattern, _ in table]}, each matched against the whole path. "
+                f"Add a row for it, for example a last row '.*'."
+            )
+        for i in hits:
+            used[i] = True
+        result[path] = rows[hits[0]][1]
+    if unused == "raise":
+        for (pattern, _), hit in zip(table, used, strict=True):
+            if not hit:
+                raise UserError(
+                    f"The row {pattern!r} of the {what} matches no parameter. A row must match "
+                    f"the whole path of at least one; paths look like "
+                    f"{', '.join(repr(p) for p in paths[:: max(1, len(paths) // 3)][:3])}. "
+                    f"Mend the row or delete it."
+                )
+    return result
+
+
+FROZEN = "frozen"
+
+
+def split(params: Tree, table: Table) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `(trainable, frozen)`: two trees that together hold every leaf of `params` once.
+
+    `table` is ordered `(regex, group)` rows; the group "frozen" goes to the second tree and every
+    other group to the first. Leaves are not copied. `join` undoes it.
+    """
+    groups = match(table, flatten(params), "training table")
+    flat = flatten(params)
+    trainable = {path: leaf for path, leaf in flat.items() if groups[path] != FROZEN}
+    frozen = {path: leaf for path, leaf in flat.items() if groups[path] == FROZEN}
+    return unflatten(trainable), unflatten(frozen)
+
+
+def join(trainable: Tree, frozen: Tree) -> dict[str, Any]:
+    """Return the one tree that `split` divided. Raises `ValueError` where both hold a path."""
+    left, right = flatten(trainable), flatten(frozen)
+    both = left.keys() & right.keys()
+    if both:
+        raise ValueError(f"Both trees hold {sorted(both)[:3]}: a parameter trains or it does not.")
+    return unflatten({**right, **left})
