@@ -6,9 +6,11 @@ masked image part, so that every device runs the same program.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 Array = Any
 
@@ -44,3 +46,68 @@ class Batch:
     def shape(self) -> tuple[int, int, int]:
         """(B, T, P): what a compilation depends on."""
         return (*self.tokens.shape, self.patches.shape[1])
+
+
+Example = dict[str, np.ndarray]
+"""One example before padding: tokens int [T], weights float [T] (of token t itself, as labels
+are), and a family's layout: positions, image_index, patches, patch_segments, patch_positions."""
+
+
+def shift(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (targets, weights) of one example: position t predicts token t + 1.
+
+    The first token of an example is predicted by nothing, so its weight is dropped.
+    """
+    targets, shifted = np.zeros_like(tokens), np.zeros_like(weights)
+    targets[:-1], shifted[:-1] = tokens[1:], weights[1:]
+    return targets, shifted
+
+
+def collate(
+    rows: Sequence[Sequence[Example]], length: int, patches: int, like: Example, merge: int = 1
+) -> Batch:
+    """Return a numpy `Batch` of len(rows) rows of `length` tokens and `patches` patches.
+
+    A row's examples are packed one after another; segments and images are numbered through the
+    row. `like` is any example of the same family: it gives the shapes of an empty row. `merge` is
+    how many patches make one image feature (`merged_patches` of the family's config).
+    Raises `ValueError` where a row does not fit: nothing is ever cut.
+    """
+    B = len(rows)
+    axes = like["positions"].shape[:-1]  # () or (3,)
+    place = like["patch_positions"].shape[1:]  # () or (2,)
+    batch = Batch(
+        tokens=np.zeros((B, length), np.int32),
+        targets=np.zeros((B, length), np.int32),
+        weights=np.zeros((B, length), np.float32),
+        segments=np.zeros((B, length), np.int32),
+        positions=np.zeros((B, *axes, length), np.int32),
+        image_index=np.full((B, length), -1, np.int32),
+        patches=np.zeros((B, patches, like["patches"].shape[1]), np.float32),
+        patch_segments=np.zeros((B, patches), np.int32),
+        patch_positions=np.zeros((B, patches, *place), np.int32),
+    )
+    for row, examples in enumerate(rows):
+        t = p = images = 0
+        for number, example in enumerate(examples, start=1):
+            n, m = len(example["tokens"]), len(example["patches"])
+            if t + n > length or p + m > patches:
+                raise ValueError(
+                    f"Row {row} needs {t + n} tokens and {p + m} patches, but the batch has "
+                    f"{length} and {patches}."
+                )
+            here, there = slice(t, t + n), slice(p, p + m)
+            targets, weights = shift(example["tokens"], example["weights"])
+            batch.tokens[row, here] = example["tokens"]
+            batch.targets[row, here] = targets
+            batch.weights[row, here] = weights
+            batch.segments[row, here] = number
+            batch.positions[row, ..., here] = example["positions"]
+            index = example["image_index"]
+            batch.image_index[row, here] = np.where(index >= 0, index + p // merge, -1)
+            batch.patches[row, there] = example["patches"]
+            segments = example["patch_segments"]
+            batch.patch_segments[row, there] = np.where(segments > 0, segments + images, 0)
+            batch.patch_positions[row, there] = example["patch_positions"]
+            t, p, images = t + n, p + m, images + int(segments.max(initial=0))
+    return batch

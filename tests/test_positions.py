@@ -1,0 +1,108 @@
+"""Positions of tokens and patches equal those of transformers' Qwen2-VL."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2VLConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+
+from vlm_jax.errors import UserError
+from vlm_jax.positions import mrope, vision_positions, vision_segments
+
+IMAGE, VIDEO = 900, 901
+
+
+@pytest.fixture(scope="module")
+def reference():
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 1000,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32},
+    )
+    with torch.device("meta"):
+        return Qwen2VLModel(config)
+
+
+def layout(rng, count, kinds=("image", "video"), merge=2):
+    """Return tokens, kinds of tokens, image grids and video grids of a random row."""
+    tokens = list(rng.integers(0, 900, rng.integers(0, 6)))
+    grids = {"image": [], "video": []}
+    for _ in range(count):
+        kind = rng.choice(kinds)
+        frames = 1 if kind == "image" else int(rng.integers(1, 5))
+        grid = (frames, *(int(n) * merge for n in rng.integers(1, 6, 2)))
+        grids[kind].append(grid)
+        size = grid[0] * grid[1] * grid[2] // merge**2
+        tokens += [IMAGE if kind == "image" else VIDEO] * size
+        tokens += list(rng.integers(0, 900, rng.integers(1, 6)))
+    return np.array(tokens, np.int32), grids["image"], grids["video"]
+
+
+def expected(model, tokens, images, videos):
+    kinds = np.where(tokens == IMAGE, 1, np.where(tokens == VIDEO, 2, 0))
+    positions, delta = model.get_rope_index(
+        torch.tensor(tokens[None].astype(np.int64)),
+        torch.tensor(kinds[None]),
+        torch.tensor(images) if images else None,
+        torch.tensor(videos) if videos else None,
+    )
+    return positions[:, 0].numpy(), int(delta)
+
+
+@pytest.mark.parametrize("kinds", [("image",), ("video",), ("image", "video")])
+def test_mrope_equals_the_reference(reference, kinds):
+    rng = np.random.default_rng(len(kinds) + len(kinds[0]))
+    for trial in range(100):
+        tokens, images, videos = layout(rng, trial % 5, kinds)
+        if not len(tokens):
+            continue
+        want, delta = expected(reference, tokens, images, videos)
+        got = mrope(tokens, images, videos, 2, IMAGE, VIDEO)
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, want)
+        assert got.max() + 1 - len(tokens) == delta
+
+
+def test_mrope_of_adjacent_images_is_each_after_the_other():
+    tokens = np.array([5] + [IMAGE] * 4 + [IMAGE] * 2 + [6])
+    got = mrope(tokens, [(1, 4, 4), (1, 2, 4)], None, 2, IMAGE, None)
+    np.testing.assert_array_equal(
+        got, [[0, 1, 1, 1, 1, 3, 3, 5], [0, 1, 1, 2, 2, 3, 3, 5], [0, 1, 2, 1, 2, 3, 4, 5]]
+    )
+
+
+def test_mrope_refuses_placeholders_without_features():
+    with pytest.raises(UserError, match="3 image placeholders"):
+        mrope(np.array([1, IMAGE, IMAGE, IMAGE]), [(1, 4, 4)], None, 2, IMAGE, VIDEO)
+    with pytest.raises(UserError, match="do not stand together"):
+        mrope(np.array([IMAGE, 1, IMAGE, IMAGE, IMAGE]), [(1, 4, 4)], None, 2, IMAGE, VIDEO)
+    with pytest.raises(UserError, match="0 video placeholders"):
+        mrope(np.array([1, 2]), None, [(1, 4, 4)], 2, IMAGE, VIDEO)
+
+
+def test_vision_positions_and_segments_equal_the_reference():
+    rng = np.random.default_rng(0)
+    for merge in (1, 2, 3):
+        for _ in range(30):
+            grids = [
+                (int(rng.integers(1, 4)), *(int(n) * merge for n in rng.integers(1, 6, 2)))
+                for _ in range(rng.integers(1, 5))
+            ]
+            want = get_vision_position_ids(torch.tensor(grids), merge).numpy()
+            np.testing.assert_array_equal(vision_positions(grids, merge), want)
+            ends = get_vision_cu_seqlens(torch.tensor(grids)).numpy()
+            ids = np.repeat(np.arange(1, len(ends)), np.diff(ends))
+            np.testing.assert_array_equal(vision_segments(grids), ids)
+
+
+def test_no_grids_make_no_patches():
+    assert vision_positions(None, 2).shape == (0, 2)
+    assert vision_segments([]).shape == (0,)
+    np.testing.assert_array_equal(mrope(np.arange(3), None, None, 2, IMAGE, VIDEO)[1], [0, 1, 2])

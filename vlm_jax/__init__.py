@@ -1,0 +1,46 @@
+"""vlm_jax: fine-tune open vision-language models with JAX. Public names load on first use."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "batch",
+    "LoRA": "model",
+    "Model": "model",
+    "TrainState": "train.step",
+    "UserError": "errors",
+    "add_lora": "lora",
+    "from_config": "model",
+    "generate": "generate",
+    "init_state": "train.step",
+    "join": "trees",
+    "load": "hub.load",
+    "load_peft": "hub.peft",
+    "loss": "train.losses",
+    "make_mesh": "sharding",
+    "make_step": "train.step",
+    "merge": "lora",
+    "optimizer": "train.optim",
+    "save_peft": "hub.peft",
+    "save_pretrained": "hub.save",
+    "split": "trees",
+    "training_table": "train.recipe",
+}
+_MODULES = ("data", "plan")
+
+__all__ = [*_HOMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `vlm-jax --help` does not wait for JAX.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"vlm_jax.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"vlm_jax.{name}")
+    raise AttributeError(f"module 'vlm_jax' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

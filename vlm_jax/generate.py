@@ -1,0 +1,152 @@
+"""Generation: one prefill, then decoding with a KV cache in one compiled loop.
+
+Letters: B rows, T prompt tokens, N new tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.batch import Batch
+from vlm_jax.errors import UserError
+from vlm_jax.model import Model
+from vlm_jax.models.decoder import empty_cache
+from vlm_jax.models.vlm import VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 cut nothing."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+def end_tokens(model: Model) -> tuple[tuple[int, ...], int]:
+    """Return (EOS ids, pad id) of generation_config.json, else of config.json."""
+    text = model.hf_config.get("text_config") or {}
+    settings = {**text, **{k: v for k, v in model.hf_config.items() if v is not None}}
+    if model.source is not None:
+        file = Path(model.source.directory) / "generation_config.json"
+        if file.exists():
+            given = json.loads(file.read_text())
+            settings.update({k: v for k, v in given.items() if v is not None})
+    eos = settings.get("eos_token_id")
+    ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
+    pad = settings.get("pad_token_id")
+    return ids, int(pad if pad is not None else (ids[0] if ids else 0))
+
+
+def left_padded(batch: Batch) -> Batch:
+    """Return a numpy batch of the same rows whose tokens end in the last slot.
+
+    Then all rows write their next token to the same cache slot. Raises where a row holds more
+    than one example.
+    """
+    batch = jax.tree.map(np.asarray, batch)
+    if batch.segments.max(initial=0) > 1:
+        raise UserError("generate needs one example a row; this batch holds packed rows.")
+    names = ("tokens", "segments", "positions", "image_index")
+    moved = {name: np.zeros_like(getattr(batch, name)) for name in names}
+    moved["image_index"] -= 1
+    for row, segments in enumerate(batch.segments):
+        place = np.flatnonzero(segments)
+        for name in names if len(place) else ():
+            moved[name][row, ..., -len(place) :] = getattr(batch, name)[row][..., place]
+    return dataclasses.replace(batch, **moved)
+
+
+def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return the next token of each row, int32 [B]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k:
+        kth = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth, -jnp.inf, logits_BV)
+    if sampling.top_p < 1:
+        # Nucleus sampling, https://arxiv.org/abs/1904.09751: the fewest tokens that reach top_p.
+        ranked = jnp.sort(logits_BV, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1) - jax.nn.softmax(ranked)
+        lowest = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), -1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < lowest, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "new_tokens", "sampling", "eos", "pad"))
+def _generate(
+    params: Any, batch: Batch, key: jax.Array, *, module: VisionLanguageModel,
+    new_tokens: int, sampling: Sampling, eos: tuple[int, ...], pad: int,
+) -> jax.Array:  # fmt: skip
+    variables = {"params": params}
+    B, T = batch.tokens.shape
+    cache = empty_cache(module.cfg.text, B, T + new_tokens, module.dtype)
+    hidden, cache = module.apply(variables, batch, cache, method="hidden")
+    logits = module.apply(variables, hidden[:, -1], method="logits")
+    # The next position is one past the largest on any axis: after an image they differ.
+    axes = tuple(range(1, batch.positions.ndim))
+    position = jnp.max(batch.positions, axis=axes, keepdims=True) + 1
+    position = jnp.broadcast_to(position, (*batch.positions.shape[:-1], 1))
+    one = jnp.ones((B, 1), jnp.int32)
+
+    def body(state):
+        step, out, done, logits, position, cache, key = state
+        key, now = jax.random.split(key)
+        token = jnp.where(done, pad, sample(logits, now, sampling))
+        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
+        for end in eos:
+            done = done | (token == end)
+        hidden, cache = module.apply(variables, token[:, None], position, one, cache, method="decode")
+        logits = module.apply(variables, hidden[:, 0], method="logits")
+        return step + 1, out, done, logits, position + 1, cache, key
+
+    def running(state):
+        return (state[0] < new_tokens) & ~jnp.all(state[2])
+
+    out = jnp.full((B, new_tokens), pad, jnp.int32)
+    empty = jnp.all(batch.segments == 0, axis=1)  # rows that only fill the batch up
+    state = (jnp.int32(0), out, empty, logits, position, cache, key)
+    return jax.lax.while_loop(running, body, state)[1]
+
+
+def generate(
+    model: Model,
+    params: Mapping[str, Any],
+    batch: Batch,
+    max_new_tokens: int = 16,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    eos_token_id: int | tuple[int, ...] | None = None,
+    pad_token_id: int | None = None,
+) -> np.ndarray:
+    """Return int32 [B, N]: the new tokens of each row, the prompt excluded.
+
+    Rows may differ in length and images and be padded on either side; one example a row. A row
+    ends with its EOS token, then the pad id. temperature 0 is greedy. EOS and pad ids are those
+    of the checkpoint's generation_config.json unless given. Compiled once for each shape.
+    """
+    eos, pad = end_tokens(model)
+    if eos_token_id is not None:
+        eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    pad = pad if pad_token_id is None else pad_token_id
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise UserError("Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
+    batch = jax.tree.map(jnp.asarray, left_padded(batch))
+    out = _generate(
+        dict(params), batch, jax.random.key(seed), module=model.module,
+        new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p, top_k), eos=eos, pad=pad,
+    )  # fmt: skip
+    return np.asarray(out)

@@ -1,0 +1,74 @@
+"""Directories and tensor files that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+@contextlib.contextmanager
+def whole_directory(directory: str | Path) -> Iterator[Path]:
+    """Yield a temporary directory whose files move to `directory` when the block ends well.
+
+    Where the block raises, nothing of it remains. Files of the same name are replaced, each in
+    one atomic step; other files in an existing directory stay.
+    """
+    target = Path(directory).expanduser().absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        if target.exists():
+            for path in sorted(temporary.iterdir()):
+                os.replace(path, target / path.name)
+        else:
+            temporary.chmod(0o755)
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_shards(
+    directory: Path,
+    sizes: dict[str, int],
+    tensor: Callable[[str], np.ndarray],
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write `model.safetensors`, or shards and their index where it exceeds `shard_bytes`.
+
+    sizes: {tensor name: bytes}; tensor(name) makes one array when its shard is written, so that
+    no more than one shard is on the host at a time.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    index = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: np.ascontiguousarray(tensor(name)) for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = {"total_size": sum(sizes.values())}
+        write_json(
+            directory / "model.safetensors.index.json", {"metadata": total, "weight_map": index}
+        )

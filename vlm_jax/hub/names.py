@@ -1,0 +1,85 @@
+"""The bijection between paths in our tree and names of tensors on disk.
+
+Our path is Hugging Face's current name with "/" for "."; three things differ. Kernels are
+transposed to [in, out] (convolutions flattened first); equal layers are stacked on a leading
+axis, so their path has no layer number; the last key says what the leaf is:
+
+    model/language_model/layers/self_attn/q_proj/kernel[3]
+    model.language_model.layers.3.self_attn.q_proj.weight, transposed
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from vlm_jax.model import Model
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one tensor of a checkpoint lives in the tree.
+
+    path, layer: the leaf, and which slice of it (None for a leaf that is not stacked).
+    shape: the tensor's shape on disk.
+    """
+
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def module_name(model: Model, path: str, layer: int | None) -> str:
+    """Return the Hugging Face name of the module that owns a leaf, in the current layout."""
+    module = path.rsplit("/", 1)[0]
+    for prefix in model.family.stacks(model.config):
+        if layer is not None and module.startswith(f"{prefix}/"):
+            module = f"{prefix}/{layer}{module[len(prefix) :]}"
+    return module.replace("/", ".")
+
+
+def stacked_layers(model: Model, path: str) -> int | None:
+    """Return how many layers a leaf stacks, or None."""
+    for prefix, layers in model.family.stacks(model.config).items():
+        if path.startswith(f"{prefix}/"):
+            return layers
+    return None
+
+
+def disk_places(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
+    """Return {tensor name in the current layout: its `Place`} for leaves of the given shapes."""
+    convolutions = model.family.disk_shapes(model.config)
+    places = {}
+    for path, shape in shapes.items():
+        leaf = path.rsplit("/", 1)[1]
+        layers = stacked_layers(model, path)
+        one = shape if layers is None else shape[1:]
+        on_disk = convolutions.get(path, one[::-1] if leaf == "kernel" else one)
+        for layer in [None] if layers is None else range(layers):
+            module = module_name(model, path, layer)
+            name = f"{module}.{LEAVES[leaf]}" if leaf in LEAVES else f"{module}.{leaf}"
+            places[name] = Place(path, layer, tuple(on_disk))
+    return places
+
+
+def current_name(model: Model, name: str) -> str:
+    """Return a tensor or module name of any layout in the current one."""
+    for pattern, replacement in model.family.RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def to_tree(path: str, tensor: np.ndarray) -> np.ndarray:
+    """Return a tensor from disk as (a slice of) the leaf at `path`."""
+    if path.endswith("/kernel"):
+        return tensor.reshape(tensor.shape[0], -1).T
+    return tensor
+
+
+def to_disk(place: Place, leaf: np.ndarray) -> np.ndarray:
+    """Return (a slice of) a leaf as the tensor on disk; undoes `to_tree`."""
+    if place.path.endswith("/kernel"):
+        return np.ascontiguousarray(leaf.T).reshape(place.shape)
+    return leaf

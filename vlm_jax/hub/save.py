@@ -1,0 +1,107 @@
+"""Writes a whole checkpoint in the layout, dtypes and tying of the base it came from."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.hub.files import whole_directory, write_json, write_shards
+from vlm_jax.hub.load import open_tensors
+from vlm_jax.hub.names import current_name, disk_places, to_disk
+from vlm_jax.lora import is_lora, merge
+from vlm_jax.model import Model
+from vlm_jax.trees import flatten
+
+# safetensors' names of dtypes.
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": np.float64}
+# What stands beside the weights and belongs to the model's use.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
+
+def _companions(source: Path) -> list[Path]:
+    """Return the tokenizer, processor and generation files of a checkpoint."""
+    found = {path for pattern in COMPANIONS for path in source.glob(pattern)}
+    skip = {"config.json", "adapter_config.json"}
+    return sorted(p for p in found if p.name not in skip and not p.name.endswith(".index.json"))
+
+
+def save_pretrained(
+    model: Model,
+    params: Mapping[str, Any],
+    directory: str | Path,
+    merge_adapters: bool = True,
+    *,
+    dtype: Any = None,
+    processor: Mapping[str, Any] | None = None,
+    **kwargs: bool,
+) -> None:
+    """Write a checkpoint that `transformers` loads with no missing and no unexpected key.
+
+    Tensor names, dtypes and tying are those of the base that `model` was loaded from, and its
+    tokenizer, processor and generation files are copied. merge: LoRA is merged into the weights;
+    without it a tree with LoRA is refused, for a plain checkpoint cannot hold it. dtype: of all
+    tensors instead of the base's. processor: settings that replace those in
+    preprocessor_config.json, where training used others.
+    Raises `UserError` where the base's own files are gone.
+    """
+    if set(kwargs) - {"merge"}:
+        raise TypeError(f"save_pretrained has no argument {sorted(set(kwargs) - {'merge'})}.")
+    flat = flatten(params)
+    if any(is_lora(path) for path in flat):
+        if not kwargs.get("merge", merge_adapters):
+            raise UserError(
+                "These parameters hold LoRA matrices, which a plain checkpoint cannot. Pass "
+                "merge=True, or write an adapter with save_peft."
+            )
+        flat = flatten(merge(model, params))
+    places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
+    source = model.source
+    if source is None:
+        names = {name: (name, str(jnp.dtype(dtype or model.dtype))) for name in places}
+    else:
+        names = {name: (current_name(model, name), kind) for name, (_, kind) in source.tensors.items()}
+
+    def tensor(name: str) -> np.ndarray:
+        current, kind = names[name]
+        target = jnp.dtype(dtype or DTYPES.get(kind, kind))
+        if current == "lm_head.weight" and current not in places:  # tied, and written all the same
+            current = next(n for n in places if n.endswith("embed_tokens.weight"))
+        if current not in places:  # never computed with: as it is in the base
+            assert source is not None
+            with open_tensors(Path(source.directory) / source.tensors[name][0]) as handle:
+                return handle.get_tensor(name)
+        place = places[current]
+        leaf = flat[place.path]
+        leaf = leaf if place.layer is None else leaf[place.layer]
+        return to_disk(place, np.asarray(jax.device_get(leaf)).astype(target))
+
+    if source is not None and not Path(source.directory).is_dir():
+        raise UserError(
+            f"The base checkpoint '{source.directory}' is gone; a full export copies its "
+            f"tokenizer and settings. Restore it, or write an adapter with save_peft."
+        )
+    sizes = {}
+    for name, (current, kind) in names.items():
+        item = jnp.dtype(dtype or DTYPES.get(kind, kind)).itemsize
+        sizes[name] = item * int(np.prod(places[current].shape)) if current in places else 0
+    with whole_directory(directory) as folder:
+        write_shards(folder, sizes, tensor)
+        config = dict(model.hf_config)
+        if dtype is not None or source is None:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(
+                jnp.dtype(dtype or model.dtype)
+            )
+        write_json(folder / "config.json", config)
+        if source is not None:
+            for path in _companions(Path(source.directory)):
+                shutil.copyfile(path, folder / path.name)
+        if processor:
+            file = folder / "preprocessor_config.json"
+            settings = json.loads(file.read_text()) if file.exists() else {}
+            write_json(file, {**settings, **processor})

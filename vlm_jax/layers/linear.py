@@ -1,0 +1,105 @@
+"""Linear layers that carry LoRA where the tree has it: nothing else multiplies by a weight.
+
+LoRA: https://arxiv.org/abs/2106.09685, section 4.1: y = x W + alpha/r (x A) B.
+Letters: R rank.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.weights import dense
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAScale:
+    """What the forward pass needs to know of an adapter beside its matrices."""
+
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def scale(self, rank: int) -> float:
+        """alpha/r, or alpha/sqrt(r) for rank-stabilised LoRA (https://arxiv.org/abs/2312.03732)."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
+
+
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Any:
+    """Return the leaf `name` as it is stored, or initialise a float32 one of this shape.
+
+    Linen's own `self.param` refuses a leaf that is not an array of the initialiser's shape, such
+    as a quantized one.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, jnp.float32)
+
+
+def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Return [D] with leading axes of 1, so that it meets x of [..., D] rank for rank."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora: Any) -> jax.Array:
+    """Return x @ kernel + scale (x_lora @ a) @ b, in x's dtype.
+
+    x, x_lora: [..., in], the latter after dropout. kernel: [in, out] leaf. a: [in, R]. b: [R, out].
+    The one place where a frozen weight meets an adapter.
+    """
+    dtype = x.dtype
+    low = (x_lora @ dense(a, dtype)) * jnp.asarray(scale, dtype)
+    return x @ dense(kernel, dtype) + low @ dense(b, dtype)
+
+
+class Linear(nn.Module):
+    """[..., in] to [..., features]; kernel [in, out], lora_A [in, R], lora_B [R, out]."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+    lora: LoRAScale | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(0.02)
+        kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        if self.has_variable("params", "lora_A"):
+            if self.lora is None:
+                raise ValueError(f"{self.path} has LoRA leaves, but the model was built without.")
+            a = self.get_variable("params", "lora_A")
+            b = self.get_variable("params", "lora_B")
+            x_lora = x
+            if self.lora.dropout > 0 and self.has_rng("dropout"):
+                keep = 1.0 - self.lora.dropout
+                mask = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+                x_lora = jnp.where(mask, x / keep, 0).astype(x.dtype)
+            y = lora_matmul(x, kernel, a, b, self.lora.scale(a.shape[-1]), x_lora)
+        else:
+            y = x @ dense(kernel, self.dtype)
+        if self.use_bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
+            y = y + along_last(bias.astype(self.dtype), y)
+        return y
+
+
+class Embed(nn.Module):
+    """int [B, T] to [B, T, D]; embedding [V, D]; `attend` is the tied head."""
+
+    vocabulary: int
+    features: int
+    dtype: Any
+
+    def setup(self) -> None:
+        shape = (self.vocabulary, self.features)
+        self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return dense(self.embedding, self.dtype)[tokens_BT]
+
+    def attend(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD @ dense(self.embedding, self.dtype).T

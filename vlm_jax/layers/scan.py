@@ -1,0 +1,56 @@
+"""Stack: equal blocks with stacked parameters, run by one `lax.scan` under a remat policy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+# What the forward pass keeps for the backward one; the rest is computed again.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Stack(nn.Module):
+    """`length` blocks one after another; every parameter of a block leads with the layer axis.
+
+    make_block: makes one unbound block; `block(x, context, layer) -> (x, out)`, where `context` is
+    the same for all and `layer` is one layer's slice of `per_layer`.
+    """
+
+    make_block: Callable[..., nn.Module]
+    length: int
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: Any, context: Any, per_layer: Any = None, upto: int | None = None):
+        """Return `(x, outs)`, outs stacked by layer; `upto` runs only the first layers."""
+        block = self.make_block(parent=None)
+        if self.is_initializing():
+            first = jax.tree.map(lambda leaf: leaf[0], per_layer)
+
+            def init(key: jax.Array) -> Any:
+                return block.init(key, x, context, first)["params"]
+
+            keys = jax.random.split(self.make_rng("params"), self.length)
+            for name, leaves in jax.vmap(init)(keys).items():
+                self.param(name, lambda _, leaves=leaves: leaves)
+        stacked = dict(self.variables["params"])
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        keys = None if key is None else jax.random.split(key, self.length)
+        layers = (stacked, keys, per_layer)
+        if upto is not None:
+            layers = jax.tree.map(lambda leaf: leaf[:upto], layers)
+
+        def body(x: Any, layer: Any) -> Any:
+            params, key, extra = layer
+            rngs = None if key is None else {"dropout": key}
+            return block.apply({"params": params}, x, context, extra, rngs=rngs)
+
+        if self.remat != "none":
+            # prevent_cse is for code outside a scan; inside, the loop itself prevents it.
+            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.remat])
+        return jax.lax.scan(body, x, layers)

@@ -1,0 +1,279 @@
+"""Model: a family, its sizes and where it came from, with everything one does to one model."""
+
+import dataclasses
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.batch import Batch, Example, collate
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.layers.linear import LoRAScale
+from vlm_jax.layers.scan import REMAT
+from vlm_jax.models import MODELS
+from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.trees import match
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Which linear layers get low-rank matrices, and of which rank (PEFT's `LoraConfig`).
+
+    rank, alpha: the update is alpha/rank (x A) B; dropout acts on the input of A while training.
+    targets: name suffixes ("q_proj", "mlp.up_proj"), one regex over a module's whole name (a
+        string that is not a preset), "all-linear", or a preset of `vlm_jax.lora.PRESETS`. Only a
+        regex reaches outside `components`.
+    modules_to_save: modules trained in full beside the matrices and saved with them: "projector",
+        or Hugging Face's names ("merger", "multi_modal_projector", "lm_head", "embed_tokens").
+    components: where suffixes, presets and "all-linear" look.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = ("q_proj", "v_proj")
+    modules_to_save: tuple[str, ...] = ()
+    rslora: bool = False
+    components: tuple[str, ...] = ("language_model", "head")
+
+    @property
+    def scale(self) -> LoRAScale:
+        return LoRAScale(float(self.alpha), float(self.dropout), self.rslora)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The checkpoint that a model was read from: what an export needs to be its like.
+
+    tensors: each tensor's name on disk -> (file name, dtype on disk), in the order of the files.
+    repo: what the user called it: a hub id or a path. revision: of the hub, or None.
+    """
+
+    directory: str
+    tensors: dict[str, tuple[str, str]]
+    repo: str
+    revision: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A vision-language model without its parameters.
+
+    `apply({"params": params}, batch)` is pure; parameters are a nested dict, see `vlm_jax.load`.
+    """
+
+    family: ModuleType
+    config: Any
+    dtype: Any
+    hf_config: dict[str, Any]
+    source: Source | None = None
+    lora: LoRA | None = None
+    remat: str = "none"
+
+    @property
+    def module(self) -> VisionLanguageModel:
+        """The Linen module: `module.apply` with `method=` reaches its parts."""
+        scale = None if self.lora is None else self.lora.scale
+        return self.family.Module(self.config, self.dtype, scale, self.remat)
+
+    def apply(
+        self,
+        variables: dict[str, Any],
+        batch: Batch,
+        *,
+        train: bool = False,
+        rngs: dict[str, jax.Array] | None = None,
+        method: str | None = None,
+    ) -> Any:
+        """Return float32 logits [B, T, V], meaningful where `batch.segments` is not 0.
+
+        train: apply LoRA's dropout, with `rngs={"dropout": key}`.
+        """
+        batch = jax.tree.map(jnp.asarray, batch)
+        if train and self.lora is not None and self.lora.dropout > 0 and not rngs:
+            raise ValueError('Training with LoRA dropout needs rngs={"dropout": key}.')
+        return self.module.apply(variables, batch, rngs=rngs if train else None, method=method)
+
+    @property
+    def empty_example(self) -> Example:
+        """An example of no tokens: it tells `collate` the shapes of this family."""
+        none = np.zeros(0, np.int32)
+        layout = self.family.layout(self.config, none)
+        return {"tokens": none, "weights": np.zeros(0, np.float32), **layout}
+
+    def collate(self, rows: Sequence[Sequence[Example]], length: int, patches: int) -> Batch:
+        """Return a numpy `Batch`; see `vlm_jax.batch.collate`."""
+        merge = self.family.merged_patches(self.config)
+        return collate(rows, length, patches, self.empty_example, merge)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Return random parameters of this architecture, to train from nothing."""
+        batch = self.collate([[]], 2, self.family.patch_unit(self.config))
+        batch = jax.tree.map(jnp.asarray, batch)
+        module = self.family.Module(self.config, self.dtype)
+        return jax.tree.map(lambda leaf: leaf, dict(jax.jit(module.init)(key, batch)["params"]))
+
+    def abstract(self, dtype: Any = None) -> dict[str, Any]:
+        """Return the base's parameters as shapes in `dtype` (default: the model's)."""
+        dtype = dtype or self.dtype
+        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+    def component(self, path: str) -> str:
+        """Return vision, projector, language_model, embeddings or head: what owns a parameter."""
+        return match(self.family.COMPONENTS, [path], "component table", unused="allow")[path]
+
+    def batch(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        pixel_values: Any = None,
+        image_grid_thw: Any = None,
+        pixel_values_videos: Any = None,
+        video_grid_thw: Any = None,
+        mm_token_type_ids: Any = None,
+        labels: Any = None,
+        pad_to: int | None = None,
+    ) -> Batch:
+        """Return the `Batch` of the arrays that a Hugging Face processor returns.
+
+        input_ids, attention_mask: int [B, T], padded on either side; T is kept unless `pad_to`
+            adds padding on the right.
+        pixel_values: of all rows, in order: Qwen2-VL [patches, values] with image_grid_thw [I, 3];
+            LLaVA [I, 3, height, width]. Videos likewise.
+        mm_token_type_ids: accepted and not needed: it follows from the tokens.
+        labels: int [B, T], -100 where nothing is learned. Without labels every real token that is
+            not an image or video placeholder is a target.
+        Raises `UserError` where placeholders and images do not match.
+        """
+        cfg, family = self.config, self.family
+        ids = np.asarray(input_ids, np.int32)
+        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+        if ids.ndim != 2 or mask.shape != ids.shape:
+            raise UserError(
+                f"input_ids and attention_mask must both be [rows, tokens]; they are "
+                f"{ids.shape} and {mask.shape}."
+            )
+        length = ids.shape[1] if pad_to is None else pad_to
+        if length < ids.shape[1]:
+            raise UserError(f"pad_to={pad_to} is shorter than the rows' {ids.shape[1]} tokens.")
+        images = _Media(self, "image", cfg.image_token_id, pixel_values, image_grid_thw)
+        videos = _Media(self, "video", cfg.video_token_id, pixel_values_videos, video_grid_thw)
+        examples, places = [], []
+        for row in range(len(ids)):
+            place = np.flatnonzero(mask[row])
+            tokens = ids[row, place]
+            if labels is not None:
+                weights = (np.asarray(labels)[row, place] != -100).astype(np.float32)
+            else:
+                placeholder = np.isin(tokens, [i for i in (images.token, videos.token) if i])
+                weights = (~placeholder).astype(np.float32)
+            media = {
+                "pixel_values": images.take(tokens, row),
+                "image_grid_thw": images.grids_taken,
+                "pixel_values_videos": videos.take(tokens, row),
+                "video_grid_thw": videos.grids_taken,
+            }
+            given = {name: value for name, value in media.items() if value is not None}
+            layout = family.layout(cfg, tokens, **given)
+            examples.append({"tokens": tokens, "weights": weights, **layout})
+            places.append(place)
+        images.finish()
+        videos.finish()
+        patches = max((len(example["patches"]) for example in examples), default=0)
+        batch = self.collate([[example] for example in examples], length, patches)
+        return _scatter(batch, places)
+
+    def encode(self, messages: list[dict], images: Sequence[Any] = (), **options: Any) -> Batch:
+        """Return the one-row `Batch` of a conversation that awaits its answer.
+
+        messages: chat messages in Hugging Face's form; images: PIL images or paths, one for each
+        image part. Needs the checkpoint's tokenizer, chat template and image settings.
+        """
+        from vlm_jax.data import Encoder
+
+        if self.source is None:
+            raise UserError("This model was not loaded from a directory, so it has no tokenizer.")
+        encoder = Encoder(self.source.directory, **options)
+        example = encoder.prompt({"messages": messages, "images": list(images)})
+        return self.collate([[example]], len(example["tokens"]), len(example["patches"]))
+
+
+class _Media:
+    """One kind of media of a whole batch, handed out row by row in order."""
+
+    def __init__(self, model: Model, kind: str, token: int | None, values: Any, grids: Any):
+        self.model, self.kind, self.token = model, kind, token
+        self.values = None if values is None else np.asarray(values, np.float32)
+        if grids is not None:
+            self.grids: list = [tuple(int(n) for n in grid) for grid in np.asarray(grids)]
+        else:
+            self.grids = [None] * (0 if self.values is None else len(self.values))
+        self.image = self.value = 0
+        self.grids_taken: np.ndarray | None = None
+
+    def take(self, tokens: np.ndarray, row: int) -> np.ndarray | None:
+        """Return the pixel values of the images whose placeholders stand in `tokens`."""
+        self.grids_taken = None
+        if self.values is None or self.token is None:
+            return None
+        family, cfg = self.model.family, self.model.config
+        wanted, first, start = int((tokens == self.token).sum()), self.image, self.value
+        while wanted > 0 and self.image < len(self.grids):
+            wanted -= family.image_tokens(cfg, self.grids[self.image])
+            self.value += family.values_per_image(cfg, self.grids[self.image])
+            self.image += 1
+        if wanted != 0:
+            raise UserError(
+                f"Row {row} holds {int((tokens == self.token).sum())} {self.kind} tokens, which no "
+                f"whole number of the batch's {self.kind}s fills (off by {wanted}). Placeholders "
+                f"and {self.kind}s must agree exactly; was the row truncated?"
+            )
+        taken = self.grids[first : self.image]
+        if taken and taken[0] is not None:
+            self.grids_taken = np.asarray(taken, np.int64)
+        return self.values[start : self.value]
+
+    def finish(self) -> None:
+        """Raise where images are left over that no row has placeholders for."""
+        if self.image != len(self.grids):
+            raise UserError(
+                f"The batch brings {len(self.grids)} {self.kind}s, but the rows have placeholders "
+                f"for {self.image}."
+            )
+
+
+def _scatter(batch: Batch, places: list[np.ndarray]) -> Batch:
+    """Return the batch with each row's tokens moved from its start to the given slots."""
+    names = ("tokens", "targets", "weights", "segments", "positions", "image_index")
+    moved = {}
+    for name in names:
+        array = getattr(batch, name)
+        new = np.full_like(array, -1 if name == "image_index" else 0)
+        for row, place in enumerate(places):
+            new[row, ..., place] = array[row, ..., : len(place)].T
+        moved[name] = new
+    return dataclasses.replace(batch, **moved)
+
+
+def from_config(
+    hf_config: dict[str, Any], dtype: Any = "float32", remat: str = "none", source: Any = None
+) -> Model:
+    """Return the `Model` that a Hugging Face config.json describes; `model.init` makes parameters.
+
+    Raises `UserError` for an unknown family or a field whose meaning is not known.
+    """
+    model_type = hf_config.get("model_type")
+    if model_type not in MODELS:
+        raise UserError(
+            f"The config.json has model_type {model_type!r}, which is not supported"
+            f"{nearest(str(model_type), MODELS)}. Supported: {', '.join(MODELS)}."
+        )
+    if remat not in REMAT:
+        raise UserError(f"Unknown remat policy '{remat}'; known: {', '.join(REMAT)}.")
+    family = MODELS[model_type]
+    config = family.Config.from_hf(hf_config)
+    return Model(family, config, jnp.dtype(dtype), dict(hf_config), source, remat=remat)

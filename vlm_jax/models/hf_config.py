@@ -1,0 +1,74 @@
+"""Reads a Hugging Face `config.json`: every field is handled, known to be irrelevant, or raised."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.errors import UserError, nearest
+
+REQUIRED = object()
+
+# Fields that describe a file, an initialisation or text generation, and change no computation here.
+IRRELEVANT = frozenset(
+    """_name_or_path architectures dtype torch_dtype transformers_version model_type use_cache
+    initializer_range initializer_factor pretraining_tp max_position_embeddings bos_token_id
+    eos_token_id pad_token_id sep_token_id attn_implementation _attn_implementation
+    _attn_implementation_autoset use_bfloat16 torchscript is_decoder is_encoder_decoder
+    add_cross_attention cross_attention_hidden_size tie_encoder_decoder decoder_start_token_id
+    bad_words_ids begin_suppress_tokens suppress_tokens chunk_size_feed_forward diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label label2id length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores prefix problem_type pruned_heads
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p typical_p
+    auto_map ignore_index quantization_config projection_dim""".split()
+)
+
+
+class Fields:
+    """The fields of one (sub-)config; `take` reads one, `finish` raises for whatever is left.
+
+    where: how errors name this config, such as "config.json, text_config".
+    """
+
+    def __init__(self, fields: Mapping[str, Any], where: str, irrelevant: str = ""):
+        self.fields = dict(fields)
+        self.where = where
+        self.known = set(IRRELEVANT) | set(irrelevant.split())
+
+    def take(self, name: str, default: Any = REQUIRED) -> Any:
+        """Return and consume a field; `default` stands in where it is missing."""
+        self.known.add(name)
+        if name in self.fields:
+            return self.fields.pop(name)
+        if default is REQUIRED:
+            raise UserError(
+                f"The {self.where} lacks the field '{name}', which fixes the size of the model. "
+                f"Take the config.json that belongs to the checkpoint."
+            )
+        return default
+
+    def peek(self, name: str, default: Any = None) -> Any:
+        """Return a field without consuming it."""
+        return self.fields.get(name, default)
+
+    def require(self, name: str, allowed: tuple, default: Any) -> Any:
+        """Return a field whose value must be one of `allowed`; else raise, naming it."""
+        value = self.take(name, default)
+        if value not in allowed:
+            raise UserError(
+                f"The {self.where} sets {name}={value!r}, which is not supported; supported: "
+                f"{', '.join(repr(a) for a in allowed)}. The computation would differ from the "
+                f"reference, so the checkpoint is refused."
+            )
+        return value
+
+    def finish(self) -> None:
+        """Raise `UserError` naming the first field that nothing handled."""
+        for name in self.fields:
+            if name not in self.known and not name.startswith("_"):
+                raise UserError(
+                    f"The {self.where} has the field '{name}' = {self.fields[name]!r}, which this "
+                    f"model family does not know{nearest(name, self.known)}. It may change the "
+                    f"computation, so the checkpoint is refused rather than computed wrongly."
+                )

@@ -1,0 +1,333 @@
+"""Qwen2-VL (https://arxiv.org/abs/2409.12191): a ViT with 2-D rotary and a patch merger, M-RoPE.
+
+Letters: B rows, T tokens, P patches, C values a patch, D model, E tower width, F merged features.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.layers.activations import ACTIVATIONS
+from vlm_jax.layers.attention import attention
+from vlm_jax.layers.linear import Linear, LoRAScale
+from vlm_jax.layers.norm import LayerNorm
+from vlm_jax.layers.rope import apply_rope, grid_angles
+from vlm_jax.layers.scan import Stack
+from vlm_jax.models.decoder import Decoder, DecoderConfig, decoder_from_hf
+from vlm_jax.models.hf_config import Fields
+from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.positions import mrope, vision_positions, vision_segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """Sizes of the vision tower; patch_values = channels x frames x size x size."""
+
+    depth: int
+    width: int
+    num_heads: int
+    intermediate_size: int
+    activation: str
+    theta: float
+    merge: int
+    patch_values: int
+    patch_shape: tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the computation depends on; `from_hf` reads a config.json, flat (4.x) or nested."""
+
+    text: DecoderConfig
+    vision: Tower
+    image_token_id: int
+    video_token_id: int
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> "Config":
+        top = Fields(raw, "config.json", "vision_token_id spatial_merge_size")
+        vision = Fields(top.take("vision_config"), "config.json, vision_config")
+        tied = top.take("tie_word_embeddings", False)
+        text = top.take("text_config", None)
+        image, video = top.take("image_token_id", 151655), top.take("video_token_id", 151656)
+        top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
+        if text is None:  # the flat shape: whatever is left at the top belongs to the decoder
+            text, where = top.fields, "config.json"
+        else:
+            where = "config.json, text_config"
+            top.finish()
+        decoder = decoder_from_hf(
+            dict(text), "qwen2_vl_text", tied, where, "vision_token_id spatial_merge_size"
+        )
+        width = vision.take("embed_dim", 1280)
+        heads = vision.take("num_heads", 16)
+        patch, frames = vision.take("patch_size", 14), vision.take("temporal_patch_size", 2)
+        if not isinstance(patch, int) or not isinstance(frames, int):
+            raise UserError("The vision_config has a patch size that is not one integer.")
+        channels = vision.take("in_channels", vision.take("in_chans", 3))
+        rope = vision.take("rope_parameters", None) or {}
+        if vision.take("hidden_size", 3584) != decoder.hidden_size:
+            raise UserError(
+                "The vision_config's hidden_size must equal the decoder's hidden_size, "
+                f"{decoder.hidden_size}: the merger's output replaces token embeddings."
+            )
+        vision.known.add("spatial_patch_size")
+        shape = (channels, frames, patch, patch)
+        tower = Tower(
+            depth=vision.take("depth", 32),
+            width=width,
+            num_heads=heads,
+            intermediate_size=int(width * vision.take("mlp_ratio", 4)),
+            activation=vision.require("hidden_act", tuple(ACTIVATIONS), "quick_gelu"),
+            theta=float(rope.get("rope_theta", 10000.0)),
+            merge=vision.take("spatial_merge_size", 2),
+            patch_values=int(np.prod(shape)),
+            patch_shape=shape,
+        )
+        vision.finish()
+        return cls(decoder, tower, image, video)
+
+
+class TowerAttention(nn.Module):
+    vision: Tower
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x_BPE, cos, sin, segments_BP):
+        vision = self.vision
+        B, P, E = x_BPE.shape
+        qkv = Linear(3 * E, True, self.dtype, self.lora, name="qkv")(x_BPE)
+        qkv = qkv.reshape(B, P, 3, vision.num_heads, E // vision.num_heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        out = attention(q, k, v, segments_BP, segments_BP, causal=False)
+        return Linear(E, True, self.dtype, self.lora, name="proj")(out.reshape(B, P, E))
+
+
+class TowerMLP(nn.Module):
+    vision: Tower
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x_BPE):
+        hidden = Linear(
+            self.vision.intermediate_size, True, self.dtype, self.lora, name="fc1"
+        )(x_BPE)
+        hidden = ACTIVATIONS[self.vision.activation](hidden)
+        return Linear(x_BPE.shape[-1], True, self.dtype, self.lora, name="fc2")(hidden)
+
+
+class TowerBlock(nn.Module):
+    vision: Tower
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x_BPE, context, layer):
+        cos, sin, segments_BP = context
+        normed = LayerNorm(1e-6, self.dtype, name="norm1")(x_BPE)
+        attn = TowerAttention(self.vision, self.dtype, self.lora, name="attn")
+        x_BPE = x_BPE + attn(normed, cos, sin, segments_BP)
+        normed = LayerNorm(1e-6, self.dtype, name="norm2")(x_BPE)
+        mlp = TowerMLP(self.vision, self.dtype, self.lora, name="mlp")
+        return x_BPE + mlp(normed), None
+
+
+class MergerMLP(nn.Module):
+    features: int
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x):
+        x = Linear(x.shape[-1], True, self.dtype, self.lora, name="0")(x)
+        return Linear(self.features, True, self.dtype, self.lora, name="2")(
+            ACTIVATIONS["gelu"](x)
+        )
+
+
+class Merger(nn.Module):
+    """The projector: merge x merge neighbouring patches become one token."""
+
+    merge: int
+    features: int
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x_BPE):
+        x_BPE = LayerNorm(1e-6, self.dtype, name="ln_q")(x_BPE)
+        B, P, E = x_BPE.shape
+        x_BFE = x_BPE.reshape(B, P // self.merge**2, E * self.merge**2)
+        return MergerMLP(self.features, self.dtype, self.lora, name="mlp")(x_BFE)
+
+
+class PatchEmbed(nn.Module):
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, patches_BPC):
+        # The reference's 3-D convolution has stride = kernel: a matrix product over flat patches.
+        return Linear(self.width, False, self.dtype, name="proj")(patches_BPC)
+
+
+class Visual(nn.Module):
+    cfg: Config
+    dtype: Any
+    lora: LoRAScale | None
+    remat: str
+
+    def setup(self) -> None:
+        vision = self.cfg.vision
+        make_block = functools.partial(TowerBlock, vision, self.dtype, self.lora)
+        self.patch_embed = PatchEmbed(vision.width, self.dtype)
+        self.blocks = Stack(make_block, vision.depth, self.remat)
+        self.merger = Merger(vision.merge, self.cfg.text.hidden_size, self.dtype, self.lora)
+
+    def __call__(self, batch) -> jax.Array:
+        """Return image features [B, P / merge^2, D]."""
+        head_dim = self.cfg.vision.width // self.cfg.vision.num_heads
+        cos, sin = grid_angles(batch.patch_positions, head_dim, self.cfg.vision.theta)
+        x_BPE = self.patch_embed(batch.patches)
+        x_BPE, _ = self.blocks(x_BPE, (cos, sin, batch.patch_segments))
+        return self.merger(x_BPE)
+
+
+class Body(nn.Module):
+    """`model` in the checkpoint: the tower and the decoder, named as there."""
+
+    cfg: Config
+    dtype: Any
+    lora: LoRAScale | None
+    remat: str
+
+    def setup(self) -> None:
+        self.visual = Visual(self.cfg, self.dtype, self.lora, self.remat)
+        self.language_model = Decoder(self.cfg.text, self.dtype, self.lora, self.remat)
+
+    def features(self, batch) -> jax.Array:
+        return self.visual(batch)
+
+
+class Module(VisionLanguageModel):
+    """`apply({"params": params}, batch)` gives float32 logits [B, T, V]."""
+
+    def make_body(self) -> nn.Module:
+        return Body(self.cfg, self.dtype, self.lora, self.remat)
+
+
+def image_tokens(cfg: Config, grid_thw: tuple[int, int, int] | None) -> int:
+    """Return how many placeholders an image or video of this grid (in patches) stands for."""
+    assert grid_thw is not None
+    t, h, w = (int(n) for n in grid_thw)
+    return t * h * w // cfg.vision.merge**2
+
+
+def _media(cfg: Config, tokens, kind: str, values, grids, token_id: int):
+    """Return (patches [P, C], grids [I, 3], token slots) of one kind, checked against each other."""
+    grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
+    grids = grids.reshape(-1, 3)
+    values = np.zeros((0, cfg.vision.patch_values), np.float32) if values is None else values
+    slots = np.flatnonzero(tokens == token_id)
+    wanted = sum(image_tokens(cfg, tuple(grid)) for grid in grids)
+    if len(slots) != wanted or len(values) != int(grids.prod(axis=1).sum()):
+        raise UserError(
+            f"An example holds {len(slots)} {kind} tokens and {len(values)} patches, but its "
+            f"{len(grids)} {kind} grids {grids.tolist()} stand for {wanted} tokens and "
+            f"{int(grids.prod(axis=1).sum())} patches. Tokens and images must agree exactly: check "
+            f"that nothing was truncated and that pixel settings are the same on both sides."
+        )
+    return np.asarray(values, np.float32), grids, slots
+
+
+def layout(
+    cfg: Config,
+    tokens: np.ndarray,
+    pixel_values: np.ndarray | None = None,
+    image_grid_thw: np.ndarray | None = None,
+    pixel_values_videos: np.ndarray | None = None,
+    video_grid_thw: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Return one example's arrays of `Batch` beside its tokens; images first, then videos.
+
+    tokens int [T] without padding; pixel_values [P, C] and grids [I, 3] as the reference's
+    processor gives them. Raises `UserError` where placeholders and patches disagree.
+    """
+    images, image_grids, image_slots = _media(
+        cfg, tokens, "image", pixel_values, image_grid_thw, cfg.image_token_id
+    )
+    videos, video_grids, video_slots = _media(
+        cfg, tokens, "video", pixel_values_videos, video_grid_thw, cfg.video_token_id
+    )
+    image_index = np.full(len(tokens), -1, np.int32)
+    image_index[image_slots] = np.arange(len(image_slots))
+    image_index[video_slots] = len(image_slots) + np.arange(len(video_slots))
+    grids = np.concatenate([image_grids, video_grids])
+    merge = cfg.vision.merge
+    return {
+        "positions": mrope(
+            tokens, image_grids, video_grids, merge, cfg.image_token_id, cfg.video_token_id
+        ),
+        "image_index": image_index,
+        "patches": np.concatenate([images, videos]),
+        "patch_segments": vision_segments(grids),
+        "patch_positions": vision_positions(grids, merge),
+    }
+
+
+def values_per_image(cfg: Config, grid_thw: tuple[int, int, int] | None) -> int:
+    """Return how many rows of the processor's pixel_values one image or video takes."""
+    assert grid_thw is not None
+    return int(np.prod(grid_thw))
+
+
+def merged_patches(cfg: Config) -> int:
+    """Return how many patches of a row make one image feature."""
+    return cfg.vision.merge**2
+
+
+def patch_unit(cfg: Config) -> int:
+    """Return what the number of patches of a row must be a multiple of."""
+    return cfg.vision.merge**2
+
+
+def stacks(cfg: Config) -> dict[str, int]:
+    """Return the layers that are stacked in the tree: {prefix: number of layers}."""
+    return {
+        "model/visual/blocks": cfg.vision.depth,
+        "model/language_model/layers": cfg.text.num_layers,
+    }
+
+
+def disk_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Return the convolutions: {path of the kernel: its shape on disk, outputs first}."""
+    return {"model/visual/patch_embed/proj/kernel": (cfg.vision.width, *cfg.vision.patch_shape)}
+
+
+ARCHITECTURE = "Qwen2VLForConditionalGeneration"
+# Parameter path -> component; first match wins.
+COMPONENTS = [
+    (r"model/visual/merger/.*", "projector"),
+    (r"model/visual/.*", "vision"),
+    (r"model/language_model/embed_tokens/.*", "embeddings"),
+    (r"model/language_model/.*", "language_model"),
+    (r"lm_head/.*", "head"),
+]
+# Any layout of tensor names in use -> the current one; every row is applied, in order.
+RENAMES = [
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+]
+# Tensors that the computation never reads; kept on export.
+UNUSED = [r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq"]
+# The modules of the projector and of the vision side, by the names PEFT uses.
+PROJECTOR = "merger"
+VISION = "visual"

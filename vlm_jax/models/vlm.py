@@ -1,0 +1,69 @@
+"""What every family does alike: features into token embeddings, decoder, head.
+
+Letters: B rows, T tokens, F image features a row, D model, V vocabulary.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.batch import Batch
+from vlm_jax.layers.linear import Linear, LoRAScale
+
+
+def place_features(x_BTD: jax.Array, features_BFD: jax.Array, image_index_BT: jax.Array):
+    """Return token embeddings with feature `image_index` in place wherever it is not -1."""
+    if features_BFD.shape[1] == 0:
+        return x_BTD
+    index_BT1 = jnp.maximum(image_index_BT, 0)[:, :, None]
+    picked_BTD = jnp.take_along_axis(features_BFD, index_BT1, axis=1).astype(x_BTD.dtype)
+    return jnp.where((image_index_BT >= 0)[:, :, None], picked_BTD, x_BTD)
+
+
+class VisionLanguageModel(nn.Module):
+    """A tower, a projector, a decoder and a head over one `Batch`.
+
+    cfg: the family's `Config`. dtype: compute dtype. lora: alpha and dropout where the tree holds
+    LoRA leaves. remat: a key of `layers.scan.REMAT`.
+    """
+
+    cfg: Any
+    dtype: Any = jnp.float32
+    lora: LoRAScale | None = None
+    remat: str = "none"
+
+    def make_body(self) -> nn.Module:
+        raise TypeError("A family defines make_body.")
+
+    def setup(self) -> None:
+        self.model = self.make_body()
+        if not self.cfg.text.tied:
+            self.lm_head = Linear(self.cfg.text.vocab_size, False, self.dtype, self.lora)
+
+    def embed(self, batch: Batch) -> jax.Array:
+        """Return [B, T, D]: token embeddings with the image features in their places."""
+        x_BTD = self.model.language_model.embed_tokens(batch.tokens)
+        if batch.patches.shape[1] == 0 and not self.is_initializing():
+            return x_BTD
+        return place_features(x_BTD, self.model.features(batch), batch.image_index)
+
+    def hidden(self, batch: Batch, cache: Any = None) -> tuple[jax.Array, Any]:
+        """Return final hidden states [B, T, D] and the cache, filled where one is given."""
+        decoder = self.model.language_model
+        return decoder(self.embed(batch), batch.positions, batch.segments, cache)
+
+    def decode(self, tokens_BT, positions, segments_BT, cache) -> tuple[jax.Array, Any]:
+        """Return hidden states [B, T, D] of text that follows what the cache holds."""
+        decoder = self.model.language_model
+        return decoder(decoder.embed_tokens(tokens_BT), positions, segments_BT, cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Return float32 [..., V]: the loss and sampling need the full precision."""
+        tied = self.cfg.text.tied
+        head = self.model.language_model.embed_tokens.attend if tied else self.lm_head
+        return head(hidden).astype(jnp.float32)
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        return self.logits(self.hidden(batch)[0])

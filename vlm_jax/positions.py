@@ -1,0 +1,114 @@
+"""Where tokens and patches lie: M-RoPE of a token row, (height, width) and frames of patches.
+
+Plain numpy over one unpadded example; models and data share it, so that a position is computed
+by one function only. Letters: T tokens, P patches. A grid is (frames, height, width), counted in
+patches before merging; `merge` by `merge` patches become one token.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+
+Grids = Sequence[Sequence[int]] | np.ndarray | None
+
+
+def grid_list(grids: Grids) -> list[tuple[int, int, int]]:
+    """Return the grids as a list of three-integer tuples; None is no grid at all."""
+    if grids is None:
+        return []
+    return [(int(t), int(h), int(w)) for t, h, w in np.asarray(grids, np.int64).reshape(-1, 3)]
+
+
+def mrope(
+    tokens: np.ndarray,
+    image_grid_thw: Grids,
+    video_grid_thw: Grids,
+    merge: int,
+    image_token_id: int | None,
+    video_token_id: int | None,
+) -> np.ndarray:
+    """Return int32 [3, T]: the (time, height, width) rotary position of every token.
+
+    Text counts up in all three rows alike. The tokens of an image start where the text before
+    them ended and spread over their merged grid, frame by frame and row by row; the text after
+    them goes on `max(height, width) // merge` later, whatever the number of frames:
+
+        tokens  a  b  [2 x 2 image ]  c
+        time    0  1   2  2  2  2     4
+        height  0  1   2  2  3  3     4
+        width   0  1   2  3  2  3     4
+
+    Equals `Qwen2VLModel.get_rope_index` of transformers, and also takes two images with no text
+    in between, which that function cannot tell apart. Images and videos are each taken in the
+    order of their placeholders. The first position after the row is `mrope(...).max() + 1`.
+    Qwen2-VL, section 2.1, https://arxiv.org/abs/2409.12191. Raises `UserError` where
+    placeholders and grids do not pair up.
+    """
+    tokens = np.asarray(tokens)
+    length = len(tokens)
+    kinds = []
+    if image_token_id is not None:
+        kinds.append(("image", tokens == image_token_id, grid_list(image_grid_thw)))
+    if video_token_id is not None:
+        kinds.append(("video", tokens == video_token_id, grid_list(video_grid_thw)))
+    blocks = []  # (first token, grid) of every image and video
+    for name, mask, grids in kinds:
+        sizes = [t * (h // merge) * (w // merge) for t, h, w in grids]
+        places = np.flatnonzero(mask)
+        if len(places) != sum(sizes):
+            raise UserError(
+                f"A row of {length} tokens holds {len(places)} {name} placeholders, but its "
+                f"{len(grids)} {name} grids {grids} make {sum(sizes)} features. There must be one "
+                f"placeholder for each feature: was the row truncated, or its template expanded "
+                f"for other {name} sizes?"
+            )
+        start = 0
+        for grid, size in zip(grids, sizes, strict=True):
+            if places[start + size - 1] - places[start] != size - 1:
+                raise UserError(
+                    f"The placeholders of a {name} of grid {grid} do not stand together: token "
+                    f"{places[start]} begins it and token {places[start + size - 1]} ends it, for "
+                    f"{size} features. Do the grids come in the order of the placeholders?"
+                )
+            blocks.append((int(places[start]), size, grid))
+            start += size
+
+    positions = np.empty((3, length), np.int32)
+    token = position = 0
+    for first, size, (t, h, w) in sorted(blocks):
+        text = first - token
+        positions[:, token:first] = position + np.arange(text)
+        position += text
+        offsets = np.indices((t, h // merge, w // merge)).reshape(3, size)
+        positions[:, first : first + size] = position + offsets
+        position += max(h, w) // merge
+        token = first + size
+    positions[:, token:] = position + np.arange(length - token)
+    return positions
+
+
+def vision_positions(grid_thw: Grids, merge: int) -> np.ndarray:
+    """Return int32 [P, 2]: the (height, width) of every patch of the images, one after another.
+
+    Patches come as Qwen2-VL's image processor lays them out: the `merge` by `merge` patches that
+    become one token stand together, blocks run row by row, and frames repeat the same positions.
+    A 2 x 4 image with merge 2: (0,0) (0,1) (1,0) (1,1) | (0,2) (0,3) (1,2) (1,3).
+    """
+    parts = [np.zeros((0, 2), np.int32)]
+    for t, h, w in grid_list(grid_thw):
+        frame = np.indices((h, w)).reshape(2, h // merge, merge, w // merge, merge)
+        frame = frame.transpose(1, 3, 2, 4, 0).reshape(h * w, 2)
+        parts.append(np.tile(frame, (t, 1)).astype(np.int32))
+    return np.concatenate(parts)
+
+
+def vision_segments(grid_thw: Grids) -> np.ndarray:
+    """Return int32 [P]: one id for each frame of each image, from 1.
+
+    A vision tower attends inside a segment. It is a frame rather than a video because the
+    reference restarts attention at each frame of the temporal grid.
+    """
+    sizes = [h * w for t, h, w in grid_list(grid_thw) for _ in range(t)]
+    return np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)

@@ -1,0 +1,76 @@
+"""Next-token cross-entropy over the weighted positions only; no [B, T, V] array ever exists.
+
+Letters: B rows, T tokens, C positions of a chunk, D model, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.batch import Batch
+from vlm_jax.model import Model
+from vlm_jax.trees import join
+
+# Logits of about this many positions exist at a time.
+CHUNK_POSITIONS = 1024
+
+
+def _gather_weighted(x_BTD, targets_BT, weights_BT, chunk: int):
+    """Return the three arrays with each row's weighted positions first, in chunks [N, B, C, ...].
+
+    Rows are reordered one by one, so sharding over rows stays as it is.
+    """
+    B, T, D = x_BTD.shape
+    chunks = -(-T // chunk)
+    order_BT = jnp.argsort(weights_BT <= 0, axis=1, stable=True)
+    padding = chunks * chunk - T
+    order_BT = jnp.pad(order_BT, ((0, 0), (0, padding)))
+    weights = jnp.take_along_axis(weights_BT, order_BT, axis=1)
+    weights = jnp.where((jnp.arange(chunks * chunk) < T)[None, :], weights, 0.0)
+    targets = jnp.take_along_axis(targets_BT, order_BT, axis=1)
+    x = jnp.take_along_axis(x_BTD, order_BT[:, :, None], axis=1)
+    return (
+        x.reshape(B, chunks, chunk, D).swapaxes(0, 1),
+        targets.reshape(B, chunks, chunk).swapaxes(0, 1),
+        weights.reshape(B, chunks, chunk).swapaxes(0, 1),
+    )
+
+
+def loss(
+    model: Model,
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    rngs: dict[str, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return `(loss_sum, tokens)`: the weighted sum of cross-entropies and the sum of weights.
+
+    Differentiable in `trainable`; divide by the tokens of the whole global batch. `rngs={"dropout":
+    key}` turns LoRA's dropout on. Positions without weight cost no logits: each row's weighted
+    positions are gathered first, and chunks that hold none are skipped.
+    """
+    # Float32 masters are cast once, not at every use.
+    trainable = jax.tree.map(lambda leaf: leaf.astype(model.dtype), dict(trainable))
+    params = {"params": join(trainable, frozen)}
+    module = model.module
+    batch = jax.tree.map(jnp.asarray, batch)
+    x_BTD, _ = module.apply(params, batch, method="hidden", rngs=rngs)
+    B, T, _ = x_BTD.shape
+    chunk = min(T, max(16, CHUNK_POSITIONS // B))
+    chunks = _gather_weighted(x_BTD, batch.targets, batch.weights, chunk)
+
+    @jax.checkpoint  # the backward pass makes a chunk's logits again rather than keep them
+    def chunk_loss(x_BCD, targets_BC, weights_BC):
+        logits_BCV = module.apply(params, x_BCD, method="logits", rngs=rngs)
+        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
+        losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
+        return jnp.sum(losses_BC * weights_BC)
+
+    def body(total, inputs):
+        some = jnp.any(inputs[2] > 0)
+        return total + jax.lax.cond(some, chunk_loss, lambda *_: jnp.float32(0.0), *inputs), None
+
+    total, _ = jax.lax.scan(body, jnp.float32(0.0), chunks)
+    return total, jnp.sum(batch.weights)
