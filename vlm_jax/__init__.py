@@ -13,7 +13,7 @@ _HOMES = {
     "UserError": "errors",
     "add_lora": "lora",
     "from_config": "model",
-    "generate": "generate",
+    "generate": "generation",
     "init_state": "train.step",
     "join": "trees",
     "load": "hub.load",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.hub.names import module_name, stacked_layers
+from vlm_jax.names import module_name, stacked_layers
 from vlm_jax.model import LoRA, Model
 from vlm_jax.trees import flatten, unflatten
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -84,14 +84,17 @@ def train(texts: Iterable[str]) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, chat_template: str, directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as `AutoTokenizer` reads them."""
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-        chat_template=chat_template,
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(directory)
-    # The class names what the file holds; transformers reads it by that name.
-    Qwen2Tokenizer.from_pretrained(directory).save_pretrained(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "bos_token": None,
+        "unk_token": None,
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "chat_template.jinja").write_text(chat_template)

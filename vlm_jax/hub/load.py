@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
-from vlm_jax.hub.names import Place, current_name, disk_places, to_tree
+from vlm_jax.names import Place, current_name, disk_places, to_tree
 from vlm_jax.model import Model, Source, from_config
 from vlm_jax.trees import flatten, match, unflatten
 

@@ -13,7 +13,7 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.load import open_tensors
-from vlm_jax.hub.names import current_name, disk_places, to_disk
+from vlm_jax.names import current_name, disk_places, to_disk
 from vlm_jax.lora import is_lora, merge
 from vlm_jax.model import Model
 from vlm_jax.trees import flatten

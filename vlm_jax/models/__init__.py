@@ -7,8 +7,9 @@ AXES. docs/ADD_A_MODEL.md says what each is.
 
 from types import ModuleType
 
-from vlm_jax.models import qwen2_vl
+from vlm_jax.models import llava, qwen2_vl
 
 MODELS: dict[str, ModuleType] = {
+    "llava": llava,
     "qwen2_vl": qwen2_vl,
 }

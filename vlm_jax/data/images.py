@@ -1,0 +1,121 @@
+"""Reads an image from wherever a record keeps it: header alone for its size, or RGB pixels."""
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlm_jax.errors import UserError
+
+
+def open_image(source: Any, folder: str | Path | None = None) -> Image.Image:
+    """Return the image with only its header read.
+
+    source: a path (relative ones against `folder`), bytes, a `data:` URI or bare base64, a PIL
+    image, a uint8 array [H, W] or [H, W, C], or a dict with `bytes` or `path` as `datasets` has.
+    Raises `UserError` that says what the source is; the caller adds whose image it is.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise UserError(f"an image array must be uint8, this one is {source.dtype}.")
+        return Image.fromarray(source)
+    if isinstance(source, Mapping):
+        value = source.get("bytes") or source.get("path")
+        if not value:
+            raise UserError(f"an image dict needs 'bytes' or 'path'; it has {sorted(source)}.")
+        return open_image(value, folder)
+    if isinstance(source, str | Path) and not str(source).startswith("data:"):
+        text = str(source)
+        if text.startswith(("http://", "https://")):
+            raise UserError(f"'{text}' is an address: download it and give the file's path.")
+        path = Path(folder or "", text.removeprefix("file://")).expanduser()
+        try:
+            if path.is_file():
+                return _open(path, f"'{path}'")
+        except OSError:  # a long base64 string is no path
+            pass
+        data = _from_base64(text) if len(text) > 64 else None
+        if data is None:
+            raise UserError(f"there is no file '{path if len(text) < 300 else text[:60] + '…'}'.")
+        return _open(io.BytesIO(data), "the base64 string")
+    if isinstance(source, str):
+        data = _from_base64(source.partition(",")[2])
+        if data is None:
+            raise UserError(f"the data URI '{source[:40]}…' does not hold base64.")
+        return _open(io.BytesIO(data), "the data URI")
+    if isinstance(source, bytes | bytearray):
+        return _open(io.BytesIO(source), f"the {len(source)} bytes")
+    raise UserError(
+        f"an image is a path, bytes, a data URI, a PIL image or an array, "
+        f"not {type(source).__name__}."
+    )
+
+
+def _from_base64(text: str) -> bytes | None:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+# What Pillow raises for damaged and for suspiciously large files.
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+def _open(file: Any, name: str) -> Image.Image:
+    try:
+        return Image.open(file)
+    except DAMAGED as error:
+        raise UserError(f"{name} is not a readable image ({_first_line(error)}).") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_image(source: Any, folder: str | Path | None = None) -> np.ndarray:
+    """Return uint8 [H, W, 3]: the image turned upright by its EXIF tag, in RGB.
+
+    Transparency lies on white, as transformers' processors have it; 16-bit grey keeps its upper
+    eight bits (Pillow's own conversion clips it to white). `source` as in `open_image`.
+    Raises `UserError` for an unreadable or truncated image.
+    """
+    image = open_image(source, folder)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise UserError("a floating-point image has no agreed range: save it as 8-bit RGB.")
+        if image.mode.startswith("I"):
+            high = np.asarray(image).astype(np.int64) >> 8
+            return np.repeat(np.clip(high, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return np.array(image.convert("RGB"))
+    except DAMAGED as error:
+        name = f"'{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else "it"
+        raise UserError(
+            f"{name} is damaged or truncated and cannot be decoded ({_first_line(error)})."
+        ) from error
+
+
+def image_size(source: Any, folder: str | Path | None = None) -> tuple[int, int]:
+    """Return (height, width) from the header, upright where the header already tells it.
+
+    An EXIF tag behind the pixels is not looked for: a planner must not decode. No processor here
+    makes another number of patches of an image that lies on its side.
+    """
+    image = open_image(source, folder)
+    width, height = image.size
+    orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    if not isinstance(source, Image.Image):
+        image.close()
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)

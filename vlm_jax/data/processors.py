@@ -1,0 +1,379 @@
+"""Pixels as a checkpoint's own image processor makes them, with numpy and Pillow alone.
+
+Bit for bit what transformers' PIL processors return. Letters: P patches, C values a patch
+(channels x frames x patch x patch).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.errors import UserError, nearest
+
+Grid = tuple[int, int, int] | None
+
+
+class ImageProcessor(Protocol):
+    """What the rest of the package needs of a processor."""
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Return (frames, height, width) in patches of an image of this size; None if fixed."""
+
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+        """Return (pixel values float32, grid) of a uint8 [H, W, 3] image."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what `preprocessor_config.json` must hold to serve images the same way."""
+
+
+def value_table(raw: Mapping[str, Any]) -> np.ndarray:
+    """Return float32 [3, 256]: what each 8-bit value of each channel becomes.
+
+    The reference multiplies in float64, rounds to float32, then subtracts and divides in
+    float32; every pixel is one of 256 values, so doing it once per value is the same numbers.
+    """
+    values = np.arange(256).astype(np.float64)
+    if raw["do_rescale"]:
+        values = values * raw["rescale_factor"]
+    table = np.repeat(values.astype(np.float32)[None], 3, axis=0)
+    if raw["do_normalize"]:
+        mean, std = (
+            np.broadcast_to(np.array(raw[key], np.float32), (3,))[:, None]
+            for key in ("image_mean", "image_std")
+        )
+        table = (table - mean) / std
+    return table
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Return the (height, width) that Qwen2-VL resizes to: multiples of `factor`, the aspect ratio
+    nearly kept, the area within [min_pixels, max_pixels] (https://arxiv.org/abs/2409.12191, §2.1).
+
+    Raises `UserError` for an aspect ratio above 200, as the reference does.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise UserError(
+            f"an image of {height} x {width} pixels is longer than 200 times its width."
+        )
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        beta = math.sqrt((height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / beta / factor) * factor)
+        new_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * beta / factor) * factor
+        new_width = math.ceil(width * beta / factor) * factor
+    return new_height, new_width
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+    """Return uint8 [height, width, 3] of the image resized by Pillow's filter number `resample`."""
+    height, width = size
+    return np.array(Image.fromarray(pixels).resize((width, height), resample=resample))
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Qwen2-VL: resize to multiples of merge x patch, then cut into patches in merge blocks.
+
+    Returns float32 [P, C] and the grid (1, height, width) in patches; a still image fills all
+    `temporal_patch_size` frames of its patch. square: resize to this square, whatever the shape.
+    """
+
+    raw: dict[str, Any]
+    min_pixels: int
+    max_pixels: int
+    square: int | None
+    table: np.ndarray = dataclasses.field(repr=False, compare=False)
+
+    @classmethod
+    def from_settings(
+        cls,
+        raw: dict[str, Any],
+        min_pixels: int | None,
+        max_pixels: int | None,
+        image_resolution: int | None,
+    ) -> "Patches":
+        size = raw["size"] or {}
+        least = [min_pixels, raw["min_pixels"], size.get("shortest_edge"), size.get("min_pixels")]
+        most = [max_pixels, raw["max_pixels"], size.get("longest_edge"), size.get("max_pixels")]
+        low = next((n for n in least if n), 56 * 56)
+        high = next((n for n in most if n), 28 * 28 * 1280)
+        factor = raw["patch_size"] * raw["merge_size"]
+        if not raw["do_resize"]:
+            raise UserError("The image settings have do_resize=false, which no patch grid allows.")
+        if high < low or high < factor * factor:
+            raise UserError(
+                f"The image settings allow {low} to {high} pixels: max_pixels must be at least "
+                f"min_pixels and at least one token's {factor * factor} pixels."
+            )
+        square = None
+        if image_resolution is not None:
+            square = max(1, round(image_resolution / factor)) * factor
+            low = high = square * square
+        return cls(raw, int(low), int(high), square, value_table(raw))
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        if self.square is not None:
+            return self.square, self.square
+        factor = self.raw["patch_size"] * self.raw["merge_size"]
+        return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+
+    def grid(self, height: int, width: int) -> Grid:
+        new_height, new_width = self.size(height, width)
+        return 1, new_height // self.raw["patch_size"], new_width // self.raw["patch_size"]
+
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+        patch, merge = self.raw["patch_size"], self.raw["merge_size"]
+        frames = self.raw["temporal_patch_size"]
+        pixels = resize(pixels, self.size(*pixels.shape[:2]), self.raw["resample"])
+        h, w = pixels.shape[0] // patch, pixels.shape[1] // patch
+        blocks = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, patch * patch)
+        values = np.empty((h * w, 3, frames, patch * patch), np.float32)
+        for channel in range(3):
+            values[:, channel, 0] = self.table[channel][blocks[:, channel]]
+        values[:, :, 1:] = values[:, :, :1]
+        return values.reshape(h * w, 3 * frames * patch * patch), (1, h, w)
+
+    def settings(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.raw.items() if value is not None}
+        # Both spellings: 4.x reads the first two, 5.x the last.
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        return {**kept, **limits, "size": edges}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """CLIP, SigLIP and LLaVA: every image becomes one size, float32 [3, height, width].
+
+    In this order, each where the settings ask for it: pad to a square in the mean colour, resize
+    (to `size`, or its shorter side to it), crop the centre, rescale, normalise.
+    """
+
+    raw: dict[str, Any]
+    table: np.ndarray = dataclasses.field(repr=False, compare=False)
+
+    @classmethod
+    def from_settings(
+        cls,
+        raw: dict[str, Any],
+        min_pixels: int | None,
+        max_pixels: int | None,
+        image_resolution: int | None,
+    ) -> "Fixed":
+        if min_pixels is not None or max_pixels is not None:
+            raise UserError(
+                "min_pixels and max_pixels have no effect on this checkpoint: its image processor "
+                f"({raw['image_processor_type']}) gives every image one size. Remove them."
+            )
+        size, crop = raw["size"], raw["crop_size"]
+        if isinstance(size, int):
+            square = {"height": size, "width": size}
+            size = square if raw["default_to_square"] else {"shortest_edge": size}
+        if isinstance(crop, int):
+            crop = {"height": crop, "width": crop}
+        processor = cls({**raw, "size": size, "crop_size": crop}, value_table(raw))
+        edges = {key for key, value in size.items() if value}
+        if raw["do_resize"] and edges not in ({"shortest_edge"}, {"height", "width"}):
+            raise UserError(f"The image settings have size {size}; expected shortest_edge or both "
+                            f"of height and width.")  # fmt: skip
+        if not raw["do_center_crop"] and not (raw["do_resize"] and edges == {"height", "width"}):
+            raise UserError(
+                f"The image settings (size {size}, no centre crop) leave images of different "
+                f"sizes, but the vision tower takes one. Set crop_size, or height and width."
+            )
+        if image_resolution not in (None, processor.output[0]):
+            raise UserError(
+                f"data.image_resolution is {image_resolution}, but this checkpoint's vision tower "
+                f"takes {processor.output[0]} x {processor.output[1]} pixels only. Remove it."
+            )
+        return processor
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """(height, width) that every image becomes."""
+        target = self.raw["crop_size"] if self.raw["do_center_crop"] else self.raw["size"]
+        return target["height"], target["width"]
+
+    def grid(self, height: int, width: int) -> Grid:
+        return None
+
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+        raw = self.raw
+        if raw["do_pad"]:
+            pixels = pad_to_square(pixels, [int(mean * 255) for mean in raw["image_mean"]])
+        if raw["do_resize"]:
+            height, width = pixels.shape[:2]
+            if short := raw["size"].get("shortest_edge"):
+                long = int(short * max(height, width) / min(height, width))
+                target = (long, short) if width <= height else (short, long)
+            else:
+                target = raw["size"]["height"], raw["size"]["width"]
+            pixels = resize(pixels, target, raw["resample"])
+        if raw["do_center_crop"]:
+            pixels = center_crop(pixels, self.output)
+        return np.stack([self.table[c][pixels[:, :, c]] for c in range(3)]), None
+
+    def settings(self) -> dict[str, Any]:
+        return {key: value for key, value in self.raw.items() if value is not None}
+
+
+def pad_to_square(pixels: np.ndarray, color: list[int]) -> np.ndarray:
+    """Return the image in the middle of a square of `color` as long as its longer side."""
+    height, width = pixels.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = color
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return square
+
+
+def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the middle (height, width) of the image; black where the image is smaller."""
+    spans = []
+    for have, want in zip(pixels.shape[:2], size, strict=True):
+        start = abs((have - want) // 2)  # cropping rounds down, padding up, as the reference does
+        if have >= want:
+            spans.append((slice(0, want), slice(start, start + want)))
+        else:
+            spans.append((slice(start, start + have), slice(0, have)))
+    (to_rows, from_rows), (to_columns, from_columns) = spans
+    cropped = np.zeros((*size, 3), np.uint8)
+    cropped[to_rows, to_columns] = pixels[from_rows, from_columns]
+    return cropped
+
+
+# The settings file
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+COMMON: dict[str, Any] = {
+    "do_resize": True,
+    "default_to_square": False,  # what a bare integer as size means
+    "resample": 3,  # bicubic
+    "do_center_crop": False,
+    "crop_size": None,
+    "do_pad": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "do_convert_rgb": True,
+}
+CLIP = {
+    **COMMON,
+    "size": {"shortest_edge": 224},
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+}
+# image_processor_type -> (what makes the processor, the defaults of keys a file leaves out).
+PROCESSORS: dict[str, tuple[Callable[..., ImageProcessor], dict[str, Any]]] = {
+    "Qwen2VLImageProcessor": (
+        Patches.from_settings,
+        {
+            **COMMON,
+            "size": None,
+            "min_pixels": None,
+            "max_pixels": None,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+        },
+    ),
+    "CLIPImageProcessor": (Fixed.from_settings, CLIP),
+    "LlavaImageProcessor": (Fixed.from_settings, CLIP),
+    "SiglipImageProcessor": (
+        Fixed.from_settings,
+        {
+            **COMMON,
+            "size": {"height": 224, "width": 224},
+            "image_mean": (0.5, 0.5, 0.5),
+            "image_std": (0.5, 0.5, 0.5),
+        },
+    ),
+}
+# Keys that settings files carry and that change no pixel of a still image here.
+IGNORED = {
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "auto_map",
+    "return_tensors",
+    "data_format",
+    "input_data_format",
+    "device",
+    "disable_grouping",
+    "image_seq_length",
+    "_valid_processor_keys",
+}
+
+
+def read_settings(directory: str | Path) -> dict[str, Any] | None:
+    """Return the image settings of a checkpoint directory, or None where it has none.
+
+    `processor_config.json` with a nested "image_processor" (transformers 5 writes it) comes before
+    `preprocessor_config.json`, as in transformers.
+    """
+    for name, key in (
+        ("processor_config.json", "image_processor"),
+        ("preprocessor_config.json", ""),
+    ):
+        path = Path(directory, name)
+        if not path.is_file():
+            continue
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
+        if not key or key in raw:
+            return raw[key] if key else raw
+    return None
+
+
+def make_processor(
+    raw: Mapping[str, Any],
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    image_resolution: int | None = None,
+) -> ImageProcessor:
+    """Return the image processor that settings (`preprocessor_config.json`) describe.
+
+    min_pixels, max_pixels: replace the file's limits (dynamic resolution only). image_resolution:
+    a fixed square, rounded to whole merge blocks where resolution is dynamic; a tower of fixed
+    size takes only its own. Raises `UserError` for an unknown type or an unsupported key.
+    """
+    named = raw.get("image_processor_type") or raw.get("feature_extractor_type")
+    name = str(named or "").removesuffix("Fast").removesuffix("Pil")
+    name = name.replace("FeatureExtractor", "ImageProcessor")
+    if name not in PROCESSORS:
+        raise UserError(
+            f"The image settings (preprocessor_config.json) have image_processor_type {named!r}, "
+            f"which is not supported{nearest(name, PROCESSORS)}. "
+            f"Supported: {', '.join(PROCESSORS)}."
+        )
+    make, defaults = PROCESSORS[name]
+    for key, value in raw.items():
+        if key not in defaults and key not in IGNORED and value not in (None, False):
+            raise UserError(
+                f"The image settings have {key}={value!r}, whose effect on {name} is not known"
+                f"{nearest(key, defaults)}. Known keys: {', '.join(defaults)}."
+            )
+    if name != "LlavaImageProcessor" and raw.get("do_pad"):
+        raise UserError(f"The image settings have do_pad=true, which {name} is not known to do.")
+    given = {key: raw[key] for key in defaults if raw.get(key) is not None}
+    settings = {**defaults, **given, "image_processor_type": name}
+    return make(settings, min_pixels, max_pixels, image_resolution)
