@@ -196,7 +196,7 @@ def test_bad_images_say_what_is_wrong(source, message):
 
 def test_bad_settings_say_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="did you mean 'CLIPImageProcessor'"):
-        make_processor({"image_processor_type": "ClipImageProcesor"})
+        make_processor({"image_processor_type": "CLIPImageProcesor"})
     with pytest.raises(UserError, match=r"do_thumbnail.*not known"):
         make_processor({"image_processor_type": "CLIPImageProcessor", "do_thumbnail": True})
     with pytest.raises(UserError, match="different sizes"):

@@ -186,8 +186,10 @@ class Fixed:
         processor = cls({**raw, "size": size, "crop_size": crop}, value_table(raw))
         edges = {key for key, value in size.items() if value}
         if raw["do_resize"] and edges not in ({"shortest_edge"}, {"height", "width"}):
-            raise UserError(f"The image settings have size {size}; expected shortest_edge or both "
-                            f"of height and width.")  # fmt: skip
+            raise UserError(
+                f"The image settings have size {size}; expected shortest_edge alone, or height "
+                f"and width."
+            )
         if not raw["do_center_crop"] and not (raw["do_resize"] and edges == {"height", "width"}):
             raise UserError(
                 f"The image settings (size {size}, no centre crop) leave images of different "

@@ -68,6 +68,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Logical axes of the decoder's parameters (see sharding.py), without the stacked layer axis.
+AXES = [
+    (r".*/(q|k|v|gate|up)_proj/kernel", ("embed", "wide")),
+    (r".*/(o|down)_proj/kernel", ("wide", "embed")),
+    (r".*/(q|k|v|gate|up)_proj/bias", ("wide",)),
+    (r".*/embed_tokens/embedding", ("vocab", "embed")),
+    (r"lm_head/kernel", ("embed", "vocab")),
+    (r".*/language_model/.*(scale|bias)", (None,)),
+]
+
+
 def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int, ...] | None:
     """Return each layer's window as the reference applies it, or None where none has one."""
     if model_type == "llama":

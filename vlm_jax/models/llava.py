@@ -20,6 +20,7 @@ from vlm_jax.layers.attention import attention
 from vlm_jax.layers.linear import Linear, LoRAScale, parameter
 from vlm_jax.layers.norm import LayerNorm
 from vlm_jax.layers.scan import Stack
+from vlm_jax.models.decoder import AXES as DECODER_AXES
 from vlm_jax.models.decoder import Decoder, DecoderConfig, decoder_from_hf
 from vlm_jax.models.hf_config import Fields
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -417,6 +418,17 @@ COMPONENTS = [
     (r"model/language_model/embed_tokens/.*", "embeddings"),
     (r"model/language_model/.*", "language_model"),
     (r"lm_head/.*", "head"),
+]
+# Logical axes of the parameters; first match wins.
+AXES = [
+    (r"model/vision_tower/.*/(q_proj|k_proj|v_proj|fc1|patch_embedding)/kernel", ("embed", "wide")),
+    (r"model/vision_tower/.*/(out_proj|fc2)/kernel", ("wide", "embed")),
+    (r"model/vision_tower/.*/position_embedding/embedding", (None, "embed")),
+    (r"model/vision_tower/.*(scale|bias|class_embedding)", (None,)),
+    (r"model/multi_modal_projector/linear_1/kernel", ("embed", "wide")),
+    (r"model/multi_modal_projector/linear_2/kernel", ("wide", "embed")),
+    (r"model/multi_modal_projector/.*bias", (None,)),
+    *DECODER_AXES,
 ]
 # Any layout of tensor names in use -> the current one; every row is applied, in order.
 RENAMES = [

@@ -18,6 +18,7 @@ from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.layers.norm import LayerNorm
 from vlm_jax.layers.rope import apply_rope, grid_angles
 from vlm_jax.layers.scan import Stack
+from vlm_jax.models.decoder import AXES as DECODER_AXES
 from vlm_jax.models.decoder import Decoder, DecoderConfig, decoder_from_hf
 from vlm_jax.models.hf_config import Fields
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -320,6 +321,13 @@ COMPONENTS = [
     (r"model/language_model/embed_tokens/.*", "embeddings"),
     (r"model/language_model/.*", "language_model"),
     (r"lm_head/.*", "head"),
+]
+# Logical axes of the parameters; first match wins.
+AXES = [
+    (r"model/visual/.*/(qkv|fc1|0)/kernel", ("embed", "wide")),
+    (r"model/visual/.*/(proj|fc2|2)/kernel", ("wide", "embed")),
+    (r"model/visual/.*(scale|bias)", (None,)),
+    *DECODER_AXES,
 ]
 # Any layout of tensor names in use -> the current one; every row is applied, in order.
 RENAMES = [

@@ -1,0 +1,14 @@
+"""Qwen2-VL-2B: vision frozen, projector in full, LoRA in the language model."""
+
+from vlm_jax import config
+
+
+def get_config():
+    c = config.get_config()
+    c.model.name_or_path = "Qwen/Qwen2-VL-2B-Instruct"
+    c.data.train_file = "data/train.json"
+    c.data.max_pixels = 1003520  # 1280 image tokens
+    c.training.output_dir = "outputs/qwen2_vl_2b_lora"
+    c.training.per_device_train_batch_size = 2
+    c.training.gradient_accumulation_steps = 4
+    return c

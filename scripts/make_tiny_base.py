@@ -1,0 +1,242 @@
+"""Trains the tiny base model, a small Qwen2-VL, from nothing on scenes that it draws itself.
+
+    python scripts/make_tiny_base.py --out assets/qwen2_vl_tiny_scenes
+
+It takes about an hour on two CPU cores. Interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tiny_base import tokenizer as tiny_tokenizer
+from tiny_base.probe import Probe
+from tiny_base.questions import conversation
+from tiny_base.rows import Encoder, Kind
+from tiny_base.scenes import draw_scene
+from tokenizers import Tokenizer
+from transformers import Qwen2VLImageProcessorPil
+
+import vlm_jax
+
+HERE = Path(__file__).parent / "tiny_base"
+IMAGE = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
+# 64 x 64 stays as it is; the largest is 256 patches.
+PIXELS = {"min_pixels": 48 * 48, "max_pixels": 128 * 128}
+TEXTS_FOR_TOKENIZER = 24_000
+
+SQUARE = ((64, 64),)
+ONE = Kind(SQUARE, shapes=1, turns=4, length=96, caption=1.0)
+TWO = Kind(SQUARE, shapes=2, turns=5, length=128, caption=0.8)
+MANY = Kind(SQUARE, shapes=4, turns=6, length=176, caption=0.8)
+SINGLE = Kind(SQUARE, shapes=4, turns=1, length=80, caption=0.15)
+LARGE = Kind(((96, 64), (64, 96)), shapes=4, turns=6, length=176, caption=0.8)
+SMALL = Kind(((48, 80), (80, 48)), shapes=3, turns=4, length=128, caption=0.8)
+
+# Until which share of the run: how often a batch is of which kind. One shape at a time teaches the
+# tower what words mean; many shapes first leave it guessing for far longer.
+STAGES = (
+    (0.35, ((1.0, ONE),)),
+    (0.55, ((0.3, ONE), (0.5, TWO), (0.2, SINGLE))),
+    (1.0, ((0.2, ONE), (0.2, TWO), (0.2, MANY), (0.2, SINGLE), (0.1, LARGE), (0.1, SMALL))),
+)
+
+
+def describe_architecture(tokenizer: Tokenizer) -> dict:
+    """Return config.json as Hugging Face's Qwen2-VL checkpoints have it."""
+    token = tokenizer.token_to_id
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "attention_dropout": 0.0,
+        "bos_token_id": token("<|endoftext|>"),
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+        "vision_start_token_id": token("<|vision_start|>"),
+        "vision_end_token_id": token("<|vision_end|>"),
+        "vision_token_id": token("<|vision_pad|>"),
+        "image_token_id": token("<|image_pad|>"),
+        "video_token_id": token("<|video_pad|>"),
+        "hidden_act": "silu",
+        "hidden_size": 256,
+        "initializer_range": 0.02,
+        "intermediate_size": 640,
+        "max_position_embeddings": 1024,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "vision_config": {
+            "model_type": "qwen2_vl",
+            "depth": 4,
+            "embed_dim": 192,
+            "hidden_act": "quick_gelu",
+            "hidden_size": 256,
+            "in_channels": 3,
+            "mlp_ratio": 4,
+            "num_heads": 4,
+            "patch_size": IMAGE["patch_size"],
+            "spatial_merge_size": IMAGE["merge_size"],
+            "temporal_patch_size": IMAGE["temporal_patch_size"],
+        },
+    }
+
+
+def write_companions(directory: Path, tokenizer: Tokenizer) -> None:
+    """Write what stands beside the weights: tokenizer, image and generation settings."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tiny_tokenizer.save(tokenizer, (HERE / "chat_template.jinja").read_text(), directory)
+    processor = Qwen2VLImageProcessorPil(**IMAGE, **PIXELS).to_dict()
+    processor |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", **PIXELS}
+    generation = {
+        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "eos_token_id": [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")],
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "do_sample": False,
+    }
+    for name, content in (("preprocessor_config.json", processor), ("generation_config.json", generation)):
+        (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def texts(seed: int) -> list[str]:
+    """Return what is said about many scenes: the tokenizer's corpus."""
+    rng = np.random.default_rng(seed)
+    said: list[str] = []
+    while len(said) < TEXTS_FOR_TOKENIZER:
+        scene = draw_scene(rng, 64, 64, int(rng.integers(1, 5)))
+        for turn in conversation(rng, scene, 6, 0.7):
+            said.extend(turn)
+    return said
+
+
+def choose(rng: np.random.Generator, progress: float) -> Kind:
+    for until, kinds in STAGES:
+        if progress < until:
+            return kinds[rng.choice(len(kinds), p=[share for share, _ in kinds])][1]
+    raise ValueError(f"no stage covers {progress}")
+
+
+def batches(encoder: Encoder, model: vlm_jax.Model, seed: int, first: int, total: int, rows: int) -> Iterator:
+    """Yield the batches of the steps from `first` on, made ahead by a thread; each depends on its step alone."""
+    ready: queue.Queue = queue.Queue(maxsize=4)
+
+    def produce() -> None:
+        for step in range(first, total):
+            rng = np.random.default_rng((seed, step))
+            arrays = encoder.batch(rng, choose(rng, step / total), rows)
+            ready.put(model.batch(**arrays))
+
+    threading.Thread(target=produce, daemon=True).start()
+    for _ in range(first, total):
+        yield ready.get()
+
+
+def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
+    warm, cool = args.warmup, args.steps - args.warmup
+    rate = optax.join_schedules(
+        [optax.linear_schedule(0.0, args.rate, warm), optax.cosine_decay_schedule(args.rate, cool, 0.02)], [warm]
+    )
+    decayed = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=args.decay, mask=decayed)
+    )
+
+
+def save_state(path: Path, state: vlm_jax.TrainState) -> None:
+    leaves = jax.tree.leaves((state.step, state.trainable, state.opt_state))
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, *[np.asarray(leaf) for leaf in leaves])
+    partial.replace(path)  # so that an interruption leaves a whole file
+
+
+def load_state(path: Path, state: vlm_jax.TrainState) -> vlm_jax.TrainState:
+    like = (state.step, state.trainable, state.opt_state)
+    with np.load(path) as file:
+        leaves = [jnp.asarray(file[name]) for name in file.files]
+    step, trainable, opt_state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return dataclasses.replace(state, step=step, trainable=trainable, opt_state=opt_state)
+
+
+def train(args: argparse.Namespace) -> None:
+    work = args.work
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "tokenizer.json").exists():
+        write_companions(work, tiny_tokenizer.train(texts(args.seed)))
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    encoder = Encoder(tokenizer, Qwen2VLImageProcessorPil(**IMAGE, **PIXELS))
+    model = vlm_jax.from_config(describe_architecture(tokenizer), dtype=args.dtype)
+
+    tx = make_optimizer(args)
+    state = vlm_jax.init_state(model.init(jax.random.key(args.seed)), tx, seed=args.seed)
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(state.trainable)):,} parameters", flush=True)
+    checkpoint = work / "state.npz"
+    if checkpoint.exists():
+        state = load_state(checkpoint, state)
+        print(f"going on from step {int(state.step)}", flush=True)
+    step = jax.jit(vlm_jax.make_step(model, tx), donate_argnums=0)
+    likeliest = jax.jit(lambda params, batch: model.apply({"params": params}, batch).argmax(-1))
+    probe = Probe(encoder)
+
+    first, began, saved, losses = int(state.step), time.time(), time.time(), []
+    for number, batch in zip(
+        itertools.count(first + 1), batches(encoder, model, args.seed, first, args.steps, args.rows)
+    ):
+        state, metrics = step(state, {}, batch)
+        losses.append(metrics["loss"])
+        if number % args.log_every == 0:
+            loss, losses = float(np.mean(jax.device_get(losses))), []
+            print(f"step {number}  {time.time() - began:.0f} s  loss {loss:.4f}", flush=True)
+        if number % args.probe_every == 0 or number == args.steps:
+            seen = probe.measure(lambda arrays: np.asarray(likeliest(state.trainable, model.batch(**arrays))))
+            print(f"step {number}  " + "  ".join(f"{topic} {value:.3f}" for topic, value in seen.items()), flush=True)
+        if time.time() - saved > args.save_every:
+            save_state(checkpoint, state)
+            saved = time.time()
+        if args.minutes and time.time() - began > 60 * args.minutes:
+            break
+    save_state(checkpoint, state)
+    vlm_jax.save_pretrained(model, state.trainable, args.out, dtype="bfloat16")
+    write_companions(args.out, tokenizer)
+    shutil.copyfile(HERE / "card.md", args.out / "README.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--work", type=Path, default=Path("outputs/tiny_base"), help="folder of what a resume needs")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--decay", type=float, default=0.01)
+    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--probe-every", type=int, default=250)
+    parser.add_argument("--save-every", type=float, default=180, help="seconds between checkpoints")
+    parser.add_argument("--minutes", type=float, default=0, help="stop after so long, finished or not; 0: never")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Every key of a run's config, with its default and meaning, and how files are read into it."""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import placeholder
+
+from vlm_jax.errors import UserError, nearest
+
+
+def get_config() -> ConfigDict:
+    """Return a new, locked config of all keys at their defaults. `None` means: not set."""
+    c = ConfigDict()
+
+    c.model = ConfigDict()
+    c.model.name_or_path = placeholder(str)  # checkpoint directory or hub id; required
+    c.model.revision = placeholder(str)  # branch, tag or commit on the hub
+    c.model.type = placeholder(str)  # if set, config.json's model_type must be this
+    c.model.adapter = placeholder(str)  # PEFT directory to start from (LLaVA's second stage)
+    c.model.dtype = "auto"  # of frozen weights and computation; auto: bfloat16 if training.bf16
+    c.model.quantize = placeholder(str)  # how frozen kernels are stored; None: as they are
+    # Learning rate of each component as a multiple of training.learning_rate; 0.0 freezes it.
+    c.model.vision_encoder_lr_scale = 0.0
+    c.model.projector_lr_scale = 1.0
+    c.model.language_model_lr_scale = 1.0  # of LoRA's matrices, or of all weights without LoRA
+
+    c.lora = ConfigDict()
+    c.lora.enabled = True  # False trains the language model in full
+    c.lora.r = 16  # rank
+    c.lora.alpha = 32.0  # the update is scaled by alpha / r
+    c.lora.dropout = 0.05  # on the input of A, while training
+    # Suffixes of module names, a preset (llama, qwen, gpt, bert, vit), "all-linear", or one regex
+    # over whole module names. Suffixes never reach into the vision tower.
+    c.lora.target_modules = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    c.lora.modules_to_save = ()  # further modules to train in full; the projector is added itself
+    c.lora.use_rslora = False  # scale by alpha / sqrt(r)
+    c.lora.bias = "none"  # only "none": biases of adapted layers stay frozen
+    c.lora.task_type = "CAUSAL_LM"  # only this; PEFT files ask for it
+
+    t = c.training = ConfigDict()  # names and meanings of transformers' TrainingArguments
+    t.output_dir = "outputs/run"
+    t.run_name = placeholder(str)  # for wandb and trackio; None: output_dir's last part
+    t.num_train_epochs = 1.0
+    t.max_steps = -1  # optimizer steps; above 0 it overrides num_train_epochs
+    t.per_device_train_batch_size = 1  # rows a device and micro-batch
+    t.per_device_eval_batch_size = 8
+    t.gradient_accumulation_steps = 1  # micro-batches of one optimizer step
+    t.learning_rate = 2e-4
+    t.weight_decay = 0.0  # never on norms and biases
+    t.warmup_ratio = 0.03  # share of all steps over which the learning rate rises from 0
+    t.warmup_steps = 0  # above 0 it overrides warmup_ratio
+    t.lr_scheduler_type = "cosine"  # constant, constant_with_warmup, linear, cosine
+    t.optim = "adamw"
+    t.adam_beta1 = 0.9
+    t.adam_beta2 = 0.999
+    t.adam_epsilon = 1e-8
+    t.max_grad_norm = 1.0  # global norm over the trained leaves; 0: no clipping
+    t.logging_steps = 10
+    t.save_strategy = "steps"  # no, steps, epoch; the last step is always saved
+    t.save_steps = 500
+    t.save_total_limit = 2  # checkpoints kept; 0: all
+    t.eval_strategy = "steps"  # no, steps, epoch; only where data.eval_file is set
+    t.eval_steps = 500
+    t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
+    t.fp16 = False  # not supported: bfloat16 needs no loss scaling
+    t.gradient_checkpointing = True  # recompute each block in the backward pass
+    t.dataloader_num_workers = 2  # threads that prepare batches
+    t.report_to = ("tensorboard",)  # tensorboard, wandb, trackio, none; metrics.jsonl is always
+    t.seed = 42  # of LoRA's A, dropout and the order of the data
+
+    d = c.data = ConfigDict()
+    d.train_file = placeholder(str)  # .json, .jsonl, or a dataset saved by datasets; required
+    d.eval_file = placeholder(str)
+    d.image_folder = placeholder(str)  # where relative image paths start; None: at the data file
+    d.max_seq_length = 2048  # tokens a row; a longer example is dropped and counted, never cut
+    d.image_resolution = 0  # largest image side in pixels: max_pixels = its square; 0: not set
+    d.min_pixels = placeholder(int)  # dynamic resolution; None: the checkpoint's own setting
+    d.max_pixels = placeholder(int)
+    d.max_shapes = 4  # how many (tokens, patches) shapes rows are padded to
+    d.shuffle = True  # a new order each epoch, of training.seed
+    d.train_on = "answers"  # which tokens carry loss: answers (all of them), last, all
+    d.on_bad_example = "raise"  # an unreadable example: raise, or skip (counted and reported)
+
+    e = c.evaluation = ConfigDict()
+    e.accuracy = True  # generate answers to data.eval_file and count exact matches
+    e.max_examples = 500  # of data.eval_file, the first ones, while training; 0: all
+    e.max_new_tokens = 16
+    e.batch_size = 16  # prompts that generate together
+
+    return c.lock()
+
+
+# What else people call a key. A value moves over as it is.
+ALIASES = {
+    "model.name": "model.name_or_path",
+    "model.path": "model.name_or_path",
+    "model.model_name": "model.name_or_path",
+    "model.model_id": "model.name_or_path",
+    "model.base_model": "model.name_or_path",
+    "model.model_name_or_path": "model.name_or_path",
+    "model.pretrained": "model.name_or_path",
+    "model.pretrained_model_name_or_path": "model.name_or_path",
+    "model.model_type": "model.type",
+    "model.torch_dtype": "model.dtype",
+    "model.quantization": "model.quantize",
+    "model.vision_lr_scale": "model.vision_encoder_lr_scale",
+    "lora.rank": "lora.r",
+    "lora.lora_r": "lora.r",
+    "lora.lora_alpha": "lora.alpha",
+    "lora.lora_dropout": "lora.dropout",
+    "lora.targets": "lora.target_modules",
+    "lora.rslora": "lora.use_rslora",
+    "training.evaluation_strategy": "training.eval_strategy",
+    "training.num_epochs": "training.num_train_epochs",
+    "training.epochs": "training.num_train_epochs",
+    "training.batch_size": "training.per_device_train_batch_size",
+    "training.lr": "training.learning_rate",
+    "training.scheduler": "training.lr_scheduler_type",
+    "data.train_path": "data.train_file",
+    "data.eval_path": "data.eval_file",
+    "data.validation_file": "data.eval_file",
+    "data.image_dir": "data.image_folder",
+    "data.image_root": "data.image_folder",
+    "data.max_length": "data.max_seq_length",
+    "data.image_size": "data.image_resolution",
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "lora.bias": ("none",),
+    "lora.task_type": ("CAUSAL_LM",),
+    "training.lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
+    "training.optim": ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"),
+    "training.save_strategy": ("no", "steps", "epoch"),
+    "training.eval_strategy": ("no", "steps", "epoch"),
+    "data.train_on": ("answers", "last", "all"),
+    "data.on_bad_example": ("raise", "skip"),
+}
+REPORTERS = ("tensorboard", "wandb", "trackio", "none")
+
+# (keys, smallest, largest allowed value)
+RANGES: list[tuple[str, float, float]] = [
+    (r"model\..*_lr_scale", 0, 1000),
+    (r"lora\.r", 1, 65536),
+    (r"lora\.alpha", 0, 1e9),
+    (r"lora\.dropout", 0, 0.999),
+    (r"training\.(per_device_.*|gradient_accumulation_steps|logging_steps)", 1, 1e9),
+    (r"training\.(save_steps|eval_steps|dataloader_num_workers)", 1, 1e9),
+    (r"training\.(save_total_limit|warmup_steps|weight_decay|max_grad_norm)", 0, 1e9),
+    (r"training\.(num_train_epochs|learning_rate|adam_epsilon)", 1e-30, 1e9),
+    (r"training\.max_steps", -1, 1e12),
+    (r"training\.(adam_beta1|adam_beta2|warmup_ratio)", 0, 1),
+    (r"training\.seed", 0, 2**31 - 1),
+    (r"data\.(max_seq_length|max_shapes)", 1, 1e9),
+    (r"data\.(min_pixels|max_pixels)", 1, 1e12),
+    (r"data\.image_resolution", 0, 1e6),
+    (r"evaluation\.(max_new_tokens|batch_size)", 1, 1e9),
+    (r"evaluation\.max_examples", 0, 1e12),
+]
+
+# The YAML parser reads these words as None, and people mean the string.
+NONE_WORDS = ("none", "null", "~", "")
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"section.key": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
+            flat.update(flatten_config(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _types() -> dict[str, type]:
+    default = get_config()
+    types: dict[str, type] = {}
+    for section in default:
+        for key in default[section]:
+            types[f"{section}.{key}"] = default[section].get_type(key)
+    return types
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part for part in re.split(r"[\s,]+", text.strip("[]() ").replace("'", "")) if part)
+
+
+def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
+    """Return `value` as the key's type, or raise `UserError`. Numbers may come as strings."""
+    try:
+        if value is None or (optional and str(value).strip().lower() in NONE_WORDS):
+            if optional:
+                return None
+            if kind is tuple:
+                return ()
+            raise ValueError
+        if key == "lora.target_modules" and isinstance(value, str):
+            # One string is a preset or a regex, unless it plainly is a list.
+            listed = value.startswith("[") or re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value)
+            return _words(value) if listed else value
+        if kind is bool:
+            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+            return words[str(value).strip().lower()]
+        if kind is tuple:
+            return _words(value) if isinstance(value, str) else tuple(str(v) for v in value)
+        if isinstance(value, bool):
+            raise ValueError
+        if kind is int:
+            number = float(value)
+            if number != int(number):
+                raise ValueError
+            return int(number) if abs(number) > 2**53 or not isinstance(value, int) else value
+        if kind is float:
+            return float(value)
+        if isinstance(value, str | Path):
+            return str(value)
+        raise ValueError
+    except (ValueError, TypeError, KeyError, OverflowError):
+        names = {tuple: "list of strings", str: "string", bool: "true or false"}
+        expected = names.get(kind, kind.__name__)
+        raise UserError(
+            f"The key '{key}' has the value {value!r} in {where}; expected {expected}. Its "
+            f"default is {flatten_config(get_config())[key]!r}."
+        ) from None
+
+
+def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
+    """Set flat `values` in `config`, with their aliases, types and names checked."""
+    types = _types()
+    optional = {key for key, value in flatten_config(get_config()).items() if value is None}
+    seen: dict[str, str] = {}
+    for given, value in values.items():
+        key = ALIASES.get(given, given)
+        if key not in types:
+            raise UserError(
+                f"Unknown config key '{given}' in {where}{nearest(given, [*types, *ALIASES])}. "
+                f"Every key is listed with its meaning in vlm_jax/config.py; the sections are "
+                f"{', '.join(get_config())}."
+            )
+        if key in seen:
+            raise UserError(f"{where} sets '{seen[key]}' and '{given}', which are one key: {key}.")
+        seen[key] = given
+        section, name = key.split(".")
+        with config.ignore_type():  # target_modules is a tuple or a string
+            config[section][name] = coerce(key, value, types[key], key in optional, where)
+
+
+def check(config: ConfigDict) -> None:
+    """Raise `UserError` for values that no part of the program supports."""
+    flat = flatten_config(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise UserError(
+                f"'{key}' is {flat[key]!r}, which is not supported{nearest(flat[key], allowed)}. "
+                f"Supported: {', '.join(allowed)}."
+            )
+    for pattern, low, high in RANGES:
+        for key, value in flat.items():
+            if re.fullmatch(pattern, key) and value is not None and not low <= value <= high:
+                raise UserError(f"'{key}' is {value}; it must be between {low:g} and {high:g}.")
+    if config.training.fp16:
+        raise UserError(
+            "'training.fp16' is true, which is not supported: float16 needs loss scaling. Set "
+            "training.bf16=true (any GPU since Ampere, any TPU) or neither, for float32."
+        )
+    for name in config.training.report_to:
+        if name not in REPORTERS:
+            raise UserError(
+                f"'training.report_to' names '{name}', which is not supported"
+                f"{nearest(name, REPORTERS)}. Supported: {', '.join(REPORTERS)}."
+            )
+    both = flat["data.min_pixels"], flat["data.max_pixels"]
+    if None not in both and both[0] > both[1]:
+        raise UserError(f"data.min_pixels {both[0]} is above data.max_pixels {both[1]}.")
+    if flat["data.image_resolution"] and flat["data.max_pixels"] is not None:
+        raise UserError(
+            "data.image_resolution and data.max_pixels both bound the size of images: set one."
+        )
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not valid YAML: {error}") from None
+    if not isinstance(tree, Mapping):
+        raise UserError(f"'{path}' holds no sections; expected 'model:', 'lora:', 'training:' ...")
+    return tree
+
+
+def _read_python(path: Path, argument: str | None) -> Mapping[str, Any]:
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no caches beside configs
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"'{path}' defines no function get_config().")
+        tree = module.get_config() if argument is None else module.get_config(argument)
+    except (AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:
+        # ml_collections names the nearest key itself.
+        raise UserError(
+            f"The config file '{path}' raised {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        sys.dont_write_bytecode = write
+    return tree
+
+
+def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> ConfigDict:
+    """Return the locked config of a Python or YAML file (or a run's config.json), checked.
+
+    path: a `.py` file with `get_config()` (`file.py:arg` calls `get_config("arg")`), a `.yaml` or
+    `.json` file with the same sections and keys, or None for the defaults.
+    overrides: {"training.learning_rate": 1e-4} or ["training.learning_rate=1e-4"]; they win.
+    Raises `UserError` for a missing file, an unknown key (with the nearest known one), a value of
+    the wrong type, or a value that is not supported.
+    """
+    config = get_config()
+    if path is not None:
+        text, _, argument = str(path).partition(".py:")
+        file = Path(f"{text}.py" if argument else text).expanduser()
+        if not file.is_file():
+            raise UserError(
+                f"There is no config file '{file}'. Expected a Python file with get_config() or a "
+                f"YAML file; ready ones are in configs/."
+            )
+        if file.suffix == ".py":
+            tree = _read_python(file, argument or None)
+        elif file.suffix in (".yaml", ".yml", ".json"):
+            tree = _read_yaml(file)  # JSON is YAML
+        else:
+            raise UserError(f"The config file '{file}' must end in .py, .yaml, .yml or .json.")
+        for section, values in tree.items():
+            if section in config and not isinstance(values, Mapping | ConfigDict):
+                raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
+        _overlay(config, flatten_config(tree), f"'{file}'")
+    if not isinstance(overrides, Mapping):
+        pairs = {}
+        for item in overrides:
+            name, equals, value = item.partition("=")
+            if not equals:
+                raise UserError(f"The override '{item}' has no value; write section.key=value.")
+            pairs[name] = value
+        overrides = pairs
+    _overlay(config, overrides, "the overrides")
+    check(config)
+    return config.lock()
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Return plain nested dicts of values that JSON can hold."""
+    return {
+        section: {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in config[section].items()
+        }
+        for section in config
+    }

@@ -1,0 +1,326 @@
+"""Conversations into tokens and loss weights, by the checkpoint's own chat template.
+
+The template is rendered once as it is; which characters the assistant writes comes from the
+turns (never from searching token ids), and the tokenizer's offsets carry it over to tokens.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+
+Span = tuple[int, int]
+Messages = Sequence[dict[str, Any]]
+TRAIN_ON = ("all", "answers", "last")
+
+# Characters of Unicode's private use that stand for placeholders on their way through the template
+# and the tokenizer. A template's placeholder and the same letters in a user's text part here.
+LITERALS = ("\ue0f0", "\ue0f1")  # a user's own "<image>", "<video>"
+SLOTS = ("\ue0f2", "\ue0f3")  # where an image's, a video's features go
+RESERVED = re.compile("[\ue0f0-\ue0f3]")
+
+
+class Chat:
+    """A tokenizer and a chat template that make tokens [T] and weights [T] of messages.
+
+    Messages are `{"role", "content"}` with content a list of `{"type": "text", "text"}` and
+    `{"type": "image"}` parts. Thread-safe.
+    """
+
+    def __init__(
+        self, directory: str | Path, image_token_id: int, video_token_id: int | None = None
+    ):
+        tokenizer = load_tokenizer(directory)
+        ids = [image_token_id] if video_token_id is None else [image_token_id, video_token_id]
+        self.directory = str(directory)
+        self.template = find_template(directory, tokenizer)
+        self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+        self.special = {**tokenizer.special_tokens_map}
+        self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
+        self.placeholders = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids]
+        ends = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.ends = tuple((ends | {self.eos or ""}) - {"", *self.placeholders})
+        renamed = dict(zip(self.placeholders, SLOTS, strict=False))
+        self.encoder = rename_tokens(tokenizer.backend_tokenizer, renamed)
+        self.image_id = image_token_id
+        for slot, token_id, name in zip(SLOTS, ids, self.placeholders, strict=False):
+            if self.encoder.token_to_id(slot) != token_id:
+                raise UserError(
+                    f"The tokenizer in '{directory}' does not have the placeholder {name!r} (id "
+                    f"{token_id} in config.json) as an added token. Do both files belong together?"
+                )
+        # transformers' marks are kept in the compiled template, so one thread renders at a time.
+        self._lock = threading.Lock()
+
+    def encode(
+        self, messages: Messages, image_tokens: Sequence[int], train_on: str = "all"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens int32 [T] and weights float32 [T]: 1 on what the assistant writes.
+
+        image_tokens: how many placeholders each image takes, in the order of the image parts.
+        train_on: "all" (or "answers") assistant turns, or the "last" one.
+
+        An answer's weights run up to and with its end of turn, for Qwen2-VL `<|im_end|>` and the
+        newline that the template ends the turn with (as TRL's training templates mark it):
+
+            <|im_start|> assistant \\n  A  red  ball  <|im_end|>  \\n
+                 0           0      0   1   1    1       1        1
+
+        Where the template has `{% generation %}` marks they say what an answer is; otherwise it is
+        what a turn adds to the prompt that asks for it, `render(messages[:i], prompt)` being an
+        exact prefix of `render(messages[:i + 1])`, which is checked. A token that is partly
+        answer counts.
+
+        A template that ends the assistant's turn without any special token, as LLaVA-1.5's does
+        ("USER: … ASSISTANT: … USER: …"), would never teach the model to stop. There the white
+        space after each answer is replaced by the tokenizer's EOS, which carries loss. That is
+        what LLaVA-1.5 was trained on itself (conversation `vicuna_v1`, whose second separator is
+        `</s>`), so that the prompts that transformers renders still end in "ASSISTANT:".
+
+        Raises `UserError` where the prefix property fails or placeholders and images differ.
+        """
+        if train_on not in TRAIN_ON:
+            raise UserError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}.")
+        rendered, turns = self._turns(messages, prompt=False)
+        return self._tokens(
+            rendered, turns, turns[-1:] if train_on == "last" else turns, image_tokens
+        )
+
+    def prompt(self, messages: Messages, image_tokens: Sequence[int]) -> np.ndarray:
+        """Return tokens int32 [T] of the conversation up to where the assistant is to write."""
+        rendered, turns = self._turns(messages, prompt=True)
+        return self._tokens(rendered, turns, [], image_tokens)[0]
+
+    def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
+        """Return the template's text and its generation marks."""
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            with self._lock:
+                texts, marks = render_jinja_template(
+                    conversations=[list(messages)],
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=self.has_marks,
+                    add_generation_prompt=prompt,
+                    **self.special,
+                )
+        except (jinja2.TemplateError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"The chat template of '{self.directory}' refuses the conversation ({roles}): "
+                f"{error}. Check the roles and their order."
+            ) from error
+        return texts[0], [tuple(span) for span in marks[0]] if marks else []
+
+    def _turns(self, messages: Messages, prompt: bool) -> tuple[str, list[list[Span]]]:
+        """Return the rendered text and, for every assistant turn, the spans of its answer."""
+        messages = [self._escape(message) for message in messages]
+        rendered, marks = self._render(messages, prompt)
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not self.has_marks:
+            turns = [[self._added(messages, i, rendered)] for i in places]
+        elif len(marks) == len(places):
+            turns = [[mark] for mark in marks]
+        else:  # several marks a turn, or none: count what each turn adds
+            ends = [len(self._render(messages[: i + 1], False)[1]) for i in places]
+            turns = [marks[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        for i, spans in zip(places, turns, strict=True):
+            said = [part["text"].strip() for part in messages[i]["content"] if "text" in part]
+            written = "".join(rendered[a:b] for a, b in spans)
+            if not all(text in written for text in said):
+                raise UserError(
+                    f"The chat template of '{self.directory}' does not render the assistant's turn "
+                    f"{i} as it is: {said!r} became {written!r}. Its loss would be wrong; mend the "
+                    f"template (chat_template.jinja) or the record."
+                )
+        return rendered, turns
+
+    def _added(self, messages: Messages, i: int, rendered: str) -> Span:
+        """Return where turn i's answer stands, by exact prefixes."""
+        before, after = (
+            self._render(messages[:i], True)[0],
+            self._render(messages[: i + 1], False)[0],
+        )
+        if not (after.startswith(before) and rendered.startswith(after)):
+            raise UserError(
+                f"The chat template of '{self.directory}' renders message {i} (assistant) in a way "
+                f"that does not begin with the prompt that asks for it, so its answer cannot be "
+                f"told from its prompt. Add {{% generation %}} marks to chat_template.jinja"
+                f"{', train on the last answer only (train_on=last),' if i + 1 < len(messages) else ''}"
+                f" or, where the conversation begins with an assistant, remove that turn."
+            )
+        return len(before), len(after)
+
+    def _escape(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the message with placeholders in its texts hidden from template and tokenizer."""
+        content = []
+        for part in message["content"]:
+            text = part.get("text")
+            if text is not None:
+                if RESERVED.search(text):
+                    raise UserError(
+                        "A text holds a character of U+E0F0 to U+E0F3, which is reserved."
+                    )
+                for name, literal in zip(self.placeholders, LITERALS, strict=False):
+                    text = text.replace(name, literal)
+                part = {**part, "text": text}
+            content.append(part)
+        return {**message, "content": content}
+
+    def _tokens(
+        self,
+        rendered: str,
+        turns: list[list[Span]],
+        trained: list[list[Span]],
+        image_tokens: Sequence[int],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        edits: list[tuple[int, int, str]] = []
+        for name, slot, literal in zip(self.placeholders, SLOTS, LITERALS, strict=False):
+            for old, new in ((name, slot), (literal, name)):
+                edits += [(m.start(), m.end(), new) for m in re.finditer(re.escape(old), rendered)]
+        spans = [span for turn in trained for span in turn]
+        for turn in turns:
+            start, end = turn[-1]
+            body = start + len(rendered[start:end].rstrip())
+            if rendered[start:body].endswith(self.ends):
+                continue
+            if self.eos is None:
+                raise UserError(
+                    f"The chat template of '{self.directory}' ends an answer without a special "
+                    f"token, and the tokenizer has no eos_token: the model could not learn to stop."
+                )
+            if rendered[body:].lstrip().startswith(self.eos):  # the marks leave it out
+                stop = rendered.index(self.eos, body) + len(self.eos)
+                spans = [(a, stop if b == end else b) for a, b in spans]
+            else:
+                edits.append((body, end, self.eos))
+        text, spans = apply_edits(rendered, edits, spans)
+
+        bare = self.bos is not None and text.startswith(self.bos)
+        encoding = self.encoder.encode(text, add_special_tokens=not bare)
+        tokens = np.array(encoding.ids, np.int32)
+        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        weights = np.zeros(len(tokens), np.float32)
+        for start, end in spans:
+            weights[(starts < end) & (ends > start)] = 1
+        slots = tokens == self.image_id
+        if slots.sum() != len(image_tokens):
+            raise UserError(
+                f"The chat template of '{self.directory}' renders {slots.sum()} image placeholders "
+                f"for {len(image_tokens)} images. Does it know image parts "
+                f"({{'type': 'image'}}) in every role that has them?"
+            )
+        weights[slots] = 0  # a placeholder is not written by anybody
+        repeats = np.ones(len(tokens), np.int64)
+        repeats[slots] = image_tokens
+        return np.repeat(tokens, repeats), np.repeat(weights, repeats)
+
+
+def apply_edits(
+    text: str, edits: list[tuple[int, int, str]], spans: list[Span]
+) -> tuple[str, list[Span]]:
+    """Return the text with each (start, end, replacement) made, and the spans moved along.
+
+    Edits must not overlap each other; a span that ends where an edit ends keeps what it inserts.
+    """
+    edits = sorted(edits)
+    pieces, done = [], 0
+    for start, end, new in edits:
+        pieces += [text[done:start], new]
+        done = end
+    ends = np.array([end for _, end, _ in edits], np.int64)
+    shift = np.cumsum([0] + [len(new) - (end - start) for start, end, new in edits])
+
+    def move(place: int) -> int:
+        return place + int(shift[np.searchsorted(ends, place, side="right")])
+
+    return "".join(pieces) + text[done:], [(move(a), move(b)) for a, b in spans]
+
+
+def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
+    """Return a copy of a `tokenizers.Tokenizer` in which some tokens have other names.
+
+    The ids stay; the old names are plain text to the copy. Offsets are not trimmed of spaces, and
+    nothing is truncated or padded.
+    """
+    from tokenizers import Tokenizer
+
+    raw = json.loads(tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocabulary = raw["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        raw["model"]["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
+    else:  # Unigram: [piece, score] pairs
+        raw["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
+    raw["truncation"] = raw["padding"] = None
+    _untrim(raw["post_processor"])
+    return Tokenizer.from_str(json.dumps(raw))
+
+
+def _untrim(node: Any) -> None:
+    """A token of spaces alone would otherwise have an empty span, and so no weight."""
+    if isinstance(node, dict):
+        if "trim_offsets" in node:
+            node["trim_offsets"] = False
+        for value in node.values():
+            _untrim(value)
+    elif isinstance(node, list):
+        for value in node:
+            _untrim(value)
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """Return the checkpoint's fast tokenizer; raise `UserError` where there is none."""
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any(Path(directory, name).is_file() for name in files):
+        raise UserError(
+            f"'{directory}' has no tokenizer (none of {', '.join(files)}). Copy the tokenizer files "
+            f"of the checkpoint there: text cannot be encoded without them."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"The tokenizer in '{directory}' cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"The tokenizer in '{directory}' has no fast form (tokenizer.json), which is needed to "
+            f"tell answers from prompts. Load it with transformers where sentencepiece is installed "
+            f"and save it again."
+        )
+    return tokenizer
+
+
+def find_template(directory: str | Path, tokenizer: Any) -> str:
+    """Return the chat template: chat_template.jinja, then chat_template.json, then the
+    tokenizer's own (tokenizer_config.json), which is the order of transformers' processors."""
+    path = Path(directory, "chat_template.jinja")
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    path = Path(directory, "chat_template.json")
+    if path.is_file():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(
+                f"'{path}' is not JSON with the key 'chat_template': {error}."
+            ) from error
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            f"'{directory}' has no chat template (chat_template.jinja, chat_template.json, or "
+            f"chat_template in tokenizer_config.json). A base model has none: take the one of its "
+            f"instruction-tuned sister and put it there as chat_template.jinja."
+        )
+    return template

@@ -1,0 +1,103 @@
+"""Meshes, and where every parameter and batch row lives on them: one table a family.
+
+Logical axes of a matrix: "embed" is the model width, "wide" whatever fans out of it (heads, the
+MLP's hidden width), "vocab" the vocabulary. Rows of a batch spread over data x fsdp.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.errors import UserError
+from vlm_jax.model import Model
+from vlm_jax.trees import flatten, match, unflatten
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+# Logical axis -> mesh axis.
+RULES: dict[str | None, str | None] = {
+    "embed": "fsdp",
+    "wide": "tensor",
+    "vocab": "tensor",
+    None: None,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """Return a mesh over `devices` (default: all); one size may be -1, meaning the rest.
+
+    Axes are of type Auto: the compiler spreads shardings from parameters and batch. Nothing else
+    in this library makes a mesh.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or (free and len(devices) % known) or (not free and known != len(devices)):
+        raise UserError(
+            f"A mesh of {sizes} does not cover {len(devices)} devices. The sizes must multiply to "
+            f"the number of devices; one of them may be -1."
+        )
+    for name in free:
+        sizes[name] = len(devices) // known
+    return jax.make_mesh(
+        tuple(sizes[axis] for axis in AXES),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices,
+    )
+
+
+def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
+    """Return each leaf's logical axes; LoRA's follow from the kernel they stand beside."""
+
+    def kernel_of(path: str) -> str:
+        return path.rsplit("/", 1)[0] + "/kernel" if path.endswith(("/lora_A", "/lora_B")) else path
+
+    tables = match(
+        model.family.AXES, [kernel_of(path) for path in flat], "sharding table", unused="allow"
+    )
+    axes = {}
+    for path in flat:
+        own = tables[kernel_of(path)]
+        if path.endswith("/lora_A"):
+            own = (own[0], None)
+        elif path.endswith("/lora_B"):
+            own = (None, own[1])
+        axes[path] = own
+    return axes
+
+
+def param_shardings(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Return a tree of `NamedSharding` for a tree of arrays or shapes.
+
+    A leading layer axis is never sharded. A dimension that its mesh axis does not divide is
+    replicated on that axis. A leaf that no row of the family's table matches raises.
+    """
+    flat = flatten(params)
+    shardings = {}
+    for path, axes in _logical_axes(model, flat).items():
+        shape = flat[path].shape
+        names = (None,) * (len(shape) - len(axes)) + tuple(RULES[axis] for axis in axes)
+        spec = [
+            name if name is not None and size % mesh.shape[name] == 0 else None
+            for size, name in zip(shape, names, strict=True)
+        ]
+        shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
+    return unflatten(shardings)
+
+
+def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Return the tree with every leaf placed on its shards."""
+    return jax.device_put(dict(params), param_shardings(model, params, mesh))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Return the batch on the mesh, rows over data x fsdp; each process gives its own rows."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+    )

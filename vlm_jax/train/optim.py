@@ -1,0 +1,188 @@
+"""AdamW over the groups of a training table, equal to torch's and transformers' step by step."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match
+
+# Decay pulls a weight towards zero; a norm's scale and a bias have no business there.
+DECAY: Table = [(r".*/(bias|scale)", False), (r"(bias|scale)", False), (r".*", True)]
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """What `optimizer` reads of a run's `training` section, under TrainingArguments' names.
+
+    max_steps: all optimizer steps of the run, above 0 wherever the schedule depends on it.
+    warmup_steps: above 0 it overrides warmup_ratio. max_grad_norm: 0 turns clipping off.
+    """
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.0
+    warmup_steps: int = 0
+    max_steps: int = -1
+
+    @classmethod
+    def of(cls, training: Any) -> "OptimizerSettings":
+        """Return the settings of a mapping or of any object with TrainingArguments' attributes.
+
+        A plain dict may leave keys out, for the defaults above. Raises `UserError` for an unknown
+        key of one and for values that make no schedule.
+        """
+        if isinstance(training, cls):
+            return training
+        names = [field.name for field in dataclasses.fields(cls)]
+        if isinstance(training, dict):
+            from vlm_jax.config import get_config
+
+            known = {*names, *get_config().training}
+            for key in training:
+                if key not in known:
+                    raise UserError(f"Unknown training key '{key}'{nearest(key, known)}.")
+            given = training
+        elif isinstance(training, Mapping) or hasattr(training, "to_dict"):
+            given = {name: training[name] for name in names}
+        else:
+            given = {name: getattr(training, name) for name in names if hasattr(training, name)}
+        values = {n: given[n] for n in names if n in given and given[n] is not None}
+        # TrainingArguments holds the scheduler's name as an enumeration.
+        kind = values.get("lr_scheduler_type", "cosine")
+        values["lr_scheduler_type"] = getattr(kind, "value", kind)
+        return cls(**values)
+
+    @property
+    def warmup(self) -> int:
+        """Steps over which the learning rate rises linearly from 0."""
+        if self.warmup_steps > 0:
+            return int(self.warmup_steps)
+        if self.warmup_ratio > 0 and self.max_steps <= 0:
+            raise UserError("training.warmup_ratio is a share of training.max_steps: set it too.")
+        return math.ceil(max(self.max_steps, 0) * self.warmup_ratio)
+
+
+def learning_rate(settings: OptimizerSettings) -> Callable[[Any], jax.Array]:
+    """Return `step -> learning rate` of a group of scale 1; step 0 is the first.
+
+    The four schedules and their warm-up are those of transformers' `get_scheduler`.
+    Raises `UserError` for an unknown schedule or one that needs `max_steps` and has none.
+    """
+    kind, total = settings.lr_scheduler_type, settings.max_steps
+    if kind not in SCHEDULES:
+        raise UserError(
+            f"training.lr_scheduler_type is '{kind}', which is not supported"
+            f"{nearest(kind, SCHEDULES)}. Supported: {', '.join(SCHEDULES)}."
+        )
+    if kind in ("linear", "cosine") and total <= 0:
+        raise UserError(
+            f"The '{kind}' schedule ends at training.max_steps, which is {total}. Set it to the "
+            f"run's number of optimizer steps, or take lr_scheduler_type='constant'."
+        )
+    warmup = 0 if kind == "constant" else settings.warmup
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = (step - warmup) / max(1, total - warmup)
+        if kind == "linear":
+            factor = jnp.maximum(0.0, 1.0 - progress)
+        elif kind == "cosine":
+            factor = jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
+        else:
+            factor = jnp.ones_like(step)
+        rising = step / max(1, warmup)
+        return settings.learning_rate * jnp.where(step < warmup, rising, factor)
+
+    return schedule
+
+
+def parse_group(group: str) -> tuple[str, float]:
+    """Return (method, learning-rate scale) of "frozen", "full", "lora" or e.g. "full(0.1)"."""
+    found = re.fullmatch(r"(frozen|full|lora)(?:\(([^)]*)\))?", str(group))
+    try:
+        assert found is not None
+        method, scale = found[1], 1.0 if found[2] is None else float(found[2])
+        assert method != FROZEN or found[2] is None
+        assert scale > 0 and math.isfinite(scale)
+    except (AssertionError, ValueError):
+        raise UserError(
+            f"The training table has the group {group!r}; expected 'frozen', 'full', 'lora', or "
+            f"one of the last two with a positive learning-rate scale, as in 'full(0.1)'."
+        ) from None
+    return method, scale
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scale all gradients by min(1, limit / (norm + 1e-6)), torch's `clip_grad_norm_`.
+
+    optax's own divides by the norm alone, and only above the limit.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def adamw(
+    settings: OptimizerSettings, scale: float, decay_mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Return AdamW (https://arxiv.org/abs/1711.05101) of one group, with torch's update."""
+    schedule = learning_rate(settings)
+    return optax.chain(
+        optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
+        optax.add_decayed_weights(settings.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(lambda step: scale * schedule(step)),
+    )
+
+
+def optimizer(
+    trainable: Mapping[str, Any], table: Table, training: Any
+) -> optax.GradientTransformation:
+    """Return the optax transformation that trains each leaf as its row of the table says.
+
+    trainable: the first tree of `vlm_jax.split(params, table)`. table: ordered (regex, group)
+    rows; the number in "full(0.1)" or "lora(2)" scales the learning rate. training: a mapping or
+    object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped by their
+    global norm over all trained leaves, then go to one AdamW a group; moments exist for trained
+    leaves only, in their dtype. Norms and biases do not decay.
+    Raises `UserError` where nothing trains or a group is unknown.
+    """
+    settings = OptimizerSettings.of(training)
+    groups = match(table, flatten(trainable), "training table", unused="allow")
+    if not groups:
+        raise UserError("Nothing is left to train: the training table freezes every parameter.")
+    frozen = [path for path, group in groups.items() if parse_group(group)[0] == FROZEN]
+    if frozen:
+        raise UserError(
+            f"The training table freezes '{frozen[0]}', which is among the trainable leaves. Pass "
+            f"the first tree of vlm_jax.split(params, table) with the same table."
+        )
+
+    def decay_mask(tree: Any) -> Any:
+        # Inside multi_transform the leaves of other groups are empty nodes.
+        masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+        flags = match(DECAY, flatten(tree), "decay table", unused="allow")
+        return map_leaves(lambda path, leaf: leaf if masked(leaf) else flags[path], tree)
+
+    transforms = {g: adamw(settings, parse_group(g)[1], decay_mask) for g in groups.values()}
+    labels = map_leaves(lambda path, _: groups[path], trainable)
+    groups_tx = optax.multi_transform(transforms, labels)
+    if settings.max_grad_norm <= 0:
+        return groups_tx
+    return optax.chain(clip_by_global_norm(settings.max_grad_norm), groups_tx)

@@ -1,0 +1,160 @@
+"""What trains and how: the recipe as a training table, and the report printed before a run."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.lora import PROJECTOR_NAMES, is_lora
+from vlm_jax.model import Model
+from vlm_jax.train.optim import parse_group
+from vlm_jax.trees import FROZEN, Table, flatten, match
+
+
+def _group(method: str, scale: float) -> str:
+    if scale == 0:
+        return FROZEN
+    return method if scale == 1 else f"{method}({scale!r})"
+
+
+def training_table(
+    model: Model,
+    params: Mapping[str, Any],
+    *,
+    vision_encoder_lr_scale: float = 0.0,
+    projector_lr_scale: float = 1.0,
+    language_model_lr_scale: float = 1.0,
+    lora_enabled: bool = True,
+    modules_to_save: Iterable[str] | None = None,
+) -> list[tuple[str, str]]:
+    """Return the ordered (regex, group) rows of the usual VLM recipe for these parameters.
+
+    Each component trains at its scale of the learning rate; 0.0 freezes it. Where it holds LoRA
+    matrices these train and its other leaves are frozen, otherwise it trains in full; but the
+    language model, its embeddings and its head are frozen where `lora_enabled`, except for
+    `modules_to_save` (default: those of the model's LoRA). Every row matches a leaf; arrays are
+    not read, so `params` may be shapes.
+    Raises `UserError` for contradictions and where nothing is left to train.
+    """
+    paths = list(flatten(params))
+    scales = {"vision": vision_encoder_lr_scale, "projector": projector_lr_scale}
+    keys = {"vision": "vision_encoder_lr_scale", "projector": "projector_lr_scale"}
+    adapted = {model.component(path) for path in paths if is_lora(path)}
+    if modules_to_save is None:
+        modules_to_save = model.lora.modules_to_save if model.lora is not None else ()
+
+    def scale_of(component: str) -> float:
+        return scales.get(component, language_model_lr_scale)
+
+    for component in sorted(adapted):
+        if scale_of(component) == 0:
+            key = keys.get(component, "language_model_lr_scale")
+            raise UserError(
+                f"LoRA targets layers of the {component}, but model.{key} is 0.0, which freezes "
+                f"it. Set the scale above 0 or take the {component} out of lora.target_modules."
+            )
+
+    rows: list[tuple[str, str]] = []
+    for pattern, component in model.family.COMPONENTS:
+        if component in adapted:
+            rows.append((f"(?={pattern}$).*/lora_[AB]", _group("lora", scale_of(component))))
+    if len({group for _, group in rows}) == 1:  # the usual case reads better as one row
+        rows = [(r".*/lora_[AB]", rows[0][1])]
+    for name in modules_to_save:
+        name = model.family.PROJECTOR if name in PROJECTOR_NAMES else name
+        regex = rf"(?:.*/)?{re.escape(name)}/.*"
+        owners = {model.component(path) for path in paths if re.fullmatch(regex, path)}
+        idle = [owner for owner in sorted(owners) if scale_of(owner) == 0]
+        if idle:
+            key = keys.get(idle[0], "language_model_lr_scale")
+            raise UserError(
+                f"lora.modules_to_save names '{name}', but model.{key} is 0.0, which freezes it. "
+                f"Set the scale above 0 or take '{name}' out."
+            )
+        if not owners <= scales.keys():  # the tower and the projector have rows below
+            rows.append((regex, _group("full", language_model_lr_scale)))
+    for pattern, component in model.family.COMPONENTS:
+        language = component not in scales
+        if component in adapted or (language and lora_enabled):
+            rows.append((pattern, FROZEN))
+        else:
+            rows.append((pattern, _group("full", scale_of(component))))
+
+    rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
+    groups = match(rows, paths, "training table")
+    if all(group == FROZEN for group in groups.values()):
+        raise UserError(
+            "Nothing is left to train: every component is frozen. Enable lora, or set one of "
+            "model.vision_encoder_lr_scale, model.projector_lr_scale and "
+            "model.language_model_lr_scale above 0."
+        )
+    return rows
+
+
+def lora_modules_to_save(
+    model: Model,
+    *,
+    vision_encoder_lr_scale: float,
+    projector_lr_scale: float,
+    targets: Iterable[str] | str,
+    modules_to_save: Iterable[str] = (),
+) -> tuple[str, ...]:
+    """Return the modules an adapter must hold beside its matrices: all that trains in full."""
+    names = list(modules_to_save)
+    family = model.family
+    # Qwen2-VL's projector lies inside its tower, LLaVA's beside it.
+    inside = any(
+        component == "projector" and re.split(r"[^\w]", pattern).count(family.VISION)
+        for pattern, component in family.COMPONENTS
+    )
+    listed = () if isinstance(targets, str) else tuple(targets)
+    adapted = any(name in PROJECTOR_NAMES for name in listed)
+    if vision_encoder_lr_scale > 0:
+        names.append(family.VISION)
+    covered = vision_encoder_lr_scale > 0 and inside
+    named = any(name in (*PROJECTOR_NAMES, family.PROJECTOR) for name in names)
+    if projector_lr_scale > 0 and not (adapted or covered or named):
+        names.append("projector")
+    return tuple(names)
+
+
+def report(
+    model: Model, params: Mapping[str, Any], table: Table, learning_rate: float
+) -> list[dict[str, Any]]:
+    """Return a row for each component and group: component, trains, parameters, learning_rate."""
+    flat = flatten(params)
+    groups = match(table, flat, "training table")
+    counts: dict[tuple[str, str], int] = {}
+    for path, leaf in flat.items():
+        key = (model.component(path), groups[path])
+        counts[key] = counts.get(key, 0) + int(np.prod(leaf.shape))
+    order = ["vision", "projector", "embeddings", "language_model", "head"]
+    rows = []
+    for (component, group), count in sorted(counts.items(), key=lambda i: order.index(i[0][0])):
+        method, scale = parse_group(group)
+        names = {"frozen": "nothing (frozen)", "full": "all weights", "lora": "LoRA"}
+        rate = None if method == FROZEN else learning_rate * scale
+        rows.append(
+            {
+                "component": component,
+                "trains": names[method],
+                "parameters": count,
+                "learning_rate": rate,
+            }
+        )
+    return rows
+
+
+def trainable_line(params: Mapping[str, Any], table: Table) -> str:
+    """Return PEFT's line: trainable params: … || all params: … || trainable%: …"""
+    flat = flatten(params)
+    groups = match(table, flat, "training table")
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flat.items()}
+    every = sum(sizes.values())
+    trained = sum(size for path, size in sizes.items() if groups[path] != FROZEN)
+    return (
+        f"trainable params: {trained:,d} || all params: {every:,d} || "
+        f"trainable%: {100 * trained / every:.4f}"
+    )
