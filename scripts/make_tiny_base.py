@@ -34,24 +34,28 @@ import vlm_jax
 
 HERE = Path(__file__).parent / "tiny_base"
 IMAGE = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
-# 64 x 64 stays as it is; the largest is 256 patches.
-PIXELS = {"min_pixels": 48 * 48, "max_pixels": 128 * 128}
+# 64 x 64 stays as it is; from 16 to 256 patches.
+PIXELS = {"min_pixels": 32 * 32, "max_pixels": 128 * 128}
 TEXTS_FOR_TOKENIZER = 24_000
 
-SQUARE = ((64, 64),)
-ONE = Kind(SQUARE, shapes=1, turns=4, length=96, caption=1.0)
-TWO = Kind(SQUARE, shapes=2, turns=5, length=128, caption=0.8)
-MANY = Kind(SQUARE, shapes=4, turns=6, length=176, caption=0.8)
-SINGLE = Kind(SQUARE, shapes=4, turns=1, length=80, caption=0.15)
-LARGE = Kind(((96, 64), (64, 96)), shapes=4, turns=6, length=176, caption=0.8)
-SMALL = Kind(((48, 80), (80, 48)), shapes=3, turns=4, length=128, caption=0.8)
+# A batch is of one kind, so that the step compiles once for each. Lengths were chosen so that at
+# most the last turn of a long conversation is left out.
+CROP = Kind(((32, 32),), shapes=1, turns=0, length=18, rows=64)
+ONE = Kind(((64, 64),), shapes=1, turns=0, length=32, rows=32)
+FEW = Kind(((64, 64),), shapes=3, turns=0, length=56, rows=32)
+TALK_ONE = Kind(((64, 64),), shapes=1, turns=2, length=80, rows=32, caption=0.3)
+TALK = Kind(((64, 64),), shapes=4, turns=5, length=144, rows=16)
+WIDE = Kind(((96, 64), (64, 96)), shapes=4, turns=5, length=152, rows=16)
+TIGHT = Kind(((48, 80), (80, 48)), shapes=3, turns=4, length=128, rows=16)
 
-# Until which share of the run: how often a batch is of which kind. One shape at a time teaches the
-# tower what words mean; many shapes first leave it guessing for far longer.
+# Until which share of the run: how often a batch is of which kind. As larger models do, it learns
+# to name what it sees from bare pairs of picture and caption first, and to talk afterwards. Small
+# pictures of one shape come first: there is little to attend to, and sixteen patches cost little.
 STAGES = (
-    (0.35, ((1.0, ONE),)),
-    (0.55, ((0.3, ONE), (0.5, TWO), (0.2, SINGLE))),
-    (1.0, ((0.2, ONE), (0.2, TWO), (0.2, MANY), (0.2, SINGLE), (0.1, LARGE), (0.1, SMALL))),
+    (0.25, ((1.0, CROP),)),
+    (0.40, ((0.2, CROP), (0.8, ONE))),
+    (0.55, ((0.4, ONE), (0.6, FEW))),
+    (1.0, ((0.15, FEW), (0.4, TALK_ONE), (0.3, TALK), (0.1, WIDE), (0.05, TIGHT))),
 )
 
 
@@ -71,16 +75,16 @@ def describe_architecture(tokenizer: Tokenizer) -> dict:
         "image_token_id": token("<|image_pad|>"),
         "video_token_id": token("<|video_pad|>"),
         "hidden_act": "silu",
-        "hidden_size": 256,
+        "hidden_size": 192,
         "initializer_range": 0.02,
-        "intermediate_size": 640,
+        "intermediate_size": 512,
         "max_position_embeddings": 1024,
         "num_attention_heads": 4,
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+        "rope_scaling": {"type": "mrope", "mrope_section": [6, 9, 9]},
         "sliding_window": None,
         "use_sliding_window": False,
         "tie_word_embeddings": True,
@@ -91,7 +95,7 @@ def describe_architecture(tokenizer: Tokenizer) -> dict:
             "depth": 4,
             "embed_dim": 192,
             "hidden_act": "quick_gelu",
-            "hidden_size": 256,
+            "hidden_size": 192,
             "in_channels": 3,
             "mlp_ratio": 4,
             "num_heads": 4,
@@ -107,14 +111,24 @@ def write_companions(directory: Path, tokenizer: Tokenizer) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer.save(tokenizer, (HERE / "chat_template.jinja").read_text(), directory)
     processor = Qwen2VLImageProcessorPil(**IMAGE, **PIXELS).to_dict()
-    processor |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", **PIXELS}
+    processor |= {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        **PIXELS,
+    }
     generation = {
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
-        "eos_token_id": [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")],
+        "eos_token_id": [
+            tokenizer.token_to_id("<|im_end|>"),
+            tokenizer.token_to_id("<|endoftext|>"),
+        ],
         "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
         "do_sample": False,
     }
-    for name, content in (("preprocessor_config.json", processor), ("generation_config.json", generation)):
+    for name, content in (
+        ("preprocessor_config.json", processor),
+        ("generation_config.json", generation),
+    ):
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -136,7 +150,9 @@ def choose(rng: np.random.Generator, progress: float) -> Kind:
     raise ValueError(f"no stage covers {progress}")
 
 
-def batches(encoder: Encoder, model: vlm_jax.Model, seed: int, first: int, total: int, rows: int) -> Iterator:
+def batches(
+    encoder: Encoder, model: vlm_jax.Model, seed: int, first: int, total: int, rows: int
+) -> Iterator:
     """Yield the batches of the steps from `first` on, made ahead by a thread; each depends on its step alone."""
     ready: queue.Queue = queue.Queue(maxsize=4)
 
@@ -154,11 +170,16 @@ def batches(encoder: Encoder, model: vlm_jax.Model, seed: int, first: int, total
 def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
     warm, cool = args.warmup, args.steps - args.warmup
     rate = optax.join_schedules(
-        [optax.linear_schedule(0.0, args.rate, warm), optax.cosine_decay_schedule(args.rate, cool, 0.02)], [warm]
+        [
+            optax.linear_schedule(0.0, args.rate, warm),
+            optax.cosine_decay_schedule(args.rate, cool, 0.02),
+        ],
+        [warm],
     )
     decayed = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
     return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=args.decay, mask=decayed)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=args.decay, mask=decayed),
     )
 
 
@@ -207,8 +228,14 @@ def train(args: argparse.Namespace) -> None:
             loss, losses = float(np.mean(jax.device_get(losses))), []
             print(f"step {number}  {time.time() - began:.0f} s  loss {loss:.4f}", flush=True)
         if number % args.probe_every == 0 or number == args.steps:
-            seen = probe.measure(lambda arrays: np.asarray(likeliest(state.trainable, model.batch(**arrays))))
-            print(f"step {number}  " + "  ".join(f"{topic} {value:.3f}" for topic, value in seen.items()), flush=True)
+            seen = probe.measure(
+                lambda arrays: np.asarray(likeliest(state.trainable, model.batch(**arrays)))
+            )
+            print(
+                f"step {number}  "
+                + "  ".join(f"{topic} {value:.3f}" for topic, value in seen.items()),
+                flush=True,
+            )
         if time.time() - saved > args.save_every:
             save_state(checkpoint, state)
             saved = time.time()
@@ -221,9 +248,13 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--work", type=Path, default=Path("outputs/tiny_base"), help="folder of what a resume needs")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/tiny_base"), help="folder of what a resume needs"
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -234,7 +265,9 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--probe-every", type=int, default=250)
     parser.add_argument("--save-every", type=float, default=180, help="seconds between checkpoints")
-    parser.add_argument("--minutes", type=float, default=0, help="stop after so long, finished or not; 0: never")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="stop after so long, finished or not; 0: never"
+    )
     train(parser.parse_args())
 
 

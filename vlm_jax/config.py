@@ -77,16 +77,18 @@ def get_config() -> ConfigDict:
     t.seed = 42  # of LoRA's A, dropout and the order of the data
 
     d = c.data = ConfigDict()
-    d.train_file = placeholder(str)  # .json, .jsonl, or a dataset saved by datasets; required
+    d.train_file = placeholder(str)  # .json, .jsonl, .parquet, a saved or hub data set; required
     d.eval_file = placeholder(str)
     d.image_folder = placeholder(str)  # where relative image paths start; None: at the data file
     d.max_seq_length = 2048  # tokens a row; a longer example is dropped and counted, never cut
-    d.image_resolution = 0  # largest image side in pixels: max_pixels = its square; 0: not set
-    d.min_pixels = placeholder(int)  # dynamic resolution; None: the checkpoint's own setting
+    d.train_split = placeholder(str)  # of a data set that has several; None: "train"
+    d.eval_split = placeholder(str)  # the same of data.eval_file
+    d.image_resolution = 0  # side of the square that every image becomes; 0: dynamic resolution
+    d.min_pixels = placeholder(int)  # of dynamic resolution; None: the checkpoint's own setting
     d.max_pixels = placeholder(int)
     d.max_shapes = 4  # how many (tokens, patches) shapes rows are padded to
     d.shuffle = True  # a new order each epoch, of training.seed
-    d.train_on = "answers"  # which tokens carry loss: answers (all of them), last, all
+    d.train_on = "all"  # assistant turns that carry loss: all (or "answers"), or the last one
     d.on_bad_example = "raise"  # an unreadable example: raise, or skip (counted and reported)
 
     e = c.evaluation = ConfigDict()
@@ -94,6 +96,12 @@ def get_config() -> ConfigDict:
     e.max_examples = 500  # of data.eval_file, the first ones, while training; 0: all
     e.max_new_tokens = 16
     e.batch_size = 16  # prompts that generate together
+
+    m = c.mesh = ConfigDict()  # the devices of a run; the three sizes multiply to their number
+    m.devices = 0  # how many take part, the first ones; 0: all
+    m.data = -1  # copies of the model that share the rows; -1: what is left
+    m.fsdp = 1  # devices that share one copy's parameters, and rows too
+    m.tensor = 1  # devices that share each layer's matrices
 
     return c.lock()
 
@@ -141,7 +149,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "training.optim": ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"),
     "training.save_strategy": ("no", "steps", "epoch"),
     "training.eval_strategy": ("no", "steps", "epoch"),
-    "data.train_on": ("answers", "last", "all"),
+    "data.train_on": ("all", "answers", "last"),
     "data.on_bad_example": ("raise", "skip"),
 }
 REPORTERS = ("tensorboard", "wandb", "trackio", "none")
@@ -164,6 +172,8 @@ RANGES: list[tuple[str, float, float]] = [
     (r"data\.image_resolution", 0, 1e6),
     (r"evaluation\.(max_new_tokens|batch_size)", 1, 1e9),
     (r"evaluation\.max_examples", 0, 1e12),
+    (r"mesh\.devices", 0, 1e6),
+    (r"mesh\.(data|fsdp|tensor)", -1, 1e6),
 ]
 
 # The YAML parser reads these words as None, and people mean the string.
@@ -281,9 +291,10 @@ def check(config: ConfigDict) -> None:
     both = flat["data.min_pixels"], flat["data.max_pixels"]
     if None not in both and both[0] > both[1]:
         raise UserError(f"data.min_pixels {both[0]} is above data.max_pixels {both[1]}.")
-    if flat["data.image_resolution"] and flat["data.max_pixels"] is not None:
+    if flat["data.image_resolution"] and both != (None, None):
         raise UserError(
-            "data.image_resolution and data.max_pixels both bound the size of images: set one."
+            "data.image_resolution makes every image one square, which leaves nothing to "
+            "data.min_pixels and data.max_pixels: set one or the other."
         )
 
 

@@ -104,7 +104,9 @@ def _generate(
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
         for end in eos:
             done = done | (token == end)
-        hidden, cache = module.apply(variables, token[:, None], position, one, cache, method="decode")
+        hidden, cache = module.apply(
+            variables, token[:, None], position, one, cache, method="decode"
+        )
         logits = module.apply(variables, hidden[:, 0], method="logits")
         return step + 1, out, done, logits, position + 1, cache, key
 

@@ -1,18 +1,17 @@
 """LoRA on a parameter tree: which layers, fresh matrices, merging."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.names import module_name, stacked_layers
 from vlm_jax.model import LoRA, Model
+from vlm_jax.names import module_name, stacked_layers
 from vlm_jax.trees import flatten, unflatten
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -80,7 +79,9 @@ def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> list[str]:
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"The LoRA target {pattern!r} is no regular expression: {error}.") from error
+        raise UserError(
+            f"The LoRA target {pattern!r} is no regular expression: {error}."
+        ) from error
     chosen = []
     for path in kernels:
         hits = [bool(regex.fullmatch(name)) for name in _layer_names(model, path)]
@@ -176,5 +177,7 @@ def merge(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
         update = jnp.matmul(
             a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
-        merged[f"{base}/kernel"] = (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
+        merged[f"{base}/kernel"] = (kernel.astype(jnp.float32) + scale * update).astype(
+            kernel.dtype
+        )
     return unflatten(merged)

@@ -34,12 +34,16 @@ class Probe:
         for index in range(questions):
             scene = draw_scene(rng, 64, 64, 1 + index % 4)
             turn = conversation(rng, scene, 1, 0.0)[0]
-            asked.append((scene.image, turn, ("any question", f"any question, answer {turn[1].split()[0]}")))
+            asked.append(
+                (scene.image, turn, ("any question", f"any question, answer {turn[1].split()[0]}"))
+            )
         self.topics = [topics for _, _, topics in asked]
         self.batches = []
         for start in range(0, len(asked), rows):
             part = asked[start : start + rows]
-            self.batches.append(encoder.encode([image for image, _, _ in part], [[turn] for _, turn, _ in part], 80))
+            self.batches.append(
+                encoder.encode([image for image, _, _ in part], [[turn] for _, turn, _ in part], 80)
+            )
 
     def measure(self, predict: Callable[[dict[str, np.ndarray]], np.ndarray]) -> dict[str, float]:
         """Return the share of exact answers by topic.

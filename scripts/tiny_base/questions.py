@@ -41,7 +41,9 @@ def plural(kind: str) -> str:
 
 
 def at(place: str) -> str:
-    return {"middle": "in the middle", "left": "on the left", "right": "on the right"}.get(place, f"at the {place}")
+    return {"middle": "in the middle", "left": "on the left", "right": "on the right"}.get(
+        place, f"at the {place}"
+    )
 
 
 def name(shape: Shape) -> str:
@@ -59,7 +61,13 @@ def absent(rng: np.random.Generator, words, present) -> str:
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> Turn:
-    ask = pick(rng, "Describe the picture.", "What do you see?", "Describe this image briefly.", "Write a caption.")
+    ask = pick(
+        rng,
+        "Describe the picture.",
+        "What do you see?",
+        "Describe this image briefly.",
+        "Write a caption.",
+    )
     said = [f"{a(name(shape))} {at(shape.place)}" for shape in scene.shapes]
     text = said[0] if len(said) == 1 else ", ".join(said[:-1]) + " and " + said[-1]
     return ask, text[0].upper() + text[1:] + "."
@@ -67,7 +75,12 @@ def describe(rng: np.random.Generator, scene: Scene) -> Turn:
 
 def ask_color(rng: np.random.Generator, scene: Scene) -> Turn | None:
     if len(scene.shapes) == 1 and rng.random() < 0.5:
-        ask = pick(rng, "Which color do you see?", "Name the color of the shape.", "What color was used here?")
+        ask = pick(
+            rng,
+            "Which color do you see?",
+            "Name the color of the shape.",
+            "What color was used here?",
+        )
         return ask, f"It is {scene.shapes[0].color}."
     if not (known := only(scene, lambda shape: shape.kind)):
         return None
@@ -84,7 +97,13 @@ def ask_color(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 def ask_kind(rng: np.random.Generator, scene: Scene) -> Turn | None:
     if len(scene.shapes) == 1 and rng.random() < 0.5:
-        ask = pick(rng, "Which shape do you see?", "Name the shape.", "What kind of shape is this?", "What was drawn?")
+        ask = pick(
+            rng,
+            "Which shape do you see?",
+            "Name the shape.",
+            "What kind of shape is this?",
+            "What was drawn?",
+        )
         return ask, f"It is {a(scene.shapes[0].kind)}."
     if not (known := only(scene, lambda shape: shape.color)):
         return None
@@ -104,7 +123,12 @@ def ask_place(rng: np.random.Generator, scene: Scene) -> Turn | None:
         if not (known := only(scene, name)):
             return None
         shape = pick(rng, *known)
-        ask = pick(rng, "Where is the {}?", "In which part of the picture is the {}?", "Where do you find the {}?")
+        ask = pick(
+            rng,
+            "Where is the {}?",
+            "In which part of the picture is the {}?",
+            "Where do you find the {}?",
+        )
         return ask.format(name(shape)), f"It is {at(shape.place)}."
     if not (known := only(scene, lambda shape: shape.place)):
         return None
@@ -114,7 +138,9 @@ def ask_place(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 
 def ask_count(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    what = pick(rng, "shape", pick(rng, *scene.shapes).color + " shape", pick(rng, *scene.shapes).kind)
+    what = pick(
+        rng, "shape", pick(rng, *scene.shapes).color + " shape", pick(rng, *scene.shapes).kind
+    )
     if rng.random() < 0.1:
         what = pick(rng, *KINDS)
     count = sum(matches(shape, what) for shape in scene.shapes)
@@ -134,7 +160,9 @@ def something(rng: np.random.Generator, scene: Scene) -> tuple[str, list[Shape]]
     shape = pick(rng, *scene.shapes)
     about, there = pick(rng, "color", "kind", "both"), rng.random() < 0.5
     if about == "color":
-        what = (shape.color if there else absent(rng, COLORS, (s.color for s in scene.shapes))) + " shape"
+        what = (
+            shape.color if there else absent(rng, COLORS, (s.color for s in scene.shapes))
+        ) + " shape"
     elif about == "kind":
         what = shape.kind if there else absent(rng, KINDS, (s.kind for s in scene.shapes))
     elif there:
@@ -158,7 +186,9 @@ def ask_whether(rng: np.random.Generator, scene: Scene) -> Turn | None:
         "Is {} to be seen in the image?",
         "Would you say that {} is present?",
     )
-    return ask.format(a(what)), f"Yes, there is {a(name(found[0]))}." if found else f"No, there is no {what}."
+    return ask.format(
+        a(what)
+    ), f"Yes, there is {a(name(found[0]))}." if found else f"No, there is no {what}."
 
 
 def ask_whether_not(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -173,7 +203,9 @@ def ask_whether_not(rng: np.random.Generator, scene: Scene) -> Turn | None:
         "Is it right that there is not any {}?",
         "Is no {} to be seen?",
     )
-    return ask.format(what), f"No, there is {a(name(found[0]))}." if found else f"Yes, there is no {what}."
+    return ask.format(
+        what
+    ), f"No, there is {a(name(found[0]))}." if found else f"Yes, there is no {what}."
 
 
 def ask_compare(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -186,7 +218,10 @@ def ask_compare(rng: np.random.Generator, scene: Scene) -> Turn | None:
             return None  # too close to call
         sign, word = pick(rng, (1, "larger"), (-1, "smaller"))
         answer = first if sign * first.area > sign * second.area else second
-        return f"Which is {word}, the {name(first)} or the {name(second)}?", f"The {name(answer)} is {word}."
+        return (
+            f"Which is {word}, the {name(first)} or the {name(second)}?",
+            f"The {name(answer)} is {word}.",
+        )
     if abs(first.x - second.x) < 6:
         return None
     side = pick(rng, "left", "right")

@@ -1,4 +1,4 @@
-"""Makes training batches: the arrays a Hugging Face processor returns for scenes and talk about them, with labels."""
+"""Makes training batches: scenes and talk about them as a Hugging Face processor's arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import Qwen2VLImageProcessorPil
 
-from .questions import Turn, conversation
+from .questions import Turn, conversation, describe
 from .scenes import draw_scene
 
 SYSTEM = "You are a helpful assistant."
@@ -21,17 +21,19 @@ class Kind:
 
     sizes: tuple[tuple[int, int], ...]  # width and height, one of them per batch
     shapes: int  # at most this many in a scene
-    turns: int  # at most this many about a scene
+    turns: int  # at most this many about a scene; 0: no chat, only the picture and its caption
     length: int  # tokens a row; turns that do not fit are left out
-    caption: float  # how often the first turn is a caption
+    rows: int  # a batch
+    caption: float = 0.8  # how often the first turn is a caption
 
 
 class Encoder:
-    """Encodes conversations as the chat template renders them, a token id at a time known to be question or answer."""
+    """Encodes conversations as the chat template renders them, and knows which tokens are answers."""
 
     def __init__(self, tokenizer: Tokenizer, processor: Qwen2VLImageProcessorPil):
         self.tokenizer, self.processor = tokenizer, processor
-        self.pad, self.image = tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|image_pad|>")
+        self.pad = tokenizer.token_to_id("<|endoftext|>")
+        self.image = tokenizer.token_to_id("<|image_pad|>")
         self.memory: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -39,45 +41,66 @@ class Encoder:
             self.memory[text] = self.tokenizer.encode(text).ids
         return self.memory[text]
 
+    def picture(self, tokens: int) -> list[int]:
+        placeholders = [self.image] * tokens
+        return [*self.ids("<|vision_start|>"), *placeholders, *self.ids("<|vision_end|>")]
+
+    def pair(self, caption: str, image_tokens: int) -> tuple[list[int], list[int]]:
+        """Return input ids and labels of a picture followed by its caption, without any chat."""
+        shown, said = self.picture(image_tokens), [*self.ids(caption), *self.ids("<|endoftext|>")]
+        return [*shown, *said], [IGNORED] * len(shown) + said
+
     def row(self, turns: list[Turn], image_tokens: int, length: int) -> tuple[list[int], list[int]]:
         """Return input ids and labels of as many turns as fit, at least the first."""
         ids = self.ids(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n")
         labels = [IGNORED] * len(ids)
         for index, (question, answer) in enumerate(turns):
-            vision = [] if index else [*self.ids("<|vision_start|>"), *[self.image] * image_tokens, *self.ids("<|vision_end|>")]
             asked = [
                 *self.ids("<|im_start|>user\n"),
-                *vision,
+                *([] if index else self.picture(image_tokens)),
                 *self.ids(question),
                 *self.ids("<|im_end|>\n<|im_start|>assistant\n"),
             ]
             said = [*self.ids(answer), *self.ids("<|im_end|>")]
             end = self.ids("\n")
-            if len(ids) + len(asked) + len(said) + len(end) > length:
-                if index == 0:
-                    raise ValueError(f"the first turn does not fit into {length} tokens: {question!r} {answer!r}")
+            if index and len(ids) + len(asked) + len(said) + len(end) > length:
                 break
             ids = [*ids, *asked, *said, *end]
             labels = [*labels, *[IGNORED] * len(asked), *said, *[IGNORED] * len(end)]
         return ids, labels
 
-    def batch(self, rng: np.random.Generator, kind: Kind, rows: int) -> dict[str, np.ndarray]:
+    def batch(self, rng: np.random.Generator, kind: Kind) -> dict[str, np.ndarray]:
+        """Return the arrays of one batch; equal generators give equal batches."""
         width, height = kind.sizes[rng.integers(len(kind.sizes))]
-        scenes = [draw_scene(rng, width, height, int(rng.integers(1, kind.shapes + 1))) for _ in range(rows)]
+        counts = rng.integers(1, kind.shapes + 1, kind.rows)
+        scenes = [draw_scene(rng, width, height, int(count)) for count in counts]
+        images = [scene.image for scene in scenes]
+        if kind.turns == 0:
+            return self.encode(images, [describe(rng, scene)[1] for scene in scenes], kind.length)
         talks = [conversation(rng, scene, kind.turns, kind.caption) for scene in scenes]
-        arrays = self.encode([scene.image for scene in scenes], talks, kind.length)
-        return arrays
+        return self.encode(images, talks, kind.length)
 
-    def encode(self, images: list, talks: list[list[Turn]], length: int) -> dict[str, np.ndarray]:
-        """Return input_ids, attention_mask and labels [rows, length] beside the images' patches and grids."""
+    def encode(
+        self, images: list, texts: list[list[Turn]] | list[str], length: int
+    ) -> dict[str, np.ndarray]:
+        """Return input_ids, attention_mask and labels [rows, length], patches and grids.
+
+        texts: of each image, its caption or the turns of a conversation about it.
+        """
         vision = self.processor(images=images, return_tensors="np")
         tokens = vision["image_grid_thw"].prod(-1) // self.processor.merge_size**2
-        ids = np.full((len(talks), length), self.pad, np.int32)
-        labels = np.full((len(talks), length), IGNORED, np.int32)
-        mask = np.zeros((len(talks), length), np.int32)
-        for index, (turns, image_tokens) in enumerate(zip(talks, tokens, strict=True)):
-            row, row_labels = self.row(turns, int(image_tokens), length)
-            ids[index, : len(row)], labels[index, : len(row)], mask[index, : len(row)] = row, row_labels, 1
+        ids = np.full((len(texts), length), self.pad, np.int32)
+        labels = np.full((len(texts), length), IGNORED, np.int32)
+        mask = np.zeros((len(texts), length), np.int32)
+        for index, (text, count) in enumerate(zip(texts, tokens, strict=True)):
+            if isinstance(text, str):
+                row, row_labels = self.pair(text, int(count))
+            else:
+                row, row_labels = self.row(text, int(count), length)
+            if len(row) > length:
+                raise ValueError(f"{text!r} takes {len(row)} tokens, more than {length}")
+            here = slice(len(row))
+            ids[index, here], labels[index, here], mask[index, here] = row, row_labels, 1
         return {
             "input_ids": ids,
             "attention_mask": mask,

@@ -114,7 +114,9 @@ def draw_background(rng: np.random.Generator, width: int, height: int) -> np.nda
     return (first + slope[..., None] * (second - first)).astype(np.uint8)
 
 
-def place_shape(rng: np.random.Generator, background: np.ndarray, others: list[Shape]) -> Shape | None:
+def place_shape(
+    rng: np.random.Generator, background: np.ndarray, others: list[Shape]
+) -> Shape | None:
     """Return a shape that touches no other and stands out, or None after too many tries."""
     height, width = background.shape[:2]
     largest = min(width, height) * (0.55 if not others else 0.4)
@@ -131,14 +133,17 @@ def place_shape(rng: np.random.Generator, background: np.ndarray, others: list[S
         x = rng.uniform(wide / 2, width - wide / 2)
         y = rng.uniform(tall / 2, height - tall / 2)
         if any(
-            abs(x - other.x) < (wide + other.width) / 2 + GAP and abs(y - other.y) < (tall + other.height) / 2 + GAP
+            abs(x - other.x) < (wide + other.width) / 2 + GAP
+            and abs(y - other.y) < (tall + other.height) / 2 + GAP
             for other in others
         ):
             continue
         color = list(COLORS)[rng.integers(len(COLORS))]
         rgb = draw_color(rng, color)
         left, top = int(x - wide / 2), int(y - tall / 2)
-        behind = background[top : int(y + tall / 2) + 1, left : int(x + wide / 2) + 1].reshape(-1, 3)
+        behind = background[top : int(y + tall / 2) + 1, left : int(x + wide / 2) + 1].reshape(
+            -1, 3
+        )
         if np.abs(behind.astype(int) - rgb).sum(-1).min() < CONTRAST:
             continue
         row, column = min(2, int(3 * y / height)), min(2, int(3 * x / width))
@@ -156,7 +161,11 @@ def draw_color(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
 
 
 def draw_shape(
-    rng: np.random.Generator, pen: ImageDraw.ImageDraw, shape: Shape, scale: int, canvas: Image.Image
+    rng: np.random.Generator,
+    pen: ImageDraw.ImageDraw,
+    shape: Shape,
+    scale: int,
+    canvas: Image.Image,
 ) -> None:
     x, y = shape.x * scale, shape.y * scale
     half_width, half_height = shape.width * scale / 2, shape.height * scale / 2
@@ -172,7 +181,9 @@ def draw_shape(
         turn = 0.0
         if shape.kind in ("triangle", "star") and rng.random() < 0.4:
             turn = rng.uniform(0, 2 * math.pi)
-        corners = outline(shape.kind) @ np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+        corners = outline(shape.kind) @ np.array(
+            [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
+        )
         pen.polygon([(x + u * half_width, y + v * half_height) for u, v in corners], fill=shape.rgb)
 
 

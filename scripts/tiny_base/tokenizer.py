@@ -25,9 +25,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 # Qwen2's split of text into words: digits one by one, a space belongs to the word after it.
-WORD = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 VOCABULARY = 1280
 BOILERPLATE = "system\nYou are a helpful assistant.\nuser\nassistant\n"
 # Words of plain English, so that text other than the scenes' is not spelled letter by letter.

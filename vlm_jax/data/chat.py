@@ -4,7 +4,6 @@ The template is rendered once as it is; which characters the assistant writes co
 turns (never from searching token ids), and the tokenizer's offsets carry it over to tokens.
 """
 
-import json
 import re
 import threading
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.tokenizer import find_template, load_tokenizer, rename_tokens
 from vlm_jax.errors import UserError
 
 Span = tuple[int, int]
@@ -152,9 +152,8 @@ class Chat:
             raise UserError(
                 f"The chat template of '{self.directory}' renders message {i} (assistant) in a way "
                 f"that does not begin with the prompt that asks for it, so its answer cannot be "
-                f"told from its prompt. Add {{% generation %}} marks to chat_template.jinja"
-                f"{', train on the last answer only (train_on=last),' if i + 1 < len(messages) else ''}"
-                f" or, where the conversation begins with an assistant, remove that turn."
+                f"told from its prompt. Add {{% generation %}} marks to chat_template.jinja or, "
+                f"where the conversation begins with an assistant, remove that turn."
             )
         return len(before), len(after)
 
@@ -242,85 +241,3 @@ def apply_edits(
         return place + int(shift[np.searchsorted(ends, place, side="right")])
 
     return "".join(pieces) + text[done:], [(move(a), move(b)) for a, b in spans]
-
-
-def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
-    """Return a copy of a `tokenizers.Tokenizer` in which some tokens have other names.
-
-    The ids stay; the old names are plain text to the copy. Offsets are not trimmed of spaces, and
-    nothing is truncated or padded.
-    """
-    from tokenizers import Tokenizer
-
-    raw = json.loads(tokenizer.to_str())
-    for token in raw["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    vocabulary = raw["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        raw["model"]["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
-    else:  # Unigram: [piece, score] pairs
-        raw["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
-    raw["truncation"] = raw["padding"] = None
-    _untrim(raw["post_processor"])
-    return Tokenizer.from_str(json.dumps(raw))
-
-
-def _untrim(node: Any) -> None:
-    """A token of spaces alone would otherwise have an empty span, and so no weight."""
-    if isinstance(node, dict):
-        if "trim_offsets" in node:
-            node["trim_offsets"] = False
-        for value in node.values():
-            _untrim(value)
-    elif isinstance(node, list):
-        for value in node:
-            _untrim(value)
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """Return the checkpoint's fast tokenizer; raise `UserError` where there is none."""
-    from transformers import AutoTokenizer
-
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any(Path(directory, name).is_file() for name in files):
-        raise UserError(
-            f"'{directory}' has no tokenizer (none of {', '.join(files)}). Copy the tokenizer files "
-            f"of the checkpoint there: text cannot be encoded without them."
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"The tokenizer in '{directory}' cannot be loaded: {error}") from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"The tokenizer in '{directory}' has no fast form (tokenizer.json), which is needed to "
-            f"tell answers from prompts. Load it with transformers where sentencepiece is installed "
-            f"and save it again."
-        )
-    return tokenizer
-
-
-def find_template(directory: str | Path, tokenizer: Any) -> str:
-    """Return the chat template: chat_template.jinja, then chat_template.json, then the
-    tokenizer's own (tokenizer_config.json), which is the order of transformers' processors."""
-    path = Path(directory, "chat_template.jinja")
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    path = Path(directory, "chat_template.json")
-    if path.is_file():
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(
-                f"'{path}' is not JSON with the key 'chat_template': {error}."
-            ) from error
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise UserError(
-            f"'{directory}' has no chat template (chat_template.jinja, chat_template.json, or "
-            f"chat_template in tokenizer_config.json). A base model has none: take the one of its "
-            f"instruction-tuned sister and put it there as chat_template.jinja."
-        )
-    return template

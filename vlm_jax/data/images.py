@@ -89,22 +89,28 @@ def read_image(source: Any, folder: str | Path | None = None) -> np.ndarray:
     """
     image = open_image(source, folder)
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise UserError("a floating-point image has no agreed range: save it as 8-bit RGB.")
-        if image.mode.startswith("I"):
-            high = np.asarray(image).astype(np.int64) >> 8
-            return np.repeat(np.clip(high, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return np.array(image.convert("RGB"))
+        return _to_rgb(ImageOps.exif_transpose(image))
     except DAMAGED as error:
         name = f"'{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else "it"
         raise UserError(
             f"{name} is damaged or truncated and cannot be decoded ({_first_line(error)})."
         ) from error
+    finally:
+        if not isinstance(source, Image.Image):
+            image.close()
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise UserError("a floating-point image has no agreed range: save it as 8-bit RGB.")
+    if image.mode.startswith("I"):
+        high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        return np.repeat(high[:, :, None], 3, axis=2)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))
 
 
 def image_size(source: Any, folder: str | Path | None = None) -> tuple[int, int]:

@@ -22,6 +22,10 @@ Grid = tuple[int, int, int] | None
 class ImageProcessor(Protocol):
     """What the rest of the package needs of a processor."""
 
+    @property
+    def largest(self) -> int | None:
+        """The most patches an image may have; None where all have one size."""
+
     def grid(self, height: int, width: int) -> Grid:
         """Return (frames, height, width) in patches of an image of this size; None if fixed."""
 
@@ -122,6 +126,10 @@ class Patches:
             low = high = square * square
         return cls(raw, int(low), int(high), square, value_table(raw))
 
+    @property
+    def largest(self) -> int | None:
+        return self.max_pixels // self.raw["patch_size"] ** 2
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         if self.square is not None:
             return self.square, self.square
@@ -207,6 +215,10 @@ class Fixed:
         """(height, width) that every image becomes."""
         target = self.raw["crop_size"] if self.raw["do_center_crop"] else self.raw["size"]
         return target["height"], target["width"]
+
+    @property
+    def largest(self) -> int | None:
+        return None
 
     def grid(self, height: int, width: int) -> Grid:
         return None

@@ -1,32 +1,12 @@
-"""Where records come from, and the one form they all take.
+"""Where records come from: files, data sets, rows in memory."""
 
-A canonical record is
-    {"id": str, "index": int, "folder": str | None,
-     "messages": [{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}],
-     "images": [path, bytes, PIL image, ...: one for each image part, in order]}
-"""
-
-import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.data.records import canonical
 from vlm_jax.errors import UserError, nearest
-
-Record = dict[str, Any]
-MARKER = "<image>"
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
 
 
 class Records(Sequence):
@@ -107,7 +87,7 @@ def _read_json(path: Path) -> list[Any]:
         ) from error
     if not isinstance(rows, list):
         raise UserError(
-            f"The data file '{path}' holds a JSON {type(rows).__name__}; expected a list of records."
+            f"The data file '{path}' holds a JSON {type(rows).__name__}; expected a list."
         )
     return rows
 
@@ -217,157 +197,3 @@ def _encoded_images(rows: Any) -> Any:
             kind = type(feature) if not isinstance(feature, Sequence) else Sequence
             rows = rows.cast_column(column, kind(Image(decode=False)))
     return rows
-
-
-# One record
-
-
-def canonical(
-    row: Any, index: int = 0, folder: str | None = None, name: str = "the record"
-) -> Record:
-    """Return the canonical record of a raw row, or the row itself where it already is one.
-
-    A row has `conversations` (LLaVA, ShareGPT: from/value) or `messages` (role/content) and, for
-    pictures, `image` or `images`: one or a list. In `conversations`, and in `messages` whose
-    content is a plain string, "<image>" outside the assistant's turns is an image's place and the
-    white space around it is dropped; images that no marker or part names come first in the first
-    user turn. Content given as parts is taken as it is, and "<image>" in its texts is text.
-    Raises `UserError` naming the record.
-    """
-    if isinstance(row, Mapping) and {"messages", "images", "index", "folder"} <= row.keys():
-        return dict(row)
-    where = f"Record {index} of '{name}'"
-    if not isinstance(row, Mapping):
-        raise UserError(f"{where} is {type(row).__name__}, not a JSON object.")
-    if row.get("id") is not None:
-        where += f" (id {row['id']!r})"
-    for key, turns_of in FORMATS.items():
-        if row.get(key) is not None:
-            turns = turns_of(row[key], where)
-            break
-    else:
-        raise UserError(
-            f"{where} has the keys {sorted(map(str, row))}; expected one of {', '.join(FORMATS)}, "
-            f"as in LLaVA's JSON or in chat messages."
-        )
-    given = [row[key] for key in ("images", "image") if row.get(key) is not None]
-    if row.get("videos") or row.get("video"):
-        raise UserError(f"{where} has a video; only images can be trained on for now.")
-    images = list(given[0]) if given and isinstance(given[0], list | tuple) else given[:1]
-    messages, images = _place_images(turns, images, where)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where} has no assistant turn: there is nothing to learn from it.")
-    record_id = row.get("id")
-    return {
-        "id": str(index if record_id is None else record_id),
-        "index": index,
-        "folder": folder,
-        "messages": messages,
-        "images": images,
-    }
-
-
-def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{where} holds no list of turns: {value!r:.80}.")
-    turns = []
-    for number, turn in enumerate(value):
-        if not isinstance(turn, Mapping) or role_key not in turn or turn.get(text_key) is None:
-            raise UserError(
-                f"{where}: turn {number} is {turn!r:.80}; expected an object with '{role_key}' and "
-                f"'{text_key}'."
-            )
-        role = ROLES.get(str(turn[role_key]).lower())
-        if role is None:
-            raise UserError(
-                f"{where}: turn {number} has the role {turn[role_key]!r}"
-                f"{nearest(turn[role_key], ROLES)}; expected one of {', '.join(ROLES)}."
-            )
-        turns.append({"role": role, "content": turn[text_key]})
-    return turns
-
-
-# A row's key -> how its turns are read.
-FORMATS: dict[str, Callable[[Any, str], list[dict[str, Any]]]] = {
-    "messages": functools.partial(_turns, role_key="role", text_key="content"),
-    "conversations": functools.partial(_turns, role_key="from", text_key="value"),
-}
-
-
-def _place_images(
-    turns: list[dict[str, Any]], images: list[Any], where: str
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Return messages whose content is parts, and the image of each image part."""
-    messages: list[dict[str, Any]] = []
-    named: list[Any] = []  # a part's own image, or None where it takes the next of the record's
-    marked = bool(images)
-    for turn in turns:
-        content = turn["content"]
-        if isinstance(content, str):
-            split = marked and turn["role"] != "assistant"
-            parts = _split_markers(content) if split else [{"type": "text", "text": content}]
-        elif isinstance(content, list | tuple):
-            parts = list(content)
-        else:
-            raise UserError(
-                f"{where} has content that is neither text nor a list: {content!r:.80}."
-            )
-        clean = []
-        for part in parts:
-            kind, value = _part(part, where)
-            if kind == "image":
-                named.append(value)
-                clean.append({"type": "image"})
-            else:
-                clean.append({"type": "text", "text": value})
-        messages.append({"role": turn["role"], "content": clean})
-    wanted = sum(value is None for value in named)
-    if wanted == 0 and images:
-        first = next((m for m in messages if m["role"] == "user"), None)
-        if first is None:
-            raise UserError(f"{where} has images but no user turn to show them in.")
-        if named:
-            raise UserError(
-                f"{where} has {len(images)} images beside its messages, but every image part "
-                f"brings its own. Leave one of the two out."
-            )
-        first["content"][:0] = [{"type": "image"} for _ in images]
-        return messages, images
-    if wanted != len(images):
-        raise UserError(
-            f"{where} has {len(images)} images, but its turns name {wanted} (by '{MARKER}' or image "
-            f"parts). There must be one for each."
-        )
-    rest = iter(images)
-    return messages, [next(rest) if value is None else value for value in named]
-
-
-def _split_markers(text: str) -> list[dict[str, str]]:
-    """Return text and image parts; the line break LLaVA writes beside a marker is no content."""
-    pieces = text.split(MARKER)
-    if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(pieces):
-        if number:
-            parts.append({"type": "image"})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
-    return parts
-
-
-def _part(part: Any, where: str) -> tuple[str, Any]:
-    """Return ("text", the text) or ("image", its own source or None)."""
-    if isinstance(part, str):
-        return "text", part
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return "text", part["text"]
-    if kind in ("image", "image_url"):
-        keys = ("image", "image_url", "url", "path", "base64", "bytes")
-        value = next((part[key] for key in keys if part.get(key) is not None), None)
-        return "image", value.get("url") if isinstance(value, Mapping) and "url" in value else value
-    raise UserError(
-        f"{where} has the content part {part!r:.80}; expected "
-        f"{{'type': 'text', 'text': …}} or {{'type': 'image'}}."
-    )

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
-from vlm_jax.names import Place, current_name, disk_places, to_tree
 from vlm_jax.model import Model, Source, from_config
+from vlm_jax.names import Place, current_name, disk_places, to_tree
 from vlm_jax.trees import flatten, match, unflatten
 
 # What a run needs of a hub repository; never its pickles or other frameworks' weights.
@@ -71,19 +71,21 @@ def tensor_files(directory: Path) -> dict[str, str]:
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     files = [name for name in files if name != "adapter_model.safetensors"]
     if not files:
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)]
+        pickles = [
+            p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)
+        ]
         if pickles:
             raise UserError(
                 f"'{directory}' holds only pickle weights ({', '.join(sorted(pickles)[:3])}), "
                 f"which can run code when opened and are not read. Convert them once where "
-                f"torch is installed: python -c \"from transformers import AutoModelForImageTextTo"
+                f'torch is installed: python -c "from transformers import AutoModelForImageTextTo'
                 f"Text as M; M.from_pretrained('{directory}').save_pretrained('converted')\""
             )
         raise UserError(f"'{directory}' holds no *.safetensors files; a checkpoint needs them.")
     names: dict[str, str] = {}
     for file in files:
         with open_tensors(directory / file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a handle, not a mapping
+            for name in tensors.keys():
                 names[name] = file
     return names
 

@@ -55,9 +55,7 @@ def _targets(model: Model, kernels: list[str], adapted: list[str]) -> dict[str, 
     suffixes = sorted({path.split("/")[-2] for path in adapted})
     exclude = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
     hit = [path for path in kernels if path.split("/")[-2] in suffixes]
-    outside = [
-        path for path in hit if not re.fullmatch(exclude, module_name(model, path, 0))
-    ]
+    outside = [path for path in hit if not re.fullmatch(exclude, module_name(model, path, 0))]
     if hit == adapted:
         return {"target_modules": suffixes, "exclude_modules": None}
     if outside == adapted:
@@ -170,7 +168,7 @@ def load_peft(
     matrices: dict[str, dict[int | None, np.ndarray]] = {}
     fresh: dict[str, np.ndarray] = {}
     with open_tensors(file) as handle:
-        for key in handle.keys():  # noqa: SIM118 - a handle, not a mapping
+        for key in handle.keys():
             tensor = handle.get_tensor(key)
             name = key.removeprefix(PREFIX)
             lora_key = re.fullmatch(r"(.*)\.lora_(A|B)(?:\.default)?\.weight", name)

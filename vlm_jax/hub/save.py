@@ -13,9 +13,9 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.load import open_tensors
-from vlm_jax.names import current_name, disk_places, to_disk
 from vlm_jax.lora import is_lora, merge
 from vlm_jax.model import Model
+from vlm_jax.names import current_name, disk_places, to_disk
 from vlm_jax.trees import flatten
 
 # safetensors' names of dtypes.
@@ -65,7 +65,9 @@ def save_pretrained(
     if source is None:
         names = {name: (name, str(jnp.dtype(dtype or model.dtype))) for name in places}
     else:
-        names = {name: (current_name(model, name), kind) for name, (_, kind) in source.tensors.items()}
+        names = {
+            name: (current_name(model, name), kind) for name, (_, kind) in source.tensors.items()
+        }
 
     def tensor(name: str) -> np.ndarray:
         current, kind = names[name]

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): a CLIP or SigLIP tower, an MLP projector, a decoder.
+"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): a CLIP or SigLIP tower, a projector, a decoder.
 
 Letters: B rows, T tokens, I images a row, S tower tokens an image (patches, with CLIP's class token
 first), P = I x S, C values a patch, E tower width, D model.

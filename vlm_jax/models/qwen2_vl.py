@@ -118,9 +118,9 @@ class TowerMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BPE):
-        hidden = Linear(
-            self.vision.intermediate_size, True, self.dtype, self.lora, name="fc1"
-        )(x_BPE)
+        hidden = Linear(self.vision.intermediate_size, True, self.dtype, self.lora, name="fc1")(
+            x_BPE
+        )
         hidden = ACTIVATIONS[self.vision.activation](hidden)
         return Linear(x_BPE.shape[-1], True, self.dtype, self.lora, name="fc2")(hidden)
 
@@ -149,9 +149,7 @@ class MergerMLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = Linear(x.shape[-1], True, self.dtype, self.lora, name="0")(x)
-        return Linear(self.features, True, self.dtype, self.lora, name="2")(
-            ACTIVATIONS["gelu"](x)
-        )
+        return Linear(self.features, True, self.dtype, self.lora, name="2")(ACTIVATIONS["gelu"](x))
 
 
 class Merger(nn.Module):
@@ -233,7 +231,7 @@ def image_tokens(cfg: Config, grid_thw: tuple[int, int, int] | None) -> int:
 
 
 def _media(cfg: Config, tokens, kind: str, values, grids, token_id: int):
-    """Return (patches [P, C], grids [I, 3], token slots) of one kind, checked against each other."""
+    """Return (patches [P, C], grids [I, 3], token slots) of one kind; raise where they disagree."""
     grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
     grids = grids.reshape(-1, 3)
     values = np.zeros((0, cfg.vision.patch_values), np.float32) if values is None else values

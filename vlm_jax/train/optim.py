@@ -96,11 +96,12 @@ def learning_rate(settings: OptimizerSettings) -> Callable[[Any], jax.Array]:
 
     def schedule(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        progress = (step - warmup) / max(1, total - warmup)
+        left = (total - step) / max(1, total - warmup)  # share of the way down, 1 after warm-up
         if kind == "linear":
-            factor = jnp.maximum(0.0, 1.0 - progress)
+            factor = jnp.maximum(0.0, left)
         elif kind == "cosine":
-            factor = jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
+            # (1 + cos(pi p)) / 2, written so that float32 keeps its digits near the end.
+            factor = jnp.sin(jnp.pi / 2 * left) ** 2
         else:
             factor = jnp.ones_like(step)
         rising = step / max(1, warmup)
@@ -183,6 +184,6 @@ def optimizer(
     transforms = {g: adamw(settings, parse_group(g)[1], decay_mask) for g in groups.values()}
     labels = map_leaves(lambda path, _: groups[path], trainable)
     groups_tx = optax.multi_transform(transforms, labels)
-    if settings.max_grad_norm <= 0:
-        return groups_tx
-    return optax.chain(clip_by_global_norm(settings.max_grad_norm), groups_tx)
+    # Without a limit it is infinite: the state keeps one structure whatever the settings.
+    limit = settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf
+    return optax.chain(clip_by_global_norm(limit), groups_tx)

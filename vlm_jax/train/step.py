@@ -10,8 +10,8 @@ import optax
 
 from vlm_jax.batch import Batch
 from vlm_jax.model import Model
-from vlm_jax.trees import flatten
 from vlm_jax.train.losses import loss
+from vlm_jax.trees import flatten
 
 
 @jax.tree_util.register_dataclass
@@ -87,12 +87,12 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         metrics = {"loss": loss_sum * scale, "tokens": tokens}
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         parts: dict[str, dict[str, Any]] = {}
         for path, leaf in flatten(grads).items():
             parts.setdefault(model.component(path), {})[path] = leaf
         for component, leaves in parts.items():
-            metrics[f"grad_norm/{component}"] = optax.global_norm(leaves)
+            metrics[f"grad_norm/{component}"] = optax.tree.norm(leaves)
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
 

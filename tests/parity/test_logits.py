@@ -1,0 +1,162 @@
+"""Logits, greedy tokens and the round trip of every family against transformers, float32."""
+
+import numpy as np
+import pytest
+import torch
+from references import (
+    LAYOUTS,
+    llava,
+    llava_inputs,
+    our_logits,
+    quiet,
+    qwen2_vl,
+    qwen2_vl_inputs,
+    tensors,
+)
+from safetensors.numpy import load_file
+
+import vlm_jax
+
+TOLERANCE = 1e-4
+
+
+def check(reference, model, params, inputs, **reference_only):
+    with torch.no_grad(), quiet():
+        expected = reference(**tensors(inputs), **tensors(reference_only)).logits.numpy()
+    real = inputs["attention_mask"] == 1
+    assert expected[real].std() > 0.5, "the reference's logits are too flat to compare"
+    logits = our_logits(model, params, inputs)
+    np.testing.assert_allclose(logits[real], expected[real], atol=TOLERANCE, rtol=0)
+
+
+def check_generation(reference, model, params, inputs, new_tokens=12):
+    """Compare greedy ids up to where the reference's best two logits are within 1e-3."""
+    with torch.no_grad(), quiet():
+        out = reference.generate(
+            **tensors(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=11,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    start = inputs["input_ids"].shape[1]
+    expected = out.sequences[:, start:].numpy()
+    best = torch.stack(out.logits, 1).topk(2).values
+    clear = (best[..., 0] - best[..., 1] > 1e-3).numpy().cumprod(axis=1).astype(bool)
+    ids = vlm_jax.generate(
+        model, params, model.batch(**inputs), new_tokens, eos_token_id=11, pad_token_id=0
+    )
+    assert ids.shape == (len(expected), new_tokens) and ids.dtype == np.int32
+    assert clear.mean() > 0.5
+    ids = ids[:, : expected.shape[1]]
+    np.testing.assert_array_equal(ids[clear], expected[clear])
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("qwen2_vl")
+    return qwen2_vl(directory), *vlm_jax.load(directory)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_qwen2_vl_logits(qwen, layout, left):
+    check(*qwen, qwen2_vl_inputs(layout, left))
+
+
+@pytest.mark.parametrize("layout", ["images of different sizes", "mixed"])
+def test_qwen2_vl_generates_the_same_ids(qwen, layout):
+    check_generation(*qwen, qwen2_vl_inputs(layout, left=True))
+
+
+def test_padding_side_does_not_change_generation(qwen):
+    _, model, params = qwen
+    left, right = (
+        vlm_jax.generate(model, params, model.batch(**qwen2_vl_inputs("mixed", side)), 6)
+        for side in (True, False)
+    )
+    np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("text", "top"),
+    [
+        (dict(tie_word_embeddings=True), dict(tie_word_embeddings=True)),
+        (dict(use_sliding_window=True, sliding_window=5, max_window_layers=1), {}),
+    ],
+    ids=["tied head", "sliding window"],
+)
+def test_qwen2_vl_variants(tmp_path, text, top):
+    reference = qwen2_vl(tmp_path, 1, text=text, **top)
+    check(reference, *vlm_jax.load(tmp_path), qwen2_vl_inputs("mixed"))
+
+
+LLAVAS = {
+    "clip llama default": ("clip", "llama", dict(vision_feature_layer=-2)),
+    "siglip qwen2 full": (
+        "siglip", "qwen2",
+        dict(vision_feature_layer=-1, vision_feature_select_strategy="full"),
+    ),
+    "clip mistral list": (
+        "clip", "mistral",
+        dict(
+            vision_feature_layer=[-2, 1, 0],
+            vision_feature_select_strategy="full",
+            multimodal_projector_bias=False,
+        ),
+    ),
+    "siglip llama list": (
+        "siglip", "llama",
+        dict(vision_feature_layer=[-1, -3], projector_hidden_act="gelu_new"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LLAVAS)
+def test_llava_logits_and_generation(tmp_path, name):
+    tower, text, top = LLAVAS[name]
+    reference = llava(tmp_path, tower, text, **top)
+    model, params = vlm_jax.load(tmp_path)
+    per_image = model.family.image_tokens(model.config)
+    for left in (False, True):
+        inputs = llava_inputs(per_image, left)
+        check(reference, model, params, inputs)
+    check_generation(reference, model, params, inputs)
+
+
+ROPES = {
+    "linear": dict(rope_type="linear", factor=3.0),
+    "dynamic, beyond": dict(rope_type="dynamic", factor=3.0),
+    "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_scaling(tmp_path, name):
+    extra = dict(
+        rope_parameters=dict(rope_theta=1e4, **ROPES[name]),
+        max_position_embeddings=12 if "beyond" in name else 32,
+    )
+    reference = llava(tmp_path, "clip", "llama", extra=extra)
+    model, params = vlm_jax.load(tmp_path)
+    check(reference, model, params, llava_inputs(4))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava clip", "llava siglip"])
+def test_save_is_the_identity_and_loads_in_transformers(tmp_path, family):
+    base, out = tmp_path / "base", tmp_path / "out"
+    if family == "qwen2_vl":
+        reference = qwen2_vl(base)
+    else:
+        reference = llava(base, family.split()[1], "qwen2")
+    model, params = vlm_jax.load(base)
+    vlm_jax.save_pretrained(model, params, out)
+    before, after = (load_file(d / "model.safetensors") for d in (base, out))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+    _, info = type(reference).from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]

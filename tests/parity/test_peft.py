@@ -1,0 +1,268 @@
+"""Adapters in and out of peft, gradients and whole training runs against torch + peft."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from references import llava, llava_inputs, our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors
+
+import vlm_jax
+from vlm_jax.names import current_name, disk_places, to_tree
+from vlm_jax.trees import flatten, unflatten
+
+FAMILIES = ["qwen2_vl", "llava"]
+PROJECTOR = {"qwen2_vl": "merger", "llava": "multi_modal_projector"}
+
+
+def build(family, directory, factor=6.0):
+    """Return (reference, model, params, inputs) of one family."""
+    if family == "qwen2_vl":
+        reference = qwen2_vl(directory, factor=factor)
+        return reference, *vlm_jax.load(directory), qwen2_vl_inputs("mixed")
+    reference = llava(directory, "clip", "llama", factor=factor)
+    model, params = vlm_jax.load(directory)
+    return reference, model, params, llava_inputs(model.family.image_tokens(model.config))
+
+
+def shaken(params, seed=3):
+    """Return the tree with B and the projector away from their start."""
+    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+    flat = flatten(params)
+    for path, leaf in flat.items():
+        if path.endswith("lora_B") or "merger" in path or "projector" in path:
+            flat[path] = leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
+    return unflatten(flat)
+
+
+def assert_equal_logits(reference, model, params, inputs):
+    with torch.no_grad(), quiet():
+        expected = reference.eval()(**tensors(inputs)).logits.numpy()
+    logits = our_logits(model, params, inputs)
+    real = inputs["attention_mask"] == 1
+    np.testing.assert_allclose(logits[real], expected[real], atol=1e-4, rtol=0)
+
+
+TARGETS = {
+    "suffixes": ("q_proj", "v_proj", "down_proj"),
+    "preset": "llama",
+    "all-linear": "all-linear",
+    "head": ("o_proj", "lm_head"),
+    "regex into the tower": r"model\.vis.*\.(fc1|qkv|q_proj)|.*layers.*\.o_proj",
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_adapter_in_peft(tmp_path, family, targets):
+    reference, model, params, inputs = build(family, tmp_path / "base")
+    lora = vlm_jax.LoRA(rank=3, alpha=5, targets=TARGETS[targets], modules_to_save=("projector",))
+    model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    base_logits = our_logits(model, params, inputs)
+    params = shaken(params)
+    assert np.abs(our_logits(model, params, inputs) - base_logits).max() > 0.1
+    vlm_jax.save_peft(model, params, tmp_path / "adapter")
+    with quiet():
+        adapted = PeftModel.from_pretrained(reference, tmp_path / "adapter")
+    found = {n for n, _ in adapted.named_parameters() if "lora_A" in n}
+    ours = sum(
+        leaf.shape[0] if leaf.ndim == 3 else 1
+        for path, leaf in flatten(params).items()
+        if path.endswith("lora_A")
+    )
+    assert len(found) == ours, "peft adapts other modules than we do"
+    assert_equal_logits(adapted, model, params, inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["current", "legacy"])
+def test_peft_adapter_here(tmp_path, family, layout):
+    reference, model, params, inputs = build(family, tmp_path / "base")
+    config = LoraConfig(
+        r=4,
+        lora_alpha=7,
+        use_rslora=True,
+        target_modules=r".*language_model.*(q_proj|down_proj)",
+        modules_to_save=[PROJECTOR[family]],
+    )
+    with quiet():
+        adapted = get_peft_model(reference, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name or "modules_to_save" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        adapted.save_pretrained(tmp_path / "adapter")
+    if layout == "legacy":
+        to_legacy(tmp_path / "adapter" / "adapter_model.safetensors", family)
+    model, params = vlm_jax.load_peft(model, params, tmp_path / "adapter")
+    assert_equal_logits(adapted, model, params, inputs)
+
+
+def to_legacy(file, family):
+    """Rename an adapter's keys to what transformers before 4.52 called the modules."""
+    from safetensors.numpy import load_file, save_file
+
+    renames = {
+        "qwen2_vl": [("model.language_model.", "model."), ("model.visual.", "visual.")],
+        "llava": [
+            ("model.language_model.", "language_model.model."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+        ],
+    }[family]
+    renamed = {}
+    for key, tensor in load_file(file).items():
+        name = key.removeprefix("base_model.model.")
+        for new, old in renames:
+            name = name.replace(new, old) if name.startswith(new) else name
+        renamed[f"base_model.model.{name}"] = tensor
+    save_file(renamed, file, metadata={"format": "pt"})
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    _, model, params, _ = build("qwen2_vl", tmp_path / "qwen")
+    _, other, other_params, _ = build("llava", tmp_path / "llava")
+    other, other_params = vlm_jax.add_lora(
+        other, other_params, vlm_jax.LoRA(2, 2, modules_to_save=("projector",)), jax.random.key(0)
+    )
+    vlm_jax.save_peft(other, other_params, tmp_path / "adapter")
+    with pytest.raises(vlm_jax.UserError, match="no place"):
+        vlm_jax.load_peft(model, params, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_equals_adapted_and_loads_in_transformers(tmp_path, family):
+    reference, model, params, inputs = build(family, tmp_path / "base")
+    lora = vlm_jax.LoRA(rank=3, alpha=5, targets="llama", modules_to_save=("projector",))
+    model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    params = shaken(params)
+    before = jax.tree.map(np.array, params)
+    merged = vlm_jax.merge(model, params)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, params))
+    assert not any("lora" in path for path in flatten(merged))
+    vlm_jax.save_pretrained(model, params, tmp_path / "merged", merge=True)
+    with quiet():
+        loaded, info = type(reference).from_pretrained(
+            tmp_path / "merged", output_loading_info=True
+        )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_equal_logits(loaded, model, params, inputs)
+
+
+def torch_twin(reference, directory):
+    """Return peft's model of our adapter, trainable, dropout off."""
+    with quiet():
+        return PeftModel.from_pretrained(reference, directory, is_trainable=True)
+
+
+def our_tree(model, params, named):
+    """Return {our path: array} of torch tensors named as in a peft model."""
+    shapes = {path: leaf.shape for path, leaf in flatten(params).items() if "lora" not in path}
+    places = disk_places(model, shapes)
+    found = {}
+    for name, tensor in named.items():
+        name = name.removeprefix("base_model.model.").replace(".default", "")
+        name = name.replace(".modules_to_save", "")
+        if ".lora_" in name:
+            module, matrix = name.removesuffix(".weight").rsplit(".", 1)
+            place = places[current_name(model, f"{module}.weight")]
+            path = f"{place.path.rsplit('/', 1)[0]}/{matrix}"
+            value = tensor.T
+        else:
+            place = places[current_name(model, name)]
+            path, value = place.path, to_tree(place.path, tensor)
+        found.setdefault(path, {})[place.layer] = value
+    return {
+        path: layers[None] if None in layers else np.stack([layers[i] for i in sorted(layers)])
+        for path, layers in found.items()
+    }
+
+
+def relative(ours, theirs):
+    """Return |ours - theirs| / |theirs| over all leaves at once."""
+    assert ours.keys() == theirs.keys()
+    difference = sum(float(np.sum((np.asarray(ours[p]) - theirs[p]) ** 2)) for p in ours)
+    return (difference / sum(float(np.sum(theirs[p] ** 2)) for p in ours)) ** 0.5
+
+
+def adapted_pair(family, tmp_path, factor):
+    reference, model, params, inputs = build(family, tmp_path / "base", factor)
+    lora = vlm_jax.LoRA(rank=3, alpha=5, targets="llama", modules_to_save=("projector",))
+    model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    params = shaken(params)
+    vlm_jax.save_peft(model, params, tmp_path / "adapter")
+    labels = np.where(
+        (inputs["attention_mask"] == 1) & (inputs["input_ids"] < 99), inputs["input_ids"], -100
+    )
+    return torch_twin(reference, tmp_path / "adapter"), model, params, inputs, labels
+
+
+def split(model, params):
+    rows = [
+        (r".*/lora_[AB]", "lora"),
+        (rf".*/{model.family.PROJECTOR}/.*", "full"),
+        (".*", "frozen"),
+    ]
+    return rows, *vlm_jax.split(params, rows)
+
+
+def torch_loss(twin, inputs, labels):
+    """The token mean over the whole batch, which is also ours."""
+    return twin(**tensors(inputs), labels=torch.from_numpy(labels)).loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients(tmp_path, family):
+    twin, model, params, inputs, labels = adapted_pair(family, tmp_path, 6.0)
+    with quiet():
+        expected = torch_loss(twin, inputs, labels)
+        expected.backward()
+    theirs = {n: p.grad.numpy() for n, p in twin.named_parameters() if p.requires_grad}
+    _, trainable, frozen = split(model, params)
+    batch = model.batch(**inputs, labels=labels)
+
+    def mean(trainable):
+        total, tokens = vlm_jax.loss(model, trainable, frozen, batch)
+        return total / tokens
+
+    value, grads = jax.value_and_grad(mean)(trainable)
+    assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+    assert relative(flatten(grads), our_tree(model, params, theirs)) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twenty_steps(tmp_path, family):
+    twin, model, params, inputs, labels = adapted_pair(family, tmp_path, 3.0)
+    training = dict(
+        learning_rate=3e-3, weight_decay=0.01, max_grad_norm=0.5, max_steps=20, warmup_steps=4,
+        lr_scheduler_type="cosine",
+    )  # fmt: skip
+    rows, trainable, frozen = split(model, params)
+    tx = vlm_jax.optimizer(trainable, rows, training)
+    step = jax.jit(vlm_jax.make_step(model, tx), donate_argnums=0)
+    state = vlm_jax.init_state(trainable, tx)
+    batch = model.batch(**inputs, labels=labels)
+
+    trained = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
+    plain = [p for n, p in trained if n.endswith("bias") or "ln_q" in n]
+    decayed = [p for n, p in trained if not (n.endswith("bias") or "ln_q" in n)]
+    groups = [dict(params=decayed, weight_decay=0.01), dict(params=plain, weight_decay=0.0)]
+    adam = torch.optim.AdamW(groups, lr=3e-3)
+    from transformers import get_cosine_schedule_with_warmup
+
+    schedule = get_cosine_schedule_with_warmup(adam, 4, 20)
+    for number in range(20):
+        state, metrics = step(state, frozen, batch)
+        with quiet():
+            expected = torch_loss(twin, inputs, labels)
+            expected.backward()
+            torch.nn.utils.clip_grad_norm_([p for _, p in trained], 0.5)
+            adam.step()
+            schedule.step()
+            adam.zero_grad()
+        assert float(metrics["loss"]) == pytest.approx(expected.item(), rel=1e-3), number
+    theirs = our_tree(model, params, {n: p.detach().numpy() for n, p in trained})
+    assert relative(flatten(state.trainable), theirs) < 1e-3
+    # It must have moved for that to mean anything.
+    assert relative(flatten(trainable), theirs) > 1e-2
+    assert isinstance(tx, optax.GradientTransformation)

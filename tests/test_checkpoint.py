@@ -1,0 +1,71 @@
+"""A checkpoint comes back bit for bit, and only into the run that it belongs to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vlm_jax
+from vlm_jax import UserError
+from vlm_jax.train.checkpoint import Checkpoints, base_identity, flat_state
+
+TABLE = [(r"a/.*", "full"), (r".*", "full(0.5)")]
+
+
+def make_state(width=3, seed=0):
+    rng = np.random.default_rng(seed)
+    tree = {
+        "a": {"kernel": jnp.asarray(rng.normal(size=(4, width)), jnp.float32)},
+        "b": {"bias": jnp.asarray(rng.normal(size=(width,)), jnp.float32)},
+    }
+    tx = vlm_jax.optimizer(tree, TABLE, {"max_steps": 10})
+    state = vlm_jax.init_state(tree, tx, seed)
+    _, opt_state = tx.update(tree, state.opt_state, tree)
+    return vlm_jax.TrainState(state.step + 3, state.trainable, opt_state, state.rng)
+
+
+def test_state_and_data_position_come_back_bit_for_bit(tmp_path):
+    state = make_state()
+    saved = Checkpoints(tmp_path / "c", {"base": {"x": "1"}})
+    saved.save(3, state, {"epoch": 1, "step": 2})
+    saved.close()
+    again = Checkpoints(tmp_path / "c", {"base": {"x": "1"}})
+    back, data = again.restore(make_state(seed=5))
+    again.close()
+    assert data == {"epoch": 1, "step": 2}
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for name, leaf in flat_state(state).items():
+        np.testing.assert_array_equal(leaf, flat_state(back)[name], err_msg=name)
+        assert leaf.dtype == flat_state(back)[name].dtype
+    np.testing.assert_array_equal(jax.random.bits(back.rng, (4,)), jax.random.bits(state.rng, (4,)))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {}, keep=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, make_state(), {})
+    checkpoints.close()
+    assert checkpoints.steps == [3, 4]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4"]
+
+
+def test_another_base_shape_or_empty_directory_is_refused_by_name(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"base": {"model.safetensors": "aa"}})
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoints.restore(make_state())
+    checkpoints.save(1, make_state(), {})
+    with pytest.raises(UserError, match=r"a\.kernel.*float32\[4, 3\].*float32\[4, 5\]"):
+        checkpoints.restore(make_state(width=5))
+    checkpoints.close()
+    other = Checkpoints(tmp_path, {"base": {"model.safetensors": "bb"}})
+    with pytest.raises(UserError, match=r"base\.model\.safetensors' was 'aa'.*'bb' now"):
+        other.restore(make_state())
+    other.close()
+
+
+def test_base_identity_sees_a_changed_weight(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    before = base_identity(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(99) + b"x")
+    assert base_identity(tmp_path) != before

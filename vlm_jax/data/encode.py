@@ -1,0 +1,266 @@
+"""One record into the arrays of one example, by the files of a checkpoint directory."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.batch import Batch, Example
+from vlm_jax.data.chat import TRAIN_ON, Chat
+from vlm_jax.data.images import image_size, read_image
+from vlm_jax.data.processors import Grid, ImageProcessor, make_processor, read_settings
+from vlm_jax.data.records import Record, canonical
+from vlm_jax.errors import UserError
+from vlm_jax.model import from_config
+
+ON_BAD_EXAMPLE = ("raise", "skip")
+
+
+class BadExample(UserError):
+    """An example that cannot be trained on; `reason` is a key of the report's counts."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What an example takes of a row: tokens, patches; and how many tokens carry loss."""
+
+    tokens: int
+    patches: int
+    answers: int
+
+
+class Encoder:
+    """Everything of a checkpoint directory that turns records into examples; thread-safe.
+
+    directory: holds config.json, tokenizer and chat template, and image settings where records
+        have images.
+    max_seq_length: the most tokens an example may have, image placeholders included; None: any.
+    min_pixels, max_pixels: replace the checkpoint's limits (dynamic resolution).
+    image_resolution: resize every image to this square instead; 0 or None: not set.
+    train_on: "all" assistant turns carry loss, or the "last" one.
+    on_bad_example: what the pipeline does about an unreadable example: "raise" or "skip".
+    image_folder: where relative image paths start, where the record does not say.
+    Raises `UserError` where a file is missing or an option cannot be met.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        max_seq_length: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        image_resolution: int | None = None,
+        train_on: str = "all",
+        on_bad_example: str = "raise",
+        image_folder: str | Path | None = None,
+    ):
+        for name, value, known in (
+            ("train_on", train_on, TRAIN_ON),
+            ("on_bad_example", on_bad_example, ON_BAD_EXAMPLE),
+        ):
+            if value not in known:
+                raise UserError(f"data.{name} is {value!r}; expected one of {', '.join(known)}.")
+        path = Path(directory, "config.json")
+        if not path.is_file():
+            raise UserError(
+                f"'{directory}' is no checkpoint directory: it has no config.json. Expected the "
+                f"local directory of a Hugging Face checkpoint."
+            )
+        try:
+            self.model = from_config(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
+        self.directory = str(directory)
+        self.max_seq_length = max_seq_length
+        self.train_on, self.on_bad_example = train_on, on_bad_example
+        self.image_folder = None if image_folder is None else str(image_folder)
+        config = self.model.config
+        self.chat = Chat(directory, config.image_token_id, config.video_token_id)
+        settings = read_settings(directory)
+        self.processor: ImageProcessor | None = None
+        if settings is not None:
+            self.processor = make_processor(
+                settings,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                image_resolution=image_resolution or None,
+            )
+
+    def encode(self, record: Record) -> dict[str, Any]:
+        """Return one record's arrays, whole: nothing is ever cut off.
+
+        tokens int32 [T], weights float32 [T] (weights[t] belongs to token t, as labels do), id;
+        pixel_values float32 and image_grid_thw int64 [I, 3] as the checkpoint's processor gives
+        them: Qwen2-VL [P, C]; LLaVA [I, 3, height, width] and None. Both None without images.
+
+        Raises `BadExample`, naming the record, for an unreadable image, an example longer than
+        `max_seq_length` (its answer would be cut), one without any token that carries loss, and
+        placeholders that differ from the image features.
+        """
+        record = canonical(record)
+        values, grids = self._pixels(record)
+        tokens, weights = self._tokens(record, grids)
+        return {
+            "id": record["id"],
+            "tokens": tokens,
+            "weights": weights,
+            "pixel_values": values,
+            "image_grid_thw": _stack_grids(grids),
+        }
+
+    def example(self, record: Record) -> Example:
+        """Return the record's `vlm_jax.batch.Example`, as `collate` takes it."""
+        return self._example(self.encode(record))
+
+    def prompt(self, record: Record) -> Example:
+        """Return the example of a conversation up to where the assistant is to write; no weights.
+
+        Assistant turns at the end of the record (the answer to be found) are left out.
+        """
+        record = canonical(record)
+        messages = record["messages"]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        count = sum(part["type"] == "image" for m in messages for part in m["content"])
+        record = {**record, "messages": messages, "images": record["images"][:count]}
+        values, grids = self._pixels(record)
+        tokens = self.chat.prompt(messages, self._features(grids))
+        return self._example(
+            {
+                "tokens": tokens,
+                "weights": np.zeros(len(tokens), np.float32),
+                "pixel_values": values,
+                "image_grid_thw": _stack_grids(grids),
+            }
+        )
+
+    def measure(self, record: Record) -> Size:
+        """Return the example's `Size` from its text and its images' headers: no pixel is decoded.
+
+        Raises `BadExample` as `encode` does, as far as headers tell.
+        """
+        record = canonical(record)
+        grids = self._grids(record)
+        tokens, weights = self._tokens(record, grids)
+        return Size(len(tokens), sum(map(self.patches, grids)), int(weights.sum()))
+
+    def patches(self, grid: Grid) -> int:
+        """Return how many patch slots of a row one image of this grid takes."""
+        if grid is None:
+            return self.model.family.patch_unit(self.model.config)
+        return int(np.prod(grid))
+
+    def most_patches(self) -> int:
+        """Return how many patch slots one image takes at most, whatever its size."""
+        largest = None if self.processor is None else self.processor.largest
+        return self.patches(None) if largest is None else largest
+
+    def collate(self, rows: Sequence[Sequence[Example]], length: int, patches: int) -> Batch:
+        """Return the `Batch` of rows of examples; see `vlm_jax.batch.collate`."""
+        return self.model.collate(rows, length, patches)
+
+    def image_settings(self) -> dict[str, Any] | None:
+        """Return the preprocessor_config.json that serves images as they were trained on."""
+        return None if self.processor is None else self.processor.settings()
+
+    def _example(self, arrays: dict[str, Any]) -> Example:
+        images = ("pixel_values", "image_grid_thw")
+        given = {name: arrays[name] for name in images if arrays[name] is not None}
+        tokens = arrays["tokens"]
+        layout = self.model.family.layout(self.model.config, tokens, **given)
+        return {"tokens": tokens, "weights": arrays["weights"], **layout}
+
+    def _features(self, grids: Sequence[Grid]) -> list[int]:
+        family, config = self.model.family, self.model.config
+        return [family.image_tokens(config, grid) for grid in grids]
+
+    def _tokens(self, record: Record, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            tokens, weights = self.chat.encode(
+                record["messages"], self._features(grids), self.train_on
+            )
+        except UserError as error:
+            raise BadExample("template", f"{describe(record)}: {error}") from error
+        if self.max_seq_length is not None and len(tokens) > self.max_seq_length:
+            raise BadExample(
+                "too_long",
+                f"{describe(record)} has {len(tokens)} tokens ({sum(self._features(grids))} of "
+                f"them for {len(grids)} images), more than data.max_seq_length = "
+                f"{self.max_seq_length}. It is not cut: raise the limit, lower data.max_pixels, or "
+                f"split the conversation.",
+            )
+        if not weights[1:].any():
+            raise BadExample(
+                "no_answer",
+                f"{describe(record)} has no token that carries loss: it has no assistant turn, or "
+                f"an empty one.",
+            )
+        return tokens, weights
+
+    def _read(self, record: Record, number: int, read: Any) -> Any:
+        """Return `read(processor, source, folder)` of one image; errors name record and image."""
+        source = record["images"][number]
+        if self.processor is None:
+            raise UserError(
+                f"{describe(record)} has images, but '{self.directory}' has no image settings "
+                f"(preprocessor_config.json, or processor_config.json with 'image_processor'). "
+                f"Copy the file of the checkpoint there."
+            )
+        try:
+            return read(self.processor, source, record["folder"] or self.image_folder)
+        except UserError as error:
+            name = (
+                f" '{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else ""
+            )
+            raise BadExample(
+                "image", f"Image {number}{name} of {describe(record)}: {error}"
+            ) from error
+
+    def _pixels(self, record: Record) -> tuple[np.ndarray | None, list[Grid]]:
+        def read(processor: ImageProcessor, source: Any, folder: str | None) -> Any:
+            return processor(read_image(source, folder))
+
+        pairs = [self._read(record, i, read) for i in range(len(record["images"]))]
+        if not pairs:
+            return None, []
+        values, grids = zip(*pairs, strict=True)
+        return (np.stack(values) if grids[0] is None else np.concatenate(values)), list(grids)
+
+    def _grids(self, record: Record) -> list[Grid]:
+        def read(processor: ImageProcessor, source: Any, folder: str | None) -> Any:
+            return processor.grid(*image_size(source, folder))
+
+        return [self._read(record, i, read) for i in range(len(record["images"]))]
+
+
+def describe(record: Record) -> str:
+    """Return how errors call a record: by its index, and its id where it has one."""
+    named = "" if record["id"] == str(record["index"]) else f" (id {record['id']!r})"
+    return f"record {record['index']}{named}"
+
+
+def _stack_grids(grids: Sequence[Grid]) -> np.ndarray | None:
+    return np.array(grids, np.int64) if grids and grids[0] is not None else None
+
+
+def encode(model_directory: str | Path, record: Any, **options: Any) -> dict[str, Any] | None:
+    """Return `Encoder(model_directory, **options).encode(record)` of one raw or canonical record.
+
+    With on_bad_example="skip" a record that cannot be trained on gives None. Relative image paths
+    start at `image_folder`. To encode many records, keep one `Encoder`.
+    """
+    encoder = Encoder(model_directory, **options)
+    try:
+        return encoder.encode(record)
+    except BadExample:
+        if encoder.on_bad_example == "skip":
+            return None
+        raise

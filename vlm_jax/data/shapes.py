@@ -1,0 +1,130 @@
+"""Which few (tokens, patches) shapes rows are padded to, and which rows make a step together.
+
+Every shape is one compilation, so there are few; every slot that nothing fills is computed in
+vain, so they are fitted to the examples. Letters: T tokens, P patches, of one row.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Shape = tuple[int, int]
+
+# What a patch costs against a token: a tower of about a tenth of the decoder's parameters, whose
+# attention is quadratic within an image. Only the balance of the two kinds of padding hangs on it.
+PATCH_COST = 0.2
+LEAST_GAIN = 0.02  # a further shape is a further compilation: it must save this share of the work
+GRAINS = ((256, 16), (1024, 64), (8192, 128))
+
+
+def round_up(count: int, unit: int = 1) -> int:
+    """Return a multiple of `unit` of at least `count`, in steps of 16 to 256 as counts grow.
+
+    Round sizes suit the hardware's tiles, and make few of many. A large unit is its own grain.
+    """
+    if count <= 0:
+        return 0
+    grain = next((grain for limit, grain in GRAINS if count <= limit), 256)
+    grain = unit if unit >= 64 else math.lcm(unit, grain)
+    return -(-count // grain) * grain
+
+
+def cost(shapes: np.ndarray) -> np.ndarray:
+    """Return float [...] of sizes or shapes [..., 2]: what computing a row of it takes."""
+    return shapes[..., 0] + PATCH_COST * shapes[..., 1]
+
+
+def choose_shapes(sizes: np.ndarray, cap: Shape, max_shapes: int, unit: int) -> list[Shape]:
+    """Return at most `max_shapes` shapes, cheapest first, that pad examples of `sizes` least.
+
+    sizes int [N, 2]: tokens and patches of each example. cap: the last shape, which holds
+    everything that may come. unit: P is a multiple of it, and not 0 where `cap` has patches: a
+    text-only row carries an empty image part, so that every step trains the same leaves.
+    Exact for a ladder whose rungs follow one order of the examples (by cost, T, or P).
+    """
+    least = min(unit, cap[1])
+    rounded = np.array(
+        [(min(round_up(t), cap[0]), min(max(round_up(p, unit), least), cap[1])) for t, p in sizes],
+        np.int64,
+    ).reshape(-1, 2)
+    kinds, counts = np.unique(rounded, axis=0, return_counts=True)
+    best: tuple[float, list[Shape]] | None = None
+    for key in (cost(kinds), kinds[:, 0], kinds[:, 1]):
+        order = np.lexsort((cost(kinds), key))
+        total, ladder = _cut(kinds[order], counts[order], cap, max_shapes)
+        if best is None or total < best[0]:
+            best = total, ladder
+    assert best is not None
+    return sorted(set(best[1]), key=lambda shape: (cost(np.array(shape)), shape))
+
+
+def _cut(
+    kinds: np.ndarray, counts: np.ndarray, cap: Shape, max_shapes: int
+) -> tuple[float, list[Shape]]:
+    """Return the cheapest way to cut a list of sizes into runs that share a shape.
+
+    Dynamic programming: paid[j] is the least cost of the first j kinds in so many runs.
+    """
+    if len(kinds) > 300:  # neighbours differ little: merge them, to keep the square of it small
+        parts = np.array_split(np.arange(len(kinds)), 300)
+        counts = np.array([counts[part].sum() for part in parts])
+        kinds = np.array([kinds[part].max(0) for part in parts])
+    n = len(kinds)
+    sums = np.concatenate([[0], np.cumsum(counts)])
+    price = np.full((n + 1, n + 1), np.inf)  # price[i, j]: kinds i..j-1 share their largest shape
+    for i in range(n):
+        largest = np.maximum.accumulate(kinds[i:], axis=0)
+        price[i, i + 1 :] = (sums[i + 1 :] - sums[i]) * cost(largest)
+    last = (sums[n] - sums) * cost(np.array(cap))  # the last run is padded to the cap
+    paid = np.full(n + 1, np.inf)
+    paid[0] = 0
+    came: list[np.ndarray] = []
+    best = (float(last[0]), 0, 0)  # total, runs before the last, where the last run begins
+    for runs in range(1, max_shapes):
+        steps = paid[:, None] + price
+        came.append(steps.argmin(0))
+        paid = steps.min(0)
+        totals = paid + last
+        start = int(totals.argmin())
+        if totals[start] < best[0] * (1 - LEAST_GAIN):
+            best = float(totals[start]), runs, start
+    ladder, (total, runs, end) = [cap], best
+    for level in reversed(range(runs)):
+        start = int(came[level][end])
+        tokens, patches = kinds[start:end].max(0)
+        ladder.append((int(tokens), int(patches)))
+        end = start
+    return total, ladder
+
+
+def fit(size: np.ndarray, shapes: Sequence[Shape]) -> int | None:
+    """Return the first (cheapest) shape that holds `size` [2], or None."""
+    return next((i for i, (t, p) in enumerate(shapes) if size[0] <= t and size[1] <= p), None)
+
+
+def group(sizes: np.ndarray, rows: int, shapes: Sequence[Shape]) -> list[tuple[np.ndarray, Shape]]:
+    """Return the steps that the examples of one window make: (which examples, their shape).
+
+    sizes int [N, 2], each of which some shape holds. Every example is in one step; a step has
+    `rows` examples but for the first, which has what is left over. Like goes with like: examples
+    are sorted by the shape they need and their cost.
+    """
+    needs = np.array([fit(size, shapes) for size in sizes], np.int64)
+    order = np.lexsort((cost(sizes), needs))
+    first = len(order) % rows or rows
+    starts = [0, *range(first, len(order), rows)] if len(order) else []
+    steps = []
+    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        members = order[start:end]
+        index = fit(sizes[members].max(0), shapes)
+        assert index is not None  # the last shape holds everything
+        steps.append((members, shapes[index]))
+    return steps
+
+
+def padding(steps: Sequence[tuple[np.ndarray, Shape]], sizes: np.ndarray, rows: int) -> list[float]:
+    """Return the shares of token and of patch slots that nothing fills, empty rows included."""
+    used = np.sum([sizes[members].sum(0) for members, _ in steps], axis=0)
+    slots = rows * np.sum([shape for _, shape in steps], axis=0)
+    return [float(1 - u / s) if s else 0.0 for u, s in zip(used, slots, strict=True)]

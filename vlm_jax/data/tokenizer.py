@@ -1,0 +1,89 @@
+"""The tokenizer and chat template of a checkpoint directory, from the files it has."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.errors import UserError
+
+
+def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
+    """Return a copy of a `tokenizers.Tokenizer` in which some tokens have other names.
+
+    The ids stay; the old names are plain text to the copy. Offsets are not trimmed of spaces, and
+    nothing is truncated or padded.
+    """
+    from tokenizers import Tokenizer
+
+    raw = json.loads(tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocabulary = raw["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        raw["model"]["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
+    else:  # Unigram: [piece, score] pairs
+        raw["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
+    raw["truncation"] = raw["padding"] = None
+    _untrim(raw["post_processor"])
+    return Tokenizer.from_str(json.dumps(raw))
+
+
+def _untrim(node: Any) -> None:
+    """A token of spaces alone would otherwise have an empty span, and so no weight."""
+    if isinstance(node, dict):
+        if "trim_offsets" in node:
+            node["trim_offsets"] = False
+        for value in node.values():
+            _untrim(value)
+    elif isinstance(node, list):
+        for value in node:
+            _untrim(value)
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """Return the checkpoint's fast tokenizer; raise `UserError` where there is none."""
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any(Path(directory, name).is_file() for name in files):
+        raise UserError(
+            f"'{directory}' has no tokenizer (none of {', '.join(files)}). Copy the checkpoint's "
+            f"tokenizer files there: text cannot be encoded without them."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"The tokenizer in '{directory}' cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"The tokenizer in '{directory}' has no fast form (tokenizer.json), which telling "
+            f"answers from prompts needs. Load it with transformers where sentencepiece is "
+            f"installed and save it again."
+        )
+    return tokenizer
+
+
+def find_template(directory: str | Path, tokenizer: Any) -> str:
+    """Return the chat template: chat_template.jinja, then chat_template.json, then the
+    tokenizer's own (tokenizer_config.json), which is the order of transformers' processors."""
+    path = Path(directory, "chat_template.jinja")
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    path = Path(directory, "chat_template.json")
+    if path.is_file():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(
+                f"'{path}' is not JSON with the key 'chat_template': {error}."
+            ) from error
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            f"'{directory}' has no chat template (chat_template.jinja, chat_template.json, or "
+            f"chat_template in tokenizer_config.json). A base model has none: take the one of its "
+            f"instruction-tuned sister and put it there as chat_template.jinja."
+        )
+    return template

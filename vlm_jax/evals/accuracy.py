@@ -1,0 +1,163 @@
+"""Exact-match accuracy by really generating: the one measure of the loop, CLI and quickstart."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm_jax.batch import Batch, Example
+from vlm_jax.data.encode import BadExample, Encoder
+from vlm_jax.data.records import Record
+from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
+from vlm_jax.data.tokenizer import load_tokenizer
+from vlm_jax.errors import UserError
+from vlm_jax.generation import generate
+from vlm_jax.model import Model
+
+# Shapes that prompts are padded to; each is one compilation.
+MAX_SHAPES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One answered question. index: of the record in its file."""
+
+    id: str
+    index: int
+    question: str
+    answer: str
+    prediction: str
+    correct: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """accuracy: correct / predictions, in [0, 1]. skipped: records without a usable answer."""
+
+    accuracy: float
+    predictions: list[Prediction]
+    skipped: int
+
+
+def normalise(text: str) -> str:
+    """Return what is compared: lower case, single spaces, no full stop at the end.
+
+    Nothing else is forgiven: "a red ball" is not "red ball", and 2 is not "two".
+    """
+    return re.sub(r"\s+", " ", text).strip().lower().rstrip(".").rstrip()
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def final_answer(record: Record) -> str | None:
+    """Return the text of a canonical record's last turn if the assistant's, else None."""
+    last = record["messages"][-1] if record["messages"] else {"role": ""}
+    return (_text(last).strip() or None) if last["role"] == "assistant" else None
+
+
+def _plan(
+    encoder: Encoder, records: Sequence[Record], count: int, rows: int
+) -> tuple[list[tuple[list[Record], Shape]], int]:
+    """Return batches (records of about one size, their shape), and the number left out."""
+    kept: list[Record] = []
+    sizes, skipped = [], 0
+    for number in range(count):
+        try:
+            record = records[number]
+            if final_answer(record) is None:
+                skipped += 1
+                continue
+            size = encoder.measure(record)
+        except BadExample:
+            if encoder.on_bad_example == "raise":
+                raise
+            skipped += 1
+            continue
+        kept.append(record)
+        sizes.append((size.tokens, size.patches))
+    if not kept:
+        return [], skipped
+    measured = np.array(sizes)
+    unit = encoder.model.family.patch_unit(encoder.model.config)
+    cap = (round_up(int(measured[:, 0].max())), round_up(int(measured[:, 1].max()), unit))
+    shapes = choose_shapes(measured, cap, MAX_SHAPES, unit)
+    return [
+        ([kept[i] for i in members], shape) for members, shape in group(measured, rows, shapes)
+    ], skipped
+
+
+def _collate(encoder: Encoder, records: list[Record], shape: Shape, rows: int) -> Batch:
+    filled: list[list[Example]] = [[encoder.prompt(record)] for record in records]
+    filled += [[] for _ in range(rows - len(records))]
+    return encoder.collate(filled, *shape)
+
+
+def _ahead(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield (item, make(item)), making the next one in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(make, items[0]) if items else None
+        for number, item in enumerate(items):
+            assert following is not None
+            made = following.result()
+            if number + 1 < len(items):
+                following = pool.submit(make, items[number + 1])
+            yield item, made
+
+
+def accuracy(
+    model: Model,
+    params: Mapping[str, Any],
+    encoder: Encoder,
+    records: Sequence[Record],
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    max_examples: int = 0,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Accuracy:
+    """Return how many of the records' final answers greedy generation gives, and each prediction.
+
+    A record counts if its last turn is the assistant's; what comes before is the prompt. Answer
+    and prediction are compared after `normalise`. max_examples: only the first ones; 0 is all.
+    on_batch(done, total) is called after each batch. Predictions are in the records' order.
+    Raises `UserError` where no record has an answer, and for unreadable ones unless the encoder
+    skips them.
+    """
+    count = min(len(records), max_examples) if max_examples > 0 else len(records)
+    batches, skipped = _plan(encoder, records, count, batch_size)
+    if not batches:
+        raise UserError(
+            f"None of the {count} evaluation records ends with an assistant's answer, so there is "
+            f"nothing to compare with. Give records whose last turn is the expected answer, or "
+            f"set evaluation.accuracy=false."
+        )
+    tokenizer = load_tokenizer(encoder.directory)
+    total = sum(len(planned) for planned, _ in batches)
+    predictions: list[Prediction] = []
+    for (records_now, _), batch in _ahead(
+        lambda planned: _collate(encoder, *planned, batch_size), batches
+    ):
+        new = np.asarray(jax.device_get(generate(model, params, batch, max_new_tokens)))
+        texts = tokenizer.batch_decode(new[: len(records_now)], skip_special_tokens=True)
+        for record, text in zip(records_now, texts, strict=True):
+            expected, text = str(final_answer(record)), text.strip()
+            asked = [message for message in record["messages"] if message["role"] == "user"]
+            predictions.append(
+                Prediction(
+                    id=record["id"],
+                    index=record["index"],
+                    question=_text(asked[-1]).strip() if asked else "",
+                    answer=expected,
+                    prediction=text,
+                    correct=normalise(text) == normalise(expected),
+                )
+            )
+        on_batch(len(predictions), total)
+    predictions.sort(key=lambda p: p.index)
+    return Accuracy(sum(p.correct for p in predictions) / total, predictions, skipped)

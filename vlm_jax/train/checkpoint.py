@@ -1,0 +1,167 @@
+"""Checkpoints of a run: trainable leaves, optimizer, rng and data position, by orbax.
+
+The frozen base is not in them, so a checkpoint carries the base's identity and refuses another.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vlm_jax.errors import UserError
+from vlm_jax.train.step import TrainState
+
+SAMPLE_BYTES = 1 << 20
+
+
+def base_identity(directory: str | Path) -> dict[str, str]:
+    """Return {file: digest} of what makes a base checkpoint this one, wherever it lies.
+
+    config.json counts whole; of each weights file its size and three samples of a mebibyte, so
+    that a base of many gigabytes is told from its sibling in a moment.
+    """
+    directory = Path(directory)
+    identity = {}
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+        identity[path.name] = digest.hexdigest()
+    return identity
+
+
+def file_identity(path: str | Path) -> str:
+    """Return the digest of a file's bytes, or "" for what is no file (a directory, a hub id)."""
+    path = Path(path)
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flat_state(state: TrainState) -> dict[str, Any]:
+    """Return {path: array} of a state's leaves; the rng as its key data.
+
+    Flat, because orbax then needs to know nothing of optax's types, and a mismatch has a name.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    flat = {}
+    for path, leaf in leaves:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        flat[jax.tree_util.keystr(path, simple=True, separator=".")] = leaf
+    return flat
+
+
+def _unflat_state(flat: Mapping[str, Any], like: TrainState) -> TrainState:
+    leaves, treedef = jax.tree.flatten(like)
+    new = [
+        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else value
+        for leaf, value in zip(leaves, flat.values(), strict=True)
+    ]
+    return jax.tree.unflatten(treedef, new)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory/<step>`; each appears whole or not at all.
+
+    identity: what must be equal when the run is resumed, as nested dicts of JSON values; any
+    difference is refused and named. keep: how many are kept, the newest; 0 keeps all.
+    """
+
+    def __init__(self, directory: str | Path, identity: Mapping[str, Any], keep: int = 0):
+        self.directory = Path(directory).expanduser().absolute()
+        self.identity = json.loads(json.dumps(identity))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep or None, enable_async_checkpointing=False
+        )
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint, oldest first."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, state: TrainState, data_state: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of `step` unless it is there, and return its directory."""
+        if step not in self.steps:
+            meta = {
+                "data": dict(data_state),
+                "identity": self.identity,
+                "shapes": {name: _shape(leaf) for name, leaf in flat_state(state).items()},
+            }
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(flat_state(state)), meta=ocp.args.JsonSave(meta)
+                ),
+            )
+            self.manager.wait_until_finished()
+        return self.directory / str(step)
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+        """Return `(state, data_state)` of the newest checkpoint, or of `step`, bit for bit.
+
+        like: a state of the same structure, whose shardings the arrays take.
+        Raises `UserError` where the identity, a leaf or a shape differs, saying which.
+        """
+        step = self.manager.latest_step() if step is None else step
+        if step is None:
+            raise UserError(f"There is no checkpoint in '{self.directory}'.")
+        restored = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        meta = restored["meta"]
+        where = self.directory / str(step)
+        for what, now in self.identity.items():
+            _compare(what, meta["identity"].get(what), now, where)
+        wanted = flat_state(like)
+        shapes = {name: _shape(leaf) for name, leaf in wanted.items()}
+        names = shapes.keys() | meta["shapes"].keys()
+        for name in sorted(names, key=lambda name: (not name.startswith("trainable"), name)):
+            old, new = meta["shapes"].get(name), shapes.get(name)
+            if old != new:
+                raise UserError(
+                    f"The checkpoint '{where}' holds '{name}' as {old or 'nothing'}, but this run "
+                    f"needs {new or 'nothing'}. It belongs to another model or training table; "
+                    f"resume with the config it was made with, or take a new output_dir."
+                )
+        targets = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in wanted.items()
+        }
+        restored = self.manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))
+        )
+        flat = {name: restored["state"][name] for name in wanted}
+        return _unflat_state(flat, like), meta["data"]
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.manager.close()
+
+
+def _shape(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _compare(what: str, saved: Any, now: Any, where: Path) -> None:
+    if saved == now:
+        return
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        for key in sorted(saved.keys() | now.keys()):
+            _compare(f"{what}.{key}", saved.get(key), now.get(key), where)
+        return
+    raise UserError(
+        f"The checkpoint '{where}' cannot be resumed: '{what}' was {saved!r} when it was written "
+        f"and is {now!r} now. Resume with what it was made with, or take a new output_dir."
+    )

@@ -1,0 +1,186 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and the terminal."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+
+from vlm_jax.errors import UserError
+
+Writer = Callable[[int, Mapping[str, Any]], None]
+
+
+class JsonLines:
+    """One JSON object a line, whole after each write. Lines past `resume_step` are cut off."""
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        kept = []
+        if resume_step is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the last line of a run that was killed while writing
+                if row["step"] <= resume_step:
+                    kept.append(line + "\n")
+        self.file = open(path, "w", encoding="utf-8")
+        self.file.writelines(kept)
+        self.file.flush()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Log:
+    """Everything a run reports while it trains.
+
+    directory: the run's. report_to: tensorboard, wandb, trackio, none. resume_step: None for a new
+    run, else the step it goes on from. Raises `UserError` where a reporter is not installed.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        report_to: Sequence[str],
+        *,
+        run_name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+    ):
+        self.metrics = JsonLines(directory / "metrics.jsonl", resume_step)
+        self.evaluations = JsonLines(directory / "evaluations.jsonl", resume_step)
+        self.writers: list[Writer] = []
+        self.closers: list[Callable[[], Any]] = [self.metrics.close, self.evaluations.close]
+        for name in report_to:
+            if name == "tensorboard":
+                self._tensorboard(directory, resume_step)
+            elif name in ("wandb", "trackio"):
+                self._hosted(name, directory, run_name, config or {})
+
+    def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
+        from tensorboardX import SummaryWriter
+
+        purge = None if resume_step is None else resume_step + 1
+        board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+        def write(step: int, values: Mapping[str, Any]) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self.writers.append(write)
+        self.closers.append(board.close)
+
+    def _hosted(
+        self, name: str, directory: Path, run_name: str | None, config: Mapping[str, Any]
+    ) -> None:
+        import importlib
+
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"training.report_to names '{name}', which is not installed: pip install "
+                f"'vlm_jax[{name}]', or leave it out."
+            ) from error
+        module.init(project="vlm_jax", name=run_name or directory.name, config=dict(config))
+        self.writers.append(lambda step, values: module.log(dict(values), step=step))
+        self.closers.append(module.finish)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line of training metrics."""
+        self.metrics.write(step, values)
+        self._publish(step, {f"train/{name}": value for name, value in values.items()})
+
+    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line of evaluation results."""
+        self.evaluations.write(step, values)
+        self._publish(step, {f"eval/{name}": value for name, value in values.items()})
+
+    def _publish(self, step: int, values: Mapping[str, Any]) -> None:
+        for write in self.writers:
+            write(step, values)
+
+    def close(self) -> None:
+        for close in self.closers:
+            close()
+
+
+class Meter:
+    """Sums of the steps since the last logged one."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss = self.tokens = 0.0
+        self.start = time.perf_counter()
+
+    def add(self, loss: float, tokens: float) -> None:
+        self.loss, self.tokens = self.loss + loss * tokens, self.tokens + tokens
+
+    def read(self) -> dict[str, float]:
+        """Return the mean loss and the answer tokens, in all and per second; start anew."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        values = {
+            "loss": self.loss / max(self.tokens, 1e-9),
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / seconds,
+        }
+        self.reset()
+        return values
+
+
+def progress_bar(console: Console) -> Progress:
+    """Return the bar of a run: steps, loss, learning rate, answer tokens/s, ETA.
+
+    Where the console is no terminal it draws nothing: the log lines say the same.
+    """
+    return Progress(
+        TextColumn("[bold]train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def numbers(values: Mapping[str, Any]) -> str:
+    """Return one line's worth of metrics for people."""
+    return (
+        f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+        f"{values['tokens_per_second']:,.0f} answer tokens/s"
+    )
+
+
+def print_report(console: Console, rows: Sequence[Mapping[str, Any]], line: str) -> None:
+    """Print the table of what trains and PEFT's line."""
+    table = RichTable(title="What trains", title_justify="left")
+    table.add_column("component")
+    table.add_column("trains")
+    table.add_column("parameters", justify="right")
+    table.add_column("learning rate", justify="right")
+    for row in rows:
+        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        table.add_row(row["component"], row["trains"], f"{row['parameters']:,d}", rate)
+    console.print(table)
+    console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,266 @@
+"""A run's directory: what it is built from, what it holds, and how it is read back."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlm_jax import config as configs
+from vlm_jax.data import Encoder, Pipeline, read_records
+from vlm_jax.errors import UserError
+from vlm_jax.hub.files import write_json
+from vlm_jax.hub.load import load
+from vlm_jax.hub.peft import load_peft, save_peft
+from vlm_jax.hub.save import save_pretrained
+from vlm_jax.lora import add_lora, is_lora
+from vlm_jax.model import LoRA, Model
+from vlm_jax.sharding import make_mesh, shard_params
+from vlm_jax.train.checkpoint import Checkpoints, base_identity, file_identity
+from vlm_jax.train.optim import optimizer
+from vlm_jax.train.recipe import lora_modules_to_save, training_table
+from vlm_jax.train.step import init_state
+from vlm_jax.trees import Table, flatten, join, split
+
+# What a run writes; one of these in a directory means that it holds a run.
+CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", "adapter", "model")
+# Config keys of data that decide which batches come.
+DATA_KEYS = (
+    *("max_seq_length", "image_resolution", "min_pixels", "max_pixels", "max_shapes"),
+    *("train_split", "shuffle", "train_on", "on_bad_example"),
+)
+
+
+def check_output(directory: Path, resume: bool) -> None:
+    """Raise `UserError` where a new run would meet another's files, or a resumed one finds none."""
+    held = [name for name in CONTENTS if (directory / name).exists()]
+    if held and not resume:
+        raise UserError(
+            f"The output directory '{directory}' already holds a run ({', '.join(held)}). Go on "
+            f"with it by --resume, take another training.output_dir, or delete it."
+        )
+    if resume and not (directory / "config.json").exists():
+        raise UserError(
+            f"There is no run to resume in '{directory}': it has no config.json. Check "
+            f"training.output_dir, or start without --resume."
+        )
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"The output directory '{directory}' is a file.")
+
+
+def mesh_of(config: ConfigDict) -> jax.sharding.Mesh:
+    """Return the mesh that the config's `mesh` section asks for."""
+    if jax.process_count() > 1:
+        raise UserError("Training with several processes is not supported yet: start one.")
+    devices, wanted = jax.devices(), config.mesh.devices
+    if wanted > len(devices):
+        raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
+    m = config.mesh
+    return make_mesh(m.data, m.fsdp, m.tensor, devices[:wanted] if wanted else devices)
+
+
+def compute_dtype(config: ConfigDict) -> str:
+    """Return the dtype of frozen weights and computation."""
+    named = config.model.dtype
+    chosen = "bfloat16" if config.training.bf16 else "float32"
+    return chosen if named == "auto" else named
+
+
+def load_base(config: ConfigDict, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
+    """Return the base checkpoint of a config, in its compute dtype."""
+    m = config.model
+    if m.name_or_path is None:
+        raise UserError(
+            "The config names no model: set model.name_or_path to a checkpoint directory or a hub "
+            "id such as 'Qwen/Qwen2-VL-2B-Instruct'."
+        )
+    remat = "block" if config.training.gradient_checkpointing else "none"
+    model, params = load(
+        m.name_or_path, compute_dtype(config), m.quantize, mesh, m.revision, remat=remat
+    )
+    found = model.hf_config["model_type"]
+    if m.type is not None and m.type != found:
+        raise UserError(f"model.type is '{m.type}', but '{m.name_or_path}' is a '{found}'.")
+    return model, params
+
+
+def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
+    """Return (model, params, training table): the base with what the config adds to train."""
+    model, params = load_base(config, mesh)
+    m, adapt = config.model, config.lora
+    if m.adapter is not None:
+        model, params = load_peft(model, params, m.adapter)
+    holds_lora = any(is_lora(path) for path in flatten(params))
+    scales = {
+        "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
+        "projector_lr_scale": m.projector_lr_scale,
+    }
+    targets = adapt.target_modules
+    saved = lora_modules_to_save(
+        model, targets=targets, modules_to_save=adapt.modules_to_save, **scales
+    )
+    alpha = int(adapt.alpha) if adapt.alpha == int(adapt.alpha) else adapt.alpha
+    lora = LoRA(adapt.r, alpha, adapt.dropout, targets, saved, adapt.use_rslora)
+    if holds_lora:
+        model = _continue_lora(model, lora, config)
+    elif adapt.enabled:
+        key = jax.random.key(config.training.seed)
+        model, params = add_lora(model, params, lora, key)
+    elif m.language_model_lr_scale == 0:  # LLaVA's first stage: an adapter without matrices
+        model = dataclasses.replace(model, lora=dataclasses.replace(lora, targets=()))
+    table = training_table(
+        model,
+        params,
+        language_model_lr_scale=m.language_model_lr_scale,
+        lora_enabled=adapt.enabled or m.language_model_lr_scale == 0,
+        **scales,
+    )
+    return model, shard_params(model, params, mesh), table
+
+
+def _continue_lora(model: Model, lora: LoRA, config: ConfigDict) -> Model:
+    """Return the model whose loaded LoRA goes on training, with this run's dropout."""
+    own = model.lora
+    assert own is not None
+    if not config.lora.enabled:
+        raise UserError(
+            f"The adapter '{config.model.adapter}' holds LoRA matrices, but lora.enabled is false. "
+            f"Merge it first (vlm-jax export --merge) and train from the result."
+        )
+    for name in ("rank", "alpha", "rslora"):
+        if getattr(own, name) != getattr(lora, name):
+            raise UserError(
+                f"The adapter '{config.model.adapter}' has {name}={getattr(own, name)}, but the "
+                f"config's lora section says {getattr(lora, name)}. Set the adapter's own value."
+            )
+    saved = tuple(dict.fromkeys((*own.modules_to_save, *lora.modules_to_save)))
+    return dataclasses.replace(
+        model, lora=dataclasses.replace(own, dropout=lora.dropout, modules_to_save=saved)
+    )
+
+
+def make_encoder(config: ConfigDict, model: Model) -> Encoder:
+    """Return the encoder of the model's own tokenizer and images, with the config's options."""
+    d = config.data
+    assert model.source is not None
+    return Encoder(
+        model.source.directory,
+        max_seq_length=d.max_seq_length,
+        min_pixels=d.min_pixels,
+        max_pixels=d.max_pixels,
+        image_resolution=d.image_resolution or None,
+        train_on=d.train_on,
+        on_bad_example=d.on_bad_example,
+        image_folder=d.image_folder,
+    )
+
+
+def make_pipeline(
+    config: ConfigDict, encoder: Encoder, file: str | None, split: str | None, rows: int, name: str
+) -> Pipeline:
+    """Return the pipeline of one data file; rows: of the global batch."""
+    if file is None:
+        raise UserError(
+            f"The config names no data: set data.{name} to a .json, .jsonl or .parquet file, or a "
+            f"data set."
+        )
+    return Pipeline(
+        encoder,
+        read_records(file, config.data.image_folder, split),
+        rows=rows,
+        max_shapes=config.data.max_shapes,
+        seed=config.training.seed,
+        shuffle=config.data.shuffle,
+        workers=config.training.dataloader_num_workers,
+    )
+
+
+def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[str, Any]:
+    """Return what must be the same when a run goes on, as JSON values.
+
+    Schedules, limits, logging and the places of files may change; what the state and the order of
+    the data mean may not.
+    """
+    assert model.source is not None
+    d, t = config.data, config.training
+    adapter = Path(config.model.adapter or "", "adapter_model.safetensors")
+    return {
+        "base": base_identity(model.source.directory),
+        "model": {"dtype": compute_dtype(config), "adapter": file_identity(adapter)},
+        "training table": [list(row) for row in table],
+        "lora": None if model.lora is None else dataclasses.asdict(model.lora),
+        "data": {
+            "train_file": file_identity(Path(d.train_file).expanduser()),
+            **{key: d[key] for key in DATA_KEYS},
+        },
+        "training": {
+            "rows": rows,
+            "gradient_accumulation_steps": t.gradient_accumulation_steps,
+            "seed": t.seed,
+        },
+    }
+
+
+def absolute_paths(config: ConfigDict) -> dict[str, Any]:
+    """Return the config as plain values whose paths hold from any working directory."""
+    tree = configs.to_dict(config)
+    for section, key in (
+        *(("model", "name_or_path"), ("model", "adapter"), ("data", "train_file")),
+        *(("data", "eval_file"), ("data", "image_folder"), ("training", "output_dir")),
+    ):
+        value = tree[section][key]
+        if value is not None and (key == "output_dir" or Path(value).expanduser().exists()):
+            tree[section][key] = str(Path(value).expanduser().resolve())
+    return tree
+
+
+def write_result(
+    model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
+) -> Path:
+    """Write `adapter/` in PEFT's format, or `model/` after full training, and return its path.
+
+    It appears whole or not at all.
+    """
+    if model.lora is not None:
+        save_peft(model, params, directory / "adapter")
+        settings = encoder.image_settings()
+        if settings is not None:  # served images must be cut as the trained ones were
+            write_json(directory / "adapter" / "preprocessor_config.json", settings)
+        return directory / "adapter"
+    save_pretrained(model, params, directory / "model", processor=encoder.image_settings())
+    return directory / "model"
+
+
+def load_run(directory: str | Path) -> tuple[Model, dict[str, Any], ConfigDict]:
+    """Return (model, params, config) of a run: its result, or its newest checkpoint without one."""
+    directory = Path(directory).expanduser()
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"'{directory}' holds no run: there is no config.json. Give the training.output_dir of "
+            f"a run."
+        )
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = configs.load(None, configs.flatten_config(raw))
+    if (directory / "model").is_dir():
+        model, params = load(directory / "model", compute_dtype(config))
+        return model, params, config
+    if (directory / "adapter").is_dir():
+        model, params = load_base(config)
+        model, params = load_peft(model, params, directory / "adapter")
+        return model, params, config
+    if not (directory / "checkpoints").is_dir():
+        raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model, params, table = build(config, mesh)
+    trainable, frozen = split(params, table)
+    training = {**config.training, "max_steps": max(1, config.training.max_steps)}
+    state = init_state(trainable, optimizer(trainable, table, training))
+    same = identity(config, model, table, rows=0)
+    same = {name: same[name] for name in ("base", "model", "training table", "lora")}
+    checkpoints = Checkpoints(directory / "checkpoints", same)
+    state, _ = checkpoints.restore(state)
+    checkpoints.close()
+    return model, join(state.trainable, frozen), config
