@@ -36,7 +36,7 @@ def layout(rng, count, kinds=("image", "video"), merge=2):
     grids = {"image": [], "video": []}
     for _ in range(count):
         kind = rng.choice(kinds)
-        frames = 1 if kind == "image" else int(rng.integers(1, 5))
+        frames = 1 if kind == "image" else int(rng.integers(1, 13))
         grid = (frames, *(int(n) * merge for n in rng.integers(1, 6, 2)))
         grids[kind].append(grid)
         size = grid[0] * grid[1] * grid[2] // merge**2

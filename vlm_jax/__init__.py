@@ -12,6 +12,7 @@ _HOMES = {
     "TrainState": "train.step",
     "UserError": "errors",
     "add_lora": "lora",
+    "add_tokens": "vocabulary",
     "from_config": "model",
     "generate": "generation",
     "init_state": "train.step",

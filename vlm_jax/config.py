@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
     c.model.dtype = "auto"  # of frozen weights and computation; auto: bfloat16 if training.bf16
     c.model.quantize = placeholder(str)  # how frozen kernels are stored; None: as they are
     # Learning rate of each component as a multiple of training.learning_rate; 0.0 freezes it.
-    c.model.vision_encoder_lr_scale = 0.0
-    c.model.projector_lr_scale = 1.0
+    c.model.vision_encoder_lr_scale = 0.0  # of the vision tower
+    c.model.projector_lr_scale = 1.0  # of the layers between tower and language model
     c.model.language_model_lr_scale = 1.0  # of LoRA's matrices, or of all weights without LoRA
 
     c.lora = ConfigDict()
@@ -46,29 +46,29 @@ def get_config() -> ConfigDict:
     c.lora.task_type = "CAUSAL_LM"  # only this; PEFT files ask for it
 
     t = c.training = ConfigDict()  # names and meanings of transformers' TrainingArguments
-    t.output_dir = "outputs/run"
+    t.output_dir = "outputs/run"  # what the run writes; must not hold another run
     t.run_name = placeholder(str)  # for wandb and trackio; None: output_dir's last part
-    t.num_train_epochs = 1.0
+    t.num_train_epochs = 1.0  # times that every example is seen
     t.max_steps = -1  # optimizer steps; above 0 it overrides num_train_epochs
     t.per_device_train_batch_size = 1  # rows a device and micro-batch
-    t.per_device_eval_batch_size = 8
+    t.per_device_eval_batch_size = 8  # rows a device, for the loss on data.eval_file
     t.gradient_accumulation_steps = 1  # micro-batches of one optimizer step
-    t.learning_rate = 2e-4
+    t.learning_rate = 2e-4  # its peak, of a component whose scale is 1.0
     t.weight_decay = 0.0  # never on norms and biases
     t.warmup_ratio = 0.03  # share of all steps over which the learning rate rises from 0
     t.warmup_steps = 0  # above 0 it overrides warmup_ratio
     t.lr_scheduler_type = "cosine"  # constant, constant_with_warmup, linear, cosine
-    t.optim = "adamw"
-    t.adam_beta1 = 0.9
-    t.adam_beta2 = 0.999
-    t.adam_epsilon = 1e-8
+    t.optim = "adamw"  # torch's AdamW under any of its names
+    t.adam_beta1 = 0.9  # decay of the mean of gradients
+    t.adam_beta2 = 0.999  # decay of the mean of squared gradients
+    t.adam_epsilon = 1e-8  # added to the root of the latter
     t.max_grad_norm = 1.0  # global norm over the trained leaves; 0: no clipping
-    t.logging_steps = 10
+    t.logging_steps = 10  # steps that one line of metrics.jsonl sums up
     t.save_strategy = "steps"  # no, steps, epoch; the last step is always saved
-    t.save_steps = 500
+    t.save_steps = 500  # steps between checkpoints
     t.save_total_limit = 2  # checkpoints kept; 0: all
     t.eval_strategy = "steps"  # no, steps, epoch; only where data.eval_file is set
-    t.eval_steps = 500
+    t.eval_steps = 500  # steps between evaluations
     t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
     t.gradient_checkpointing = True  # recompute each block in the backward pass
@@ -78,14 +78,14 @@ def get_config() -> ConfigDict:
 
     d = c.data = ConfigDict()
     d.train_file = placeholder(str)  # .json, .jsonl, .parquet, a saved or hub data set; required
-    d.eval_file = placeholder(str)
+    d.eval_file = placeholder(str)  # the same for evaluation; None: there is none
     d.image_folder = placeholder(str)  # where relative image paths start; None: at the data file
     d.max_seq_length = 2048  # tokens a row; a longer example is dropped and counted, never cut
     d.train_split = placeholder(str)  # of a data set that has several; None: "train"
     d.eval_split = placeholder(str)  # the same of data.eval_file
     d.image_resolution = 0  # side of the square that every image becomes; 0: dynamic resolution
     d.min_pixels = placeholder(int)  # of dynamic resolution; None: the checkpoint's own setting
-    d.max_pixels = placeholder(int)
+    d.max_pixels = placeholder(int)  # of dynamic resolution: the limit on image tokens
     d.max_shapes = 4  # how many (tokens, patches) shapes rows are padded to
     d.shuffle = True  # a new order each epoch, of training.seed
     d.train_on = "all"  # assistant turns that carry loss: all (or "answers"), or the last one
@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
     e = c.evaluation = ConfigDict()
     e.accuracy = True  # generate answers to data.eval_file and count exact matches
     e.max_examples = 500  # of data.eval_file, the first ones, while training; 0: all
-    e.max_new_tokens = 16
+    e.max_new_tokens = 16  # longer answers are cut, and then do not match
     e.batch_size = 16  # prompts that generate together
 
     m = c.mesh = ConfigDict()  # the devices of a run; the three sizes multiply to their number

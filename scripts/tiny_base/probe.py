@@ -1,4 +1,4 @@
-"""Measures whether the model sees: exact answers about held-out scenes, by question and by size of shape."""
+"""Measures whether the model sees: held-out scenes, apart by colour, kind and size of shape."""
 
 from __future__ import annotations
 
@@ -7,57 +7,73 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .questions import Turn, a, conversation
+from .questions import a, conversation, describe
 from .rows import IGNORED, Encoder
-from .scenes import draw_scene
+from .scenes import COLORS, KINDS, draw_scene
 
 SMALL = 13  # pixels
 HELD_OUT = 10**9  # no training step has a seed like this
+TALK = 80  # tokens of a row that asks one question
 
 
 class Probe:
-    """Single questions about scenes of one shape (color, kind; small ones apart) and of up to four."""
+    """Captions of one shape word by word, and single questions whose whole answer must be right."""
 
-    def __init__(self, encoder: Encoder, questions: int = 256, rows: int = 64):
+    def __init__(self, encoder: Encoder, scenes: int = 128):
         rng = np.random.default_rng(HELD_OUT)
-        asked: list[tuple[object, Turn, tuple[str, ...]]] = []
-        for index in range(questions):
-            scene = draw_scene(rng, 64, 64, 1)
-            shape = scene.shapes[0]
-            small = max(shape.width, shape.height) < SMALL
-            topic = ("color", "kind")[index % 2]
-            turn = {
-                "color": ("Name the color of the shape.", f"It is {shape.color}."),
-                "kind": ("Name the shape.", f"It is {a(shape.kind)}."),
-            }[topic]
-            asked.append((scene.image, turn, (topic, f"{topic}, small") if small else (topic,)))
-        for index in range(questions):
-            scene = draw_scene(rng, 64, 64, 1 + index % 4)
-            turn = conversation(rng, scene, 1, 0.0)[0]
-            asked.append(
-                (scene.image, turn, ("any question", f"any question, answer {turn[1].split()[0]}"))
-            )
-        self.topics = [topics for _, _, topics in asked]
-        self.batches = []
-        for start in range(0, len(asked), rows):
-            part = asked[start : start + rows]
-            self.batches.append(
-                encoder.encode([image for image, _, _ in part], [[turn] for _, turn, _ in part], 80)
-            )
+        self.words = {
+            "color": {encoder.ids(f" {word}")[0] for word in COLORS},
+            "kind": {encoder.ids(f" {word}")[0] for word in KINDS},
+        }
+        self.captions = {}
+        for side in (32, 64):
+            drawn = [draw_scene(rng, side, side, 1) for _ in range(scenes)]
+            texts = [describe(rng, scene)[1] for scene in drawn]
+            self.captions[side] = encoder.encode([scene.image for scene in drawn], texts, 32)
 
-    def measure(self, predict: Callable[[dict[str, np.ndarray]], np.ndarray]) -> dict[str, float]:
-        """Return the share of exact answers by topic.
+        self.topics: list[list[str]] = []
+        images, talks = [], []
+        for index in range(2 * scenes):
+            scene = draw_scene(rng, 64, 64, 1)
+            shape, topic = scene.shapes[0], ("color", "kind")[index % 2]
+            answer = shape.color if topic == "color" else a(shape.kind)
+            ask = {"color": "Name the color of the shape.", "kind": "Name the shape."}[topic]
+            talks.append([(ask, f"It is {answer}.")])
+            images.append(scene.image)
+            small = max(shape.width, shape.height) < SMALL
+            self.topics.append([topic, f"{topic} of small"] if small else [topic])
+        for index in range(2 * scenes):
+            scene = draw_scene(rng, 64, 64, 1 + index % 4)
+            talks.append(conversation(rng, scene, 1, 0.0))
+            images.append(scene.image)
+            self.topics.append(["any", f"any {talks[-1][0][1].split()[0]}"])
+        self.talks = [
+            encoder.encode(images[start : start + scenes], talks[start : start + scenes], TALK)
+            for start in range(0, len(images), scenes)
+        ]
+
+    def measure(
+        self, predict: Callable[[dict[str, np.ndarray]], np.ndarray], talk: bool
+    ) -> dict[str, float]:
+        """Return the share of right words in captions, and of right answers by topic if `talk`.
 
         predict: arrays -> the likeliest next token at each position [rows, length]. An answer all
         of whose tokens are the likeliest is the answer that greedy generation gives.
         """
-        exact: list[bool] = []
-        for arrays in self.batches:
-            labels = arrays["labels"][:, 1:]
-            right = predict(arrays)[:, :-1] == labels
-            exact.extend((right | (labels == IGNORED)).all(-1))
+        seen: dict[str, float] = {}
+        for side, arrays in self.captions.items():
+            labels, said = arrays["labels"][:, 1:], predict(arrays)[:, :-1]
+            for topic, words in self.words.items():
+                here = np.isin(labels, list(words))
+                seen[f"caption {side} {topic}"] = float((said == labels)[here].mean())
+        if not talk:
+            return seen
         found = defaultdict(list)
-        for topics, right in zip(self.topics, exact, strict=True):
-            for topic in topics:
-                found[topic].append(right)
-        return {topic: float(np.mean(values)) for topic, values in sorted(found.items())}
+        topics = iter(self.topics)
+        for arrays in self.talks:
+            labels = arrays["labels"][:, 1:]
+            right = (predict(arrays)[:, :-1] == labels) | (labels == IGNORED)
+            for exact in right.all(-1):
+                for topic in next(topics):
+                    found[topic].append(exact)
+        return seen | {topic: float(np.mean(values)) for topic, values in sorted(found.items())}

@@ -1,4 +1,4 @@
-"""Says in words what a scene shows: captions, and questions with their answers in whole sentences."""
+"""Says in words what a scene shows: captions, and questions answered in whole sentences."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def name(shape: Shape) -> str:
 
 
 def only(scene: Scene, what: Callable[[Shape], object]) -> list[Shape]:
-    """Return the shapes that no other shape equals in `what`, so that a question can mean just one."""
+    """Return the shapes that no other equals in `what`: a question can mean just that one."""
     seen = Counter(what(shape) for shape in scene.shapes)
     return [shape for shape in scene.shapes if seen[what(shape)] == 1]
 

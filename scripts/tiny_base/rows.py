@@ -25,10 +25,12 @@ class Kind:
     length: int  # tokens a row; turns that do not fit are left out
     rows: int  # a batch
     caption: float = 0.8  # how often the first turn is a caption
+    smallest: float = 6  # pixels
+    largest: float = 0.55  # share of the picture's side
 
 
 class Encoder:
-    """Encodes conversations as the chat template renders them, and knows which tokens are answers."""
+    """Encodes conversations as the chat template does, and knows which tokens are answers."""
 
     def __init__(self, tokenizer: Tokenizer, processor: Qwen2VLImageProcessorPil):
         self.tokenizer, self.processor = tokenizer, processor
@@ -73,7 +75,10 @@ class Encoder:
         """Return the arrays of one batch; equal generators give equal batches."""
         width, height = kind.sizes[rng.integers(len(kind.sizes))]
         counts = rng.integers(1, kind.shapes + 1, kind.rows)
-        scenes = [draw_scene(rng, width, height, int(count)) for count in counts]
+        scenes = [
+            draw_scene(rng, width, height, int(count), kind.smallest, kind.largest)
+            for count in counts
+        ]
         images = [scene.image for scene in scenes]
         if kind.turns == 0:
             return self.encode(images, [describe(rng, scene)[1] for scene in scenes], kind.length)

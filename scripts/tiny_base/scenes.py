@@ -1,4 +1,4 @@
-"""Draws seeded scenes of flat coloured shapes, the pictures the tiny base model learns to see from."""
+"""Draws seeded scenes of flat coloured shapes, from which the tiny base model learns to see."""
 
 from __future__ import annotations
 
@@ -75,16 +75,28 @@ class Scene:
     shapes: tuple[Shape, ...]  # in reading order: by thirds from the top, then from the left
 
 
-def draw_scene(rng: np.random.Generator, width: int, height: int, count: int) -> Scene:
-    """Return a picture of `count` shapes that do not overlap, fewer where they find no room."""
+def draw_scene(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    count: int,
+    smallest: float = 6,
+    largest: float = 0.55,
+) -> Scene:
+    """Return a picture of `count` shapes that do not overlap, fewer where they find no room.
+
+    smallest: diameter in pixels. largest: of the first, as a share of the picture's shorter side.
+    """
     background = draw_background(rng, width, height)
     shapes: list[Shape] = []
     for _ in range(count):
-        shape = place_shape(rng, background, shapes)
+        # The later ones are small enough to find a place beside the first.
+        most = min(width, height) * (min(largest, 0.4) if shapes else largest)
+        shape = place_shape(rng, background, shapes, smallest, most)
         if shape is not None:
             shapes.append(shape)
     if not shapes:
-        return draw_scene(rng, width, height, count)
+        return draw_scene(rng, width, height, count, smallest, largest)
     # Half of the pictures have soft edges, as most drawing programs make them.
     scale = 4 if rng.random() < 0.5 else 1
     canvas = Image.fromarray(background)
@@ -115,14 +127,17 @@ def draw_background(rng: np.random.Generator, width: int, height: int) -> np.nda
 
 
 def place_shape(
-    rng: np.random.Generator, background: np.ndarray, others: list[Shape]
+    rng: np.random.Generator,
+    background: np.ndarray,
+    others: list[Shape],
+    smallest: float,
+    largest: float,
 ) -> Shape | None:
     """Return a shape that touches no other and stands out, or None after too many tries."""
     height, width = background.shape[:2]
-    largest = min(width, height) * (0.55 if not others else 0.4)
     for _ in range(20):
         # Uniform in the logarithm: half of the shapes are below 15 pixels in a picture of 64.
-        size = math.exp(rng.uniform(math.log(6), math.log(largest)))
+        size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
         kind = list(KINDS)[rng.integers(len(KINDS))]
         if size < KINDS[kind]:
             continue

@@ -50,7 +50,8 @@ class Chat:
         self.encoder = rename_tokens(tokenizer.backend_tokenizer, renamed)
         self.image_id = image_token_id
         for slot, token_id, name in zip(SLOTS, ids, self.placeholders, strict=False):
-            if self.encoder.token_to_id(slot) != token_id:
+            added = token_id in tokenizer.added_tokens_decoder
+            if not added or self.encoder.token_to_id(slot) != token_id:
                 raise UserError(
                     f"The tokenizer in '{directory}' does not have the placeholder {name!r} (id "
                     f"{token_id} in config.json) as an added token. Do both files belong together?"
@@ -72,7 +73,8 @@ class Chat:
             <|im_start|> assistant \\n  A  red  ball  <|im_end|>  \\n
                  0           0      0   1   1    1       1        1
 
-        Where the template has `{% generation %}` marks they say what an answer is; otherwise it is
+        Where the template has `{% generation %}` marks they say what an answer is (with the white
+        space and the EOS around it that the model has to write too); otherwise it is
         what a turn adds to the prompt that asks for it, `render(messages[:i], prompt)` being an
         exact prefix of `render(messages[:i + 1])`, which is checked. A token that is partly
         answer counts.
@@ -104,7 +106,7 @@ class Chat:
 
         try:
             with self._lock:
-                texts, marks = render_jinja_template(
+                rendered: Any = render_jinja_template(
                     conversations=[list(messages)],
                     chat_template=self.template,
                     return_assistant_tokens_mask=self.has_marks,
@@ -117,7 +119,8 @@ class Chat:
                 f"The chat template of '{self.directory}' refuses the conversation ({roles}): "
                 f"{error}. Check the roles and their order."
             ) from error
-        return texts[0], [tuple(span) for span in marks[0]] if marks else []
+        texts, marks = rendered
+        return texts[0], [(start, end) for start, end in marks[0]] if marks else []
 
     def _turns(self, messages: Messages, prompt: bool) -> tuple[str, list[list[Span]]]:
         """Return the rendered text and, for every assistant turn, the spans of its answer."""
@@ -131,6 +134,9 @@ class Chat:
         else:  # several marks a turn, or none: count what each turn adds
             ends = [len(self._render(messages[: i + 1], False)[1]) for i in places]
             turns = [marks[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        if self.has_marks:
+            for i, spans in zip(places, turns, strict=True):
+                spans[:1] = [self._with_space(messages, i, rendered, span) for span in spans[:1]]
         for i, spans in zip(places, turns, strict=True):
             said = [part["text"].strip() for part in messages[i]["content"] if "text" in part]
             written = "".join(rendered[a:b] for a, b in spans)
@@ -156,6 +162,20 @@ class Chat:
                 f"where the conversation begins with an assistant, remove that turn."
             )
         return len(before), len(after)
+
+    def _with_space(self, messages: Messages, i: int, rendered: str, mark: Span) -> Span:
+        """Return turn i's mark, from where its prompt ends if only white space is in between.
+
+        LLaVA-1.5's template marks the answer behind "ASSISTANT: ", but prompts with "ASSISTANT:":
+        the space, to Llama's tokenizer often a token, is for the model to write.
+        """
+        start, end = mark
+        if not rendered[start - 1 : start].isspace():
+            return mark
+        before = self._render(messages[:i], True)[0]
+        if rendered.startswith(before) and rendered[len(before) : start].isspace():
+            return len(before), end
+        return mark
 
     def _escape(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message with placeholders in its texts hidden from template and tokenizer."""
@@ -186,6 +206,8 @@ class Chat:
                 edits += [(m.start(), m.end(), new) for m in re.finditer(re.escape(old), rendered)]
         spans = [span for turn in trained for span in turn]
         for turn in turns:
+            if not turn:  # an empty answer that the template's marks leave out
+                continue
             start, end = turn[-1]
             body = start + len(rendered[start:end].rstrip())
             if rendered[start:body].endswith(self.ends):

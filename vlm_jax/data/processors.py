@@ -145,12 +145,13 @@ class Patches:
         frames = self.raw["temporal_patch_size"]
         pixels = resize(pixels, self.size(*pixels.shape[:2]), self.raw["resample"])
         h, w = pixels.shape[0] // patch, pixels.shape[1] // patch
+        # Bytes are put in order, so that floats are written once; channels lead for the look-up.
         blocks = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
-        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, patch * patch)
+        blocks = np.ascontiguousarray(blocks.transpose(6, 0, 3, 1, 4, 2, 5))
+        blocks = blocks.reshape(3, h * w, patch * patch)
         values = np.empty((h * w, 3, frames, patch * patch), np.float32)
         for channel in range(3):
-            values[:, channel, 0] = self.table[channel][blocks[:, channel]]
-        values[:, :, 1:] = values[:, :, :1]
+            values[:, channel] = self.table[channel].take(blocks[channel])[:, None]
         return values.reshape(h * w, 3 * frames * patch * patch), (1, h, w)
 
     def settings(self) -> dict[str, Any]:
@@ -237,7 +238,7 @@ class Fixed:
             pixels = resize(pixels, target, raw["resample"])
         if raw["do_center_crop"]:
             pixels = center_crop(pixels, self.output)
-        return np.stack([self.table[c][pixels[:, :, c]] for c in range(3)]), None
+        return np.stack([self.table[c].take(pixels[:, :, c]) for c in range(3)]), None
 
     def settings(self) -> dict[str, Any]:
         return {key: value for key, value in self.raw.items() if value is not None}

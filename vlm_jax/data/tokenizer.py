@@ -10,8 +10,7 @@ from vlm_jax.errors import UserError
 def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
     """Return a copy of a `tokenizers.Tokenizer` in which some tokens have other names.
 
-    The ids stay; the old names are plain text to the copy. Offsets are not trimmed of spaces, and
-    nothing is truncated or padded.
+    The ids stay; the old names are plain text to the copy. Nothing is truncated or padded.
     """
     from tokenizers import Tokenizer
 
@@ -24,20 +23,7 @@ def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
     else:  # Unigram: [piece, score] pairs
         raw["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
     raw["truncation"] = raw["padding"] = None
-    _untrim(raw["post_processor"])
     return Tokenizer.from_str(json.dumps(raw))
-
-
-def _untrim(node: Any) -> None:
-    """A token of spaces alone would otherwise have an empty span, and so no weight."""
-    if isinstance(node, dict):
-        if "trim_offsets" in node:
-            node["trim_offsets"] = False
-        for value in node.values():
-            _untrim(value)
-    elif isinstance(node, list):
-        for value in node:
-            _untrim(value)
 
 
 def load_tokenizer(directory: str | Path) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.encode import BadExample, Encoder
+from vlm_jax.data.pipeline import ALWAYS_DROPPED
 from vlm_jax.data.records import Record
 from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
 from vlm_jax.data.tokenizer import load_tokenizer
@@ -74,8 +75,8 @@ def _plan(
                 skipped += 1
                 continue
             size = encoder.measure(record)
-        except BadExample:
-            if encoder.on_bad_example == "raise":
+        except BadExample as error:
+            if encoder.on_bad_example == "raise" and error.reason not in ALWAYS_DROPPED:
                 raise
             skipped += 1
             continue
@@ -141,7 +142,7 @@ def accuracy(
     total = sum(len(planned) for planned, _ in batches)
     predictions: list[Prediction] = []
     for (records_now, _), batch in _ahead(
-        lambda planned: _collate(encoder, *planned, batch_size), batches
+        lambda planned: _collate(encoder, planned[0], planned[1], batch_size), batches
     ):
         new = np.asarray(jax.device_get(generate(model, params, batch, max_new_tokens)))
         texts = tokenizer.batch_decode(new[: len(records_now)], skip_special_tokens=True)

@@ -22,6 +22,7 @@ from vlm_jax.lora import PROJECTOR_NAMES, is_lora, saved_modules
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import current_name, disk_places, module_name, stacked_layers, to_disk, to_tree
 from vlm_jax.trees import flatten, unflatten
+from vlm_jax.vocabulary import fold_added, is_added
 
 PREFIX = "base_model.model."
 
@@ -88,6 +89,11 @@ def save_peft(model: Model, params: Mapping[str, Any], directory: str | Path) ->
             leaf = leaf if layer is None else leaf[layer]
             tensors[f"{PREFIX}{name}.{matrix}.weight"] = np.ascontiguousarray(leaf.T)
     saved = saved_modules(model, params, lora)
+    for path in [path for path in flat if is_added(path)]:  # the whole resized matrix, as PEFT does
+        base = path.rsplit("/", 1)[0]
+        leaf = "embedding" if f"{base}/embedding" in flat else "kernel"
+        saved[base.rsplit("/", 1)[-1]] = [f"{base}/{leaf}"]
+    flat = fold_added(flat)
     shapes = {path: flat[path].shape for paths in saved.values() for path in paths}
     for name, place in disk_places(model, shapes).items():
         leaf = np.asarray(jax.device_get(flat[place.path]))

@@ -17,6 +17,7 @@ from vlm_jax.lora import is_lora, merge
 from vlm_jax.model import Model
 from vlm_jax.names import current_name, disk_places, to_disk
 from vlm_jax.trees import flatten
+from vlm_jax.vocabulary import fold_added
 
 # safetensors' names of dtypes.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": np.float64}
@@ -60,6 +61,7 @@ def save_pretrained(
                 "merge=True, or write an adapter with save_peft."
             )
         flat = flatten(merge(model, params))
+    flat = fold_added(flat)
     places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
     source = model.source
     if source is None:

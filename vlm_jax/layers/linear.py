@@ -81,6 +81,9 @@ class Linear(nn.Module):
             y = lora_matmul(x, kernel, a, b, self.lora.scale(a.shape[-1]), x_lora)
         else:
             y = x @ dense(kernel, self.dtype)
+        if self.has_variable("params", "added"):  # outputs of new tokens: see vocabulary.py
+            added = dense(self.get_variable("params", "added"), self.dtype)
+            y = jnp.concatenate([y, x @ added], axis=-1)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             y = y + along_last(bias.astype(self.dtype), y)
@@ -88,7 +91,10 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """int [B, T] to [B, T, D]; embedding [V, D]; `attend` is the tied head."""
+    """int [B, T] to [B, T, D]; embedding [V, D]; `attend` is the tied head.
+
+    Rows of new tokens, where there are any, are a leaf of their own (see vocabulary.py).
+    """
 
     vocabulary: int
     features: int
@@ -97,9 +103,19 @@ class Embed(nn.Module):
     def setup(self) -> None:
         shape = (self.vocabulary, self.features)
         self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape)
+        has_added = self.has_variable("params", "added")
+        self.added = self.get_variable("params", "added") if has_added else None
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return dense(self.embedding, self.dtype)[tokens_BT]
+        x_BTD = dense(self.embedding, self.dtype)[tokens_BT]
+        if self.added is not None:
+            new_BT = tokens_BT - self.vocabulary  # out-of-range indices are clamped either way
+            added_BTD = dense(self.added, self.dtype)[jnp.maximum(new_BT, 0)]
+            x_BTD = jnp.where((new_BT >= 0)[:, :, None], added_BTD, x_BTD)
+        return x_BTD
 
-    def attend(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD @ dense(self.embedding, self.dtype).T
+    def attend(self, x: jax.Array) -> jax.Array:
+        logits = x @ dense(self.embedding, self.dtype).T
+        if self.added is not None:
+            logits = jnp.concatenate([logits, x @ dense(self.added, self.dtype).T], axis=-1)
+        return logits

@@ -12,20 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from vlm_jax.batch import Batch
 from vlm_jax.data import Encoder, Pipeline
-from vlm_jax.errors import UserError
 from vlm_jax.evals.accuracy import accuracy
 from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
-from vlm_jax.sharding import BATCH, shard_batch
+from vlm_jax.sharding import shard_batch
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.losses import loss
-from vlm_jax.train.metrics import Log, Meter, numbers, print_report, progress_bar
+from vlm_jax.train.compile import compile_losses, compile_steps, on_mesh
+from vlm_jax.train.metrics import Log, numbers, print_report, progress_bar
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.run import (
@@ -39,10 +36,8 @@ from vlm_jax.train.run import (
     write_result,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
+from vlm_jax.train.watch import Watch
 from vlm_jax.trees import join, split
-
-# Components that see a gradient only in a batch with images.
-NEED_IMAGES = ("vision", "projector")
 
 
 def train(config: ConfigDict, resume: bool = False, console: Console | None = None) -> dict:
@@ -83,7 +78,7 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     console.print(_describe(data, rows, total, mesh), highlight=False, soft_wrap=True)
     trainable, frozen = split(params, table)
     tx = optimizer(trainable, table, settings)
-    state = _on_mesh(init_state(trainable, tx, t.seed), mesh)
+    state = on_mesh(init_state(trainable, tx, t.seed), mesh)
     del params, trainable
 
     # Where from
@@ -121,22 +116,25 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     evaluation: dict[str, float] = {}
 
     bar = progress_bar(console)
-    batches = data.batches(place)
+    batches: Any = data.batches(place)
     with contextlib.closing(batches), interruptible() as stop, bar, contextlib.closing(log):
         task = bar.add_task("train", total=total, completed=step, numbers="")
+
+        def show(line: dict | None) -> None:
+            if line is not None:
+                bar.update(task, completed=line["step"], numbers=numbers(line))
+                if not console.is_terminal:
+                    console.print(f"step {line['step']}/{total}  {numbers(line)}", highlight=False)
+
         while step < total and not stop.is_set():
             batch, ids, place = next(batches)
             state, metrics = steps[batch.shape](state, frozen, shard_batch(batch, mesh))
             step += 1
-            line = watch.push(step, ids, metrics, bool(batch.patch_segments.any()))
-            if line:
-                bar.update(task, completed=line["step"], numbers=numbers(line))
-                if not console.is_terminal:
-                    console.print(f"step {line['step']}/{total}  {numbers(line)}", highlight=False)
+            show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
             saving = save_at(step) or step == total or stop.is_set()
             evaluating = held_out is not None and (eval_at(step) or step == total)
             if saving or evaluating or step == 1:
-                watch.flush()  # a checkpoint of a broken step must never replace a good one
+                show(watch.flush())  # a broken step's checkpoint must not replace a good one
             if saving:
                 checkpoints.save(step, state, place)
             if evaluating and held_out is not None:
@@ -146,7 +144,7 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
                 log.write_evaluation(step, evaluation)
                 console.print(f"step {step}/{total}  {_words(evaluation)}", highlight=False)
                 watch.meter.reset()
-        watch.flush()
+        show(watch.flush())
         checkpoints.save(step, state, place)
     checkpoints.close()
 
@@ -168,75 +166,6 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     return outcome
 
 
-def abstract_batch(model: Model, rows: int, shape: tuple[int, int], mesh: Any) -> Batch:
-    """Return the shapes and shardings of a batch of `rows` rows."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        model.collate([[]] * rows, *shape),
-    )
-
-
-def compile_steps(
-    run: Callable, model: Model, state: TrainState, frozen: Any, shapes: Any, rows: int, mesh: Any
-) -> dict[tuple[int, int, int], Callable]:
-    """Return {(rows, T, P): the compiled step}: one compilation a shape, all of them now.
-
-    The state is donated and comes back where it lay. A compiled step refuses any other shape, so
-    nothing is ever compiled again. Raises `UserError` where one does not fit into memory.
-    """
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
-    steps = {}
-    for shape in sorted(shapes, reverse=True):  # the largest first
-        batch = abstract_batch(model, rows, shape, mesh)
-        compiled = jitted.lower(state, frozen, batch).compile()
-        _check_memory(compiled, shape, rows)
-        steps[rows, *shape] = compiled
-    assert len(steps) == len(shapes)
-    return steps
-
-
-def compile_losses(
-    model: Model, state: TrainState, frozen: Any, shapes: Any, rows: int, mesh: Any
-) -> dict[tuple[int, int, int], Callable]:
-    """Return {(rows, T, P): compiled (trainable, frozen, batch) -> (loss_sum, tokens)}."""
-    jitted = jax.jit(lambda trainable, frozen, batch: loss(model, trainable, frozen, batch))
-    return {
-        (rows, *shape): jitted.lower(
-            state.trainable, frozen, abstract_batch(model, rows, shape, mesh)
-        ).compile()
-        for shape in shapes
-    }
-
-
-def _check_memory(compiled: Any, shape: tuple[int, int], rows: int) -> None:
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    usage = compiled.memory_analysis()
-    if limit is None or usage is None:
-        return
-    sizes = usage.argument_size_in_bytes + usage.temp_size_in_bytes + usage.output_size_in_bytes
-    need = sizes - usage.alias_size_in_bytes
-    if need > limit:
-        raise UserError(
-            f"A step of {rows} rows of {shape[0]} tokens and {shape[1]} patches needs "
-            f"{need / 2**30:.1f} GiB a device, which has {limit / 2**30:.1f} GiB. Lower "
-            f"training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-            f"data.max_seq_length or data.max_pixels, or set training.gradient_checkpointing."
-        )
-
-
-def _on_mesh(state: TrainState, mesh: Any) -> TrainState:
-    """Return the state with each leaf on the mesh: scalars and keys on all of its devices."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf: jax.Array) -> jax.Array:
-        on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if on_mesh else jax.device_put(leaf, everywhere)
-
-    return jax.tree.map(place, state)
-
-
 def every(strategy: str, interval: int, steps_per_epoch: int) -> Callable[[int], bool]:
     """Return whether a step is due: each `interval` steps, each epoch, or never."""
     period = {"no": 0, "steps": interval, "epoch": steps_per_epoch}[strategy]
@@ -250,98 +179,18 @@ def interruptible() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before: dict[int, Any] = {}
 
     def handle(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Watch:
-    """Reads each step's metrics one step late, checks them and logs them.
-
-    Late, because reading waits for the device, which by then works on the next step.
-    """
-
-    def __init__(
-        self,
-        log: Log,
-        rate: Callable[[int], Any],
-        steps_per_epoch: int,
-        logging_steps: int,
-        checkpoints: Checkpoints,
-    ):
-        self.log, self.rate, self.steps_per_epoch = log, rate, steps_per_epoch
-        self.logging_steps, self.checkpoints = logging_steps, checkpoints
-        self.meter = Meter()
-        self.waiting: tuple | None = None
-        self.unseen: set[str] | None = None  # trained components still to show a gradient
-
-    def push(self, step: int, ids: list[str], metrics: Any, images: bool) -> dict | None:
-        """Take a step's metrics, and return the log line of the one before if it is due."""
-        line = self.flush()
-        self.waiting = (step, ids, metrics, images)
-        return line
-
-    def flush(self) -> dict | None:
-        """Read what is waiting, and return its log line if it is due.
-
-        Raises `UserError` for a loss or gradient that is not finite, and for a trained component
-        whose gradient is zero where it should first have one.
-        """
-        if self.waiting is None:
-            return None
-        step, ids, metrics, images = self.waiting
-        self.waiting = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise self._not_finite(step, ids, values)
-        self._check_gradients(step, values, images)
-        self.meter.add(values["loss"], values["tokens"])
-        if step % self.logging_steps:
-            return None
-        line = {
-            **self.meter.read(),
-            "learning_rate": float(self.rate(step - 1)),
-            **{name: value for name, value in values.items() if name.startswith("grad_norm")},
-            "epoch": step / self.steps_per_epoch,
-        }
-        self.log.write(step, line)
-        return {"step": step, **line}
-
-    def _not_finite(self, step: int, ids: list[str], values: dict[str, float]) -> UserError:
-        kept = self.checkpoints.steps
-        last = f"'{self.checkpoints.directory / str(kept[-1])}'" if kept else "none was saved yet"
-        return UserError(
-            f"Step {step} gave loss {values['loss']} and gradient norm {values['grad_norm']}, so "
-            f"the run stops. Its examples were {', '.join(ids[:16])}"
-            f"{' and more' if len(ids) > 16 else ''}. The last good checkpoint: {last}. Look at "
-            f"these examples, or lower training.learning_rate and go on with --resume."
-        )
-
-    def _check_gradients(self, step: int, values: dict[str, float], images: bool) -> None:
-        if self.unseen is None:
-            prefix = "grad_norm/"
-            self.unseen = {n.removeprefix(prefix) for n in values if n.startswith(prefix)}
-        for component in sorted(self.unseen):
-            if component in NEED_IMAGES and not images:
-                continue
-            self.unseen.discard(component)
-            if values[f"grad_norm/{component}"] == 0:
-                raise UserError(
-                    f"The {component} is to be trained, but its gradient is zero at step {step}, "
-                    f"so nothing of it would be learned. Freeze it (model.*_lr_scale, lora.*), or "
-                    f"look whether the data can reach it."
-                )
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:

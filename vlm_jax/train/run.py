@@ -13,7 +13,7 @@ from vlm_jax import config as configs
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import write_json
-from vlm_jax.hub.load import load
+from vlm_jax.hub.load import load, open_tensors, resolve, tensor_files
 from vlm_jax.hub.peft import load_peft, save_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.lora import add_lora, is_lora
@@ -178,6 +178,16 @@ def make_pipeline(
     )
 
 
+def stored_dtype(directory: Path) -> str:
+    """Return the widest dtype of a checkpoint's tensors: loaded in it, none of them is rounded."""
+    kinds, files = set(), tensor_files(directory)
+    for file in sorted(set(files.values())):
+        with open_tensors(directory / file) as tensors:
+            kinds |= {tensors.get_slice(name).get_dtype() for name, f in files.items() if f == file}
+    narrow = {"BF16": "bfloat16", "F16": "float16"}
+    return narrow[kinds.pop()] if len(kinds) == 1 and kinds <= narrow.keys() else "float32"
+
+
 def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[str, Any]:
     """Return what must be the same when a run goes on, as JSON values.
 
@@ -234,8 +244,14 @@ def write_result(
     return directory / "model"
 
 
-def load_run(directory: str | Path) -> tuple[Model, dict[str, Any], ConfigDict]:
-    """Return (model, params, config) of a run: its result, or its newest checkpoint without one."""
+def load_run(
+    directory: str | Path, exact: bool = False
+) -> tuple[Model, dict[str, Any], ConfigDict]:
+    """Return (model, params, config) of a run: its result, or its newest checkpoint without one.
+
+    exact: in the dtype that the base is stored in, so that no weight is rounded; otherwise in the
+    run's compute dtype.
+    """
     directory = Path(directory).expanduser()
     if not (directory / "config.json").is_file():
         raise UserError(
@@ -244,8 +260,14 @@ def load_run(directory: str | Path) -> tuple[Model, dict[str, Any], ConfigDict]:
         )
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config = configs.load(None, configs.flatten_config(raw))
-    if (directory / "model").is_dir():
-        model, params = load(directory / "model", compute_dtype(config))
+    full = directory / "model"
+    if exact:
+        base = resolve(config.model.name_or_path, config.model.revision)
+        dtype = stored_dtype(full if full.is_dir() else base)
+        with config.unlocked():
+            config.model.dtype = dtype
+    if full.is_dir():
+        model, params = load(str(full), compute_dtype(config))
         return model, params, config
     if (directory / "adapter").is_dir():
         model, params = load_base(config)
@@ -259,7 +281,7 @@ def load_run(directory: str | Path) -> tuple[Model, dict[str, Any], ConfigDict]:
     training = {**config.training, "max_steps": max(1, config.training.max_steps)}
     state = init_state(trainable, optimizer(trainable, table, training))
     same = identity(config, model, table, rows=0)
-    same = {name: same[name] for name in ("base", "model", "training table", "lora")}
+    same = {name: same[name] for name in ("base", "training table", "lora")}
     checkpoints = Checkpoints(directory / "checkpoints", same)
     state, _ = checkpoints.restore(state)
     checkpoints.close()

@@ -1,0 +1,197 @@
+"""Checkpoint directories without weights, made in memory: config, tokenizer, template, images."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig
+
+TEXT = ["What color is the ball? It is red, and the box is blue. You are a helpful assistant."] * 4
+
+# Qwen2-VL's own template, in short.
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# The same with marks around what TRL's training template marks.
+CHATML_MARKED = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% for content in message['content'] %}{{ content['text'] }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# LLaVA-1.5's (llava-hf): no token ends an answer.
+VICUNA_MARKED = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}"
+    "{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+VICUNA = VICUNA_MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def qwen2_vl_files(directory: Path, template: str = CHATML, **image_settings) -> Path:
+    """Write a tiny Qwen2-VL's files: byte-level BPE, patches of 4 x 4, tokens of 8 x 8 pixels."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens(special)
+    ids = {name: tokenizer.token_to_id(name) for name in special}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.save_pretrained(directory)
+    config = Qwen2VLConfig(
+        vision_config=dict(
+            depth=1, embed_dim=16, num_heads=2, hidden_size=16, patch_size=4, mlp_ratio=2
+        ),
+        text_config=dict(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=512,
+            bos_token_id=None,
+            eos_token_id=ids["<|im_end|>"],
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": 4,
+        "min_pixels": 8 * 8,
+        "max_pixels": 8 * 8 * 40,
+        **image_settings,
+    }
+    return _finish(directory, config, template, settings)
+
+
+def llava_files(directory: Path, template: str = VICUNA_MARKED, **image_settings) -> Path:
+    """Write a tiny LLaVA-1.5's files: Llama-like BPE with BOS, CLIP of 16 x 16 pixels."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    spaces = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence(
+        [spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    alphabet = list("▁\nABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz?.,:<>")
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=150,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_special_tokens(["<image>", "<pad>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+    fast.save_pretrained(directory)
+    config = LlavaConfig(
+        vision_config=dict(
+            model_type="clip_vision_model",
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        ),
+        text_config=dict(
+            model_type="llama",
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=200,
+        ),
+        image_token_id=tokenizer.token_to_id("<image>"),
+    )
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 16},
+        "crop_size": {"height": 16, "width": 16},
+        **image_settings,
+    }
+    return _finish(directory, config, template, settings)
+
+
+def _finish(directory: Path, config, template: str, settings: dict) -> Path:
+    (directory / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    (directory / "chat_template.jinja").write_text(template)
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def text(role: str, words: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": words}]}
+
+
+def image_and_text(words: str, images: int = 1) -> dict:
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": words}]
+    return {"role": "user", "content": parts}
+
+
+def write_image(path: Path, height: int, width: int, seed: int = 0) -> Path:
+    import numpy as np
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path

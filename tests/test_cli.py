@@ -1,0 +1,142 @@
+"""The command line: quick help, one-paragraph errors with exit code 2, and a whole round trip."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from runs import make_config
+
+import vlm_jax
+from vlm_jax import UserError, config
+from vlm_jax.cli import main
+
+
+def test_help_does_not_import_jax():
+    code = (
+        "import sys, vlm_jax.cli\n"
+        "try: vlm_jax.cli.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "slow = {'jax', 'numpy', 'transformers', 'ml_collections', 'rich'} & sys.modules.keys()\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "export", "evaluate", "generate"):
+        assert command in done.stdout
+
+
+def wrong(capsys, *arguments):
+    """Run a command that must fail, and return what it says."""
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"vlm-jax {arguments[0]}: ")
+    assert said.count("\n") == 1 and "Traceback" not in said  # one paragraph
+    return said
+
+
+def test_bad_input_is_one_paragraph_and_exit_code_2(capsys, tmp_path, place):
+    recipe = tmp_path / "recipe.yaml"
+    made = make_config(place / "base", place / "data/train.jsonl", tmp_path / "out")
+    recipe.write_text(yaml.safe_dump(config.to_dict(made)))
+    train = ("train", "--config", str(recipe))
+
+    assert "no config file" in wrong(capsys, "train", "--config", "nowhere.yaml")
+    assert "did you mean 'lora.r'" in wrong(capsys, *train, "--config.lora.rr=3")
+    said = wrong(capsys, *train, "--config.model.name_or_path=./nowhere")
+    assert "no checkpoint directory './nowhere'" in said
+    said = wrong(capsys, *train, "--config.data.train_file=nowhere.json")
+    assert "nowhere.json" in said
+    said = wrong(capsys, *train, "--config.lora.target_modules=q_prok,v_proj")
+    assert "q_prok" in said and "did you mean 'q_proj'" in said
+    said = wrong(
+        capsys, *train, "--config.lora.enabled=false", "--config.model.projector_lr_scale=0",
+        "--config.model.language_model_lr_scale=0",
+    )  # fmt: skip
+    assert "Nothing is left to train" in said
+    assert "no run to resume" in wrong(capsys, *train, "--resume")
+    said = wrong(capsys, *train, "--config.model.type=llava")
+    assert "is a 'qwen2_vl'" in said
+    said = wrong(capsys, *train, "--config.data.max_seq_length=8")
+    assert "too_long" in said
+    assert "no run" in wrong(capsys, "export", "--run", str(tmp_path), "--out", "x")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": 1}\n{"id": \n')
+    assert "line 2" in wrong(capsys, *train, f"--config.data.train_file={bad}")
+    assert not (tmp_path / "out").exists()  # nothing half-written
+
+
+def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, place):
+    rows = (place / "data/train.jsonl").read_text().splitlines()[:4]
+    broken = json.loads(rows[1])
+    (tmp_path / "broken.png").write_bytes((place / "data/1.png").read_bytes()[:40])
+    broken["image"] = str(tmp_path / "broken.png")
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join([rows[0], json.dumps(broken), *rows[2:]]))
+    made = make_config(
+        place / "base", data, tmp_path / "out", f"data.image_folder={place / 'data'}",
+        "training.max_steps=1",
+    )  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config.to_dict(made)))
+    said = wrong(capsys, "train", "--config", str(recipe))
+    assert "record 1" in said and "broken.png" in said
+    assert not (tmp_path / "out/adapter").exists()
+    skip = "--config.data.on_bad_example=skip"
+    out = f"--config.training.output_dir={tmp_path / 'skipped'}"
+    assert main(["train", "--config", str(recipe), skip, out]) == 0
+    assert "1 image" in capsys.readouterr().out
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(UserError):
+        main(["train", "--config", "nowhere.yaml", "--debug"])
+
+
+def test_overrides_belong_to_train(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--run", "x", "--out", "y", "--config.lora.r=3"])
+    assert stop.value.code == 2
+    assert "belongs to the command train" in capsys.readouterr().err
+
+
+def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):
+    run, merged = str(straight[1]), str(tmp_path / "merged")
+    assert main(["export", "--run", run, "--merge", "--out", merged]) == 0
+    said = capsys.readouterr().out
+    assert float(said.split("probe batch is ")[1].split()[0]) < 1e-4
+    assert "not empty" in wrong(capsys, "export", "--run", run, "--out", merged)
+    adapter = str(tmp_path / "adapter")
+    assert main(["export", "--run", run, "--out", adapter]) == 0
+    assert "read it back" in capsys.readouterr().out
+
+    data = str(place / "data/train.jsonl")
+    results = []
+    for which in (["--run", run], ["--model", merged]):
+        file = tmp_path / "predictions.jsonl"
+        arguments = ["evaluate", *which, "--data", data, "--json", "--predictions", str(file)]
+        assert main([*arguments, "--max-new-tokens", "3", "--max-examples", "6"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+        answers = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [a["id"] for a in answers] == [f"r{i}" for i in range(6)]
+        assert answers[0]["question"] == "What color is it?" and answers[0]["answer"] == "red"
+        results[-1]["answers"] = [a["prediction"] for a in answers]
+    assert results[0]["answers"] == results[1]["answers"]
+    assert results[0]["examples"] == 6 and results[0]["accuracy"] == results[0]["correct"] / 6
+
+    image = str(place / "data/0.png")
+    model = ["--model", str(place / "base"), "--adapter", adapter]
+    ask = ["--image", image, "--prompt", "What color is it?", "--max-new-tokens", "3"]
+    assert main(["generate", *model, *ask]) == 0
+    assert capsys.readouterr().out.strip() == results[0]["answers"][0]
+
+
+def test_a_loaded_adapter_moves_the_logits(place, straight):
+    model, params = vlm_jax.load(place / "base")
+    adapted, tree = vlm_jax.load_peft(model, params, straight[1] / "adapter")
+    batch = model.batch(input_ids=np.arange(12)[None])
+    base = np.asarray(model.apply({"params": params}, batch))
+    ours = np.asarray(adapted.apply({"params": tree}, batch))
+    assert np.abs(ours - base).max() > 1e-3  # training has moved it

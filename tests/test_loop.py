@@ -1,0 +1,192 @@
+"""A whole run on a tiny checkpoint: what it writes, how it resumes, and what stops it."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from runs import lines, make_base, make_data, run
+from safetensors.numpy import load_file
+
+import vlm_jax
+from vlm_jax import UserError
+from vlm_jax.train import loop, watch
+from vlm_jax.train.run import load_run
+from vlm_jax.trees import flatten
+
+
+def test_a_run_writes_what_it_promises(straight):
+    outcome, directory, text = straight
+    assert outcome["steps"] == 4 and not outcome["interrupted"]
+    names = {path.name for path in directory.iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard"),
+        *("checkpoints", "adapter"),
+    }
+    rows = lines(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row.keys() >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch"}
+    assert rows[0]["learning_rate"] == 0.0 and rows[1]["learning_rate"] == 0.01  # warm-up: 1 step
+    evaluation = lines(directory / "evaluations.jsonl")[-1]
+    assert evaluation["step"] == 4 and 0 <= evaluation["accuracy"] <= 1
+    assert evaluation["examples"] == 12 and np.isfinite(evaluation["loss"])
+    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["2", "4"]
+    assert "trainable params: 5,648 || all params: 27,408 || trainable%: 20.6071" in text
+    assert "LoRA" in text and "nothing (frozen)" in text
+    adapter = json.loads((directory / "adapter/adapter_config.json").read_text())
+    assert adapter["modules_to_save"] == ["merger"] and adapter["r"] == 2
+
+
+def test_only_what_the_table_names_has_changed(place, straight):
+    model, trained, _ = load_run(straight[1])
+    base = flatten(vlm_jax.load(place / "base")[1])
+    for path, leaf in flatten(trained).items():
+        if path in base:
+            same = np.array_equal(leaf, base[path])
+            assert same == (model.component(path) != "projector"), path
+
+
+def test_stop_and_resume_equals_no_stop(place, straight, monkeypatch):
+    push = watch.Watch.push
+
+    def push_and_interrupt(self, step, ids, metrics, images):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return push(self, step, ids, metrics, images)
+
+    monkeypatch.setattr(loop.Watch, "push", push_and_interrupt)
+    outcome, directory, text = run(place, "stopped", "data.max_shapes=2")
+    assert outcome["interrupted"] and outcome["steps"] == 2
+    assert f"saved '{directory / 'checkpoints' / '2'}'" in text
+    assert not (directory / "adapter").exists()
+    monkeypatch.undo()
+
+    outcome, _, text = run(place, "stopped", "data.max_shapes=2", resume=True)
+    assert outcome["steps"] == 4 and "from step 2" in text
+    keys = ("step", "loss", "learning_rate", "grad_norm", "tokens", "epoch")
+    ours, theirs = (lines(d / "metrics.jsonl") for d in (directory, straight[1]))
+    assert [[row[k] for k in keys] for row in ours] == [[row[k] for k in keys] for row in theirs]
+    ours, theirs = (
+        load_file(d / "adapter/adapter_model.safetensors") for d in (directory, straight[1])
+    )
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_resume_after_the_last_step_writes_the_result_again(place, straight):
+    _, directory, _ = straight
+    before = (directory / "adapter/adapter_model.safetensors").read_bytes()
+    outcome, _, _ = run(place, "straight", "data.max_shapes=2", resume=True)
+    assert outcome["steps"] == 4
+    assert (directory / "adapter/adapter_model.safetensors").read_bytes() == before
+
+
+def test_resume_refuses_what_would_change_the_run(place, straight):
+    del straight
+    with pytest.raises(UserError, match="data.train_file"):
+        make_data(place / "other", count=10)
+        run(place, "straight", "data.max_shapes=2", resume=True, data="other/train.jsonl")
+    with pytest.raises(UserError, match=r"'lora\.rank' was 2 .* and is 4 now"):
+        run(place, "straight", "data.max_shapes=2", "lora.r=4", resume=True)
+    with pytest.raises(UserError, match=r"training\.seed"):
+        run(place, "straight", "data.max_shapes=2", "training.seed=1", resume=True)
+    make_base(place / "other_base", seed=1)
+    with pytest.raises(UserError, match=r"base\.model\.safetensors"):
+        run(place, "straight", "data.max_shapes=2", resume=True, base="other_base")
+
+
+def test_one_compilation_a_shape(place, monkeypatch):
+    compiled = []
+    compile_steps = loop.compile_steps
+
+    def counting(run, *rest):
+        def traced(*arguments):
+            compiled.append(arguments[2].shape)  # runs once a trace
+            return run(*arguments)
+
+        return compile_steps(traced, *rest)
+
+    monkeypatch.setattr(loop, "compile_steps", counting)
+    outcome, _, _ = run(place, "compiled", "data.max_shapes=2")
+    shapes = {(2, *shape) for shape in outcome["data"]["shapes"]}
+    assert len(shapes) == 2 and len(compiled) == 2 and set(compiled) == shapes
+
+
+def test_a_run_that_is_there_is_not_overwritten(place, straight):
+    with pytest.raises(UserError, match="already holds a run"):
+        run(place, "straight")
+    with pytest.raises(UserError, match="no run to resume"):
+        run(place, "nowhere", resume=True)
+    assert not (place / "nowhere").exists()
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(place, monkeypatch):
+    compile_steps = loop.compile_steps
+
+    def breaking(*arguments):
+        def broken(step):
+            def call(state, frozen, batch):
+                third = int(state.step) == 2
+                state, metrics = step(state, frozen, batch)
+                return state, {**metrics, "loss": metrics["loss"] * (np.nan if third else 1.0)}
+
+            return call
+
+        return {shape: broken(step) for shape, step in compile_steps(*arguments).items()}
+
+    monkeypatch.setattr(loop, "compile_steps", breaking)
+    with pytest.raises(
+        UserError, match=r"Step 3 gave loss nan.*r\d+, r\d+.*checkpoints/2'"
+    ) as info:
+        run(place, "nan")
+    assert "learning_rate" in str(info.value)
+    assert sorted(p.name for p in (place / "nan/checkpoints").iterdir()) == ["2"]
+    assert not (place / "nan/adapter").exists()
+
+
+def test_a_trained_component_without_gradient_stops_the_run():
+    watching = watch.Watch(None, lambda step: 0.0, 1, 10, None)
+    metrics = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1.0, "grad_norm/language_model": 1.0}
+    text_only = {**metrics, "grad_norm/projector": 0.0}
+    watching.push(1, ["a"], text_only, images=False)  # no image: the projector may wait
+    watching.flush()
+    watching.push(2, ["b"], text_only, images=True)
+    with pytest.raises(UserError, match="projector is to be trained.*zero at step 2"):
+        watching.flush()
+
+
+def test_full_training_writes_a_whole_model(place):
+    _, directory, text = run(
+        place, "full", "lora.enabled=false", "model.vision_encoder_lr_scale=0.1",
+        "training.max_steps=1", "training.lr_scheduler_type=constant", "mesh.devices=0",
+        "training.per_device_train_batch_size=1",
+    )  # fmt: skip
+    assert (directory / "model/model.safetensors").exists()
+    assert not (directory / "adapter").exists()
+    assert "8 rows a step on 8 devices" in text
+    _, trained, _ = load_run(directory)
+    base = flatten(vlm_jax.load(place / "base")[1])
+    for path, leaf in flatten(trained).items():
+        # k_proj's bias shifts all of a query's scores alike, so it has no gradient to speak of.
+        assert not np.array_equal(leaf, base[path]) or path.endswith("k_proj/bias"), path
+
+
+def test_two_stages_projector_alone_then_lora(place):
+    _, first, _ = run(
+        place, "stage1", "lora.enabled=false", "model.language_model_lr_scale=0",
+        "training.max_steps=2", "training.lr_scheduler_type=constant",
+    )  # fmt: skip
+    config = json.loads((first / "adapter/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["merger"]
+    tensors = load_file(first / "adapter/adapter_model.safetensors")
+    assert tensors and all("lora_" not in name for name in tensors)
+    _, second, _ = run(
+        place, "stage2", f"model.adapter={first / 'adapter'}", "training.max_steps=1",
+        "training.warmup_ratio=0", "training.learning_rate=1e-9",
+    )  # fmt: skip
+    after = load_file(second / "adapter/adapter_model.safetensors")
+    for name, tensor in tensors.items():  # it went on from the first stage's projector
+        np.testing.assert_allclose(after[name], tensor, atol=1e-7)
+    assert any("lora_A" in name for name in after)

@@ -1,0 +1,105 @@
+"""One batch split in every way into micro-batches and devices gives the same gradient."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from references import IMAGE, llava, media, pad, qwen2_vl
+
+import vlm_jax
+from vlm_jax.sharding import make_mesh, param_shardings, shard_batch, shard_params
+from vlm_jax.trees import flatten, unflatten
+
+ROWS = 8
+SPLITS = [
+    (1, (8, 1, 1)), (1, (1, 8, 1)), (1, (2, 4, 1)), (1, (2, 2, 2)), (1, (1, 1, 8)), (1, (1, 2, 1)),
+    (2, None), (2, (4, 1, 1)), (2, (2, 2, 2)), (4, (1, 2, 1)), (8, None), (8, (1, 1, 2)),
+]  # fmt: skip
+
+
+def setting(family, directory):
+    """Return (model, trainable, frozen, batch of 8 rows of mixed lengths and images)."""
+    rng = np.random.default_rng(0)
+    if family == "qwen2_vl":
+        qwen2_vl(directory, factor=3.0)
+        model, params = vlm_jax.load(directory)
+        grids = [(1, 4, 6), (1, 2, 2), (1, 2, 4), (1, 4, 4)] * 2
+        images = [media(IMAGE, *grid) for grid in grids]
+        patches = sum(t * h * w for t, h, w in grids)
+        given = {
+            "pixel_values": rng.normal(size=(patches, 96)).astype(np.float32),
+            "image_grid_thw": np.array(grids),
+        }
+    else:
+        llava(directory, "clip", "llama", factor=3.0)
+        model, params = vlm_jax.load(directory)
+        images = [[model.config.image_token_id] * model.family.image_tokens(model.config)] * ROWS
+        given = {"pixel_values": rng.normal(size=(ROWS, 3, 30, 30)).astype(np.float32)}
+    rows = [
+        rng.integers(3, 90, rng.integers(1, 9)).tolist()
+        + image
+        + rng.integers(3, 90, rng.integers(1, 9)).tolist()
+        for image in images
+    ]
+    ids, mask = pad(rows, left=False)
+    lora = vlm_jax.LoRA(rank=4, alpha=8, targets="llama", modules_to_save=("projector",))
+    model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    flat = flatten(params)
+    for path in flat:
+        if path.endswith("lora_B"):
+            flat[path] = 0.1 * jax.random.normal(jax.random.key(1), flat[path].shape)
+    table = vlm_jax.training_table(model, params)
+    trainable, frozen = vlm_jax.split(unflatten(flat), table)
+    return model, trainable, frozen, model.batch(ids, mask, **given)
+
+
+def gradient(model, trainable, frozen, batch, micro_batches, sizes):
+    """Return the step's gradient as one vector: `trace` without decay keeps it."""
+    tx = optax.trace(decay=0.0)
+    if sizes is not None:
+        mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+        trainable, frozen = (shard_params(model, tree, mesh) for tree in (trainable, frozen))
+        batch = shard_batch(batch, mesh)
+    state = vlm_jax.init_state(trainable, tx)
+    step = jax.jit(vlm_jax.make_step(model, tx, micro_batches))
+    state, metrics = step(state, frozen, batch)
+    leaves = jax.tree.leaves(jax.device_get(state.opt_state.trace))
+    return np.concatenate([leaf.ravel() for leaf in leaves]), float(metrics["loss"])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_every_split_gives_the_same_gradient(tmp_path, family):
+    parts = setting(family, tmp_path)
+    whole, loss = gradient(*parts, 1, None)
+    assert np.abs(whole).max() > 1e-3
+    for micro_batches, sizes in SPLITS:
+        vector, value = gradient(*parts, micro_batches, sizes)
+        difference = np.linalg.norm(vector - whole) / np.linalg.norm(whole)
+        assert difference < 1e-6, (micro_batches, sizes, difference)
+        assert value == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_every_leaf_has_a_row_and_lora_follows_its_base(tmp_path, family):
+    model, trainable, frozen, _ = setting(family, tmp_path)
+    mesh = make_mesh(1, 4, 2)
+    params = vlm_jax.join(trainable, frozen)
+    specs = {path: s.spec for path, s in flatten(param_shardings(model, params, mesh)).items()}
+    base = "model/language_model/layers/mlp/up_proj"
+    assert tuple(specs[f"{base}/kernel"]) == (None, "fsdp", "tensor")
+    assert tuple(specs[f"{base}/lora_A"]) == (None, "fsdp", None)
+    assert tuple(specs[f"{base}/lora_B"]) == (None, None, "tensor")
+
+
+def test_loading_onto_a_mesh_gives_the_same_parameters(tmp_path):
+    qwen2_vl(tmp_path)
+    _, plain = vlm_jax.load(tmp_path)
+    _, placed = vlm_jax.load(tmp_path, mesh=make_mesh(2, 2, 2))
+    jax.tree.map(np.testing.assert_array_equal, plain, jax.device_get(placed))
+    leaf = flatten(placed)["model/language_model/layers/mlp/up_proj/kernel"]
+    assert len({str(shard.index) for shard in leaf.addressable_shards}) == 4
+
+
+def test_a_mesh_that_does_not_cover_the_devices_is_refused():
+    with pytest.raises(vlm_jax.UserError, match="8 devices"):
+        make_mesh(3, 1, 1)

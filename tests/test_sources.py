@@ -1,0 +1,156 @@
+"""Every source and format becomes the one canonical record, or says what is wrong with it."""
+
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from vlm_jax.data.records import canonical
+from vlm_jax.data.sources import read_records
+from vlm_jax.errors import UserError
+
+LLAVA = {
+    "id": "a-1",
+    "image": "one.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "An <image> of a ball."},
+    ],
+}
+IMAGE = {"type": "image"}
+
+
+def words(text):
+    return {"type": "text", "text": text}
+
+
+def test_llava_json_is_canonical(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([LLAVA]))
+    records = read_records(tmp_path / "data.json")
+    assert records[0] == {
+        "id": "a-1",
+        "index": 0,
+        "folder": str(tmp_path),
+        "messages": [
+            {"role": "user", "content": [IMAGE, words("What is it?")]},
+            {"role": "assistant", "content": [words("An <image> of a ball.")]},
+        ],
+        "images": ["one.png"],
+    }
+    assert canonical(records[0]) == records[0]
+    assert len(records) == 1 and records[-1]["id"] == "a-1"
+    assert read_records(tmp_path / "data.json", image_folder=tmp_path)[0]["folder"] == str(tmp_path)
+
+
+def contents(row):
+    record = canonical(row)
+    return [message["content"] for message in record["messages"]], record["images"]
+
+
+def test_images_are_placed_by_markers_parts_or_first():
+    turns = [{"role": "user", "content": "A <image> and B <image>"}]
+    turns.append({"role": "assistant", "content": "yes"})
+    got, images = contents({"messages": turns, "images": ["a", "b"]})
+    assert got[0] == [words("A"), IMAGE, words("and B"), IMAGE] and images == ["a", "b"]
+    # without images the same letters are text
+    assert contents({"messages": turns})[0][0] == [words("A <image> and B <image>")]
+    # no marker: first in the first user turn
+    plain = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, turns[1]]
+    assert contents({"messages": plain, "image": "a"})[0][1] == [IMAGE, words("q")]
+    # parts are taken as they are, their own images in their places
+    parts = [{"type": "image", "image": "own"}, words("see <image>"), {"type": "image"}]
+    got, images = contents({"messages": [{"role": "user", "content": parts}], "images": ["b"]})
+    assert got[0] == [IMAGE, words("see <image>"), IMAGE] and images == ["own", "b"]
+    url = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}]
+    assert contents({"messages": [{"role": "user", "content": url}]})[1] == [
+        "data:image/png;base64,xx"
+    ]
+
+
+def test_jsonl_messages(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "q"}]}, {**LLAVA, "id": None}]
+    (tmp_path / "d.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    records = read_records(str(tmp_path / "d.jsonl"))
+    assert [record["id"] for record in records] == ["0", "1"]
+
+
+def test_datasets_give_encoded_images(tmp_path):
+    picture = Image.new("RGB", (4, 6))
+    rows = {
+        "messages": [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 2,
+        "images": [[picture], [picture, picture]],
+    }
+    features = datasets.Features(
+        {
+            "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+            "images": datasets.Sequence(datasets.Image()),
+        }
+    )
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.save_to_disk(str(tmp_path / "saved"))
+    data.to_parquet(str(tmp_path / "rows.parquet"))
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "dict")
+    single = datasets.Dataset.from_dict({**rows, "images": [picture] * 2})
+    for source in (data, tmp_path / "saved", tmp_path / "rows.parquet", tmp_path / "dict", single):
+        records = read_records(source)
+        assert len(records) == 2
+        assert isinstance(records[1]["images"][0], dict)  # not decoded
+        assert records[0]["messages"][0]["content"] == [IMAGE, words("q")]
+    assert len(read_records(tmp_path / "dict", split="test")) == 1
+    with pytest.raises(UserError, match=r"no split 'tset'.*'test'"):
+        read_records(tmp_path / "dict", split="tset")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '[\n{"id": 1},\n{"id": }\n]', "line 3"),
+        ("a.json", '{"id": 1}\n{"id": 2}\n', "rename it"),
+        ("a.json", '{"id": 1}', "expected a list"),
+        ("a.json", "[]", "no records"),
+        ("a.jsonl", '{"id": 1}\n\n{"id": \n', "line 3"),
+        ("a.txt", "", "suffix"),
+        ("a.parquet", "PAR1", "not readable parquet"),
+        ("a.json", b"\xff\xfe[]", "not UTF-8"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        read_records(tmp_path / name)
+
+
+def test_missing_sources_say_so(tmp_path):
+    with pytest.raises(UserError, match="no data file or directory"):
+        read_records(tmp_path / "none.json")
+    with pytest.raises(UserError, match="no data set"):
+        read_records(tmp_path)
+    with pytest.raises(UserError, match=r"image folder .* does not exist"):
+        read_records([LLAVA], image_folder=tmp_path / "none")
+
+
+TURN = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": 7, "text": "q"}, r"Record 3 of 'f' \(id 7\) has the keys"),
+        ([], "is list"),
+        ({"messages": []}, "no list of turns"),
+        ({"messages": [{"role": "user"}]}, "turn 0"),
+        ({"messages": [{"role": "asistant", "content": "a"}]}, "did you mean 'assistant'"),
+        ({"messages": [{"role": "user", "content": 3}]}, "neither text nor a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "content part"),
+        ({"messages": [TURN], "video": "a.mp4"}, "video"),
+        ({**LLAVA, "image": ["a", "b"]}, "has 2 images, but its turns name 1"),
+        (
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
+            "has 0 images, but its turns name 1",
+        ),
+    ],
+)
+def test_bad_records_name_themselves(row, message):
+    with pytest.raises(UserError, match=message):
+        canonical(row, 3, None, "f")

@@ -1,0 +1,238 @@
+"""The `vlm-jax` command. JAX is imported only once a command is known, so that --help is quick."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.errors import UserError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlm-jax", description="Fine-tune vision-language models with JAX.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, **options
+        )
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        return command
+
+    train = add(
+        "train",
+        "Train as a config says.",
+        epilog="Any key can be set: --config.training.learning_rate=1e-4. Every key is listed with "
+        "its default and meaning in vlm_jax/config.py.",
+    )
+    train.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+    export = add(
+        "export", "Write a run's adapter or merged checkpoint, and compare it with the run."
+    )
+    export.add_argument("--run", required=True, metavar="DIR", help="output_dir of a run")
+    export.add_argument("--merge", action="store_true", help="a whole checkpoint, LoRA merged in")
+    export.add_argument("--out", required=True, metavar="DIR")
+
+    evaluate = add("evaluate", "Count exact matches of generated answers.")
+    _add_model(evaluate)
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="records with answers")
+    evaluate.add_argument("--split", help="of a data set that has several")
+    evaluate.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
+    evaluate.add_argument("--max-new-tokens", type=int, default=None, metavar="N")
+    evaluate.add_argument("--batch-size", type=int, default=None, metavar="N")
+    evaluate.add_argument("--max-examples", type=int, default=0, metavar="N", help="0: all")
+    evaluate.add_argument("--predictions", metavar="FILE", help="write each answer as JSON lines")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    generate = add("generate", "Answer a question about images.")
+    _add_model(generate)
+    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="DIR", help="output_dir of a run")
+    which.add_argument("--model", metavar="DIR", help="checkpoint directory or hub id")
+    command.add_argument("--adapter", metavar="DIR", help="PEFT adapter for --model")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of --model")
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (other arguments, the `--config.section.key=value` ones as "section.key=value")."""
+    others: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--config."):
+            others.append(argument)
+            continue
+        key = argument.removeprefix("--config.")
+        overrides.append(key if "=" in key else f"{key}={next(rest, '')}")
+    return others, overrides
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    from vlm_jax import config as configs
+
+    config = configs.load(options.config, overrides)  # bad keys are told before JAX is there
+    from vlm_jax.train.loop import train
+
+    return 130 if train(config, options.resume)["interrupted"] else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from vlm_jax.train.export import export
+
+    done = export(options.run, options.out, options.merge)
+    print(
+        f"Wrote '{done.directory}' and read it back: the largest logit difference on a probe "
+        f"batch is {done.difference:.2e} (logits have a standard deviation of "
+        f"{done.deviation:.2f})."
+    )
+    return 0
+
+
+def _open(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Return (model, params, config of the run or None)."""
+    import vlm_jax
+
+    if options.run is not None:
+        if options.adapter or options.dtype:
+            raise UserError("--adapter and --dtype belong to --model; a run has its own.")
+        from vlm_jax.train.run import load_run
+
+        return load_run(options.run)
+    model, params = vlm_jax.load(options.model, options.dtype or "float32")
+    if options.adapter:
+        model, params = vlm_jax.load_peft(model, params, options.adapter)
+    return model, params, None
+
+
+def _encoder(model: Any, config: Any, **changes: Any) -> Any:
+    from vlm_jax.data import Encoder
+    from vlm_jax.train.run import make_encoder
+
+    if config is None:
+        return Encoder(model.source.directory, **changes)
+    with config.unlocked():
+        config.data.update(changes)
+    return make_encoder(config, model)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import dataclasses
+    import time
+
+    from vlm_jax.config import get_config
+    from vlm_jax.data import read_records
+    from vlm_jax.evals.accuracy import accuracy
+
+    if not options.json:
+        print("Reading the model ...", file=sys.stderr)
+    records = read_records(options.data, options.image_folder, options.split)
+    model, params, config = _open(options)
+    defaults = (config or get_config()).evaluation
+    encoder = _encoder(model, config, image_folder=options.image_folder)
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total}", end="" if done < total else "\n", file=sys.stderr)
+
+    start = time.perf_counter()
+    found = accuracy(
+        model,
+        params,
+        encoder,
+        records,
+        max_new_tokens=options.max_new_tokens or defaults.max_new_tokens,
+        batch_size=options.batch_size or defaults.batch_size,
+        max_examples=options.max_examples,
+        on_batch=progress,
+    )
+    result = {
+        "accuracy": found.accuracy,
+        "correct": sum(p.correct for p in found.predictions),
+        "examples": len(found.predictions),
+        "skipped": found.skipped,
+        "seconds": time.perf_counter() - start,
+        "model": options.run or options.model,
+        "adapter": options.adapter,
+        "data": options.data,
+    }
+    if options.predictions:
+        lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in found.predictions]
+        Path(options.predictions).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{result['correct']} of {result['examples']} answers match exactly: "
+            f"{100 * found.accuracy:.2f} % ({result['skipped']} records without an answer skipped, "
+            f"{result['seconds']:.0f} s)"
+        )
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import vlm_jax
+    from vlm_jax.data.tokenizer import load_tokenizer
+
+    model, params, config = _open(options)
+    encoder = _encoder(model, config)
+    content: list[dict[str, str]] = [{"type": "image"} for _ in options.image]
+    content.append({"type": "text", "text": options.prompt})
+    record = {"messages": [{"role": "user", "content": content}], "images": options.image}
+    example = encoder.prompt(record)
+    batch = encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
+    new = vlm_jax.generate(
+        model,
+        params,
+        batch,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    text = load_tokenizer(encoder.directory).decode(new[0], skip_special_tokens=True)
+    print(text.strip())
+    return 0
+
+
+COMMANDS = {"export": _export, "evaluate": _evaluate, "generate": _generate}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    given, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(given)
+    if overrides and options.command != "train":
+        parser.error(f"--config.{overrides[0]} belongs to the command train")
+    try:
+        if options.command == "train":
+            return _train(options, overrides)
+        return COMMANDS[options.command](options)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"vlm-jax {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        print("Stopped; nothing more was saved.", file=sys.stderr)
+        return 130

@@ -1,0 +1,78 @@
+"""A run turned into files for others: an adapter or a merged checkpoint, read back and compared."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from vlm_jax.batch import Batch
+from vlm_jax.data import Encoder
+from vlm_jax.errors import UserError
+from vlm_jax.hub.load import load
+from vlm_jax.hub.peft import load_peft, save_peft
+from vlm_jax.hub.save import save_pretrained
+from vlm_jax.model import Model
+from vlm_jax.train.run import load_base, load_run, make_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """difference: the largest |logit| difference between the run and what was read back, on a
+    probe batch whose logits have the given standard deviation."""
+
+    directory: str
+    merged: bool
+    difference: float
+    deviation: float
+
+
+def probe(encoder: Encoder) -> Batch:
+    """Return a small batch that runs every part of the model: a drawn image and a question."""
+    content: list[dict[str, str]] = [{"type": "text", "text": "What is in this picture?"}]
+    images = []
+    if encoder.processor is not None:
+        ramp = np.arange(64, dtype=np.uint8) * 4
+        pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], ramp[::-1, None]), -1)
+        images.append(Image.fromarray(pixels))
+        content.insert(0, {"type": "image"})
+    example = encoder.prompt({"messages": [{"role": "user", "content": content}], "images": images})
+    return encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
+
+
+def _logits(model: Model, params: Mapping[str, Any], batch: Batch) -> np.ndarray:
+    apply = jax.jit(lambda params, batch: model.apply({"params": params}, batch))
+    return np.asarray(apply(dict(params), batch))
+
+
+def export(run: str | Path, out: str | Path, merge: bool) -> Exported:
+    """Write a run's result to `out` and return how far what was read back differs.
+
+    merge: a whole checkpoint for `transformers`, LoRA merged, in the base's dtype and layout;
+    otherwise the adapter in PEFT's format. `out` appears whole or not at all.
+    Raises `UserError` where `out` holds files already, or the run has nothing to export.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"The output directory '{out}' exists and is not empty. Take a new one.")
+    model, params, config = load_run(run, exact=True)
+    encoder = make_encoder(config, model)
+    batch = probe(encoder)
+    if merge:
+        save_pretrained(model, params, out, merge=True, processor=encoder.image_settings())
+        again, read = load(str(out), str(model.dtype))
+    else:
+        if model.lora is None:
+            raise UserError(
+                f"The run '{run}' trained the language model in full: there is no adapter to "
+                f"export. Add --merge for a whole checkpoint."
+            )
+        save_peft(model, params, out)
+        again, read = load_base(config)
+        again, read = load_peft(again, read, out)
+    before, after = _logits(model, params, batch), _logits(again, read, batch)
+    difference = float(np.abs(before - after).max())
+    return Exported(str(out), merge, difference, float(before.std()))

@@ -1,0 +1,92 @@
+"""Reads what each step gave, one step late, and stops a run that learns nothing or breaks."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from vlm_jax.errors import UserError
+from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.metrics import Log, Meter
+
+# Components that see a gradient only in a batch with images.
+NEED_IMAGES = ("vision", "projector")
+
+
+class Watch:
+    """Reads each step's metrics one step late, checks them and logs them.
+
+    Late, because reading waits for the device, which by then works on the next step.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        rate: Callable[[int], Any],
+        steps_per_epoch: int,
+        logging_steps: int,
+        checkpoints: Checkpoints,
+    ):
+        self.log, self.rate, self.steps_per_epoch = log, rate, steps_per_epoch
+        self.logging_steps, self.checkpoints = logging_steps, checkpoints
+        self.meter = Meter()
+        self.waiting: tuple | None = None
+        self.unseen: set[str] | None = None  # trained components still to show a gradient
+
+    def push(self, step: int, ids: list[str], metrics: Any, images: bool) -> dict | None:
+        """Take a step's metrics, and return the log line of the one before if it is due."""
+        line = self.flush()
+        self.waiting = (step, ids, metrics, images)
+        return line
+
+    def flush(self) -> dict | None:
+        """Read what is waiting, and return its log line if it is due.
+
+        Raises `UserError` for a loss or gradient that is not finite, and for a trained component
+        whose gradient is zero where it should first have one.
+        """
+        if self.waiting is None:
+            return None
+        step, ids, metrics, images = self.waiting
+        self.waiting = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise self._not_finite(step, ids, values)
+        self._check_gradients(step, values, images)
+        self.meter.add(values["loss"], values["tokens"])
+        if step % self.logging_steps:
+            return None
+        line = {
+            **self.meter.read(),
+            "learning_rate": float(f"{float(self.rate(step - 1)):.6g}"),
+            **{name: value for name, value in values.items() if name.startswith("grad_norm")},
+            "epoch": step / self.steps_per_epoch,
+        }
+        self.log.write(step, line)
+        return {"step": step, **line}
+
+    def _not_finite(self, step: int, ids: list[str], values: dict[str, float]) -> UserError:
+        kept = self.checkpoints.steps
+        last = f"'{self.checkpoints.directory / str(kept[-1])}'" if kept else "none was saved yet"
+        return UserError(
+            f"Step {step} gave loss {values['loss']} and gradient norm {values['grad_norm']}, so "
+            f"the run stops. Its examples were {', '.join(ids[:16])}"
+            f"{' and more' if len(ids) > 16 else ''}. The last good checkpoint: {last}. Look at "
+            f"these examples, or lower training.learning_rate and go on with --resume."
+        )
+
+    def _check_gradients(self, step: int, values: dict[str, float], images: bool) -> None:
+        if self.unseen is None:
+            prefix = "grad_norm/"
+            self.unseen = {n.removeprefix(prefix) for n in values if n.startswith(prefix)}
+        for component in sorted(self.unseen):
+            if component in NEED_IMAGES and not images:
+                continue
+            self.unseen.discard(component)
+            if values[f"grad_norm/{component}"] == 0:
+                raise UserError(
+                    f"The {component} is to be trained, but its gradient is zero at step {step}, "
+                    f"so nothing of it would be learned. Freeze it (model.*_lr_scale, lora.*), or "
+                    f"look whether the data can reach it."
+                )

@@ -1,0 +1,60 @@
+"""New tokens: rows beside the embedding and the head that train while the old ones stay frozen."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vlm_jax.errors import UserError
+from vlm_jax.model import Model
+from vlm_jax.trees import flatten, unflatten
+
+EMBEDDING = "model/language_model/embed_tokens"
+HEAD = "lm_head"
+
+
+def is_added(path: str) -> bool:
+    """Return whether a leaf holds the rows of new tokens."""
+    return path in (f"{EMBEDDING}/added", f"{HEAD}/added")
+
+
+def add_tokens(
+    model: Model, params: Mapping[str, Any], count: int
+) -> tuple[Model, dict[str, Any]]:
+    """Return the model and a new tree with `count` more tokens in the embedding and the head.
+
+    Ids run on from the old vocabulary. New rows start at the mean of the old ones, so that they
+    change other tokens' probabilities least (https://nlp.stanford.edu/~johnhew/vocab-expansion.html)
+    and are float32 leaves of their own, `embed_tokens/added` [count, D] and, where the head is not
+    tied, `lm_head/added` [D, count]: train these and leave the old rows frozen. An export holds
+    one embedding of all rows.
+    """
+    flat = flatten(params)
+    if count < 1:
+        raise UserError(f"add_tokens was asked for {count} tokens; expected 1 or more.")
+    if any(is_added(path) for path in flat):
+        raise UserError("These parameters hold added tokens already; export the model first.")
+    mean_D = jnp.mean(flat[f"{EMBEDDING}/embedding"].astype(jnp.float32), axis=0)
+    flat[f"{EMBEDDING}/added"] = jnp.tile(mean_D[None, :], (count, 1))
+    if not model.config.text.tied:
+        mean_D = jnp.mean(flat[f"{HEAD}/kernel"].astype(jnp.float32), axis=1)
+        flat[f"{HEAD}/added"] = jnp.tile(mean_D[:, None], (1, count))
+    size = model.config.text.vocab_size + count
+    config = dict(model.hf_config)
+    if "text_config" in config:
+        config["text_config"] = {**config["text_config"], "vocab_size": size}
+    else:
+        config["vocab_size"] = size
+    return dataclasses.replace(model, hf_config=config), unflatten(dict(sorted(flat.items())))
+
+
+def fold_added(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat parameters with new rows appended to the embedding and the head."""
+    folded = {path: leaf for path, leaf in flat.items() if not is_added(path)}
+    for base, leaf, axis in ((EMBEDDING, "embedding", 0), (HEAD, "kernel", 1)):
+        added = flat.get(f"{base}/added")
+        if added is not None:
+            old = folded[f"{base}/{leaf}"]
+            folded[f"{base}/{leaf}"] = jnp.concatenate([old, added.astype(old.dtype)], axis=axis)
+    return folded
