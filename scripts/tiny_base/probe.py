@@ -26,7 +26,7 @@ class Probe:
             "kind": {encoder.ids(f" {word}")[0] for word in KINDS},
         }
         self.captions = {}
-        for side in (32, 64):
+        for side in (48, 64):
             drawn = [draw_scene(rng, side, side, 1) for _ in range(scenes)]
             texts = [describe(rng, scene)[1] for scene in drawn]
             self.captions[side] = encoder.encode([scene.image for scene in drawn], texts, 32)

@@ -25,15 +25,19 @@ class Kind:
     length: int  # tokens a row; turns that do not fit are left out
     rows: int  # a batch
     caption: float = 0.8  # how often the first turn is a caption
-    smallest: float = 6  # pixels
-    largest: float = 0.55  # share of the picture's side
 
 
 class Encoder:
     """Encodes conversations as the chat template does, and knows which tokens are answers."""
 
-    def __init__(self, tokenizer: Tokenizer, processor: Qwen2VLImageProcessorPil):
-        self.tokenizer, self.processor = tokenizer, processor
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        processor: Qwen2VLImageProcessorPil,
+        forbidden: frozenset[str] = frozenset(),
+    ):
+        """forbidden: questions in small letters that no row may ask."""
+        self.tokenizer, self.processor, self.forbidden = tokenizer, processor, forbidden
         self.pad = tokenizer.token_to_id("<|endoftext|>")
         self.image = tokenizer.token_to_id("<|image_pad|>")
         self.memory: dict[str, list[int]] = {}
@@ -57,6 +61,8 @@ class Encoder:
         ids = self.ids(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n")
         labels = [IGNORED] * len(ids)
         for index, (question, answer) in enumerate(turns):
+            if question.lower() in self.forbidden:
+                raise ValueError(f"{question!r} is a question of the later task")
             asked = [
                 *self.ids("<|im_start|>user\n"),
                 *([] if index else self.picture(image_tokens)),
@@ -75,10 +81,7 @@ class Encoder:
         """Return the arrays of one batch; equal generators give equal batches."""
         width, height = kind.sizes[rng.integers(len(kind.sizes))]
         counts = rng.integers(1, kind.shapes + 1, kind.rows)
-        scenes = [
-            draw_scene(rng, width, height, int(count), kind.smallest, kind.largest)
-            for count in counts
-        ]
+        scenes = [draw_scene(rng, width, height, int(count)) for count in counts]
         images = [scene.image for scene in scenes]
         if kind.turns == 0:
             return self.encode(images, [describe(rng, scene)[1] for scene in scenes], kind.length)

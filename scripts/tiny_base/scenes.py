@@ -35,10 +35,8 @@ KINDS = {
     "diamond": 7,
     "ring": 9,
     "star": 10,
-    "heart": 10,
-    "hexagon": 13,
 }
-BACKGROUNDS = ("pastel", "pastel", "light", "dark", "gradient", "any")
+BACKGROUNDS = ("pastel", "pastel", "light", "dark", "gradient")
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "middle", "right"),
@@ -82,12 +80,13 @@ def draw_scene(
     count: int,
     smallest: float = 6,
     largest: float = 0.55,
+    backgrounds: tuple[str, ...] = BACKGROUNDS,
 ) -> Scene:
     """Return a picture of `count` shapes that do not overlap, fewer where they find no room.
 
     smallest: diameter in pixels. largest: of the first, as a share of the picture's shorter side.
     """
-    background = draw_background(rng, width, height)
+    background = draw_background(rng, width, height, backgrounds)
     shapes: list[Shape] = []
     for _ in range(count):
         # The later ones are small enough to find a place beside the first.
@@ -96,7 +95,7 @@ def draw_scene(
         if shape is not None:
             shapes.append(shape)
     if not shapes:
-        return draw_scene(rng, width, height, count, smallest, largest)
+        return draw_scene(rng, width, height, count, smallest, largest, backgrounds)
     # Half of the pictures have soft edges, as most drawing programs make them.
     scale = 4 if rng.random() < 0.5 else 1
     canvas = Image.fromarray(background)
@@ -111,9 +110,11 @@ def draw_scene(
     return Scene(canvas, tuple(shapes))
 
 
-def draw_background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+def draw_background(
+    rng: np.random.Generator, width: int, height: int, styles: tuple[str, ...]
+) -> np.ndarray:
     """Return uint8 [height, width, 3]."""
-    style = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    style = styles[rng.integers(len(styles))]
     low, high = {"pastel": (215, 256), "light": (170, 256), "dark": (0, 70)}.get(style, (0, 256))
     first, second = rng.integers(low, high, (2, 3))
     if style != "gradient":
@@ -214,13 +215,6 @@ def outline(kind: str) -> np.ndarray:
             [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
             + [(a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
         )
-    if kind == "heart":
-        t = np.linspace(0, 2 * math.pi, 40)
-        x = np.sin(t) ** 3
-        y = (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 15
-        return np.stack([x, -y - 0.1], -1)
-    points, inner = (6, 1.0) if kind == "hexagon" else (5, 0.42)
-    steps = 6 if kind == "hexagon" else 2 * points
-    angle = np.arange(steps) * 2 * math.pi / steps
-    radius = np.where(np.arange(steps) % 2, inner, 1.0)
+    angle = np.arange(10) * 2 * math.pi / 10
+    radius = np.where(np.arange(10) % 2, 0.42, 1.0)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], -1)

@@ -25,14 +25,22 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
+        for path in temporary.iterdir():  # some writers leave them readable by their owner alone
+            path.chmod(0o666 & ~_umask())
         if target.exists():
             for path in sorted(temporary.iterdir()):
                 os.replace(path, target / path.name)
         else:
-            temporary.chmod(0o755)
+            temporary.chmod(0o777 & ~_umask())
             os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, value: Any) -> None:

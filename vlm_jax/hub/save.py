@@ -1,6 +1,7 @@
 """Writes a whole checkpoint in the layout, dtypes and tying of the base it came from."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,11 +72,17 @@ def save_pretrained(
             name: (current_name(model, name), kind) for name, (_, kind) in source.tensors.items()
         }
 
+    if model.config.text.tied:  # the head is the embedding, though some files write it again
+        head = next(name for name in places if name.endswith("embed_tokens.weight"))
+        names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
+    for name, (current, _) in names.items():
+        unused = any(re.fullmatch(pattern, current) for pattern in model.family.UNUSED)
+        if current not in places and not unused:
+            raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
+
     def tensor(name: str) -> np.ndarray:
         current, kind = names[name]
         target = jnp.dtype(dtype or DTYPES.get(kind, kind))
-        if current == "lm_head.weight" and current not in places:  # tied, and written all the same
-            current = next(n for n in places if n.endswith("embed_tokens.weight"))
         if current not in places:  # never computed with: as it is in the base
             assert source is not None
             with open_tensors(Path(source.directory) / source.tensors[name][0]) as handle:

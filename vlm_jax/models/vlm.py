@@ -42,6 +42,10 @@ class VisionLanguageModel(nn.Module):
         if not self.cfg.text.tied:
             self.lm_head = Linear(self.cfg.text.vocab_size, False, self.dtype, self.lora)
 
+    def see(self, batch: Batch) -> jax.Array:
+        """Return the projected image features [B, F, D]."""
+        return self.model.features(batch)
+
     def embed(self, batch: Batch) -> jax.Array:
         """Return [B, T, D]: token embeddings with the image features in their places."""
         x_BTD = self.model.language_model.embed_tokens(batch.tokens)

@@ -1,6 +1,7 @@
 """Every shape of a run compiled ahead of its first step, so that what cannot run fails early."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,22 @@ from vlm_jax.train.losses import loss
 from vlm_jax.train.step import TrainState
 
 Shape = tuple[int, int]  # tokens, patches
+LESS_MEMORY = (
+    "Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
+    "data.max_seq_length or data.max_pixels, or set training.gradient_checkpointing=true."
+)
+
+
+@contextlib.contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """Raise `UserError` with what to change where a device's memory runs out inside."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0][:300]
+        raise UserError(f"A device ran out of memory. {LESS_MEMORY} ({first})") from error
 
 
 def abstract_batch(model: Model, rows: int, shape: Shape, mesh: Any) -> Batch:
@@ -74,9 +91,8 @@ def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:
     if need > limit:
         raise UserError(
             f"A step of {rows} rows of {shape[0]} tokens and {shape[1]} patches needs "
-            f"{need / 2**30:.1f} GiB a device, which has {limit / 2**30:.1f} GiB. Lower "
-            f"training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-            f"data.max_seq_length or data.max_pixels, or set training.gradient_checkpointing."
+            f"{need / 2**30:.1f} GiB a device, which has {limit / 2**30:.1f} GiB. "
+            f"{LESS_MEMORY}"
         )
 
 

@@ -21,8 +21,13 @@ from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
 from vlm_jax.sharding import shard_batch
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.compile import compile_losses, compile_steps, on_mesh
-from vlm_jax.train.metrics import Log, numbers, print_report, progress_bar
+from vlm_jax.train.compile import (
+    compile_losses,
+    compile_steps,
+    on_mesh,
+    out_of_memory_explained,
+)
+from vlm_jax.train.metrics import Log, check_reporters, numbers, print_report, progress_bar
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.run import (
@@ -40,6 +45,7 @@ from vlm_jax.train.watch import Watch
 from vlm_jax.trees import join, split
 
 
+@out_of_memory_explained()
 def train(config: ConfigDict, resume: bool = False, console: Console | None = None) -> dict:
     """Train as the config says and return {"steps", "interrupted", "output", ...}.
 
@@ -54,6 +60,7 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     t, start = config.training, time.perf_counter()
     directory = Path(t.output_dir).expanduser()
     check_output(directory, resume)
+    check_reporters(t.report_to)
 
     # What is trained, and on what
     mesh = mesh_of(config)
@@ -152,6 +159,9 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     outcome["interrupted"] = step < total
     outcome["seconds"] = time.perf_counter() - start
     outcome["data"] = data.report
+    for reason, count in outcome["data"]["dropped"].items():
+        first = outcome["data"]["first_dropped"][reason]
+        console.print(f"Left out {count} ({reason}): {first}", highlight=False, soft_wrap=True)
     if outcome["interrupted"]:
         where = directory / "checkpoints" / str(step)
         console.print(

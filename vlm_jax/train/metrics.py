@@ -1,5 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and the terminal."""
 
+import importlib
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,7 @@ from rich.table import Table as RichTable
 
 from vlm_jax.errors import UserError
 
+HOSTED = ("wandb", "trackio")  # packages with wandb's interface
 Writer = Callable[[int, Mapping[str, Any]], None]
 
 
@@ -47,11 +50,21 @@ class JsonLines:
         self.file.close()
 
 
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise `UserError` where a reporter is not installed."""
+    for name in names:
+        if name in HOSTED and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"training.report_to names '{name}', which is not installed: pip install "
+                f"'vlm_jax[{name}]', or leave it out."
+            )
+
+
 class Log:
     """Everything a run reports while it trains.
 
     directory: the run's. report_to: tensorboard, wandb, trackio, none. resume_step: None for a new
-    run, else the step it goes on from. Raises `UserError` where a reporter is not installed.
+    run, else the step it goes on from. `check_reporters` first.
     """
 
     def __init__(
@@ -70,7 +83,7 @@ class Log:
         for name in report_to:
             if name == "tensorboard":
                 self._tensorboard(directory, resume_step)
-            elif name in ("wandb", "trackio"):
+            elif name in HOSTED:
                 self._hosted(name, directory, run_name, config or {})
 
     def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
@@ -89,15 +102,7 @@ class Log:
     def _hosted(
         self, name: str, directory: Path, run_name: str | None, config: Mapping[str, Any]
     ) -> None:
-        import importlib
-
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(
-                f"training.report_to names '{name}', which is not installed: pip install "
-                f"'vlm_jax[{name}]', or leave it out."
-            ) from error
+        module: Any = importlib.import_module(name)
         module.init(project="vlm_jax", name=run_name or directory.name, config=dict(config))
         self.writers.append(lambda step, values: module.log(dict(values), step=step))
         self.closers.append(module.finish)

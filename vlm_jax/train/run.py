@@ -89,8 +89,16 @@ def load_base(config: ConfigDict, mesh: Any = None) -> tuple[Model, dict[str, An
 
 def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
     """Return (model, params, training table): the base with what the config adds to train."""
-    model, params = load_base(config, mesh)
+    model, params, table = adapt_base(config, *load_base(config, mesh))
+    return model, shard_params(model, params, mesh), table
+
+
+def adapt_base(
+    config: ConfigDict, model: Model, params: Mapping[str, Any]
+) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
+    """Return (model, params, training table) of a base: what `build` adds once it is loaded."""
     m, adapt = config.model, config.lora
+    params = dict(params)
     if m.adapter is not None:
         model, params = load_peft(model, params, m.adapter)
     holds_lora = any(is_lora(path) for path in flatten(params))
@@ -118,7 +126,7 @@ def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tu
         lora_enabled=adapt.enabled or m.language_model_lr_scale == 0,
         **scales,
     )
-    return model, shard_params(model, params, mesh), table
+    return model, params, table
 
 
 def _continue_lora(model: Model, lora: LoRA, config: ConfigDict) -> Model:

@@ -1,0 +1,49 @@
+"""Accuracy counts what it says: exact matches after a stated normalisation, in record order."""
+
+import numpy as np
+import pytest
+
+import vlm_jax
+from vlm_jax import UserError
+from vlm_jax.data import Encoder, read_records
+from vlm_jax.data.tokenizer import load_tokenizer
+from vlm_jax.evals import accuracy as module
+from vlm_jax.evals.accuracy import accuracy, normalise
+
+
+def test_normalisation():
+    assert normalise("  A  Red\nball. ") == normalise("a red ball")
+    assert normalise("2") != normalise("two")
+    assert normalise("a red ball") != normalise("red ball")
+    assert normalise("yes, it is") != normalise("yes")
+
+
+def test_predictions_are_matched_with_their_records(place, monkeypatch):
+    model, params = vlm_jax.load(place / "base")
+    encoder = Encoder(place / "base")
+    records = read_records(place / "data/train.jsonl")
+    tokenizer = load_tokenizer(place / "base")
+
+    def always_red(model, params, batch, max_new_tokens):
+        assert batch.tokens.shape[0] == 5  # the last batch is filled up with empty rows
+        ids = tokenizer.encode("Red.") + [tokenizer.eos_token_id] * 4
+        return np.tile(np.int32(ids[:4]), (5, 1))
+
+    monkeypatch.setattr(module, "generate", always_red)
+    seen = []
+    found = accuracy(
+        model, params, encoder, records, batch_size=5, on_batch=lambda *now: seen.append(now)
+    )
+    assert [p.id for p in found.predictions] == [f"r{i}" for i in range(12)]
+    assert [p.correct for p in found.predictions] == [i % 2 == 0 for i in range(12)]
+    assert found.accuracy == 0.5 and found.skipped == 0
+    assert seen[-1] == (12, 12)
+    found = accuracy(model, params, encoder, records, batch_size=5, max_examples=3)
+    assert found.accuracy == pytest.approx(2 / 3)
+
+
+def test_records_without_an_answer_are_skipped_or_refused(place):
+    model, params = vlm_jax.load(place / "base")
+    row = {"messages": [{"role": "user", "content": "What color is it?"}]}
+    with pytest.raises(UserError, match="None of the 2 evaluation records"):
+        accuracy(model, params, Encoder(place / "base"), read_records([row, row]))

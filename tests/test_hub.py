@@ -1,0 +1,117 @@
+"""Checkpoints that are damaged, incomplete or of another kind are refused, naming what is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+from references import qwen2_vl
+from safetensors.numpy import load_file, save_file
+
+import vlm_jax
+from vlm_jax.hub.files import whole_directory, write_shards
+
+
+@pytest.fixture
+def base(tmp_path):
+    qwen2_vl(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def change_tensors(directory, change):
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def change_config(directory, **fields):
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def refused(directory, message):
+    with pytest.raises(vlm_jax.UserError, match=message):
+        vlm_jax.load(directory)
+
+
+def test_missing_directory_and_unreachable_repository(tmp_path):
+    refused(tmp_path / "nowhere", "no checkpoint directory")
+    refused("nobody/nothing", "could not be fetched")
+
+
+def test_missing_left_over_and_misshaped_tensors(base):
+    change_tensors(base, lambda t: t.pop("visual.blocks.1.attn.proj.bias"))
+    refused(base, "Missing.*visual.blocks.1.attn.proj.bias")
+    change_tensors(base, lambda t: t.update({"visual.blocks.1.attn.proj.bias": np.zeros(32)}))
+    change_tensors(base, lambda t: t.update({"visual.extra.weight": np.zeros(3)}))
+    refused(base, "Left over.*visual.extra.weight")
+    change_tensors(base, lambda t: t.pop("visual.extra.weight"))
+    change_tensors(base, lambda t: t.update({"lm_head.weight": np.zeros((7, 48))}))
+    refused(base, r"lm_head.weight.*\[7, 48\].*\[200, 48\]")
+
+
+def test_config_fields(base):
+    change_config(base, mystery_gate=True)
+    refused(base, "mystery_gate")
+    config = json.loads((base / "config.json").read_text())
+    del config["mystery_gate"]
+    config["text_config"]["rope_parameters"]["rope_type"] = "longrope"
+    (base / "config.json").write_text(json.dumps(config))
+    refused(base, "longrope")
+    change_config(base, model_type="qwen3_vl")
+    refused(base, "qwen3_vl.*did you mean 'qwen2_vl'")
+    (base / "config.json").write_text("{,")
+    refused(base, "not valid JSON")
+
+
+def test_pickles_are_refused_with_the_command_that_converts_them(base):
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    refused(base, "pickle.*save_pretrained")
+
+
+def test_damaged_file(base):
+    data = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(base, "damaged or incomplete")
+
+
+def test_shards_round_trip(base, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    out = tmp_path / "sharded"
+    with whole_directory(out) as folder:
+        sizes = {name: array.nbytes for name, array in tensors.items()}
+        write_shards(folder, sizes, tensors.__getitem__, shard_bytes=40_000)
+        (folder / "config.json").write_text((base / "config.json").read_text())
+    assert len(list(out.glob("*.safetensors"))) > 2
+    _, one = vlm_jax.load(base)
+    model, many = vlm_jax.load(out)
+    vlm_jax.save_pretrained(model, many, tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == tensors.keys()
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+    next(iter(sorted(out.glob("*.safetensors")))).unlink()
+    refused(out, "not there")
+
+
+def test_a_failed_export_leaves_nothing(base, tmp_path, monkeypatch):
+    model, params = vlm_jax.load(base)
+    broken = {name: value for name, value in params.items() if name != "lm_head"}
+    with pytest.raises(vlm_jax.UserError, match="lack.*lm_head"):
+        vlm_jax.save_pretrained(model, broken, tmp_path / "out")
+    monkeypatch.setattr("vlm_jax.hub.save.write_json", lambda *_: 1 / 0)  # after the weights
+    with pytest.raises(ZeroDivisionError):
+        vlm_jax.save_pretrained(model, params, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_flat_config_of_the_hub_loads_like_the_nested_one(base):
+    nested = json.loads((base / "config.json").read_text())
+    text = nested.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text.pop("model_type")
+    flat = {**text, **nested, "rope_theta": rope["rope_theta"]}
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    model, _ = vlm_jax.load(base)
+    assert vlm_jax.from_config(flat).config == model.config

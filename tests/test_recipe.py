@@ -1,0 +1,205 @@
+"""The training table says what the recipe means, for tiny models and at full size."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import vlm_jax
+from vlm_jax import UserError, config
+from vlm_jax.sharding import make_mesh
+from vlm_jax.train.compile import abstract_batch
+from vlm_jax.train.recipe import report, trainable_line
+from vlm_jax.train.run import adapt_base
+from vlm_jax.trees import flatten
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def qwen2_vl(hidden, inner, heads, kv_heads, layers, vocabulary, tied, **vision):
+    """Return config.json as the hub has it: flat."""
+    return {
+        "model_type": "qwen2_vl",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": vision.pop("sections", [16, 24, 24])},
+        "max_position_embeddings": 32768,
+        "hidden_act": "silu",
+        "image_token_id": vocabulary - 3,
+        "video_token_id": vocabulary - 2,
+        "vision_start_token_id": vocabulary - 5,
+        "vision_end_token_id": vocabulary - 4,
+        "vision_config": {
+            "depth": 32,
+            "embed_dim": 1280,
+            "mlp_ratio": 4,
+            "num_heads": 16,
+            "in_chans": 3,
+            "hidden_size": hidden,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+            **vision,
+        },
+    }
+
+
+def llava(hidden, inner, heads, layers):
+    return {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "num_hidden_layers": layers,
+            "vocab_size": 32064,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+    }
+
+
+QWEN_2B = qwen2_vl(1536, 8960, 12, 2, 28, 151936, True)
+QWEN_7B = qwen2_vl(3584, 18944, 28, 4, 28, 152064, False)
+# config -> its base's config.json, and the base's parameters as transformers counts them (for
+# LLaVA without the tower's last layer norm, 2 x 1024, which nothing reads).
+FULL_SIZE = {
+    "qwen2_vl_2b_lora": (QWEN_2B, 2_208_985_600),
+    "qwen2_vl_2b_full": (QWEN_2B, 2_208_985_600),
+    "qwen2_vl_7b_lora": (QWEN_7B, 8_291_375_616),
+    "llava15_7b_lora": (llava(4096, 11008, 32, 32), 7_063_427_072 - 2048),
+    "llava15_13b_lora": (llava(5120, 13824, 40, 40), 13_351_494_656 - 2048),
+}
+
+
+def test_every_shipped_recipe_is_here():
+    assert {path.stem for path in CONFIGS.glob("*.py")} - {"quickstart"} == FULL_SIZE.keys()
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_shipped_configs_build_at_full_size_without_allocating_it(name):
+    hf_config, parameters = FULL_SIZE[name]
+    c = config.load(CONFIGS / f"{name}.py")
+    base = vlm_jax.from_config(hf_config, "bfloat16", remat="block")
+    found = {}
+
+    def make():
+        params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), base.abstract())
+        found["model"], params, found["table"] = adapt_base(c, base, params)
+        return params
+
+    shapes = jax.eval_shape(make)
+    model, table = found["model"], found["table"]
+    counted = sum(l.size for path, l in flatten(shapes).items() if "lora_" not in path)
+    assert counted == parameters
+    trainable, frozen = vlm_jax.split(shapes, table)
+    tx = vlm_jax.optimizer(trainable, table, {**c.training, "max_steps": 10})
+    state = jax.eval_shape(lambda: vlm_jax.init_state(zeros(trainable), tx))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    unit = model.family.patch_unit(model.config)
+    batch = abstract_batch(model, 2, (64, unit * 8), mesh)
+    step = vlm_jax.make_step(model, tx, 2)
+    after, metrics = jax.eval_shape(step, state, frozen, batch)
+    assert jax.tree.map(lambda l: (l.shape, l.dtype), after) == jax.tree.map(
+        lambda l: (l.shape, l.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+    rows = {(row["component"], row["trains"]) for row in report(model, shapes, table, 1.0)}
+    assert ("projector", "all weights") in rows
+    lora = "lora" in name
+    assert (("language_model", "LoRA") in rows) == lora
+    assert (("vision", "nothing (frozen)") in rows) == lora
+
+
+def zeros(tree):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+TINY = qwen2_vl(
+    16, 16, 2, 1, 2, 64, False, depth=1, embed_dim=16, num_heads=2, mlp_ratio=2, patch_size=4,
+    sections=[1, 1, 2],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = vlm_jax.from_config(TINY)
+    params = zeros(model.abstract())
+    lora = vlm_jax.LoRA(2, 4, targets="qwen", modules_to_save=("projector",))
+    return (model, params), vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+
+
+def groups(model, params, **options):
+    table = vlm_jax.training_table(model, params, **options)
+    found = {}
+    for row in report(model, params, table, 1.0):
+        found.setdefault(row["component"], []).append((row["trains"], row["learning_rate"]))
+    return found
+
+
+def test_the_usual_recipe(tiny):
+    _, (model, params) = tiny
+    assert groups(model, params) == {
+        "vision": [("nothing (frozen)", None)],
+        "projector": [("all weights", 1.0)],
+        "embeddings": [("nothing (frozen)", None)],
+        "language_model": [("nothing (frozen)", None), ("LoRA", 1.0)],
+        "head": [("nothing (frozen)", None)],
+    }
+    table = vlm_jax.training_table(model, params)
+    trainable, _ = vlm_jax.split(params, table)
+    size = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    assert trainable_line(params, table).startswith(f"trainable params: {size:,d} || all params: ")
+
+
+def test_scales_and_full_training(tiny):
+    (model, params), (adapted, tree) = tiny
+    found = groups(adapted, tree, vision_encoder_lr_scale=0.1, projector_lr_scale=0.5)
+    assert found["vision"] == [("all weights", 0.1)]
+    assert found["projector"] == [("all weights", 0.5)]
+    found = groups(model, params, lora_enabled=False)
+    assert {rows[0][0] for name, rows in found.items() if name != "vision"} == {"all weights"}
+    found = groups(model, params, lora_enabled=False, language_model_lr_scale=0.0)
+    assert [name for name, rows in found.items() if rows[0][1]] == ["projector"]
+
+
+def test_contradictions_are_refused(tiny):
+    (model, params), (adapted, tree) = tiny
+    with pytest.raises(UserError, match="Nothing is left to train"):
+        vlm_jax.training_table(model, params, projector_lr_scale=0.0)
+    with pytest.raises(UserError, match="modules_to_save names 'merger'.*projector_lr_scale"):
+        vlm_jax.training_table(adapted, tree, projector_lr_scale=0.0)
+    with pytest.raises(UserError, match="LoRA targets layers of the language_model"):
+        vlm_jax.training_table(adapted, tree, language_model_lr_scale=0.0)
+    reaching = vlm_jax.LoRA(2, 4, targets=r".*visual.*\.qkv")
+    model, params = vlm_jax.add_lora(model, params, reaching, jax.random.key(0))
+    with pytest.raises(UserError, match="layers of the vision.*vision_encoder_lr_scale is 0.0"):
+        vlm_jax.training_table(model, params)
+    found = groups(model, params, vision_encoder_lr_scale=0.5)
+    assert found["vision"] == [("nothing (frozen)", None), ("LoRA", 0.5)]

@@ -1,0 +1,46 @@
+"""Added tokens: new rows of their own, trained alone, exported as one embedding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from references import our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors
+
+import vlm_jax
+from vlm_jax.trees import flatten
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_added_tokens(tmp_path, tied):
+    top = dict(text=dict(tie_word_embeddings=True), tie_word_embeddings=True) if tied else {}
+    reference = qwen2_vl(tmp_path / "base", **top)
+    model, params = vlm_jax.load(tmp_path / "base")
+    inputs = qwen2_vl_inputs("one image")
+    before = our_logits(model, params, inputs)
+    model, params = vlm_jax.add_tokens(model, params, 3)
+    after = our_logits(model, params, inputs)
+    assert after.shape[-1] == before.shape[-1] + 3
+    np.testing.assert_array_equal(after[..., :-3], before)
+
+    inputs["input_ids"][0, :3] = [200, 201, 202]
+    table = [(r".*/added", "full"), (r".*", "frozen")]
+    trainable, frozen = vlm_jax.split(params, table)
+    assert len(flatten(trainable)) == (1 if tied else 2)
+    tx = vlm_jax.optimizer(trainable, table, dict(learning_rate=0.1, lr_scheduler_type="constant"))
+    state = vlm_jax.init_state(trainable, tx)
+    state, _ = jax.jit(vlm_jax.make_step(model, tx))(state, frozen, model.batch(**inputs))
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), trainable, state.trainable)
+    assert all(float(change) > 0 for change in jax.tree.leaves(moved))
+
+    params = vlm_jax.join(state.trainable, frozen)
+    vlm_jax.save_pretrained(model, params, tmp_path / "out")
+    with quiet():
+        loaded, info = type(reference).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.get_input_embeddings().weight.shape[0] == 203
+    with torch.no_grad(), quiet():
+        expected = loaded.eval()(**tensors(inputs)).logits.numpy()
+    np.testing.assert_allclose(our_logits(model, params, inputs), expected, atol=1e-4, rtol=0)
+    again, read = vlm_jax.load(tmp_path / "out")
+    np.testing.assert_allclose(our_logits(again, read, inputs), expected, atol=1e-4, rtol=0)
