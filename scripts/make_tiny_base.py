@@ -11,12 +11,16 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import queue
 import re
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+# One device a core: XLA runs operations of this size on one thread.
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")
 
 import easy_vqa
 import jax
@@ -33,6 +37,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen2VLImageProcessorPil
 
 import vlm_jax
+from vlm_jax.sharding import replicate, shard_batch
 from vlm_jax.trees import flatten, unflatten
 
 HERE = Path(__file__).parent / "tiny_base"
@@ -243,6 +248,8 @@ def train(args: argparse.Namespace) -> None:
     if checkpoint.exists():
         state = load_state(checkpoint, state)
         print(f"going on from step {int(state.step)}", flush=True)
+    mesh = vlm_jax.make_mesh()
+    state, frozen = replicate((state, frozen), mesh)
     step = jax.jit(vlm_jax.make_step(model, tx), donate_argnums=0)
     likeliest = jax.jit(lambda params, batch: model.apply({"params": params}, batch).argmax(-1))
     probe = Probe(encoder)
@@ -254,7 +261,7 @@ def train(args: argparse.Namespace) -> None:
     first, began, saved, losses = int(state.step), time.time(), time.time(), []
     ahead = batches(encoder, model, args.seed, first, args.steps)
     for number, batch in zip(itertools.count(first + 1), ahead):
-        state, metrics = step(state, frozen, batch)
+        state, metrics = step(state, frozen, shard_batch(batch, mesh))
         losses.append(metrics["loss"])
         if number % args.log_every == 0:
             loss, losses = float(np.mean(jax.device_get(losses))), []

@@ -95,6 +95,11 @@ def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[st
     return jax.device_put(dict(params), param_shardings(model, params, mesh))
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Return the tree with every leaf whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Return the batch on the mesh, rows over data x fsdp; each process gives its own rows."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))

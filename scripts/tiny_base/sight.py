@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 import vlm_jax
+from vlm_jax.sharding import replicate, shard_batch
 
 from .scenes import BACKGROUNDS, COLORS, KINDS, Scene, draw_scene
 
@@ -107,7 +108,9 @@ def teach(
         np.array([[1, 2 * CELLS, 2 * CELLS]]),
     )
     example |= {"tokens": np.zeros(CELLS**2, np.int32), "weights": np.zeros(CELLS**2, np.float32)}
-    blank = jax.tree.map(jnp.asarray, model.collate([[example]] * ROWS, CELLS**2, 4 * CELLS**2))
+    mesh = vlm_jax.make_mesh()
+    blank = shard_batch(model.collate([[example]] * ROWS, CELLS**2, 4 * CELLS**2), mesh)
+    state, params = replicate((state, params), mesh)
 
     def measure(trained: dict, values: jax.Array, kinds: jax.Array, colors: jax.Array):
         variables = {
@@ -136,7 +139,7 @@ def teach(
 
     began, history = time.time(), []
     for arrays in ahead(processor, seed, int(state[0]), steps):
-        state, seen = step(state, *arrays)
+        state, seen = step(state, *shard_batch(arrays, mesh))
         history.append(seen)
         number = int(state[0])
         if number % LOG_EVERY == 0:
