@@ -91,8 +91,8 @@ def save_peft(model: Model, params: Mapping[str, Any], directory: str | Path) ->
     saved = saved_modules(model, params, lora)
     for path in [path for path in flat if is_added(path)]:  # the whole resized matrix, as PEFT does
         base = path.rsplit("/", 1)[0]
-        leaf = "embedding" if f"{base}/embedding" in flat else "kernel"
-        saved[base.rsplit("/", 1)[-1]] = [f"{base}/{leaf}"]
+        kept = "embedding" if f"{base}/embedding" in flat else "kernel"
+        saved[base.rsplit("/", 1)[-1]] = [f"{base}/{kept}"]
     flat = fold_added(flat)
     shapes = {path: flat[path].shape for paths in saved.values() for path in paths}
     for name, place in disk_places(model, shapes).items():

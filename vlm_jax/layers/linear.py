@@ -71,8 +71,8 @@ class Linear(nn.Module):
         if self.has_variable("params", "lora_A"):
             if self.lora is None:
                 raise ValueError(f"{self.path} has LoRA leaves, but the model was built without.")
-            a = self.get_variable("params", "lora_A")
-            b = self.get_variable("params", "lora_B")
+            a: Any = self.get_variable("params", "lora_A")
+            b: Any = self.get_variable("params", "lora_B")
             x_lora = x
             if self.lora.dropout > 0 and self.has_rng("dropout"):
                 keep = 1.0 - self.lora.dropout

@@ -35,12 +35,13 @@ class Stack(nn.Module):
             def init(key: jax.Array) -> Any:
                 return block.init(key, x, context, first)["params"]
 
-            keys = jax.random.split(self.make_rng("params"), self.length)
-            for name, leaves in jax.vmap(init)(keys).items():
+            init_keys = jax.random.split(self.make_rng("params"), self.length)
+            for name, leaves in jax.vmap(init)(init_keys).items():
                 self.param(name, lambda _, leaves=leaves: leaves)
         stacked = dict(self.variables["params"])
-        key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        keys = None if key is None else jax.random.split(key, self.length)
+        keys: Any = None
+        if self.has_rng("dropout"):
+            keys = jax.random.split(self.make_rng("dropout"), self.length)
         layers = (stacked, keys, per_layer)
         if upto is not None:
             layers = jax.tree.map(lambda leaf: leaf[:upto], layers)

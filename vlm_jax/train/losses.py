@@ -63,7 +63,7 @@ def loss(
 
     @jax.checkpoint  # the backward pass makes a chunk's logits again rather than keep them
     def chunk_loss(x_BCD, targets_BC, weights_BC):
-        logits_BCV = module.apply(params, x_BCD, method="logits", rngs=rngs)
+        logits_BCV: Any = module.apply(params, x_BCD, method="logits", rngs=rngs)
         picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
         losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
         return jnp.sum(losses_BC * weights_BC)
