@@ -115,3 +115,14 @@ def test_flat_config_of_the_hub_loads_like_the_nested_one(base):
     flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     model, _ = vlm_jax.load(base)
     assert vlm_jax.from_config(flat).config == model.config
+    # transformers 4.52 and later wrote the decoder's fields at the top and nested.
+    both = json.loads((base / "config.json").read_text())
+    both |= {k: v for k, v in both["text_config"].items() if k not in both}
+    assert vlm_jax.from_config(both).config == model.config
+    with pytest.raises(vlm_jax.UserError, match="hidden_size.*twice"):
+        vlm_jax.from_config({**both, "hidden_size": 7})
+
+
+def test_quantized_weights_are_refused_by_name(base):
+    change_config(base, quantization_config={"quant_method": "bitsandbytes"})
+    refused(base, "quantized by 'bitsandbytes'")

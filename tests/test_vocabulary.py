@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from references import our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors
 
 import vlm_jax
-from vlm_jax.trees import flatten
+from vlm_jax.trees import flatten, unflatten
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -44,3 +45,28 @@ def test_added_tokens(tmp_path, tied):
     np.testing.assert_allclose(our_logits(model, params, inputs), expected, atol=1e-4, rtol=0)
     again, read = vlm_jax.load(tmp_path / "out")
     np.testing.assert_allclose(our_logits(again, read, inputs), expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_carries_added_tokens(tmp_path):
+    reference = qwen2_vl(tmp_path / "base")
+    model, params = vlm_jax.load(tmp_path / "base")
+    grown, params = vlm_jax.add_tokens(model, params, 3)
+    lora = vlm_jax.LoRA(rank=2, alpha=4, targets=("q_proj",))
+    grown, params = vlm_jax.add_lora(grown, params, lora, jax.random.key(0))
+    flat = flatten(params)
+    for number, path in enumerate(sorted(p for p in flat if p.endswith("added"))):
+        flat[path] = flat[path] + jax.random.normal(jax.random.key(number), flat[path].shape)
+    params = unflatten(flat)
+    assert vlm_jax.training_table(grown, params)[1] == (r".*/added", "full")
+    vlm_jax.save_peft(grown, params, tmp_path / "adapter")
+
+    inputs = qwen2_vl_inputs("one image")
+    inputs["input_ids"][0, :3] = [200, 201, 202]
+    expected = our_logits(grown, params, inputs)
+    again, read = vlm_jax.load_peft(*vlm_jax.load(tmp_path / "base"), tmp_path / "adapter")
+    np.testing.assert_array_equal(our_logits(again, read, inputs), expected)
+    with torch.no_grad(), quiet():
+        reference.resize_token_embeddings(203)
+        adapted = PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+        theirs = adapted(**tensors(inputs)).logits.numpy()
+    np.testing.assert_allclose(theirs, expected, atol=1e-4, rtol=0)

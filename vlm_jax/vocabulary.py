@@ -19,9 +19,7 @@ def is_added(path: str) -> bool:
     return path in (f"{EMBEDDING}/added", f"{HEAD}/added")
 
 
-def add_tokens(
-    model: Model, params: Mapping[str, Any], count: int
-) -> tuple[Model, dict[str, Any]]:
+def add_tokens(model: Model, params: Mapping[str, Any], count: int) -> tuple[Model, dict[str, Any]]:
     """Return the model and a new tree with `count` more tokens in the embedding and the head.
 
     Ids run on from the old vocabulary. New rows start at the mean of the old ones, so that they

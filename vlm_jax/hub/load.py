@@ -142,6 +142,12 @@ def load(
         raise UserError(f"quantize={quantize!r} is not supported; supported: None.")
     directory = resolve(str(path_or_repo_id), revision, token)
     model = from_config(read_json(directory / "config.json"), dtype, remat)
+    if model.hf_config.get("quantization_config"):
+        method = model.hf_config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"'{directory}' holds weights quantized by '{method}', which are not read. Take the "
+            f"checkpoint in 16 bits."
+        )
     found = tensor_files(directory)
     abstract = flatten(model.abstract())
     places = disk_places(model, {path: leaf.shape for path, leaf in abstract.items()})

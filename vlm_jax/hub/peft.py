@@ -22,7 +22,7 @@ from vlm_jax.lora import PROJECTOR_NAMES, is_lora, saved_modules
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import current_name, disk_places, module_name, stacked_layers, to_disk, to_tree
 from vlm_jax.trees import flatten, unflatten
-from vlm_jax.vocabulary import fold_added, is_added
+from vlm_jax.vocabulary import add_tokens, fold_added, is_added
 
 PREFIX = "base_model.model."
 
@@ -169,6 +169,10 @@ def load_peft(
             f"'{directory}' holds no adapter_model.safetensors. A pickle adapter "
             f"(adapter_model.bin) is not read: load it with peft and save it again."
         )
+    new_tokens = _new_tokens(model, file)
+    if new_tokens:  # the adapter was trained with more tokens than the base has
+        model, params = add_tokens(model, params, new_tokens)
+        flat = flatten(params)
     kernels = _modules(model, [path for path in flat if path.endswith("/kernel")])
     places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
     matrices: dict[str, dict[int | None, np.ndarray]] = {}
@@ -190,6 +194,11 @@ def load_peft(
             if full not in places:
                 raise _homeless(directory, key, full, places)
             place = places[full]
+            added = f"{place.path.rsplit('/', 1)[0]}/added"
+            if added in flat:
+                old = place.shape[0]
+                fresh[added] = to_tree(place.path, tensor[old:])
+                tensor = tensor[:old]
             if tensor.shape != place.shape:
                 raise UserError(
                     f"The tensor '{key}' in '{file}' has the shape {list(tensor.shape)}; the "
@@ -217,6 +226,16 @@ def load_peft(
     )
     ordered = {path: new[path] for path in sorted(new)}
     return dataclasses.replace(model, lora=lora), unflatten(ordered)
+
+
+def _new_tokens(model: Model, file: Path) -> int:
+    """Return how many more tokens an adapter's embedding has than the base."""
+    with open_tensors(file) as handle:
+        for key in handle.keys():
+            if key.endswith("embed_tokens.weight"):
+                rows = int(handle.get_slice(key).get_shape()[0])
+                return max(0, rows - model.config.text.vocab_size)
+    return 0
 
 
 def _homeless(directory: Path, key: str, name: str, known: Mapping[str, Any]) -> UserError:

@@ -75,6 +75,7 @@ AXES = [
     (r".*/(q|k|v|gate|up)_proj/bias", ("wide",)),
     (r".*/embed_tokens/embedding", ("vocab", "embed")),
     (r"lm_head/kernel", ("embed", "vocab")),
+    (r".*/added", (None, None)),
     (r".*/language_model/.*(scale|bias)", (None,)),
 ]
 

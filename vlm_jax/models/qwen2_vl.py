@@ -57,13 +57,15 @@ class Config:
         text = top.take("text_config", None)
         image, video = top.take("image_token_id", 151655), top.take("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
+        tokens = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
         if text is None:  # the flat shape: whatever is left at the top belongs to the decoder
             text, where = top.fields, "config.json"
         else:
             where = "config.json, text_config"
+            top.drop_copies(text)  # 4.52 and later wrote the decoder's fields in both places
             top.finish()
         decoder = decoder_from_hf(
-            dict(text), "qwen2_vl_text", tied, where, "vision_token_id spatial_merge_size"
+            dict(text), "qwen2_vl_text", tied, where, f"{tokens} vision_token_id spatial_merge_size"
         )
         width = vision.take("embed_dim", 1280)
         heads = vision.take("num_heads", 16)

@@ -11,6 +11,7 @@ from vlm_jax.lora import PROJECTOR_NAMES, is_lora
 from vlm_jax.model import Model
 from vlm_jax.train.optim import parse_group
 from vlm_jax.trees import FROZEN, Table, flatten, match
+from vlm_jax.vocabulary import is_added
 
 
 def _group(method: str, scale: float) -> str:
@@ -62,6 +63,8 @@ def training_table(
             rows.append((f"(?={pattern}$).*/lora_[AB]", _group("lora", scale_of(component))))
     if len({group for _, group in rows}) == 1:  # the usual case reads better as one row
         rows = [(r".*/lora_[AB]", rows[0][1])]
+    if any(is_added(path) for path in paths):
+        rows.append((r".*/added", _group("full", language_model_lr_scale)))
     for name in modules_to_save:
         name = model.family.PROJECTOR if name in PROJECTOR_NAMES else name
         regex = rf"(?:.*/)?{re.escape(name)}/.*"

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
 from vlm_jax.data import Encoder, Pipeline, read_records
+from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import write_json
 from vlm_jax.hub.load import load, open_tensors, resolve, tensor_files
@@ -24,6 +25,7 @@ from vlm_jax.train.optim import optimizer
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.train.step import init_state
 from vlm_jax.trees import Table, flatten, join, split
+from vlm_jax.vocabulary import add_tokens
 
 # What a run writes; one of these in a directory means that it holds a run.
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", "adapter", "model")
@@ -88,8 +90,16 @@ def load_base(config: ConfigDict, mesh: Any = None) -> tuple[Model, dict[str, An
 
 
 def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
-    """Return (model, params, training table): the base with what the config adds to train."""
-    model, params, table = adapt_base(config, *load_base(config, mesh))
+    """Return (model, params, training table): the base with what the config adds to train.
+
+    Where the tokenizer has more tokens than the embedding, rows for them are added and trained.
+    """
+    model, params = load_base(config, mesh)
+    assert model.source is not None
+    tokens = len(load_tokenizer(model.source.directory))
+    if tokens > model.config.text.vocab_size and config.model.adapter is None:
+        model, params = add_tokens(model, params, tokens - model.config.text.vocab_size)
+    model, params, table = adapt_base(config, model, params)
     return model, shard_params(model, params, mesh), table
 
 
