@@ -1,5 +1,6 @@
 """Every shipped recipe builds at its full size as shapes: nothing of it is allocated."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 import vlm_jax
 from vlm_jax import config as configs
+from vlm_jax.lora import target_kernels
 from vlm_jax.sharding import make_mesh, param_shardings
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.trees import flatten, match
@@ -85,10 +87,9 @@ def test_config_builds_at_full_size(path):
     }
     params = shapes
     if config.lora.enabled:
-        saved = lora_modules_to_save(model, targets=config.lora.target_modules, **scales)
-        lora = vlm_jax.LoRA(
-            config.lora.r, config.lora.alpha, 0.0, config.lora.target_modules, saved
-        )
+        lora = vlm_jax.LoRA(config.lora.r, config.lora.alpha, 0.0, config.lora.target_modules)
+        saved = lora_modules_to_save(model, target_kernels(model, shapes, lora), **scales)
+        lora = dataclasses.replace(lora, modules_to_save=saved)
         params = jax.eval_shape(
             lambda p: vlm_jax.add_lora(model, p, lora, jax.random.key(0))[1], shapes
         )

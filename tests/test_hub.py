@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from references import qwen2_vl
+from references import llava, qwen2_vl
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
@@ -126,3 +126,53 @@ def test_flat_config_of_the_hub_loads_like_the_nested_one(base):
 def test_quantized_weights_are_refused_by_name(base):
     change_config(base, quantization_config={"quant_method": "bitsandbytes"})
     refused(base, "quantized by 'bitsandbytes'")
+
+
+def test_a_tied_config_with_a_head_of_its_own_is_refused(tmp_path):
+    qwen2_vl(tmp_path, text=dict(tie_word_embeddings=True), tie_word_embeddings=True)
+    head = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": head}))
+    model, params = vlm_jax.load(tmp_path)  # a mere copy is fine, and is written again
+    vlm_jax.save_pretrained(model, params, tmp_path / "out")
+    assert (load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"] == head).all()
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": head + 1}))
+    refused(tmp_path, "tie_word_embeddings")
+
+
+def test_saving_over_shards_replaces_them(base):
+    tensors = load_file(base / "model.safetensors")
+    with whole_directory(base) as folder:
+        sizes = {name: array.nbytes for name, array in tensors.items()}
+        write_shards(folder, sizes, tensors.__getitem__, shard_bytes=40_000)
+    assert not (base / "model.safetensors").exists()
+    model, params = vlm_jax.load(base)
+    params["lm_head"]["kernel"] = params["lm_head"]["kernel"] + 1
+    vlm_jax.save_pretrained(model, params, base)
+    assert [path.name for path in base.glob("*.safetensors*")] == ["model.safetensors"]
+    _, again = vlm_jax.load(base)
+    np.testing.assert_array_equal(again["lm_head"]["kernel"], params["lm_head"]["kernel"])
+
+
+def test_integer_buffers_of_old_files_are_kept(tmp_path):
+    llava(tmp_path, "clip", "llama")
+    ids = np.arange(5, dtype=np.int64)[None]
+    name = "vision_tower.vision_model.embeddings.position_ids"
+    change_tensors(tmp_path, lambda t: t.update({name: ids}))
+    model, params = vlm_jax.load(tmp_path)
+    vlm_jax.save_pretrained(model, params, tmp_path / "out")
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")[name], ids)
+
+
+def test_image_settings_go_where_readers_look_first(base, tmp_path):
+    (base / "processor_config.json").write_text('{"image_processor": {"min_pixels": 1}, "a": 2}')
+    model, params = vlm_jax.load(base)
+    vlm_jax.save_pretrained(model, params, tmp_path / "out", processor={"min_pixels": 7})
+    written = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert written == {"image_processor": {"min_pixels": 7}, "a": 2}
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(base):
+    model, _ = vlm_jax.load(base)
+    assert hash(model) and model == model
+    with pytest.raises(vlm_jax.UserError, match="200 tokens"):
+        model.batch([[1, 2, 200]])

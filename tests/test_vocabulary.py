@@ -47,8 +47,10 @@ def test_added_tokens(tmp_path, tied):
     np.testing.assert_allclose(our_logits(again, read, inputs), expected, atol=1e-4, rtol=0)
 
 
-def test_an_adapter_carries_added_tokens(tmp_path):
-    reference = qwen2_vl(tmp_path / "base")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_carries_added_tokens(tmp_path, tied):
+    top = dict(text=dict(tie_word_embeddings=True), tie_word_embeddings=True) if tied else {}
+    reference = qwen2_vl(tmp_path / "base", **top)
     model, params = vlm_jax.load(tmp_path / "base")
     grown, params = vlm_jax.add_tokens(model, params, 3)
     lora = vlm_jax.LoRA(rank=2, alpha=4, targets=("q_proj",))

@@ -29,7 +29,7 @@ _HOMES = {
     "split": "trees",
     "training_table": "train.recipe",
 }
-_MODULES = ("data", "plan")
+_MODULES = ("data", "sharding")
 
 __all__ = [*_HOMES, *_MODULES]
 

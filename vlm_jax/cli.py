@@ -140,6 +140,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vlm_jax.data import read_records
     from vlm_jax.evals.accuracy import accuracy
 
+    predictions = Path(options.predictions or "predictions.jsonl").expanduser()
+    if options.predictions and (predictions.is_dir() or not predictions.parent.is_dir()):
+        raise UserError(
+            f"--predictions '{predictions}' cannot be written: it must name a file in a directory "
+            f"that is there. Make '{predictions.parent}', or take another path."
+        )
     if not options.json:
         print("Reading the model ...", file=sys.stderr)
     records = read_records(options.data, options.image_folder, options.split)
@@ -174,13 +180,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     }
     if options.predictions:
         lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in found.predictions]
-        Path(options.predictions).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if options.json:
         print(json.dumps(result))
     else:
         print(
             f"{result['correct']} of {result['examples']} answers match exactly: "
-            f"{100 * found.accuracy:.2f} % ({result['skipped']} records without an answer skipped, "
+            f"{100 * found.accuracy:.2f} % ({result['skipped']} records skipped, "
             f"{result['seconds']:.0f} s)"
         )
     return 0

@@ -66,13 +66,13 @@ def get_config() -> ConfigDict:
     t.logging_steps = 10  # steps that one line of metrics.jsonl sums up
     t.save_strategy = "steps"  # no, steps, epoch; the last step is always saved
     t.save_steps = 500  # steps between checkpoints
-    t.save_total_limit = 2  # checkpoints kept; 0: all
+    t.save_total_limit = 2  # checkpoints kept; 0 or None: all
     t.eval_strategy = "steps"  # no, steps, epoch; only where data.eval_file is set
     t.eval_steps = 500  # steps between evaluations
     t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
     t.gradient_checkpointing = True  # recompute each block in the backward pass
-    t.dataloader_num_workers = 2  # threads that prepare batches
+    t.dataloader_num_workers = 2  # threads that prepare batches; 0 is used as 1
     t.report_to = ("tensorboard",)  # tensorboard, wandb, trackio, none; metrics.jsonl is always
     t.seed = 42  # of LoRA's A, dropout and the order of the data
 
@@ -83,7 +83,10 @@ def get_config() -> ConfigDict:
     d.max_seq_length = 2048  # tokens a row; a longer example is dropped and counted, never cut
     d.train_split = placeholder(str)  # of a data set that has several; None: "train"
     d.eval_split = placeholder(str)  # the same of data.eval_file
-    d.image_resolution = 0  # side of the square that every image becomes; 0: dynamic resolution
+    # Every image gets the pixels of a square of this side: on Qwen2-VL its aspect ratio is kept
+    # (min_pixels = max_pixels = side x side, as when served); a tower of fixed size takes only its
+    # own side. 0: dynamic resolution.
+    d.image_resolution = 0
     d.min_pixels = placeholder(int)  # of dynamic resolution; None: the checkpoint's own setting
     d.max_pixels = placeholder(int)  # of dynamic resolution: the limit on image tokens
     d.max_shapes = 4  # how many (tokens, patches) shapes rows are padded to
@@ -161,7 +164,8 @@ RANGES: list[tuple[str, float, float]] = [
     (r"lora\.alpha", 0, 1e9),
     (r"lora\.dropout", 0, 0.999),
     (r"training\.(per_device_.*|gradient_accumulation_steps|logging_steps)", 1, 1e9),
-    (r"training\.(save_steps|eval_steps|dataloader_num_workers)", 1, 1e9),
+    (r"training\.(save_steps|eval_steps)", 1, 1e9),
+    (r"training\.dataloader_num_workers", 0, 1e9),
     (r"training\.(save_total_limit|warmup_steps|weight_decay|max_grad_norm)", 0, 1e9),
     (r"training\.(num_train_epochs|learning_rate|adam_epsilon)", 1e-30, 1e9),
     (r"training\.max_steps", -1, 1e12),
@@ -178,6 +182,8 @@ RANGES: list[tuple[str, float, float]] = [
 
 # The YAML parser reads these words as None, and people mean the string.
 NONE_WORDS = ("none", "null", "~", "")
+# Keys whose None, TrainingArguments' default, is a number here.
+NONE_MEANS = {"training.save_total_limit": 0}
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -259,6 +265,8 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
         if key in seen:
             raise UserError(f"{where} sets '{seen[key]}' and '{given}', which are one key: {key}.")
         seen[key] = given
+        if key in NONE_MEANS and (value is None or str(value).strip().lower() in NONE_WORDS):
+            value = NONE_MEANS[key]
         section, name = key.split(".")
         with config.ignore_type():  # target_modules is a tuple or a string
             config[section][name] = coerce(key, value, types[key], key in optional, where)
@@ -293,8 +301,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"data.min_pixels {both[0]} is above data.max_pixels {both[1]}.")
     if flat["data.image_resolution"] and both != (None, None):
         raise UserError(
-            "data.image_resolution makes every image one square, which leaves nothing to "
-            "data.min_pixels and data.max_pixels: set one or the other."
+            "data.image_resolution sets data.min_pixels and data.max_pixels both, to the area of "
+            "its square: set one or the other."
         )
 
 

@@ -44,7 +44,10 @@ def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[
     regex matches a module's whole name, layer number included, as PEFT does.
     Raises `UserError` for a target that matches nothing or only some layers of a stack.
     """
-    kernels = [path for path in flatten(params) if path.endswith("/kernel")]
+    convolutions = model.family.disk_shapes(model.config)  # PEFT gives those another kind of LoRA
+    kernels = [
+        path for path in flatten(params) if path.endswith("/kernel") and path not in convolutions
+    ]
     inside = [path for path in kernels if model.component(path) in lora.components]
     # PEFT's all-linear leaves the output layer alone.
     inner = [path for path in inside if model.component(path) == "language_model"]
@@ -109,7 +112,8 @@ def saved_modules(model: Model, params: Mapping[str, Any], lora: LoRA) -> dict[s
     for name in lora.modules_to_save:
         if name in PROJECTOR_NAMES:
             name = model.family.PROJECTOR
-        hits = [path for path in flat if name in path.split("/")[:-1] and not is_lora(path)]
+        part = f"/{name.replace('.', '/')}/"
+        hits = [path for path in flat if part in f"/{path}" and not is_lora(path)]
         if not hits:
             known = sorted({part for path in flat for part in path.split("/")[:-1]})
             raise UserError(

@@ -58,7 +58,7 @@ class Source:
     revision: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity: hashable, so jit takes it as static
 class Model:
     """A vision-language model without its parameters.
 
@@ -96,6 +96,13 @@ class Model:
         if train and self.lora is not None and self.lora.dropout > 0 and not rngs:
             raise ValueError('Training with LoRA dropout needs rngs={"dropout": key}.')
         return self.module.apply(variables, batch, rngs=rngs if train else None, method=method)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are, added ones included."""
+        return (self.hf_config.get("text_config") or self.hf_config).get(
+            "vocab_size", self.config.text.vocab_size
+        )
 
     @property
     def empty_example(self) -> Example:
@@ -166,6 +173,12 @@ class Model:
         for row in range(len(ids)):
             place = np.flatnonzero(mask[row])
             tokens = ids[row, place]
+            if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+                raise UserError(
+                    f"Row {row} holds the token ids {tokens.min()} to {tokens.max()}; the model "
+                    f"has {self.vocab_size} tokens. Add rows with add_tokens, or take the "
+                    f"checkpoint's own tokenizer."
+                )
             if labels is not None:
                 weights = (np.asarray(labels)[row, place] != -100).astype(np.float32)
             else:

@@ -1,5 +1,8 @@
 """Adapters in and out of peft, gradients and whole training runs against torch + peft."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import optax
@@ -266,3 +269,28 @@ def test_twenty_steps(tmp_path, family):
     # It must have moved for that to mean anything.
     assert relative(flatten(trainable), theirs) > 1e-2
     assert isinstance(tx, optax.GradientTransformation)
+
+
+def test_a_projector_alone_is_an_adapter_too(tmp_path):
+    """LLaVA's first stage: no matrices, only modules_to_save."""
+    reference, model, params, inputs = build("llava", tmp_path / "base")
+    lora = vlm_jax.LoRA(targets=(), modules_to_save=("projector",))
+    model, params = dataclasses.replace(model, lora=lora), shaken(params)
+    vlm_jax.save_peft(model, params, tmp_path / "adapter")
+    with quiet():
+        adapted = PeftModel.from_pretrained(reference, tmp_path / "adapter")
+    assert_equal_logits(adapted, model, params, inputs)
+    again, read = vlm_jax.load_peft(*vlm_jax.load(tmp_path / "base"), tmp_path / "adapter")
+    assert again.lora.targets == ()
+    assert_equal_logits(adapted, again, read, inputs)
+
+
+@pytest.mark.parametrize("field", [dict(init_lora_weights="pissa"), dict(use_dora=True)])
+def test_adapters_that_mean_something_else_are_refused(tmp_path, field):
+    _, model, params, _ = build("llava", tmp_path / "base")
+    adapted = vlm_jax.add_lora(model, params, vlm_jax.LoRA(2, 2), jax.random.key(0))
+    vlm_jax.save_peft(*adapted, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **field}))
+    with pytest.raises(vlm_jax.UserError, match=next(iter(field))):
+        vlm_jax.load_peft(model, params, tmp_path / "adapter")

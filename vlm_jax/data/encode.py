@@ -43,7 +43,8 @@ class Encoder:
         have images.
     max_seq_length: the most tokens an example may have, image placeholders included; None: any.
     min_pixels, max_pixels: replace the checkpoint's limits (dynamic resolution).
-    image_resolution: resize every image to this square instead; 0 or None: not set.
+    image_resolution: give every image about the pixels of a square of this side instead, see
+        `make_processor`; 0 or None: not set.
     train_on: "all" assistant turns carry loss, or the "last" one.
     on_bad_example: what the pipeline does about an unreadable example: "raise" or "skip".
     image_folder: where relative image paths start, where the record does not say.

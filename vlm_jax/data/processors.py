@@ -90,13 +90,12 @@ class Patches:
     """Qwen2-VL: resize to multiples of merge x patch, then cut into patches in merge blocks.
 
     Returns float32 [P, C] and the grid (1, height, width) in patches; a still image fills all
-    `temporal_patch_size` frames of its patch. square: resize to this square, whatever the shape.
+    `temporal_patch_size` frames of its patch.
     """
 
     raw: dict[str, Any]
     min_pixels: int
     max_pixels: int
-    square: int | None
     table: np.ndarray = dataclasses.field(repr=False, compare=False)
 
     @classmethod
@@ -108,6 +107,13 @@ class Patches:
         image_resolution: int | None,
     ) -> "Patches":
         size = raw["size"] or {}
+        known = {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
+        if not isinstance(size, Mapping) or any(size[key] for key in size.keys() - known):
+            raise UserError(
+                f"The image settings have size={size!r}, but images of {raw['image_processor_type']}"
+                f" keep their aspect ratio. Give the least and the largest area in pixels: "
+                f"min_pixels and max_pixels, or size with shortest_edge and longest_edge."
+            )
         least = [min_pixels, raw["min_pixels"], size.get("shortest_edge"), size.get("min_pixels")]
         most = [max_pixels, raw["max_pixels"], size.get("longest_edge"), size.get("max_pixels")]
         low = next((n for n in least if n), 56 * 56)
@@ -120,19 +126,24 @@ class Patches:
                 f"The image settings allow {low} to {high} pixels: max_pixels must be at least "
                 f"min_pixels and at least one token's {factor * factor} pixels."
             )
-        square = None
-        if image_resolution is not None:
-            square = max(1, round(image_resolution / factor)) * factor
-            low = high = square * square
-        return cls(raw, int(low), int(high), square, value_table(raw))
+        if image_resolution is not None:  # limits alone, since a served image knows no more
+            low = high = (max(1, round(image_resolution / factor)) * factor) ** 2
+        return cls(raw, int(low), int(high), value_table(raw))
 
     @property
     def largest(self) -> int | None:
-        return self.max_pixels // self.raw["patch_size"] ** 2
+        # Enlarging to min_pixels rounds both sides up, which may end above max_pixels.
+        merge = self.raw["merge_size"]
+        least = self.min_pixels / (self.raw["patch_size"] * merge) ** 2
+        longest = math.ceil(math.sqrt(200 * least)) + 1
+        enlarged = max(
+            long * (math.floor(least / (long - 1)) + 1)
+            for long in range(math.floor(math.sqrt(least)) + 1, longest + 1)
+            if long > 1
+        )
+        return max(self.max_pixels // self.raw["patch_size"] ** 2, enlarged * merge**2)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        if self.square is not None:
-            return self.square, self.square
         factor = self.raw["patch_size"] * self.raw["merge_size"]
         return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
 
@@ -368,8 +379,9 @@ def make_processor(
     """Return the image processor that settings (`preprocessor_config.json`) describe.
 
     min_pixels, max_pixels: replace the file's limits (dynamic resolution only). image_resolution:
-    a fixed square, rounded to whole merge blocks where resolution is dynamic; a tower of fixed
-    size takes only its own. Raises `UserError` for an unknown type or an unsupported key.
+    the side of a square; where resolution is dynamic it is rounded to whole merge blocks and its
+    area becomes both limits, so that an image keeps its aspect ratio, as it does when served; a
+    tower of fixed size takes only its own side. Raises `UserError` for an unknown type or an unsupported key.
     """
     named = raw.get("image_processor_type") or raw.get("feature_extractor_type")
     name = str(named or "").removesuffix("Fast").removesuffix("Pil")

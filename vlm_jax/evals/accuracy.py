@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
-from vlm_jax.data.encode import BadExample, Encoder
+from vlm_jax.data.encode import Encoder
 from vlm_jax.data.pipeline import ALWAYS_DROPPED
 from vlm_jax.data.records import Record
 from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
@@ -37,7 +37,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """accuracy: correct / predictions, in [0, 1]. skipped: records without a usable answer."""
+    """accuracy: correct / predictions, in [0, 1]. skipped: records without an answer, or bad."""
 
     accuracy: float
     predictions: list[Prediction]
@@ -62,12 +62,19 @@ def final_answer(record: Record) -> str | None:
     return (_text(last).strip() or None) if last["role"] == "assistant" else None
 
 
+def _reason(error: UserError) -> str:
+    return getattr(error, "reason", "record")
+
+
 def _plan(
     encoder: Encoder, records: Sequence[Record], count: int, rows: int
 ) -> tuple[list[tuple[list[Record], Shape]], int]:
-    """Return batches (records of about one size, their shape), and the number left out."""
+    """Return batches (records of about one size, their shape), and the number left out.
+
+    Raises `UserError` where nothing is left.
+    """
     kept: list[Record] = []
-    sizes, skipped = [], 0
+    sizes, skipped, first_error = [], 0, ""
     for number in range(count):
         try:
             record = records[number]
@@ -75,15 +82,20 @@ def _plan(
                 skipped += 1
                 continue
             size = encoder.measure(record)
-        except BadExample as error:
-            if encoder.on_bad_example == "raise" and error.reason not in ALWAYS_DROPPED:
+        except UserError as error:  # a malformed record, or a `BadExample`
+            if encoder.on_bad_example == "raise" and _reason(error) not in ALWAYS_DROPPED:
                 raise
+            first_error = first_error or f" The first that cannot be read: {error}"
             skipped += 1
             continue
         kept.append(record)
         sizes.append((size.tokens, size.patches))
     if not kept:
-        return [], skipped
+        raise UserError(
+            f"None of the {count} evaluation records ends with an assistant's answer and can be "
+            f"read, so there is nothing to compare with. Give records whose last turn is the "
+            f"expected answer, or set evaluation.accuracy=false.{first_error}"
+        )
     measured = np.array(sizes)
     unit = encoder.model.family.patch_unit(encoder.model.config)
     cap = (round_up(int(measured[:, 0].max())), round_up(int(measured[:, 1].max()), unit))
@@ -93,10 +105,25 @@ def _plan(
     ], skipped
 
 
-def _collate(encoder: Encoder, records: list[Record], shape: Shape, rows: int) -> Batch:
-    filled: list[list[Example]] = [[encoder.prompt(record)] for record in records]
-    filled += [[] for _ in range(rows - len(records))]
-    return encoder.collate(filled, *shape)
+def _collate(
+    encoder: Encoder, records: list[Record], shape: Shape, rows: int
+) -> tuple[list[Record], Batch]:
+    """Return the records that hold, in order, and the batch of their prompts.
+
+    Damaged pixels show only here, since `_plan` reads no more than an image's header.
+    """
+    good: list[Record] = []
+    filled: list[list[Example]] = []
+    for record in records:
+        try:
+            filled.append([encoder.prompt(record)])
+        except UserError:
+            if encoder.on_bad_example == "raise":
+                raise
+            continue
+        good.append(record)
+    filled += [[] for _ in range(rows - len(good))]
+    return good, encoder.collate(filled, *shape)
 
 
 def _ahead(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
@@ -128,22 +155,22 @@ def accuracy(
     and prediction are compared after `normalise`. max_examples: only the first ones; 0 is all.
     on_batch(done, total) is called after each batch. Predictions are in the records' order.
     Raises `UserError` where no record has an answer, and for unreadable ones unless the encoder
-    skips them.
+    skips them; those are counted in `skipped`.
     """
     count = min(len(records), max_examples) if max_examples > 0 else len(records)
     batches, skipped = _plan(encoder, records, count, batch_size)
-    if not batches:
-        raise UserError(
-            f"None of the {count} evaluation records ends with an assistant's answer, so there is "
-            f"nothing to compare with. Give records whose last turn is the expected answer, or "
-            f"set evaluation.accuracy=false."
-        )
     tokenizer = load_tokenizer(encoder.directory)
     total = sum(len(planned) for planned, _ in batches)
     predictions: list[Prediction] = []
-    for (records_now, _), batch in _ahead(
+    done = 0
+    for (planned_now, _), (records_now, batch) in _ahead(
         lambda planned: _collate(encoder, planned[0], planned[1], batch_size), batches
     ):
+        done += len(planned_now)
+        skipped += len(planned_now) - len(records_now)
+        if not records_now:
+            on_batch(done, total)
+            continue
         new = np.asarray(jax.device_get(generate(model, params, batch, max_new_tokens)))
         texts = tokenizer.batch_decode(new[: len(records_now)], skip_special_tokens=True)
         for record, text in zip(records_now, texts, strict=True):
@@ -159,6 +186,8 @@ def accuracy(
                     correct=normalise(text) == normalise(expected),
                 )
             )
-        on_batch(len(predictions), total)
+        on_batch(done, total)
+    if not predictions:
+        raise UserError(f"The images of all {total} evaluation records with an answer are damaged.")
     predictions.sort(key=lambda p: p.index)
-    return Accuracy(sum(p.correct for p in predictions) / total, predictions, skipped)
+    return Accuracy(sum(p.correct for p in predictions) / len(predictions), predictions, skipped)

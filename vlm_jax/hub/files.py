@@ -18,18 +18,28 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
     """Yield a temporary directory whose files move to `directory` when the block ends well.
 
     Where the block raises, nothing of it remains. Files of the same name are replaced, each in
-    one atomic step; other files in an existing directory stay.
+    one atomic step; other files in an existing directory stay, except weights of the same
+    checkpoint in another number of shards.
     """
     target = Path(directory).expanduser().absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    stale: list[Path] = []
     try:
         yield temporary
         for path in temporary.iterdir():  # some writers leave them readable by their owner alone
             path.chmod(0o666 & ~_umask())
         if target.exists():
+            fresh = {path.name for path in temporary.iterdir()}
+            if "model.safetensors" in fresh or "model.safetensors.index.json" in fresh:
+                # Readers differ in whether shards or a single file come first: leave one kind.
+                for old in [*target.glob("model*.safetensors"), *target.glob("model*.index.json")]:
+                    if old.name not in fresh:
+                        stale.append(old)
             for path in sorted(temporary.iterdir()):
                 os.replace(path, target / path.name)
+            for old in stale:
+                old.unlink()
         else:
             temporary.chmod(0o777 & ~_umask())
             os.replace(temporary, target)

@@ -37,7 +37,7 @@ def resolve(path_or_repo_id: str, revision: str | None = None, token: str | None
         found = snapshot_download(
             path_or_repo_id, revision=revision, token=token, allow_patterns=NEEDED
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"'{path_or_repo_id}' is no local directory, and it could not be fetched from the "
             f"Hugging Face hub (revision {revision or 'main'}): {str(error).splitlines()[0]} "
@@ -121,6 +121,22 @@ def _check(model: Model, found: dict[str, str], places: dict[str, Place], direct
     return {name: named[name] for name in places}
 
 
+def _check_tied_head(model: Model, found: dict[str, str], handles: dict[str, Any]) -> None:
+    """Raise where a tied config comes with a head that differs from the embedding."""
+    named = {current_name(model, name): name for name in found}
+    head = named.get("lm_head.weight")
+    if not model.config.text.tied or head is None:
+        return
+    embedding = named["model.language_model.embed_tokens.weight"]
+    tensors = [handles[found[name]].get_tensor(name) for name in (head, embedding)]
+    if not np.array_equal(*tensors):
+        raise UserError(
+            f"config.json ties the head to the embedding, but '{head}' differs from "
+            f"'{embedding}'. If the head was trained, set tie_word_embeddings to false in "
+            f"config.json; otherwise delete the tensor."
+        )
+
+
 def load(
     path_or_repo_id: str,
     dtype: Any = "float32",
@@ -168,7 +184,13 @@ def load(
         shape = abstract[path].shape
         leaf = np.empty(shape, jnp.dtype(dtype))
         for name, place in tensors:
-            tensor = handles[found[name]].get_tensor(name)
+            try:
+                tensor = handles[found[name]].get_tensor(name)
+            except SafetensorError as error:
+                raise UserError(
+                    f"'{directory / found[name]}' lacks the tensor '{name}' that the index names: "
+                    f"the files belong to different checkpoints ({error})."
+                ) from error
             if tensor.shape != place.shape:
                 raise UserError(
                     f"The tensor '{name}' in '{directory / found[name]}' has the shape "
@@ -176,10 +198,11 @@ def load(
                 )
             leaf[... if place.layer is None else place.layer] = to_tree(path, tensor)
         params[path] = jax.device_put(leaf, shardings.get(path))
+    _check_tied_head(model, found, handles)
     for name, file in found.items():
         dtypes[name] = handles[file].get_slice(name).get_dtype()
     source = Source(
-        str(directory),
+        str(directory.absolute()),
         {name: (file, dtypes[name]) for name, file in found.items()},
         str(path_or_repo_id),
         revision,

@@ -22,19 +22,26 @@ from vlm_jax.lora import PROJECTOR_NAMES, is_lora, saved_modules
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import current_name, disk_places, module_name, stacked_layers, to_disk, to_tree
 from vlm_jax.trees import flatten, unflatten
-from vlm_jax.vocabulary import add_tokens, fold_added, is_added
+from vlm_jax.vocabulary import HEAD, add_tokens, fold_added, is_added
 
 PREFIX = "base_model.model."
+NO_TARGETS = "dummy-target-modules"  # peft's name for an adapter without matrices
 
 # Fields of adapter_config.json that are read, or that change nothing here.
 READ = frozenset(
     """peft_type r lora_alpha lora_dropout target_modules exclude_modules modules_to_save
-    use_rslora base_model_name_or_path revision""".split()
+    use_rslora base_model_name_or_path revision ensure_weight_tying""".split()
 )
 HARMLESS = frozenset(
-    """task_type auto_mapping peft_version inference_mode init_lora_weights layers_to_transform
+    """task_type auto_mapping peft_version inference_mode layers_to_transform
     layers_pattern megatron_core qalora_group_size runtime_config ephemeral_gpu_offload""".split()
 )
+
+# Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ change them.
+HARMLESS_VALUES: dict[str, tuple] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}
 
 
 def _modules(model: Model, paths: list[str]) -> dict[str, tuple[str, int | None]]:
@@ -53,6 +60,8 @@ def _targets(model: Model, kernels: list[str], adapted: list[str]) -> dict[str, 
     A list of suffixes where it can be, because that works in either layout of module names and
     in vLLM, with the vision side excluded by a regex; full module names otherwise.
     """
+    if not adapted:  # modules_to_save alone; an empty list is an error to peft
+        return {"target_modules": NO_TARGETS, "exclude_modules": None}
     suffixes = sorted({path.split("/")[-2] for path in adapted})
     exclude = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
     hit = [path for path in kernels if path.split("/")[-2] in suffixes]
@@ -122,6 +131,11 @@ def save_peft(model: Model, params: Mapping[str, Any], directory: str | Path) ->
         "use_rslora": lora.rslora,
         "use_dora": False,
     }
+    if model.config.text.tied and "embed_tokens" in saved:
+        # Or peft would replace the embedding and leave the head at the base's values.
+        config["ensure_weight_tying"] = True
+        name = "model.language_model.embed_tokens.weight"
+        tensors[f"{PREFIX}{HEAD}.weight"] = tensors[f"{PREFIX}{name}"]
     with whole_directory(directory) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)
@@ -134,11 +148,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"'{directory}' holds a PEFT adapter of type {config.get('peft_type')!r}; only LORA "
             f"is supported."
         )
-    harmless_values: dict[str, Any] = {"bias": "none"}
     for name, value in config.items():
-        if name in READ or name in HARMLESS or not value or harmless_values.get(name) == value:
-            continue
-        if name.startswith("megatron") or (name == "loftq_config" and not value):
+        if name in READ | HARMLESS or not value or value in HARMLESS_VALUES.get(name, ()):
             continue
         raise UserError(
             f"The adapter in '{directory}' sets {name}={value!r} in adapter_config.json, which is "
@@ -173,7 +184,10 @@ def load_peft(
     if new_tokens:  # the adapter was trained with more tokens than the base has
         model, params = add_tokens(model, params, new_tokens)
         flat = flatten(params)
-    kernels = _modules(model, [path for path in flat if path.endswith("/kernel")])
+    convolutions = model.family.disk_shapes(model.config)
+    kernels = _modules(
+        model, [path for path in flat if path.endswith("/kernel") and path not in convolutions]
+    )
     places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
     matrices: dict[str, dict[int | None, np.ndarray]] = {}
     fresh: dict[str, np.ndarray] = {}
@@ -191,6 +205,8 @@ def load_peft(
                 matrices.setdefault(f"{base}/lora_{matrix}", {})[layer] = tensor.T
                 continue
             full = current_name(model, name.replace(".modules_to_save.default", ""))
+            if full == f"{HEAD}.weight" and model.config.text.tied:
+                continue  # the embedding once more
             if full not in places:
                 raise _homeless(directory, key, full, places)
             place = places[full]
@@ -216,6 +232,9 @@ def load_peft(
     modules = tuple(config.get("modules_to_save") or ())
     modules = tuple("projector" if name in PROJECTOR_NAMES else name for name in modules)
     targets = config.get("target_modules") or ()
+    if targets == NO_TARGETS:
+        targets = ()
+    _check_embedding(model, fresh, config, directory)
     lora = LoRA(
         rank=rank,
         alpha=config["lora_alpha"],
@@ -226,6 +245,17 @@ def load_peft(
     )
     ordered = {path: new[path] for path in sorted(new)}
     return dataclasses.replace(model, lora=lora), unflatten(ordered)
+
+
+def _check_embedding(model: Model, fresh: Mapping[str, Any], config: Any, directory: Path) -> None:
+    """Refuse an embedding trained apart from the head that is tied to it here."""
+    embedding = any(path.endswith("embed_tokens/embedding") for path in fresh)
+    if model.config.text.tied and embedding and not config.get("ensure_weight_tying"):
+        raise UserError(
+            f"The adapter in '{directory}' holds a trained embedding but not "
+            f"ensure_weight_tying, so peft leaves the head at the base's values; here the head is "
+            f"tied to the embedding. Merge it with peft into an untied checkpoint."
+        )
 
 
 def _new_tokens(model: Model, file: Path) -> int:

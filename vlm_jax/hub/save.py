@@ -14,7 +14,8 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.load import open_tensors
-from vlm_jax.lora import is_lora, merge
+from vlm_jax.lora import is_lora
+from vlm_jax.lora import merge as merge_lora
 from vlm_jax.model import Model
 from vlm_jax.names import current_name, disk_places, to_disk
 from vlm_jax.trees import flatten
@@ -37,11 +38,10 @@ def save_pretrained(
     model: Model,
     params: Mapping[str, Any],
     directory: str | Path,
-    merge_adapters: bool = True,
+    merge: bool = True,
     *,
     dtype: Any = None,
     processor: Mapping[str, Any] | None = None,
-    **kwargs: bool,
 ) -> None:
     """Write a checkpoint that `transformers` loads with no missing and no unexpected key.
 
@@ -52,16 +52,14 @@ def save_pretrained(
     preprocessor_config.json, where training used others.
     Raises `UserError` where the base's own files are gone.
     """
-    if set(kwargs) - {"merge"}:
-        raise TypeError(f"save_pretrained has no argument {sorted(set(kwargs) - {'merge'})}.")
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
-        if not kwargs.get("merge", merge_adapters):
+        if not merge:
             raise UserError(
                 "These parameters hold LoRA matrices, which a plain checkpoint cannot. Pass "
                 "merge=True, or write an adapter with save_peft."
             )
-        flat = flatten(merge(model, params))
+        flat = flatten(merge_lora(model, params))
     flat = fold_added(flat)
     places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
     source = model.source
@@ -82,12 +80,12 @@ def save_pretrained(
 
     def tensor(name: str) -> np.ndarray:
         current, kind = names[name]
-        target = jnp.dtype(dtype or DTYPES.get(kind, kind))
         if current not in places:  # never computed with: as it is in the base
             assert source is not None
             with open_tensors(Path(source.directory) / source.tensors[name][0]) as handle:
                 return handle.get_tensor(name)
         place = places[current]
+        target = jnp.dtype(dtype or DTYPES.get(kind, kind))
         leaf = flat[place.path]
         leaf = leaf if place.layer is None else leaf[place.layer]
         return to_disk(place, np.asarray(jax.device_get(leaf)).astype(target))
@@ -97,10 +95,11 @@ def save_pretrained(
             f"The base checkpoint '{source.directory}' is gone; a full export copies its "
             f"tokenizer and settings. Restore it, or write an adapter with save_peft."
         )
-    sizes = {}
+    sizes = dict.fromkeys(names, 0)
     for name, (current, kind) in names.items():
-        item = jnp.dtype(dtype or DTYPES.get(kind, kind)).itemsize
-        sizes[name] = item * int(np.prod(places[current].shape)) if current in places else 0
+        if current in places:
+            item = jnp.dtype(dtype or DTYPES.get(kind, kind)).itemsize
+            sizes[name] = item * int(np.prod(places[current].shape))
     with whole_directory(directory) as folder:
         write_shards(folder, sizes, tensor)
         config = dict(model.hf_config)
@@ -113,6 +112,17 @@ def save_pretrained(
             for path in _companions(Path(source.directory)):
                 shutil.copyfile(path, folder / path.name)
         if processor:
-            file = folder / "preprocessor_config.json"
-            settings = json.loads(file.read_text()) if file.exists() else {}
-            write_json(file, {**settings, **processor})
+            _write_processor(folder, processor)
+
+
+def _write_processor(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write image settings wherever the base's files hold any: readers differ in which is first."""
+    file = folder / "preprocessor_config.json"
+    combined = folder / "processor_config.json"
+    nested = json.loads(combined.read_text()) if combined.exists() else {}
+    if "image_processor" in nested:
+        nested["image_processor"] = {**nested["image_processor"], **settings}
+        write_json(combined, nested)
+    if file.exists() or "image_processor" not in nested:
+        old = json.loads(file.read_text()) if file.exists() else {}
+        write_json(file, {**old, **settings})

@@ -41,8 +41,8 @@ from vlm_jax.train.run import (
     write_result,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
-from vlm_jax.train.watch import Watch
-from vlm_jax.trees import join, split
+from vlm_jax.train.watch import Watch, added_only, idle_components
+from vlm_jax.trees import flatten, join, split
 
 
 @out_of_memory_explained()
@@ -84,6 +84,15 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     )
     console.print(_describe(data, rows, total, mesh), highlight=False, soft_wrap=True)
     trainable, frozen = split(params, table)
+    trained = list(flatten(trainable))
+    patches = max(P for _, P in data.shapes)
+    for name in idle_components({model.component(path) for path in trained}, patches):
+        console.print(
+            f"Warning: the {name} is to be trained, but data.train_file has no image: it stays as "
+            f"it is.",
+            highlight=False,
+            soft_wrap=True,
+        )
     tx = optimizer(trainable, table, settings)
     state = on_mesh(init_state(trainable, tx, t.seed), mesh)
     del params, trainable
@@ -117,7 +126,8 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
         config=absolute_paths(config),
         resume_step=step if resume else None,
     )
-    watch = Watch(log, rate, data.steps_per_epoch, t.logging_steps, checkpoints)
+    rare = added_only(trained, model.component)
+    watch = Watch(log, rate, data.steps_per_epoch, t.logging_steps, checkpoints, rare)
     save_at = every(t.save_strategy, t.save_steps, data.steps_per_epoch)
     eval_at = every(t.eval_strategy, t.eval_steps, data.steps_per_epoch)
     evaluation: dict[str, float] = {}

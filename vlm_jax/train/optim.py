@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
+from vlm_jax.config import coerce, get_config
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match
 
@@ -41,28 +43,32 @@ class OptimizerSettings:
     def of(cls, training: Any) -> "OptimizerSettings":
         """Return the settings of a mapping or of any object with TrainingArguments' attributes.
 
-        A plain dict may leave keys out, for the defaults above. Raises `UserError` for an unknown
-        key of one and for values that make no schedule.
+        Keys may be left out, for the defaults above; but where neither a schedule nor max_steps
+        is given, the learning rate is constant (after the warm-up, if there is one). Numbers may
+        be strings, as YAML reads 2e-4. Raises `UserError` for an unknown key of a mapping and for
+        a value of the wrong type.
         """
         if isinstance(training, cls):
             return training
-        names = [field.name for field in dataclasses.fields(cls)]
-        if isinstance(training, dict):
-            from vlm_jax.config import get_config
-
-            known = {*names, *get_config().training}
+        types = {field.name: field.type for field in dataclasses.fields(cls)}
+        if isinstance(training, Mapping | ConfigDict):
+            known = {*types, *get_config().training}
             for key in training:
                 if key not in known:
                     raise UserError(f"Unknown training key '{key}'{nearest(key, known)}.")
-            given = training
-        elif isinstance(training, Mapping) or hasattr(training, "to_dict"):
-            given = {name: training[name] for name in names}
+            given = {name: training[name] for name in types if name in training}
         else:
-            given = {name: getattr(training, name) for name in names if hasattr(training, name)}
-        values = {n: given[n] for n in names if n in given and given[n] is not None}
+            given = {name: getattr(training, name, None) for name in types}
         # TrainingArguments holds the scheduler's name as an enumeration.
-        kind = values.get("lr_scheduler_type", "cosine")
-        values["lr_scheduler_type"] = getattr(kind, "value", kind)
+        kind = given.get("lr_scheduler_type")
+        given["lr_scheduler_type"] = getattr(kind, "value", kind)
+        values = {
+            name: coerce(f"training.{name}", value, types[name], False, "the training settings")
+            for name, value in given.items()
+            if value is not None
+        }
+        if "lr_scheduler_type" not in values and values.get("max_steps", -1) <= 0:
+            values["lr_scheduler_type"] = "constant_with_warmup"
         return cls(**values)
 
     @property

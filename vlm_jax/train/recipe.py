@@ -98,27 +98,30 @@ def training_table(
 
 def lora_modules_to_save(
     model: Model,
+    kernels: Iterable[str],
     *,
     vision_encoder_lr_scale: float,
     projector_lr_scale: float,
-    targets: Iterable[str] | str,
     modules_to_save: Iterable[str] = (),
 ) -> tuple[str, ...]:
-    """Return the modules an adapter must hold beside its matrices: all that trains in full."""
+    """Return the modules an adapter must hold beside its matrices: all that trains in full.
+
+    kernels: the paths that get LoRA matrices (`vlm_jax.lora.target_kernels`); a component that
+    holds one trains through its matrices alone.
+    """
     names = list(modules_to_save)
+    adapted = {model.component(path) for path in kernels}
     family = model.family
     # Qwen2-VL's projector lies inside its tower, LLaVA's beside it.
     inside = any(
         component == "projector" and re.split(r"[^\w]", pattern).count(family.VISION)
         for pattern, component in family.COMPONENTS
     )
-    listed = () if isinstance(targets, str) else tuple(targets)
-    adapted = any(name in PROJECTOR_NAMES for name in listed)
-    if vision_encoder_lr_scale > 0:
+    tower = vision_encoder_lr_scale > 0 and "vision" not in adapted
+    if tower:
         names.append(family.VISION)
-    covered = vision_encoder_lr_scale > 0 and inside
     named = any(name in (*PROJECTOR_NAMES, family.PROJECTOR) for name in names)
-    if projector_lr_scale > 0 and not (adapted or covered or named):
+    if projector_lr_scale > 0 and not ("projector" in adapted or (tower and inside) or named):
         names.append("projector")
     return tuple(names)
 

@@ -17,7 +17,7 @@ from vlm_jax.hub.files import write_json
 from vlm_jax.hub.load import load, open_tensors, resolve, tensor_files
 from vlm_jax.hub.peft import load_peft, save_peft
 from vlm_jax.hub.save import save_pretrained
-from vlm_jax.lora import add_lora, is_lora
+from vlm_jax.lora import add_lora, target_kernels
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import make_mesh, shard_params
 from vlm_jax.train.checkpoint import Checkpoints, base_identity, file_identity
@@ -92,7 +92,8 @@ def load_base(config: ConfigDict, mesh: Any = None) -> tuple[Model, dict[str, An
 def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
     """Return (model, params, training table): the base with what the config adds to train.
 
-    Where the tokenizer has more tokens than the embedding, rows for them are added and trained.
+    Where the tokenizer has more tokens than the embedding, rows for them are added and trained;
+    a loaded adapter must bring them itself, else `UserError`.
     """
     model, params = load_base(config, mesh)
     assert model.source is not None
@@ -100,6 +101,13 @@ def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tu
     if tokens > model.config.text.vocab_size and config.model.adapter is None:
         model, params = add_tokens(model, params, tokens - model.config.text.vocab_size)
     model, params, table = adapt_base(config, model, params)
+    if tokens > model.config.text.vocab_size:
+        raise UserError(
+            f"The tokenizer of '{config.model.name_or_path}' has {tokens} tokens, but with the "
+            f"adapter '{config.model.adapter}' the embedding has {model.config.text.vocab_size} "
+            f"rows. Rows are not added to a loaded adapter: give the tokenizer that it was "
+            f"trained with, or merge it first (vlm-jax export --merge) and train from the result."
+        )
     return model, shard_params(model, params, mesh), table
 
 
@@ -111,19 +119,22 @@ def adapt_base(
     params = dict(params)
     if m.adapter is not None:
         model, params = load_peft(model, params, m.adapter)
-    holds_lora = any(is_lora(path) for path in flatten(params))
+    adapted = [  # what a loaded adapter reaches
+        path.replace("/lora_A", "/kernel") for path in flatten(params) if path.endswith("/lora_A")
+    ]
     scales = {
         "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
         "projector_lr_scale": m.projector_lr_scale,
     }
-    targets = adapt.target_modules
-    saved = lora_modules_to_save(
-        model, targets=targets, modules_to_save=adapt.modules_to_save, **scales
-    )
     alpha = int(adapt.alpha) if adapt.alpha == int(adapt.alpha) else adapt.alpha
-    lora = LoRA(adapt.r, alpha, adapt.dropout, targets, saved, adapt.use_rslora)
-    if holds_lora:
-        model = _continue_lora(model, lora, config)
+    lora = LoRA(adapt.r, alpha, adapt.dropout, adapt.target_modules, rslora=adapt.use_rslora)
+    kernels = adapted
+    if adapt.enabled and not adapted:
+        kernels = target_kernels(model, params, lora)
+    saved = lora_modules_to_save(model, kernels, modules_to_save=adapt.modules_to_save, **scales)
+    lora = dataclasses.replace(lora, modules_to_save=saved)
+    if adapted:
+        model = _continue_lora(model, params, lora, config, adapted)
     elif adapt.enabled:
         key = jax.random.key(config.training.seed)
         model, params = add_lora(model, params, lora, key)
@@ -139,8 +150,13 @@ def adapt_base(
     return model, params, table
 
 
-def _continue_lora(model: Model, lora: LoRA, config: ConfigDict) -> Model:
-    """Return the model whose loaded LoRA goes on training, with this run's dropout."""
+def _continue_lora(
+    model: Model, params: Mapping[str, Any], lora: LoRA, config: ConfigDict, adapted: list[str]
+) -> Model:
+    """Return the model whose loaded LoRA goes on training, with this run's dropout.
+
+    adapted: the kernels that have matrices. Raises `UserError` where the config asks for others.
+    """
     own = model.lora
     assert own is not None
     if not config.lora.enabled:
@@ -153,6 +169,18 @@ def _continue_lora(model: Model, lora: LoRA, config: ConfigDict) -> Model:
             raise UserError(
                 f"The adapter '{config.model.adapter}' has {name}={getattr(own, name)}, but the "
                 f"config's lora section says {getattr(lora, name)}. Set the adapter's own value."
+            )
+    asked = config.lora.target_modules
+    if asked != configs.get_config().lora.target_modules:
+        wanted = set(target_kernels(model, params, lora))
+        differ = sorted(wanted ^ set(adapted))
+        if differ:
+            which = "does not adapt" if differ[0] in wanted else "also adapts"
+            raise UserError(
+                f"lora.target_modules is {asked!r}, but the adapter '{config.model.adapter}' "
+                f"{which} '{differ[0]}' ({len(differ)} layers differ). A loaded adapter goes on "
+                f"with its own layers: take lora.target_modules out of the config, or merge the "
+                f"adapter first (vlm-jax export --merge) and train from the result."
             )
     saved = tuple(dict.fromkeys((*own.modules_to_save, *lora.modules_to_save)))
     return dataclasses.replace(
@@ -192,7 +220,7 @@ def make_pipeline(
         max_shapes=config.data.max_shapes,
         seed=config.training.seed,
         shuffle=config.data.shuffle,
-        workers=config.training.dataloader_num_workers,
+        workers=max(1, config.training.dataloader_num_workers),
     )
 
 

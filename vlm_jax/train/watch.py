@@ -1,7 +1,7 @@
 """Reads what each step gave, one step late, and stops a run that learns nothing or breaks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -9,15 +9,40 @@ import jax
 from vlm_jax.errors import UserError
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.metrics import Log, Meter
+from vlm_jax.vocabulary import is_added
 
 # Components that see a gradient only in a batch with images.
 NEED_IMAGES = ("vision", "projector")
+
+
+def idle_components(trained: Collection[str], patches: int) -> list[str]:
+    """Return the trained components that data of rows of `patches` patches cannot reach.
+
+    Raises `UserError` where that is all of them.
+    """
+    idle = [] if patches else [name for name in NEED_IMAGES if name in trained]
+    if idle and set(trained) <= set(idle):
+        raise UserError(
+            f"Only the {' and the '.join(idle)} would train, but data.train_file has no image that "
+            f"could reach it. Give data with images, or train the language model too (lora.enabled "
+            f"or model.language_model_lr_scale)."
+        )
+    return idle
+
+
+def added_only(trained: Iterable[str], component: Callable[[str], str]) -> set[str]:
+    """Return the components of which only rows of new tokens train, of all trained paths."""
+    trained = list(trained)
+    return {component(path) for path in trained} - {
+        component(path) for path in trained if not is_added(path)
+    }
 
 
 class Watch:
     """Reads each step's metrics one step late, checks them and logs them.
 
     Late, because reading waits for the device, which by then works on the next step.
+    rare: components that may go without a gradient, as rows of tokens do that a batch lacks.
     """
 
     def __init__(
@@ -27,9 +52,11 @@ class Watch:
         steps_per_epoch: int,
         logging_steps: int,
         checkpoints: Checkpoints,
+        rare: Collection[str] = (),
     ):
         self.log, self.rate, self.steps_per_epoch = log, rate, steps_per_epoch
         self.logging_steps, self.checkpoints = logging_steps, checkpoints
+        self.rare = rare
         self.meter = Meter()
         self.waiting: tuple | None = None
         self.unseen: set[str] | None = None  # trained components still to show a gradient
@@ -83,8 +110,11 @@ class Watch:
         for component in sorted(self.unseen):
             if component in NEED_IMAGES and not images:
                 continue
+            zero = values[f"grad_norm/{component}"] == 0
+            if component in self.rare and zero:
+                continue
             self.unseen.discard(component)
-            if values[f"grad_norm/{component}"] == 0:
+            if zero:
                 raise UserError(
                     f"The {component} is to be trained, but its gradient is zero at step {step}, "
                     f"so nothing of it would be learned. Freeze it (model.*_lr_scale, lora.*), or "

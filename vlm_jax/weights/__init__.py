@@ -3,8 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def dense(leaf: Any, dtype: Any) -> jax.Array:
     """Return a leaf as a dense array of `dtype`, whatever its storage format."""
-    return leaf.astype(dtype)
+    return jnp.asarray(leaf, dtype)
