@@ -1,5 +1,7 @@
 """Accuracy counts what it says: exact matches after a stated normalisation, in record order."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -47,3 +49,29 @@ def test_records_without_an_answer_are_skipped_or_refused(place):
     row = {"messages": [{"role": "user", "content": "What color is it?"}]}
     with pytest.raises(UserError, match="None of the 2 evaluation records"):
         accuracy(model, params, Encoder(place / "base"), read_records([row, row]))
+
+
+def test_bad_records_are_skipped_where_the_encoder_skips(place, tmp_path, monkeypatch):
+    model, params = vlm_jax.load(place / "base")
+    rows = [json.loads(line) for line in (place / "data/train.jsonl").read_text().splitlines()[:4]]
+    broken = tmp_path / "broken.png"  # its header is whole
+    broken.write_bytes((place / "data/1.png").read_bytes()[:200])
+    records = read_records(
+        [rows[0], {**rows[1], "image": str(broken)}, {"id": "x", "conversations": 3}, *rows[2:]],
+        place / "data",
+    )
+    monkeypatch.setattr(module, "generate", lambda *_: np.zeros((2, 4), np.int32))
+    skipping = Encoder(place / "base", on_bad_example="skip")
+    seen = []
+    found = accuracy(
+        model, params, skipping, records, batch_size=2, on_batch=lambda *now: seen.append(now)
+    )
+    assert [p.id for p in found.predictions] == ["r0", "r2", "r3"] and found.skipped == 2
+    assert seen[-1] == (4, 4)
+    for kept, message in ((records[:2], "broken.png"), (records.rows[2:3], "no list of turns")):
+        with pytest.raises(UserError, match=message):
+            accuracy(model, params, Encoder(place / "base"), read_records(kept), batch_size=2)
+    with pytest.raises(UserError, match="None of the 1 .*no list of turns"):
+        accuracy(model, params, skipping, read_records(records.rows[2:3]))
+    with pytest.raises(UserError, match="all 1 evaluation records .* damaged"):
+        accuracy(model, params, skipping, read_records(records[1:2]))

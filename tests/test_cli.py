@@ -90,6 +90,12 @@ def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, pla
     assert "1 image" in capsys.readouterr().out
 
 
+def test_predictions_that_cannot_be_written_fail_first(capsys, tmp_path):
+    arguments = ("evaluate", "--model", "nowhere", "--data", "nowhere.jsonl", "--predictions")
+    assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path / "no/such/x"))
+    assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path))
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(UserError):
         main(["train", "--config", "nowhere.yaml", "--debug"])

@@ -133,8 +133,23 @@ def test_what_is_wrong_is_named(override, message):
 def test_pixel_limits_that_contradict_are_refused():
     with pytest.raises(UserError, match="above data.max_pixels"):
         config.load(None, ["data.min_pixels=100", "data.max_pixels=50"])
-    with pytest.raises(UserError, match="one square"):
+    with pytest.raises(UserError, match="sets data.min_pixels"):
         config.load(None, ["data.image_resolution=224", "data.max_pixels=50"])
+
+
+def test_values_of_training_arguments_are_taken(tmp_path):
+    text = "training: {dataloader_num_workers: 0, save_total_limit: null}"
+    c = config.load(write(tmp_path / "a.yaml", text))
+    assert (c.training.dataloader_num_workers, c.training.save_total_limit) == (0, 0)
+    assert config.load(None, ["training.save_total_limit=None"]).training.save_total_limit == 0
+    python = (
+        "from vlm_jax import config\n"
+        "def get_config():\n"
+        "    c = config.get_config()\n"
+        "    c.training.save_total_limit = None\n"
+        "    return c\n"
+    )
+    assert config.load(write(tmp_path / "a.py", python)).training.save_total_limit == 0
 
 
 def test_bad_files_are_named(tmp_path):

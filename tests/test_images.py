@@ -111,16 +111,31 @@ def test_written_settings_give_transformers_our_pixels(tmp_path):
     assert grid[1] * grid[2] <= 9 * 4
 
 
-def test_image_resolution_is_a_fixed_square():
-    qwen = make_processor({"image_processor_type": "Qwen2VLImageProcessor"}, image_resolution=60)
+def test_image_resolution_is_served_as_it_is_trained(tmp_path):
+    qwen = make_processor({"image_processor_type": "Qwen2VLImageProcessor"}, image_resolution=120)
+    assert qwen.grid(224, 224) == (1, 8, 8)  # 120 is about 4 tokens of 28 pixels
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(qwen.settings()))
+    served = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     for size in SIZES:
-        assert qwen(read_image(picture(size)))[1] == (1, 4, 4) == qwen.grid(*size)
+        image = picture(size)
+        want = served(image, return_tensors="np")
+        got, grid = qwen(read_image(image))
+        np.testing.assert_array_equal(got, want["pixel_values"])
+        assert grid == qwen.grid(*size) == tuple(want["image_grid_thw"][0])
     clip = {"image_processor_type": "CLIPImageProcessor"}
     assert make_processor(clip, image_resolution=224).output == (224, 224)
     with pytest.raises(UserError, match="takes 224 x 224"):
         make_processor(clip, image_resolution=336)
     with pytest.raises(UserError, match="no effect"):
         make_processor(clip, max_pixels=1000)
+
+
+@pytest.mark.parametrize("side", [28, 60, 120, 336])
+def test_no_enlarged_image_has_more_patches_than_the_largest(side):
+    qwen = make_processor({"image_processor_type": "Qwen2VLImageProcessor"}, image_resolution=side)
+    sizes = np.random.default_rng(0).integers(1, 200, (2000, 2)).tolist()
+    sizes = [size for size in sizes if max(size) <= 100 * min(size)]
+    assert max(np.prod(qwen.grid(*size)) for size in sizes) <= qwen.largest
 
 
 def encoded(image, **options):
@@ -203,6 +218,9 @@ def test_bad_settings_say_what_is_wrong(tmp_path):
         make_processor({"image_processor_type": "CLIPImageProcessor", "do_center_crop": False})
     with pytest.raises(UserError, match="200 times"):
         make_processor({"image_processor_type": "Qwen2VLImageProcessor"}).grid(1, 201)
+    for size in ({"height": 336, "width": 336}, 336):
+        with pytest.raises(UserError, match=r"size=.*336.*keeps each image's aspect ratio"):
+            make_processor({"image_processor_type": "Qwen2VLImageProcessor", "size": size})
     assert read_settings(tmp_path) is None
     (tmp_path / "preprocessor_config.json").write_text('{"a":\n 1,}')
     with pytest.raises(UserError, match="line 2"):

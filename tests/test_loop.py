@@ -1,17 +1,21 @@
 """A whole run on a tiny checkpoint: what it writes, how it resumes, and what stops it."""
 
+import io
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
-from runs import lines, make_base, make_data, run
+from rich.console import Console
+from runs import lines, make_base, make_config, make_data, run
 from safetensors.numpy import load_file
 
 import vlm_jax
 from vlm_jax import UserError
+from vlm_jax.sharding import make_mesh
 from vlm_jax.train import loop, watch
-from vlm_jax.train.run import load_run
+from vlm_jax.train.run import build, load_run
 from vlm_jax.trees import flatten
 
 
@@ -155,6 +159,61 @@ def test_a_trained_component_without_gradient_stops_the_run():
     watching.push(2, ["b"], text_only, images=True)
     with pytest.raises(UserError, match="projector is to be trained.*zero at step 2"):
         watching.flush()
+
+
+def test_rows_of_new_tokens_may_wait_for_their_token():
+    paths = ["model/language_model/embed_tokens/added", "lm_head/added", "lm_head/kernel"]
+    rare = watch.added_only(paths, lambda path: "head" if "head" in path else "embeddings")
+    assert rare == {"embeddings"}
+    watching = watch.Watch(None, lambda step: 0.0, 1, 10, None, rare)
+    metrics = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1.0, "grad_norm/embeddings": 0.0}
+    watching.push(1, ["a"], metrics, images=True)
+    watching.flush()
+    assert watching.unseen == {"embeddings"}
+    watching.push(2, ["b"], {**metrics, "grad_norm/embeddings": 1.0}, images=True)
+    watching.flush()
+    assert watching.unseen == set()
+
+
+def test_components_that_no_image_reaches_are_told_at_the_start(place, monkeypatch):
+    assert watch.idle_components(["language_model", "projector"], 64) == []
+    assert watch.idle_components(["language_model", "projector"], 0) == ["projector"]
+    rows = [json.loads(line) for line in (place / "data/train.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["value"] = "What color is it?"
+    (place / "data/text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    class Compiling(Exception):
+        pass
+
+    def stop(*_):
+        raise Compiling
+
+    monkeypatch.setattr(loop, "compile_steps", stop)
+    with pytest.raises(UserError, match="Only the projector would train.*no image"):
+        run(
+            place, "idle", "lora.enabled=false", "model.language_model_lr_scale=0",
+            data="data/text.jsonl",
+        )  # fmt: skip
+    text = io.StringIO()
+    made = make_config(place / "base", place / "data/text.jsonl", place / "idle")
+    with pytest.raises(Compiling):
+        loop.train(made, console=Console(file=text, width=200))
+    assert "Warning: the projector is to be trained" in text.getvalue()
+
+
+def test_an_adapter_that_the_config_contradicts_is_refused(place, straight, monkeypatch):
+    adapter = f"model.adapter={straight[1] / 'adapter'}"
+    with pytest.raises(UserError, match="also adapts .*5 layers differ"):
+        run(place, "other_targets", adapter, "lora.target_modules=q_proj,v_proj")
+    made = make_config(place / "base", place / "data/train.jsonl", place / "x", adapter,
+                       "lora.target_modules=llama")  # fmt: skip
+    mesh = make_mesh(devices=jax.devices()[:1])
+    assert build(made, mesh)[0].lora is not None  # the same layers by another name
+    monkeypatch.setattr("vlm_jax.train.run.load_tokenizer", lambda _: range(600))
+    with pytest.raises(UserError, match="has 600 tokens, but .* 512 rows"):
+        build(made, mesh)
 
 
 def test_full_training_writes_a_whole_model(place):

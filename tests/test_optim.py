@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 import torch
-from transformers import get_scheduler
+from ml_collections import ConfigDict
+from transformers import TrainingArguments, get_scheduler
 
 import vlm_jax
 from vlm_jax import UserError
@@ -120,6 +121,27 @@ def test_settings_come_from_dicts_configs_and_objects():
     assert OptimizerSettings.of(args).learning_rate == 0.5
     with pytest.raises(UserError, match="did you mean 'learning_rate'"):
         OptimizerSettings.of({"learning_rat": 1})
+
+
+def test_settings_may_be_partial_and_strings(tmp_path):
+    part = OptimizerSettings.of(ConfigDict({"learning_rate": "2e-4", "max_steps": "1e2"}))
+    assert part == OptimizerSettings(learning_rate=2e-4, max_steps=100)
+    assert isinstance(part.max_steps, int)
+    args = TrainingArguments(
+        str(tmp_path), learning_rate=1e-3, max_steps=50, warmup_steps=0.1, use_cpu=True
+    )
+    theirs = OptimizerSettings.of(args)
+    assert (theirs.lr_scheduler_type, theirs.warmup, theirs.learning_rate) == ("linear", 5, 1e-3)
+    with pytest.raises(UserError, match="learning_rate' has the value 'fast'.*expected float"):
+        OptimizerSettings.of({"learning_rate": "fast"})
+
+
+def test_without_schedule_and_steps_the_rate_is_constant():
+    rate = learning_rate(OptimizerSettings.of({"learning_rate": 1e-3}))
+    assert [float(rate(step)) for step in (0, 1000)] == pytest.approx([1e-3, 1e-3])
+    rate = learning_rate(OptimizerSettings.of({"learning_rate": 1e-3, "warmup_steps": 2}))
+    assert [float(rate(step)) for step in (0, 1, 9)] == pytest.approx([0, 5e-4, 1e-3])
+    assert OptimizerSettings.of({"max_steps": 5}).lr_scheduler_type == "cosine"
 
 
 def test_bad_settings_and_groups_are_refused():

@@ -254,7 +254,9 @@ def test_a_state_of_other_data_is_refused(qwen, folder):
 def test_options_reach_the_images(qwen, folder):
     record = read_records(folder / "data.json")[2]
     small = encode(qwen.directory, record, image_resolution=16)
-    assert small["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 4]]
+    limits = encode(qwen.directory, record, min_pixels=16 * 16, max_pixels=16 * 16)
+    np.testing.assert_array_equal(small["pixel_values"], limits["pixel_values"])
+    assert small["image_grid_thw"].tolist() == [[1, 8, 4], [1, 6, 4]]  # tall images stay tall
     limited = encode(qwen.directory, record, max_pixels=64 * 6)
     assert limited["image_grid_thw"].prod(1).max() <= 6 * 4
     last = encode(qwen.directory, record, train_on="last")

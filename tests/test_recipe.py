@@ -203,3 +203,35 @@ def test_contradictions_are_refused(tiny):
         vlm_jax.training_table(model, params)
     found = groups(model, params, vision_encoder_lr_scale=0.5)
     assert found["vision"] == [("nothing (frozen)", None), ("LoRA", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "scales", "trains", "saved"),
+    [
+        (r".*visual.*\.(qkv|proj)", (0.5, 1.0), {"vision": "LoRA", "projector": "all weights"},
+         ("projector",)),
+        (r".*visual\.merger.*", (0.0, 1.0), {"projector": "LoRA"}, ()),
+        (r".*visual.*\.(qkv|mlp\.\d)", (0.5, 0.5), {"vision": "LoRA", "projector": "LoRA"}, ()),
+        ("llama", (0.5, 0.5), {"vision": "all weights", "language_model": "LoRA"}, ("visual",)),
+    ],
+)  # fmt: skip
+def test_a_config_puts_lora_where_its_targets_are(tiny, targets, scales, trains, saved):
+    (model, params), _ = tiny
+    c = config.load(
+        None,
+        {
+            "lora.target_modules": targets,
+            "model.vision_encoder_lr_scale": scales[0],
+            "model.projector_lr_scale": scales[1],
+        },
+    )
+    model, params, table = adapt_base(c, model, params)
+    assert model.lora.modules_to_save == saved
+    rows = {(row["component"], row["trains"]) for row in report(model, params, table, 1.0)}
+    assert rows >= trains.items()
+
+
+def test_lora_on_a_frozen_tower_is_refused(tiny):
+    c = config.load(None, {"lora.target_modules": r".*visual.*\.qkv"})
+    with pytest.raises(UserError, match="layers of the vision.*vision_encoder_lr_scale is 0.0"):
+        adapt_base(c, *tiny[0])

@@ -110,8 +110,8 @@ class Patches:
         known = {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
         if not isinstance(size, Mapping) or any(size[key] for key in size.keys() - known):
             raise UserError(
-                f"The image settings have size={size!r}, but images of {raw['image_processor_type']}"
-                f" keep their aspect ratio. Give the least and the largest area in pixels: "
+                f"The image settings have size={size!r}, but {raw['image_processor_type']} keeps "
+                f"each image's aspect ratio. Give the least and the largest area in pixels: "
                 f"min_pixels and max_pixels, or size with shortest_edge and longest_edge."
             )
         least = [min_pixels, raw["min_pixels"], size.get("shortest_edge"), size.get("min_pixels")]
@@ -381,7 +381,8 @@ def make_processor(
     min_pixels, max_pixels: replace the file's limits (dynamic resolution only). image_resolution:
     the side of a square; where resolution is dynamic it is rounded to whole merge blocks and its
     area becomes both limits, so that an image keeps its aspect ratio, as it does when served; a
-    tower of fixed size takes only its own side. Raises `UserError` for an unknown type or an unsupported key.
+    tower of fixed size takes only its own side. Raises `UserError` for an unknown type or an
+    unsupported key.
     """
     named = raw.get("image_processor_type") or raw.get("feature_extractor_type")
     name = str(named or "").removesuffix("Fast").removesuffix("Pil")

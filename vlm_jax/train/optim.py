@@ -62,6 +62,9 @@ class OptimizerSettings:
         # TrainingArguments holds the scheduler's name as an enumeration.
         kind = given.get("lr_scheduler_type")
         given["lr_scheduler_type"] = getattr(kind, "value", kind)
+        warmup = given.get("warmup_steps")
+        if isinstance(warmup, float) and 0 < warmup < 1:  # transformers 5: a share of all steps
+            given |= {"warmup_steps": None, "warmup_ratio": warmup}
         values = {
             name: coerce(f"training.{name}", value, types[name], False, "the training settings")
             for name, value in given.items()
