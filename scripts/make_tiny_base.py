@@ -56,13 +56,18 @@ TALK = Kind(((64, 64),), shapes=4, turns=5, length=144, rows=16)
 WIDE = Kind(((96, 64), (64, 96)), shapes=4, turns=5, length=152, rows=16)
 TIGHT = Kind(((48, 80), (80, 48)), shapes=3, turns=4, length=128, rows=16)
 
-# Until which share of the run: how often a batch is of which kind. As larger models do, it learns
+BRIEF_ONE = Kind(((64, 64),), shapes=1, turns=3, length=104, rows=32, brief=0.8)
+BRIEF = Kind(((64, 64),), shapes=3, turns=3, length=104, rows=32, brief=0.8)
+
+# Until which share of a phase: how often a batch is of which kind. As larger models do, it learns
 # to name what it sees from bare pairs of picture and caption first, and to talk afterwards.
-STAGES = (
+TALK_STAGES = (
     (0.10, ((1.0, ONE),)),
     (0.25, ((0.3, ONE), (0.7, FEW))),
     (1.0, ((0.10, FEW), (0.45, TALK_ONE), (0.30, TALK), (0.10, WIDE), (0.05, TIGHT))),
 )
+# At last it learns to answer in one word, in small letters: tokens that no sentence begins with.
+BRIEF_STAGES = ((1.0, ((0.6, BRIEF_ONE), (0.25, BRIEF), (0.15, TALK))),)
 # The tower has learned to see before (tiny_base/sight.py) and stays as it is from there on.
 TABLE = [(r"model/visual/merger/.*", "full"), (r"model/visual/.*", "frozen"), (r".*", "full")]
 
@@ -151,14 +156,24 @@ def texts(seed: int) -> list[str]:
     return said
 
 
-def choose(rng: np.random.Generator, progress: float) -> Kind:
-    for until, kinds in STAGES:
-        if progress < until:
-            return kinds[rng.choice(len(kinds), p=[share for share, _ in kinds])][1]
-    raise ValueError(f"no stage covers {progress}")
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A run of its own: steps, peak learning rate, what its batches hold, what seeds them."""
+
+    name: str
+    steps: int
+    rate: float
+    stages: tuple
+    seed: tuple[int, ...]
+
+    def kind(self, rng: np.random.Generator, step: int) -> Kind:
+        for until, kinds in self.stages:
+            if step / self.steps < until:
+                return kinds[rng.choice(len(kinds), p=[share for share, _ in kinds])][1]
+        raise ValueError(f"no stage of {self.name} covers step {step}")
 
 
-def batches(encoder: Encoder, model: vlm_jax.Model, seed: int, first: int, total: int) -> Iterator:
+def batches(encoder: Encoder, model: vlm_jax.Model, phase: Phase, first: int) -> Iterator:
     """Yield the batches of the steps from `first` on, made ahead by a thread.
 
     A batch depends on the seed and its step alone, so a resumed run goes on as if never stopped.
@@ -166,22 +181,22 @@ def batches(encoder: Encoder, model: vlm_jax.Model, seed: int, first: int, total
     ready: queue.Queue = queue.Queue(maxsize=4)
 
     def produce() -> None:
-        for step in range(first, total):
-            rng = np.random.default_rng((seed, step))
-            arrays = encoder.batch(rng, choose(rng, step / total))
+        for step in range(first, phase.steps):
+            rng = np.random.default_rng((*phase.seed, step))
+            arrays = encoder.batch(rng, phase.kind(rng, step))
             ready.put(model.batch(**arrays))
 
     threading.Thread(target=produce, daemon=True).start()
-    for _ in range(first, total):
+    for _ in range(first, phase.steps):
         yield ready.get()
 
 
-def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
-    warm, cool = args.warmup, args.steps - args.warmup
+def make_optimizer(phase: Phase, args: argparse.Namespace) -> optax.GradientTransformation:
+    warm, cool = args.warmup, phase.steps - args.warmup
     rate = optax.join_schedules(
         [
-            optax.linear_schedule(0.0, args.rate, warm),
-            optax.cosine_decay_schedule(args.rate, cool, 0.02),
+            optax.linear_schedule(0.0, phase.rate, warm),
+            optax.cosine_decay_schedule(phase.rate, cool, 0.02),
         ],
         [warm],
     )
@@ -222,6 +237,36 @@ def load_state(path: Path, state: vlm_jax.TrainState) -> vlm_jax.TrainState:
     return dataclasses.replace(state, step=step, trainable=trainable, opt_state=opt_state)
 
 
+def run(phase: Phase, args, model, encoder, trainable, frozen, mesh, measure) -> dict:
+    """Train one phase, from its checkpoint if there is one, and return what trained."""
+    tx = make_optimizer(phase, args)
+    state = vlm_jax.init_state(trainable, tx, seed=args.seed)
+    checkpoint = args.work / f"{phase.name}.npz"
+    if checkpoint.exists():
+        state = load_state(checkpoint, state)
+        print(f"{phase.name}: going on from step {int(state.step)}", flush=True)
+    state = replicate(state, mesh)
+    step = jax.jit(vlm_jax.make_step(model, tx), donate_argnums=0)
+    first, began, saved, losses = int(state.step), time.time(), time.time(), []
+    ahead = batches(encoder, model, phase, first)
+    for number, batch in zip(itertools.count(first + 1), ahead):
+        state, metrics = step(state, frozen, shard_batch(batch, mesh))
+        losses.append(metrics["loss"])
+        if number % args.log_every == 0:
+            loss, losses = float(np.mean(jax.device_get(losses))), []
+            seconds = time.time() - began
+            print(f"{phase.name} {number}  {seconds:.0f} s  loss {loss:.4f}", flush=True)
+        if number % args.probe_every == 0:
+            # Before it can chat every answer would be wrong for its form alone.
+            seen = measure(state.trainable, talk=number / phase.steps > phase.stages[0][0])
+            line = "  ".join(f"{topic} {value:.3f}" for topic, value in seen.items())
+            print(f"{phase.name} {number}  {line}", flush=True)
+        if time.time() - saved > args.save_every or number == phase.steps:
+            save_state(checkpoint, state)
+            saved = time.time()
+    return state.trainable
+
+
 def train(args: argparse.Namespace) -> None:
     work = args.work
     work.mkdir(parents=True, exist_ok=True)
@@ -235,22 +280,15 @@ def train(args: argparse.Namespace) -> None:
     encoder = Encoder(tokenizer, Qwen2VLImageProcessorPil(**IMAGE, **PIXELS), asked)
     model = vlm_jax.from_config(describe_architecture(tokenizer), dtype=args.dtype)
 
-    tx = make_optimizer(args)
     params = draw_weights(model, args.seed)
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
     params = teach(
         model, params, encoder.processor, steps=args.sight_steps, rate=args.sight_rate,
         seed=args.seed, work=work,
     )  # fmt: skip
     trainable, frozen = vlm_jax.split(params, TABLE)
-    state = vlm_jax.init_state(trainable, tx, seed=args.seed)
-    print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
-    checkpoint = work / "state.npz"
-    if checkpoint.exists():
-        state = load_state(checkpoint, state)
-        print(f"going on from step {int(state.step)}", flush=True)
     mesh = vlm_jax.make_mesh()
-    state, frozen = replicate((state, frozen), mesh)
-    step = jax.jit(vlm_jax.make_step(model, tx), donate_argnums=0)
+    trainable, frozen = replicate((trainable, frozen), mesh)
     likeliest = jax.jit(lambda params, batch: model.apply({"params": params}, batch).argmax(-1))
     probe = Probe(encoder)
 
@@ -258,33 +296,14 @@ def train(args: argparse.Namespace) -> None:
         params = vlm_jax.join(trainable, frozen)
         return probe.measure(lambda a: np.asarray(likeliest(params, model.batch(**a))), talk)
 
-    first, began, saved, losses = int(state.step), time.time(), time.time(), []
-    ahead = batches(encoder, model, args.seed, first, args.steps)
-    for number, batch in zip(itertools.count(first + 1), ahead):
-        state, metrics = step(state, frozen, shard_batch(batch, mesh))
-        losses.append(metrics["loss"])
-        if number % args.log_every == 0:
-            loss, losses = float(np.mean(jax.device_get(losses))), []
-            print(f"step {number}  {time.time() - began:.0f} s  loss {loss:.4f}", flush=True)
-        if number % args.probe_every == 0:
-            # Before the chat stage every answer would be wrong for its form alone.
-            seen = measure(state.trainable, talk=number / args.steps > STAGES[-2][0])
-            line = "  ".join(f"{topic} {value:.3f}" for topic, value in seen.items())
-            print(f"step {number}  {line}", flush=True)
-        if time.time() - saved > args.save_every:
-            save_state(checkpoint, state)
-            saved = time.time()
-        if args.minutes and time.time() - began > 60 * args.minutes:
-            break
-    save_state(checkpoint, state)
-    if int(state.step) < args.steps:
-        print(f"stopped at step {int(state.step)}; the same command goes on from there")
-        return
-    vlm_jax.save_pretrained(
-        model, vlm_jax.join(state.trainable, frozen), args.out, dtype="bfloat16"
-    )
+    for phase in (
+        Phase("talk", args.steps, args.rate, TALK_STAGES, (args.seed,)),
+        Phase("brief", args.brief_steps, args.brief_rate, BRIEF_STAGES, (args.seed, 2)),
+    ):
+        trainable = run(phase, args, model, encoder, trainable, frozen, mesh, measure)
+    vlm_jax.save_pretrained(model, vlm_jax.join(trainable, frozen), args.out, dtype="bfloat16")
     write_companions(args.out, tokenizer)
-    seen = measure(state.trainable, talk=True)
+    seen = measure(trainable, talk=True)
     rows = [f"| {topic} | {100 * value:.1f} % |" for topic, value in seen.items()]
     card = (HERE / "card.md").read_text()
     table = "\n".join(["| held-out scenes | right |", "|---|---|", *rows])
@@ -303,6 +322,8 @@ def main() -> None:
     parser.add_argument("--sight-steps", type=int, default=2600)
     parser.add_argument("--sight-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--brief-steps", type=int, default=500)
+    parser.add_argument("--brief-rate", type=float, default=7e-4)
     parser.add_argument("--decay", type=float, default=0.01)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -310,9 +331,6 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--probe-every", type=int, default=250)
     parser.add_argument("--save-every", type=float, default=180, help="seconds between checkpoints")
-    parser.add_argument(
-        "--minutes", type=float, default=0, help="stop after so long, finished or not; 0: never"
-    )
     train(parser.parse_args())
 
 

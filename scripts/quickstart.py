@@ -36,9 +36,8 @@ from vlm_jax.train.run import load_base, load_run, make_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSOLE = Console()
-# How often each image comes, its questions in another order each time. A row holds all questions
-# of one image, so the image is seen once for about ten answers.
-PASSES = 4
+# A row holds up to four questions of one image, which is then seen once for them all.
+GROUP = 4
 CLOSED = ("yes", "no")
 # On the official test questions: https://github.com/vzhou842/easy-VQA for the last one.
 REFERENCES = [
@@ -62,14 +61,13 @@ def write_data(folder: Path) -> tuple[Path, Path]:
             asked[image].append((question, answer))
         rng = random.Random(0)
         records = []
-        for number in range(PASSES if split == "train" else 1):
-            for image, pairs in asked.items():
-                rng.shuffle(pairs)
-                # A test question stands alone: no answer may be read off an earlier turn.
-                groups = [pairs] if split == "train" else [[pair] for pair in pairs]
-                for turn, group in enumerate(groups):
-                    record = {"id": f"{image}-{number}-{turn}", "image": paths[image]}
-                    records.append({**record, "messages": conversation(group)})
+        # A test question stands alone: no answer may be read off an earlier turn.
+        group = GROUP if split == "train" else 1
+        for image, pairs in asked.items():
+            rng.shuffle(pairs)
+            for first in range(0, len(pairs), group):
+                record = {"id": f"{image}-{first}", "image": paths[image]}
+                records.append({**record, "messages": conversation(pairs[first : first + group])})
         file = folder / f"{split}.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         files.append(file)

@@ -8,13 +8,22 @@ from collections.abc import Callable
 import numpy as np
 
 from .scenes import COLORS, KINDS, Scene, Shape
+from .tokenizer import ENGLISH
 
 Turn = tuple[str, str]  # what the user says, what the assistant answers
+WORDS = tuple(ENGLISH.split())
 NUMBERS = ("no", "one", "two", "three", "four")
 
 
-def conversation(rng: np.random.Generator, scene: Scene, turns: int, caption: float) -> list[Turn]:
-    """Return `turns` turns about the scene; the first is a caption with probability `caption`."""
+def conversation(
+    rng: np.random.Generator, scene: Scene, turns: int, caption: float, brief: float = 0.0
+) -> list[Turn]:
+    """Return `turns` turns about the scene; the first is a caption with probability `caption`.
+
+    brief: the share of the other turns that ask for a single word.
+    """
+    if brief:
+        return [ask_briefly(rng, scene, brief) for _ in range(turns)]
     said = [describe(rng, scene)] if rng.random() < caption else []
     while len(said) < turns:
         turn = ASK[rng.integers(len(ASK))](rng, scene)
@@ -244,3 +253,24 @@ ASK = (
     ask_whether_not,
     ask_compare,
 )
+
+
+def ask_briefly(rng: np.random.Generator, scene: Scene, brief: float) -> Turn:
+    """Return a turn whose answer is one bare word: of the scene, or a word to be said again.
+
+    Without these the model has never written a word that begins an answer in small letters, and
+    fine-tuning would have to teach it what such tokens are.
+    """
+    kind = rng.random()
+    if kind < 0.35 * brief:
+        word = pick(rng, *WORDS)
+        return pick(rng, "Repeat the word {}.", "Say {}.", "Write {} again.").format(word), word
+    turn = None
+    while turn is None:
+        turn = pick(rng, ask_color, ask_kind, ask_whether, ask_whether_not)(rng, scene)
+    ask, answer = turn
+    if kind >= brief:
+        return turn
+    first, last = answer.split()[0], answer.split()[-1].rstrip(".")
+    word = first.rstrip(",").lower() if first in ("Yes,", "No,") else last
+    return ask + pick(rng, " Answer in one word.", " One word.", " Just say the word."), word

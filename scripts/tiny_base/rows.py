@@ -25,6 +25,7 @@ class Kind:
     length: int  # tokens a row; turns that do not fit are left out
     rows: int  # a batch
     caption: float = 0.8  # how often the first turn is a caption
+    brief: float = 0.0  # how many of the turns ask for a single word
 
 
 class Encoder:
@@ -74,7 +75,7 @@ class Encoder:
             if index and len(ids) + len(asked) + len(said) + len(end) > length:
                 break
             ids = [*ids, *asked, *said, *end]
-            labels = [*labels, *[IGNORED] * len(asked), *said, *[IGNORED] * len(end)]
+            labels = [*labels, *[IGNORED] * len(asked), *said, *end]
         return ids, labels
 
     def batch(self, rng: np.random.Generator, kind: Kind) -> dict[str, np.ndarray]:
@@ -85,7 +86,7 @@ class Encoder:
         images = [scene.image for scene in scenes]
         if kind.turns == 0:
             return self.encode(images, [describe(rng, scene)[1] for scene in scenes], kind.length)
-        talks = [conversation(rng, scene, kind.turns, kind.caption) for scene in scenes]
+        talks = [conversation(rng, scene, kind.turns, kind.caption, kind.brief) for scene in scenes]
         return self.encode(images, talks, kind.length)
 
     def encode(

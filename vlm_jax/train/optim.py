@@ -50,7 +50,7 @@ class OptimizerSettings:
         """
         if isinstance(training, cls):
             return training
-        types = {field.name: field.type for field in dataclasses.fields(cls)}
+        types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         if isinstance(training, Mapping | ConfigDict):
             known = {*types, *get_config().training}
             for key in training:
