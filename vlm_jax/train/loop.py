@@ -218,7 +218,8 @@ def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     shapes = ", ".join(f"{T}x{P}" for T, P in data.shapes)
     return (
-        f"{report['examples']} of {report['records']} examples (dropped: {dropped or 'none'}); "
+        f"{report['records']} records, of which {report['measured']} were measured and "
+        f"{report['examples']} kept (dropped: {dropped or 'none'}); "
         f"rows of tokens x patches {shapes}; {rows} rows a step on {mesh.size} devices; "
         f"{data.steps_per_epoch} steps an epoch, {total} in all"
     )
