@@ -10,8 +10,9 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.chat import TRAIN_ON, Chat
+from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.data.images import image_size, read_image
-from vlm_jax.data.processors import Grid, ImageProcessor, make_processor, read_settings
+from vlm_jax.data.processors import Grid, ImageProcessor
 from vlm_jax.data.records import Record, canonical
 from vlm_jax.errors import UserError
 from vlm_jax.model import from_config

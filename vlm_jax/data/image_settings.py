@@ -1,0 +1,131 @@
+"""A checkpoint's image settings, `preprocessor_config.json`, to the processor they describe."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.data.processors import Fixed, ImageProcessor, Patches
+from vlm_jax.errors import UserError, nearest
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+COMMON: dict[str, Any] = {
+    "do_resize": True,
+    "default_to_square": False,  # what a bare integer as size means
+    "resample": 3,  # bicubic
+    "do_center_crop": False,
+    "crop_size": None,
+    "do_pad": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "do_convert_rgb": True,
+}
+CLIP = {
+    **COMMON,
+    "size": {"shortest_edge": 224},
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+}
+# image_processor_type -> (what makes the processor, the defaults of keys a file leaves out).
+PROCESSORS: dict[str, tuple[Callable[..., ImageProcessor], dict[str, Any]]] = {
+    "Qwen2VLImageProcessor": (
+        Patches.from_settings,
+        {
+            **COMMON,
+            "size": None,
+            "min_pixels": None,
+            "max_pixels": None,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+        },
+    ),
+    "CLIPImageProcessor": (Fixed.from_settings, CLIP),
+    "LlavaImageProcessor": (Fixed.from_settings, CLIP),
+    "SiglipImageProcessor": (
+        Fixed.from_settings,
+        {
+            **COMMON,
+            "size": {"height": 224, "width": 224},
+            "image_mean": (0.5, 0.5, 0.5),
+            "image_std": (0.5, 0.5, 0.5),
+        },
+    ),
+}
+# Keys that settings files carry and that change no pixel of a still image here.
+IGNORED = {
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "auto_map",
+    "return_tensors",
+    "data_format",
+    "input_data_format",
+    "device",
+    "disable_grouping",
+    "image_seq_length",
+    "_valid_processor_keys",
+}
+
+
+def read_settings(directory: str | Path) -> dict[str, Any] | None:
+    """Return the image settings of a checkpoint directory, or None where it has none.
+
+    `processor_config.json` with a nested "image_processor" (transformers 5 writes it) comes before
+    `preprocessor_config.json`, as in transformers.
+    """
+    for name, key in (
+        ("processor_config.json", "image_processor"),
+        ("preprocessor_config.json", ""),
+    ):
+        path = Path(directory, name)
+        if not path.is_file():
+            continue
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
+        if not key or key in raw:
+            return raw[key] if key else raw
+    return None
+
+
+def make_processor(
+    raw: Mapping[str, Any],
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    image_resolution: int | None = None,
+) -> ImageProcessor:
+    """Return the image processor that settings (`preprocessor_config.json`) describe.
+
+    min_pixels, max_pixels: replace the file's limits (dynamic resolution only). image_resolution:
+    the side of a square; where resolution is dynamic it is rounded to whole merge blocks and its
+    area becomes both limits, so that an image keeps its aspect ratio, as it does when served; a
+    tower of fixed size takes only its own side. Raises `UserError` for an unknown type or an
+    unsupported key.
+    """
+    named = raw.get("image_processor_type") or raw.get("feature_extractor_type")
+    name = str(named or "").removesuffix("Fast").removesuffix("Pil")
+    name = name.replace("FeatureExtractor", "ImageProcessor")
+    if name not in PROCESSORS:
+        raise UserError(
+            f"The image settings (preprocessor_config.json) have image_processor_type {named!r}, "
+            f"which is not supported{nearest(name, PROCESSORS)}. "
+            f"Supported: {', '.join(PROCESSORS)}."
+        )
+    make, defaults = PROCESSORS[name]
+    for key, value in raw.items():
+        if key not in defaults and key not in IGNORED and value not in (None, False):
+            raise UserError(
+                f"The image settings have {key}={value!r}, whose effect on {name} is not known"
+                f"{nearest(key, defaults)}. Known keys: {', '.join(defaults)}."
+            )
+    if name != "LlavaImageProcessor" and raw.get("do_pad"):
+        raise UserError(f"The image settings have do_pad=true, which {name} is not known to do.")
+    given = {key: raw[key] for key in defaults if raw.get(key) is not None}
+    settings = {**defaults, **given, "image_processor_type": name}
+    return make(settings, min_pixels, max_pixels, image_resolution)
