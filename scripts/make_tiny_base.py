@@ -56,7 +56,7 @@ TALK = Kind(((64, 64),), shapes=4, turns=5, length=144, rows=16)
 WIDE = Kind(((96, 64), (64, 96)), shapes=4, turns=5, length=152, rows=16)
 TIGHT = Kind(((48, 80), (80, 48)), shapes=3, turns=4, length=128, rows=16)
 
-BRIEF_ONE = Kind(((64, 64),), shapes=1, turns=3, length=104, rows=32, brief=0.8)
+BRIEF_ONE = Kind(((64, 64),), shapes=1, turns=4, length=128, rows=32, brief=0.8)
 BRIEF = Kind(((64, 64),), shapes=3, turns=3, length=104, rows=32, brief=0.8)
 
 # Until which share of a phase: how often a batch is of which kind. As larger models do, it learns
@@ -67,6 +67,7 @@ TALK_STAGES = (
     (1.0, ((0.10, FEW), (0.45, TALK_ONE), (0.30, TALK), (0.10, WIDE), (0.05, TIGHT))),
 )
 # At last it learns to answer in one word, in small letters: tokens that no sentence begins with.
+# To tell whether the kind asked for is the kind seen takes the first thousand steps.
 BRIEF_STAGES = ((1.0, ((0.6, BRIEF_ONE), (0.25, BRIEF), (0.15, TALK))),)
 # The tower has learned to see before (tiny_base/sight.py) and stays as it is from there on.
 TABLE = [(r"model/visual/merger/.*", "full"), (r"model/visual/.*", "frozen"), (r".*", "full")]
@@ -318,12 +319,12 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("outputs/tiny_base"), help="folder of what a resume needs"
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--sight-steps", type=int, default=2600)
     parser.add_argument("--sight-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--brief-steps", type=int, default=500)
-    parser.add_argument("--brief-rate", type=float, default=7e-4)
+    parser.add_argument("--brief-steps", type=int, default=1500)
+    parser.add_argument("--brief-rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.01)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

@@ -205,12 +205,7 @@ def main(overrides: Sequence[str]) -> None:
     CONSOLE.rule("3  The trained model")
     model, params, _ = load_run(out)
     after = evaluate(model, params, encoder, records, config.evaluation)
-    done = export(out, out / "merged", merge=True)
-    CONSOLE.print(
-        f"Wrote '{done.directory}' and read it back: logits differ by {done.difference:.1e} at "
-        f"most.",
-        highlight=False,
-    )
+    CONSOLE.print(str(export(out, out / "merged", merge=True)), highlight=False)
     draw_loss(out / "metrics.jsonl", out / "loss.png")
     write_page(out / "predictions.html", before, after, records)
     results = {

@@ -167,7 +167,8 @@ def matches(shape: Shape, what: str) -> bool:
 def something(rng: np.random.Generator, scene: Scene) -> tuple[str, list[Shape]]:
     """Return words for a shape, which is there about half of the time, and the shapes they fit."""
     shape = pick(rng, *scene.shapes)
-    about, there = pick(rng, "color", "kind", "both"), rng.random() < 0.5
+    # Kinds are harder to tell apart than colours, so they are asked for more often.
+    about, there = pick(rng, "color", "kind", "kind", "kind", "both"), rng.random() < 0.5
     if about == "color":
         what = (
             shape.color if there else absent(rng, COLORS, (s.color for s in scene.shapes))
@@ -255,6 +256,10 @@ ASK = (
 )
 
 
+# To compare what is asked for with what is there takes a model longest to learn.
+ASK_BRIEFLY = (ask_color, ask_kind, *3 * (ask_whether, ask_whether_not))
+
+
 def ask_briefly(rng: np.random.Generator, scene: Scene, brief: float) -> Turn:
     """Return a turn whose answer is one bare word: of the scene, or a word to be said again.
 
@@ -262,12 +267,12 @@ def ask_briefly(rng: np.random.Generator, scene: Scene, brief: float) -> Turn:
     fine-tuning would have to teach it what such tokens are.
     """
     kind = rng.random()
-    if kind < 0.35 * brief:
+    if kind < 0.15 * brief:
         word = pick(rng, *WORDS)
         return pick(rng, "Repeat the word {}.", "Say {}.", "Write {} again.").format(word), word
     turn = None
     while turn is None:
-        turn = pick(rng, ask_color, ask_kind, ask_whether, ask_whether_not)(rng, scene)
+        turn = pick(rng, *ASK_BRIEFLY)(rng, scene)
     ask, answer = turn
     if kind >= brief:
         return turn

@@ -29,6 +29,14 @@ class Exported:
     difference: float
     deviation: float
 
+    def __str__(self) -> str:
+        rounding = " Rounding to the base's dtype is part of it." if self.merged else ""
+        return (
+            f"Wrote '{self.directory}' and read it back: the largest logit difference on a probe "
+            f"batch is {self.difference:.2e} (logits have a standard deviation of "
+            f"{self.deviation:.2f}).{rounding}"
+        )
+
 
 def probe(encoder: Encoder) -> Batch:
     """Return a small batch that runs every part of the model: a drawn image and a question."""
