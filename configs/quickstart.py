@@ -13,7 +13,7 @@ def get_config():
     c.data.max_seq_length = 512
     c.data.max_shapes = 3
     c.training.output_dir = "outputs/quickstart"
-    c.training.num_train_epochs = 1.5
+    c.training.num_train_epochs = 2
     c.training.per_device_train_batch_size = 16
     c.training.learning_rate = 1.5e-3
     c.training.warmup_ratio = 0.05
