@@ -67,7 +67,7 @@ TALK_STAGES = (
     (1.0, ((0.10, FEW), (0.45, TALK_ONE), (0.30, TALK), (0.10, WIDE), (0.05, TIGHT))),
 )
 # At last it learns to answer in one word, in small letters: tokens that no sentence begins with.
-# To tell whether the kind asked for is the kind seen takes the first thousand steps.
+# To tell whether the kind asked for is the kind seen is learned last.
 BRIEF_STAGES = ((1.0, ((0.6, BRIEF_ONE), (0.25, BRIEF), (0.15, TALK))),)
 # The tower has learned to see before (tiny_base/sight.py) and stays as it is from there on.
 TABLE = [(r"model/visual/merger/.*", "full"), (r"model/visual/.*", "frozen"), (r".*", "full")]
