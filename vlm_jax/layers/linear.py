@@ -44,6 +44,17 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x [..., in] @ kernel [in, out], contracted as plain matrices.
+
+    The gradient of a kernel is then one product over all rows. Of x with several leading axes JAX
+    makes one over those axes instead, for which XLA on the CPU transposes the large operands: a
+    LoRA step took 1.45 times as long.
+    """
+    rows = x.reshape(-1, x.shape[-1]) @ kernel
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora: Any) -> jax.Array:
     """Return x @ kernel + scale (x_lora @ a) @ b, in x's dtype.
 
@@ -51,8 +62,8 @@ def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora:
     The one place where a frozen weight meets an adapter.
     """
     dtype = x.dtype
-    low = (x_lora @ dense(a, dtype)) * jnp.asarray(scale, dtype)
-    return x @ dense(kernel, dtype) + low @ dense(b, dtype)
+    low = matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)
+    return matmul(x, dense(kernel, dtype)) + matmul(low, dense(b, dtype))
 
 
 class Linear(nn.Module):
@@ -80,10 +91,10 @@ class Linear(nn.Module):
                 x_lora = jnp.where(mask, x / keep, 0).astype(x.dtype)
             y = lora_matmul(x, kernel, a, b, self.lora.scale(a.shape[-1]), x_lora)
         else:
-            y = x @ dense(kernel, self.dtype)
+            y = matmul(x, dense(kernel, self.dtype))
         if self.has_variable("params", "added"):  # outputs of new tokens: see vocabulary.py
             added = dense(self.get_variable("params", "added"), self.dtype)
-            y = jnp.concatenate([y, x @ added], axis=-1)
+            y = jnp.concatenate([y, matmul(x, added)], axis=-1)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             y = y + along_last(bias.astype(self.dtype), y)
@@ -115,7 +126,7 @@ class Embed(nn.Module):
         return x_BTD
 
     def attend(self, x: jax.Array) -> jax.Array:
-        logits = x @ dense(self.embedding, self.dtype).T
+        logits = matmul(x, dense(self.embedding, self.dtype).T)
         if self.added is not None:
-            logits = jnp.concatenate([logits, x @ dense(self.added, self.dtype).T], axis=-1)
+            logits = jnp.concatenate([logits, matmul(x, dense(self.added, self.dtype).T)], axis=-1)
         return logits
