@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from tiny_base import tokenizer as tiny_tokenizer
-from tiny_base.probe import Probe
+from tiny_base.probe import Predict, Probe, whether
 from tiny_base.questions import conversation
 from tiny_base.rows import Encoder, Kind
 from tiny_base.scenes import draw_scene
@@ -293,9 +293,12 @@ def train(args: argparse.Namespace) -> None:
     likeliest = jax.jit(lambda params, batch: model.apply({"params": params}, batch).argmax(-1))
     probe = Probe(encoder)
 
-    def measure(trainable: dict, talk: bool) -> dict[str, float]:
+    def predict(trainable: dict) -> Predict:
         params = vlm_jax.join(trainable, frozen)
-        return probe.measure(lambda a: np.asarray(likeliest(params, model.batch(**a))), talk)
+        return lambda arrays: np.asarray(likeliest(params, model.batch(**arrays)))
+
+    def measure(trainable: dict, talk: bool) -> dict[str, float]:
+        return probe.measure(predict(trainable), talk)
 
     for phase in (
         Phase("talk", args.steps, args.rate, TALK_STAGES, (args.seed,)),
@@ -304,11 +307,14 @@ def train(args: argparse.Namespace) -> None:
         trainable = run(phase, args, model, encoder, trainable, frozen, mesh, measure)
     vlm_jax.save_pretrained(model, vlm_jax.join(trainable, frozen), args.out, dtype="bfloat16")
     write_companions(args.out, tokenizer)
-    seen = measure(trainable, talk=True)
-    rows = [f"| {topic} | {100 * value:.1f} % |" for topic, value in seen.items()]
     card = (HERE / "card.md").read_text()
-    table = "\n".join(["| held-out scenes | right |", "|---|---|", *rows])
-    (args.out / "README.md").write_text(card.replace("MEASURED", table))
+    for mark, seen in (
+        ("MEASURED", measure(trainable, talk=True)),
+        ("WHETHER", whether(encoder, predict(trainable))),
+    ):
+        rows = [f"| {topic} | {100 * value:.1f} % |" for topic, value in seen.items()]
+        card = card.replace(mark, "\n".join(["| held-out scenes | right |", "|---|---|", *rows]))
+    (args.out / "README.md").write_text(card)
 
 
 def main() -> None:

@@ -9,7 +9,10 @@ import numpy as np
 
 from .questions import a, conversation, describe
 from .rows import IGNORED, Encoder
-from .scenes import COLORS, KINDS, draw_scene
+from .scenes import COLORS, KINDS, Scene, draw_scene
+
+# From the arrays of a batch, the likeliest next token at each position, [rows, length].
+Predict = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 SMALL = 13  # pixels
 HELD_OUT = 10**9  # no training step has a seed like this
@@ -52,13 +55,10 @@ class Probe:
             for start in range(0, len(images), scenes)
         ]
 
-    def measure(
-        self, predict: Callable[[dict[str, np.ndarray]], np.ndarray], talk: bool
-    ) -> dict[str, float]:
+    def measure(self, predict: Predict, talk: bool) -> dict[str, float]:
         """Return the share of right words in captions, and of right answers by topic if `talk`.
 
-        predict: arrays -> the likeliest next token at each position [rows, length]. An answer all
-        of whose tokens are the likeliest is the answer that greedy generation gives.
+        An answer all of whose tokens are the likeliest is the answer that greedy generation gives.
         """
         seen: dict[str, float] = {}
         for side, arrays in self.captions.items():
@@ -77,3 +77,49 @@ class Probe:
                 for topic in next(topics):
                     found[topic].append(exact)
         return seen | {topic: float(np.mean(values)) for topic, values in sorted(found.items())}
+
+
+# A question about something that is there in every other picture; True: "yes" says that it is.
+WHETHER = (
+    ("Do you see a {}?", True),
+    ("Is there no {} in this picture?", False),
+)
+BRIEFLY = " Answer in one word."
+
+
+def whether(encoder: Encoder, predict: Predict, scenes: int = 512) -> dict[str, float]:
+    """Return how often the first word about what is there is right: {question: share}.
+
+    Each question is asked of `scenes` held-out pictures of one shape, for a colour and for a kind,
+    answered in one word and, the first question, in a sentence.
+    """
+    found: dict[str, float] = {}
+    for suffix, asked in ((BRIEFLY, WHETHER), ("", WHETHER[:1])):
+        for question, affirms in asked:
+            for topic in ("color", "kind"):
+                rng = np.random.default_rng((HELD_OUT, 1))
+                drawn = [draw_scene(rng, 64, 64, 1) for _ in range(scenes)]
+                rows = []
+                for index, scene in enumerate(drawn):
+                    there = index % 2 == 0
+                    what = name_something(rng, scene, topic, there)
+                    word = "yes" if there == affirms else "no"
+                    answer = word if suffix else word.capitalize()
+                    rows.append([(question.format(what) + suffix, answer)])
+                arrays = encoder.encode([scene.image for scene in drawn], rows, TALK)
+                labels, said = arrays["labels"][:, 1:], predict(arrays)[:, :-1]
+                first = (labels != IGNORED).argmax(-1)[:, None]
+                right = np.take_along_axis(said == labels, first, axis=1)
+                example = question.format({"color": "teal shape", "kind": "star"}[topic])
+                found[example + (suffix or " (in a sentence)")] = float(right.mean())
+    return found
+
+
+def name_something(rng: np.random.Generator, scene: Scene, topic: str, there: bool) -> str:
+    """Return the colour or the kind of a scene's one shape, or another one, as words to ask for."""
+    shape, words = scene.shapes[0], {"color": COLORS, "kind": KINDS}[topic]
+    word = getattr(shape, topic)
+    if not there:
+        others = sorted(set(words) - {word})
+        word = others[rng.integers(len(others))]
+    return f"{word} shape" if topic == "color" else word
