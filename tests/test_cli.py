@@ -65,29 +65,43 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(capsys, tmp_path, place):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"id": 1}\n{"id": \n')
     assert "line 2" in wrong(capsys, *train, f"--config.data.train_file={bad}")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    said = wrong(capsys, *train, f"--config.training.output_dir={file / 'below/out'}")
+    assert f"'{file}' is a file" in said
+    assert "is a file" in wrong(capsys, *train, f"--config.training.output_dir={file}")
+    assert file.read_text() == "mine"
     assert not (tmp_path / "out").exists()  # nothing half-written
 
 
 def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, place):
     rows = (place / "data/train.jsonl").read_text().splitlines()[:4]
     broken = json.loads(rows[1])
-    (tmp_path / "broken.png").write_bytes((place / "data/1.png").read_bytes()[:40])
+    whole = (place / "data/1.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(whole[:40])  # its header cannot be read
     broken["image"] = str(tmp_path / "broken.png")
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join([rows[0], json.dumps(broken), *rows[2:]]))
     made = make_config(
         place / "base", data, tmp_path / "out", f"data.image_folder={place / 'data'}",
-        "training.max_steps=1",
+        "training.max_steps=2",
     )  # fmt: skip
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config.to_dict(made)))
     said = wrong(capsys, "train", "--config", str(recipe))
     assert "record 1" in said and "broken.png" in said
-    assert not (tmp_path / "out/adapter").exists()
+    (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])  # found only while training
+    said = wrong(capsys, "train", "--config", str(recipe))
+    assert "record 1" in said and "broken.png" in said and "truncated" in said
+    assert "give the same command again" in said
+    assert not (tmp_path / "out").exists()  # nothing half-written, nothing in the next try's way
     skip = "--config.data.on_bad_example=skip"
     out = f"--config.training.output_dir={tmp_path / 'skipped'}"
     assert main(["train", "--config", str(recipe), skip, out]) == 0
     assert "1 image" in capsys.readouterr().out
+    (tmp_path / "broken.png").write_bytes(whole)
+    assert main(["train", "--config", str(recipe)]) == 0
+    assert (tmp_path / "out/adapter").is_dir()
 
 
 def test_predictions_that_cannot_be_written_fail_first(capsys, tmp_path):
