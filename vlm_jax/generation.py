@@ -144,7 +144,7 @@ def generate(
     pad = pad if pad_token_id is None else pad_token_id
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
         raise UserError("Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
     batch = jax.tree.map(jnp.asarray, left_padded(batch))
     out = _generate(

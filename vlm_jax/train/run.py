@@ -1,7 +1,6 @@
 """What a run is built from, what it gives, and how it is read back."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -285,8 +284,13 @@ def load_run(
             f"'{directory}' holds no run: there is no config.json. Give the training.output_dir of "
             f"a run."
         )
-    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config = configs.load(None, configs.flatten_config(raw))
+    try:
+        config = configs.load(directory / "config.json")
+    except UserError as error:
+        raise UserError(
+            f"The run in '{directory}' cannot be read: {error} If this is a checkpoint and no run, "
+            f"give it by --model."
+        ) from error
     full = directory / "model"
     if exact:
         base = resolve(config.model.name_or_path, config.model.revision)
