@@ -37,7 +37,10 @@ def end_tokens(model: Model) -> tuple[tuple[int, ...], int]:
     if model.source is not None:
         file = Path(model.source.directory) / "generation_config.json"
         if file.exists():
-            given = json.loads(file.read_text())
+            try:
+                given = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"'{file}' holds no JSON object: {error}.") from error
             settings.update({k: v for k, v in given.items() if v is not None})
     eos = settings.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
