@@ -192,7 +192,8 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     """Return {"section.key": value}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
+        is_tree = isinstance(value, Mapping | ConfigDict | FrozenConfigDict)
+        if is_tree and (value or not prefix):  # an empty one in a section is a value, a wrong one
             flat.update(flatten_config(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -289,6 +290,11 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"'{key}' is {value}; it must be between {low:g} and {high:g}.")
     if not config.training.output_dir.strip():
         raise UserError("'training.output_dir' is empty; name the directory that the run writes.")
+    if config.lora.enabled and not config.lora.target_modules:
+        raise UserError(
+            "'lora.target_modules' is empty, so LoRA would adapt nothing. Name the layers, for "
+            "instance 'all-linear', or set lora.enabled=false."
+        )
     if config.training.fp16:
         raise UserError(
             "'training.fp16' is true, which is not supported: float16 needs loss scaling. Set "

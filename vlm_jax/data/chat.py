@@ -24,6 +24,7 @@ TRAIN_ON = ("all", "answers", "last")
 LITERALS = ("\ue0f0", "\ue0f1")  # a user's own "<image>", "<video>"
 SLOTS = ("\ue0f2", "\ue0f3")  # where an image's, a video's features go
 RESERVED = re.compile("[\ue0f0-\ue0f3]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no tokenizer takes it
 
 
 class Chat:
@@ -186,6 +187,11 @@ class Chat:
                 if RESERVED.search(text):
                     raise UserError(
                         "A text holds a character of U+E0F0 to U+E0F3, which is reserved."
+                    )
+                if half := SURROGATE.search(text):
+                    raise UserError(
+                        f"A text holds U+{ord(half[0]):04X}, half of a surrogate pair, which is no "
+                        f"character: it was cut or decoded wrongly when the file was written."
                     )
                 for name, literal in zip(self.placeholders, LITERALS, strict=False):
                     text = text.replace(name, literal)
