@@ -164,9 +164,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"--predictions '{predictions}' cannot be written: it must name a file in a directory "
             f"that is there. Make '{predictions.parent}', or take another path."
         )
+    records = read_records(options.data, options.image_folder, options.split)
     if not options.json:
         print("Reading the model ...", file=sys.stderr)
-    records = read_records(options.data, options.image_folder, options.split)
     model, params, config = _open(options)
     defaults = (config or get_config()).evaluation
     encoder = _encoder(model, config, image_folder=options.image_folder)

@@ -45,7 +45,13 @@ def end_tokens(model: Model) -> tuple[tuple[int, ...], int]:
     eos = settings.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
     pad = settings.get("pad_token_id")
-    return ids, int(pad if pad is not None else (ids[0] if ids else 0))
+    pad = pad if pad is not None else (ids[0] if ids else 0)
+    if not all(isinstance(token, int) for token in (*ids, pad)):
+        raise UserError(
+            f"The checkpoint names eos_token_id {eos!r} and pad_token_id {pad!r}; expected whole "
+            f"numbers. Mend its generation_config.json or config.json."
+        )
+    return ids, pad
 
 
 def left_padded(batch: Batch) -> Batch:

@@ -20,6 +20,14 @@ def check_output(directory: Path, resume: bool) -> None:
 
     resume: the directory must hold a run; otherwise it must not.
     """
+    try:
+        os.lstat(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name too long, a byte that no name has
+        raise UserError(
+            f"training.output_dir is {str(directory)!r}, which cannot be a directory: {error}."
+        ) from error
     there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     if not there.is_dir():
         raise UserError(
