@@ -10,6 +10,8 @@ from checkpoint_files import llava_files, qwen2_vl_files
 import vlm_jax
 from vlm_jax import UserError
 from vlm_jax.data import Encoder
+from vlm_jax.generation import end_tokens
+from vlm_jax.model import Source
 from vlm_jax.models import MODELS
 
 FILES = {"qwen2_vl": qwen2_vl_files, "llava": llava_files}
@@ -173,3 +175,40 @@ def test_every_family_says_whether_its_images_have_grids():
         "llava": False,
         "qwen2_vl": True,
     }
+
+
+def test_a_processor_that_does_not_fit_the_model(tmp_path):
+    for number, (make, settings) in enumerate(
+        [
+            (qwen2_vl_files, {"patch_size": 14}),
+            (qwen2_vl_files, {"merge_size": 1}),
+            (llava_files, {"crop_size": {"height": 24, "width": 24}}),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(UserError, match=r"image settings of .* do not fit its config\.json"):
+            Encoder(make(folder, **settings))
+
+
+def test_a_template_that_breaks(tmp_path):
+    encoder = Encoder(qwen2_vl_files(tmp_path, template="{{ 1 / 0 }}"))
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(UserError, match="record 0: The chat template .* division by zero"):
+        encoder.encode({"messages": turns})
+
+
+def test_a_text_with_half_a_surrogate_pair(tmp_path):
+    encoder = Encoder(qwen2_vl_files(tmp_path))
+    turns = [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(UserError, match=r"record 0: A text holds U\+D83D"):
+        encoder.encode({"messages": turns})
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"eos_token_id": "x"}'])
+def test_a_broken_generation_config(tmp_path, text):
+    config = json.loads((qwen2_vl_files(tmp_path) / "config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(text)
+    model = vlm_jax.from_config(config, source=Source(str(tmp_path), {}, "x"))
+    with pytest.raises(UserError, match="generation_config.json"):
+        end_tokens(model)

@@ -111,6 +111,69 @@ def test_predictions_that_cannot_be_written_fail_first(capsys, tmp_path):
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        *(("evaluate", "--batch-size", value) for value in ("-1", "0", "1.5", "many")),
+        *(("evaluate", "--max-new-tokens", value) for value in ("-1", "0")),
+        *(("evaluate", "--max-examples", "-1"), ("generate", "--max-new-tokens", "0")),
+        *(("generate", "--temperature", "nan"), ("generate", "--temperature", "-1")),
+        *(
+            ("generate", "--top-p", "2"),
+            ("generate", "--top-k", "-1"),
+            ("generate", "--seed", "-1"),
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused(capsys, command, option, value):
+    rest = {"evaluate": ["--data", "x.json"], "generate": ["--prompt", "q"]}[command]
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--model", "nowhere", *rest, option, value])
+    assert stop.value.code == 2
+    assert f"argument {option}: '{value}' is not a" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_read_says_why(capsys, tmp_path):
+    def said(text):
+        (tmp_path / "config.json").write_text(text)
+        return wrong(capsys, "export", "--run", str(tmp_path), "--out", str(tmp_path / "out"))
+
+    assert "not valid JSON: line 1" in said("{")
+    assert "holds no sections" in said("[]")
+    assert "holds no sections" in said('"x"')
+    assert "Unknown config key 'model.zz'" in said('{"model": {"zz": 1}}')
+    assert "is a section, not the value 3" in said('{"model": 3}')
+    assert "give it by --model" in said('{"model_type": "llava"}')
+
+
+def test_configs_that_are_no_config(capsys, tmp_path):
+    def said(text, name="c.py"):
+        (tmp_path / name).write_bytes(text.encode("latin1"))
+        return wrong(capsys, "train", "--config", str(tmp_path / name))
+
+    assert "raised ValueError: two lines" in said("raise ValueError('two\\nlines')")
+    assert "raised NameError" in said("def get_config(): return nothing")
+    assert "returned NoneType" in said("def get_config(): pass")
+    assert "not valid YAML" in said("model: [\n a: b\n", "c.yaml")
+    assert "not valid YAML" in said("\xff\xfe", "c.yaml")
+    assert "not valid JSON: line 2" in said("{\n", "c.json")
+    assert "'lora.target_modules' is empty" in said("lora: {target_modules: []}", "c.yaml")
+    assert "'training.seed' has the value {}" in said("training: {seed: {}}", "c.yaml")
+    assert "'training.output_dir' is empty" in said("training: {output_dir: ' '}", "c.yaml")
+    assert "must be between" in said("training: {adam_beta2: 1}", "c.yaml")
+
+
+def test_a_place_that_cannot_be_written(capsys, tmp_path, place, straight):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    export = ("export", "--run", str(straight[1]), "--out")
+    assert "cannot be made" in wrong(capsys, *export, str(file / "below"))
+    recipe = tmp_path / "recipe.yaml"
+    made = make_config(place / "base", place / "data/train.jsonl", tmp_path / ("x" * 300))
+    recipe.write_text(yaml.safe_dump(config.to_dict(made)))
+    assert "cannot be a directory" in wrong(capsys, "train", "--config", str(recipe))
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(UserError):
         main(["train", "--config", "nowhere.yaml", "--debug"])

@@ -119,6 +119,8 @@ def test_datasets_give_encoded_images(tmp_path):
         ("a.json", "[]", "no records"),
         ("a.jsonl", '{"id": 1}\n\n{"id": \n', "line 3"),
         ("a.txt", "", "suffix"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.parquet", "", "not readable parquet"),
         ("a.parquet", "PAR1", "not readable parquet"),
         ("a.json", b"\xff\xfe[]", "not UTF-8"),
     ],
@@ -134,6 +136,11 @@ def test_missing_sources_say_so(tmp_path):
         read_records(tmp_path / "none.json")
     with pytest.raises(UserError, match="no data set"):
         read_records(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([LLAVA]))
+    with pytest.raises(UserError, match=r"a\.json' has no splits, so there is no 'test'"):
+        read_records(tmp_path / "a.json", split="test")
+    with pytest.raises(UserError, match=r"image folder .* is no directory"):
+        read_records([LLAVA], image_folder=tmp_path / "a.json")
     with pytest.raises(UserError, match=r"image folder .* does not exist"):
         read_records([LLAVA], image_folder=tmp_path / "none")
 
