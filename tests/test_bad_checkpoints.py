@@ -43,9 +43,13 @@ def test_every_field_of_a_wrong_kind_is_named(directory):
     config = json.loads((directory / "config.json").read_text())
     vlm_jax.from_config(config)
     sections = [(), ("text_config",), ("vision_config",)]
+    if "rope_parameters" in config["text_config"]:
+        sections.append(("text_config", "rope_parameters"))
     read, named = 0, []
     for section in sections:
-        fields = config if not section else config[section[0]]
+        fields = config
+        for key in section:
+            fields = fields[key]
         for name in fields:
             for value in ("many", [1], {"a": 1}, 0, -3, 1.5, None):
                 try:
