@@ -73,5 +73,10 @@ def test_bad_records_are_skipped_where_the_encoder_skips(place, tmp_path, monkey
             accuracy(model, params, Encoder(place / "base"), read_records(kept), batch_size=2)
     with pytest.raises(UserError, match="None of the 1 .*no list of turns"):
         accuracy(model, params, skipping, read_records(records.rows[2:3]))
+    for wrong in ({"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}.* must be at least 1, 1 and 0"):
+            accuracy(model, params, skipping, records, **wrong)
+    with pytest.raises(UserError, match="max_examples -1; they must be"):
+        accuracy(model, params, skipping, records, max_examples=-1)
     with pytest.raises(UserError, match="all 1 evaluation records .* damaged"):
         accuracy(model, params, skipping, read_records(records[1:2]))

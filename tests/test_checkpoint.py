@@ -63,6 +63,18 @@ def test_another_base_shape_or_empty_directory_is_refused_by_name(tmp_path):
     other.close()
 
 
+@pytest.mark.parametrize("item", ["state", "meta"])
+def test_a_damaged_checkpoint_is_named(tmp_path, item):
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save(1, make_state(), {})
+    for path in (tmp_path / "1" / item).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:1])
+    with pytest.raises(UserError, match=r"checkpoint '.*/1' is damaged.*Delete it"):
+        checkpoints.restore(make_state())
+    checkpoints.close()
+
+
 def test_base_identity_sees_a_changed_weight(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(100))

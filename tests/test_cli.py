@@ -65,35 +65,113 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(capsys, tmp_path, place):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"id": 1}\n{"id": \n')
     assert "line 2" in wrong(capsys, *train, f"--config.data.train_file={bad}")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    said = wrong(capsys, *train, f"--config.training.output_dir={file / 'below/out'}")
+    assert f"'{file}' is a file" in said
+    assert "is a file" in wrong(capsys, *train, f"--config.training.output_dir={file}")
+    assert file.read_text() == "mine"
     assert not (tmp_path / "out").exists()  # nothing half-written
 
 
 def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, place):
     rows = (place / "data/train.jsonl").read_text().splitlines()[:4]
     broken = json.loads(rows[1])
-    (tmp_path / "broken.png").write_bytes((place / "data/1.png").read_bytes()[:40])
+    whole = (place / "data/1.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(whole[:40])  # its header cannot be read
     broken["image"] = str(tmp_path / "broken.png")
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join([rows[0], json.dumps(broken), *rows[2:]]))
     made = make_config(
         place / "base", data, tmp_path / "out", f"data.image_folder={place / 'data'}",
-        "training.max_steps=1",
+        "training.max_steps=2",
     )  # fmt: skip
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config.to_dict(made)))
     said = wrong(capsys, "train", "--config", str(recipe))
-    assert "record 1" in said and "broken.png" in said
-    assert not (tmp_path / "out/adapter").exists()
+    assert f"In '{data}': Image 0" in said and "record 1" in said and "broken.png" in said
+    assert not (tmp_path / "out").exists()
     skip = "--config.data.on_bad_example=skip"
     out = f"--config.training.output_dir={tmp_path / 'skipped'}"
     assert main(["train", "--config", str(recipe), skip, out]) == 0
     assert "1 image" in capsys.readouterr().out
+    (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])  # found only while training
+    said = wrong(capsys, "train", "--config", str(recipe))
+    assert f"In '{data}': Image 0" in said and "record 1" in said and "truncated" in said
+    assert "give the same command again" in said
+    assert not (tmp_path / "out").exists()  # nothing half-written, nothing in the next try's way
+    (tmp_path / "broken.png").write_bytes(whole)
+    assert main(["train", "--config", str(recipe)]) == 0
+    assert (tmp_path / "out/adapter").is_dir()
 
 
 def test_predictions_that_cannot_be_written_fail_first(capsys, tmp_path):
     arguments = ("evaluate", "--model", "nowhere", "--data", "nowhere.jsonl", "--predictions")
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path / "no/such/x"))
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        *(("evaluate", "--batch-size", value) for value in ("-1", "0", "1.5", "many")),
+        *(("evaluate", "--max-new-tokens", value) for value in ("-1", "0")),
+        *(("evaluate", "--max-examples", "-1"), ("generate", "--max-new-tokens", "0")),
+        *(("generate", "--temperature", "nan"), ("generate", "--temperature", "-1")),
+        *(
+            ("generate", "--top-p", "2"),
+            ("generate", "--top-k", "-1"),
+            ("generate", "--seed", "-1"),
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused(capsys, command, option, value):
+    rest = {"evaluate": ["--data", "x.json"], "generate": ["--prompt", "q"]}[command]
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--model", "nowhere", *rest, option, value])
+    assert stop.value.code == 2
+    assert f"argument {option}: '{value}' is not a" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_read_says_why(capsys, tmp_path):
+    def said(text):
+        (tmp_path / "config.json").write_text(text)
+        return wrong(capsys, "export", "--run", str(tmp_path), "--out", str(tmp_path / "out"))
+
+    assert "not valid JSON: line 1" in said("{")
+    assert "holds no sections" in said("[]")
+    assert "holds no sections" in said('"x"')
+    assert "Unknown config key 'model.zz'" in said('{"model": {"zz": 1}}')
+    assert "is a section, not the value 3" in said('{"model": 3}')
+    assert "give it by --model" in said('{"model_type": "llava"}')
+
+
+def test_configs_that_are_no_config(capsys, tmp_path):
+    def said(text, name="c.py"):
+        (tmp_path / name).write_bytes(text.encode("latin1"))
+        return wrong(capsys, "train", "--config", str(tmp_path / name))
+
+    assert "raised ValueError: two lines" in said("raise ValueError('two\\nlines')")
+    assert "raised NameError" in said("def get_config(): return nothing")
+    assert "returned NoneType" in said("def get_config(): pass")
+    assert "not valid YAML" in said("model: [\n a: b\n", "c.yaml")
+    assert "not valid YAML" in said("\xff\xfe", "c.yaml")
+    assert "not valid JSON: line 2" in said("{\n", "c.json")
+    assert "'lora.target_modules' is empty" in said("lora: {target_modules: []}", "c.yaml")
+    assert "'training.seed' has the value {}" in said("training: {seed: {}}", "c.yaml")
+    assert "'training.output_dir' is empty" in said("training: {output_dir: ' '}", "c.yaml")
+    assert "must be between" in said("training: {adam_beta2: 1}", "c.yaml")
+
+
+def test_a_place_that_cannot_be_written(capsys, tmp_path, place, straight):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    export = ("export", "--run", str(straight[1]), "--out")
+    assert "cannot be made" in wrong(capsys, *export, str(file / "below"))
+    recipe = tmp_path / "recipe.yaml"
+    made = make_config(place / "base", place / "data/train.jsonl", tmp_path / ("x" * 300))
+    recipe.write_text(yaml.safe_dump(config.to_dict(made)))
+    assert "cannot be a directory" in wrong(capsys, "train", "--config", str(recipe))
 
 
 def test_debug_shows_the_traceback():

@@ -150,8 +150,38 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(place, monkeypatch
     assert not (place / "nan/adapter").exists()
 
 
+def test_what_fails_before_the_first_checkpoint_leaves_only_what_was_there(place, monkeypatch):
+    def fail(self, *_):
+        raise UserError("It broke.")
+
+    monkeypatch.setattr(loop.Watch, "push", fail)
+    directory = place / "early"
+    (directory / "tensorboard").mkdir(parents=True)
+    (directory / "tensorboard/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"It broke\. Nothing had been saved yet.*same command"):
+        run(place, "early")
+    assert [path.name for path in directory.rglob("*")] == ["tensorboard", "notes.txt"]
+    monkeypatch.undo()
+    outcome, _, _ = run(place, "early", "training.max_steps=1")
+    assert outcome["steps"] == 1 and (directory / "tensorboard/notes.txt").read_text() == "mine"
+
+
+def test_what_fails_later_keeps_its_checkpoints_and_resumes(place):
+    make_data(place / "cut")
+    whole = (place / "cut/10.png").read_bytes()
+    (place / "cut/10.png").write_bytes(whole[: len(whole) // 2])
+    order = ("data.shuffle=false", "training.max_steps=6")
+    with pytest.raises(UserError, match=r"10\.png.*record 10.*checkpoints/4'.*add --resume"):
+        run(place, "cut_run", *order, data="cut/train.jsonl")
+    assert sorted(path.name for path in (place / "cut_run/checkpoints").iterdir()) == ["2", "4"]
+    assert not (place / "cut_run/adapter").exists()
+    (place / "cut/10.png").write_bytes(whole)
+    outcome, _, text = run(place, "cut_run", *order, data="cut/train.jsonl", resume=True)
+    assert outcome["steps"] == 6 and "from step 4" in text
+
+
 def test_a_trained_component_without_gradient_stops_the_run():
-    watching = watch.Watch(None, lambda step: 0.0, 1, 10, None)
+    watching = watch.Watch(None, lambda step: 0.0, 1, 10)
     metrics = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1.0, "grad_norm/language_model": 1.0}
     text_only = {**metrics, "grad_norm/projector": 0.0}
     watching.push(1, ["a"], text_only, images=False)  # no image: the projector may wait
@@ -165,7 +195,7 @@ def test_rows_of_new_tokens_may_wait_for_their_token():
     paths = ["model/language_model/embed_tokens/added", "lm_head/added", "lm_head/kernel"]
     rare = watch.added_only(paths, lambda path: "head" if "head" in path else "embeddings")
     assert rare == {"embeddings"}
-    watching = watch.Watch(None, lambda step: 0.0, 1, 10, None, rare)
+    watching = watch.Watch(None, lambda step: 0.0, 1, 10, rare)
     metrics = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1.0, "grad_norm/embeddings": 0.0}
     watching.push(1, ["a"], metrics, images=True)
     watching.flush()

@@ -103,3 +103,6 @@ def test_loading_onto_a_mesh_gives_the_same_parameters(tmp_path):
 def test_a_mesh_that_does_not_cover_the_devices_is_refused():
     with pytest.raises(vlm_jax.UserError, match="8 devices"):
         make_mesh(3, 1, 1)
+    for sizes in ((-1, 0, 1), (0, 1, 1), (-1, -2, 1), (-1, -1, 1)):
+        with pytest.raises(vlm_jax.UserError, match="does not cover 8 devices"):
+            make_mesh(*sizes)

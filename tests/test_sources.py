@@ -53,8 +53,16 @@ def test_images_are_placed_by_markers_parts_or_first():
     turns.append({"role": "assistant", "content": "yes"})
     got, images = contents({"messages": turns, "images": ["a", "b"]})
     assert got[0] == [words("A"), IMAGE, words("and B"), IMAGE] and images == ["a", "b"]
-    # without images the same letters are text
-    assert contents({"messages": turns})[0][0] == [words("A <image> and B <image>")]
+    # a marker without its image is no text; in a text part the same letters are
+    with pytest.raises(
+        UserError, match=r"Record 0 .* has 0 images, but its turns name 2.*text part"
+    ):
+        canonical({"messages": turns})
+    as_part = [{"role": "user", "content": [words("A <image>")]}, turns[1]]
+    assert contents({"messages": as_part})[0][0] == [words("A <image>")]
+    assert contents({"messages": [TURN, {**turns[1], "content": "<image>"}]})[0][1] == [
+        words("<image>")  # an answer's
+    ]
     # no marker: first in the first user turn
     plain = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, turns[1]]
     assert contents({"messages": plain, "image": "a"})[0][1] == [IMAGE, words("q")]
@@ -111,6 +119,8 @@ def test_datasets_give_encoded_images(tmp_path):
         ("a.json", "[]", "no records"),
         ("a.jsonl", '{"id": 1}\n\n{"id": \n', "line 3"),
         ("a.txt", "", "suffix"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.parquet", "", "not readable parquet"),
         ("a.parquet", "PAR1", "not readable parquet"),
         ("a.json", b"\xff\xfe[]", "not UTF-8"),
     ],
@@ -126,11 +136,87 @@ def test_missing_sources_say_so(tmp_path):
         read_records(tmp_path / "none.json")
     with pytest.raises(UserError, match="no data set"):
         read_records(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([LLAVA]))
+    with pytest.raises(UserError, match=r"a\.json' has no splits, so there is no 'test'"):
+        read_records(tmp_path / "a.json", split="test")
+    with pytest.raises(UserError, match=r"image folder .* is no directory"):
+        read_records([LLAVA], image_folder=tmp_path / "a.json")
     with pytest.raises(UserError, match=r"image folder .* does not exist"):
         read_records([LLAVA], image_folder=tmp_path / "none")
 
 
+METADATA = {
+    **{"source": "coco", "category": "vqa", "score": 0.9, "dataset": "x", "width": 640, "turns": 4},
+    **{"task_id": "t", "image_id": 12, "image_size": [4, 6], "num_images": 1, "model": "m"},
+    **{"text": "q a", "prompt": "q", "answer": "a", "language": "en", "views": None, "photos": 0},
+    **{
+        "tools": "[]",
+        "videos": [],
+        "image_path": None,
+        "img": "",
+        "function": "sort",
+        "images": [],
+    },
+}
+
+
+def test_columns_that_are_no_content_may_be_there():
+    row = {"messages": [TURN, {**ANSWER, "weight": 1, "name": "x", "tool_calls": None}]}
+    assert contents({**row, **METADATA}) == contents(row)
+    # another form of images that are read is no loss
+    assert contents({**row, "image": "a", "image_path": "/a", "image_url": "http://a"})[1] == ["a"]
+    parts = [{"type": "image", "image": "own"}, words("q")]
+    assert contents({"messages": [{**TURN, "content": parts}], "img_path": "x"})[1] == ["own"]
+    assert contents({**row, "image": "a", "images": []})[1] == ["a"]
+    assert contents({**row, "image": ""})[1] == []
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_prompt_beside_the_turns_is_the_first_turn(key):
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    record = canonical({**row, key: "Be brief."})
+    assert record["messages"][0] == {"role": "system", "content": [words("Be brief.")]}
+    assert record["messages"][1:] == canonical(row)["messages"]
+    assert canonical({**row, key: ""}) == canonical({**row, key: None}) == canonical(row)
+    own = {"conversations": [{"from": "system", "value": "Be brief."}, *row["conversations"]]}
+    assert canonical({**own, key: "Be brief."}) == canonical(own) == record
+    with pytest.raises(UserError, match=f"'{key}' that differs from its system turn"):
+        canonical({**own, key: "Be long."})
+    with pytest.raises(UserError, match=f"'{key}' that is not text"):
+        canonical({**row, key: ["Be brief."]})
+
+
+def test_the_same_turns_in_both_forms_are_read_once():
+    row = {"conversations": [{"from": "human", "value": "q"}], "messages": [TURN]}
+    assert canonical(row)["messages"] == canonical({"messages": [TURN]})["messages"]
+    with pytest.raises(UserError, match="both messages and conversations, and they differ"):
+        canonical({**row, "messages": [ANSWER]})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "image_path",
+            "image_paths",
+            "imagePath",
+            "img",
+            "imgs",
+            "image_file",
+            "picture",
+            "Image",
+        ),
+        *("image_url", "image-base64", "image_1", "photo", "image_name", "pic_url", "IMAGES"),
+    ],
+)
+def test_images_under_another_key_are_refused(key):
+    for value in ("a.png", ["a.png"], {"bytes": b"x"}):
+        with pytest.raises(UserError, match=rf"Record 3 of 'f' has '{key}', which is not read"):
+            canonical({"messages": [TURN], key: value}, 3, None, "f")
+
+
 TURN = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +235,15 @@ TURN = {"role": "user", "content": "q"}
             {"messages": [{"role": "user", "content": [IMAGE]}]},
             "has 0 images, but its turns name 1",
         ),
+        ({**LLAVA, "image2": "b"}, "has 'image2', which is not read: expected all images"),
+        ({**LLAVA, "images": ["b"]}, "both images and image"),
+        ({"messages": [TURN], "audio_path": "a"}, "has 'audio_path'; only images"),
+        ({"messages": [TURN], "conversation": [TURN]}, "has 'conversation', which is not read"),
+        ({"messages": [TURN], "system_message": "s"}, "'system_message', .* expected 'system'"),
+        ({"messages": [TURN], "tools": '[{"name": "f"}]'}, "has 'tools', which is not read"),
+        ({"messages": [{**TURN, "images": ["a"]}]}, "turn 0 has 'images', which is not read"),
+        ({"messages": [TURN, {**ANSWER, "tool_calls": [1]}]}, "turn 1 has 'tool_calls'"),
+        ({"messages": [TURN, {**ANSWER, "weight": 0}]}, "turn 1 is marked as not to be trained"),
     ],
 )
 def test_bad_records_name_themselves(row, message):

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, metavar="FILE", help="records with answers")
     evaluate.add_argument("--split", help="of a data set that has several")
     evaluate.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
-    evaluate.add_argument("--max-new-tokens", type=int, default=None, metavar="N")
-    evaluate.add_argument("--batch-size", type=int, default=None, metavar="N")
-    evaluate.add_argument("--max-examples", type=int, default=0, metavar="N", help="0: all")
+    evaluate.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N")
+    evaluate.add_argument("--batch-size", type=_number(int, 1), metavar="N")
+    evaluate.add_argument(
+        "--max-examples", type=_number(int, 0), default=0, metavar="N", help="0: all"
+    )
     evaluate.add_argument("--predictions", metavar="FILE", help="write each answer as JSON lines")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -54,12 +58,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(generate)
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--max-new-tokens", type=_number(int, 1), default=128, metavar="N")
+    generate.add_argument(
+        "--temperature", type=_number(float, 0), default=0.0, help="0 (default): greedy"
+    )
+    generate.add_argument("--top-p", type=_number(float, 0, 1), default=1.0)
+    generate.add_argument("--top-k", type=_number(int, 0), default=0)
+    generate.add_argument("--seed", type=_number(int, 0, 2**31 - 1), default=0)
     return parser
+
+
+def _number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Return what reads an option that is a number between two bounds."""
+    limits = f"of {least} or more" if most == math.inf else f"between {least} and {most}"
+    named = {int: "a whole number", float: "a number"}[kind]
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {named} {limits}")
+        return value
+
+    return read
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -141,9 +164,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"--predictions '{predictions}' cannot be written: it must name a file in a directory "
             f"that is there. Make '{predictions.parent}', or take another path."
         )
+    records = read_records(options.data, options.image_folder, options.split)
     if not options.json:
         print("Reading the model ...", file=sys.stderr)
-    records = read_records(options.data, options.image_folder, options.split)
     model, params, config = _open(options)
     defaults = (config or get_config()).evaluation
     encoder = _encoder(model, config, image_folder=options.image_folder)
@@ -230,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.debug:
             raise
-        print(f"vlm-jax {options.command}: {error}", file=sys.stderr)
+        paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
+        print(f"vlm-jax {options.command}: {paragraph}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if options.debug:

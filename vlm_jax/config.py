@@ -1,6 +1,7 @@
 """Every key of a run's config, with its default and meaning, and how files are read into it."""
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -169,7 +170,8 @@ RANGES: list[tuple[str, float, float]] = [
     (r"training\.(save_total_limit|warmup_steps|weight_decay|max_grad_norm)", 0, 1e9),
     (r"training\.(num_train_epochs|learning_rate|adam_epsilon)", 1e-30, 1e9),
     (r"training\.max_steps", -1, 1e12),
-    (r"training\.(adam_beta1|adam_beta2|warmup_ratio)", 0, 1),
+    (r"training\.(adam_beta1|adam_beta2)", 0, 1 - 1e-9),  # at 1 a mean would never move
+    (r"training\.warmup_ratio", 0, 1),
     (r"training\.seed", 0, 2**31 - 1),
     (r"data\.(max_seq_length|max_shapes)", 1, 1e9),
     (r"data\.(min_pixels|max_pixels)", 1, 1e12),
@@ -190,7 +192,8 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     """Return {"section.key": value}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
+        is_tree = isinstance(value, Mapping | ConfigDict | FrozenConfigDict)
+        if is_tree and (value or not prefix):  # an empty one in a section is a value, a wrong one
             flat.update(flatten_config(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -285,6 +288,13 @@ def check(config: ConfigDict) -> None:
         for key, value in flat.items():
             if re.fullmatch(pattern, key) and value is not None and not low <= value <= high:
                 raise UserError(f"'{key}' is {value}; it must be between {low:g} and {high:g}.")
+    if not config.training.output_dir.strip():
+        raise UserError("'training.output_dir' is empty; name the directory that the run writes.")
+    if config.lora.enabled and not config.lora.target_modules:
+        raise UserError(
+            "'lora.target_modules' is empty, so LoRA would adapt nothing. Name the layers, for "
+            "instance 'all-linear', or set lora.enabled=false."
+        )
     if config.training.fp16:
         raise UserError(
             "'training.fp16' is true, which is not supported: float16 needs loss scaling. Set "
@@ -306,13 +316,20 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def _read_file(path: Path) -> Mapping[str, Any]:
+    """Return the sections of a YAML or JSON file."""
     import yaml
 
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not valid YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"'{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from error
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"'{path}' is not valid {kind}: {error}") from error
     if not isinstance(tree, Mapping):
         raise UserError(f"'{path}' holds no sections; expected 'model:', 'lora:', 'training:' ...")
     return tree
@@ -328,13 +345,19 @@ def _read_python(path: Path, argument: str | None) -> Mapping[str, Any]:
         if not hasattr(module, "get_config"):
             raise UserError(f"'{path}' defines no function get_config().")
         tree = module.get_config() if argument is None else module.get_config(argument)
-    except (AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:
-        # ml_collections names the nearest key itself.
+    except UserError:
+        raise
+    except Exception as error:  # it is the user's own code; ml_collections names the nearest key
         raise UserError(
             f"The config file '{path}' raised {type(error).__name__}: {error}"
         ) from error
     finally:
         sys.dont_write_bytecode = write
+    if not isinstance(tree, Mapping | ConfigDict | FrozenConfigDict):
+        raise UserError(
+            f"get_config() in '{path}' returned {type(tree).__name__}; expected the config: a "
+            f"ConfigDict or a dict of sections."
+        )
     return tree
 
 
@@ -359,11 +382,13 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
         if file.suffix == ".py":
             tree = _read_python(file, argument or None)
         elif file.suffix in (".yaml", ".yml", ".json"):
-            tree = _read_yaml(file)  # JSON is YAML
+            tree = _read_file(file)
         else:
             raise UserError(f"The config file '{file}' must end in .py, .yaml, .yml or .json.")
         for section, values in tree.items():
-            if section in config and not isinstance(values, Mapping | ConfigDict):
+            if section in config and not isinstance(
+                values, Mapping | ConfigDict | FrozenConfigDict
+            ):
                 raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
         _overlay(config, flatten_config(tree), f"'{file}'")
     if not isinstance(overrides, Mapping):

@@ -37,12 +37,21 @@ def end_tokens(model: Model) -> tuple[tuple[int, ...], int]:
     if model.source is not None:
         file = Path(model.source.directory) / "generation_config.json"
         if file.exists():
-            given = json.loads(file.read_text())
+            try:
+                given = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"'{file}' holds no JSON object: {error}.") from error
             settings.update({k: v for k, v in given.items() if v is not None})
     eos = settings.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
     pad = settings.get("pad_token_id")
-    return ids, int(pad if pad is not None else (ids[0] if ids else 0))
+    pad = pad if pad is not None else (ids[0] if ids else 0)
+    if not all(isinstance(token, int) for token in (*ids, pad)):
+        raise UserError(
+            f"The checkpoint names eos_token_id {eos!r} and pad_token_id {pad!r}; expected whole "
+            f"numbers. Mend its generation_config.json or config.json."
+        )
+    return ids, pad
 
 
 def left_padded(batch: Batch) -> Batch:
@@ -144,7 +153,7 @@ def generate(
     pad = pad if pad_token_id is None else pad_token_id
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
         raise UserError("Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
     batch = jax.tree.map(jnp.asarray, left_padded(batch))
     out = _generate(

@@ -1,7 +1,7 @@
 """Model: a family, its sizes and where it came from, with everything one does to one model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -221,6 +221,20 @@ class _Media:
     def __init__(self, model: Model, kind: str, token: int | None, values: Any, grids: Any):
         self.model, self.kind, self.token = model, kind, token
         self.values = None if values is None else np.asarray(values, np.float32)
+        pixels, sizes = {
+            "image": ("pixel_values", "image_grid_thw"),
+            "video": ("pixel_values_videos", "video_grid_thw"),
+        }[kind]
+        if not model.family.HAS_GRIDS and grids is not None:
+            raise UserError(f"All {kind}s of this model have one size: it takes no {sizes}.")
+        if model.family.HAS_GRIDS and (values is None) != (grids is None):
+            have, lack = (pixels, sizes) if grids is None else (sizes, pixels)
+            raise UserError(
+                f"The batch has {have} but no {lack}: give both, as the checkpoint's processor "
+                f"returns them. The grids say how many patches each {kind} has."
+            )
+        if grids is not None and np.shape(grids)[1:] != (3,):
+            raise UserError(f"{sizes} must be [{kind}s, 3]; it is {list(np.shape(grids))}.")
         if grids is not None:
             self.grids: list = [tuple(int(n) for n in grid) for grid in np.asarray(grids)]
         else:
@@ -279,8 +293,13 @@ def from_config(
 
     Raises `UserError` for an unknown family or a field whose meaning is not known.
     """
+    if not isinstance(hf_config, Mapping):
+        raise UserError(
+            f"The config.json holds no JSON object but {hf_config!r:.80}. Take the config.json "
+            f"that belongs to the checkpoint."
+        )
     model_type = hf_config.get("model_type")
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         raise UserError(
             f"The config.json has model_type {model_type!r}, which is not supported"
             f"{nearest(str(model_type), MODELS)}. Supported: {', '.join(MODELS)}."

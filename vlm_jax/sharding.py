@@ -36,7 +36,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or (free and len(devices) % known) or (not free and known != len(devices)):
+    whole = known > 0 and len(devices) % known == 0
+    if len(free) > 1 or not whole or (not free and known != len(devices)):
         raise UserError(
             f"A mesh of {sizes} does not cover {len(devices)} devices. The sizes must multiply to "
             f"the number of devices; one of them may be -1."

@@ -24,6 +24,7 @@ TRAIN_ON = ("all", "answers", "last")
 LITERALS = ("\ue0f0", "\ue0f1")  # a user's own "<image>", "<video>"
 SLOTS = ("\ue0f2", "\ue0f3")  # where an image's, a video's features go
 RESERVED = re.compile("[\ue0f0-\ue0f3]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no tokenizer takes it
 
 
 class Chat:
@@ -101,7 +102,6 @@ class Chat:
 
     def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
         """Return the template's text and its generation marks."""
-        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -113,7 +113,7 @@ class Chat:
                     add_generation_prompt=prompt,
                     **self.special,
                 )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is the checkpoint's own code
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"The chat template of '{self.directory}' refuses the conversation ({roles}): "
@@ -186,6 +186,11 @@ class Chat:
                 if RESERVED.search(text):
                     raise UserError(
                         "A text holds a character of U+E0F0 to U+E0F3, which is reserved."
+                    )
+                if half := SURROGATE.search(text):
+                    raise UserError(
+                        f"A text holds U+{ord(half[0]):04X}, half of a surrogate pair, which is no "
+                        f"character: it was cut or decoded wrongly when the file was written."
                     )
                 for name, literal in zip(self.placeholders, LITERALS, strict=False):
                     text = text.replace(name, literal)

@@ -95,6 +95,26 @@ class Encoder:
                 max_pixels=max_pixels,
                 image_resolution=image_resolution or None,
             )
+            self._check_processor(self.processor)
+
+    def _check_processor(self, processor: ImageProcessor) -> None:
+        """Raise `UserError` where the processor's pixels are not what the model takes."""
+        config, family = self.model.config, self.model.family
+        values, grid = processor(np.zeros((32, 32, 3), np.uint8))
+        pixels = {"pixel_values": values[None] if grid is None else values}
+        if grid is not None:
+            pixels["image_grid_thw"] = np.array([grid], np.int64)
+        merged = family.merged_patches(config)
+        try:
+            if processor.merged != merged:
+                raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")
+            tokens = np.full(family.image_tokens(config, grid), config.image_token_id)
+            family.layout(config, tokens, **pixels)
+        except UserError as error:
+            raise UserError(
+                f"The image settings of '{self.directory}' (preprocessor_config.json) do not fit "
+                f"its config.json: {error}"
+            ) from error
 
     def encode(self, record: Record) -> dict[str, Any]:
         """Return one record's arrays, whole: nothing is ever cut off.

@@ -88,8 +88,13 @@ def read_settings(directory: str | Path) -> dict[str, Any] | None:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
-        if not key or key in raw:
-            return raw[key] if key else raw
+        except UnicodeDecodeError as error:
+            raise UserError(f"'{path}' is not UTF-8 text: {error}.") from error
+        settings = raw.get(key) if key and isinstance(raw, Mapping) else raw
+        if settings is not None and not isinstance(settings, Mapping):
+            raise UserError(f"The image settings in '{path}' are no JSON object: {settings!r:.80}.")
+        if settings is not None:
+            return dict(settings)
     return None
 
 
@@ -126,6 +131,37 @@ def make_processor(
             )
     if name != "LlavaImageProcessor" and raw.get("do_pad"):
         raise UserError(f"The image settings have do_pad=true, which {name} is not known to do.")
+    for key in defaults:
+        expected = None if raw.get(key) is None else _misfit(key, raw[key], defaults[key])
+        if expected is not None:
+            raise UserError(f"The image settings have {key}={raw[key]!r:.80}; expected {expected}.")
     given = {key: raw[key] for key in defaults if raw.get(key) is not None}
     settings = {**defaults, **given, "image_processor_type": name}
     return make(settings, min_pixels, max_pixels, image_resolution)
+
+
+def _misfit(key: str, value: Any, default: Any) -> str | None:
+    """Return what was expected of a setting where its value is of another kind, else None."""
+
+    def count(value: Any, least: int = 1) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    if isinstance(default, bool):
+        fits, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, tuple):
+        listed = isinstance(value, list | tuple) and len(value) == 3 and all(map(number, value))
+        fits, expected = listed or number(value), "three numbers"
+    elif isinstance(default, float):
+        fits, expected = number(value), "a number"
+    elif key == "resample":
+        fits, expected = value in range(6), "one of Pillow's filters, 0 to 5"
+    elif key in ("size", "crop_size"):
+        sides = value.values() if isinstance(value, Mapping) else [value]
+        fits = all(side is None or count(side) for side in sides)
+        expected = "an object of whole numbers such as height and width"
+    else:
+        fits, expected = count(value), "a whole number of at least 1"
+    return None if fits else expected

@@ -220,7 +220,7 @@ class Pipeline:
                 continue
             reason = getattr(error, "reason", "record")
             if not self.skip_bad and reason not in ALWAYS_DROPPED:
-                raise error
+                raise self._named(error)
             self._sizes[index, 0] = DROPPED
             self._drop(int(index), reason, error)
 
@@ -242,6 +242,12 @@ class Pipeline:
                 )
         self._sizes[index] = size.tokens, size.patches, size.answers
         return None
+
+    def _named(self, error: UserError) -> UserError:
+        """Return the error with the name of the data, which an example does not know."""
+        if not isinstance(error, BadExample):
+            return error
+        return BadExample(error.reason, f"In '{self.records.name}': {error}")
 
     def _drop(self, index: int, reason: str, error: Exception) -> None:
         with self._lock:
@@ -376,6 +382,6 @@ class Pipeline:
             return record["id"], self.encoder.example(record)
         except UserError as error:
             if not self.skip_bad:
-                raise
+                raise self._named(error) from error
             self._drop(index, getattr(error, "reason", "record"), error)
             return None

@@ -24,6 +24,10 @@ class ImageProcessor(Protocol):
     def largest(self) -> int | None:
         """The most patches an image may have; None where all have one size."""
 
+    @property
+    def merged(self) -> int:
+        """How many neighbouring patches follow each other, to become one image feature."""
+
     def grid(self, height: int, width: int) -> Grid:
         """Return (frames, height, width) in patches of an image of this size; None if fixed."""
 
@@ -129,6 +133,10 @@ class Patches:
         return cls(raw, int(low), int(high), value_table(raw))
 
     @property
+    def merged(self) -> int:
+        return self.raw["merge_size"] ** 2
+
+    @property
     def largest(self) -> int | None:
         # Enlarging to min_pixels rounds both sides up, which may end above max_pixels.
         merge = self.raw["merge_size"]
@@ -229,6 +237,10 @@ class Fixed:
     @property
     def largest(self) -> int | None:
         return None
+
+    @property
+    def merged(self) -> int:
+        return 1
 
     def grid(self, height: int, width: int) -> Grid:
         return None

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vlm_jax.data.keys import is_given, refuse_unread, refuse_unread_in_turn
 from vlm_jax.errors import UserError, nearest
 
 Record = dict[str, Any]
@@ -25,6 +26,9 @@ ROLES = {
     "model": "assistant",
     "system": "system",
 }
+# A system prompt beside the turns, as ShareGPT's and LLaMA-Factory's files have it.
+SYSTEM = ("system", "system_prompt")
+IMAGES = ("images", "image")
 
 
 def canonical(
@@ -36,8 +40,10 @@ def canonical(
     pictures, `image` or `images`: one or a list. In `conversations`, and in `messages` whose
     content is a plain string, "<image>" outside the assistant's turns is an image's place and the
     white space around it is dropped; images that no marker or part names come first in the first
-    user turn. Content given as parts is taken as it is, and "<image>" in its texts is text.
-    Raises `UserError` naming the record.
+    user turn. Content given as parts is taken as it is, and "<image>" in its texts is text. A
+    `system` (or `system_prompt`) beside the turns becomes the first turn. Other keys are not read.
+    Raises `UserError`, naming the record, for what is malformed, for images and "<image>" markers
+    that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).
     """
     if isinstance(row, Mapping) and {"messages", "images", "index", "folder"} <= row.keys():
         return dict(row)
@@ -46,20 +52,22 @@ def canonical(
         raise UserError(f"{where} is {type(row).__name__}, not a JSON object.")
     if row.get("id") is not None:
         where += f" (id {row['id']!r})"
-    for key, turns_of in FORMATS.items():
-        if row.get(key) is not None:
-            turns = turns_of(row[key], where)
-            break
-    else:
+    found = [
+        turns_of(row[key], where) for key, turns_of in FORMATS.items() if row.get(key) is not None
+    ]
+    if not found:
         raise UserError(
             f"{where} has the keys {sorted(map(str, row))}; expected one of {', '.join(FORMATS)}, "
             f"as in LLaVA's JSON or in chat messages."
         )
-    given = [row[key] for key in ("images", "image") if row.get(key) is not None]
-    if row.get("videos") or row.get("video"):
-        raise UserError(f"{where} has a video; only images can be trained on for now.")
-    images = list(given[0]) if given and isinstance(given[0], list | tuple) else given[:1]
-    messages, images = _place_images(turns, images, where)
+    if found[0] != found[-1]:
+        raise UserError(
+            f"{where} has both {' and '.join(FORMATS)}, and they differ. Leave one of them out."
+        )
+    images = _images(row, where)
+    has_images = bool(images) or any(map(_brings_image, found[0]))
+    refuse_unread(row, {*IMAGES, *SYSTEM, *FORMATS}, has_images, where)
+    messages, images = _place_images(_with_system(row, found[0], where), images, where)
     record_id = row.get("id")
     return {
         "id": str(index if record_id is None else record_id),
@@ -68,6 +76,36 @@ def canonical(
         "messages": messages,
         "images": images,
     }
+
+
+def _images(row: Mapping[str, Any], where: str) -> list[Any]:
+    given = [row[key] for key in IMAGES if is_given(row, key)]
+    if len(given) == 2:
+        raise UserError(f"{where} has both {' and '.join(IMAGES)}. Leave one of them out.")
+    return list(given[0]) if given and isinstance(given[0], list | tuple) else given
+
+
+def _brings_image(turn: dict[str, Any]) -> bool:
+    parts = turn["content"] if isinstance(turn["content"], list | tuple) else ()
+    return any(isinstance(part, Mapping) and "image" in str(part.get("type")) for part in parts)
+
+
+def _with_system(
+    row: Mapping[str, Any], turns: list[dict[str, Any]], where: str
+) -> list[dict[str, Any]]:
+    """Return the turns with a system prompt that stands beside them as the first."""
+    for key in (key for key in SYSTEM if is_given(row, key)):
+        prompt = row[key]
+        if not isinstance(prompt, str):
+            raise UserError(f"{where} has a '{key}' that is not text: {prompt!r:.80}.")
+        own = [turn["content"] for turn in turns if turn["role"] == "system"]
+        if prompt.strip() and not own:
+            turns = [{"role": "system", "content": prompt}, *turns]
+        elif prompt.strip() and own != [prompt]:
+            raise UserError(
+                f"{where} has a '{key}' that differs from its system turn. Leave one of them out."
+            )
+    return turns
 
 
 def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[str, Any]]:
@@ -86,6 +124,7 @@ def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[st
                 f"{where}: turn {number} has the role {turn[role_key]!r}"
                 f"{nearest(turn[role_key], ROLES)}; expected one of {', '.join(ROLES)}."
             )
+        refuse_unread_in_turn(turn, {role_key, text_key}, f"{where}: turn {number}")
         turns.append({"role": role, "content": turn[text_key]})
     return turns
 
@@ -103,12 +142,11 @@ def _place_images(
     """Return messages whose content is parts, and the image of each image part."""
     messages: list[dict[str, Any]] = []
     named: list[Any] = []  # a part's own image, or None where it takes the next of the record's
-    marked = bool(images)
     for turn in turns:
         content = turn["content"]
         if isinstance(content, str):
-            split = marked and turn["role"] != "assistant"
-            parts = _split_markers(content) if split else [{"type": "text", "text": content}]
+            asked = turn["role"] != "assistant"  # an answer's "<image>" is text
+            parts = _split_markers(content) if asked else [{"type": "text", "text": content}]
         elif isinstance(content, list | tuple):
             parts = list(content)
         else:
@@ -139,7 +177,8 @@ def _place_images(
     if wanted != len(images):
         raise UserError(
             f"{where} has {len(images)} images, but its turns name {wanted} (by '{MARKER}' or "
-            f"image parts). There must be one for each."
+            f"image parts). There must be one for each; a '{MARKER}' that is meant as text belongs "
+            f'in a text part: "content": [{{"type": "text", "text": …}}].'
         )
     rest = iter(images)
     return messages, [next(rest) if value is None else value for value in named]

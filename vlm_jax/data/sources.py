@@ -45,7 +45,7 @@ def read_records(
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
     folder = str(image_folder) if image_folder else None
     if image_folder and not Path(image_folder).expanduser().is_dir():
-        raise UserError(f"The image folder '{image_folder}' does not exist.")
+        raise UserError(f"The image folder '{image_folder}' does not exist or is no directory.")
     if isinstance(source, Records):
         return source
     if path is not None and path.is_file():
@@ -54,6 +54,10 @@ def read_records(
             raise UserError(
                 f"The data file '{path}' has the suffix '{suffix}'; expected one of "
                 f"{', '.join(READERS)}."
+            )
+        if split:
+            raise UserError(
+                f"The data file '{path}' has no splits, so there is no '{split}' in it."
             )
         rows = READERS[suffix](path)
         folder = folder or str(path.parent)
@@ -85,6 +89,8 @@ def _read_json(path: Path) -> list[Any]:
             f"The data file '{path}' is not valid JSON: line {error.lineno}, column "
             f"{error.colno}: {error.msg}.{hint}"
         ) from error
+    except RecursionError as error:
+        raise UserError(f"The data file '{path}' is nested too deeply to be read.") from error
     if not isinstance(rows, list):
         raise UserError(
             f"The data file '{path}' holds a JSON {type(rows).__name__}; expected a list."
@@ -117,9 +123,11 @@ def _text(path: Path) -> str:
 
 
 def _read_parquet(path: Path) -> Any:
+    import pyarrow.parquet
     from datasets import Dataset
 
     try:
+        pyarrow.parquet.read_schema(path)  # or datasets would log its own error first
         return Dataset.from_parquet(str(path))
     except Exception as error:  # pyarrow and datasets have no common ancestor of theirs
         raise UserError(f"The data file '{path}' is not readable parquet: {error}") from error

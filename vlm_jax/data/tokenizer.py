@@ -38,7 +38,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones for a damaged file
         raise UserError(f"The tokenizer in '{directory}' cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(
@@ -58,11 +58,14 @@ def find_template(directory: str | Path, tokenizer: Any) -> str:
     path = Path(directory, "chat_template.json")
     if path.is_file():
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-        except (json.JSONDecodeError, KeyError) as error:
+            template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"'{path}' is not JSON with the key 'chat_template': {error}."
             ) from error
+        if not isinstance(template, str):
+            raise UserError(f"The chat_template in '{path}' is no text: {template!r:.80}.")
+        return template
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")

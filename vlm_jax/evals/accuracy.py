@@ -157,6 +157,11 @@ def accuracy(
     Raises `UserError` where no record has an answer, and for unreadable ones unless the encoder
     skips them; those are counted in `skipped`.
     """
+    if max_new_tokens < 1 or batch_size < 1 or max_examples < 0:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}, batch_size {batch_size} and max_examples "
+            f"{max_examples}; they must be at least 1, 1 and 0 (all)."
+        )
     count = min(len(records), max_examples) if max_examples > 0 else len(records)
     batches, skipped = _plan(encoder, records, count, batch_size)
     tokenizer = load_tokenizer(encoder.directory)

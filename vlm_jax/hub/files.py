@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from vlm_jax.errors import UserError
+
 
 @contextlib.contextmanager
 def whole_directory(directory: str | Path) -> Iterator[Path]:
@@ -19,11 +21,17 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
 
     Where the block raises, nothing of it remains. Files of the same name are replaced, each in
     one atomic step; other files in an existing directory stay, except weights of the same
-    checkpoint in another number of shards.
+    checkpoint in another number of shards. Raises `UserError` where it cannot be made.
     """
     target = Path(directory).expanduser().absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(
+            f"The directory '{target}' cannot be made ({error.strerror}: '{error.filename}'). Take "
+            f"another path."
+        ) from error
     stale: list[Path] = []
     try:
         yield temporary

@@ -46,21 +46,32 @@ def resolve(path_or_repo_id: str, revision: str | None = None, token: str | None
     return Path(found)
 
 
-def read_json(path: Path) -> Any:
-    """Return the parsed file; raise `UserError` where it is missing or not JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; raise `UserError` where it is missing or no JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no file '{path}'. A checkpoint directory needs it.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"'{path}' is not valid JSON: line {error.lineno}, {error.msg}.") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"'{path}' cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"'{path}' holds a JSON {type(value).__name__}; expected an object.")
+    return value
 
 
 def tensor_files(directory: Path) -> dict[str, str]:
     """Return {tensor name: file name} of a checkpoint of one file or a sharded index."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index)["weight_map"]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+            raise UserError(
+                f"'{index}' is no index of safetensors files: expected 'weight_map' to be an "
+                f"object of tensor names and the files they are in. Fetch it again, or delete it "
+                f"if there is only one file."
+            )
         missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
         if missing:
             raise UserError(
@@ -88,6 +99,10 @@ def tensor_files(directory: Path) -> dict[str, str]:
             for name in tensors.keys():
                 names[name] = file
     return names
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith(".safetensors")
 
 
 def open_tensors(path: Path) -> Any:
@@ -158,8 +173,10 @@ def load(
         raise UserError(f"quantize={quantize!r} is not supported; supported: None.")
     directory = resolve(str(path_or_repo_id), revision, token)
     model = from_config(read_json(directory / "config.json"), dtype, remat)
-    if model.hf_config.get("quantization_config"):
-        method = model.hf_config["quantization_config"].get("quant_method", "unknown")
+    quantization = model.hf_config.get("quantization_config")
+    if quantization:
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown") if known else "unknown"
         raise UserError(
             f"'{directory}' holds weights quantized by '{method}', which are not read. Take the "
             f"checkpoint in 16 bits."

@@ -48,10 +48,19 @@ def rope_from_hf(
     parameters: Mapping[str, Any] | None, theta: float, head_dim: int, max_position: int, where: str
 ) -> Rope:
     """Return the `Rope` of `rope_parameters` (5.x) or `rope_scaling` (4.x), or raise by name."""
-    given = dict(parameters or {})
+    given = {name: value for name, value in (parameters or {}).items() if value is not None}
     unknown = sorted(given.keys() - _KNOWN)
     if unknown:
         raise UserError(f"The rope parameters of the {where} hold unknown fields: {unknown}.")
+    section = given.get("mrope_section", ())
+    for name, value in given.items():
+        if name in ("rope_type", "type", "truncate", "mrope_section"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"The {where} has the rope parameter {name} = {value!r}, no number.")
+    if not isinstance(section, list | tuple) or not all(isinstance(n, int) for n in section):
+        raise UserError(f"The {where} has mrope_section = {section!r}; expected whole numbers.")
+    section = tuple(section)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "mrope":  # 4.x's name of the default frequencies with three axes
         kind = "default"
@@ -62,7 +71,6 @@ def rope_from_hf(
         )
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"The {where} sets partial_rotary_factor, which is not supported.")
-    section = tuple(given.get("mrope_section", ()))
     if section and sum(section) != head_dim // 2:
         raise UserError(
             f"The mrope_section {list(section)} of the {where} sums to {sum(section)}, but half "

@@ -71,17 +71,17 @@ class Tower:
 
 def tower_from_hf(raw: dict[str, Any]) -> Tower:
     where = "config.json, vision_config"
-    model_type = raw.get("model_type", "clip_vision_model")
-    if model_type not in TOWERS:
+    fields = Fields(raw, where, "vocab_size vision_use_head")
+    model_type = fields.peek("model_type", "clip_vision_model")
+    if not isinstance(model_type, str) or model_type not in TOWERS:
         raise UserError(
             f"The {where} has a tower of type '{model_type}', which is not supported; supported: "
             f"{', '.join(TOWERS)}."
         )
     kind = TOWERS[model_type]
-    fields = Fields(raw, where, "vocab_size vision_use_head")
 
     def size(name: str) -> Any:
-        return fields.take(name, kind.defaults[name])
+        return fields.size(name, kind.defaults[name])
 
     fields.require("attention_dropout", (0.0, 0), 0.0)
     tower = Tower(
@@ -92,12 +92,16 @@ def tower_from_hf(raw: dict[str, Any]) -> Tower:
         num_heads=size("num_attention_heads"),
         image_size=size("image_size"),
         patch_size=size("patch_size"),
-        channels=fields.take("num_channels", 3),
+        channels=fields.size("num_channels", 3),
         activation=fields.require("hidden_act", tuple(ACTIVATIONS), kind.defaults["hidden_act"]),
-        epsilon=size("layer_norm_eps"),
+        epsilon=fields.take("layer_norm_eps", kind.defaults["layer_norm_eps"]),
     )
-    if not isinstance(tower.image_size, int) or not isinstance(tower.patch_size, int):
-        raise UserError(f"The {where} has an image or patch size that is not one integer.")
+    if tower.image_size < tower.patch_size or tower.width % tower.num_heads:
+        raise UserError(
+            f"The {where} has images of {tower.image_size} pixels in patches of "
+            f"{tower.patch_size}, and a width of {tower.width} for {tower.num_heads} heads: a "
+            f"patch must fit the image, and the heads must divide the width."
+        )
     fields.finish()
     return tower
 

@@ -19,7 +19,7 @@ from vlm_jax.layers.linear import Embed, Linear, LoRAScale
 from vlm_jax.layers.norm import RMSNorm
 from vlm_jax.layers.rope import Rope, apply_rope, rope_angles, rope_from_hf
 from vlm_jax.layers.scan import Stack
-from vlm_jax.models.hf_config import Fields
+from vlm_jax.models.hf_config import REQUIRED, Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +80,23 @@ AXES = [
 ]
 
 
+def _window(fields: Fields) -> int | None:
+    """Return the sliding window; an absent field has its default, but a null means none."""
+    absent = fields.peek("sliding_window", REQUIRED) is REQUIRED
+    size = fields.size("sliding_window", None)
+    return 4096 if absent else size
+
+
 def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int, ...] | None:
     """Return each layer's window as the reference applies it, or None where none has one."""
     if model_type == "llama":
         return None
     if model_type == "mistral":
-        size = fields.take("sliding_window", 4096)
+        size = _window(fields)
         return None if size is None else (int(size),) * num_layers
-    size = fields.take("sliding_window", 4096)
+    size = _window(fields)
     first = fields.take("max_window_layers", {"qwen2": 28}.get(model_type, 80))
-    kinds = fields.take("layer_types", None)
+    kinds = fields.take("layer_types", None, list)
     if not fields.take("use_sliding_window", False) or size is None:
         size = None
     if kinds is None:
@@ -118,7 +125,7 @@ def decoder_from_hf(
 
     tied: the value at the top level of a nested config.json; either level may tie the head.
     """
-    if model_type not in DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise UserError(
             f"The {where} has a decoder of type '{model_type}', which is not supported; "
             f"supported: {', '.join(DEFAULTS)}."
@@ -126,16 +133,24 @@ def decoder_from_hf(
     fields, defaults = Fields(raw, where, irrelevant), DEFAULTS[model_type]
 
     def size(name: str) -> Any:
-        return fields.take(name, defaults[name])
+        return fields.size(name, defaults[name])
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    kv_heads = size("num_key_value_heads")
-    head_dim = fields.take("head_dim", None) or hidden // heads
+    # An absent field has its default, but a null means as many as there are query heads.
+    absent = fields.peek("num_key_value_heads", REQUIRED) is REQUIRED
+    kv_heads = fields.size("num_key_value_heads", None)
+    kv_heads = (defaults["num_key_value_heads"] if absent else kv_heads) or heads
+    head_dim = fields.size("head_dim", None) or hidden // heads
+    if heads % kv_heads:
+        raise UserError(
+            f"The {where} has {heads} query heads on {kv_heads} key and value heads: the latter "
+            f"must divide the former."
+        )
     layers, longest = size("num_hidden_layers"), size("max_position_embeddings")
-    theta = size("rope_theta")
-    scaling = fields.take("rope_scaling", None)
+    theta = fields.take("rope_theta", defaults["rope_theta"])
+    scaling = fields.take("rope_scaling", None, dict)
     rope = rope_from_hf(
-        fields.take("rope_parameters", None) or scaling, theta, head_dim, longest, where
+        fields.take("rope_parameters", None, dict) or scaling, theta, head_dim, longest, where
     )
     if model_type == "qwen2_vl_text" and not rope.mrope_section:
         raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
@@ -148,9 +163,9 @@ def decoder_from_hf(
         intermediate_size=size("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=heads if kv_heads is None else kv_heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        epsilon=size("rms_norm_eps"),
+        epsilon=fields.take("rms_norm_eps", defaults["rms_norm_eps"]),
         activation=fields.require("hidden_act", tuple(ACTIVATIONS), "silu"),
         qkv_bias=is_qwen or bool(llama_bias),
         o_bias=bool(llama_bias),

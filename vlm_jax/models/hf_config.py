@@ -6,6 +6,13 @@ from typing import Any
 from vlm_jax.errors import UserError, nearest
 
 REQUIRED = object()
+NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
 
 # Fields that describe a file, an initialisation or text generation, and change no computation here.
 IRRELEVANT = frozenset(
@@ -32,21 +39,52 @@ class Fields:
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str, irrelevant: str = ""):
+        if not isinstance(fields, Mapping):
+            raise UserError(
+                f"The {where} is no JSON object: {fields!r:.80}. Take the config.json that belongs "
+                f"to the checkpoint."
+            )
         self.fields = dict(fields)
         self.where = where
         self.known = set(IRRELEVANT) | set(irrelevant.split())
 
-    def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """Return and consume a field; `default` stands in where it is missing."""
+    def take(self, name: str, default: Any = REQUIRED, kind: type | None = None) -> Any:
+        """Return and consume a field; `default` stands in where it is missing.
+
+        kind: what it must be, by default the type of `default`: bool, int, float (which an int is
+        too) or dict. With a default of None, and for bool, null is allowed. Else `UserError`.
+        """
         self.known.add(name)
         if name in self.fields:
-            return self.fields.pop(name)
+            kind = type(default) if kind is None else kind
+            return self._checked(name, self.fields.pop(name), kind, default is None or kind is bool)
         if default is REQUIRED:
             raise UserError(
                 f"The {self.where} lacks the field '{name}', which fixes the size of the model. "
                 f"Take the config.json that belongs to the checkpoint."
             )
         return default
+
+    def size(self, name: str, default: Any = REQUIRED) -> Any:
+        """Return a field that counts something: a whole number of at least 1.
+
+        With a default of None null is allowed.
+        """
+        value = self.take(name, default, int)
+        if value is not None and value < 1:
+            raise UserError(f"The {self.where} has {name} = {value!r}; expected at least 1.")
+        return value
+
+    def _checked(self, name: str, value: Any, kind: type, optional: bool) -> Any:
+        others: dict[type, Any] = {float: (int, float), dict: Mapping}
+        allowed = others.get(kind, kind)
+        fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+        if kind not in NAMES or fits or (value is None and optional):
+            return value
+        raise UserError(
+            f"The {self.where} has {name} = {value!r:.80}; expected {NAMES[kind]}. Take the "
+            f"config.json that belongs to the checkpoint."
+        )
 
     def peek(self, name: str, default: Any = None) -> Any:
         """Return a field without consuming it."""

@@ -38,15 +38,15 @@ class Config:
     def from_hf(cls, raw: dict[str, Any]) -> "Config":
         # image_seq_length follows from the tower; where it disagrees only the processor reads it.
         top = Fields(raw, "config.json", "image_seq_length vision_config text_config vocab_size")
-        text = dict(top.take("text_config"))
-        tower = tower_from_hf(dict(top.take("vision_config")))
-        layers = top.take("vision_feature_layer", -2)
-        layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        text = top.take("text_config", kind=dict)
+        tower = tower_from_hf(top.take("vision_config", kind=dict))
+        given = top.take("vision_feature_layer", -2, object)
+        layers = tuple(given) if isinstance(given, list | tuple) else (given,)
         for layer in layers:
-            if not -tower.depth - 1 <= layer <= tower.depth:
+            if not isinstance(layer, int) or not -tower.depth - 1 <= layer <= tower.depth:
                 raise UserError(
-                    f"config.json asks for vision_feature_layer {layer}, but the tower has "
-                    f"{tower.depth} layers."
+                    f"config.json asks for vision_feature_layer {given!r}, but the tower "
+                    f"has {tower.depth} layers: expected one of their numbers, or a list of them."
                 )
         strategy = top.require("vision_feature_select_strategy", ("default", "full"), "default")
         config = cls(
@@ -57,7 +57,7 @@ class Config:
                 "config.json, text_config",
             ),
             vision=tower,
-            image_token_id=top.take("image_token_index", top.take("image_token_id", 32000)),
+            image_token_id=top.size("image_token_index", top.size("image_token_id", 32000)),
             layers=tuple(layer % (tower.depth + 1) for layer in layers),
             drop_first=strategy == "default",
             projector_activation=top.require("projector_hidden_act", tuple(ACTIVATIONS), "gelu"),
@@ -123,9 +123,14 @@ def layout(
     where placeholders and images disagree.
     """
     vision = cfg.vision
+    size = (vision.channels, vision.image_size, vision.image_size)
     if pixel_values is None:
-        size = vision.image_size
-        pixel_values = np.zeros((0, vision.channels, size, size), np.float32)
+        pixel_values = np.zeros((0, *size), np.float32)
+    if pixel_values.shape[1:] != size:
+        raise UserError(
+            f"pixel_values must be [images, {', '.join(map(str, size))}]; it is "
+            f"{list(pixel_values.shape)}. Take it from the checkpoint's own processor."
+        )
     patches = cut_patches(vision, pixel_values)
     images, slots, values = patches.shape
     places = np.flatnonzero(tokens == cfg.image_token_id)
@@ -178,6 +183,7 @@ def disk_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {"model/vision_tower/embeddings/patch_embedding/kernel": shape}
 
 
+HAS_GRIDS = False  # every image has the tower's own size
 ARCHITECTURE = "LlavaForConditionalGeneration"
 # Parameter path -> component; first match wins.
 COMPONENTS = [

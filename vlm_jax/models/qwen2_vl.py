@@ -52,10 +52,10 @@ class Config:
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Config":
         top = Fields(raw, "config.json", "vision_token_id spatial_merge_size")
-        vision = Fields(top.take("vision_config"), "config.json, vision_config")
+        vision = Fields(top.take("vision_config", kind=dict), "config.json, vision_config")
         tied = top.take("tie_word_embeddings", False)
-        text = top.take("text_config", None)
-        image, video = top.take("image_token_id", 151655), top.take("video_token_id", 151656)
+        text = top.take("text_config", None, dict)
+        image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
         tokens = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
         if text is None:  # the flat shape: whatever is left at the top belongs to the decoder
@@ -67,28 +67,30 @@ class Config:
         decoder = decoder_from_hf(
             dict(text), "qwen2_vl_text", tied, where, f"{tokens} vision_token_id spatial_merge_size"
         )
-        width = vision.take("embed_dim", 1280)
-        heads = vision.take("num_heads", 16)
-        patch, frames = vision.take("patch_size", 14), vision.take("temporal_patch_size", 2)
-        if not isinstance(patch, int) or not isinstance(frames, int):
-            raise UserError("The vision_config has a patch size that is not one integer.")
-        channels = vision.take("in_channels", vision.take("in_chans", 3))
-        rope = vision.take("rope_parameters", None) or {}
+        width = vision.size("embed_dim", 1280)
+        heads = vision.size("num_heads", 16)
+        patch, frames = vision.size("patch_size", 14), vision.size("temporal_patch_size", 2)
+        channels = vision.size("in_channels", vision.size("in_chans", 3))
+        rope = vision.take("rope_parameters", None, dict) or {}
         if vision.take("hidden_size", 3584) != decoder.hidden_size:
             raise UserError(
                 "The vision_config's hidden_size must equal the decoder's hidden_size, "
                 f"{decoder.hidden_size}: the merger's output replaces token embeddings."
             )
+        if width % heads:
+            raise UserError(
+                f"The vision_config has {heads} heads for a width of {width}: they must divide it."
+            )
         vision.known.add("spatial_patch_size")
         shape = (channels, frames, patch, patch)
         tower = Tower(
-            depth=vision.take("depth", 32),
+            depth=vision.size("depth", 32),
             width=width,
             num_heads=heads,
-            intermediate_size=int(width * vision.take("mlp_ratio", 4)),
+            intermediate_size=int(width * vision.take("mlp_ratio", 4.0)),
             activation=vision.require("hidden_act", tuple(ACTIVATIONS), "quick_gelu"),
-            theta=float(rope.get("rope_theta", 10000.0)),
-            merge=vision.take("spatial_merge_size", 2),
+            theta=float(Fields(rope, vision.where).take("rope_theta", 10000.0)),
+            merge=vision.size("spatial_merge_size", 2),
             patch_values=int(np.prod(shape)),
             patch_shape=shape,
         )
@@ -237,6 +239,12 @@ def _media(cfg: Config, tokens, kind: str, values, grids, token_id: int):
     grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
     grids = grids.reshape(-1, 3)
     values = np.zeros((0, cfg.vision.patch_values), np.float32) if values is None else values
+    values = np.asarray(values, np.float32)
+    if values.shape[1:] != (cfg.vision.patch_values,):
+        raise UserError(
+            f"The pixel values of {kind}s must be [patches, {cfg.vision.patch_values}]; they are "
+            f"{list(values.shape)}. Take them from the checkpoint's own processor."
+        )
     slots = np.flatnonzero(tokens == token_id)
     wanted = sum(image_tokens(cfg, tuple(grid)) for grid in grids)
     if len(slots) != wanted or len(values) != int(grids.prod(axis=1).sum()):
@@ -246,7 +254,7 @@ def _media(cfg: Config, tokens, kind: str, values, grids, token_id: int):
             f"{int(grids.prod(axis=1).sum())} patches. Tokens and images must agree exactly: check "
             f"that nothing was truncated and that pixel settings are the same on both sides."
         )
-    return np.asarray(values, np.float32), grids, slots
+    return values, grids, slots
 
 
 def layout(
@@ -313,6 +321,7 @@ def disk_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {"model/visual/patch_embed/proj/kernel": (cfg.vision.width, *cfg.vision.patch_shape)}
 
 
+HAS_GRIDS = True  # each image has its own size
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
 # Parameter path -> component; first match wins.
 COMPONENTS = [

@@ -119,8 +119,7 @@ class Checkpoints:
         step = self.manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"There is no checkpoint in '{self.directory}'.")
-        restored = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        meta = restored["meta"]
+        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         where = self.directory / str(step)
         for what, now in self.identity.items():
             _compare(what, meta["identity"].get(what), now, where)
@@ -139,11 +138,19 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in wanted.items()
         }
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))
-        )
+        restored = self._read(step, state=ocp.args.StandardRestore(targets))
         flat = {name: restored["state"][name] for name in wanted}
         return _unflat_state(flat, like), meta["data"]
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax and tensorstore raise many unrelated types
+            where = self.directory / str(step)
+            raise UserError(
+                f"The checkpoint '{where}' is damaged and cannot be read ({error}). Delete it to "
+                f"go on from the one before, or start again in another output_dir."
+            ) from error
 
     def close(self) -> None:
         """Finish what is being written."""

@@ -29,11 +29,11 @@ from vlm_jax.train.compile import (
 )
 from vlm_jax.train.metrics import Log, check_reporters, numbers, print_report, progress_bar
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
+from vlm_jax.train.output import check_output, nothing_half_written
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.run import (
     absolute_paths,
     build,
-    check_output,
     identity,
     make_encoder,
     make_pipeline,
@@ -53,8 +53,8 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     evaluations.jsonl, tensorboard/, checkpoints/, and at the end adapter/ in PEFT's format, or
     model/ where the language model trained in full. resume: go on from the newest checkpoint, to
     the very numbers that a run without a stop gives. Ctrl-C or SIGTERM saves a checkpoint.
-    Raises `UserError` for bad input (before anything is written), a component without gradient,
-    and a loss that is not finite.
+    Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
+    mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
     console = console or Console()
     t, start = config.training, time.perf_counter()
@@ -115,55 +115,56 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
         losses = compile_losses(model, state, frozen, held_out.shapes, eval_rows, mesh)
 
     # From here on things are written
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", absolute_paths(config))
-    if not resume:
-        checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit)
-    log = Log(
-        directory,
-        t.report_to,
-        run_name=t.run_name,
-        config=absolute_paths(config),
-        resume_step=step if resume else None,
-    )
-    rare = added_only(trained, model.component)
-    watch = Watch(log, rate, data.steps_per_epoch, t.logging_steps, checkpoints, rare)
-    save_at = every(t.save_strategy, t.save_steps, data.steps_per_epoch)
-    eval_at = every(t.eval_strategy, t.eval_steps, data.steps_per_epoch)
     evaluation: dict[str, float] = {}
+    with nothing_half_written(directory):
+        write_json(directory / "config.json", absolute_paths(config))
+        if not resume:
+            checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit)
+        log = Log(
+            directory,
+            t.report_to,
+            run_name=t.run_name,
+            config=absolute_paths(config),
+            resume_step=step if resume else None,
+        )
+        rare = added_only(trained, model.component)
+        watch = Watch(log, rate, data.steps_per_epoch, t.logging_steps, rare)
+        save_at = every(t.save_strategy, t.save_steps, data.steps_per_epoch)
+        eval_at = every(t.eval_strategy, t.eval_steps, data.steps_per_epoch)
+        bar = progress_bar(console)
+        batches: Any = data.batches(place)
+        with contextlib.closing(batches), interruptible() as stop, bar, contextlib.closing(log):
+            task = bar.add_task("train", total=total, completed=step, numbers="")
 
-    bar = progress_bar(console)
-    batches: Any = data.batches(place)
-    with contextlib.closing(batches), interruptible() as stop, bar, contextlib.closing(log):
-        task = bar.add_task("train", total=total, completed=step, numbers="")
+            def show(line: dict | None) -> None:
+                if line is not None:
+                    bar.update(task, completed=line["step"], numbers=numbers(line))
+                    if not console.is_terminal:
+                        console.print(
+                            f"step {line['step']}/{total}  {numbers(line)}", highlight=False
+                        )
 
-        def show(line: dict | None) -> None:
-            if line is not None:
-                bar.update(task, completed=line["step"], numbers=numbers(line))
-                if not console.is_terminal:
-                    console.print(f"step {line['step']}/{total}  {numbers(line)}", highlight=False)
-
-        while step < total and not stop.is_set():
-            batch, ids, place = next(batches)
-            state, metrics = steps[batch.shape](state, frozen, shard_batch(batch, mesh))
-            step += 1
-            show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
-            saving = save_at(step) or step == total or stop.is_set()
-            evaluating = held_out is not None and (eval_at(step) or step == total)
-            if saving or evaluating or step == 1:
-                show(watch.flush())  # a broken step's checkpoint must not replace a good one
-            if saving:
-                checkpoints.save(step, state, place)
-            if evaluating and held_out is not None:
-                evaluation = _evaluate(
-                    config, model, encoder, held_out, losses, state, frozen, mesh
-                )
-                log.write_evaluation(step, evaluation)
-                console.print(f"step {step}/{total}  {_words(evaluation)}", highlight=False)
-                watch.meter.reset()
-        show(watch.flush())
-        checkpoints.save(step, state, place)
-    checkpoints.close()
+            while step < total and not stop.is_set():
+                batch, ids, place = next(batches)
+                state, metrics = steps[batch.shape](state, frozen, shard_batch(batch, mesh))
+                step += 1
+                show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
+                saving = save_at(step) or step == total or stop.is_set()
+                evaluating = held_out is not None and (eval_at(step) or step == total)
+                if saving or evaluating or step == 1:
+                    show(watch.flush())  # a broken step's checkpoint must not replace a good one
+                if saving:
+                    checkpoints.save(step, state, place)
+                if evaluating and held_out is not None:
+                    evaluation = _evaluate(
+                        config, model, encoder, held_out, losses, state, frozen, mesh
+                    )
+                    log.write_evaluation(step, evaluation)
+                    console.print(f"step {step}/{total}  {_words(evaluation)}", highlight=False)
+                    watch.meter.reset()
+            show(watch.flush())
+            checkpoints.save(step, state, place)
+        checkpoints.close()
 
     outcome: dict[str, Any] = {"steps": step, "output": str(directory), "evaluation": evaluation}
     outcome["interrupted"] = step < total

@@ -1,7 +1,6 @@
-"""A run's directory: what it is built from, what it holds, and how it is read back."""
+"""What a run is built from, what it gives, and how it is read back."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,30 +26,11 @@ from vlm_jax.train.step import init_state
 from vlm_jax.trees import Table, flatten, join, split
 from vlm_jax.vocabulary import add_tokens
 
-# What a run writes; one of these in a directory means that it holds a run.
-CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", "adapter", "model")
 # Config keys of data that decide which batches come.
 DATA_KEYS = (
     *("max_seq_length", "image_resolution", "min_pixels", "max_pixels", "max_shapes"),
     *("train_split", "shuffle", "train_on", "on_bad_example"),
 )
-
-
-def check_output(directory: Path, resume: bool) -> None:
-    """Raise `UserError` where a new run would meet another's files, or a resumed one finds none."""
-    held = [name for name in CONTENTS if (directory / name).exists()]
-    if held and not resume:
-        raise UserError(
-            f"The output directory '{directory}' already holds a run ({', '.join(held)}). Go on "
-            f"with it by --resume, take another training.output_dir, or delete it."
-        )
-    if resume and not (directory / "config.json").exists():
-        raise UserError(
-            f"There is no run to resume in '{directory}': it has no config.json. Check "
-            f"training.output_dir, or start without --resume."
-        )
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"The output directory '{directory}' is a file.")
 
 
 def mesh_of(config: ConfigDict) -> jax.sharding.Mesh:
@@ -304,8 +284,13 @@ def load_run(
             f"'{directory}' holds no run: there is no config.json. Give the training.output_dir of "
             f"a run."
         )
-    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config = configs.load(None, configs.flatten_config(raw))
+    try:
+        config = configs.load(directory / "config.json")
+    except UserError as error:
+        raise UserError(
+            f"The run in '{directory}' cannot be read: {error} If this is a checkpoint and no run, "
+            f"give it by --model."
+        ) from error
     full = directory / "model"
     if exact:
         base = resolve(config.model.name_or_path, config.model.revision)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from vlm_jax.errors import UserError
-from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.metrics import Log, Meter
 from vlm_jax.vocabulary import is_added
 
@@ -51,11 +50,10 @@ class Watch:
         rate: Callable[[int], Any],
         steps_per_epoch: int,
         logging_steps: int,
-        checkpoints: Checkpoints,
         rare: Collection[str] = (),
     ):
         self.log, self.rate, self.steps_per_epoch = log, rate, steps_per_epoch
-        self.logging_steps, self.checkpoints = logging_steps, checkpoints
+        self.logging_steps = logging_steps
         self.rare = rare
         self.meter = Meter()
         self.waiting: tuple | None = None
@@ -94,13 +92,11 @@ class Watch:
         return {"step": step, **line}
 
     def _not_finite(self, step: int, ids: list[str], values: dict[str, float]) -> UserError:
-        kept = self.checkpoints.steps
-        last = f"'{self.checkpoints.directory / str(kept[-1])}'" if kept else "none was saved yet"
         return UserError(
             f"Step {step} gave loss {values['loss']} and gradient norm {values['grad_norm']}, so "
             f"the run stops. Its examples were {', '.join(ids[:16])}"
-            f"{' and more' if len(ids) > 16 else ''}. The last good checkpoint: {last}. Look at "
-            f"these examples, or lower training.learning_rate and go on with --resume."
+            f"{' and more' if len(ids) > 16 else ''}. Look at these examples, or lower "
+            f"training.learning_rate."
         )
 
     def _check_gradients(self, step: int, values: dict[str, float], images: bool) -> None:

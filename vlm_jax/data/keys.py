@@ -1,0 +1,86 @@
+"""Keys of a record that look like content but are not read: refused, so that nothing is lost.
+
+Real data has many columns beside its turns (source, category, score, width, image_id, task_id),
+which are no content and may be there. But where a picture, a video or tools stand under a name that
+is not read, a model would learn something else than the file says.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.errors import UserError
+
+# Names count in lower case without punctuation: "image_path", "imagePath" and "Image-Path" are one.
+HELD_AS = "(paths?|files?|filepaths?|filenames?|names?|urls?|uris?|base64|b64|bytes|data|list)?"
+IMAGE = rf"(image|img|picture|photo|pic)s?{HELD_AS}"
+ONE_OF_SEVERAL = rf"{IMAGE}[0-9]+"
+OTHER_MEDIA = rf"(video|audio)s?{HELD_AS}[0-9]*"
+TURNS = "(message|conversation|dialog|dialogue|chat|turn)s?"
+SYSTEM = "system(message|instruction)s?"
+TOOLS = "(tool|function)s?"
+SAID_IN_TURN = "toolcalls?|functioncall|reasoningcontent"
+
+
+def is_given(row: Mapping[str, Any], key: str) -> bool:
+    """Return whether a row has something under a key: columns that only others use are empty."""
+    value = row.get(key)
+    empty = isinstance(value, str | bytes | list | tuple | Mapping) and len(value) == 0
+    return value is not None and not empty
+
+
+def refuse_unread(row: Mapping[str, Any], read: set[str], has_images: bool, where: str) -> None:
+    """Raise `UserError` for a row's content under a key that is not in `read`.
+
+    has_images: the row has images under a key that is read; another form of them beside it (their
+    paths, their addresses) is then no loss.
+    """
+    for key, name, value in _others(row, read):
+        listed = isinstance(value, list | tuple | Mapping)
+        instead = None
+        if re.fullmatch(ONE_OF_SEVERAL, name):
+            instead = "all images in 'images', a list"
+        elif re.fullmatch(IMAGE, name) and not has_images:
+            instead = "'image', or 'images' for a list"
+        elif re.fullmatch(TURNS, name) and listed:
+            instead = "all turns in one list, 'messages' or 'conversations'"
+        elif re.fullmatch(SYSTEM, name):
+            instead = "'system', or a system turn"
+        elif re.fullmatch(TOOLS, name) and (listed or str(value).lstrip().startswith(("[{", "{"))):
+            instead = "tools written into the turns"
+        elif re.fullmatch(OTHER_MEDIA, name):
+            raise UserError(f"{where} has '{key}'; only images can be trained on for now.")
+        if instead is not None:
+            raise UserError(
+                f"{where} has '{key}', which is not read: expected {instead}. Rename the key, or "
+                f"take it out if it is not to be trained on."
+            )
+
+
+def refuse_unread_in_turn(turn: Mapping[str, Any], read: set[str], where: str) -> None:
+    """Raise `UserError` for content of one turn under a key that is not in `read`."""
+    for key, name, _ in _others(turn, read):
+        if re.fullmatch(rf"{ONE_OF_SEVERAL}|{IMAGE}|{OTHER_MEDIA}", name):
+            raise UserError(
+                f"{where} has '{key}', which is not read in a turn: expected 'image' or 'images' "
+                f"beside the turns, or image parts in the turn's content."
+            )
+        if re.fullmatch(SAID_IN_TURN, name):
+            raise UserError(
+                f"{where} has '{key}', which is not read: the turn would be trained on without it. "
+                f"Write it into the turn's text as the model is to write it, or take it out."
+            )
+    if any(turn.get(key) in (0, False) for key in ("weight", "train")):
+        raise UserError(
+            f"{where} is marked as not to be trained on, which is not supported turn by turn: take "
+            f"the mark out, or set data.train_on to 'last' to train on the last turn alone."
+        )
+
+
+def _others(row: Mapping[str, Any], read: set[str]) -> list[tuple[str, str, Any]]:
+    """Return (key, its bare name, value) of what else a row has; a number is no content."""
+    return [
+        (str(key), re.sub(r"[^a-z0-9]", "", str(key).lower()), value)
+        for key, value in row.items()
+        if key not in read and is_given(row, key) and not isinstance(value, bool | int | float)
+    ]
