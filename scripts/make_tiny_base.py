@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--sight-steps", type=int, default=2600)
     parser.add_argument("--sight-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--brief-steps", type=int, default=2400)
+    parser.add_argument("--brief-steps", type=int, default=2000)
     parser.add_argument("--brief-rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.01)
     parser.add_argument("--warmup", type=int, default=100)
