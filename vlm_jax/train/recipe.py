@@ -9,8 +9,7 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.lora import PROJECTOR_NAMES, is_lora
 from vlm_jax.model import Model
-from vlm_jax.train.optim import parse_group
-from vlm_jax.trees import FROZEN, Table, flatten, match
+from vlm_jax.trees import FROZEN, Table, flatten, match, parse_group
 from vlm_jax.vocabulary import is_added
 
 
