@@ -49,11 +49,17 @@ def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[
         path for path in flatten(params) if path.endswith("/kernel") and path not in convolutions
     ]
     inside = [path for path in kernels if model.component(path) in lora.components]
-    # PEFT's all-linear leaves the output layer alone.
-    inner = [path for path in inside if model.component(path) == "language_model"]
     targets = lora.targets
     if isinstance(targets, str):
-        if targets == "all-linear":
+        if targets == "all-linear":  # PEFT's leaves the output layer alone
+            inner = [path for path in inside if model.component(path) != "head"]
+            if not inner:
+                holding = sorted({model.component(path) for path in kernels} - {"head"})
+                raise UserError(
+                    f"The LoRA target 'all-linear' finds no linear layer in the components "
+                    f"{list(lora.components)}; those that hold some are {', '.join(holding)}. The "
+                    f"head is left out, as in PEFT: name it, as 'lm_head', to adapt it."
+                )
             return inner
         if targets in PRESETS:
             targets = PRESETS[targets]

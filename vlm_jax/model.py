@@ -28,7 +28,8 @@ class LoRA:
         regex reaches outside `components`.
     modules_to_save: modules trained in full beside the matrices and saved with them: "projector",
         or Hugging Face's names ("merger", "multi_modal_projector", "lm_head", "embed_tokens").
-    components: where suffixes, presets and "all-linear" look.
+    components: where suffixes, presets and "all-linear" look, of "vision", "projector",
+        "language_model" and "head"; "all-linear" leaves the head out.
     """
 
     rank: int = 16
