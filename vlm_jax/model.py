@@ -1,7 +1,7 @@
 """Model: a family, its sizes and where it came from, with everything one does to one model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -64,6 +64,7 @@ class Model:
     """A vision-language model without its parameters.
 
     `apply({"params": params}, batch)` is pure; parameters are a nested dict, see `vlm_jax.load`.
+    unused: tensors of a loaded adapter that nothing here reads, for exports: {name: array}.
     """
 
     family: ModuleType
@@ -73,6 +74,7 @@ class Model:
     source: Source | None = None
     lora: LoRA | None = None
     remat: str = "none"
+    unused: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def module(self) -> VisionLanguageModel:

@@ -13,7 +13,8 @@ from vlm_jax.batch import Batch
 from vlm_jax.data import Encoder
 from vlm_jax.errors import UserError
 from vlm_jax.hub.load import load
-from vlm_jax.hub.peft import load_peft, save_peft
+from vlm_jax.hub.peft import save_peft
+from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.model import Model
 from vlm_jax.train.run import load_base, load_run, make_encoder

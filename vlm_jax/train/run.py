@@ -15,7 +15,8 @@ from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import write_json
 from vlm_jax.hub.load import load, open_tensors, resolve, tensor_files
-from vlm_jax.hub.peft import load_peft, save_peft
+from vlm_jax.hub.peft import save_peft
+from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.lora import add_lora, target_kernels
 from vlm_jax.model import LoRA, Model
