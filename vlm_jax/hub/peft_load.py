@@ -212,7 +212,7 @@ def _check_kind(model: Model, directory: Path, key: str, name: str) -> None:
     what = None
     if ".lora_embedding_" in name:
         what = "LoRA on an embedding"
-    elif name.startswith(f"{HEAD}.lora_") and model.config.text.tied:
+    elif re.match(rf"{HEAD}\.(lora_|base_layer\.)", name) and model.config.text.tied:
         what = "LoRA on a head that is tied to the embedding"
     if what is not None:
         raise UserError(
