@@ -127,7 +127,7 @@ def test_ours_in_peft(tmp_path, case):
     theirs = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert len(theirs) == sum("lora_A" in key for key in adapter_tensors(tmp_path / "adapter"))
     assert_equal_logits(adapted, model, params, inputs)
-    again, read = vlm_jax.load_peft(*vlm_jax.load(tmp_path / "base"), tmp_path / "adapter")
+    _, read = vlm_jax.load_peft(*vlm_jax.load(tmp_path / "base"), tmp_path / "adapter")
     mine, theirs = flatten(params), flatten(read)
     assert mine.keys() == theirs.keys()
     for path, leaf in mine.items():
