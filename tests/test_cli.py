@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +196,8 @@ def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):
     adapter = str(tmp_path / "adapter")
     assert main(["export", "--run", run, "--out", adapter]) == 0
     assert "read it back" in capsys.readouterr().out
+    settings = (Path(adapter) / "preprocessor_config.json").read_text()
+    assert settings == (straight[1] / "adapter/preprocessor_config.json").read_text()
 
     data = str(place / "data/train.jsonl")
     results = []

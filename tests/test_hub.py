@@ -123,6 +123,26 @@ def test_flat_config_of_the_hub_loads_like_the_nested_one(base):
         vlm_jax.from_config({**both, "hidden_size": 7})
 
 
+def test_copies_in_a_config_may_differ_where_nothing_reads_them(base):
+    """transformers 4.53 nulls an unused window in text_config and leaves it at the top."""
+    raw = json.loads((base / "config.json").read_text())
+    model = vlm_jax.from_config(raw)
+    text = raw["text_config"]
+    assert text["sliding_window"] is None and not text["use_sliding_window"]
+    top = {"sliding_window": 32768, "use_sliding_window": False, "vocab_size": 200}
+    assert vlm_jax.from_config({**raw, **top}).config == model.config
+    rope = {**text["rope_parameters"], "type": "mrope"}  # spelt otherwise, the same angles
+    assert vlm_jax.from_config({**raw, **top, "rope_parameters": rope}).config == model.config
+    rope["rope_theta"] = 5.0
+    with pytest.raises(vlm_jax.UserError, match="'rope_parameters'.*twice"):
+        vlm_jax.from_config({**raw, **top, "rope_parameters": rope})
+    text.pop("layer_types")
+    assert vlm_jax.from_config({**raw, **top}).config == model.config
+    used = dict(use_sliding_window=True, max_window_layers=1)  # now the window would count
+    with pytest.raises(vlm_jax.UserError, match="'sliding_window'.*'use_sliding_window'.*twice"):
+        vlm_jax.from_config({**raw, "max_window_layers": 1, **top, **used})
+
+
 def test_quantized_weights_are_refused_by_name(base):
     change_config(base, quantization_config={"quant_method": "bitsandbytes"})
     refused(base, "quantized by 'bitsandbytes'")

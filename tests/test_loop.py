@@ -278,4 +278,17 @@ def test_two_stages_projector_alone_then_lora(place):
     after = load_file(second / "adapter/adapter_model.safetensors")
     for name, tensor in tensors.items():  # it went on from the first stage's projector
         np.testing.assert_allclose(after[name], tensor, atol=1e-7)
+    first_adapter = f"model.adapter={first / 'adapter'}"
+    _, third, _ = run(
+        place, "frozen projector", first_adapter, "model.projector_lr_scale=0",
+        "training.max_steps=1", "training.lr_scheduler_type=constant",
+    )  # fmt: skip
+    after = load_file(third / "adapter/adapter_model.safetensors")
+    for name, tensor in tensors.items():  # frozen now, it is in the adapter all the same
+        np.testing.assert_array_equal(after[name], tensor)
+    _, fourth, _ = run(
+        place, "full after the projector", first_adapter, "lora.enabled=false",
+        "training.max_steps=1", "training.lr_scheduler_type=constant",
+    )  # fmt: skip
+    assert (fourth / "model/model.safetensors").exists() and not (fourth / "adapter").exists()
     assert any("lora_A" in name for name in after)

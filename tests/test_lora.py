@@ -8,7 +8,7 @@ import pytest
 from references import llava, our_logits, qwen2_vl, qwen2_vl_inputs
 
 import vlm_jax
-from vlm_jax.lora import target_kernels
+from vlm_jax.lora import PRESETS, target_kernels
 from vlm_jax.trees import flatten, unflatten
 
 LLAVA_7B = {
@@ -59,6 +59,9 @@ def test_the_language_model_only_by_default(tmp_path):
         (dict(targets=r".*("), "no regular expression"),
         (dict(rank=0), "1 or more"),
         (dict(dropout=1.0), "dropout"),
+        (dict(targets="all-linear", components=("head",)), "all-linear.*vision"),
+        (dict(targets="all-linear", components=("tower",)), "all-linear.*vision"),
+        (dict(targets="all-linear", components=()), "all-linear.*vision"),
         (dict(modules_to_save=("nowhere",)), "no such module"),
         (dict(targets=("mm_projector",), modules_to_save=("projector",)), "not both"),
     ],
@@ -66,6 +69,23 @@ def test_the_language_model_only_by_default(tmp_path):
 def test_refused(qwen, lora, message):
     with pytest.raises(vlm_jax.UserError, match=message):
         vlm_jax.add_lora(*qwen, vlm_jax.LoRA(**lora), jax.random.key(0))
+
+
+@pytest.mark.parametrize("component", ["vision", "projector", "language_model"])
+def test_all_linear_is_every_layer_of_the_named_components(qwen, component):
+    model, params = qwen
+    lora = vlm_jax.LoRA(targets="all-linear", components=(component, "head"))
+    names = {path.split("/")[-2] for path in target_kernels(model, params, lora)}
+    assert (
+        names
+        == {
+            "vision": {"qkv", "proj", "fc1", "fc2"},  # its convolution is no linear layer
+            "projector": {"0", "2"},
+            "language_model": {*PRESETS["qwen"]},
+        }[component]
+    )
+    every = vlm_jax.LoRA(targets="all-linear", components=("vision", "projector", "language_model"))
+    assert len(target_kernels(model, params, every)) == 4 + 2 + 7
 
 
 def test_start_equals_base_and_a_is_kaiming_uniform(qwen):

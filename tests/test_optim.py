@@ -13,7 +13,8 @@ from transformers import TrainingArguments, get_scheduler
 
 import vlm_jax
 from vlm_jax import UserError
-from vlm_jax.train.optim import OptimizerSettings, learning_rate, parse_group
+from vlm_jax.train.optim import OptimizerSettings, learning_rate
+from vlm_jax.trees import parse_group
 
 TABLE = [
     (r".*/lora_[AB]", "lora"),
@@ -157,4 +158,6 @@ def test_bad_settings_and_groups_are_refused():
     for bad in ("ful", "full(0)", "full(x)", "frozen(1)", "lora(-1)", "full(0.1"):
         with pytest.raises(UserError, match="group"):
             parse_group(bad)
+        with pytest.raises(UserError, match=r"group.*row '\.\*merger\.\*'"):
+            vlm_jax.split(make_params(), [(".*merger.*", bad), (".*", "frozen")])
     assert parse_group("full(0.1)") == ("full", 0.1)

@@ -1,5 +1,6 @@
 """The training table says what the recipe means, for tiny models and at full size."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from vlm_jax.sharding import make_mesh
 from vlm_jax.train.compile import abstract_batch
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.run import adapt_base
-from vlm_jax.trees import flatten
+from vlm_jax.trees import flatten, match
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -229,6 +230,38 @@ def test_a_config_puts_lora_where_its_targets_are(tiny, targets, scales, trains,
     assert model.lora.modules_to_save == saved
     rows = {(row["component"], row["trains"]) for row in report(model, params, table, 1.0)}
     assert rows >= trains.items()
+
+
+def test_names_of_saved_modules_match_as_in_peft(tiny):
+    """ "norm" is every module whose name ends so; each component keeps its own scale."""
+    (model, params), _ = tiny
+    lora = vlm_jax.LoRA(2, 4, targets="qwen", modules_to_save=("norm", "visual.norm1"))
+    with pytest.raises(UserError, match=r"'visual.norm1', but the model has no such module"):
+        vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    lora = dataclasses.replace(lora, modules_to_save=("norm", "norm1", "language_model.norm"))
+    model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    scales = dict(vision_encoder_lr_scale=0.5, projector_lr_scale=0.0)
+    table = vlm_jax.training_table(model, params, **scales)
+    chosen = match(table, flatten(params), "training table")
+    layer = "model/language_model/layers"
+    for path in (f"{layer}/input_layernorm", f"{layer}/post_attention_layernorm"):
+        assert chosen[f"{path}/scale"] == "full"
+    assert chosen["model/language_model/norm/scale"] == "full"
+    assert chosen["model/visual/blocks/norm1/scale"] == "full(0.5)"
+    trained = {path for path, group in chosen.items() if group != "frozen"}
+    language = {path for path in trained if "language_model" in path and "lora_" not in path}
+    assert len(language) == 3
+
+
+def test_a_tower_trains_around_a_frozen_projector(tiny):
+    """Qwen2-VL's merger lies in the tower, so the adapter holds it, moved or not."""
+    (model, params), _ = tiny
+    c = config.load(None, {"model.vision_encoder_lr_scale": 0.1, "model.projector_lr_scale": 0.0})
+    model, params, table = adapt_base(c, model, params)
+    assert model.lora.modules_to_save == ("visual",)
+    chosen = match(table, flatten(params), "training table")
+    assert chosen["model/visual/merger/mlp/0/kernel"] == "frozen"
+    assert chosen["model/visual/blocks/attn/qkv/kernel"] == "full(0.1)"
 
 
 def test_lora_on_a_frozen_tower_is_refused(tiny):

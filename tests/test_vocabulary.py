@@ -1,5 +1,7 @@
 """Added tokens: new rows of their own, trained alone, exported as one embedding."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,3 +74,26 @@ def test_an_adapter_carries_added_tokens(tmp_path, tied):
         adapted = PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
         theirs = adapted(**tensors(inputs)).logits.numpy()
     np.testing.assert_allclose(theirs, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", ["nested", "flat", "both"])
+def test_an_export_with_added_tokens_is_read_back_whatever_the_config(tmp_path, shape):
+    qwen2_vl(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    if shape == "both":
+        config["vocab_size"] = config["text_config"]["vocab_size"]
+    if shape == "flat":
+        text = config.pop("text_config")
+        config = {**text, **config}
+    file.write_text(json.dumps(config))
+    model, params = vlm_jax.add_tokens(*vlm_jax.load(tmp_path / "base"), 3)
+    assert model.vocab_size == 203
+    vlm_jax.save_pretrained(model, params, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [written.get("vocab_size"), written.get("text_config", {}).get("vocab_size")] == {
+        "nested": [None, 203], "flat": [203, None], "both": [203, 203],
+    }[shape]  # fmt: skip
+    again, read = vlm_jax.load(tmp_path / "out")
+    assert again.config.text.vocab_size == 203
+    assert flatten(read)["model/language_model/embed_tokens/embedding"].shape == (203, 48)

@@ -18,7 +18,7 @@ _HOMES = {
     "init_state": "train.step",
     "join": "trees",
     "load": "hub.load",
-    "load_peft": "hub.peft",
+    "load_peft": "hub.peft_load",
     "loss": "train.losses",
     "make_mesh": "sharding",
     "make_step": "train.step",

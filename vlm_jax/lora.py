@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,8 +11,16 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.model import LoRA, Model
-from vlm_jax.names import module_name, stacked_layers
+from vlm_jax.names import (
+    Place,
+    current_name,
+    disk_places,
+    is_unused,
+    module_name,
+    stacked_layers,
+)
 from vlm_jax.trees import flatten, unflatten
+from vlm_jax.vocabulary import is_added
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -49,11 +57,17 @@ def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[
         path for path in flatten(params) if path.endswith("/kernel") and path not in convolutions
     ]
     inside = [path for path in kernels if model.component(path) in lora.components]
-    # PEFT's all-linear leaves the output layer alone.
-    inner = [path for path in inside if model.component(path) == "language_model"]
     targets = lora.targets
     if isinstance(targets, str):
-        if targets == "all-linear":
+        if targets == "all-linear":  # PEFT's leaves the output layer alone
+            inner = [path for path in inside if model.component(path) != "head"]
+            if not inner:
+                holding = sorted({model.component(path) for path in kernels} - {"head"})
+                raise UserError(
+                    f"The LoRA target 'all-linear' finds no linear layer in the components "
+                    f"{list(lora.components)}; those that hold some are {', '.join(holding)}. The "
+                    f"head is left out, as in PEFT: name it, as 'lm_head', to adapt it."
+                )
             return inner
         if targets in PRESETS:
             targets = PRESETS[targets]
@@ -105,33 +119,123 @@ def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> list[str]:
     return chosen
 
 
-def saved_modules(model: Model, params: Mapping[str, Any], lora: LoRA) -> dict[str, list[str]]:
-    """Return {Hugging Face's module name: its leaves} of `lora.modules_to_save`."""
+@dataclasses.dataclass(frozen=True)
+class SavedModules:
+    """The modules that an adapter holds in full.
+
+    names: those that PEFT must be told. places: the tensors in them, by their name in the current
+    layout. unused: names of further tensors in them, which nothing here reads but PEFT wants.
+    """
+
+    names: tuple[str, ...]
+    places: dict[str, Place]
+    unused: tuple[str, ...]
+
+    @property
+    def leaves(self) -> list[str]:
+        return list(dict.fromkeys(place.path for place in self.places.values()))
+
+
+def owners(tensor: str) -> list[str]:
+    """Return the names of the modules that a tensor lies in, the outermost first."""
+    parts = tensor.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def base_places(model: Model, params: Mapping[str, Any]) -> dict[str, Place]:
+    """Return {tensor name: its place} of all leaves that a base checkpoint has too."""
     flat = flatten(params)
-    saved: dict[str, list[str]] = {}
-    for name in lora.modules_to_save:
-        if name in PROJECTOR_NAMES:
-            name = model.family.PROJECTOR
-        part = f"/{name.replace('.', '/')}/"
-        hits = [path for path in flat if part in f"/{path}" and not is_lora(path)]
-        if not hits:
-            known = sorted({part for path in flat for part in path.split("/")[:-1]})
+    own = {path: x.shape for path, x in flat.items() if not is_lora(path) and not is_added(path)}
+    return disk_places(model, own)
+
+
+def unused_names(model: Model) -> list[str]:
+    """Return the tensors of the base and of a loaded adapter that nothing here reads."""
+    held = [] if model.source is None else [current_name(model, n) for n in model.source.tensors]
+    return [name for name in dict.fromkeys((*held, *model.unused)) if is_unused(model, name)]
+
+
+def module_names(model: Model, params: Mapping[str, Any]) -> set[str]:
+    """Return the full names of the reference's modules that hold tensors."""
+    tensors = (*base_places(model, params), *unused_names(model))
+    return {module for tensor in tensors for module in owners(tensor)}
+
+
+def peft_module(model: Model, modules: Iterable[str], name: str) -> str | None:
+    """Return a name of modules_to_save as PEFT knows it, or None where it means no module.
+
+    modules: those of `module_names`. The projector goes by several names, and full names come in
+    several layouts.
+    """
+    if name in PROJECTOR_NAMES:
+        return model.family.PROJECTOR
+    for known in (name, current_name(model, f"{name}.").removesuffix(".")):
+        if known and any(module.endswith(known) for module in modules):
+            return known
+    return None
+
+
+def saved_modules(model: Model, params: Mapping[str, Any], names: Iterable[str]) -> SavedModules:
+    """Return what `modules_to_save` means, exactly as PEFT reads it.
+
+    A name means every module whose full dotted name ends with it, whole parts or not, a layer's
+    number included: "norm" is also each input_layernorm, and "layers.0.mlp" one of many. Where one
+    such module lies within another, which PEFT cannot save, the full names of the outer ones stand
+    for all. `params` may be shapes. Raises `UserError` for a name that no module ends with.
+    """
+    places, unused = base_places(model, params), unused_names(model)
+    modules = module_names(model, params)
+    known = []
+    for name in names:
+        found = peft_module(model, modules, name)
+        if found is None:
+            parts = sorted({module.rsplit(".", 1)[-1] for module in modules})
             raise UserError(
                 f"modules_to_save names '{name}', but the model has no such module"
-                f"{nearest(name, known)}. Use 'projector', 'embed_tokens', 'lm_head' or another "
+                f"{nearest(name, parts)}. Use 'projector', 'embed_tokens', 'lm_head' or another "
                 f"module's name."
             )
-        saved[name] = hits
-    return saved
+        known.append(found)
+    hits = {
+        tensor: [module for module in owners(tensor) if module.endswith(tuple(known))]
+        for tensor in (*places, *unused)
+    }
+    if any(len(found) > 1 for found in hits.values()):
+        known = [found[0] for found in hits.values() if found]
+    return SavedModules(
+        names=tuple(sorted(set(known))),
+        places={tensor: place for tensor, place in places.items() if hits[tensor]},
+        unused=tuple(tensor for tensor in unused if hits[tensor]),
+    )
+
+
+def saved_leaves(model: Model, params: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return the leaves that `modules_to_save` trains in full.
+
+    Raises `UserError` for a name that matches nothing or only some layers of a stack.
+    """
+    saved = saved_modules(model, params, names)
+    for path in saved.leaves:
+        count = stacked_layers(model, path)
+        held = [place.layer for place in saved.places.values() if place.path == path]
+        if count is not None and len(held) < count:
+            raise UserError(
+                f"modules_to_save, {list(names)}, means only layers {held[:8]} of '{path}'. Layers "
+                f"are stacked here, so to train one in full name a module that all of them have, "
+                f"without a layer's number."
+            )
+    return saved.leaves
 
 
 def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels: list[str]) -> None:
-    in_full = {p for paths in saved_modules(model, params, lora).values() for p in paths}
+    in_full = set(saved_leaves(model, params, lora.modules_to_save))
+    in_full |= {path.replace("/added", "/kernel") for path in flatten(params) if is_added(path)}
     both = [path for path in kernels if path in in_full]
     if both:
         raise UserError(
-            f"'{both[0]}' is both a LoRA target and in modules_to_save. A layer gets low-rank "
-            f"matrices or trains in full, not both: take it out of one of the two."
+            f"'{both[0]}' is both a LoRA target and in modules_to_save, or has rows of added "
+            f"tokens. A layer gets low-rank matrices or trains in full, not both: take it out of "
+            f"one of the two."
         )
 
 

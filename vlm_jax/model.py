@@ -28,7 +28,8 @@ class LoRA:
         regex reaches outside `components`.
     modules_to_save: modules trained in full beside the matrices and saved with them: "projector",
         or Hugging Face's names ("merger", "multi_modal_projector", "lm_head", "embed_tokens").
-    components: where suffixes, presets and "all-linear" look.
+    components: where suffixes, presets and "all-linear" look, of "vision", "projector",
+        "language_model" and "head"; "all-linear" leaves the head out.
     """
 
     rank: int = 16
@@ -63,6 +64,7 @@ class Model:
     """A vision-language model without its parameters.
 
     `apply({"params": params}, batch)` is pure; parameters are a nested dict, see `vlm_jax.load`.
+    unused: tensors of a loaded adapter that nothing here reads, for exports: {name: array}.
     """
 
     family: ModuleType
@@ -72,6 +74,7 @@ class Model:
     source: Source | None = None
     lora: LoRA | None = None
     remat: str = "none"
+    unused: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def module(self) -> VisionLanguageModel:

@@ -71,6 +71,11 @@ def current_name(model: Model, name: str) -> str:
     return name
 
 
+def is_unused(model: Model, name: str) -> bool:
+    """Return whether a tensor, named in the current layout, is one that nothing here reads."""
+    return any(re.fullmatch(pattern, name) for pattern in model.family.UNUSED)
+
+
 def to_tree(path: str, tensor: np.ndarray) -> np.ndarray:
     """Return a tensor from disk as (a slice of) the leaf at `path`."""
     if path.endswith("/kernel"):

@@ -5,6 +5,7 @@ is its keys joined by "/". A table is an ordered sequence of `(regex, value)` ro
 match a whole path, and the first row that does gives the value.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -88,12 +89,37 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
 FROZEN = "frozen"
 
 
+def parse_group(group: str) -> tuple[str, float]:
+    """Return (method, learning-rate scale) of "frozen", "full", "lora" or e.g. "full(0.1)".
+
+    Raises `UserError` for anything else.
+    """
+    found = re.fullmatch(r"(frozen|full|lora)(?:\(([^)]*)\))?", str(group))
+    try:
+        assert found is not None
+        method, scale = found[1], 1.0 if found[2] is None else float(found[2])
+        assert method != FROZEN or found[2] is None
+        assert scale > 0 and math.isfinite(scale)
+    except (AssertionError, ValueError):
+        raise UserError(
+            f"The training table has the group {group!r}; expected 'frozen', 'full', 'lora', or "
+            f"one of the last two with a positive learning-rate scale, as in 'full(0.1)'."
+        ) from None
+    return method, scale
+
+
 def split(params: Tree, table: Table) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `(trainable, frozen)`: two trees that together hold every leaf of `params` once.
 
-    `table` is ordered `(regex, group)` rows; the group "frozen" goes to the second tree and every
-    other group to the first. Leaves are not copied. `join` undoes it.
+    `table` is ordered `(regex, group)` rows; the group "frozen" goes to the second tree, "full" and
+    "lora", with or without a scale as in "full(0.1)", to the first. Leaves are not copied. `join`
+    undoes it. Raises `UserError` for an unknown group, naming its row, and as `match` does.
     """
+    for pattern, group in table:
+        try:
+            parse_group(group)
+        except UserError as error:
+            raise UserError(f"{error} It stands in the row {pattern!r}.") from None
     groups = match(table, flatten(params), "training table")
     flat = flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if groups[path] != FROZEN}

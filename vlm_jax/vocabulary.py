@@ -40,9 +40,10 @@ def add_tokens(model: Model, params: Mapping[str, Any], count: int) -> tuple[Mod
         flat[f"{HEAD}/added"] = jnp.tile(mean_D[:, None], (1, count))
     size = model.config.text.vocab_size + count
     config = dict(model.hf_config)
-    if "text_config" in config:
-        config["text_config"] = {**config["text_config"], "vocab_size": size}
-    else:
+    nested = config.get("text_config")
+    if nested:
+        config["text_config"] = {**nested, "vocab_size": size}
+    if not nested or "vocab_size" in config:  # some releases of transformers write it twice
         config["vocab_size"] = size
     return dataclasses.replace(model, hf_config=config), unflatten(dict(sorted(flat.items())))
 

@@ -285,7 +285,16 @@ def test_a_projector_alone_is_an_adapter_too(tmp_path):
     assert_equal_logits(adapted, again, read, inputs)
 
 
-@pytest.mark.parametrize("field", [dict(init_lora_weights="pissa"), dict(use_dora=True)])
+OTHER = [
+    dict(init_lora_weights="pissa"),
+    dict(use_dora=True),
+    dict(rank_pattern={"q_proj": 4}),
+    dict(alpha_pattern={"q_proj": 4}),
+    dict(bias="all"),
+]
+
+
+@pytest.mark.parametrize("field", OTHER, ids=lambda field: next(iter(field)))
 def test_adapters_that_mean_something_else_are_refused(tmp_path, field):
     _, model, params, _ = build("llava", tmp_path / "base")
     adapted = vlm_jax.add_lora(model, params, vlm_jax.LoRA(2, 2), jax.random.key(0))

@@ -1,7 +1,6 @@
 """Writes a whole checkpoint in the layout, dtypes and tying of the base it came from."""
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from vlm_jax.hub.load import open_tensors
 from vlm_jax.lora import is_lora
 from vlm_jax.lora import merge as merge_lora
 from vlm_jax.model import Model
-from vlm_jax.names import current_name, disk_places, to_disk
+from vlm_jax.names import current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten
 from vlm_jax.vocabulary import fold_added
 
@@ -74,13 +73,14 @@ def save_pretrained(
         head = next(name for name in places if name.endswith("embed_tokens.weight"))
         names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
     for name, (current, _) in names.items():
-        unused = any(re.fullmatch(pattern, current) for pattern in model.family.UNUSED)
-        if current not in places and not unused:
+        if current not in places and not is_unused(model, current):
             raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
 
     def tensor(name: str) -> np.ndarray:
         current, kind = names[name]
-        if current not in places:  # never computed with: as it is in the base
+        if current in model.unused:  # never computed with: as it is in the adapter
+            return model.unused[current].astype(DTYPES.get(kind, model.unused[current].dtype))
+        if current not in places:  # or in the base
             assert source is not None
             with open_tensors(Path(source.directory) / source.tensors[name][0]) as handle:
                 return handle.get_tensor(name)

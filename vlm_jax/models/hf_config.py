@@ -90,15 +90,15 @@ class Fields:
         """Return a field without consuming it."""
         return self.fields.get(name, default)
 
-    def drop_copies(self, nested: Mapping[str, Any]) -> None:
-        """Forget fields that a nested config repeats; raise where the two differ."""
-        for name in [name for name in self.fields if name in nested]:
-            if name not in self.known and self.fields[name] != nested[name]:
-                raise UserError(
-                    f"The {self.where} gives '{name}' twice, as {self.fields[name]!r} and nested "
-                    f"as {nested[name]!r}. Delete the wrong one."
-                )
-            del self.fields[name]
+    def drop_copies(self, nested: Mapping[str, Any]) -> dict[str, Any]:
+        """Forget fields that a nested config repeats; return those whose values differ there."""
+        names = [name for name in self.fields if name in nested]
+        copies = {name: self.fields.pop(name) for name in names}
+        return {
+            name: value
+            for name, value in copies.items()
+            if name not in self.known and value != nested[name]
+        }
 
     def require(self, name: str, allowed: tuple, default: Any) -> Any:
         """Return a field whose value must be one of `allowed`; else raise, naming it."""

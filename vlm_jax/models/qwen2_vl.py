@@ -5,6 +5,7 @@ Letters: B rows, T tokens, P patches, C values a patch, D model, E tower width, 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -58,15 +59,20 @@ class Config:
         image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
         tokens = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
+        where, copies = "config.json, text_config", {}
         if text is None:  # the flat shape: whatever is left at the top belongs to the decoder
             text, where = top.fields, "config.json"
         else:
-            where = "config.json, text_config"
-            top.drop_copies(text)  # 4.52 and later wrote the decoder's fields in both places
+            copies = top.drop_copies(text)  # 4.52 and later wrote the decoder's fields twice
             top.finish()
-        decoder = decoder_from_hf(
-            dict(text), "qwen2_vl_text", tied, where, f"{tokens} vision_token_id spatial_merge_size"
-        )
+
+        def read(fields: dict[str, Any]) -> DecoderConfig:
+            irrelevant = f"{tokens} vision_token_id spatial_merge_size"
+            return decoder_from_hf(dict(fields), "qwen2_vl_text", tied, where, irrelevant)
+
+        decoder = read(text)
+        if copies:
+            _check_copies(decoder, read, text, copies)
         width = vision.size("embed_dim", 1280)
         heads = vision.size("num_heads", 16)
         patch, frames = vision.size("patch_size", 14), vision.size("temporal_patch_size", 2)
@@ -96,6 +102,33 @@ class Config:
         )
         vision.finish()
         return cls(decoder, tower, image, video)
+
+
+def _check_copies(
+    decoder: DecoderConfig,
+    read: Callable[[dict[str, Any]], DecoderConfig],
+    text: dict[str, Any],
+    copies: dict[str, Any],
+) -> None:
+    """Raise where the top level's copies of nested fields would make another decoder.
+
+    transformers reads the nested ones since 4.52 and the top level before. Where both describe
+    one decoder, as a sliding window does that nothing uses, there is nothing to choose.
+    """
+    try:
+        same = read({**text, **copies}) == decoder
+    except UserError:
+        same = False
+    if not same:
+        differ = ", ".join(
+            f"'{name}' (as {value!r} and nested as {text[name]!r})"
+            for name, value in copies.items()
+        )
+        raise UserError(
+            f"The config.json gives {differ} twice, at the top and in text_config, and the two "
+            f"describe different decoders. transformers reads text_config since 4.52 and the top "
+            f"level before: delete the wrong ones."
+        )
 
 
 class TowerAttention(nn.Module):

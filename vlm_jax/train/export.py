@@ -13,10 +13,10 @@ from vlm_jax.batch import Batch
 from vlm_jax.data import Encoder
 from vlm_jax.errors import UserError
 from vlm_jax.hub.load import load
-from vlm_jax.hub.peft import load_peft, save_peft
+from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.model import Model
-from vlm_jax.train.run import load_base, load_run, make_encoder
+from vlm_jax.train.run import load_base, load_run, make_encoder, write_adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def export(run: str | Path, out: str | Path, merge: bool) -> Exported:
                 f"The run '{run}' trained the language model in full: there is no adapter to "
                 f"export. Add --merge for a whole checkpoint."
             )
-        save_peft(model, params, out)
+        write_adapter(model, params, out, encoder)
         again, read = load_base(config)
         again, read = load_peft(again, read, out)
     before, after = _logits(model, params, batch), _logits(again, read, batch)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.config import coerce, get_config
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match
+from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match, parse_group
 
 # Decay pulls a weight towards zero; a norm's scale and a bias have no business there.
 DECAY: Table = [(r".*/(bias|scale)", False), (r"(bias|scale)", False), (r".*", True)]
@@ -117,22 +116,6 @@ def learning_rate(settings: OptimizerSettings) -> Callable[[Any], jax.Array]:
         return settings.learning_rate * jnp.where(step < warmup, rising, factor)
 
     return schedule
-
-
-def parse_group(group: str) -> tuple[str, float]:
-    """Return (method, learning-rate scale) of "frozen", "full", "lora" or e.g. "full(0.1)"."""
-    found = re.fullmatch(r"(frozen|full|lora)(?:\(([^)]*)\))?", str(group))
-    try:
-        assert found is not None
-        method, scale = found[1], 1.0 if found[2] is None else float(found[2])
-        assert method != FROZEN or found[2] is None
-        assert scale > 0 and math.isfinite(scale)
-    except (AssertionError, ValueError):
-        raise UserError(
-            f"The training table has the group {group!r}; expected 'frozen', 'full', 'lora', or "
-            f"one of the last two with a positive learning-rate scale, as in 'full(0.1)'."
-        ) from None
-    return method, scale
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:

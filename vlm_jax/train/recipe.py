@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.lora import PROJECTOR_NAMES, is_lora
+from vlm_jax.lora import PROJECTOR_NAMES, is_lora, module_names, peft_module, saved_leaves
 from vlm_jax.model import Model
-from vlm_jax.train.optim import parse_group
-from vlm_jax.trees import FROZEN, Table, flatten, match
+from vlm_jax.trees import FROZEN, Table, flatten, match, parse_group
 from vlm_jax.vocabulary import is_added
 
 
@@ -65,19 +64,24 @@ def training_table(
         rows = [(r".*/lora_[AB]", rows[0][1])]
     if any(is_added(path) for path in paths):
         rows.append((r".*/added", _group("full", language_model_lr_scale)))
+    modules = module_names(model, params)
     for name in modules_to_save:
-        name = model.family.PROJECTOR if name in PROJECTOR_NAMES else name
-        regex = rf"(?:.*/)?{re.escape(name)}/.*"
-        owners = {model.component(path) for path in paths if re.fullmatch(regex, path)}
-        idle = [owner for owner in sorted(owners) if scale_of(owner) == 0]
-        if idle:
-            key = keys.get(idle[0], "language_model_lr_scale")
+        owners = {model.component(path) for path in saved_leaves(model, params, (name,))}
+        known = peft_module(model, modules, name)
+        assert known is not None
+        if owners and all(scale_of(owner) == 0 for owner in owners):
+            key = keys.get(min(owners), "language_model_lr_scale")
             raise UserError(
-                f"lora.modules_to_save names '{name}', but model.{key} is 0.0, which freezes it. "
-                f"Set the scale above 0 or take '{name}' out."
+                f"lora.modules_to_save names '{known}', but model.{key} is 0.0, which freezes it. "
+                f"Set the scale above 0 or take '{known}' out."
             )
-        if not owners <= scales.keys():  # the tower and the projector have rows below
-            rows.append((regex, _group("full", language_model_lr_scale)))
+        if owners <= scales.keys() - adapted:
+            continue  # the tower and the projector have rows below
+        regex = rf".*{re.escape(known.replace('.', '/'))}/.*"
+        for pattern, component in model.family.COMPONENTS:
+            if component in owners:
+                row = regex if len(owners) == 1 else f"(?={pattern}$){regex}"
+                rows.append((row, _group("full", scale_of(component))))
     for pattern, component in model.family.COMPONENTS:
         language = component not in scales
         if component in adapted or (language and lora_enabled):

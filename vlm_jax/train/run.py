@@ -12,9 +12,10 @@ from vlm_jax import config as configs
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
-from vlm_jax.hub.files import write_json
+from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.load import load, open_tensors, resolve, tensor_files
-from vlm_jax.hub.peft import load_peft, save_peft
+from vlm_jax.hub.peft import save_peft
+from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.lora import add_lora, target_kernels
 from vlm_jax.model import LoRA, Model
@@ -112,7 +113,9 @@ def adapt_base(
     if adapt.enabled and not adapted:
         kernels = target_kernels(model, params, lora)
     saved = lora_modules_to_save(model, kernels, modules_to_save=adapt.modules_to_save, **scales)
-    lora = dataclasses.replace(lora, modules_to_save=saved)
+    # What a loaded adapter without matrices brings stays in this one, trained further or not.
+    brought = () if adapted or model.lora is None else model.lora.modules_to_save
+    lora = dataclasses.replace(lora, modules_to_save=tuple(dict.fromkeys((*brought, *saved))))
     if adapted:
         model = _continue_lora(model, params, lora, config, adapted)
     elif adapt.enabled:
@@ -120,11 +123,14 @@ def adapt_base(
         model, params = add_lora(model, params, lora, key)
     elif m.language_model_lr_scale == 0:  # LLaVA's first stage: an adapter without matrices
         model = dataclasses.replace(model, lora=dataclasses.replace(lora, targets=()))
+    else:  # trained in full: the result is a whole checkpoint, whatever adapter it started from
+        model = dataclasses.replace(model, lora=None)
     table = training_table(
         model,
         params,
         language_model_lr_scale=m.language_model_lr_scale,
         lora_enabled=adapt.enabled or m.language_model_lr_scale == 0,
+        modules_to_save=saved if brought else None,
         **scales,
     )
     return model, params, table
@@ -253,6 +259,17 @@ def absolute_paths(config: ConfigDict) -> dict[str, Any]:
     return tree
 
 
+def write_adapter(
+    model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
+) -> None:
+    """Write an adapter in PEFT's format with its image settings; it appears whole or not at all."""
+    with whole_directory(directory) as folder:
+        save_peft(model, params, folder)
+        settings = encoder.image_settings()
+        if settings is not None:  # served images must be cut as the trained ones were
+            write_json(folder / "preprocessor_config.json", settings)
+
+
 def write_result(
     model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
 ) -> Path:
@@ -261,10 +278,7 @@ def write_result(
     It appears whole or not at all.
     """
     if model.lora is not None:
-        save_peft(model, params, directory / "adapter")
-        settings = encoder.image_settings()
-        if settings is not None:  # served images must be cut as the trained ones were
-            write_json(directory / "adapter" / "preprocessor_config.json", settings)
+        write_adapter(model, params, directory / "adapter", encoder)
         return directory / "adapter"
     save_pretrained(model, params, directory / "model", processor=encoder.image_settings())
     return directory / "model"

@@ -1,0 +1,40 @@
+"""Single tensors of the checkpoint that a model was loaded from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.hub.load import open_tensors
+from vlm_jax.model import Model
+from vlm_jax.names import current_name
+
+
+def base_is_here(model: Model) -> bool:
+    """Return whether the files of the base can be read."""
+    return model.source is not None and Path(model.source.directory).is_dir()
+
+
+def base_tensors(model: Model) -> Callable[[str], np.ndarray]:
+    """Return a function from a tensor's name, in the current layout, to the base's array.
+
+    Each file is opened once. Raises `UserError` where the base's files are gone.
+    """
+    source = model.source
+    if source is None or not base_is_here(model):
+        where = "" if source is None else f" '{source.directory}'"
+        raise UserError(
+            f"The base checkpoint{where} is gone, but this export copies tensors of it. Restore it."
+        )
+    on_disk = {current_name(model, name): name for name in source.tensors}
+    handles: dict[str, Any] = {}
+
+    def read(name: str) -> np.ndarray:
+        file = source.tensors[on_disk[name]][0]
+        if file not in handles:
+            handles[file] = open_tensors(Path(source.directory) / file)
+        return handles[file].get_tensor(on_disk[name])
+
+    return read

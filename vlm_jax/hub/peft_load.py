@@ -1,0 +1,288 @@
+"""Reads PEFT adapter directories, in every layout of names that transformers has had."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.hub.load import open_tensors, read_json
+from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
+from vlm_jax.lora import (
+    PROJECTOR_NAMES,
+    base_places,
+    is_lora,
+    module_names,
+    owners,
+    peft_module,
+    saved_modules,
+)
+from vlm_jax.model import LoRA, Model
+from vlm_jax.names import Place, current_name, is_unused, to_tree
+from vlm_jax.trees import flatten, unflatten
+from vlm_jax.vocabulary import HEAD, add_tokens
+
+# Fields of adapter_config.json that are read, or that change nothing here.
+READ = frozenset(
+    """peft_type r lora_alpha lora_dropout target_modules exclude_modules modules_to_save
+    use_rslora base_model_name_or_path revision ensure_weight_tying""".split()
+)
+HARMLESS = frozenset(
+    """task_type auto_mapping peft_version inference_mode layers_to_transform
+    layers_pattern megatron_core qalora_group_size runtime_config ephemeral_gpu_offload""".split()
+)
+
+# Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ change them.
+HARMLESS_VALUES: dict[str, tuple] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"'{directory}' holds a PEFT adapter of type {config.get('peft_type')!r}; only LORA "
+            f"is supported."
+        )
+    for name, value in config.items():
+        if name in READ | HARMLESS or not value or value in HARMLESS_VALUES.get(name, ()):
+            continue
+        raise UserError(
+            f"The adapter in '{directory}' sets {name}={value!r} in adapter_config.json, which is "
+            f"not supported: its logits would differ. Merge it with peft first, or train without."
+        )
+    return config
+
+
+def load_peft(
+    model: Model, params: Mapping[str, Any], directory: str | Path
+) -> tuple[Model, dict[str, Any]]:
+    """Return the model and a new tree with the adapter of a PEFT directory in place.
+
+    Key names of every transformers layout are read. A key without a home in the model is an
+    error, never a warning, and so is a matrix without its partner, or a copy of a base's weight
+    that differs from the base's; layers of a stack that the adapter leaves out get zero matrices,
+    which stay zero. Loaded leaves are float32. `save_peft` writes the same tensors again.
+    """
+    directory = Path(directory).expanduser()
+    flat = flatten(params)
+    if any(is_lora(path) for path in flat):
+        raise UserError("These parameters hold LoRA matrices already; merge them first.")
+    if not directory.is_dir():
+        raise UserError(f"There is no adapter directory '{directory}'.")
+    config = _read_config(directory)
+    file = directory / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(
+            f"'{directory}' holds no adapter_model.safetensors. A pickle adapter "
+            f"(adapter_model.bin) is not read: load it with peft and save it again."
+        )
+    new_tokens = _new_tokens(model, file)
+    if new_tokens:  # the adapter was trained with more tokens than the base has
+        model, params = add_tokens(model, params, new_tokens)
+        flat = flatten(params)
+    convolutions = model.family.disk_shapes(model.config)
+    kernels = layer_modules(
+        model, [path for path in flat if path.endswith("/kernel") and path not in convolutions]
+    )
+    places = base_places(model, params)
+    matrices: dict[str, dict[int | None, np.ndarray]] = {}
+    full: dict[str, np.ndarray] = {}  # whole tensors, by their name in the current layout
+    unused: dict[str, np.ndarray] = {}
+    with open_tensors(file) as handle:
+        for key in handle.keys():
+            tensor = handle.get_tensor(key)
+            name = key.removeprefix(PREFIX)
+            _check_kind(model, directory, key, current_name(model, name))
+            lora_key = re.fullmatch(r"(.*)\.lora_(A|B)(?:\.default)?\.weight", name)
+            if lora_key:
+                module, matrix = current_name(model, lora_key[1]), lora_key[2]
+                if module not in kernels:
+                    raise _homeless(directory, key, module, kernels)
+                path, layer = kernels[module]
+                base = path.rsplit("/", 1)[0]
+                matrices.setdefault(f"{base}/lora_{matrix}", {})[layer] = tensor.T
+                continue
+            plain = current_name(model, re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name))
+            copy_of = current_name(model, re.sub(r"\.(base_layer|original_module)(?=\.)", "", name))
+            if copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
+                if copy_of not in places:
+                    raise _homeless(directory, key, copy_of, places)
+                if not _same(tensor, flat, places[copy_of]):
+                    raise UserError(
+                        f"The adapter in '{directory}' holds '{key}', a copy of the base's "
+                        f"'{copy_of}' whose values or shape are not those of the base loaded here: "
+                        f"it was made on another base, and its logits would differ. Load the base "
+                        f"that it names, {config.get('base_model_name_or_path')!r}."
+                    )
+            elif plain in places or (plain == f"{HEAD}.weight" and model.config.text.tied):
+                full[plain] = tensor
+            elif is_unused(model, plain):
+                unused[plain] = tensor
+            else:
+                raise _homeless(directory, key, plain, places)
+    _check_tied(model, flat, places, full, config, directory)
+    names = _saved_names(model, params, full, config)
+    held = saved_modules(model, params, names).places
+    fresh: dict[str, np.ndarray] = {}
+    for name, tensor in full.items():
+        if name not in places:
+            continue  # the tied head, which is the embedding once more
+        place = places[name]
+        added = f"{place.path.rsplit('/', 1)[0]}/added"
+        if added in flat:
+            old = place.shape[0]
+            fresh[added] = to_tree(place.path, tensor[old:])
+            tensor = tensor[:old]
+        if tensor.shape != place.shape:
+            raise UserError(
+                f"The tensor '{name}' in '{file}' has the shape {list(tensor.shape)}; the "
+                f"base has {list(place.shape)}. Is it an adapter of another model?"
+            )
+        if name in held:
+            if place.path not in fresh:
+                fresh[place.path] = np.array(flat[place.path], np.float32)
+            fresh[place.path][... if place.layer is None else place.layer] = to_tree(
+                place.path, tensor
+            )
+    rank = int(config["r"])
+    new = {**flat, **{path: jnp.asarray(leaf) for path, leaf in fresh.items()}}
+    for path, layers in matrices.items():
+        new[path] = jnp.asarray(_stacked(model, flat, path, layers, matrices, rank, file))
+    targets = config.get("target_modules") or ()
+    if targets == NO_TARGETS:
+        targets = ()
+    lora = LoRA(
+        rank=rank,
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout") or 0.0,
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        modules_to_save=names,
+        rslora=bool(config.get("use_rslora")),
+    )
+    ordered = {path: new[path] for path in sorted(new)}
+    unused = {**model.unused, **unused}
+    return dataclasses.replace(model, lora=lora, unused=unused), unflatten(ordered)
+
+
+def _saved_names(
+    model: Model, params: Mapping[str, Any], full: Mapping[str, np.ndarray], config: Mapping
+) -> tuple[str, ...]:
+    """Return `LoRA.modules_to_save` of an adapter that holds the tensors `full`.
+
+    Names that mean no module here hold no tensor, in PEFT neither. Embeddings that peft saved
+    without naming them are named where they differ from the base's.
+    """
+    places = base_places(model, params)
+    modules = module_names(model, params)
+    names = [
+        "projector" if name in PROJECTOR_NAMES else name
+        for name in config.get("modules_to_save") or ()
+        if peft_module(model, modules, name) is not None
+    ]
+    held = saved_modules(model, params, names).places
+    flat = flatten(params)
+    for name, tensor in full.items():
+        if name not in places or name in held:
+            continue
+        added = f"{places[name].path.rsplit('/', 1)[0]}/added" in flat
+        if not _same(tensor[: places[name].shape[0]] if added else tensor, flat, places[name]):
+            names.append(owners(name)[-1])
+    return tuple(dict.fromkeys(names))
+
+
+def _same(tensor: np.ndarray, flat: Mapping[str, Any], place: Place) -> bool:
+    """Return whether a tensor is the base's own, in the narrower dtype of the two."""
+    if tensor.shape != place.shape:
+        return False
+    layer = ... if place.layer is None else place.layer
+    leaf, other = np.asarray(flat[place.path][layer]), to_tree(place.path, tensor)
+    kind = other.dtype if other.dtype.itemsize < leaf.dtype.itemsize else leaf.dtype
+    return np.array_equal(leaf.astype(kind), other.astype(kind))
+
+
+def _check_kind(model: Model, directory: Path, key: str, name: str) -> None:
+    """Raise for LoRA on an embedding or on a head that is tied to it: none is held here."""
+    what = None
+    if ".lora_embedding_" in name:
+        what = "LoRA on an embedding"
+    elif re.match(rf"{HEAD}\.(lora_|base_layer\.)", name) and model.config.text.tied:
+        what = "LoRA on a head that is tied to the embedding"
+    if what is not None:
+        raise UserError(
+            f"The adapter in '{directory}' holds '{key}', that is {what}, which is not supported. "
+            f"Merge it with peft into a checkpoint (untied where the head is adapted), or train "
+            f"without."
+        )
+
+
+def _check_tied(
+    model: Model, flat: Mapping[str, Any], places: Mapping[str, Place],
+    full: Mapping[str, np.ndarray], config: Mapping, directory: Path,
+) -> None:  # fmt: skip
+    """Refuse an embedding and a head that are one here and two in the adapter."""
+    if not model.config.text.tied:
+        return
+    embedding, head = full.get(EMBEDDING_TENSOR), full.get(f"{HEAD}.weight")
+    if head is not None:
+        place = places[EMBEDDING_TENSOR]
+        one = np.array_equal(head, embedding) if embedding is not None else _same(head, flat, place)
+        if not one:
+            raise UserError(
+                f"The adapter in '{directory}' holds a head, 'lm_head.weight', that differs from "
+                f"the embedding; here the head is tied to the embedding. Merge it with peft into "
+                f"an untied checkpoint."
+            )
+    elif embedding is not None and not config.get("ensure_weight_tying"):
+        if not _same(embedding, flat, places[EMBEDDING_TENSOR]):
+            raise UserError(
+                f"The adapter in '{directory}' holds a trained embedding but not "
+                f"ensure_weight_tying, so peft leaves the head at the base's values; here the head "
+                f"is tied to the embedding. Merge it with peft into an untied checkpoint."
+            )
+
+
+def _new_tokens(model: Model, file: Path) -> int:
+    """Return how many more tokens an adapter's embedding has than the base."""
+    with open_tensors(file) as handle:
+        for key in handle.keys():
+            if key.endswith("embed_tokens.weight"):
+                rows = int(handle.get_slice(key).get_shape()[0])
+                return max(0, rows - model.config.text.vocab_size)
+    return 0
+
+
+def _homeless(directory: Path, key: str, name: str, known: Mapping[str, Any]) -> UserError:
+    return UserError(
+        f"The adapter in '{directory}' holds '{key}', for which this model has no place"
+        f"{nearest(name, known)}. It belongs to another base model or to an unknown layout; "
+        f"nothing was loaded."
+    )
+
+
+def _stacked(
+    model: Model, flat: Mapping[str, Any], path: str, layers: dict[int | None, np.ndarray],
+    matrices: Mapping[str, Any], rank: int, file: Path,
+) -> np.ndarray:  # fmt: skip
+    """Return one lora_A or lora_B leaf of the given layers, checked against the base's kernel."""
+    base, matrix = path.rsplit("/", 1)
+    partner = f"{base}/{'lora_B' if matrix == 'lora_A' else 'lora_A'}"
+    if matrices.get(partner, {}).keys() != layers.keys():
+        raise UserError(f"'{file}' holds {matrix} of '{base}' without its partner in some layer.")
+    *stack, inputs, outputs = flat[f"{base}/kernel"].shape
+    shape = (inputs, rank) if matrix == "lora_A" else (rank, outputs)
+    leaf = np.zeros((*stack, *shape), np.float32)
+    for layer, tensor in layers.items():
+        if tensor.shape != shape:
+            raise UserError(
+                f"'{file}' holds {matrix} of '{base}' with the shape {list(tensor.shape[::-1])}; "
+                f"rank {rank} and the base's kernel ask for {list(shape[::-1])}."
+            )
+        leaf[... if layer is None else layer] = tensor
+    return leaf
