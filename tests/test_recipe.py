@@ -12,7 +12,7 @@ from vlm_jax import UserError, config
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.compile import abstract_batch
 from vlm_jax.train.recipe import report, trainable_line
-from vlm_jax.train.run import adapt_base
+from vlm_jax.train.run import adapt_base, check_kept
 from vlm_jax.trees import flatten, match
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -268,3 +268,10 @@ def test_lora_on_a_frozen_tower_is_refused(tiny):
     c = config.load(None, {"lora.target_modules": r".*visual.*\.qkv"})
     with pytest.raises(UserError, match="layers of the vision.*vision_encoder_lr_scale is 0.0"):
         adapt_base(c, *tiny[0])
+
+
+def test_a_trained_leaf_that_the_adapter_would_leave_out_is_refused(tiny):
+    model, params, table = adapt_base(config.get_config(), *tiny[0])
+    check_kept(model, params, table)
+    with pytest.raises(UserError, match="norm/scale', but the adapter would not hold it"):
+        check_kept(model, params, [("model/language_model/norm/scale", "full"), *table])

@@ -127,14 +127,17 @@ def _check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, 
             )
 
 
-def save_peft(model: Model, params: Mapping[str, Any], directory: str | Path) -> None:
+def save_peft(
+    model: Model, params: Mapping[str, Any], directory: str | Path, *, compare_base: bool = True
+) -> None:
     """Write a PEFT adapter: the LoRA matrices and the modules of `LoRA.modules_to_save`.
 
     `peft.PeftModel.from_pretrained(base, directory)` then gives our logits. All else must be as in
     the base: where the files that the model was loaded from are still there, they are read once and
-    every leaf that the adapter leaves out is compared with them. Tensors of saved modules that
-    nothing here reads are copied from those files. The directory appears whole or not at all;
-    files of the same names in it are replaced.
+    every leaf that the adapter leaves out is compared with them (compare_base=False skips that,
+    where a training table has frozen them). Tensors of saved modules that nothing here reads are
+    copied from those files. The directory appears whole or not at all; files of the same names in
+    it are replaced.
     Raises `UserError` where there is nothing to save, and for a leaf that was trained or merged
     but would be left out.
     """
@@ -157,7 +160,7 @@ def save_peft(model: Model, params: Mapping[str, Any], directory: str | Path) ->
             f"the module out of modules_to_save."
         )
     places = base_places(model, params)
-    if base_is_here(model):
+    if compare_base and base_is_here(model):
         left = {name: place for name, place in places.items() if name not in saved.places}
         _check_left_out(model, flat, left)
     tensors: dict[str, np.ndarray] = {}

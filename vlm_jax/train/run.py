@@ -17,7 +17,7 @@ from vlm_jax.hub.load import load, open_tensors, resolve, tensor_files
 from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
-from vlm_jax.lora import add_lora, target_kernels
+from vlm_jax.lora import add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import make_mesh, shard_params
 from vlm_jax.train.checkpoint import Checkpoints, base_identity, file_identity
@@ -25,7 +25,7 @@ from vlm_jax.train.optim import optimizer
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.train.step import init_state
 from vlm_jax.trees import Table, flatten, join, split
-from vlm_jax.vocabulary import add_tokens
+from vlm_jax.vocabulary import add_tokens, is_added
 
 # Config keys of data that decide which batches come.
 DATA_KEYS = (
@@ -133,7 +133,21 @@ def adapt_base(
         modules_to_save=saved if brought else None,
         **scales,
     )
+    check_kept(model, params, table)
     return model, params, table
+
+
+def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
+    """Raise before a run whose adapter would leave out a leaf that it trains."""
+    if model.lora is None:
+        return
+    kept = saved_modules(model, params, model.lora.modules_to_save).leaves
+    for path in flatten(split(params, table)[0]):
+        if not (is_lora(path) or is_added(path) or path in kept):
+            raise UserError(
+                f"The training table trains '{path}', but the adapter would not hold it: add its "
+                f"module, '{path.split('/')[-2]}', to lora.modules_to_save, or freeze it."
+            )
 
 
 def _continue_lora(
@@ -264,7 +278,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter in PEFT's format with its image settings; it appears whole or not at all."""
     with whole_directory(directory) as folder:
-        save_peft(model, params, folder)
+        save_peft(model, params, folder, compare_base=False)  # see check_kept
         settings = encoder.image_settings()
         if settings is not None:  # served images must be cut as the trained ones were
             write_json(folder / "preprocessor_config.json", settings)
