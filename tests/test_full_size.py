@@ -87,7 +87,7 @@ def test_config_builds_at_full_size(path):
     }
     params = shapes
     if config.lora.enabled:
-        lora = vlm_jax.LoRA(config.lora.r, config.lora.alpha, 0.0, config.lora.target_modules)
+        lora = vlm_jax.LoRA(config.lora.r, config.lora.alpha, 0.0, "llama")
         saved = lora_modules_to_save(model, target_kernels(model, shapes, lora), **scales)
         lora = dataclasses.replace(lora, modules_to_save=saved)
         params = jax.eval_shape(

@@ -51,6 +51,8 @@ def test_missing_left_over_and_misshaped_tensors(base):
 
 
 def test_config_fields(base):
+    change_config(base, unsloth_fixed=True, unsloth_version="2026.1")
+    vlm_jax.load(base)
     change_config(base, mystery_gate=True)
     refused(base, "mystery_gate")
     config = json.loads((base / "config.json").read_text())

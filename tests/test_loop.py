@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 
 import jax
@@ -171,13 +172,21 @@ def test_what_fails_later_keeps_its_checkpoints_and_resumes(place):
     whole = (place / "cut/10.png").read_bytes()
     (place / "cut/10.png").write_bytes(whole[: len(whole) // 2])
     order = ("data.shuffle=false", "training.max_steps=6")
-    with pytest.raises(UserError, match=r"10\.png.*record 10.*checkpoints/4'.*add --resume"):
+    with pytest.raises(
+        UserError, match=r"10\.png.*record 10.*on_bad_example=skip.*checkpoints/4'.*add --resume"
+    ):
         run(place, "cut_run", *order, data="cut/train.jsonl")
     assert sorted(path.name for path in (place / "cut_run/checkpoints").iterdir()) == ["2", "4"]
     assert not (place / "cut_run/adapter").exists()
+    shutil.copytree(place / "cut_run", place / "left_out")
     (place / "cut/10.png").write_bytes(whole)
     outcome, _, text = run(place, "cut_run", *order, data="cut/train.jsonl", resume=True)
     assert outcome["steps"] == 6 and "from step 4" in text
+    # or goes on without the bad example, as the error says
+    (place / "cut/10.png").write_bytes(whole[: len(whole) // 2])
+    skip = (*order, "data.on_bad_example=skip")
+    outcome, _, text = run(place, "left_out", *skip, data="cut/train.jsonl", resume=True)
+    assert outcome["steps"] == 6 and "from step 4" in text and "Left out 1" in text
 
 
 def test_a_trained_component_without_gradient_stops_the_run():
@@ -237,6 +246,14 @@ def test_an_adapter_that_the_config_contradicts_is_refused(place, straight, monk
     adapter = f"model.adapter={straight[1] / 'adapter'}"
     with pytest.raises(UserError, match="also adapts .*5 layers differ"):
         run(place, "other_targets", adapter, "lora.target_modules=q_proj,v_proj")
+    few = run(place, "few", "lora.target_modules=q_proj,v_proj", "training.max_steps=1")[1]
+    few = f"model.adapter={few / 'adapter'}"
+    with pytest.raises(UserError, match="does not adapt .*5 layers differ"):
+        run(place, "all_named", few, "lora.target_modules=llama")
+    unnamed = make_config(place / "base", place / "data/train.jsonl", place / "x", few)
+    assert build(unnamed, make_mesh(devices=jax.devices()[:1]))[0].lora.targets == (
+        "q_proj", "v_proj",
+    )  # fmt: skip
     made = make_config(place / "base", place / "data/train.jsonl", place / "x", adapter,
                        "lora.target_modules=llama")  # fmt: skip
     mesh = make_mesh(devices=jax.devices()[:1])

@@ -142,6 +142,13 @@ def zeros(tree):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
+def test_a_tied_head_cannot_be_saved_apart():
+    model = vlm_jax.from_config({**TINY, "tie_word_embeddings": True})
+    lora = vlm_jax.LoRA(2, targets="qwen", modules_to_save=("embed_tokens", "lm_head"))
+    with pytest.raises(UserError, match="'lm_head', but .* tied .*name 'embed_tokens' alone"):
+        vlm_jax.add_lora(model, zeros(model.abstract()), lora, jax.random.key(0))
+
+
 TINY = qwen2_vl(
     16, 16, 2, 1, 2, 64, False, depth=1, embed_dim=16, num_heads=2, mlp_ratio=2, patch_size=4,
     sections=[1, 1, 2],

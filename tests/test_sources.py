@@ -52,7 +52,10 @@ def test_images_are_placed_by_markers_parts_or_first():
     turns = [{"role": "user", "content": "A <image> and B <image>"}]
     turns.append({"role": "assistant", "content": "yes"})
     got, images = contents({"messages": turns, "images": ["a", "b"]})
-    assert got[0] == [words("A"), IMAGE, words("and B"), IMAGE] and images == ["a", "b"]
+    assert got[0] == [words("A "), IMAGE, words(" and B"), IMAGE] and images == ["a", "b"]
+    for text in ("<image>\nq", "\n <image> q ", "<image>\n\nq\n"):
+        record = {"messages": [{"role": "user", "content": text}], "image": "a"}
+        assert contents(record)[0][0] == [IMAGE, words("q")]
     # a marker without its image is no text; in a text part the same letters are
     with pytest.raises(
         UserError, match=r"Record 0 .* has 0 images, but its turns name 2.*text part"
@@ -119,7 +122,9 @@ def test_datasets_give_encoded_images(tmp_path):
         ("a.json", "[]", "no records"),
         ("a.jsonl", '{"id": 1}\n\n{"id": \n', "line 3"),
         ("a.txt", "", "suffix"),
-        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.json", "[" * 100_000, "cannot be read: .*recursion"),
+        ("a.json", f"[{'1' * 5000}]", "cannot be read: .*digits"),
+        ("a.jsonl", "\n" + "[" * 100_000, "line 2, cannot be read: .*recursion"),
         ("a.parquet", "", "not readable parquet"),
         ("a.parquet", "PAR1", "not readable parquet"),
         ("a.json", b"\xff\xfe[]", "not UTF-8"),
@@ -169,6 +174,12 @@ def test_columns_that_are_no_content_may_be_there():
     assert contents({"messages": [{**TURN, "content": parts}], "img_path": "x"})[1] == ["own"]
     assert contents({**row, "image": "a", "images": []})[1] == ["a"]
     assert contents({**row, "image": ""})[1] == []
+    assert contents({**row, "image": "a", "video_url": "http://a", "file_name": "a.png"})[1] == [
+        "a"
+    ]
+    assert contents({**row, "id": "a.png", "note": "see a.png", "media": ["x"]})[1] == []
+    # a raw row may have columns that canonical records have too
+    assert contents({**row, "images": [], "index": 3, "folder": "f"}) == contents(row)
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
@@ -215,6 +226,16 @@ def test_images_under_another_key_are_refused(key):
             canonical({"messages": [TURN], key: value}, 3, None, "f")
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["a.JPG", ["x", "a.png"], b"x", Image.new("RGB", (2, 2)), [{"bytes": b"x", "path": None}]],
+)
+def test_what_can_only_be_a_picture_is_refused_under_any_key(value):
+    with pytest.raises(UserError, match=r"has 'left', which is not read: expected 'image'"):
+        canonical({"messages": [TURN], "left": value})
+    assert contents({"messages": [TURN], "image": "a", "left": value})[1] == ["a"]
+
+
 TURN = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 
@@ -237,13 +258,17 @@ ANSWER = {"role": "assistant", "content": "a"}
         ),
         ({**LLAVA, "image2": "b"}, "has 'image2', which is not read: expected all images"),
         ({**LLAVA, "images": ["b"]}, "both images and image"),
-        ({"messages": [TURN], "audio_path": "a"}, "has 'audio_path'; only images"),
+        (
+            {"messages": [TURN], "audio_path": "a"},
+            "has 'audio_path', .* expected images, which are all",
+        ),
         ({"messages": [TURN], "conversation": [TURN]}, "has 'conversation', which is not read"),
         ({"messages": [TURN], "system_message": "s"}, "'system_message', .* expected 'system'"),
         ({"messages": [TURN], "tools": '[{"name": "f"}]'}, "has 'tools', which is not read"),
         ({"messages": [{**TURN, "images": ["a"]}]}, "turn 0 has 'images', which is not read"),
         ({"messages": [TURN, {**ANSWER, "tool_calls": [1]}]}, "turn 1 has 'tool_calls'"),
         ({"messages": [TURN, {**ANSWER, "weight": 0}]}, "turn 1 is marked as not to be trained"),
+        ({"messages": [TURN, {**ANSWER, "loss": False}]}, "turn 1 is marked as not to be trained"),
     ],
 )
 def test_bad_records_name_themselves(row, message):

@@ -36,11 +36,9 @@ def get_config() -> ConfigDict:
     c.lora.alpha = 32.0  # the update is scaled by alpha / r
     c.lora.dropout = 0.05  # on the input of A, while training
     # Suffixes of module names, a preset (llama, qwen, gpt, bert, vit), "all-linear", or one regex
-    # over whole module names. Suffixes never reach into the vision tower.
-    c.lora.target_modules = (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    )
+    # over whole module names. Suffixes never reach into the vision tower. None: the layers of
+    # model.adapter where it brings matrices, else the preset llama, all seven projections.
+    c.lora.target_modules = placeholder(tuple)
     c.lora.modules_to_save = ()  # further modules to train in full; the projector is added itself
     c.lora.use_rslora = False  # scale by alpha / sqrt(r)
     c.lora.bias = "none"  # only "none": biases of adapted layers stay frozen
@@ -290,7 +288,8 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"'{key}' is {value}; it must be between {low:g} and {high:g}.")
     if not config.training.output_dir.strip():
         raise UserError("'training.output_dir' is empty; name the directory that the run writes.")
-    if config.lora.enabled and not config.lora.target_modules:
+    targets = config.lora.target_modules
+    if config.lora.enabled and targets is not None and not targets:
         raise UserError(
             "'lora.target_modules' is empty, so LoRA would adapt nothing. Name the layers, for "
             "instance 'all-linear', or set lora.enabled=false."

@@ -190,6 +190,11 @@ def saved_modules(model: Model, params: Mapping[str, Any], names: Iterable[str])
         found = peft_module(model, modules, name)
         if found is None:
             parts = sorted({module.rsplit(".", 1)[-1] for module in modules})
+            if name == "lm_head" and model.config.text.tied:
+                raise UserError(
+                    "modules_to_save names 'lm_head', but this model's head is tied to its "
+                    "embedding: name 'embed_tokens' alone, which trains both."
+                )
             raise UserError(
                 f"modules_to_save names '{name}', but the model has no such module"
                 f"{nearest(name, parts)}. Use 'projector', 'embed_tokens', 'lm_head' or another "

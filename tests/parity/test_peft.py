@@ -291,10 +291,15 @@ OTHER = [
     dict(rank_pattern={"q_proj": 4}),
     dict(alpha_pattern={"q_proj": 4}),
     dict(bias="all"),
+    # damaged
+    *(dict(r=value) for value in ("x", None, 0, 2.5)),
+    *(dict(lora_alpha=value) for value in ("x", None)),
+    dict(target_modules=3),
+    *(dict(modules_to_save=value) for value in ("projector", [3])),
 ]
 
 
-@pytest.mark.parametrize("field", OTHER, ids=lambda field: next(iter(field)))
+@pytest.mark.parametrize("field", OTHER, ids=str)
 def test_adapters_that_mean_something_else_are_refused(tmp_path, field):
     _, model, params, _ = build("llava", tmp_path / "base")
     adapted = vlm_jax.add_lora(model, params, vlm_jax.LoRA(2, 2), jax.random.key(0))

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import PIL.Image
+
 from vlm_jax.errors import UserError
 
 # Names count in lower case without punctuation: "image_path", "imagePath" and "Image-Path" are one.
@@ -19,6 +21,8 @@ OTHER_MEDIA = rf"(video|audio)s?{HELD_AS}[0-9]*"
 TURNS = "(message|conversation|dialog|dialogue|chat|turn)s?"
 SYSTEM = "system(message|instruction)s?"
 TOOLS = "(tool|function)s?"
+ADDRESS = ("url", "uri", "name", "id")
+IMAGE_FILE = r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)"
 SAID_IN_TURN = "toolcalls?|functioncall|reasoningcontent"
 
 
@@ -48,13 +52,26 @@ def refuse_unread(row: Mapping[str, Any], read: set[str], has_images: bool, wher
             instead = "'system', or a system turn"
         elif re.fullmatch(TOOLS, name) and (listed or str(value).lstrip().startswith(("[{", "{"))):
             instead = "tools written into the turns"
-        elif re.fullmatch(OTHER_MEDIA, name):
-            raise UserError(f"{where} has '{key}'; only images can be trained on for now.")
+        elif re.fullmatch(OTHER_MEDIA, name) and not (has_images and name.endswith(ADDRESS)):
+            instead = "images, which are all that can be trained on for now"
+        elif not has_images and key != "id" and _is_image(value):
+            instead = "'image', or 'images' for a list"
         if instead is not None:
             raise UserError(
                 f"{where} has '{key}', which is not read: expected {instead}. Rename the key, or "
                 f"take it out if it is not to be trained on."
             )
+
+
+def _is_image(value: Any) -> bool:
+    """Return whether a value can only be a picture, or several, whatever its key is called."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_image, value))
+    if isinstance(value, Mapping):  # as a data set's Image column has it
+        return {"bytes", "path"} <= value.keys()
+    if isinstance(value, str):
+        return re.fullmatch(IMAGE_FILE, value.strip(), re.IGNORECASE) is not None
+    return isinstance(value, bytes | PIL.Image.Image)
 
 
 def refuse_unread_in_turn(turn: Mapping[str, Any], read: set[str], where: str) -> None:
@@ -70,7 +87,7 @@ def refuse_unread_in_turn(turn: Mapping[str, Any], read: set[str], where: str) -
                 f"{where} has '{key}', which is not read: the turn would be trained on without it. "
                 f"Write it into the turn's text as the model is to write it, or take it out."
             )
-    if any(turn.get(key) in (0, False) for key in ("weight", "train")):
+    if any(turn.get(key) in (0, False) for key in ("weight", "train", "loss")):
         raise UserError(
             f"{where} is marked as not to be trained on, which is not supported turn by turn: take "
             f"the mark out, or set data.train_on to 'last' to train on the last turn alone."

@@ -244,10 +244,10 @@ class Pipeline:
         return None
 
     def _named(self, error: UserError) -> UserError:
-        """Return the error with the name of the data, which an example does not know."""
-        if not isinstance(error, BadExample):
-            return error
-        return BadExample(error.reason, f"In '{self.records.name}': {error}")
+        """Return the error with what an example does not know: its file, and the way round it."""
+        where = f"In '{self.records.name}': " if isinstance(error, BadExample) else ""
+        way = "To leave such examples out, counted and reported, set data.on_bad_example=skip."
+        return BadExample(getattr(error, "reason", "record"), f"{where}{error} {way}")
 
     def _drop(self, index: int, reason: str, error: Exception) -> None:
         with self._lock:

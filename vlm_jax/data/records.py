@@ -7,6 +7,7 @@ A canonical record is
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,14 +39,14 @@ def canonical(
 
     A row has `conversations` (LLaVA, ShareGPT: from/value) or `messages` (role/content) and, for
     pictures, `image` or `images`: one or a list. In `conversations`, and in `messages` whose
-    content is a plain string, "<image>" outside the assistant's turns is an image's place and the
-    white space around it is dropped; images that no marker or part names come first in the first
+    content is a plain string, "<image>" outside the assistant's turns is an image's place, and line
+    breaks beside it are dropped; images that no marker or part names come first in the first
     user turn. Content given as parts is taken as it is, and "<image>" in its texts is text. A
     `system` (or `system_prompt`) beside the turns becomes the first turn. Other keys are not read.
     Raises `UserError`, naming the record, for what is malformed, for images and "<image>" markers
     that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).
     """
-    if isinstance(row, Mapping) and {"messages", "images", "index", "folder"} <= row.keys():
+    if isinstance(row, Mapping) and {"id", "messages", "images", "index", "folder"} == row.keys():
         return dict(row)
     where = f"Record {index} of '{name}'"
     if not isinstance(row, Mapping):
@@ -185,16 +186,23 @@ def _place_images(
 
 
 def _split_markers(text: str) -> list[dict[str, str]]:
-    """Return text and image parts; the line break LLaVA writes beside a marker is no content."""
+    """Return text and image parts; the line break LLaVA writes beside a marker is no content.
+
+    Nor is white space at the turn's ends; a space within a sentence, "a <image> b", is.
+    """
     pieces = text.split(MARKER)
     if len(pieces) == 1:
         return [{"type": "text", "text": text}]
+    texts = [number for number, piece in enumerate(pieces) if piece.strip()]
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(pieces):
         if number:
             parts.append({"type": "image"})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
+        if number in texts:
+            piece = re.sub(r"^\s*\n\s*|\s*\n\s*$", "", piece)
+            piece = piece.lstrip() if number == texts[0] else piece
+            piece = piece.rstrip() if number == texts[-1] else piece
+            parts.append({"type": "text", "text": piece})
     return parts
 
 

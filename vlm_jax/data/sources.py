@@ -89,8 +89,8 @@ def _read_json(path: Path) -> list[Any]:
             f"The data file '{path}' is not valid JSON: line {error.lineno}, column "
             f"{error.colno}: {error.msg}.{hint}"
         ) from error
-    except RecursionError as error:
-        raise UserError(f"The data file '{path}' is nested too deeply to be read.") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5,000 digits
+        raise UserError(f"The data file '{path}' cannot be read: {error}.") from error
     if not isinstance(rows, list):
         raise UserError(
             f"The data file '{path}' holds a JSON {type(rows).__name__}; expected a list."
@@ -109,6 +109,10 @@ def _read_jsonl(path: Path) -> list[Any]:
             raise UserError(
                 f"The data file '{path}' is not valid JSONL: line {number}, column {error.colno}: "
                 f"{error.msg}. Each line must be one whole JSON object."
+            ) from error
+        except (RecursionError, ValueError) as error:
+            raise UserError(
+                f"The data file '{path}', line {number}, cannot be read: {error}."
             ) from error
     return rows
 

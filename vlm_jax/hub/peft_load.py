@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,23 @@ HARMLESS_VALUES: dict[str, tuple] = {
 }
 
 
+def _is_number(value: Any, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= least
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("r", lambda v: isinstance(v, int) and _is_number(v, 1), "a whole number of 1 or more"),
+    ("lora_alpha", lambda v: _is_number(v, 0), "a number"),
+    ("lora_dropout", lambda v: v is None or _is_number(v, 0), "a number or null"),
+    ("target_modules", lambda v: not v or isinstance(v, str) or _are_names(v), "names or a regex"),
+    ("modules_to_save", lambda v: not v or _are_names(v), "a list of names or null"),
+)
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "adapter_config.json")
     if config.get("peft_type") != "LORA":
@@ -50,6 +67,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"'{directory}' holds a PEFT adapter of type {config.get('peft_type')!r}; only LORA "
             f"is supported."
         )
+    for name, fits, expected in KINDS:
+        if not fits(config.get(name)):
+            raise UserError(
+                f"The adapter_config.json in '{directory}' has {name}={config.get(name)!r}; "
+                f"expected {expected}. It is damaged: take the file that the adapter came with."
+            )
     for name, value in config.items():
         if name in READ | HARMLESS or not value or value in HARMLESS_VALUES.get(name, ()):
             continue
@@ -151,7 +174,7 @@ def load_peft(
             fresh[place.path][... if place.layer is None else place.layer] = to_tree(
                 place.path, tensor
             )
-    rank = int(config["r"])
+    rank = config["r"]
     new = {**flat, **{path: jnp.asarray(leaf) for path, leaf in fresh.items()}}
     for path, layers in matrices.items():
         new[path] = jnp.asarray(_stacked(model, flat, path, layers, matrices, rank, file))

@@ -47,7 +47,7 @@ def save_pretrained(
     Tensor names, dtypes and tying are those of the base that `model` was loaded from, and its
     tokenizer, processor and generation files are copied. merge: LoRA is merged into the weights;
     without it a tree with LoRA is refused, for a plain checkpoint cannot hold it. dtype: of all
-    tensors instead of the base's. processor: settings that replace those in
+    tensors that are computed with, instead of the base's. processor: settings that replace those in
     preprocessor_config.json, where training used others.
     Raises `UserError` where the base's own files are gone.
     """

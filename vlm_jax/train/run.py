@@ -17,7 +17,7 @@ from vlm_jax.hub.load import load, open_tensors, resolve, tensor_files
 from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
-from vlm_jax.lora import add_lora, is_lora, saved_modules, target_kernels
+from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import make_mesh, shard_params
 from vlm_jax.train.checkpoint import Checkpoints, base_identity, file_identity
@@ -30,7 +30,8 @@ from vlm_jax.vocabulary import add_tokens, is_added
 # Config keys of data that decide which batches come.
 DATA_KEYS = (
     *("max_seq_length", "image_resolution", "min_pixels", "max_pixels", "max_shapes"),
-    *("train_split", "shuffle", "train_on", "on_bad_example"),
+    # Not on_bad_example: up to a bad example that stops a run, "skip" gives the same batches.
+    *("train_split", "shuffle", "train_on"),
 )
 
 
@@ -108,7 +109,8 @@ def adapt_base(
         "projector_lr_scale": m.projector_lr_scale,
     }
     alpha = int(adapt.alpha) if adapt.alpha == int(adapt.alpha) else adapt.alpha
-    lora = LoRA(adapt.r, alpha, adapt.dropout, adapt.target_modules, rslora=adapt.use_rslora)
+    targets = adapt.target_modules or PRESETS["llama"]
+    lora = LoRA(adapt.r, alpha, adapt.dropout, targets, rslora=adapt.use_rslora)
     kernels = adapted
     if adapt.enabled and not adapted:
         kernels = target_kernels(model, params, lora)
@@ -171,7 +173,7 @@ def _continue_lora(
                 f"config's lora section says {getattr(lora, name)}. Set the adapter's own value."
             )
     asked = config.lora.target_modules
-    if asked != configs.get_config().lora.target_modules:
+    if asked is not None:
         wanted = set(target_kernels(model, params, lora))
         differ = sorted(wanted ^ set(adapted))
         if differ:
