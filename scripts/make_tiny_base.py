@@ -2,8 +2,8 @@
 
     python scripts/make_tiny_base.py --out assets/qwen2_vl_tiny_scenes
 
-It takes 65 to 80 minutes on two CPU cores, as estimated from the time of its steps. Interrupted, the
-same command goes on where it stopped.
+It takes 65 to 80 minutes on two CPU cores, as estimated from the time of its steps. Interrupted,
+the same command goes on where it stopped.
 """
 
 from __future__ import annotations
