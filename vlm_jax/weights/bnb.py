@@ -1,0 +1,158 @@
+"""The tensors that bitsandbytes stores a 4-bit weight in: written, read, and checked.
+
+Beside `weight`, uint8 [bytes, 1], there are `weight.absmax`, `weight.quant_map`, of double
+quantization `weight.nested_absmax` and `weight.nested_quant_map`, and a JSON text as uint8,
+`weight.quant_state.bitsandbytes__nf4`.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.weights import FORMATS, dynamic8
+from vlm_jax.weights.fourbit import BLOCKS, FourBit
+from vlm_jax.weights.packing import Flat, flatten_layer, from_bytes, to_bytes
+
+STATE = ".quant_state.bitsandbytes__"
+# Suffixes of a weight's name; the state's ends in the format's name.
+SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Stored(NamedTuple):
+    """A weight [out, in] as it was read, and what else a leaf keeps of it."""
+
+    flat: Flat
+    format: type[FourBit]
+    block: int
+    dtype: str
+
+    @property
+    def kind(self) -> tuple[str, bool, int, str]:
+        """What all layers of a stack must share."""
+        return self.format.NAME, self.flat.nested is not None, self.block, self.dtype
+
+
+def weight_of(name: str) -> str | None:
+    """Return the weight's name that a tensor beside it belongs to, or None for any other."""
+    for suffix in SUFFIXES:
+        if name.endswith(f".weight{suffix}"):
+            return name.removesuffix(suffix)
+    stem, found, _ = name.partition(STATE)
+    return stem if found else None
+
+
+def to_bnb(leaf: FourBit, layer: int | None = None) -> dict[str, Any]:
+    """Return bitsandbytes' arrays and settings of a leaf, or of one layer of a stacked one.
+
+    weight: uint8 [ceil(n / 2), 1] of the weight [out, in]; absmax: float32, or uint8 with
+    nested_absmax float32 and offset float32 []; quant_map, nested_quant_map: float32 [16] and
+    [256]; quant_type, blocksize, dtype, shape and nested_blocksize as in its `QuantState`.
+    """
+    if leaf.ndim != (2 if layer is None else 3):
+        raise ValueError(f"The leaf is {list(leaf.shape)}: give a layer for a stacked one only.")
+    flat = flatten_layer(leaf, layer)
+    inputs, outputs = leaf.shape[-2:]
+    arrays: dict[str, Any] = {
+        "weight": to_bytes(flat.codes, leaf.PADDING),
+        "absmax": np.ascontiguousarray(flat.absmax),
+        "quant_map": np.asarray(leaf.VALUES, np.float32),
+        "quant_type": leaf.NAME,
+        "blocksize": leaf.block,
+        "dtype": leaf.dtype,
+        "shape": (outputs, inputs),
+    }
+    if flat.nested is not None:
+        arrays |= {
+            "nested_absmax": flat.nested,
+            "nested_quant_map": dynamic8.values(),
+            "nested_blocksize": dynamic8.BLOCK,
+            "nested_dtype": "float32",
+            "offset": flat.offset,
+        }
+    return arrays
+
+
+def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]:
+    """Return {suffix of the weight's name: tensor} as bitsandbytes saves them."""
+    arrays = to_bnb(leaf, layer)
+    tensors = {"": arrays.pop("weight")}
+    for suffix in SUFFIXES:
+        if suffix[1:] in arrays:
+            tensors[suffix] = arrays.pop(suffix[1:])
+    if "offset" in arrays:
+        arrays["nested_offset"] = float(arrays.pop("offset"))
+    text = json.dumps({**arrays, "shape": list(arrays["shape"])})
+    tensors[STATE + leaf.NAME] = np.frombuffer(text.encode(), np.uint8)
+    return tensors
+
+
+def from_tensors(
+    tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name: str
+) -> Stored:
+    """Return the stored weight of {suffix: tensor}, codes unchanged.
+
+    shape: [out, in], or what the checkpoint's config makes of it. name: of the weight, for errors.
+    Raises `UserError` for a tensor that is missing, has another length than the weight needs, or
+    holds what this library does not know.
+    """
+
+    def refuse(what: str) -> UserError:
+        return UserError(
+            f"The 4-bit tensor '{name}' cannot be read: {what} The checkpoint is damaged or was "
+            f"written by another version of bitsandbytes: fetch it again, or take it in 16 bits."
+        )
+
+    keys = [suffix for suffix in tensors if suffix.startswith(STATE)]
+    if len(keys) != 1:
+        raise refuse(f"it has {len(keys)} tensors '{name}{STATE}...', expected one.")
+    try:
+        state = json.loads(bytes(np.asarray(tensors[keys[0]], np.uint8)))
+        kind, block, dtype = state["quant_type"], state["blocksize"], state["dtype"]
+        stated = tuple(state["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refuse(f"'{name}{keys[0]}' holds no settings ({error}).") from error
+    if kind not in FORMATS:
+        raise refuse(f"its quant_type is {kind!r}; known are {', '.join(FORMATS)}.")
+    if block not in BLOCKS:
+        raise refuse(f"its blocksize is {block!r}; known are {', '.join(map(str, BLOCKS))}.")
+    if dtype not in DTYPES:
+        raise refuse(f"its dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
+    count = math.prod(shape)
+    if math.prod(stated) != count or (len(shape) == 2 and stated != tuple(shape)):
+        raise refuse(f"it stands for {list(stated)} values, but config.json asks for {list(shape)}.")
+    format, blocks = FORMATS[kind], -(-count // block)
+    double = ".nested_absmax" in tensors
+    lengths = {"": -(-count // 2), ".absmax": blocks, ".quant_map": 16}
+    types = {"": np.uint8, ".absmax": np.uint8 if double else np.float32, ".quant_map": np.float32}
+    if double:
+        lengths |= {".nested_absmax": -(-blocks // dynamic8.BLOCK), ".nested_quant_map": 256}
+        types |= {".nested_absmax": np.float32, ".nested_quant_map": np.float32}
+    for suffix, length in lengths.items():
+        if suffix not in tensors:
+            raise refuse(f"'{name}{suffix}' is missing.")
+        found = tensors[suffix]
+        if found.size != length or found.dtype != types[suffix]:
+            raise refuse(
+                f"'{name}{suffix}' holds {found.size} values of {found.dtype}; a weight of "
+                f"{list(shape)} in blocks of {block} needs {length} of "
+                f"{np.dtype(types[suffix]).name}."
+            )
+    maps = {".quant_map": np.asarray(format.VALUES, np.float32)}
+    if double:
+        maps[".nested_quant_map"] = dynamic8.values()
+        if state.get("nested_blocksize") != dynamic8.BLOCK:
+            raise refuse(f"its nested_blocksize is {state.get('nested_blocksize')!r}, not 256.")
+    for suffix, known in maps.items():
+        if not np.allclose(tensors[suffix], known, rtol=0, atol=1e-6):
+            raise refuse(f"'{name}{suffix}' is not the map of {kind}.")
+    nested = offset = None
+    if double:
+        nested = tensors[".nested_absmax"].reshape(-1)
+        offset = np.asarray(state["nested_offset"], np.float32)
+    codes = from_bytes(tensors[""], count)
+    return Stored(Flat(codes, tensors[".absmax"].reshape(-1), nested, offset), format, block, dtype)

@@ -1,0 +1,140 @@
+"""Block-wise 4-bit weights: how they lie in memory, how they are made, and how they are read.
+
+QLoRA, https://arxiv.org/abs/2305.14314, section 3, in bitsandbytes' format, bit for bit. A kernel
+[in, out] is bitsandbytes' weight [out, in]; runs of `block` values along that weight, flattened by
+rows, share one scale, the largest magnitude among them. Double quantization stores the scales less
+their mean as 8-bit dynamic codes, of which 256 share a scale in turn.
+
+In memory codes are uint4 [in, out], which needs no unpacking. Where `block` divides `in`, a block
+lies along one column and scales are [in / block, out]; otherwise blocks run over the ends of
+columns and scales are flat. Stacked layers lead with the layer axis in every array.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from vlm_jax.weights import dynamic8
+from vlm_jax.weights.decode import decode
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes knows
+
+Format = TypeVar("Format", bound="type[FourBit]")
+
+
+@dataclasses.dataclass(frozen=True)
+class FourBit:
+    """A kernel [in, out] in 4-bit codes, or one a layer [L, in, out]; a pytree.
+
+    codes: uint4 [in, out]. absmax: float32, or uint8 where doubly quantized: [in / block, out],
+    or [ceil(in * out / block)] where block does not divide `in`. nested: float32
+    [ceil(blocks / 256)] and offset: float32 [] of double quantization, else None.
+    dtype: what was quantized, and what bitsandbytes decodes to. used: how codes and scales lie on
+    a mesh while the kernel is decoded (gathered from the devices that share one copy), or None.
+    """
+
+    VALUES: ClassVar[tuple[float, ...]]  # of the 16 codes
+    NAME: ClassVar[str]  # bitsandbytes' quant_type
+    PADDING: ClassVar[int]  # the code that fills the last byte
+
+    codes: Any
+    absmax: Any
+    nested: Any = None
+    offset: Any = None
+    block: int = 64
+    dtype: str = "float32"
+    used: tuple[NamedSharding, NamedSharding] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.codes.shape)
+
+    @property
+    def double(self) -> bool:
+        return self.nested is not None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether no block runs over the end of a column."""
+        return self.shape[-2] % self.block == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, two codes to a byte."""
+        rest = [leaf for leaf in (self.absmax, self.nested, self.offset) if leaf is not None]
+        size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in rest)
+        return (math.prod(self.shape) + 1) // 2 + size
+
+    def scales(self) -> jax.Array:
+        """Return the float32 scales of one layer, in the shape of `absmax`."""
+        if not self.double:
+            return self.absmax
+        table = jnp.asarray(dynamic8.values())
+        code = table.at[self.absmax.astype(jnp.int32)].get(mode="promise_in_bounds")
+        product = code * self._nested_scales()
+        # Compilers would join the product and the sum into one operation with one rounding, which
+        # is not what bitsandbytes gives. A select between the two keeps them apart.
+        product = jnp.where(jnp.isnan(product), jnp.float32(jnp.nan), product)
+        return product + self.offset
+
+    def _nested_scales(self) -> jax.Array:
+        """Return the scale of each 8-bit code, in a shape that meets `absmax`."""
+        blocks = math.prod(self.absmax.shape)
+        if not self.aligned:
+            return jnp.repeat(self.nested, dynamic8.BLOCK, total_repeat_length=blocks)
+        # Column o holds the flat blocks [o * rows, (o + 1) * rows): the runs of 256 that it meets
+        # are few, so a row of `out` values for each of them, and a select, do without a gather
+        # of every scale.
+        rows, columns = self.absmax.shape
+        first = jnp.arange(columns, dtype=jnp.int32) * rows
+        run = (first % dynamic8.BLOCK)[None, :] + jnp.arange(rows, dtype=jnp.int32)[:, None]
+        run = run // dynamic8.BLOCK  # [rows, out]: which of the column's runs
+        start = first // dynamic8.BLOCK
+        scales = jnp.zeros((rows, columns), jnp.float32)
+        for i in range((rows + dynamic8.BLOCK - 2) // dynamic8.BLOCK + 1):
+            row = self.nested.at[start + i].get(mode="clip")
+            scales = jnp.where(run == i, row[None, :], scales)
+        return scales
+
+    def dense(self, dtype: Any) -> jax.Array:
+        """Return the kernel: float32 code times float32 scale, rounded to `dtype`."""
+        if self.ndim > 2:
+            layers = jax.tree.map(lambda leaf: leaf, self)
+            return jax.vmap(lambda layer: layer.dense(dtype))(layers)
+        leaf = self if self.used is None else self._gathered(self.used)
+        inputs, outputs = leaf.shape
+        scales = leaf.scales()
+        if leaf.aligned:
+            rows = inputs // leaf.block
+            scales = jnp.broadcast_to(scales[:, None, :], (rows, leaf.block, outputs))
+            scales = scales.reshape(inputs, outputs)
+        else:
+            first = jnp.arange(outputs, dtype=jnp.int32) * inputs
+            place = first[None, :] + jnp.arange(inputs, dtype=jnp.int32)[:, None]
+            scales = scales.at[place // leaf.block].get(mode="promise_in_bounds")
+        return (decode(leaf.codes, leaf.VALUES) * scales).astype(dtype)
+
+    def _gathered(self, used: tuple[NamedSharding, NamedSharding]) -> "FourBit":
+        # The barrier keeps the compiler from decoding first and moving 16-bit weights.
+        constrain = jax.lax.with_sharding_constraint
+        pair = constrain(self.codes, used[0]), constrain(self.absmax, used[1])
+        codes, absmax = jax.lax.optimization_barrier(pair)
+        return dataclasses.replace(self, codes=codes, absmax=absmax, used=None)
+
+
+def register(format: Format) -> Format:
+    """Make a format a pytree; used as a decorator."""
+    jax.tree_util.register_dataclass(
+        format,
+        data_fields=["codes", "absmax", "nested", "offset"],
+        meta_fields=["block", "dtype", "used"],
+    )
+    return format

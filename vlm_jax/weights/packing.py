@@ -1,0 +1,94 @@
+"""4-bit leaves from and to bitsandbytes' arrays: other axis order, two codes a byte, flat scales."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.weights.fourbit import FourBit
+
+
+class Flat(NamedTuple):
+    """A weight [out, in] as bitsandbytes has it, flattened by rows, before packing.
+
+    codes: uint8 [out * in], one a byte. absmax: float32, or uint8 codes [blocks]. nested: float32
+    and offset: float32 [] of double quantization, or None.
+    """
+
+    codes: np.ndarray
+    absmax: np.ndarray
+    nested: np.ndarray | None
+    offset: np.ndarray | None
+
+
+class Packed(NamedTuple):
+    """One layer of a leaf on the host, in the order of our memory.
+
+    codes: uint8 [in, out / 2], the code of the even column in the low bits, or [in, out], one a
+    byte, where `out` is odd. The rest as in `FourBit`.
+    """
+
+    codes: np.ndarray
+    absmax: np.ndarray
+    nested: np.ndarray | None
+    offset: np.ndarray | None
+
+
+def host_device() -> Any:
+    """Return the device that the host computes on."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # started for an accelerator alone
+        return jax.local_devices()[0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _columns(codes: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    inputs, outputs = shape
+    codes = codes.reshape(outputs, inputs).T
+    return codes if outputs % 2 else codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
+def pack(flat: Flat, shape: tuple[int, int], block: int) -> Packed:
+    """Return the arrays of one layer whose kernel has this shape, [in, out]."""
+    inputs, outputs = shape
+    with jax.default_device(host_device()):
+        codes = np.asarray(_columns(flat.codes, shape))
+    absmax = flat.absmax
+    if inputs % block == 0:
+        absmax = np.ascontiguousarray(absmax.reshape(outputs, inputs // block).T)
+    return Packed(codes, absmax, flat.nested, flat.offset)
+
+
+def unpack_codes(codes: jax.Array, outputs: int) -> jax.Array:
+    """Return uint4 [..., in, out] of `Packed.codes`."""
+    if codes.shape[-1] == outputs:
+        return codes.astype(jnp.uint4)
+    return jax.lax.bitcast_convert_type(codes, jnp.uint4).reshape(*codes.shape[:-1], outputs)
+
+
+def flatten_layer(leaf: FourBit, layer: int | None = None) -> Flat:
+    """Return bitsandbytes' arrays of a leaf, or of one layer of it, on the host."""
+    arrays = (leaf.codes, leaf.absmax, leaf.nested, leaf.offset)
+    if layer is not None:
+        arrays = tuple(None if array is None else array[layer] for array in arrays)
+    codes, absmax, nested, offset = jax.device_get(arrays)
+    if leaf.aligned:
+        absmax = absmax.T
+    return Flat(codes.astype(np.uint8).T.reshape(-1), absmax.reshape(-1), nested, offset)
+
+
+def to_bytes(codes: np.ndarray, padding: int) -> np.ndarray:
+    """Return uint8 [ceil(n / 2), 1]: bitsandbytes' bytes, the first code in the high bits."""
+    if codes.size % 2:
+        codes = np.append(codes, np.uint8(padding))
+    pairs = codes.reshape(-1, 2)
+    return (pairs[:, :1] << 4) | pairs[:, 1:]
+
+
+def from_bytes(data: np.ndarray, count: int) -> np.ndarray:
+    """Return the uint8 [count] codes in bitsandbytes' bytes."""
+    data = data.reshape(-1)
+    return np.stack([data >> 4, data & 15], axis=-1).reshape(-1)[:count]

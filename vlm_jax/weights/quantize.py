@@ -1,0 +1,148 @@
+"""Kernels made 4-bit, exactly as bitsandbytes does on the CPU, and on the device under `jit`."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.weights import dynamic8
+from vlm_jax.weights.fourbit import BLOCKS, FourBit
+from vlm_jax.weights.packing import Flat, host_device, pack, unpack_codes
+
+SMALLEST = np.float32(1e-38)  # bitsandbytes' lower bound of a scale that it divides by
+# Scales that XLA computes with exactly: it flushes subnormal numbers, and 1 / scale must not be one.
+ORDINARY = (np.float32(1e-30), np.float32(1e37))
+CHUNK = 1 << 22  # values that the exact path takes at a time
+
+
+def quantize(
+    format: type[FourBit], kernel: Any, block: int = 64, double: bool = True, name: str = "a kernel"
+) -> FourBit:
+    """Return a kernel [in, out], or [L, in, out], in 4-bit codes.
+
+    numpy arrays, and JAX's on the CPU, are quantized to bitsandbytes' very bits. Under `jit` and on
+    accelerators it happens on the device; there subnormal numbers count as zero and nothing is
+    refused. Raises `UserError` for inf or NaN, a block size that bitsandbytes does not know, and
+    what is no matrix of floats, naming `name`.
+    """
+    if isinstance(kernel, FourBit):
+        raise UserError(f"{name} is quantized already, as {kernel.NAME}; dequantize it first.")
+    check(kernel.shape[-2:], block, kernel.dtype, name)
+    if kernel.ndim == 3:
+        layers = [
+            quantize(format, layer, block, double, f"{name}, layer {i},")
+            for i, layer in enumerate(kernel)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    if isinstance(kernel, jax.core.Tracer) or (
+        isinstance(kernel, jax.Array) and any(d.platform != "cpu" for d in kernel.devices())
+    ):
+        return _quantize_on_device(format, kernel, block, double)
+    weight = np.ascontiguousarray(np.asarray(kernel).T)
+    packed = pack(encode(format, weight, block, double, name), kernel.shape, block)
+    codes = unpack_codes(jnp.asarray(packed.codes), kernel.shape[1])
+    rest = (None if array is None else jnp.asarray(array) for array in packed[1:])
+    return format(codes, *rest, block=block, dtype=jnp.dtype(kernel.dtype).name)
+
+
+def check(shape: tuple[int, ...], block: int, dtype: Any, name: str) -> None:
+    """Raise `UserError` for what cannot be quantized."""
+    if block not in BLOCKS:
+        raise UserError(
+            f"{name} is to be quantized in blocks of {block}, which bitsandbytes does not know. "
+            f"Take one of {', '.join(map(str, BLOCKS))}; 64 is the usual one."
+        )
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"{name} has the shape {list(shape)}; only matrices are quantized.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"{name} is of type {jnp.dtype(dtype).name}; only floats are quantized.")
+
+
+def encode(format: type[FourBit], weight: np.ndarray, block: int, double: bool, name: str) -> Flat:
+    """Return bitsandbytes' arrays of a weight [out, in]; see `quantize` for errors."""
+    codes, absmax = _encode_exactly(format, weight, block, name)
+    if not double:
+        return Flat(codes, absmax, None, None)
+    # bitsandbytes' offset is torch's mean in float32, whose last bit moves with its threads.
+    offset = np.asarray(absmax.mean(dtype=np.float64), np.float32)
+    codes8, nested = dynamic8.quantize(absmax - offset)
+    return Flat(codes, codes8, nested, offset)
+
+
+def _code(format: type[FourBit], x: Any) -> Any:
+    """Return uint8 codes of x in [-1, 1]: the nearest value, a tie to the lower one."""
+    table = np.asarray(format.VALUES, np.float32)
+    order = np.argsort(table, kind="stable").astype(np.uint8)
+    bounds = (table[order[:-1]] + table[order[1:]]) / np.float32(2)
+    above = sum((x > bound).astype(np.uint8) for bound in bounds)
+    if (order == np.arange(16)).all():
+        return above
+    return jnp.asarray(order)[above] if isinstance(x, jax.Array) else order[above]
+
+
+def _encode(format: type[FourBit], weight: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Return (codes uint8 [n], absmax float32 [ceil(n / block)]) of a weight, flattened."""
+    x = weight.astype(jnp.float32).reshape(-1)
+    whole = x.size // block * block
+    blocks = x[:whole].reshape(-1, block)
+    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    inverse = jnp.where(absmax > 0, 1 / absmax, 0)
+    scaled = jnp.clip(blocks * inverse[:, None], -1, 1).reshape(-1)
+    if whole < x.size:  # a shorter last block divides
+        last = jnp.maximum(jnp.max(jnp.abs(x[whole:])), jnp.finfo(jnp.float32).tiny)
+        scaled = jnp.concatenate([scaled, jnp.clip(x[whole:] / last, -1, 1)])
+        absmax = jnp.concatenate([absmax, last[None]])
+    return _code(format, scaled), absmax
+
+
+_encode_compiled = jax.jit(_encode, static_argnums=(0, 2))
+
+
+def _encode_exactly(
+    format: type[FourBit], weight: np.ndarray, block: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `_encode`'s arrays; blocks whose scale is not ordinary are made again in numpy."""
+    with jax.default_device(host_device()):
+        codes, absmax = map(np.asarray, _encode_compiled(format, weight, block))
+    low, high = ORDINARY
+    odd = ~((absmax >= low) & (absmax <= high))
+    odd[-1:] |= codes.size % block > 0
+    places = np.flatnonzero(odd)
+    if not places.size:
+        return codes, absmax
+    codes, absmax, flat = codes.copy(), absmax.copy(), weight.reshape(-1)
+    for some in np.array_split(places, -(-places.size * block // CHUNK)):
+        where = some[:, None] * block + np.arange(block)
+        inside = where < codes.size
+        x = np.where(inside, flat[np.minimum(where, codes.size - 1)].astype(np.float32), 0)
+        if not np.isfinite(x).all():
+            raise UserError(
+                f"{name} holds inf or NaN, for which there is no 4-bit code. The checkpoint is "
+                f"damaged, or its training diverged: mend it, or keep this tensor as it is by the "
+                f"quantization table."
+            )
+        largest = np.abs(x).max(1)
+        safe = np.maximum(largest, SMALLEST)[:, None]
+        shorter = ~inside.all(1)
+        scaled = np.where(shorter[:, None], x / safe, x * (np.float32(1) / safe))
+        codes[where[inside]] = _code(format, np.clip(scaled, -1, 1))[inside]
+        absmax[some] = np.where(shorter, safe[:, 0], largest)
+    return codes, absmax
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _quantize_on_device(format: type[FourBit], kernel: jax.Array, block: int, double: bool):
+    inputs, outputs = kernel.shape
+    codes, absmax = _encode(format, kernel.T, block)
+    nested = offset = None
+    if double:
+        offset = jnp.mean(absmax)
+        absmax, nested = dynamic8.quantize_on_device(absmax - offset)
+    if inputs % block == 0:
+        absmax = absmax.reshape(outputs, inputs // block).T
+    codes = codes.reshape(outputs, inputs).T.astype(jnp.uint4)
+    dtype = jnp.dtype(kernel.dtype).name
+    return format(codes, absmax, nested, offset, block=block, dtype=dtype)
