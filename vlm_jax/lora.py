@@ -21,6 +21,8 @@ from vlm_jax.names import (
 )
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
+from vlm_jax.weights import FourBit, dense
+from vlm_jax.weights.quantize import quantize
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -273,10 +275,13 @@ def add_lora(
     return dataclasses.replace(model, lora=lora), unflatten(flat)
 
 
-def merge(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
+def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> dict[str, Any]:
     """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
 
-    The sum is formed in float32 and stored in the kernel's dtype. The old tree is untouched.
+    The sum is formed in float32 and stored in the kernel's dtype. A quantized kernel is decoded and
+    becomes dense in the model's dtype; requantize: it becomes a quantized one of the same format
+    again, which rounds most of a small update away (`requantization_error` measures it). The old
+    tree is untouched. Raises `UserError` for matrices that were made for another shape.
     """
     flat = flatten(params)
     merged = {path: leaf for path, leaf in flat.items() if not is_lora(path)}
@@ -284,13 +289,54 @@ def merge(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
         if not path.endswith("/lora_A"):
             continue
         base = path.rsplit("/", 1)[0]
-        a, b, kernel = flat[path], flat[f"{base}/lora_B"], flat[f"{base}/kernel"]
-        assert model.lora is not None
-        scale = model.lora.scale.scale(a.shape[-1])
-        update = jnp.matmul(
-            a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
-        merged[f"{base}/kernel"] = (kernel.astype(jnp.float32) + scale * update).astype(
-            kernel.dtype
-        )
+        kernel = flat[f"{base}/kernel"]
+        summed: Any = _merged(model, base, kernel, flat[path], flat[f"{base}/lora_B"])
+        if not isinstance(kernel, FourBit):
+            summed = summed.astype(kernel.dtype)
+        elif requantize:
+            name = f"The merged kernel '{base}'"
+            summed = quantize(type(kernel), summed, kernel.block, kernel.double, name)
+            summed = dataclasses.replace(summed, dtype=kernel.dtype)
+        else:
+            summed = summed.astype(model.dtype)
+        merged[f"{base}/kernel"] = summed
     return unflatten(merged)
+
+
+def _merged(model: Model, base: str, kernel: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the float32 sum of a kernel and its adapter."""
+    assert model.lora is not None
+    *layers, inputs, outputs = kernel.shape
+    rank = a.shape[-1]
+    if a.shape != (*layers, inputs, rank) or b.shape != (*layers, rank, outputs):
+        raise UserError(
+            f"The LoRA matrices of '{base}' are {list(a.shape)} and {list(b.shape)}, made for "
+            f"another shape than its kernel's, {list(kernel.shape)}. Take the adapter that was "
+            f"trained on this base."
+        )
+    update = jnp.matmul(
+        a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return dense(kernel, jnp.float32) + model.lora.scale.scale(rank) * update
+
+
+def requantization_error(
+    model: Model, params: Mapping[str, Any], merged: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Return how far kernels that were merged and quantized again lie from the exact sums.
+
+    The first is the error's norm over the norm of the weights, the second over that of the
+    updates: at 1 as much is lost as was learned.
+    """
+    flat, again = flatten(params), flatten(merged)
+    error = weight = update = 0.0
+    for path in flat:
+        if path.endswith("/lora_A"):
+            base = path.rsplit("/", 1)[0]
+            kernel = flat[f"{base}/kernel"]
+            exact = _merged(model, base, kernel, flat[path], flat[f"{base}/lora_B"])
+            error += float(jnp.sum((dense(again[f"{base}/kernel"], jnp.float32) - exact) ** 2))
+            weight += float(jnp.sum(exact**2))
+            update += float(jnp.sum((exact - dense(kernel, jnp.float32)) ** 2))
+    root = math.sqrt
+    return root(error / max(weight, 1e-30)), root(error / max(update, 1e-30))

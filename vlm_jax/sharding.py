@@ -4,6 +4,7 @@ Logical axes of a matrix: "embed" is the model width, "wide" whatever fans out o
 MLP's hidden width), "vocab" the vocabulary. Rows of a batch spread over data x fsdp.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.trees import flatten, match, unflatten
+from vlm_jax.weights import FourBit
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -73,27 +75,74 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
 
 
 def param_shardings(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Return a tree of `NamedSharding` for a tree of arrays or shapes.
+    """Return a tree of `NamedSharding` for a tree of arrays or shapes; a quantized leaf of them.
 
     A leading layer axis is never sharded. A dimension that its mesh axis does not divide is
     replicated on that axis. A leaf that no row of the family's table matches raises.
     """
     flat = flatten(params)
-    shardings = {}
-    for path, axes in _logical_axes(model, flat).items():
-        shape = flat[path].shape
-        names = (None,) * (len(shape) - len(axes)) + tuple(RULES[axis] for axis in axes)
-        spec = [
+    return unflatten(
+        {
+            path: _sharding(flat[path], tuple(RULES[axis] for axis in axes), mesh)
+            for path, axes in _logical_axes(model, flat).items()
+        }
+    )
+
+
+def _spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+    """Return how the last dimensions spread over these mesh axes, where they divide."""
+    names = (None,) * (len(shape) - len(names)) + names
+    return PartitionSpec(
+        *(
             name if name is not None and size % mesh.shape[name] == 0 else None
             for size, name in zip(shape, names, strict=True)
-        ]
-        shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
-    return unflatten(shardings)
+        )
+    )
+
+
+def _sharding(leaf: Any, names: tuple[str | None, ...], mesh: Mesh) -> Any:
+    """Return a `NamedSharding`, or for a quantized leaf a leaf of them.
+
+    Scales lie as their codes do, where they divide; otherwise they are replicated on that axis,
+    as nested scales and scales of blocks that run over columns always are.
+    """
+    if not isinstance(leaf, FourBit):
+        return NamedSharding(mesh, _spec(leaf.shape, names, mesh))
+
+    def place(shape: tuple[int, ...], names: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(mesh, _spec(shape, names, mesh))
+
+    scales = names if leaf.aligned else ()
+    whole = NamedSharding(mesh, PartitionSpec())
+    used = None
+    if mesh.shape["fsdp"] > 1:  # while it is decoded, a kernel is split by the tensor axis alone
+        kept = tuple(None if name == "fsdp" else name for name in names)
+        one = leaf.absmax.shape[-2:] if leaf.aligned else leaf.absmax.shape[-1:]
+        used = (place(leaf.shape[-2:], kept), place(one, kept if leaf.aligned else ()))
+    return dataclasses.replace(
+        leaf,
+        codes=place(leaf.shape, names),
+        absmax=place(leaf.absmax.shape, scales),
+        nested=whole if leaf.double else None,
+        offset=whole if leaf.double else None,
+        used=used,
+    )
+
+
+def on_mesh(leaf: Any, sharding: Any) -> Any:
+    """Return a leaf, of arrays or shapes, as its sharding's: it then knows how it is used."""
+    return dataclasses.replace(leaf, used=sharding.used) if isinstance(leaf, FourBit) else leaf
 
 
 def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the tree with every leaf placed on its shards."""
-    return jax.device_put(dict(params), param_shardings(model, params, mesh))
+    shardings = flatten(param_shardings(model, params, mesh))
+    return unflatten(
+        {
+            path: jax.device_put(on_mesh(leaf, shardings[path]), shardings[path])
+            for path, leaf in flatten(params).items()
+        }
+    )
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.hub.load import open_tensors
+from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.model import Model
 from vlm_jax.names import current_name
 

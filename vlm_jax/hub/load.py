@@ -1,18 +1,19 @@
 """Reads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
+from vlm_jax.hub.leaves import SAFETENSORS, Tensor, read_leaf
+from vlm_jax.hub.tensors import dtypes, read_json, read_tensor, tensor_files
 from vlm_jax.model import Model, Source, from_config
-from vlm_jax.names import Place, current_name, disk_places, to_tree
-from vlm_jax.trees import flatten, match, unflatten
+from vlm_jax.names import Place, current_name, disk_places
+from vlm_jax.quantization import storages
+from vlm_jax.trees import Table, flatten, match, unflatten
+from vlm_jax.weights import bnb
 
 # What a run needs of a hub repository; never its pickles or other frameworks' weights.
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -46,76 +47,6 @@ def resolve(path_or_repo_id: str, revision: str | None = None, token: str | None
     return Path(found)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file; raise `UserError` where it is missing or no JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"There is no file '{path}'. A checkpoint directory needs it.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"'{path}' is not valid JSON: line {error.lineno}, {error.msg}.") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"'{path}' cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"'{path}' holds a JSON {type(value).__name__}; expected an object.")
-    return value
-
-
-def tensor_files(directory: Path) -> dict[str, str]:
-    """Return {tensor name: file name} of a checkpoint of one file or a sharded index."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-            raise UserError(
-                f"'{index}' is no index of safetensors files: expected 'weight_map' to be an "
-                f"object of tensor names and the files they are in. Fetch it again, or delete it "
-                f"if there is only one file."
-            )
-        missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
-        if missing:
-            raise UserError(
-                f"'{index}' lists files that are not there: {', '.join(sorted(missing))}. The "
-                f"download is incomplete: fetch them again."
-            )
-        return dict(weight_map)
-    files = sorted(path.name for path in directory.glob("*.safetensors"))
-    files = [name for name in files if name != "adapter_model.safetensors"]
-    if not files:
-        pickles = [
-            p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)
-        ]
-        if pickles:
-            raise UserError(
-                f"'{directory}' holds only pickle weights ({', '.join(sorted(pickles)[:3])}), "
-                f"which can run code when opened and are not read. Convert them once where "
-                f'torch is installed: python -c "from transformers import AutoModelForImageTextTo'
-                f"Text as M; M.from_pretrained('{directory}').save_pretrained('converted')\""
-            )
-        raise UserError(f"'{directory}' holds no *.safetensors files; a checkpoint needs them.")
-    names: dict[str, str] = {}
-    for file in files:
-        with open_tensors(directory / file) as tensors:
-            for name in tensors.keys():
-                names[name] = file
-    return names
-
-
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value.endswith(".safetensors")
-
-
-def open_tensors(path: Path) -> Any:
-    """Return an open safetensors file; raise `UserError` where it is damaged."""
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"'{path}' could not be read as safetensors ({error}). It is damaged or incomplete: "
-            f"fetch it again."
-        ) from error
-
-
 def _check(model: Model, found: dict[str, str], places: dict[str, Place], directory: Path):
     """Return {current name: (name on disk, Place)}; raise for missing and left-over tensors."""
     named = {current_name(model, name): name for name in found}
@@ -136,15 +67,15 @@ def _check(model: Model, found: dict[str, str], places: dict[str, Place], direct
     return {name: named[name] for name in places}
 
 
-def _check_tied_head(model: Model, found: dict[str, str], handles: dict[str, Any]) -> None:
+def _check_tied_head(model: Model, found: dict[str, str], directory: Path) -> None:
     """Raise where a tied config comes with a head that differs from the embedding."""
     named = {current_name(model, name): name for name in found}
     head = named.get("lm_head.weight")
     if not model.config.text.tied or head is None:
         return
     embedding = named["model.language_model.embed_tokens.weight"]
-    tensors = [handles[found[name]].get_tensor(name) for name in (head, embedding)]
-    if not np.array_equal(*tensors):
+    one, other = (read_tensor(directory / found[name], name) for name in (head, embedding))
+    if not np.array_equal(one, other):
         raise UserError(
             f"config.json ties the head to the embedding, but '{head}' differs from "
             f"'{embedding}'. If the head was trained, set tie_word_embeddings to false in "
@@ -152,10 +83,36 @@ def _check_tied_head(model: Model, found: dict[str, str], handles: dict[str, Any
         )
 
 
+def _check_storage(
+    model: Model, files: dict[str, str], quantize: str | Table | None, directory: Path
+) -> None:
+    """Raise where weights are quantized in a way that is not read, or would be twice."""
+    config = model.hf_config.get("quantization_config")
+    stored = [name for name in map(bnb.weight_of, files) if name is not None]
+    if config:
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        four = isinstance(config, dict) and bool(config.get("load_in_4bit"))
+        if method is None and four:  # older files name no method
+            method = "bitsandbytes"
+        if method != "bitsandbytes" or not four:
+            how = "to 8 bits by 'bitsandbytes'" if method == "bitsandbytes" else f"by '{method}'"
+            raise UserError(
+                f"'{directory}' holds weights quantized {how}, which are not read; what "
+                f"bitsandbytes quantized to 4 bits is. Take the checkpoint in 16 bits."
+            )
+    if quantize is not None and (config or stored):
+        first = f", such as '{stored[0]}'" if stored else ""
+        raise UserError(
+            f"'{directory}' holds 4-bit weights already{first}, and quantize={quantize!r} asks to "
+            f"quantize again. Leave quantize out (in a config model.quantize and load_in_4bit): "
+            f"the codes are read as they are. Or take the checkpoint in 16 bits."
+        )
+
+
 def load(
     path_or_repo_id: str,
     dtype: Any = "float32",
-    quantize: str | None = None,
+    quantize: str | Table | None = None,
     mesh: Any = None,
     revision: str | None = None,
     token: str | None = None,
@@ -163,64 +120,56 @@ def load(
 ) -> tuple[Model, dict[str, Any]]:
     """Return `(model, params)` of a Hugging Face checkpoint: a directory or a hub id.
 
-    dtype: of the parameters and the computation. quantize: None. mesh: a mesh of
-    `vlm_jax.make_mesh`: each leaf is placed on its shards as it is read. revision, token: of the
-    hub. Only config.json and *.safetensors are needed. params is a nested dict of arrays named as
-    in the checkpoint, kernels [in, out], equal layers stacked on a leading axis.
+    dtype: of the parameters and the computation. quantize: None, "nf4" or "nf4-dq" (double
+    quantization; also "fp4", "fp4-dq") for the linear layers of the language model, or a table of
+    (regex, name or "dense") rows over paths. mesh: a mesh of `vlm_jax.make_mesh`: each leaf is
+    placed on its shards as it is read. revision, token: of the hub. Only config.json and
+    *.safetensors are needed; a checkpoint that bitsandbytes quantized keeps its codes. One tensor
+    is read at a time, so the dense model is never whole. params is a nested dict of arrays and
+    4-bit leaves named as in the checkpoint, kernels [in, out], equal layers stacked on a leading
+    axis.
     Raises `UserError` for whatever does not fit, naming the tensor or field.
     """
-    if quantize is not None:
-        raise UserError(f"quantize={quantize!r} is not supported; supported: None.")
     directory = resolve(str(path_or_repo_id), revision, token)
     model = from_config(read_json(directory / "config.json"), dtype, remat)
-    quantization = model.hf_config.get("quantization_config")
-    if quantization:
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown") if known else "unknown"
-        raise UserError(
-            f"'{directory}' holds weights quantized by '{method}', which are not read. Take the "
-            f"checkpoint in 16 bits."
-        )
-    found = tensor_files(directory)
-    abstract = flatten(model.abstract())
-    places = disk_places(model, {path: leaf.shape for path, leaf in abstract.items()})
+    files = tensor_files(directory)
+    _check_storage(model, files, quantize, directory)
+    # A 4-bit weight is several tensors: the others are read along with it.
+    found = {name: file for name, file in files.items() if bnb.weight_of(name) is None}
+    beside: dict[str, dict[str, str]] = {}
+    for name in files.keys() - found.keys():
+        weight = bnb.weight_of(name)
+        assert weight is not None
+        beside.setdefault(weight, {})[name.removeprefix(weight)] = name
+    wanted = storages(model, quantize)
+    shapes = flatten(model.abstract())
+    places = disk_places(model, {path: leaf.shape for path, leaf in shapes.items()})
     on_disk = _check(model, found, places, directory)
-    by_path: dict[str, list[tuple[str, Place]]] = {}
+    by_path: dict[str, list[Tensor]] = {}
     for name, place in places.items():
-        by_path.setdefault(place.path, []).append((on_disk[name], place))
+        by_path.setdefault(place.path, []).append(
+            Tensor(directory, files, on_disk[name], place, beside.get(on_disk[name], {}))
+        )
 
-    shardings: dict[str, Any] = {}
-    if mesh is not None:
-        from vlm_jax.sharding import param_shardings
-
-        shardings = flatten(param_shardings(model, unflatten(abstract), mesh))
-    handles = {file: open_tensors(directory / file) for file in sorted(set(found.values()))}
-    dtypes: dict[str, str] = {}
+    _check_tied_head(model, found, directory)
+    kinds: dict[str, str] = {}
+    for file in sorted(set(files.values())):
+        kinds |= dtypes(directory / file)
     params: dict[str, Any] = {}
     for path, tensors in by_path.items():
-        shape = abstract[path].shape
-        leaf = np.empty(shape, jnp.dtype(dtype))
-        for name, place in tensors:
-            try:
-                tensor = handles[found[name]].get_tensor(name)
-            except SafetensorError as error:
-                raise UserError(
-                    f"'{directory / found[name]}' lacks the tensor '{name}' that the index names: "
-                    f"the files belong to different checkpoints ({error})."
-                ) from error
-            if tensor.shape != place.shape:
-                raise UserError(
-                    f"The tensor '{name}' in '{directory / found[name]}' has the shape "
-                    f"{list(tensor.shape)}; config.json asks for {list(place.shape)}."
-                )
-            leaf[... if place.layer is None else place.layer] = to_tree(path, tensor)
-        params[path] = jax.device_put(leaf, shardings.get(path))
-    _check_tied_head(model, found, handles)
-    for name, file in found.items():
-        dtypes[name] = handles[file].get_slice(name).get_dtype()
+        leaf, stored = read_leaf(path, shapes[path].shape, tensors, wanted[path], jnp.dtype(dtype))
+        sharding = None
+        if mesh is not None:
+            from vlm_jax.sharding import param_shardings
+
+            tree = unflatten({path: leaf.abstract})
+            sharding = flatten(param_shardings(model, tree, mesh))[path]
+        params[path] = leaf.place(sharding)
+        if stored is not None:
+            kinds |= {tensor.name: SAFETENSORS[stored] for tensor in tensors}
     source = Source(
         str(directory.absolute()),
-        {name: (file, dtypes[name]) for name, file in found.items()},
+        {name: (file, kinds[name]) for name, file in found.items()},
         str(path_or_repo_id),
         revision,
     )

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.hub.load import open_tensors, read_json
 from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
+from vlm_jax.hub.tensors import open_tensors, read_json
 from vlm_jax.lora import (
     PROJECTOR_NAMES,
     base_places,

@@ -12,13 +12,15 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
-from vlm_jax.hub.load import open_tensors
+from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
+from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.lora import is_lora
 from vlm_jax.lora import merge as merge_lora
 from vlm_jax.model import Model
 from vlm_jax.names import current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten
 from vlm_jax.vocabulary import fold_added
+from vlm_jax.weights import FourBit, dense
 
 # safetensors' names of dtypes.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": np.float64}
@@ -39,6 +41,7 @@ def save_pretrained(
     directory: str | Path,
     merge: bool = True,
     *,
+    quantized: bool | None = None,
     dtype: Any = None,
     processor: Mapping[str, Any] | None = None,
 ) -> None:
@@ -46,19 +49,29 @@ def save_pretrained(
 
     Tensor names, dtypes and tying are those of the base that `model` was loaded from, and its
     tokenizer, processor and generation files are copied. merge: LoRA is merged into the weights;
-    without it a tree with LoRA is refused, for a plain checkpoint cannot hold it. dtype: of all
-    tensors that are computed with, instead of the base's. processor: settings that replace those in
-    preprocessor_config.json, where training used others.
-    Raises `UserError` where the base's own files are gone.
+    without it a tree with LoRA is refused, for a plain checkpoint cannot hold it. quantized: write
+    4-bit kernels as bitsandbytes does, merged ones quantized again; False: write all of them
+    decoded. By default they stay in 4 bits unless there is LoRA to merge, of which requantizing
+    would round much away. dtype: of all tensors that are computed with, instead of the base's.
+    processor: settings that replace those in preprocessor_config.json, where training used others.
+    Raises `UserError` where the base's own files are gone, or nothing is there in 4 bits to write.
     """
     flat = flatten(params)
+    four = any(isinstance(leaf, FourBit) for leaf in flat.values())
+    if quantized and not four:
+        raise UserError(
+            "quantized=True writes kernels in 4 bits, but these parameters hold none. Load the "
+            "base with quantize='nf4-dq', or write it dense."
+        )
+    if quantized is None:
+        quantized = four and not any(is_lora(path) for path in flat)
     if any(is_lora(path) for path in flat):
         if not merge:
             raise UserError(
                 "These parameters hold LoRA matrices, which a plain checkpoint cannot. Pass "
                 "merge=True, or write an adapter with save_peft."
             )
-        flat = flatten(merge_lora(model, params))
+        flat = flatten(merge_lora(model, params, requantize=quantized))
     flat = fold_added(flat)
     places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
     source = model.source
@@ -76,7 +89,14 @@ def save_pretrained(
         if current not in places and not is_unused(model, current):
             raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
 
+    four_bit: dict[str, tuple[str, int]] = {}
+    if quantized:
+        currents = {name: current for name, (current, _) in names.items()}
+        four_bit, tensor_4bit = tensors_4bit(currents, places, flat)
+
     def tensor(name: str) -> np.ndarray:
+        if name in four_bit:
+            return tensor_4bit(name)
         current, kind = names[name]
         if current in model.unused:  # never computed with: as it is in the adapter
             return model.unused[current].astype(DTYPES.get(kind, model.unused[current].dtype))
@@ -87,7 +107,10 @@ def save_pretrained(
         place = places[current]
         target = jnp.dtype(dtype or DTYPES.get(kind, kind))
         leaf = flat[place.path]
-        leaf = leaf if place.layer is None else leaf[place.layer]
+        if isinstance(leaf, FourBit):
+            leaf = dense(leaf.layer(place.layer), jnp.float32)
+        elif place.layer is not None:
+            leaf = leaf[place.layer]
         return to_disk(place, np.asarray(jax.device_get(leaf)).astype(target))
 
     if source is not None and not Path(source.directory).is_dir():
@@ -100,9 +123,14 @@ def save_pretrained(
         if current in places:
             item = jnp.dtype(dtype or DTYPES.get(kind, kind)).itemsize
             sizes[name] = item * int(np.prod(places[current].shape))
+    sizes = {name: size for name, size in sizes.items() if name not in four_bit}
+    sizes |= {name: size for name, (_, size) in four_bit.items()}
     with whole_directory(directory) as folder:
         write_shards(folder, sizes, tensor)
         config = dict(model.hf_config)
+        config.pop("quantization_config", None)
+        if four_bit:
+            config["quantization_config"] = quantization_config(model, places, flat)
         if dtype is not None or source is None:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(
                 jnp.dtype(dtype or model.dtype)

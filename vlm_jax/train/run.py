@@ -13,10 +13,11 @@ from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import whole_directory, write_json
-from vlm_jax.hub.load import load, open_tensors, resolve, tensor_files
+from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
+from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import make_mesh, shard_params
@@ -26,6 +27,7 @@ from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.train.step import init_state
 from vlm_jax.trees import Table, flatten, join, split
 from vlm_jax.vocabulary import add_tokens, is_added
+from vlm_jax.weights import bnb
 
 # Config keys of data that decide which batches come.
 DATA_KEYS = (
@@ -227,11 +229,14 @@ def make_pipeline(
 
 
 def stored_dtype(directory: Path) -> str:
-    """Return the widest dtype of a checkpoint's tensors: loaded in it, none of them is rounded."""
-    kinds, files = set(), tensor_files(directory)
-    for file in sorted(set(files.values())):
-        with open_tensors(directory / file) as tensors:
-            kinds |= {tensors.get_slice(name).get_dtype() for name, f in files.items() if f == file}
+    """Return the widest dtype of a checkpoint's dense tensors: in it none of them is rounded."""
+    kinds: set[str] = set()
+    for file in sorted(set(tensor_files(directory).values())):
+        found = dtypes(directory / file)
+        four = {bnb.weight_of(name) for name in found}  # 4-bit weights, and None for all others
+        kinds |= {
+            k for name, k in found.items() if bnb.weight_of(name) is None and name not in four
+        }
     narrow = {"BF16": "bfloat16", "F16": "float16"}
     return narrow[kinds.pop()] if len(kinds) == 1 and kinds <= narrow.keys() else "float32"
 

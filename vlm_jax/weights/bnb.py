@@ -77,6 +77,12 @@ def to_bnb(leaf: FourBit, layer: int | None = None) -> dict[str, Any]:
     return arrays
 
 
+def suffixes(leaf: FourBit) -> list[str]:
+    """Return the suffixes of `to_tensors`."""
+    names = SUFFIXES if leaf.double else SUFFIXES[:2]
+    return ["", *names, STATE + leaf.NAME]
+
+
 def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]:
     """Return {suffix of the weight's name: tensor} as bitsandbytes saves them."""
     arrays = to_bnb(leaf, layer)
@@ -91,9 +97,7 @@ def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]
     return tensors
 
 
-def from_tensors(
-    tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name: str
-) -> Stored:
+def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name: str) -> Stored:
     """Return the stored weight of {suffix: tensor}, codes unchanged.
 
     shape: [out, in], or what the checkpoint's config makes of it. name: of the weight, for errors.
@@ -124,7 +128,9 @@ def from_tensors(
         raise refuse(f"its dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
     count = math.prod(shape)
     if math.prod(stated) != count or (len(shape) == 2 and stated != tuple(shape)):
-        raise refuse(f"it stands for {list(stated)} values, but config.json asks for {list(shape)}.")
+        raise refuse(
+            f"it stands for {list(stated)} values, but config.json asks for {list(shape)}."
+        )
     format, blocks = FORMATS[kind], -(-count // block)
     double = ".nested_absmax" in tensors
     lengths = {"": -(-count // 2), ".absmax": blocks, ".quant_map": 16}

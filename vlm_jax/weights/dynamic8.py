@@ -16,11 +16,11 @@ STEPS = 65535  # of the table that bitsandbytes looks codes up in
 
 def _linspace(first: float, last: float, count: int) -> np.ndarray:
     """Return torch.linspace in float32: from both ends to the middle, products unrounded."""
-    first, last = np.float32(first), np.float32(last)
-    step = np.float64(np.float32((last - first) / np.float32(count - 1)))
+    low, high = np.float32(first), np.float32(last)
+    step = np.float64(np.float32((high - low) / np.float32(count - 1)))
     index = np.arange(count)
-    ahead = np.float64(first) + step * index
-    back = np.float64(last) - step * (count - 1 - index)
+    ahead = np.float64(low) + step * index
+    back = np.float64(high) - step * (count - 1 - index)
     return np.where(index < count // 2, ahead, back).astype(np.float32)
 
 
@@ -32,7 +32,7 @@ def values(signed: bool = True) -> np.ndarray:
         bounds = _linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
         means = np.float32(10.0 ** (i - 6)) * ((bounds[:-1] + bounds[1:]) / np.float32(2))
         data += [means, -means] if signed else [means]
-    table = np.sort(np.concatenate([*data, np.float32([0, 1])]).astype(np.float32))
+    table = np.sort(np.concatenate([*data, np.asarray([0, 1], np.float32)]).astype(np.float32))
     assert table.shape == (256,)
     return table
 
@@ -57,7 +57,9 @@ def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     absmax = np.abs(blocks).max(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = np.clip(blocks * (np.float32(1) / absmax)[:, None], -1, 1)
-    index = np.floor((scaled + np.float32(1)) * np.float32(0.5) * np.float32(STEPS) + np.float32(0.5))
+    index = np.floor(
+        (scaled + np.float32(1)) * np.float32(0.5) * np.float32(STEPS) + np.float32(0.5)
+    )
     index = np.where(np.isnan(index), 0, index).astype(np.int64)
     return _nearest(True)[index].reshape(-1)[: len(x)], absmax
 

@@ -73,6 +73,10 @@ class FourBit:
         size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in rest)
         return (math.prod(self.shape) + 1) // 2 + size
 
+    def layer(self, index: int | None) -> "FourBit":
+        """Return one layer of a stack; of a leaf that is no stack (None), itself."""
+        return self if index is None else jax.tree.map(lambda array: array[index], self)
+
     def scales(self) -> jax.Array:
         """Return the float32 scales of one layer, in the shape of `absmax`."""
         if not self.double:
@@ -107,8 +111,7 @@ class FourBit:
     def dense(self, dtype: Any) -> jax.Array:
         """Return the kernel: float32 code times float32 scale, rounded to `dtype`."""
         if self.ndim > 2:
-            layers = jax.tree.map(lambda leaf: leaf, self)
-            return jax.vmap(lambda layer: layer.dense(dtype))(layers)
+            return jax.vmap(lambda layer: layer.dense(dtype))(self)
         leaf = self if self.used is None else self._gathered(self.used)
         inputs, outputs = leaf.shape
         scales = leaf.scales()

@@ -7,4 +7,6 @@ from vlm_jax.weights.fourbit import FourBit, register
 class FP4(FourBit):
     NAME = "fp4"
     PADDING = 0
-    VALUES = tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
+    VALUES = tuple(
+        v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
+    )

@@ -1,4 +1,4 @@
-"""4-bit leaves from and to bitsandbytes' arrays: other axis order, two codes a byte, flat scales."""
+"""4-bit leaves from and to bitsandbytes' arrays: axes in its order, codes in bytes, scales flat."""
 
 import functools
 from typing import Any, NamedTuple
@@ -71,10 +71,8 @@ def unpack_codes(codes: jax.Array, outputs: int) -> jax.Array:
 
 def flatten_layer(leaf: FourBit, layer: int | None = None) -> Flat:
     """Return bitsandbytes' arrays of a leaf, or of one layer of it, on the host."""
-    arrays = (leaf.codes, leaf.absmax, leaf.nested, leaf.offset)
-    if layer is not None:
-        arrays = tuple(None if array is None else array[layer] for array in arrays)
-    codes, absmax, nested, offset = jax.device_get(arrays)
+    one = leaf.layer(layer)
+    codes, absmax, nested, offset = jax.device_get((one.codes, one.absmax, one.nested, one.offset))
     if leaf.aligned:
         absmax = absmax.T
     return Flat(codes.astype(np.uint8).T.reshape(-1), absmax.reshape(-1), nested, offset)

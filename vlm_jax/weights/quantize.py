@@ -13,7 +13,7 @@ from vlm_jax.weights.fourbit import BLOCKS, FourBit
 from vlm_jax.weights.packing import Flat, host_device, pack, unpack_codes
 
 SMALLEST = np.float32(1e-38)  # bitsandbytes' lower bound of a scale that it divides by
-# Scales that XLA computes with exactly: it flushes subnormal numbers, and 1 / scale must not be one.
+# Scales that XLA computes with exactly: it flushes subnormal numbers, 1 / scale among them.
 ORDINARY = (np.float32(1e-30), np.float32(1e37))
 CHUNK = 1 << 22  # values that the exact path takes at a time
 
@@ -44,8 +44,9 @@ def quantize(
     weight = np.ascontiguousarray(np.asarray(kernel).T)
     packed = pack(encode(format, weight, block, double, name), kernel.shape, block)
     codes = unpack_codes(jnp.asarray(packed.codes), kernel.shape[1])
-    rest = (None if array is None else jnp.asarray(array) for array in packed[1:])
-    return format(codes, *rest, block=block, dtype=jnp.dtype(kernel.dtype).name)
+    absmax, nested, offset = (None if a is None else jnp.asarray(a) for a in packed[1:])
+    dtype = jnp.dtype(kernel.dtype).name
+    return format(codes, absmax, nested, offset, block=block, dtype=dtype)
 
 
 def check(shape: tuple[int, ...], block: int, dtype: Any, name: str) -> None:
@@ -108,8 +109,8 @@ def _encode_exactly(
     with jax.default_device(host_device()):
         codes, absmax = map(np.asarray, _encode_compiled(format, weight, block))
     low, high = ORDINARY
-    odd = ~((absmax >= low) & (absmax <= high))
-    odd[-1:] |= codes.size % block > 0
+    odd: Any = ~((absmax >= low) & (absmax <= high))
+    odd[-1] |= codes.size % block > 0
     places = np.flatnonzero(odd)
     if not places.size:
         return codes, absmax

@@ -1,0 +1,154 @@
+"""Leaves of the tree, made of tensors on disk one at a time, quantized on the way, and placed."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlm_jax.errors import UserError
+from vlm_jax.hub.tensors import read_tensor
+from vlm_jax.names import Place, to_tree
+from vlm_jax.quantization import Storage
+from vlm_jax.sharding import on_mesh
+from vlm_jax.weights import bnb
+from vlm_jax.weights.packing import Packed, pack, unpack_codes
+from vlm_jax.weights.quantize import check, encode
+
+# safetensors' names of dtypes.
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One weight of a checkpoint, whose shape on disk its place says.
+
+    beside: {suffix: name} of the further tensors of a 4-bit weight; {} for a dense one.
+    """
+
+    directory: Path
+    files: dict[str, str]
+    name: str
+    place: Place
+    beside: dict[str, str]
+
+    def read(self, name: str | None = None) -> np.ndarray:
+        name = name or self.name
+        return read_tensor(self.directory / self.files[name], name)
+
+    def dense(self) -> np.ndarray:
+        """Return the weight; raise `UserError` where its shape is another than config.json says."""
+        tensor = self.read()
+        if tensor.shape != self.place.shape:
+            raise UserError(
+                f"The tensor '{self.name}' in '{self.directory / self.files[self.name]}' has the "
+                f"shape {list(tensor.shape)}; config.json asks for {list(self.place.shape)}."
+            )
+        return tensor
+
+
+@dataclasses.dataclass
+class HostLeaf:
+    """A leaf on the host. abstract: it as shapes. arrays: dense, or `Packed` with layers first."""
+
+    abstract: Any
+    arrays: np.ndarray | Packed
+
+    def place(self, sharding: Any) -> Any:
+        """Return the leaf on its devices, and let go of the host's arrays."""
+        arrays, self.arrays = self.arrays, np.zeros(0)
+        if not isinstance(arrays, Packed):
+            return jax.device_put(arrays, sharding)
+        leaf = self.abstract
+        parts: dict[str, Any] = dict.fromkeys(("codes", "absmax", "nested", "offset"))
+        if sharding is not None:
+            leaf = on_mesh(leaf, sharding)
+            parts = {part: getattr(sharding, part) for part in parts}
+        placed: dict[str, Any] = {
+            part: None if array is None else _put(array, parts[part])
+            for part, array in arrays._asdict().items()
+        }
+        unpack = jax.jit(unpack_codes, static_argnums=1, out_shardings=parts["codes"])
+        placed["codes"] = unpack(placed["codes"], leaf.shape[-1])
+        return dataclasses.replace(leaf, **placed)
+
+
+def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+    """Return the array on its shards; bytes of two codes may divide less far than the codes."""
+    if sharding is not None:
+        try:
+            sharding.shard_shape(array.shape)
+        except ValueError:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.device_put(array, sharding)
+
+
+def read_leaf(
+    path: str,
+    shape: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    storage: Storage | None,
+    dtype: Any,
+) -> tuple[HostLeaf, str | None]:
+    """Return a leaf made of its layers' tensors, and the dtype that quantized codes stand for.
+
+    storage: how to quantize it, or None: dense in `dtype`, or with the codes that it has on disk.
+    Raises `UserError` for what does not fit, and where layers of one leaf are stored differently.
+    """
+    four = [bool(tensor.beside) for tensor in tensors]
+    if not any(four) and storage is None:
+        leaf = np.empty(shape, dtype)
+        for tensor in tensors:
+            where: Any = ... if tensor.place.layer is None else tensor.place.layer
+            leaf[where] = to_tree(path, tensor.dense())
+        return HostLeaf(jax.ShapeDtypeStruct(shape, dtype), leaf), None
+    if any(four) and not all(four):
+        raise _mixed(path, tensors[four.index(True)], "4-bit", tensors[four.index(False)], "dense")
+    if not path.endswith("/kernel"):
+        raise UserError(f"The tensor '{tensors[0].name}' is in 4 bits, but it is no linear layer.")
+    arrays: list[Any] = []
+    first: bnb.Stored | None = None
+    for tensor in tensors:
+        stored = _read_4bit(tensor) if four[0] else _quantized(tensor, storage)
+        if first is None:
+            first = stored
+        elif stored.kind != first.kind:
+            raise _mixed(path, tensors[0], str(first.kind), tensor, str(stored.kind))
+        layer = pack(stored.flat, (shape[-2], shape[-1]), stored.block)
+        if len(shape) == 2:
+            arrays = list(layer)
+            break
+        if not arrays:
+            arrays = [None if a is None else np.empty((shape[0], *a.shape), a.dtype) for a in layer]
+        for whole, part in zip(arrays, layer, strict=True):
+            if whole is not None:
+                whole[tensor.place.layer] = part
+    assert first is not None
+    kept = Storage(first.format, first.flat.nested is not None, first.block)
+    return HostLeaf(kept.abstract(shape, first.dtype), Packed(*arrays)), first.dtype
+
+
+def _quantized(tensor: Tensor, storage: Storage | None) -> bnb.Stored:
+    assert storage is not None
+    weight, name = tensor.dense(), f"The tensor '{tensor.name}'"
+    check(weight.shape, storage.block, weight.dtype, name)
+    flat = encode(storage.format, weight, storage.block, storage.double, name)
+    return bnb.Stored(flat, storage.format, storage.block, jnp.dtype(weight.dtype).name)
+
+
+def _read_4bit(tensor: Tensor) -> bnb.Stored:
+    names = {"": tensor.name, **tensor.beside}
+    parts = {suffix: tensor.read(name) for suffix, name in names.items()}
+    return bnb.from_tensors(parts, tensor.place.shape, tensor.name)
+
+
+def _mixed(path: str, one: Tensor, kind: str, other: Tensor, other_kind: str) -> UserError:
+    return UserError(
+        f"'{one.name}' is stored as {kind} and '{other.name}' as {other_kind}, but the layers of "
+        f"'{path}' are stacked and must be stored alike. Take the checkpoint in 16 bits and "
+        f"quantize it while loading."
+    )

@@ -1,0 +1,88 @@
+"""4-bit leaves as the tensors and the config.json that `transformers` and bitsandbytes load."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.model import Model
+from vlm_jax.names import Place
+from vlm_jax.weights import FourBit, bnb
+
+HEAD = "lm_head"  # a linear layer there even where it is tied
+
+
+def tensors_4bit(
+    names: Mapping[str, str], places: Mapping[str, Place], flat: Mapping[str, Any]
+) -> tuple[dict[str, tuple[str, int]], Callable[[str], np.ndarray]]:
+    """Return ({tensor name: (name of its weight, bytes)}, name -> array) of all 4-bit weights.
+
+    names: {name to write: its current name} of all weights; flat: {path: leaf}.
+    """
+    owners: dict[str, tuple[str, int]] = {}
+    for name, current in names.items():
+        leaf = flat[places[current].path] if current in places else None
+        if isinstance(leaf, FourBit):
+            count = math.prod(places[current].shape)
+            scale = jnp.dtype(leaf.absmax.dtype).itemsize
+            sizes = {"": -(-count // 2), ".absmax": scale * -(-count // leaf.block)}
+            for suffix in bnb.suffixes(leaf):
+                owners[name + suffix] = (name, sizes.get(suffix, 1024))
+
+    @functools.lru_cache(maxsize=1)  # the tensors of one weight follow one another
+    def of(weight: str) -> dict[str, np.ndarray]:
+        place = places[names[weight]]
+        return bnb.to_tensors(flat[place.path], place.layer)
+
+    def tensor(name: str) -> np.ndarray:
+        weight, _ = owners[name]
+        return of(weight)[name.removeprefix(weight)]
+
+    return owners, tensor
+
+
+def quantization_config(
+    model: Model, places: Mapping[str, Place], flat: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the quantization_config of config.json: `BitsAndBytesConfig` as a dict."""
+    leaf = next(leaf for leaf in flat.values() if isinstance(leaf, FourBit))
+    four: set[str] = set()
+    others = {HEAD}
+    for name, place in places.items():
+        if place.path.endswith("/kernel"):
+            quantized = isinstance(flat[place.path], FourBit)
+            (four if quantized else others).add(name.removesuffix(".weight"))
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": leaf.NAME,
+        "bnb_4bit_use_double_quant": leaf.double,
+        "bnb_4bit_compute_dtype": str(jnp.dtype(model.dtype)),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": _outermost(others - four, four),
+        "llm_int8_threshold": 6.0,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
+def _outermost(dense: Iterable[str], four: set[str]) -> list[str]:
+    """Return the fewest modules that hold all dense ones and no 4-bit one.
+
+    Each is named as it is now and without "model.", as versions before 4.52 know it.
+    """
+    busy = {".".join(name.split(".")[:i]) for name in four for i in range(name.count(".") + 2)}
+    found: dict[str, None] = {}
+    for name in sorted(dense):
+        parts = name.split(".")
+        outer = next(
+            prefix
+            for prefix in (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+            if prefix not in busy
+        )
+        found |= dict.fromkeys((outer, outer.removeprefix("model.")))
+    return list(found)

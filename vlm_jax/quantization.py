@@ -1,0 +1,184 @@
+"""Which kernels are stored in 4 bits, and as what: the quantization table, and what came of it."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.model import Model
+from vlm_jax.names import current_name, module_name
+from vlm_jax.trees import Table, flatten, match, unflatten
+from vlm_jax.weights import FORMATS, FourBit, dynamic8
+
+DENSE = "dense"
+BLOCK = 64  # bitsandbytes' default
+
+
+class Storage(NamedTuple):
+    """How a quantized kernel is stored."""
+
+    format: type[FourBit]
+    double: bool
+    block: int = BLOCK
+
+    def abstract(self, shape: tuple[int, ...], dtype: str) -> FourBit:
+        """Return a leaf of shapes for a kernel [in, out] or [L, in, out]."""
+        *layers, inputs, outputs = shape
+        blocks = -(-inputs * outputs // self.block)
+        aligned = inputs % self.block == 0
+        scales = (inputs // self.block, outputs) if aligned else (blocks,)
+
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*layers, *shape), dtype)
+
+        nested = offset = None
+        if self.double:
+            nested = array(jnp.float32, -(-blocks // dynamic8.BLOCK))
+            offset = array(jnp.float32)
+        absmax = array(jnp.uint8 if self.double else jnp.float32, *scales)
+        codes = array(jnp.uint4, inputs, outputs)
+        return self.format(codes, absmax, nested, offset, block=self.block, dtype=dtype)
+
+
+# What `quantize` and rows of the table may say: a format, and with "-dq" double quantization.
+NAMES = {
+    f"{name}{suffix}": Storage(format, double)
+    for name, format in FORMATS.items()
+    for suffix, double in (("", False), ("-dq", True))
+}
+
+
+def quantization_table(
+    model: Model,
+    quantize: str,
+    components: Iterable[str] = ("language_model",),
+    skip: Iterable[str] = (),
+) -> Table:
+    """Return rows (regex, storage) that quantize the linear layers of these components.
+
+    skip: names of modules that stay dense, as in bitsandbytes' `llm_int8_skip_modules`. Raises
+    `UserError` for a component or module that the model does not have.
+    """
+    paths = _kernels(model)
+    known = {model.component(path) for path in paths}
+    rows: list[tuple[str, str]] = []
+    for name in skip:
+        wanted = current_name(model, f"{name}.").removesuffix(".").replace(".", "/")
+        row = rf"(.*/)?{re.escape(wanted)}(/.*)?/kernel"
+        if name == "lm_head" and model.config.text.tied:
+            continue  # the head is the embedding, which is never quantized
+        if not any(re.fullmatch(row, path) for path in paths):
+            ends = {part for path in paths for part in path.split("/")}
+            raise UserError(
+                f"model.llm_int8_skip_modules names '{name}', but no linear layer of the model is "
+                f"or lies in such a module{nearest(name, ends)}. Layers are stacked here, so a "
+                f"name must not hold a layer's number."
+            )
+        rows.append((row, DENSE))
+    for component in components:
+        if component not in known:
+            raise UserError(
+                f"The component '{component}' has no linear layer to quantize"
+                f"{nearest(component, known)}. Those that have: {', '.join(sorted(known))}."
+            )
+        for pattern, owner in model.family.COMPONENTS:
+            if owner == component:
+                rows.append((f"(?={pattern}$).*/kernel", quantize))
+    return [*rows, (".*", DENSE)]
+
+
+def _kernels(model: Model) -> list[str]:
+    """Return the paths of linear layers: convolutions are products here, but not elsewhere."""
+    convolutions = model.family.disk_shapes(model.config)
+    paths = flatten(model.abstract())
+    return [path for path in paths if path.endswith("/kernel") and path not in convolutions]
+
+
+def storages(model: Model, quantize: str | Table | None) -> dict[str, Storage | None]:
+    """Return {path: how it is stored, None for dense} of every leaf of the base.
+
+    quantize: a name of `NAMES` for the linear layers of the language model, or a table of
+    (regex, name or "dense") rows over paths. Raises `UserError` for an unknown name and for a row
+    that quantizes what is no linear layer.
+    """
+    paths = list(flatten(model.abstract()))
+    if quantize is None:
+        return dict.fromkeys(paths)
+    if isinstance(quantize, str):
+        _check_name(quantize)
+        quantize = quantization_table(model, quantize)
+    for _, name in quantize:
+        if name != DENSE:
+            _check_name(name)
+    kernels = set(_kernels(model))
+    if not any(pattern == ".*" for pattern, _ in quantize):
+        quantize = [*quantize, (".*", DENSE)]
+    found = match(quantize, paths, "quantization table")
+    for path, name in found.items():
+        if name != DENSE and path not in kernels:
+            raise UserError(
+                f"The quantization table stores '{path}' as {name}, but only kernels of linear "
+                f"layers are quantized. Let its row match names that end in '/kernel', or put a "
+                f"row for it with 'dense' before."
+            )
+    return {path: None if name == DENSE else NAMES[name] for path, name in found.items()}
+
+
+def _check_name(name: Any) -> None:
+    if name not in NAMES:
+        raise UserError(
+            f"quantize={name!r} is not supported{nearest(str(name), NAMES)}. Supported: "
+            f"{', '.join(NAMES)} (-dq: double quantization), or None."
+        )
+
+
+def abstract(model: Model, quantize: str | Table | None, dtype: Any = None) -> dict[str, Any]:
+    """Return the base's parameters as shapes, as `load` with the same `quantize` stores them."""
+    dtype = jnp.dtype(dtype or model.dtype)
+    flat = flatten(model.abstract(dtype))
+    for path, storage in storages(model, quantize).items():
+        if storage is not None:
+            flat[path] = storage.abstract(flat[path].shape, dtype.name)
+    return unflatten(flat)
+
+
+def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
+    """Return lines that say what is quantized and what is not, with reasons; [] for a dense tree.
+
+    Tensors are counted as a checkpoint has them, layer by layer.
+    """
+    flat = flatten(params)
+    if not any(isinstance(leaf, FourBit) for leaf in flat.values()):
+        return []
+    kernels = set(_kernels(model))
+    values = bits = tensors = 0
+    kinds: dict[str, None] = {}
+    dense: dict[str, int] = {}
+    for path, leaf in flat.items():
+        layers = (
+            leaf.shape[0] if module_name(model, path, 0) != module_name(model, path, None) else 1
+        )
+        if isinstance(leaf, FourBit):
+            values, bits = values + math.prod(leaf.shape), bits + 8 * leaf.nbytes
+            tensors += layers
+            kinds[leaf.NAME + ("-dq" if leaf.double else "")] = None
+            continue
+        if path.endswith(("/lora_A", "/lora_B", "/added")):
+            continue
+        component = model.component(path)
+        if path.endswith("/embedding"):
+            reason = "embeddings, which are looked up"
+        elif path not in kernels:
+            reason = "norms, biases and convolutions, which are small"
+        else:
+            reason = f"linear layers of the {component}, which the quantization table keeps dense"
+        dense[reason] = dense.get(reason, 0) + layers
+    lines = [
+        f"quantized: {tensors} tensors, {values:,d} parameters, as {', '.join(kinds)}, "
+        f"{bits / values:.3f} bits each"
+    ]
+    return lines + [f"kept dense: {count} tensors ({reason})" for reason, count in dense.items()]
