@@ -83,7 +83,7 @@ def param_shardings(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict
     flat = flatten(params)
     return unflatten(
         {
-            path: _sharding(flat[path], tuple(RULES[axis] for axis in axes), mesh)
+            path: leaf_sharding(flat[path], axes, mesh)
             for path, axes in _logical_axes(model, flat).items()
         }
     )
@@ -100,12 +100,13 @@ def _spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh) -> 
     )
 
 
-def _sharding(leaf: Any, names: tuple[str | None, ...], mesh: Mesh) -> Any:
-    """Return a `NamedSharding`, or for a quantized leaf a leaf of them.
+def leaf_sharding(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Any:
+    """Return a `NamedSharding` by a leaf's logical axes, or for a quantized leaf a leaf of them.
 
     Scales lie as their codes do, where they divide; otherwise they are replicated on that axis,
     as nested scales and scales of blocks that run over columns always are.
     """
+    names = tuple(RULES[axis] for axis in axes)
     if not isinstance(leaf, FourBit):
         return NamedSharding(mesh, _spec(leaf.shape, names, mesh))
 
@@ -115,7 +116,7 @@ def _sharding(leaf: Any, names: tuple[str | None, ...], mesh: Mesh) -> Any:
     scales = names if leaf.aligned else ()
     whole = NamedSharding(mesh, PartitionSpec())
     used = None
-    if mesh.shape["fsdp"] > 1:  # while it is decoded, a kernel is split by the tensor axis alone
+    if mesh.size > 1:  # while it is decoded, a kernel is split by the tensor axis alone
         kept = tuple(None if name == "fsdp" else name for name in names)
         one = leaf.absmax.shape[-2:] if leaf.aligned else leaf.absmax.shape[-1:]
         used = (place(leaf.shape[-2:], kept), place(one, kept if leaf.aligned else ()))

@@ -5,7 +5,6 @@ Letters: R rank.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,71 +51,36 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
     makes one over those axes instead, for which XLA on the CPU transposes the large operands: a
     LoRA step took 1.4 to 1.5 times as long. A quantized kernel is a constant: it has no gradient.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    y = _quantized_matmul(rows, kernel) if is_quantized(kernel) else rows @ dense(kernel, x.dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    if is_quantized(kernel):
+        return _quantized_matmul(x, kernel)
+    rows = x.reshape(-1, x.shape[-1]) @ dense(kernel, x.dtype)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @jax.custom_vjp
 def _quantized_matmul(x: jax.Array, kernel: Any) -> jax.Array:
-    """Return x [rows, in] @ kernel; the backward pass decodes again, so no dense weight is kept."""
+    """Return x [..., in] @ kernel; the backward pass decodes again, and keeps no dense weight.
+
+    Nothing contracts over rows here, so they need no flattening, which costs a TPU copies.
+    """
     return x @ dense(kernel, x.dtype)
 
 
 _quantized_matmul.defvjp(
-    lambda x, kernel: (_quantized_matmul(x, kernel), kernel),
+    lambda x, kernel: (x @ dense(kernel, x.dtype), kernel),
     lambda kernel, dy: (dy @ dense(kernel, dy.dtype).T, None),
 )
 
 
-def lora_matmul(
-    x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora: jax.Array | None = None
-) -> jax.Array:
+def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora: Any) -> jax.Array:
     """Return x @ kernel + scale (x_lora @ a) @ b, in x's dtype.
 
-    x, x_lora: [..., in], the latter after dropout, None where there is none. kernel: [in, out]
-    leaf. a: [in, R]. b: [R, out]. The one place where a frozen weight meets an adapter.
+    x, x_lora: [..., in], the latter after dropout. kernel: [in, out] leaf. a: [in, R]. b: [R, out].
+    The one place where a frozen weight meets an adapter.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    rows_lora = None if x_lora is None else x_lora.reshape(rows.shape)
-    y = _adapted(rows, rows_lora, kernel, dense(a, x.dtype), dense(b, x.dtype), scale)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _adapted(x, x_lora, kernel, a, b, scale):
-    return _adapted_forward(x, x_lora, kernel, a, b, scale)[0]
-
-
-# The adapter is an extension of the contraction: y = [x, low] @ [[W], [B]] with low = s x A. A
-# thin second product would read and write [rows, out] again, in each of the three passes.
-def _adapted_forward(x, x_lora, kernel, a, b, scale):
-    low = ((x if x_lora is None else x_lora) @ a) * jnp.asarray(scale, x.dtype)
-    weight = jnp.concatenate([dense(kernel, x.dtype), b], axis=0)
-    y = jnp.concatenate([x, low], axis=1) @ weight
-    return y, (x, x_lora, low, kernel, a, b)
-
-
-def _adapted_backward(scale, residuals, dy):
-    x, x_lora, low, kernel, a, b = residuals
-    inputs, outputs = kernel.shape
-    weight, s = dense(kernel, dy.dtype), jnp.asarray(scale, dy.dtype)
-    dx_lora = None
-    if x_lora is None and inputs > outputs:
-        dlow = (dy @ b.T) * s
-        dx = jnp.concatenate([dy, dlow], axis=1) @ jnp.concatenate([weight, a], axis=1).T
-    else:
-        both = dy @ jnp.concatenate([weight, b], axis=0).T
-        dx, dlow = both[:, :inputs], both[:, inputs:] * s
-        through = dlow @ a.T
-        dx, dx_lora = (dx + through, None) if x_lora is None else (dx, through)
-    # Where the kernel is frozen, nothing asks for its gradient and the compiler drops it.
-    dkernel = None if is_quantized(kernel) else (x.T @ dy).astype(kernel.dtype)
-    da = (x if x_lora is None else x_lora).T @ dlow
-    return dx, dx_lora, dkernel, da, low.T @ dy
-
-
-_adapted.defvjp(_adapted_forward, _adapted_backward)
+    dtype = x.dtype
+    low = matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)
+    return matmul(x, kernel) + matmul(low, dense(b, dtype))
 
 
 class Linear(nn.Module):
@@ -137,7 +101,7 @@ class Linear(nn.Module):
                 raise ValueError(f"{self.path} has LoRA leaves, but the model was built without.")
             a: Any = self.get_variable("params", "lora_A")
             b: Any = self.get_variable("params", "lora_B")
-            x_lora = None
+            x_lora = x
             if self.lora.dropout > 0 and self.has_rng("dropout"):
                 keep = 1.0 - self.lora.dropout
                 mask = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)

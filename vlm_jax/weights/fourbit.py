@@ -123,7 +123,10 @@ class FourBit:
             first = jnp.arange(outputs, dtype=jnp.int32) * inputs
             place = first[None, :] + jnp.arange(inputs, dtype=jnp.int32)[:, None]
             scales = scales.at[place // leaf.block].get(mode="promise_in_bounds")
-        return (decode(leaf.codes, leaf.VALUES) * scales).astype(dtype)
+        kernel = (decode(leaf.codes, leaf.VALUES) * scales).astype(dtype)
+        if self.used is not None:
+            kernel = jax.lax.with_sharding_constraint(kernel, self.used[0])
+        return kernel
 
     def _gathered(self, used: tuple[NamedSharding, NamedSharding]) -> "FourBit":
         # The barrier keeps the compiler from decoding first and moving 16-bit weights.
