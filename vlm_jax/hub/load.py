@@ -152,6 +152,12 @@ def _check_tied_head(model: Model, found: dict[str, str], handles: dict[str, Any
         )
 
 
+def check_quantize(quantize: str | None) -> None:
+    """Raise `UserError` for a way of storing frozen kernels that is not known."""
+    if quantize is not None:
+        raise UserError(f"quantize={quantize!r} is not supported; supported: None.")
+
+
 def load(
     path_or_repo_id: str,
     dtype: Any = "float32",
@@ -169,8 +175,7 @@ def load(
     in the checkpoint, kernels [in, out], equal layers stacked on a leading axis.
     Raises `UserError` for whatever does not fit, naming the tensor or field.
     """
-    if quantize is not None:
-        raise UserError(f"quantize={quantize!r} is not supported; supported: None.")
+    check_quantize(quantize)
     directory = resolve(str(path_or_repo_id), revision, token)
     model = from_config(read_json(directory / "config.json"), dtype, remat)
     quantization = model.hf_config.get("quantization_config")
