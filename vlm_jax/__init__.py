@@ -29,7 +29,7 @@ _HOMES = {
     "split": "trees",
     "training_table": "train.recipe",
 }
-_MODULES = ("data", "sharding")
+_MODULES = ("data", "plan", "sharding")
 
 __all__ = [*_HOMES, *_MODULES]
 

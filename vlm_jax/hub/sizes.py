@@ -1,4 +1,4 @@
-"""A checkpoint's config.json without its weights: of a directory, a well-known one, or the hub's."""
+"""A checkpoint's config.json alone: of a directory, of a well-known checkpoint, or the hub's."""
 
 import copy
 from pathlib import Path
@@ -23,7 +23,11 @@ def read_hf_config(
     if path_or_repo_id in KNOWN and revision is None:
         return copy.deepcopy(KNOWN[path_or_repo_id])
     known = f"Known without a network: {', '.join(KNOWN)}."
-    if path.is_absolute() or path_or_repo_id.startswith((".", "~")) or path_or_repo_id.count("/") != 1:
+    if (
+        path.is_absolute()
+        or path_or_repo_id.startswith((".", "~"))
+        or path_or_repo_id.count("/") != 1
+    ):
         raise UserError(
             f"There is no checkpoint directory '{path_or_repo_id}'. Expected a directory with "
             f"config.json, or a Hugging Face hub id. {known}"

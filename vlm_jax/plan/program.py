@@ -19,7 +19,9 @@ KIND = (
 )
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 CALLED = re.compile(r"\b(?:calls|to_apply)=%?([^\s,)]+)")
-BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([^\s,)]+))")
+BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([^\s,)]+))"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +90,11 @@ def estimated_cycles(compiled: jax.stages.Compiled) -> int:
     Loops count as often as they run, of a branch the longest side. Waiting for other chips is not
     in it, nor the time of Pallas kernels. Raises `UserError` for a program of another compiler.
     """
-    program, entry = _parse(compiled.as_text())
+    program, entry = _parse(compiled)
     if not any('"estimated_cycles"' in i.text for lines in program.values() for i in lines):
-        raise UserError("This program carries no estimated cycles: only the TPU compiler gives them.")
+        raise UserError(
+            "This program carries no estimated cycles: only the TPU compiler gives them."
+        )
     done: dict[str, int] = {}
 
     def cycles(name: str) -> int:
@@ -129,7 +133,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
 
     The parts that an asynchronous collective falls into are one.
     """
-    program, entry = _parse(compiled.as_text())
+    program, entry = _parse(compiled)
     times = _times(program, entry)
     found: list[Collective] = []
     seen: set[tuple[str, str]] = set()
@@ -152,15 +156,16 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     return found
 
 
-def _parse(text: str) -> tuple[_Program, str]:
+def _parse(compiled: jax.stages.Compiled) -> tuple[_Program, str]:
     """Return ({computation: its instructions}, the entry's name).
 
     A custom call may hold line breaks and braces of its own: a computation ends only at a line
     that is a brace.
     """
     program: _Program = {}
-    entry, current = "", None
-    for line in text.splitlines():
+    entry = ""
+    current: str | None = None
+    for line in (compiled.as_text() or "").splitlines():
         if current is None:
             head = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line)
             if head:
@@ -201,8 +206,8 @@ def _trips(program: _Program, loop: _Instruction) -> int:
             if value:
                 return int(value[1])
     raise UserError(
-        f"How often the loop '{loop.name}' runs is not known before it does: its condition compares "
-        f"with no constant. The program can be compiled and run, but its time cannot be told."
+        f"How often the loop '{loop.name}' runs is not known before it does: its condition holds "
+        f"no constant. The program can be compiled and run, but its time cannot be told."
     )
 
 

@@ -13,7 +13,8 @@ from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.plan.topologies import OPTIONS, devices
 from vlm_jax.train.abstract import abstract_run
-from vlm_jax.train.compile import abstract_batch, compile_step as compile_run
+from vlm_jax.train.compile import abstract_batch, out_of_memory_explained
+from vlm_jax.train.compile import compile_step as compile_run
 from vlm_jax.train.run import base_name, mesh_of, rows_of
 from vlm_jax.train.step import make_step
 
@@ -41,19 +42,24 @@ def compile_step(
     """
     changes = {**(overrides or {}), **{f"mesh.{name}": n for name, n in (mesh or {}).items()}}
     if isinstance(config, ConfigDict):
-        config, changes = None, {**configs.flatten_config(config), **changes}
-    c = configs.load(config, changes)
+        c = configs.load(None, {**configs.flatten_config(config), **changes})
+    else:
+        c = configs.load(config, changes)
     found = devices(topology)
     over = mesh_of(c, found)
     model, tx, state, frozen = abstract_run(c, over)
-    shape = (tokens or c.data.max_seq_length, _image_patches(c, model) if patches is None else patches)
+    shape = (
+        tokens or c.data.max_seq_length,
+        image_patches(c, model) if patches is None else patches,
+    )
     rows = rows or rows_of(c, over)
     run = make_step(model, tx, c.training.gradient_accumulation_steps)
     batch = abstract_batch(model, rows, shape, over)
-    return compile_run(run, state, frozen, batch, OPTIONS[found[0].platform])
+    with out_of_memory_explained():
+        return compile_run(run, state, frozen, batch, OPTIONS[found[0].platform])
 
 
-def _image_patches(config: ConfigDict, model: Model) -> int:
+def image_patches(config: ConfigDict, model: Model) -> int:
     """Return the patches of a row that holds one image of the largest size."""
     family, d = model.family, config.data
     unit = family.patch_unit(model.config)

@@ -81,6 +81,8 @@ def _tpu(topology: str, chip: str, shape: str) -> list[Any]:
         raise UserError(f"Compiling for '{topology}' needs libtpu. {INSTALL}")
     # Without it libtpu asks a cloud machine's metadata server, and waits where there is none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Several processes may compile at a time, and beside one that trains: none takes the chips.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # A host has 2 x 2 chips, but for a single one.
     single = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= set("1x") else {}
     return _describe(topology, "tpu", topology, **single)
@@ -107,7 +109,6 @@ def _describe(asked: str, platform: str, name: str, **options: Any) -> list[Any]
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         raise UserError(
             f"The topology '{asked}' could not be described: {str(error).splitlines()[0]} Known to "
-            f"work are {', '.join(EXAMPLES)}. Only one process of a machine may have libtpu loaded, "
-            f"unless ALLOW_MULTIPLE_LIBTPU_LOAD=1."
+            f"work are {', '.join(EXAMPLES)}."
         ) from error
     return list(found.devices)

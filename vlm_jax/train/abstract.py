@@ -45,7 +45,7 @@ def abstract_run(
     if config.model.adapter is not None:
         raise UserError(
             "A plan reads no weights, and model.adapter would be some. Plan with model.adapter=none "
-            "and the adapter's lora.r and lora.target_modules: the step is the same."
+            "and with the lora.r and lora.target_modules of that adapter: the step is the same."
         )
     base, shapes = abstract_base(config)
     directory = Path(base_name(config)).expanduser()

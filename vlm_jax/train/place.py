@@ -39,8 +39,8 @@ def state_shardings(model: Model, state: TrainState, mesh: Mesh) -> TrainState:
         if leaf.ndim == 0:
             return whole
         raise ValueError(
-            f"The optimizer's state holds {jax.tree_util.keystr(keys)} of shape {leaf.shape}, which "
-            f"is no trainable leaf's: say where it lies in vlm_jax.train.place.PLACES."
+            f"The optimizer's state holds {jax.tree_util.keystr(keys)} of shape {leaf.shape}, "
+            f"which is no trainable leaf's: say where it lies in vlm_jax.train.place.PLACES."
         )
 
     return jax.tree.map_with_path(place, state, is_leaf=lambda node: type(node) in PLACES)
