@@ -44,8 +44,8 @@ def abstract_run(
     """
     if config.model.adapter is not None:
         raise UserError(
-            "A plan reads no weights, and model.adapter would be some. Plan with model.adapter=none "
-            "and with the lora.r and lora.target_modules of that adapter: the step is the same."
+            "A plan reads no weights, and model.adapter names some. Plan with model.adapter=none, "
+            "with the lora.r and lora.target_modules of that adapter: the step is the same."
         )
     base, shapes = abstract_base(config)
     directory = Path(base_name(config)).expanduser()
