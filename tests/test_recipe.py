@@ -9,6 +9,7 @@ import pytest
 
 import vlm_jax
 from vlm_jax import UserError, config
+from vlm_jax.models.known import KNOWN
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.compile import abstract_batch
 from vlm_jax.train.recipe import report, trainable_line
@@ -54,48 +55,14 @@ def qwen2_vl(hidden, inner, heads, kv_heads, layers, vocabulary, tied, **vision)
     }
 
 
-def llava(hidden, inner, heads, layers):
-    return {
-        "model_type": "llava",
-        "image_token_index": 32000,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "num_hidden_layers": layers,
-            "vocab_size": 32064,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "image_size": 336,
-            "patch_size": 14,
-            "projection_dim": 768,
-            "vocab_size": 32000,
-        },
-    }
-
-
-QWEN_2B = qwen2_vl(1536, 8960, 12, 2, 28, 151936, True)
-QWEN_7B = qwen2_vl(3584, 18944, 28, 4, 28, 152064, False)
 # config -> its base's config.json, and the base's parameters as transformers counts them (for
 # LLaVA without the tower's last layer norm, 2 x 1024, which nothing reads).
 FULL_SIZE = {
-    "qwen2_vl_2b_lora": (QWEN_2B, 2_208_985_600),
-    "qwen2_vl_2b_full": (QWEN_2B, 2_208_985_600),
-    "qwen2_vl_7b_lora": (QWEN_7B, 8_291_375_616),
-    "llava15_7b_lora": (llava(4096, 11008, 32, 32), 7_063_427_072 - 2048),
-    "llava15_13b_lora": (llava(5120, 13824, 40, 40), 13_351_494_656 - 2048),
+    "qwen2_vl_2b_lora": (KNOWN["Qwen/Qwen2-VL-2B-Instruct"], 2_208_985_600),
+    "qwen2_vl_2b_full": (KNOWN["Qwen/Qwen2-VL-2B-Instruct"], 2_208_985_600),
+    "qwen2_vl_7b_lora": (KNOWN["Qwen/Qwen2-VL-7B-Instruct"], 8_291_375_616),
+    "llava15_7b_lora": (KNOWN["llava-hf/llava-1.5-7b-hf"], 7_063_427_072 - 2048),
+    "llava15_13b_lora": (KNOWN["llava-hf/llava-1.5-13b-hf"], 13_351_494_656 - 2048),
 }
 
 

@@ -20,6 +20,7 @@ LEVELS = [
     ("hub", "data", "generation"),
     ("evals",),
     ("train",),
+    ("plan",),
     ("cli",),
 ]
 FREE = {"__init__", "__main__"}  # they only name things, lazily

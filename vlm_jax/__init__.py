@@ -8,8 +8,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batch": "batch",
     "LoRA": "model",
+    "NF4": "weights",
     "Model": "model",
     "TrainState": "train.step",
+    "Quantization": "quantization",
     "UserError": "errors",
     "add_lora": "lora",
     "add_tokens": "vocabulary",
@@ -29,7 +31,7 @@ _HOMES = {
     "split": "trees",
     "training_table": "train.recipe",
 }
-_MODULES = ("data", "sharding")
+_MODULES = ("data", "nf4", "plan", "sharding")
 
 __all__ = [*_HOMES, *_MODULES]
 

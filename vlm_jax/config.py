@@ -24,7 +24,16 @@ def get_config() -> ConfigDict:
     c.model.type = placeholder(str)  # if set, config.json's model_type must be this
     c.model.adapter = placeholder(str)  # PEFT directory to start from (LLaVA's second stage)
     c.model.dtype = "auto"  # of frozen weights and computation; auto: bfloat16 if training.bf16
-    c.model.quantize = placeholder(str)  # how frozen kernels are stored; None: as they are
+    # How frozen linear layers are stored: nf4, nf4-dq (double quantization: QLoRA), fp4, fp4-dq;
+    # None: as they are. A checkpoint that is in 4 bits already keeps its codes and needs nothing.
+    c.model.quantize = placeholder(str)
+    c.model.quantize_components = ("language_model",)  # also vision, projector, head
+    c.model.llm_int8_skip_modules = ()  # names of modules that stay dense, without layer numbers
+    # The same in the keys and with the defaults of transformers' BitsAndBytesConfig.
+    c.model.load_in_4bit = False  # quantize, as the next keys say
+    c.model.bnb_4bit_quant_type = "fp4"  # fp4, nf4
+    c.model.bnb_4bit_use_double_quant = False  # store the scales in 8 bits too
+    c.model.bnb_4bit_compute_dtype = placeholder(str)  # None: as model.dtype says
     # Learning rate of each component as a multiple of training.learning_rate; 0.0 freezes it.
     c.model.vision_encoder_lr_scale = 0.0  # of the vision tower
     c.model.projector_lr_scale = 1.0  # of the layers between tower and language model
@@ -121,6 +130,15 @@ ALIASES = {
     "model.model_type": "model.type",
     "model.torch_dtype": "model.dtype",
     "model.quantization": "model.quantize",
+    "model.skip_modules": "model.llm_int8_skip_modules",
+    **{
+        f"{section}.{key}": f"model.{key}"
+        for section in ("quantization", "quantization_config", "bnb")
+        for key in (
+            *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+            *("bnb_4bit_compute_dtype", "llm_int8_skip_modules", "quantize"),
+        )
+    },
     "model.vision_lr_scale": "model.vision_encoder_lr_scale",
     "lora.rank": "lora.r",
     "lora.lora_r": "lora.r",
@@ -143,8 +161,11 @@ ALIASES = {
     "data.image_size": "data.image_resolution",
 }
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
+    "model.bnb_4bit_quant_type": ("fp4", "nf4"),
+    "model.bnb_4bit_compute_dtype": (None, "float32", "bfloat16"),
     "lora.bias": ("none",),
     "lora.task_type": ("CAUSAL_LM",),
     "training.lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
@@ -239,7 +260,7 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
         if kind is float:
             return float(value)
         if isinstance(value, str | Path):
-            return str(value)
+            return str(value).removeprefix("torch.") if key.endswith("dtype") else str(value)
         raise ValueError
     except (ValueError, TypeError, KeyError, OverflowError):
         names = {tuple: "list of strings", str: "string", bool: "true or false"}
@@ -278,9 +299,10 @@ def check(config: ConfigDict) -> None:
     flat = flatten_config(config)
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
+            named = [choice for choice in allowed if choice is not None]
             raise UserError(
-                f"'{key}' is {flat[key]!r}, which is not supported{nearest(flat[key], allowed)}. "
-                f"Supported: {', '.join(allowed)}."
+                f"'{key}' is {flat[key]!r}, which is not supported{nearest(flat[key], named)}. "
+                f"Supported: {', '.join(named)}."
             )
     for pattern, low, high in RANGES:
         for key, value in flat.items():
@@ -293,6 +315,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "'lora.target_modules' is empty, so LoRA would adapt nothing. Name the layers, for "
             "instance 'all-linear', or set lora.enabled=false."
+        )
+    m = config.model
+    if m.quantize is not None and m.load_in_4bit:
+        raise UserError(
+            f"model.quantize={m.quantize!r} and model.load_in_4bit=true both say how weights are "
+            f"stored: keep one."
         )
     if config.training.fp16:
         raise UserError(

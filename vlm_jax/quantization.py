@@ -1,8 +1,9 @@
 """Which kernels are stored in 4 bits, and as what: the quantization table, and what came of it."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,23 +53,36 @@ NAMES = {
 }
 
 
-def quantization_table(
-    model: Model,
-    quantize: str,
-    components: Iterable[str] = ("language_model",),
-    skip: Iterable[str] = (),
-) -> Table:
-    """Return rows (regex, storage) that quantize the linear layers of these components.
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What is quantized, by bitsandbytes' notions.
 
-    skip: names of modules that stay dense, as in bitsandbytes' `llm_int8_skip_modules`. Raises
-    `UserError` for a component or module that the model does not have.
+    storage: a name of `NAMES`. components: whose linear layers. skip: names of modules that stay
+    dense, as in `llm_int8_skip_modules`.
     """
+
+    storage: str
+    components: tuple[str, ...] = ("language_model",)
+    skip: tuple[str, ...] = ()
+
+    def table(self, model: Model) -> Table:
+        """Return the ordered (regex, storage) rows that this means for a model.
+
+        Raises `UserError` for a component or module that the model does not have.
+        """
+        return _table(model, self)
+
+
+Quantize = str | Quantization | Table | None  # what `load` takes
+
+
+def _table(model: Model, wanted: Quantization) -> Table:
     paths = _kernels(model)
     known = {model.component(path) for path in paths}
     rows: list[tuple[str, str]] = []
-    for name in skip:
-        wanted = current_name(model, f"{name}.").removesuffix(".").replace(".", "/")
-        row = rf"(.*/)?{re.escape(wanted)}(/.*)?/kernel"
+    for name in wanted.skip:
+        place = current_name(model, f"{name}.").removesuffix(".").replace(".", "/")
+        row = rf"(.*/)?{re.escape(place)}(/.*)?/kernel"
         if name == "lm_head" and model.config.text.tied:
             continue  # the head is the embedding, which is never quantized
         if not any(re.fullmatch(row, path) for path in paths):
@@ -79,7 +93,7 @@ def quantization_table(
                 f"name must not hold a layer's number."
             )
         rows.append((row, DENSE))
-    for component in components:
+    for component in wanted.components:
         if component not in known:
             raise UserError(
                 f"The component '{component}' has no linear layer to quantize"
@@ -87,7 +101,7 @@ def quantization_table(
             )
         for pattern, owner in model.family.COMPONENTS:
             if owner == component:
-                rows.append((f"(?={pattern}$).*/kernel", quantize))
+                rows.append((f"(?={pattern}$).*/kernel", wanted.storage))
     return [*rows, (".*", DENSE)]
 
 
@@ -98,19 +112,21 @@ def _kernels(model: Model) -> list[str]:
     return [path for path in paths if path.endswith("/kernel") and path not in convolutions]
 
 
-def storages(model: Model, quantize: str | Table | None) -> dict[str, Storage | None]:
+def storages(model: Model, quantize: Quantize) -> dict[str, Storage | None]:
     """Return {path: how it is stored, None for dense} of every leaf of the base.
 
-    quantize: a name of `NAMES` for the linear layers of the language model, or a table of
-    (regex, name or "dense") rows over paths. Raises `UserError` for an unknown name and for a row
-    that quantizes what is no linear layer.
+    quantize: a name of `NAMES` for the linear layers of the language model, a `Quantization`, or a
+    table of (regex, name or "dense") rows over paths. Raises `UserError` for an unknown name and
+    for a row that quantizes what is no linear layer.
     """
     paths = list(flatten(model.abstract()))
     if quantize is None:
         return dict.fromkeys(paths)
     if isinstance(quantize, str):
-        _check_name(quantize)
-        quantize = quantization_table(model, quantize)
+        quantize = Quantization(quantize)
+    if isinstance(quantize, Quantization):
+        _check_name(quantize.storage)
+        quantize = quantize.table(model)
     for _, name in quantize:
         if name != DENSE:
             _check_name(name)
@@ -136,7 +152,7 @@ def _check_name(name: Any) -> None:
         )
 
 
-def abstract(model: Model, quantize: str | Table | None, dtype: Any = None) -> dict[str, Any]:
+def abstract(model: Model, quantize: Quantize, dtype: Any = None) -> dict[str, Any]:
     """Return the base's parameters as shapes, as `load` with the same `quantize` stores them."""
     dtype = jnp.dtype(dtype or model.dtype)
     flat = flatten(model.abstract(dtype))

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
-from vlm_jax.trees import flatten, match, unflatten
+from vlm_jax.trees import flatten, map_leaves, match, unflatten
 from vlm_jax.weights import FourBit
 
 AXES = ("data", "fsdp", "tensor")
@@ -130,20 +130,21 @@ def leaf_sharding(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Any:
     )
 
 
-def on_mesh(leaf: Any, sharding: Any) -> Any:
-    """Return a leaf, of arrays or shapes, as its sharding's: it then knows how it is used."""
-    return dataclasses.replace(leaf, used=sharding.used) if isinstance(leaf, FourBit) else leaf
+def used_on_mesh(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree, of arrays or shapes, whose quantized leaves know how they are used there."""
+    where = flatten(shardings)
+    return map_leaves(
+        lambda path, leaf: (
+            dataclasses.replace(leaf, used=where[path].used) if isinstance(leaf, FourBit) else leaf
+        ),
+        params,
+    )
 
 
 def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the tree with every leaf placed on its shards."""
-    shardings = flatten(param_shardings(model, params, mesh))
-    return unflatten(
-        {
-            path: jax.device_put(on_mesh(leaf, shardings[path]), shardings[path])
-            for path, leaf in flatten(params).items()
-        }
-    )
+    shardings = param_shardings(model, params, mesh)
+    return jax.device_put(used_on_mesh(params, shardings), shardings)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -17,7 +17,7 @@ from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.layers.scan import Stack
 from vlm_jax.plan import collectives, estimated_seconds, topologies
 from vlm_jax.quantization import NAMES
-from vlm_jax.sharding import BATCH, leaf_sharding, make_mesh, on_mesh
+from vlm_jax.sharding import BATCH, leaf_sharding, make_mesh, used_on_mesh
 
 LAYERS, WIDTH, HIDDEN, TOKENS, RANK = 4, 4096, 11008, 4096, 16
 KERNELS = {
@@ -44,7 +44,7 @@ def parameters(storage: str | None, mesh: Any) -> tuple[dict, dict]:
         sharding = leaf_sharding(leaf, axes, mesh)
         return jax.tree.map(
             lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
-            on_mesh(leaf, sharding), sharding,
+            used_on_mesh({"k": leaf}, {"k": sharding})["k"], sharding,
         )  # fmt: skip
 
     lora: dict = {}

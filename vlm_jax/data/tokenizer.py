@@ -26,14 +26,21 @@ def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
     return Tokenizer.from_str(json.dumps(raw))
 
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Return whether a directory holds any of a tokenizer's files."""
+    return any(Path(directory, name).is_file() for name in FILES)
+
+
 def load_tokenizer(directory: str | Path) -> Any:
     """Return the checkpoint's fast tokenizer; raise `UserError` where there is none."""
     from transformers import AutoTokenizer
 
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any(Path(directory, name).is_file() for name in files):
+    if not has_tokenizer(directory):
         raise UserError(
-            f"'{directory}' has no tokenizer (none of {', '.join(files)}). Copy the checkpoint's "
+            f"'{directory}' has no tokenizer (none of {', '.join(FILES)}). Copy the checkpoint's "
             f"tokenizer files there: text cannot be encoded without them."
         )
     try:

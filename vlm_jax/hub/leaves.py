@@ -14,7 +14,6 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.tensors import read_tensor
 from vlm_jax.names import Place, to_tree
 from vlm_jax.quantization import Storage
-from vlm_jax.sharding import on_mesh
 from vlm_jax.weights import bnb
 from vlm_jax.weights.packing import Packed, pack, unpack_codes
 from vlm_jax.weights.quantize import check, encode
@@ -66,7 +65,7 @@ class HostLeaf:
         leaf = self.abstract
         parts: dict[str, Any] = dict.fromkeys(("codes", "absmax", "nested", "offset"))
         if sharding is not None:
-            leaf = on_mesh(leaf, sharding)
+            leaf = dataclasses.replace(leaf, used=sharding.used)
             parts = {part: getattr(sharding, part) for part in parts}
         placed: dict[str, Any] = {
             part: None if array is None else _put(array, parts[part])

@@ -11,8 +11,8 @@ from vlm_jax.hub.leaves import SAFETENSORS, Tensor, read_leaf
 from vlm_jax.hub.tensors import dtypes, read_json, read_tensor, tensor_files
 from vlm_jax.model import Model, Source, from_config
 from vlm_jax.names import Place, current_name, disk_places
-from vlm_jax.quantization import storages
-from vlm_jax.trees import Table, flatten, match, unflatten
+from vlm_jax.quantization import Quantize, storages
+from vlm_jax.trees import flatten, match, unflatten
 from vlm_jax.weights import bnb
 
 # What a run needs of a hub repository; never its pickles or other frameworks' weights.
@@ -84,7 +84,10 @@ def _check_tied_head(model: Model, found: dict[str, str], directory: Path) -> No
 
 
 def _check_storage(
-    model: Model, files: dict[str, str], quantize: str | Table | None, directory: Path
+    model: Model,
+    files: dict[str, str],
+    quantize: Quantize,
+    directory: Path,
 ) -> None:
     """Raise where weights are quantized in a way that is not read, or would be twice."""
     config = model.hf_config.get("quantization_config")
@@ -112,7 +115,7 @@ def _check_storage(
 def load(
     path_or_repo_id: str,
     dtype: Any = "float32",
-    quantize: str | Table | None = None,
+    quantize: Quantize = None,
     mesh: Any = None,
     revision: str | None = None,
     token: str | None = None,

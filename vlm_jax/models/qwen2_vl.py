@@ -355,6 +355,7 @@ def disk_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 
 
 HAS_GRIDS = True  # each image has its own size
+IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # what cuts it, in the reference
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
 # Parameter path -> component; first match wins.
 COMPONENTS = [

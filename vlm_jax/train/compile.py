@@ -37,9 +37,25 @@ def abstract_batch(model: Model, rows: int, shape: Shape, mesh: Any) -> Batch:
     """Return the shapes and shardings of a batch of `rows` rows."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        model.collate([[]] * rows, *shape),
+        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=sharding),
+        model.collate([[]], *shape),
     )
+
+
+def compile_step(
+    run: Callable,
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Return the compiled `run(state, frozen, batch)`; all three may be shapes with shardings.
+
+    The state is donated and comes back where it lay. options: the compiler's own.
+    """
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
+    return jitted.lower(state, frozen, batch).compile(options)
 
 
 def compile_steps(
@@ -53,15 +69,12 @@ def compile_steps(
 ) -> dict[tuple[int, int, int], Callable]:
     """Return {(rows, T, P): the compiled step}: one compilation a shape, all of them now.
 
-    The state is donated and comes back where it lay. A compiled step refuses any other shape, so
-    nothing is ever compiled again. Raises `UserError` where one does not fit into memory.
+    A compiled step refuses any other shape, so nothing is ever compiled again. Raises `UserError`
+    where one does not fit into memory.
     """
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
     steps: dict[tuple[int, int, int], Callable] = {}
     for shape in sorted(shapes, reverse=True):  # the largest first
-        batch = abstract_batch(model, rows, shape, mesh)
-        compiled = jitted.lower(state, frozen, batch).compile()
+        compiled = compile_step(run, state, frozen, abstract_batch(model, rows, shape, mesh))
         _check_memory(compiled, shape, rows)
         steps[rows, shape[0], shape[1]] = compiled
     assert len(steps) == len(shapes)
@@ -94,14 +107,3 @@ def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:
             f"{need / 2**30:.1f} GiB a device, which has {limit / 2**30:.1f} GiB. "
             f"{LESS_MEMORY}"
         )
-
-
-def on_mesh(state: TrainState, mesh: Any) -> TrainState:
-    """Return the state with each leaf on the mesh: scalars and keys on all of its devices."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf: jax.Array) -> jax.Array:
-        on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if on_mesh else jax.device_put(leaf, everywhere)
-
-    return jax.tree.map(place, state)

@@ -16,7 +16,8 @@ from vlm_jax.hub.load import load
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.model import Model
-from vlm_jax.train.run import load_base, load_run, make_encoder, write_adapter
+from vlm_jax.train.base import load_base
+from vlm_jax.train.run import load_run, make_encoder, write_adapter
 
 
 @dataclasses.dataclass(frozen=True)

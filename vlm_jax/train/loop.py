@@ -19,17 +19,14 @@ from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.evals.accuracy import accuracy
 from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
+from vlm_jax.quantization import summary
 from vlm_jax.sharding import shard_batch
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.compile import (
-    compile_losses,
-    compile_steps,
-    on_mesh,
-    out_of_memory_explained,
-)
+from vlm_jax.train.compile import compile_losses, compile_steps, out_of_memory_explained
 from vlm_jax.train.metrics import Log, check_reporters, numbers, print_report, progress_bar
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.output import check_output, nothing_half_written
+from vlm_jax.train.place import state_shardings
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.run import (
     absolute_paths,
@@ -38,6 +35,7 @@ from vlm_jax.train.run import (
     make_encoder,
     make_pipeline,
     mesh_of,
+    rows_of,
     write_result,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
@@ -67,7 +65,7 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     model, params, table = build(config, mesh)
     encoder = make_encoder(config, model)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * shards
+    rows = rows_of(config, mesh)
     eval_rows = t.per_device_eval_batch_size * shards
     d = config.data
     data = make_pipeline(config, encoder, d.train_file, d.train_split, rows, "train_file")
@@ -82,6 +80,15 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(params, table)
     )
+    for line in summary(model, params):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(
+        f"norms and softmax in float32; layers are "
+        f"{'computed again in' if t.gradient_checkpointing else 'kept for'} the backward pass "
+        f"(gradient_checkpointing); no gradient is taken of frozen weights, so inputs need none",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(_describe(data, rows, total, mesh), highlight=False, soft_wrap=True)
     trainable, frozen = split(params, table)
     trained = list(flatten(trainable))
@@ -94,7 +101,8 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
             soft_wrap=True,
         )
     tx = optimizer(trainable, table, settings)
-    state = on_mesh(init_state(trainable, tx, t.seed), mesh)
+    state = init_state(trainable, tx, t.seed)
+    state = jax.device_put(state, state_shardings(model, state, mesh))
     del params, trainable
 
     # Where from

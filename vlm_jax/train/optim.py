@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vlm_jax.config import coerce, get_config
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match, parse_group
+from vlm_jax.weights import is_quantized
 
 # Decay pulls a weight towards zero; a norm's scale and a bias have no business there.
 DECAY: Table = [(r".*/(bias|scale)", False), (r"(bias|scale)", False), (r".*", True)]
@@ -165,6 +166,13 @@ def optimizer(
         raise UserError(
             f"The training table freezes '{frozen[0]}', which is among the trainable leaves. Pass "
             f"the first tree of vlm_jax.split(params, table) with the same table."
+        )
+
+    quantized = [path for path, leaf in flatten(trainable).items() if is_quantized(leaf)]
+    if quantized:
+        raise UserError(
+            f"The training table trains '{quantized[0]}', which is stored in 4 bits: codes have no "
+            f"gradient. Freeze it and train LoRA beside it, or load the base without quantize."
         )
 
     def decay_mask(tree: Any) -> Any:

@@ -11,6 +11,7 @@ from vlm_jax.lora import PROJECTOR_NAMES, is_lora, module_names, peft_module, sa
 from vlm_jax.model import Model
 from vlm_jax.trees import FROZEN, Table, flatten, match, parse_group
 from vlm_jax.vocabulary import is_added
+from vlm_jax.weights import is_quantized
 
 
 def _group(method: str, scale: float) -> str:
@@ -91,6 +92,13 @@ def training_table(
 
     rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
     groups = match(rows, paths, "training table")
+    for path, leaf in flatten(params).items():
+        if is_quantized(leaf) and groups[path] != FROZEN:
+            raise UserError(
+                f"'{path}' is to be trained, but it is stored in 4 bits, whose codes have no "
+                f"gradient. Enable lora for the {model.component(path)} or freeze it by its "
+                f"learning-rate scale; or leave it out of the quantization."
+            )
     if all(group == FROZEN for group in groups.values()):
         raise UserError(
             "Nothing is left to train: every component is frozen. Enable lora, or set one of "

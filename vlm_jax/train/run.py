@@ -1,7 +1,7 @@
 """What a run is built from, what it gives, and how it is read back."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import make_mesh, shard_params
+from vlm_jax.train.base import compute_dtype, load_base, quantization_of
 from vlm_jax.train.checkpoint import Checkpoints, base_identity, file_identity
 from vlm_jax.train.optim import optimizer
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
@@ -37,51 +38,43 @@ DATA_KEYS = (
 )
 
 
-def mesh_of(config: ConfigDict) -> jax.sharding.Mesh:
-    """Return the mesh that the config's `mesh` section asks for."""
-    if jax.process_count() > 1:
-        raise UserError("Training with several processes is not supported yet: start one.")
-    devices, wanted = jax.devices(), config.mesh.devices
+def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Return the mesh that the config's `mesh` section asks for, over `devices` (default: all)."""
+    if devices is None:
+        if jax.process_count() > 1:
+            raise UserError("Training with several processes is not supported yet: start one.")
+        devices = jax.devices()
+    wanted = config.mesh.devices
     if wanted > len(devices):
         raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
     m = config.mesh
     return make_mesh(m.data, m.fsdp, m.tensor, devices[:wanted] if wanted else devices)
 
 
-def compute_dtype(config: ConfigDict) -> str:
-    """Return the dtype of frozen weights and computation."""
-    named = config.model.dtype
-    chosen = "bfloat16" if config.training.bf16 else "float32"
-    return chosen if named == "auto" else named
-
-
-def load_base(config: ConfigDict, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
-    """Return the base checkpoint of a config, in its compute dtype."""
-    m = config.model
-    if m.name_or_path is None:
-        raise UserError(
-            "The config names no model: set model.name_or_path to a checkpoint directory or a hub "
-            "id such as 'Qwen/Qwen2-VL-2B-Instruct'."
-        )
-    remat = "block" if config.training.gradient_checkpointing else "none"
-    model, params = load(
-        m.name_or_path, compute_dtype(config), m.quantize, mesh, m.revision, remat=remat
-    )
-    found = model.hf_config["model_type"]
-    if m.type is not None and m.type != found:
-        raise UserError(f"model.type is '{m.type}', but '{m.name_or_path}' is a '{found}'.")
-    return model, params
+def rows_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
+    """Return the rows of one step: of all micro-batches and all devices."""
+    t = config.training
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return t.per_device_train_batch_size * t.gradient_accumulation_steps * shards
 
 
 def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
-    """Return (model, params, training table): the base with what the config adds to train.
+    """Return (model, params, training table): the base with what the config adds to train."""
+    model, params = load_base(config, mesh)
+    assert model.source is not None
+    tokens = len(load_tokenizer(model.source.directory))
+    model, params, table = adapt(config, model, params, tokens)
+    return model, shard_params(model, params, mesh), table
+
+
+def adapt(
+    config: ConfigDict, model: Model, params: Mapping[str, Any], tokens: int
+) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
+    """Return (model, params, training table) of a base and its tokenizer of `tokens` tokens.
 
     Where the tokenizer has more tokens than the embedding, rows for them are added and trained;
     a loaded adapter must bring them itself, else `UserError`.
     """
-    model, params = load_base(config, mesh)
-    assert model.source is not None
-    tokens = len(load_tokenizer(model.source.directory))
     if tokens > model.config.text.vocab_size and config.model.adapter is None:
         model, params = add_tokens(model, params, tokens - model.config.text.vocab_size)
     model, params, table = adapt_base(config, model, params)
@@ -92,13 +85,16 @@ def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tu
             f"rows. Rows are not added to a loaded adapter: give the tokenizer that it was "
             f"trained with, or merge it first (vlm-jax export --merge) and train from the result."
         )
-    return model, shard_params(model, params, mesh), table
+    return model, params, table
 
 
 def adapt_base(
     config: ConfigDict, model: Model, params: Mapping[str, Any]
 ) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
-    """Return (model, params, training table) of a base: what `build` adds once it is loaded."""
+    """Return (model, params, training table) of a base: what `adapt` adds beside tokens.
+
+    Runs under `jax.eval_shape` too, unless an adapter of model.adapter has rows of an embedding.
+    """
     m, adapt = config.model, config.lora
     params = dict(params)
     if m.adapter is not None:
@@ -248,11 +244,15 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
     the data mean may not.
     """
     assert model.source is not None
-    d, t = config.data, config.training
+    d, t, quantized = config.data, config.training, quantization_of(config)
     adapter = Path(config.model.adapter or "", "adapter_model.safetensors")
     return {
         "base": base_identity(model.source.directory),
-        "model": {"dtype": compute_dtype(config), "adapter": file_identity(adapter)},
+        "model": {
+            "dtype": compute_dtype(config),
+            "adapter": file_identity(adapter),
+            **({} if quantized is None else {"quantize": str(quantized)}),
+        },
         "training table": [list(row) for row in table],
         "lora": None if model.lora is None else dataclasses.asdict(model.lora),
         "data": {

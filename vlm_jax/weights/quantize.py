@@ -109,12 +109,14 @@ def _encode_exactly(
     with jax.default_device(host_device()):
         codes, absmax = map(np.asarray, _encode_compiled(format, weight, block))
     low, high = ORDINARY
-    odd: Any = ~((absmax >= low) & (absmax <= high))
-    odd[-1] |= codes.size % block > 0
-    places = np.flatnonzero(odd)
+    ordinary = np.logical_and(absmax >= low, absmax <= high)
+    if codes.size % block:  # a shorter last block is always made again
+        ordinary[-1] = False
+    places = np.flatnonzero(~ordinary)
     if not places.size:
         return codes, absmax
-    codes, absmax, flat = codes.copy(), absmax.copy(), weight.reshape(-1)
+    codes, absmax = codes.copy(), absmax.copy()
+    flat = weight.reshape(-1)
     for some in np.array_split(places, -(-places.size * block // CHUNK)):
         where = some[:, None] * block + np.arange(block)
         inside = where < codes.size
@@ -127,7 +129,7 @@ def _encode_exactly(
             )
         largest = np.abs(x).max(1)
         safe = np.maximum(largest, SMALLEST)[:, None]
-        shorter = ~inside.all(1)
+        shorter = np.logical_not(inside.all(axis=1))
         scaled = np.where(shorter[:, None], x / safe, x * (np.float32(1) / safe))
         codes[where[inside]] = _code(format, np.clip(scaled, -1, 1))[inside]
         absmax[some] = np.where(shorter, safe[:, 0], largest)

@@ -1,0 +1,23 @@
+"""What a config's training step needs and does on hardware that is not here: compiled for it."""
+
+from vlm_jax.plan.program import (
+    Collective,
+    Memory,
+    collectives,
+    estimated_cycles,
+    estimated_seconds,
+    memory,
+)
+from vlm_jax.plan.step import compile_step
+from vlm_jax.plan.topologies import devices
+
+__all__ = [
+    "Collective",
+    "Memory",
+    "collectives",
+    "compile_step",
+    "devices",
+    "estimated_cycles",
+    "estimated_seconds",
+    "memory",
+]

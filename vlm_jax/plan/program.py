@@ -1,0 +1,249 @@
+"""What a compiled program says of itself: its memory, its time on a TPU, what its chips exchange.
+
+The compiler writes its schedule as text: computations of instructions, one the entry. Loops,
+branches and calls name other computations; how often each runs follows from there.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+
+from vlm_jax.errors import UserError
+from vlm_jax.plan.topologies import KINDS, TPUS
+
+KIND = (
+    "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
+    "collective-broadcast"
+)
+ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+CALLED = re.compile(r"\b(?:calls|to_apply)=%?([^\s,)]+)")
+BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([^\s,)]+))"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a device. aliased: outputs that lie in arguments' places, as a donated state does."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporary: int
+    code: int
+    host: int  # arguments, outputs and temporaries in the host's memory, aliases taken off
+
+    @property
+    def total(self) -> int:
+        """What the program needs of a device's own memory while it runs."""
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that chips exchange. kind: as "all-gather". dtype: XLA's, as "bf16" or "u4".
+
+    shape, bytes: of the result on one device. times: how often a step runs it; that of a branch
+    counts as taken. where: the operation of the model that it came from.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    times: int
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    opcode: str
+    result: str  # its type
+    text: str  # all of it
+
+
+_Program = dict[str, list[_Instruction]]
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """Return the memory that a compiled program needs on each device."""
+    m = compiled.memory_analysis()
+    if m is None:
+        raise UserError("This compiler does not tell how much memory its programs need.")
+    host = m.host_argument_size_in_bytes + m.host_output_size_in_bytes + m.host_temp_size_in_bytes
+    return Memory(
+        arguments=m.argument_size_in_bytes,
+        outputs=m.output_size_in_bytes,
+        aliased=m.alias_size_in_bytes,
+        temporary=m.temp_size_in_bytes,
+        code=m.generated_code_size_in_bytes,
+        host=host - m.host_alias_size_in_bytes,
+    )
+
+
+def estimated_cycles(compiled: jax.stages.Compiled) -> int:
+    """Return the cycles of a TPU program, as its compiler estimates each instruction's.
+
+    Loops count as often as they run, of a branch the longest side. Waiting for other chips is not
+    in it, nor the time of Pallas kernels. Raises `UserError` for a program of another compiler.
+    """
+    program, entry = _parse(compiled)
+    if not any('"estimated_cycles"' in i.text for lines in program.values() for i in lines):
+        raise UserError(
+            "This program carries no estimated cycles: only the TPU compiler gives them."
+        )
+    done: dict[str, int] = {}
+
+    def cycles(name: str) -> int:
+        if name not in done:
+            done[name] = sum(map(of, program[name]))
+        return done[name]
+
+    def of(instruction: _Instruction) -> int:
+        if instruction.opcode == "conditional":
+            return max(map(cycles, _called(instruction)))
+        if instruction.opcode == "while":
+            return _trips(program, instruction) * sum(map(cycles, _called(instruction)))
+        if instruction.opcode in ("call", "async-start"):
+            return sum(map(cycles, _called(instruction)))
+        found = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
+        return int(found[1]) if found else 0
+
+    return cycles(entry)
+
+
+def estimated_seconds(compiled: jax.stages.Compiled) -> float:
+    """Return the seconds of a TPU program: `estimated_cycles` at the chip's clock.
+
+    Raises `UserError` where the clock is not known; see `estimated_cycles` for what is left out.
+    """
+    cycles = estimated_cycles(compiled)
+    kind = _device_kind(compiled)
+    clock = TPUS[KINDS[kind]].clock if kind in KINDS else None
+    if clock is None:
+        raise UserError(f"The clock of '{kind}' is not published; take estimated_cycles.")
+    return cycles / clock
+
+
+def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
+    """Return what the devices exchange, each array once, in the program's order.
+
+    The parts that an asynchronous collective falls into are one.
+    """
+    program, entry = _parse(compiled)
+    times = _times(program, entry)
+    found: list[Collective] = []
+    seen: set[tuple[str, str]] = set()
+    for name, instructions in program.items():
+        for instruction in instructions:
+            kind = re.fullmatch(rf"({KIND})(-start)?", instruction.opcode)
+            if not kind or not times.get(name):
+                continue
+            # Start, carrier and end of an asynchronous collective share their channel.
+            channel = re.search(r"channel_id=(\d+)", instruction.text)
+            key = (kind[1], channel[1] if channel else f"{name}/{instruction.name}")
+            if key in seen:
+                continue
+            seen.add(key)
+            where = re.search(r'op_name="([^"]*)"', instruction.text)
+            for dtype, shape in _results(instruction):
+                size = math.prod(shape) * _bits(dtype) // 8
+                words = where[1] if where else ""
+                found.append(Collective(kind[1], dtype, shape, size, times[name], words))
+    return found
+
+
+def _parse(compiled: jax.stages.Compiled) -> tuple[_Program, str]:
+    """Return ({computation: its instructions}, the entry's name).
+
+    A custom call may hold line breaks and braces of its own: a computation ends only at a line
+    that is a brace.
+    """
+    program: _Program = {}
+    entry = ""
+    current: str | None = None
+    for line in (compiled.as_text() or "").splitlines():
+        if current is None:
+            head = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line)
+            if head:
+                current = head[2]
+                program[current] = []
+                entry = head[2] if head[1] else entry
+        elif line == "}":
+            current = None
+        else:
+            found = re.match(r"\s+(?:ROOT )?%?([^\s=]+) = (.*?)\s([a-z][a-z0-9-]*)\(", line)
+            if found:
+                program[current].append(_Instruction(found[1], found[3], found[2], line))
+    return program, entry
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    """Return the computations that an instruction runs: all branches, no loop's condition."""
+    if instruction.opcode == "while":
+        return re.findall(r"\bbody=%?([^\s,)]+)", instruction.text)
+    branches = BRANCHES.findall(instruction.text)
+    names = [name for several, one in branches for name in (several or one).split(",")]
+    return [name.strip().lstrip("%") for name in names] or CALLED.findall(instruction.text)
+
+
+def _trips(program: _Program, loop: _Instruction) -> int:
+    """Return how often a loop runs: as the compiler says, or the bound that its condition holds."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
+    if known:
+        return int(known[1])
+    condition = re.search(r"\bcondition=%?([^\s,)]+)", loop.text)
+    assert condition is not None
+    body = {i.name: i for i in program[condition[1]]}
+    for i in body.values():
+        if i.opcode == "compare" and "direction=LT" in i.text:
+            operands = re.findall(r"%([^\s,)]+)", i.text.split(" compare(", 1)[1].split(")")[0])
+            bound = body[operands[1]]
+            value = re.search(r" constant\((\d+)\)", bound.text)
+            if value:
+                return int(value[1])
+    raise UserError(
+        f"How often the loop '{loop.name}' runs is not known before it does: its condition holds "
+        f"no constant. The program can be compiled and run, but its time cannot be told."
+    )
+
+
+def _times(program: _Program, entry: str) -> dict[str, int]:
+    """Return {computation: how often a run of the program runs it}, all branches taken."""
+    times: dict[str, int] = {}
+
+    def run(name: str, count: int) -> None:
+        times[name] = times.get(name, 0) + count
+        for instruction in program[name]:
+            trips = _trips(program, instruction) if instruction.opcode == "while" else 1
+            for called in _called(instruction):
+                run(called, count * trips)
+
+    run(entry, 1)
+    return times
+
+
+def _results(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
+    """Return (dtype, shape) of each array that a collective makes."""
+    arrays = [
+        (dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in ARRAY.findall(instruction.result)
+    ]
+    if instruction.opcode == "all-gather-start":  # (operands, results)
+        return arrays[len(arrays) // 2 :]
+    if instruction.opcode == "collective-permute-start":  # (operand, result, contexts)
+        return arrays[1:2]
+    return arrays
+
+
+def _bits(dtype: str) -> int:
+    number = re.match(r"[a-z]+(\d+)", dtype)
+    return int(number[1]) if number else 8  # pred
+
+
+def _device_kind(compiled: jax.stages.Compiled) -> str:
+    shardings = jax.tree.leaves(compiled.input_shardings)
+    return next(iter(shardings[0].device_set)).device_kind

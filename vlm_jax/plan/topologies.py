@@ -1,0 +1,114 @@
+"""Devices of machines that are not here, to compile for: TPU slices and NVIDIA GPUs by name."""
+
+import dataclasses
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from vlm_jax.errors import UserError, nearest
+
+INSTALL = 'Install the compilers for hardware that is not here: pip install "vlm_jax[plan]".'
+EXAMPLES = ("v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1", "v4:2x2x1", "tpu7x:2x2x1", "h100:8")
+
+
+@dataclasses.dataclass(frozen=True)
+class TPU:
+    """A generation of TPU chips. dimensions: of its topologies, such as 2 for "2x2".
+
+    clock: cycles a second of the matrix unit's core, or None where it is not published.
+    """
+
+    dimensions: int
+    clock: float | None
+
+
+# Clocks: peak bfloat16 FLOP/s of https://cloud.google.com/tpu/docs/system-architecture-tpu-vm over
+# the matrix units' operations a cycle (v5e: 197e12 / (4 units x 128 x 128 x 2)). Of v6e and tpu7x
+# the number of units is not published: their programs have cycles, but no seconds.
+TPUS: dict[str, TPU] = {
+    "v4": TPU(3, 1.05e9),
+    "v5e": TPU(2, 1.5e9),
+    "v5p": TPU(3, 1.75e9),
+    "v6e": TPU(2, None),
+    "tpu7x": TPU(3, None),
+}
+# device_kind of a compiled program's devices -> the chip.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
+# NVIDIA GPU -> XLA's description of it, and how many share one host.
+GPUS: dict[str, tuple[str, int]] = {"h100": ("h100.txtpb", 8)}
+# Compiler options of a platform. Autotuning times kernels on the GPU, which is not here.
+OPTIONS: dict[str, dict[str, Any]] = {"tpu": {}, "gpu": {"xla_gpu_autotune_level": 0}}
+
+
+def devices(topology: str) -> list[Any]:
+    """Return the devices of a topology, to make a mesh of; nothing can run on them.
+
+    topology: a TPU slice as "v5e:2x2", or NVIDIA GPUs as "h100" or "h100:8". Raises `UserError`
+    for one that is not known and where the compiler for it is not installed.
+    """
+    chip, _, shape = topology.partition(":")
+    if chip in TPUS:
+        return _tpu(topology, chip, shape)
+    if chip in GPUS:
+        return _gpu(topology, chip, shape)
+    raise UserError(
+        f"There is no topology '{topology}'{nearest(chip, [*TPUS, *GPUS])}. Known are TPU slices "
+        f"of {', '.join(TPUS)} and GPUs of {', '.join(GPUS)}, for instance {', '.join(EXAMPLES)}."
+    )
+
+
+def _tpu(topology: str, chip: str, shape: str) -> list[Any]:
+    wanted = "x".join(["2"] * TPUS[chip].dimensions)
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or (
+        shape.count("x") + 1 != TPUS[chip].dimensions
+    ):
+        raise UserError(
+            f"The topology '{topology}' has no shape that a slice of {chip} can have; write it as "
+            f"'{chip}:{wanted}'."
+        )
+    if find_spec("libtpu") is None:
+        raise UserError(f"Compiling for '{topology}' needs libtpu. {INSTALL}")
+    # Without it libtpu asks a cloud machine's metadata server, and waits where there is none.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Several processes may compile at a time, and beside one that trains: none takes the chips.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # A host has 2 x 2 chips, but for a single one.
+    single = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= set("1x") else {}
+    return _describe(topology, "tpu", topology, **single)
+
+
+def _gpu(topology: str, gpu: str, shape: str) -> list[Any]:
+    file, per_host = GPUS[gpu]
+    count = int(shape or "1") if re.fullmatch(r"([1-9]\d*)?", shape) else 0
+    if count == 0 or (count > per_host and count % per_host):
+        raise UserError(
+            f"The topology '{topology}' does not say how many GPUs there are; write '{gpu}:1' to "
+            f"'{gpu}:{per_host}', or a multiple of {per_host} for several hosts."
+        )
+    if find_spec("jax_cuda13_plugin") is None:
+        raise UserError(f"Compiling for '{topology}' needs the CUDA plug-in of JAX. {INSTALL}")
+    hosts, each = (1, count) if count <= per_host else (count // per_host, per_host)
+    target = (Path(__file__).parent / "targets" / file).read_text(encoding="utf-8")
+    return _describe(topology, "cuda", "", topology=f"1x{hosts}x{each}", target_config=target)
+
+
+def _describe(asked: str, platform: str, name: str, **options: Any) -> list[Any]:
+    try:
+        found = topologies.get_topology_desc(name, platform, **options)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"The topology '{asked}' could not be described: {str(error).splitlines()[0]} Known to "
+            f"work are {', '.join(EXAMPLES)}."
+        ) from error
+    return list(found.devices)
