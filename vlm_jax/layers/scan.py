@@ -6,6 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from vlm_jax.layers.partition import constrain_rows
+
 # What the forward pass keeps for the backward one; the rest is computed again.
 REMAT: dict[str, Any] = {
     "none": None,
@@ -49,6 +51,7 @@ class Stack(nn.Module):
         def body(x: Any, layer: Any) -> Any:
             params, key, extra = layer
             rngs = None if key is None else {"dropout": key}
+            x = jax.tree.map(constrain_rows, x)
             return block.apply({"params": params}, x, context, extra, rngs=rngs)
 
         if self.remat != "none":

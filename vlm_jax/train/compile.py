@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
+from vlm_jax.layers.partition import rows_over
 from vlm_jax.model import Model
 from vlm_jax.sharding import BATCH
 from vlm_jax.train.losses import loss
@@ -55,7 +56,9 @@ def compile_step(
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
-    return jitted.lower(state, frozen, batch).compile(options)
+    with rows_over(batch.tokens.sharding):
+        lowered = jitted.lower(state, frozen, batch)
+    return lowered.compile(options)
 
 
 def compile_steps(

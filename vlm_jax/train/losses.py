@@ -3,6 +3,7 @@
 Letters: B rows, T tokens, C positions of a chunk, D model, V vocabulary.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,13 +62,15 @@ def loss(
     chunk = min(T, max(16, CHUNK_POSITIONS // B))
     chunks = _gather_weighted(x_BTD, batch.targets, batch.weights, chunk)
 
-    @jax.checkpoint  # the backward pass makes a chunk's logits again rather than keep them
     def chunk_loss(x_BCD, targets_BC, weights_BC):
         logits_BCV: Any = module.apply(params, x_BCD, method="logits", rngs=rngs)
         picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
         losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
         return jnp.sum(losses_BC * weights_BC)
 
+    # The backward pass makes a chunk's logits again rather than keep them. It is the body that is
+    # computed again and not the branch, whose inputs, the head among them, a chunk would keep.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(total, inputs):
         some = jnp.any(inputs[2] > 0)
         return total + jax.lax.cond(some, chunk_loss, lambda *_: jnp.float32(0.0), *inputs), None
