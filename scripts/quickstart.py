@@ -1,9 +1,10 @@
 """The quickstart: a tiny VLM before and after LoRA on easy-VQA, judged on all test questions.
 
-Run it by `bash scripts/quickstart.sh`. It leaves in outputs/quickstart: adapter/ (PEFT),
+Run it by `bash scripts/quickstart.sh [--method qlora]`. It leaves in outputs/quickstart: adapter/,
 merged/ (a checkpoint for transformers), results.json, loss.png, predictions.html.
 """
 
+import argparse
 import base64
 import html
 import json
@@ -42,6 +43,11 @@ CONSOLE = Console()
 # A row holds up to four questions of one image, which is then seen once for them all.
 GROUP = 4
 CLOSED = ("yes", "no")
+# What --method adds to configs/quickstart.py, and what its rows are called.
+METHODS = {
+    "lora": ("LoRA", []),
+    "qlora": ("QLoRA", ["model.quantize=nf4-dq"]),
+}
 # On the official test questions: https://github.com/vzhou842/easy-VQA for the last one.
 REFERENCES = [
     ("the most frequent answer", 37.3),
@@ -107,12 +113,12 @@ def share(predictions: Sequence[Prediction], closed: bool | None = None) -> floa
     return sum(p.correct for p in kept) / len(kept)
 
 
-def draw_loss(metrics: Path, file: Path) -> None:
+def draw_loss(metrics: Path, file: Path, method: str) -> None:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="#2a6f97")
     axis.set(xlabel="step", ylabel="loss on answer tokens", yscale="log")
-    axis.set_title("easy-VQA, LoRA on a tiny Qwen2-VL")
+    axis.set_title(f"easy-VQA, {method} on a tiny Qwen2-VL")
     axis.grid(alpha=0.25, which="both")
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
@@ -162,26 +168,30 @@ def write_page(file: Path, before: Accuracy, after: Accuracy, records, count: in
     )
 
 
-def print_table(before: Accuracy, after: Accuracy) -> None:
+def print_table(before: Accuracy, after: Accuracy, method: str) -> None:
     table = Table(title=f"easy-VQA, all {len(after.predictions)} official test questions, %")
     for column in ("", "all", "yes/no", "open answers"):
         table.add_column(column, justify="left" if not column else "right")
     for name, score in REFERENCES:
         table.add_row(name, f"{score:.1f}", "", "")
-    for name, result in (("this model before", before), ("this model after LoRA", after)):
+    for name, result in (("this model before", before), (f"this model after {method}", after)):
         scores = (share(result.predictions, closed) for closed in (None, True, False))
         style = "bold" if result is after else ""
         table.add_row(name, *(f"{100 * score:.2f}" for score in scores), style=style)
     CONSOLE.print(table)
 
 
-def main(overrides: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     started = int(os.environ.get("QUICKSTART_STARTED", time.time()))
     os.chdir(ROOT)
+    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
+    parser.add_argument("--method", choices=METHODS, default="lora")
+    given, overrides = parser.parse_known_args(arguments)
     unknown = [text for text in overrides if not text.startswith("--config.")]
     if unknown:
         raise UserError(f"Unknown argument {unknown[0]!r}; expected --config.section.key=value.")
-    settings = [text.removeprefix("--config.") for text in overrides]
+    method, settings = METHODS[given.method]
+    settings = settings + [text.removeprefix("--config.") for text in overrides]
     config = configs.load("configs/quickstart.py", settings)
     out = Path(config.training.output_dir)
     if (out / "results.json").exists():
@@ -200,7 +210,7 @@ def main(overrides: Sequence[str]) -> None:
     CONSOLE.print(f"{100 * before.accuracy:.2f} % of {len(before.predictions)} test questions")
     del params
 
-    CONSOLE.rule("2  LoRA in the language model, projector in full, vision tower frozen")
+    CONSOLE.rule(f"2  {method} in the language model, projector in full, vision tower frozen")
     outcome = train(config, resume=(out / "checkpoints").exists(), console=CONSOLE)
     if outcome["interrupted"]:
         raise KeyboardInterrupt
@@ -209,9 +219,10 @@ def main(overrides: Sequence[str]) -> None:
     model, params, _ = load_run(out)
     after = evaluate(model, params, encoder, records, config.evaluation)
     CONSOLE.print(str(export(out, out / "merged", merge=True)), highlight=False)
-    draw_loss(out / "metrics.jsonl", out / "loss.png")
+    draw_loss(out / "metrics.jsonl", out / "loss.png", method)
     write_page(out / "predictions.html", before, after, records)
     results = {
+        "method": given.method,
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
         "accuracy_open_after": share(after.predictions, closed=False),
@@ -222,7 +233,7 @@ def main(overrides: Sequence[str]) -> None:
         "seconds": time.time() - started,
     }
     write_json(out / "results.json", results)
-    print_table(before, after)
+    print_table(before, after, method)
     image = easy_vqa.get_test_image_paths()[0]
     CONSOLE.print(
         f"{results['seconds'] / 60:.1f} minutes in all, installation included. See "

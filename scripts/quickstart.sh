@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv, installs, and fine-tunes a tiny VLM on real images: about 13 minutes on two cores.
-# Works from any directory. Arguments change the run: `--config.training.learning_rate=1e-3`.
+# Works from any directory. `--method qlora` stores the language model in 4 bits; other arguments
+# change the run: `--config.training.learning_rate=1e-3`.
 # For an accelerator: VLM_JAX_EXTRA=cuda (or tpu) bash scripts/quickstart.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

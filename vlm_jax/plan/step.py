@@ -57,7 +57,7 @@ def compile_step(
     run = make_step(model, tx, c.training.gradient_accumulation_steps)
     batch = abstract_batch(model, rows, shape, over)
     with out_of_memory_explained():
-        return compile_run(run, state, frozen, batch, OPTIONS[found[0].platform])
+        return compile_run(run, state, frozen, batch, OPTIONS[found[0].platform])[0]
 
 
 def image_patches(config: ConfigDict, model: Model) -> int:

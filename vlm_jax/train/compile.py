@@ -49,16 +49,19 @@ def compile_step(
     frozen: Any,
     batch: Batch,
     options: dict[str, Any] | None = None,
-) -> jax.stages.Compiled:
-    """Return the compiled `run(state, frozen, batch)`; all three may be shapes with shardings.
+) -> tuple[jax.stages.Compiled, Callable]:
+    """Return the compiled `run(state, frozen, batch)`, and a function that runs it.
 
-    The state is donated and comes back where it lay. options: the compiler's own.
+    All three may be shapes with shardings. The state is donated and comes back where it lay.
+    options: the compiler's own. The function is `jit`'s, which finds what was compiled: called
+    directly, a compiled program refuses 4-bit arguments on the CPU, whose layout JAX reports
+    differently before and after compilation.
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
     with rows_over(batch.tokens.sharding):
         lowered = jitted.lower(state, frozen, batch)
-    return lowered.compile(options)
+    return lowered.compile(options), jitted
 
 
 def compile_steps(
@@ -72,14 +75,13 @@ def compile_steps(
 ) -> dict[tuple[int, int, int], Callable]:
     """Return {(rows, T, P): the compiled step}: one compilation a shape, all of them now.
 
-    A compiled step refuses any other shape, so nothing is ever compiled again. Raises `UserError`
-    where one does not fit into memory.
+    Raises `UserError` where one does not fit into memory.
     """
     steps: dict[tuple[int, int, int], Callable] = {}
     for shape in sorted(shapes, reverse=True):  # the largest first
-        compiled = compile_step(run, state, frozen, abstract_batch(model, rows, shape, mesh))
+        batch = abstract_batch(model, rows, shape, mesh)
+        compiled, steps[rows, shape[0], shape[1]] = compile_step(run, state, frozen, batch)
         _check_memory(compiled, shape, rows)
-        steps[rows, shape[0], shape[1]] = compiled
     assert len(steps) == len(shapes)
     return steps
 
@@ -89,12 +91,11 @@ def compile_losses(
 ) -> dict[tuple[int, int, int], Callable]:
     """Return {(rows, T, P): compiled (trainable, frozen, batch) -> (loss_sum, tokens)}."""
     jitted = jax.jit(lambda trainable, frozen, batch: loss(model, trainable, frozen, batch))
-    return {
-        (rows, shape[0], shape[1]): jitted.lower(
-            state.trainable, frozen, abstract_batch(model, rows, shape, mesh)
-        ).compile()
-        for shape in shapes
-    }
+    for shape in shapes:
+        batch = abstract_batch(model, rows, shape, mesh)
+        with rows_over(batch.tokens.sharding):
+            jitted.lower(state.trainable, frozen, batch).compile()
+    return {(rows, shape[0], shape[1]): jitted for shape in shapes}
 
 
 def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:

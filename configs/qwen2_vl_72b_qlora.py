@@ -1,0 +1,18 @@
+"""Qwen2-VL-72B in QLoRA: NF4 language model, LoRA on it, projector in full; one 80 GB GPU."""
+
+from vlm_jax import config
+
+
+def get_config():
+    c = config.get_config()
+    c.model.name_or_path = "Qwen/Qwen2-VL-72B-Instruct"
+    c.model.quantize = "nf4-dq"
+    c.lora.r = 64
+    c.lora.alpha = 16
+    c.training.optim = "paged_adamw"  # moments wait in the host's memory
+    c.data.train_file = "data/train.json"
+    c.data.max_pixels = 200704  # 1,024 patches, 256 image tokens
+    c.training.output_dir = "outputs/qwen2_vl_72b_qlora"
+    c.training.learning_rate = 1e-4
+    c.training.gradient_accumulation_steps = 8
+    return c
