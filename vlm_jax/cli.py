@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--run", required=True, metavar="DIR", help="output_dir of a run")
     export.add_argument("--merge", action="store_true", help="a whole checkpoint, LoRA merged in")
+    export.add_argument(
+        "--quantized", action="store_true", help="with --merge: keep 4-bit kernels in 4 bits"
+    )
     export.add_argument("--out", required=True, metavar="DIR")
 
     evaluate = add("evaluate", "Count exact matches of generated answers.")
@@ -120,7 +123,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 def _export(options: argparse.Namespace) -> int:
     from vlm_jax.train.export import export
 
-    print(export(options.run, options.out, options.merge))
+    print(export(options.run, options.out, options.merge, options.quantized))
     return 0
 
 

@@ -15,23 +15,39 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.load import load
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
+from vlm_jax.lora import merge as merge_lora
+from vlm_jax.lora import requantization_error
 from vlm_jax.model import Model
 from vlm_jax.train.base import load_base
 from vlm_jax.train.run import load_run, make_encoder, write_adapter
+from vlm_jax.trees import flatten
+from vlm_jax.weights import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
     """difference: the largest |logit| difference between the run and what was read back, on a
-    probe batch whose logits have the given standard deviation."""
+    probe batch whose logits have the given standard deviation. into: what LoRA was merged into, or
+    None. lost: see `vlm_jax.lora.requantization_error`, where kernels were quantized again."""
 
     directory: str
-    merged: bool
+    into: str | None
     difference: float
     deviation: float
+    lost: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        rounding = " Rounding to the base's dtype is part of it." if self.merged else ""
+        rounding = ""
+        if self.into is not None:
+            rounding = (
+                f" LoRA was merged into {self.into}; rounding to the base's dtype is part of it."
+            )
+        if self.lost is not None:
+            rounding += (
+                f" Quantizing the sums again changed them by {100 * self.lost[0]:.2f} % of their "
+                f"norm, which is {self.lost[1]:.2f} times the norm of what was learned: leave "
+                f"--quantized out to keep it."
+            )
         return (
             f"Wrote '{self.directory}' and read it back: the largest logit difference on a probe "
             f"batch is {self.difference:.2e} (logits have a standard deviation of "
@@ -57,11 +73,12 @@ def _logits(model: Model, params: Mapping[str, Any], batch: Batch) -> np.ndarray
     return np.asarray(apply(dict(params), batch))
 
 
-def export(run: str | Path, out: str | Path, merge: bool) -> Exported:
+def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = False) -> Exported:
     """Write a run's result to `out` and return how far what was read back differs.
 
     merge: a whole checkpoint for `transformers`, LoRA merged, in the base's dtype and layout;
-    otherwise the adapter in PEFT's format. `out` appears whole or not at all.
+    otherwise the adapter in PEFT's format. quantized: of a run on a 4-bit base, quantize merged
+    kernels again, as bitsandbytes stores them. `out` appears whole or not at all.
     Raises `UserError` where `out` holds files already, or the run has nothing to export.
     """
     out = Path(out).expanduser()
@@ -70,8 +87,19 @@ def export(run: str | Path, out: str | Path, merge: bool) -> Exported:
     model, params, config = load_run(run, exact=True)
     encoder = make_encoder(config, model)
     batch = probe(encoder)
+    into = lost = None
+    if quantized and not merge:
+        raise UserError("--quantized says how a merged checkpoint is stored: add --merge.")
     if merge:
-        save_pretrained(model, params, out, merge=True, processor=encoder.image_settings())
+        if model.lora is not None:
+            four = any(is_quantized(leaf) for leaf in flatten(params).values())
+            into = "the decoded 4-bit weights that it was trained on" if four else "the base"
+        result = params
+        if quantized:
+            result = merge_lora(model, params, requantize=True)
+            lost = requantization_error(model, params, result)
+        settings = encoder.image_settings()
+        save_pretrained(model, result, out, quantized=quantized, processor=settings)
         again, read = load(str(out), str(model.dtype))
     else:
         if model.lora is None:
@@ -84,4 +112,4 @@ def export(run: str | Path, out: str | Path, merge: bool) -> Exported:
         again, read = load_peft(again, read, out)
     before, after = _logits(model, params, batch), _logits(again, read, batch)
     difference = float(np.abs(before - after).max())
-    return Exported(str(out), merge, difference, float(before.std()))
+    return Exported(str(out), into, difference, float(before.std()), lost)
