@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from vlm_jax.weights import dynamic8
@@ -98,14 +99,19 @@ class FourBit:
         # are few, so a row of `out` values for each of them, and a select, do without a gather
         # of every scale.
         rows, columns = self.absmax.shape
-        first = jnp.arange(columns, dtype=jnp.int32) * rows
-        run = (first % dynamic8.BLOCK)[None, :] + jnp.arange(rows, dtype=jnp.int32)[:, None]
-        run = run // dynamic8.BLOCK  # [rows, out]: which of the column's runs
-        start = first // dynamic8.BLOCK
-        scales = jnp.zeros((rows, columns), jnp.float32)
-        for i in range((rows + dynamic8.BLOCK - 2) // dynamic8.BLOCK + 1):
-            row = self.nested.at[start + i].get(mode="clip")
-            scales = jnp.where(run == i, row[None, :], scales)
+        first = np.arange(columns, dtype=np.int32) * rows
+        ends = np.arange(1, (rows + dynamic8.BLOCK - 2) // dynamic8.BLOCK + 1) * dynamic8.BLOCK
+        place = jnp.arange(rows, dtype=jnp.int32)[:, None]
+        last = self.nested.shape[0] - 1
+
+        def run(i: int) -> jax.Array:
+            index = np.minimum(first // dynamic8.BLOCK + i, last)
+            return self.nested.at[index].get(mode="promise_in_bounds")[None, :]
+
+        scales = jnp.broadcast_to(run(0), (rows, columns))
+        for i, end in enumerate(ends, 1):  # the column's later runs begin at these of its rows
+            starts = (end - first % dynamic8.BLOCK)[None, :]
+            scales = jnp.where(place >= starts, run(i), scales)
         return scales
 
     def dense(self, dtype: Any) -> jax.Array:
