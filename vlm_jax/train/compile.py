@@ -97,11 +97,15 @@ def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:
 
 
 def on_mesh(state: TrainState, mesh: Any) -> TrainState:
-    """Return the state with each leaf on the mesh: scalars and keys on all of its devices."""
+    """Return the state with each leaf on the mesh: scalars and keys on all of its devices.
+
+    What lies in host memory, a paged optimizer's moments, stays there.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: jax.Array) -> jax.Array:
         on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if on_mesh else jax.device_put(leaf, everywhere)
+        kind = leaf.sharding.memory_kind
+        return leaf if on_mesh else jax.device_put(leaf, everywhere.with_memory_kind(kind))
 
     return jax.tree.map(place, state)

@@ -1,0 +1,66 @@
+"""Adam's rule over a tree of leaves, each with its own store of moments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlm_jax.train.moments import advance, fresh, pages_of, store_of
+from vlm_jax.trees import flatten, map_leaves, unflatten
+
+
+def scale_by_adam(
+    b1: float, b2: float, eps: float, eight_bit: bool = False, paged: bool = False
+) -> optax.GradientTransformation:
+    """Return optax's `scale_by_adam`, whose moments may have eight bits and may lie on the host.
+
+    eight_bit: moments are kept as bitsandbytes' AdamW8bit keeps them; small tensors' as they are.
+    The update is made of the new moments before they are rounded to eight bits.
+    paged: moments of large leaves lie in pinned host memory as equal pages. A step brings one
+    page after the other to the device and back, whether or not there is room for more; that is
+    offloading. bitsandbytes' pages are CUDA's unified memory, which moves when memory runs out.
+    Where moments lie is a property of the state: `init` places them beside the leaves it is given.
+    """
+
+    def stores(path: str, leaf: Any) -> Any:
+        store = store_of(path, leaf.shape, eight_bit)
+        return store, pages_of(store, leaf.shape, paged)
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        def zeros(kind: str) -> Any:
+            return map_leaves(
+                lambda path, leaf: leaf if _masked(leaf) else fresh(*stores(path, leaf), leaf, kind),
+                params,
+            )
+
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros("mean"), zeros("square"))
+
+    def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> Any:
+        del params
+        count = optax.safe_increment(state.count)
+        corrections = 1 - b1**count, 1 - b2**count
+
+        def rule(gradient: jax.Array, mean: jax.Array, square: jax.Array) -> Any:
+            mean = (1 - b1) * gradient + b1 * mean
+            square = (1 - b2) * gradient**2 + b2 * square
+            first, second = (c.astype(gradient.dtype) for c in corrections)
+            return mean / first / (jnp.sqrt(square / second) + eps), mean, square
+
+        means, squares = flatten(state.mu), flatten(state.nu)
+        new = {
+            path: (leaf,) * 3
+            if _masked(leaf)
+            else advance(*stores(path, leaf), rule, leaf, means[path], squares[path])
+            for path, leaf in flatten(updates).items()
+        }
+        parts = (unflatten({path: leaf[i] for path, leaf in new.items()}) for i in range(3))
+        updates, mean, square = parts
+        return updates, optax.ScaleByAdamState(count, mean, square)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _masked(leaf: Any) -> bool:
+    """Inside `optax.multi_transform` the leaves of other groups are empty nodes."""
+    return isinstance(leaf, optax.MaskedNode)
