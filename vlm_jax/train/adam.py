@@ -20,6 +20,7 @@ def scale_by_adam(
     paged: moments of large leaves lie in pinned host memory as equal pages. A step brings one
     page after the other to the device and back, whether or not there is room for more; that is
     offloading. bitsandbytes' pages are CUDA's unified memory, which moves when memory runs out.
+    Paged or not, the results are the same to the bit, see `rounded`.
     Where moments lie is a property of the state: `init` places them beside the leaves it is given.
     """
 
@@ -39,13 +40,16 @@ def scale_by_adam(
     def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> Any:
         del params
         count = optax.safe_increment(state.count)
-        corrections = 1 - b1**count, 1 - b2**count
+        first, second = 1 - b1**count, 1 - b2**count
 
         def rule(gradient: jax.Array, mean: jax.Array, square: jax.Array) -> Any:
-            mean = (1 - b1) * gradient + b1 * mean
-            square = (1 - b2) * gradient**2 + b2 * square
-            first, second = (c.astype(gradient.dtype) for c in corrections)
-            return mean / first / (jnp.sqrt(square / second) + eps), mean, square
+            exact = lambda x: rounded(x, count)  # noqa: E731
+            of_type = gradient.dtype
+            gradient = exact(gradient)
+            mean = exact((1 - b1) * gradient) + exact(b1 * mean)
+            square = exact((1 - b2) * exact(gradient**2)) + exact(b2 * square)
+            size = exact(jnp.sqrt(exact(square / second.astype(of_type)))) + eps
+            return exact(exact(mean / first.astype(of_type)) / size), mean, square
 
         means, squares = flatten(state.mu), flatten(state.nu)
         new = {
@@ -59,6 +63,18 @@ def scale_by_adam(
         return updates, optax.ScaleByAdamState(count, mean, square)
 
     return optax.GradientTransformation(init, update)
+
+
+def rounded(x: jax.Array, count: jax.Array) -> jax.Array:
+    """Return x as it is, rounded to its dtype whatever the compiler makes of the program.
+
+    A compiler may contract a product and a sum into one rounding, and reorder products with
+    constants, differently where a leaf is updated whole and where page by page. It cannot look
+    through the addition of an integer, which only we know to be 0: count is never negative.
+    """
+    bits = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    zero = jnp.minimum(count, 0).astype(bits)
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, bits) + zero, x.dtype)
 
 
 def _masked(leaf: Any) -> bool:
