@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlm_jax.train.moments import advance, fresh, pages_of, store_of
+from vlm_jax.train.moments import Pages, Store, advance, fresh, pages_of, store_of
 from vlm_jax.trees import flatten, map_leaves, unflatten
 
 
@@ -24,14 +24,16 @@ def scale_by_adam(
     Where moments lie is a property of the state: `init` places them beside the leaves it is given.
     """
 
-    def stores(path: str, leaf: Any) -> Any:
+    def stores(path: str, leaf: Any) -> tuple[Store, Pages | None]:
         store = store_of(path, leaf.shape, eight_bit)
         return store, pages_of(store, leaf.shape, paged)
 
     def init(params: Any) -> optax.ScaleByAdamState:
         def zeros(kind: str) -> Any:
             return map_leaves(
-                lambda path, leaf: leaf if _masked(leaf) else fresh(*stores(path, leaf), leaf, kind),
+                lambda path, leaf: (
+                    leaf if _masked(leaf) else fresh(*stores(path, leaf), leaf, kind)
+                ),
                 params,
             )
 
@@ -40,16 +42,17 @@ def scale_by_adam(
     def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> Any:
         del params
         count = optax.safe_increment(state.count)
-        first, second = 1 - b1**count, 1 - b2**count
+        # Factors, since XLA divides by a scalar now as it says and now by its reciprocal.
+        first, second = 1 / (1 - b1**count), 1 / (1 - b2**count)
 
         def rule(gradient: jax.Array, mean: jax.Array, square: jax.Array) -> Any:
             exact = lambda x: rounded(x, count)  # noqa: E731
-            of_type = gradient.dtype
+            kind = gradient.dtype
             gradient = exact(gradient)
             mean = exact((1 - b1) * gradient) + exact(b1 * mean)
             square = exact((1 - b2) * exact(gradient**2)) + exact(b2 * square)
-            size = exact(jnp.sqrt(exact(square / second.astype(of_type)))) + eps
-            return exact(exact(mean / first.astype(of_type)) / size), mean, square
+            size = exact(jnp.sqrt(exact(square * second.astype(kind)))) + eps
+            return exact(exact(mean * first.astype(kind)) / size), mean, square
 
         means, squares = flatten(state.mu), flatten(state.nu)
         new = {

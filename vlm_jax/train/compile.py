@@ -101,11 +101,11 @@ def on_mesh(state: TrainState, mesh: Any) -> TrainState:
 
     What lies in host memory, a paged optimizer's moments, stays there.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: jax.Array) -> jax.Array:
         on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
         kind = leaf.sharding.memory_kind
-        return leaf if on_mesh else jax.device_put(leaf, everywhere.with_memory_kind(kind))
+        target = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+        return leaf if on_mesh else jax.device_put(leaf, target)
 
     return jax.tree.map(place, state)

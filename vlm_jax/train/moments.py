@@ -1,7 +1,8 @@
 """How AdamW keeps a moment of a leaf: as it is or as bitsandbytes' 8-bit blocks; and where.
 
 A store sees a leaf through a view, an array of the same numbers in which its blocks are an axis.
-A store of pages keeps the view in host memory, cut into equal pages, and updates page by page.
+What is kept of a view may be cut into equal pages, updated one after the other: then it can lie in
+host memory, and what an update needs besides is as large as a page.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from vlm_jax.sharding import make_mesh
 from vlm_jax.weights.blocks import Blocks
 from vlm_jax.weights.dynamic8 import dequantize, quantize
 
+Space = jax.memory.Space
 HOST = "pinned_host"
 BLOCK = 256  # bitsandbytes' block of an 8-bit moment
 SMALLEST_8BIT = 4096  # a tensor of fewer elements keeps float32 moments, as in bitsandbytes
@@ -112,18 +114,19 @@ class Pages:
 
     So a page of an array whose rows are sharded has rows of every shard: paging moves nothing
     between devices. [.., d, ..] becomes [count, .., d/count, ..].
+    memory: the kind of memory they lie in; None: the device's own.
     """
 
     count: int
     axis: int
+    memory: str | None = None
 
     @classmethod
-    def of(
-        cls, leaf: tuple[int, ...], view: tuple[int, ...], origin: tuple[tuple[int, ...], ...]
-    ) -> "Pages":
-        """Return the pages of a view: its layers where it is a stack, else parts of an axis."""
+    def of(cls, store: Store, leaf: tuple[int, ...], memory: str | None = None) -> "Pages":
+        """Return the pages of a leaf's view: its layers if it is a stack, else parts of an axis."""
         if len(leaf) >= 3 and leaf[0] > 1:
-            return cls(leaf[0], 0)
+            return cls(leaf[0], 0, memory)
+        view = jax.eval_shape(store.view, jax.ShapeDtypeStruct(leaf, jnp.float32)).shape
         # Small leaves have few pages, as each page has its latency.
         size = math.prod(view)
         least = max(2, min(16, size >> 20), -(-size // LARGEST_PAGE))
@@ -131,21 +134,23 @@ class Pages:
             (count, axis)
             for axis, length in enumerate(view)
             for count in range(1, min(length, size // SMALLEST_PAGE) + 1)
-            if length % count == 0 and origin[axis]  # never a block's axis
+            if length % count == 0 and store.origin[axis]  # never a block's axis
         ]
-        return cls(*min((cut for cut in cuts if cut[0] >= least), default=max(cuts)))
+        return cls(*min((cut for cut in cuts if cut[0] >= least), default=max(cuts)), memory)
+
+    def comb(self, x: jax.Array) -> jax.Array:
+        """Return an array with its pages along the axis after `axis`; nothing is moved for it."""
+        before, (length, *after) = x.shape[: self.axis], x.shape[self.axis :]
+        return x.reshape(*before, length // self.count, self.count, *after)
+
+    def join(self, comb: jax.Array) -> jax.Array:
+        """Return the array of its comb."""
+        before, (part, count, *after) = comb.shape[: self.axis], comb.shape[self.axis :]
+        return comb.reshape(*before, part * count, *after)
 
     def split(self, x: jax.Array) -> jax.Array:
-        """Return an array as pages, which come first."""
-        before, (length, *after) = x.shape[: self.axis], x.shape[self.axis :]
-        x = x.reshape(*before, length // self.count, self.count, *after)
-        return jnp.moveaxis(x, self.axis + 1, 0)
-
-    def join(self, pages: jax.Array) -> jax.Array:
-        """Return the array of its pages."""
-        x = jnp.moveaxis(pages, 0, self.axis + 1)
-        before, (part, count, *after) = x.shape[: self.axis], x.shape[self.axis :]
-        return x.reshape(*before, part * count, *after)
+        """Return an array as pages, which come first: each lies in one piece."""
+        return jnp.moveaxis(self.comb(x), self.axis + 1, 0)
 
 
 def store_of(path: str, shape: tuple[int, ...], eight_bit: bool) -> Store:
@@ -157,11 +162,14 @@ def store_of(path: str, shape: tuple[int, ...], eight_bit: bool) -> Store:
 
 
 def pages_of(store: Store, shape: tuple[int, ...], paged: bool) -> Pages | None:
-    """Return how the moments of a leaf are paged, or None where they stay on the device."""
-    if not paged or math.prod(shape) < SMALLEST_PAGED:
+    """Return how the moments of a leaf are paged, or None where they are kept as one.
+
+    Eight-bit moments of large leaves are in pages even on the device: as float32 and as indices
+    of a table they take several times their room, and so they do one page at a time.
+    """
+    if math.prod(shape) < SMALLEST_PAGED or not (paged or isinstance(store, EightBit)):
         return None
-    view = jax.eval_shape(store.view, jax.ShapeDtypeStruct(shape, jnp.float32))
-    return Pages.of(shape, view.shape, store.origin)
+    return Pages.of(store, shape, HOST if paged else None)
 
 
 def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
@@ -179,14 +187,15 @@ def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
     origin = store.origin if pages is None else ((), *store.origin)
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
 
+    memory = None if pages is None else pages.memory
+
     def zeros(shape: jax.ShapeDtypeStruct) -> Any:
-        memory = None if pages is None else HOST
         where = None if sharding is None else _placed(sharding, shape.shape, origin, memory)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
-        if pages is None or where is None:  # inside a jitted init, arrays have no sharding yet
+        if memory is None or where is None:  # inside a jitted init, arrays have no sharding yet
             array = jnp.zeros(shape.shape, shape.dtype, device=where)
-            return array if pages is None else jax.device_put(array, jax.memory.Space.Host)
+            return array if memory is None else jax.device_put(array, Space.Host)
         part = where.shard_shape(shape.shape)  # made on the host: the device may have no room
         return jax.make_array_from_callback(
             shape.shape, where, lambda _: np.zeros(part, shape.dtype)
@@ -220,7 +229,9 @@ def _placed(sharding: Any, shape: tuple[int, ...], origin: Any, memory: str | No
         parts = math.prod(sharding.mesh.shape[part] for part in name)
         whole = size % parts == 0
         names.append((name if len(name) > 1 else name[0]) if name and whole else None)
-    return NamedSharding(sharding.mesh, PartitionSpec(*names), memory_kind=memory or sharding.memory_kind)
+    return NamedSharding(
+        sharding.mesh, PartitionSpec(*names), memory_kind=memory or sharding.memory_kind
+    )
 
 
 def memory_kinds(device: jax.Device) -> list[str]:
@@ -243,20 +254,24 @@ def advance(
         update, mean, square = one(view, mean, square)
         return store.restore(update), mean, square
 
+    def move(tree: Any, space: Any) -> Any:
+        return tree if pages.memory is None else jax.device_put(tree, space)
+
     def turn(page: jax.Array, arrays: Any) -> Any:
         # Everything is read from and written to where it lies: the update takes the gradient's
         # place, and of what lies on the host no second copy is made there.
         gradients, *kept = arrays
-        read = lambda x: jax.lax.dynamic_index_in_dim(x, page, keepdims=False)  # noqa: E731
-        here = jax.tree.map(lambda x: jax.device_put(read(x), jax.memory.Space.Device), kept)
-        update, *new = one(read(gradients), *here)
-        there = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), new)
-        return jax.tree.map(
+        part = jax.lax.dynamic_index_in_dim(gradients, page, pages.axis + 1, keepdims=False)
+        here = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, page, 0, False), kept)
+        update, *new = one(part, *move(here, Space.Device))
+        gradients = jax.lax.dynamic_update_index_in_dim(gradients, update, page, pages.axis + 1)
+        kept = jax.tree.map(
             lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, page, 0),
-            arrays,
-            (update, *there),
+            kept,
+            move(new, Space.Host),
         )
+        return gradients, *kept
 
-    arrays = pages.split(view), mean, square
+    arrays = pages.comb(view), mean, square
     updates, mean, square = jax.lax.fori_loop(0, pages.count, turn, arrays)
     return store.restore(pages.join(updates)), mean, square

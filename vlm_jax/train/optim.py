@@ -165,7 +165,8 @@ def optimizer(
     rows; the number in "full(0.1)" or "lora(2)" scales the learning rate. training: a mapping or
     object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped by their
     global norm over all trained leaves, then go to one AdamW a group; moments exist for trained
-    leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says. Norms and biases do not decay.
+    leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says. Norms and
+    biases do not decay.
     Raises `UserError` where nothing trains, or a group or the optimizer is unknown.
     """
     settings = OptimizerSettings.of(training)
