@@ -86,10 +86,7 @@ def test_states_and_parameters_equal_bitsandbytes_after_20_steps(decay):
     quantized = set()
     for path, layers in theirs.items():
         for ours, parameter in zip(tensors(path, flatten(trainable)[path]), layers, strict=True):
-            # Where a code is one apart, the steps from there on are of another size.
-            close = np.isclose(ours, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
-            assert close.mean() > 0.9999, path
-            np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=0, atol=1e-3)
+            np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
         for moments, name in ((adam.mu, "1"), (adam.nu, "2")):
             kept = flatten(moments)[path]
             their_state = [adamw.state[parameter] for parameter in layers]

@@ -27,7 +27,6 @@ SMALLEST_8BIT = 4096  # a tensor of fewer elements keeps float32 moments, as in 
 SMALLEST_PAGED = 100_000  # a leaf of fewer elements stays on the device, as in bitsandbytes
 SMALLEST_PAGE = 2**14
 LARGEST_PAGE = 2**24  # elements; a step holds a handful of arrays of one page on the device
-MOMENTS = ("mean", "square")  # of gradients: the first is signed, the second is not
 
 # (gradient, mean, square) -> (update, mean, square), elementwise, on arrays of one shape.
 Rule = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
@@ -246,8 +245,10 @@ def advance(
 
     def one(gradient: jax.Array, mean: Any, square: Any) -> tuple[jax.Array, Any, Any]:
         moments = store.load(mean, "mean"), store.load(square, "square")
-        update, mean, square = rule(gradient, *moments)
-        return update, store.save(mean, "mean"), store.save(square, "square")
+        update, *new = rule(gradient, *moments)
+        kept = update, store.save(new[0], "mean"), store.save(new[1], "square")
+        as_before = lambda new, old: new.astype(old.dtype)  # noqa: E731
+        return jax.tree.map(as_before, kept, (gradient, mean, square))
 
     view = store.view(gradient)
     if pages is None:
