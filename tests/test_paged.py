@@ -213,3 +213,11 @@ def test_names_of_optimizers(tmp_path):
     )
     with pytest.raises(UserError, match="did you mean 'paged_adamw'"):
         vlm_jax.optimizer(trainable, TABLE, {"optim": "pagd_adamw"})
+
+
+def test_placing_a_state_on_a_mesh_leaves_pages_in_host_memory():
+    trainable = drawn()
+    tx = vlm_jax.optimizer(trainable, TABLE, {"optim": "paged_adamw"})
+    state = on_mesh(vlm_jax.init_state(trainable, tx), make_mesh())
+    check_places(state)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(state))
