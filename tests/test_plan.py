@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import vlm_jax
 from vlm_jax import UserError, config, plan
 from vlm_jax.models.known import KNOWN
 from vlm_jax.sharding import make_mesh
@@ -200,12 +199,12 @@ def test_a_fixed_tower_takes_one_image_of_its_size():
     assert plan.step.image_patches(c, model) == 577
 
 
-def test_a_state_that_lies_nowhere_is_refused():
-    from vlm_jax.train.place import state_shardings
-
-    c = config.load(None, ["model.name_or_path=Qwen/Qwen2-VL-2B-Instruct"])
-    mesh = make_mesh(devices=jax.devices()[:1])
-    model, _, state, _ = abstract_run(c, mesh)
-    odd = vlm_jax.TrainState(state.step, state.trainable, jnp.zeros((3, 5)), state.rng)
-    with pytest.raises(ValueError, match="PLACES"):
-        state_shardings(model, odd, mesh)
+def test_moments_are_planned_where_a_run_has_them():
+    c = config.load(
+        None, ["model.name_or_path=Qwen/Qwen2-VL-2B-Instruct", "training.optim=paged_adamw"]
+    )
+    _, _, state, _ = abstract_run(c, make_mesh(devices=jax.devices()[:1]))
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)}
+    assert "pinned_host" in kinds
+    masters = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.trainable)}
+    assert "pinned_host" not in masters

@@ -66,7 +66,9 @@ def get_config() -> ConfigDict:
     t.warmup_ratio = 0.03  # share of all steps over which the learning rate rises from 0
     t.warmup_steps = 0  # above 0 it overrides warmup_ratio
     t.lr_scheduler_type = "cosine"  # constant, constant_with_warmup, linear, cosine
-    t.optim = "adamw"  # torch's AdamW under any of its names
+    # adamw; adamw_8bit: bitsandbytes' 8-bit moments, a quarter of the memory; paged_adamw,
+    # paged_adamw_8bit: moments lie in host memory and pass through the device page by page.
+    t.optim = "adamw"
     t.adam_beta1 = 0.9  # decay of the mean of gradients
     t.adam_beta2 = 0.999  # decay of the mean of squared gradients
     t.adam_epsilon = 1e-8  # added to the root of the latter
@@ -161,6 +163,21 @@ ALIASES = {
     "data.image_size": "data.image_resolution",
 }
 
+# Every name of an optimizer, transformers' OptimizerNames among them, and the one that it means.
+OPTIMIZERS = {
+    "adamw": "adamw",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_torch_xla": "adamw",
+    "adamw_torch_npu_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw",
+}
+
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
@@ -169,7 +186,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "lora.bias": ("none",),
     "lora.task_type": ("CAUSAL_LM",),
     "training.lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
-    "training.optim": ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"),
+    "training.optim": tuple(OPTIMIZERS),
     "training.save_strategy": ("no", "steps", "epoch"),
     "training.eval_strategy": ("no", "steps", "epoch"),
     "data.train_on": ("all", "answers", "last"),
@@ -294,16 +311,29 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
             config[section][name] = coerce(key, value, types[key], key in optional, where)
 
 
+def _check_choice(key: str, value: Any, allowed: Iterable[str | None]) -> None:
+    if value not in allowed:
+        named = [choice for choice in allowed if choice is not None]
+        raise UserError(
+            f"'{key}' is {value!r}, which is not supported{nearest(value, named)}. "
+            f"Supported: {', '.join(named)}."
+        )
+
+
+def optimizer_name(name: str) -> str:
+    """Return adamw, adamw_8bit, paged_adamw or paged_adamw_8bit for any of their names.
+
+    Raises `UserError` for another optimizer.
+    """
+    _check_choice("training.optim", name, OPTIMIZERS)
+    return OPTIMIZERS[name]
+
+
 def check(config: ConfigDict) -> None:
     """Raise `UserError` for values that no part of the program supports."""
     flat = flatten_config(config)
     for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            named = [choice for choice in allowed if choice is not None]
-            raise UserError(
-                f"'{key}' is {flat[key]!r}, which is not supported{nearest(flat[key], named)}. "
-                f"Supported: {', '.join(named)}."
-            )
+        _check_choice(key, flat[key], allowed)
     for pattern, low, high in RANGES:
         for key, value in flat.items():
             if re.fullmatch(pattern, key) and value is not None and not low <= value <= high:

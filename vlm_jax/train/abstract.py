@@ -22,9 +22,9 @@ from vlm_jax.train.base import (
     remat_of,
 )
 from vlm_jax.train.optim import OptimizerSettings, optimizer
-from vlm_jax.train.place import abstract, state_shardings
+from vlm_jax.train.place import abstract, abstract_state
 from vlm_jax.train.run import adapt
-from vlm_jax.train.step import TrainState, init_state
+from vlm_jax.train.step import TrainState
 from vlm_jax.trees import split
 
 
@@ -68,5 +68,4 @@ def abstract_run(
     trainable, frozen = split(abstract(used_on_mesh(params, shardings), shardings), table)
     training = {**config.training, "max_steps": max(1, config.training.max_steps)}
     tx = optimizer(trainable, table, OptimizerSettings.of(training))
-    state = jax.eval_shape(lambda leaves: init_state(leaves, tx, config.training.seed), trainable)
-    return model, tx, abstract(state, state_shardings(model, state, mesh)), frozen
+    return model, tx, abstract_state(trainable, tx, mesh), frozen

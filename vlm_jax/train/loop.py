@@ -26,7 +26,7 @@ from vlm_jax.train.compile import compile_losses, compile_steps, out_of_memory_e
 from vlm_jax.train.metrics import Log, check_reporters, numbers, print_report, progress_bar
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.output import check_output, nothing_half_written
-from vlm_jax.train.place import state_shardings
+from vlm_jax.train.place import on_mesh
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.run import (
     absolute_paths,
@@ -101,8 +101,7 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
             soft_wrap=True,
         )
     tx = optimizer(trainable, table, settings)
-    state = init_state(trainable, tx, t.seed)
-    state = jax.device_put(state, state_shardings(model, state, mesh))
+    state = on_mesh(init_state(trainable, tx, t.seed), mesh)
     del params, trainable
 
     # Where from

@@ -1,4 +1,4 @@
-"""AdamW over the groups of a training table, equal to torch's and transformers' step by step."""
+"""AdamW over the groups of a training table, equal to torch's or bitsandbytes' step by step."""
 
 import dataclasses
 import math
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from vlm_jax.config import coerce, get_config
+from vlm_jax.config import coerce, get_config, optimizer_name
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.train.adam import scale_by_adam
 from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match, parse_group
 from vlm_jax.weights import is_quantized
 
@@ -24,6 +25,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 class OptimizerSettings:
     """What `optimizer` reads of a run's `training` section, under TrainingArguments' names.
 
+    optim: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or another name of theirs.
     max_steps: all optimizer steps of the run, above 0 wherever the schedule depends on it.
     warmup_steps: above 0 it overrides warmup_ratio. max_grad_norm: 0 turns clipping off.
     """
@@ -33,6 +35,7 @@ class OptimizerSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    optim: str = "adamw"
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = 0.0
@@ -59,9 +62,8 @@ class OptimizerSettings:
             given = {name: training[name] for name in types if name in training}
         else:
             given = {name: getattr(training, name, None) for name in types}
-        # TrainingArguments holds the scheduler's name as an enumeration.
-        kind = given.get("lr_scheduler_type")
-        given["lr_scheduler_type"] = getattr(kind, "value", kind)
+        for name in ("lr_scheduler_type", "optim"):  # TrainingArguments holds enumerations
+            given[name] = getattr(given.get(name), "value", given.get(name))
         warmup = given.get("warmup_steps")
         if isinstance(warmup, float) and 0 < warmup < 1:  # transformers 5: a share of all steps
             given |= {"warmup_steps": None, "warmup_ratio": warmup}
@@ -136,10 +138,20 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 def adamw(
     settings: OptimizerSettings, scale: float, decay_mask: Callable[[Any], Any]
 ) -> optax.GradientTransformation:
-    """Return AdamW (https://arxiv.org/abs/1711.05101) of one group, with torch's update."""
+    """Return AdamW (https://arxiv.org/abs/1711.05101) of one group, with torch's update.
+
+    Its moments are kept as settings.optim says, see `scale_by_adam`.
+    """
     schedule = learning_rate(settings)
+    kind = optimizer_name(settings.optim)
     return optax.chain(
-        optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
+        scale_by_adam(
+            settings.adam_beta1,
+            settings.adam_beta2,
+            settings.adam_epsilon,
+            eight_bit=kind.endswith("_8bit"),
+            paged=kind.startswith("paged_"),
+        ),
         optax.add_decayed_weights(settings.weight_decay, decay_mask),
         optax.scale_by_learning_rate(lambda step: scale * schedule(step)),
     )
@@ -154,8 +166,9 @@ def optimizer(
     rows; the number in "full(0.1)" or "lora(2)" scales the learning rate. training: a mapping or
     object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped by their
     global norm over all trained leaves, then go to one AdamW a group; moments exist for trained
-    leaves only, in their dtype. Norms and biases do not decay.
-    Raises `UserError` where nothing trains or a group is unknown.
+    leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says. Norms and
+    biases do not decay.
+    Raises `UserError` where nothing trains, or a group or the optimizer is unknown.
     """
     settings = OptimizerSettings.of(training)
     groups = match(table, flatten(trainable), "training table", unused="allow")

@@ -1,59 +1,55 @@
-"""Where every leaf of a training state lies on the mesh, for arrays and for shapes alike."""
+"""Where every leaf of a training state lies on the mesh, for arrays and for shapes alike.
 
-from collections.abc import Callable
+Masters lie as the tree they come from, and moments beside their leaves, as the optimizer's own
+`init` places them; what is left are scalars and keys, which every device has whole.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import DictKey, KeyPath
 
-from vlm_jax.model import Model
-from vlm_jax.sharding import param_shardings
 from vlm_jax.train.step import TrainState
-from vlm_jax.trees import flatten
-
-# How an optimizer's state says where it lies: the class of a node of the state -> a function of
-# (that node, {path: sharding} of the trainable leaves, mesh) that returns a tree of shardings.
-# What has no entry lies as its parameter does.
-PLACES: dict[type, Callable[[Any, dict[str, NamedSharding], Mesh], Any]] = {}
 
 
-def state_shardings(model: Model, state: TrainState, mesh: Mesh) -> TrainState:
-    """Return the sharding of each leaf of a state of arrays or shapes.
+def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
+    """Return the state with each leaf on the mesh: scalars and keys on all of its devices.
 
-    Masters are sharded as the model's table says, and what the optimizer keeps for a leaf, under
-    the leaf's own path and with its shape, like it; scalars and keys lie whole on every device.
-    `PLACES` overrides this for whole nodes. Raises `ValueError` for any other leaf: replicated
-    silently it would cost every device all of it.
+    What lies in host memory, a paged optimizer's moments, stays there.
     """
-    placed = flatten(param_shardings(model, state.trainable, mesh))
-    shapes = {path: leaf.shape for path, leaf in flatten(state.trainable).items()}
+
+    def place(leaf: jax.Array) -> jax.Array:
+        on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        kind = leaf.sharding.memory_kind
+        target = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+        return leaf if on_mesh else jax.device_put(leaf, target)
+
+    return jax.tree.map(place, state)
+
+
+def abstract_state(
+    trainable: Mapping[str, Any], tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Return the state before the first step as shapes: `init_state`'s, laid out by `on_mesh`.
+
+    trainable: shapes with shardings on the mesh.
+    """
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def place(keys: KeyPath, leaf: Any) -> Any:
-        if type(leaf) in PLACES:
-            return PLACES[type(leaf)](leaf, placed, mesh)
-        path = _parameter(keys)
-        if path in placed and shapes[path] == leaf.shape:
-            return placed[path]
-        if leaf.ndim == 0:
-            return whole
-        raise ValueError(
-            f"The optimizer's state holds {jax.tree_util.keystr(keys)} of shape {leaf.shape}, "
-            f"which is no trainable leaf's: say where it lies in vlm_jax.train.place.PLACES."
-        )
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    return jax.tree.map_with_path(place, state, is_leaf=lambda node: type(node) in PLACES)
-
-
-def _parameter(keys: KeyPath) -> str:
-    """Return the path that the last unbroken run of dictionary keys spells."""
-    names: list[str] = []
-    for key in reversed(keys):
-        if not isinstance(key, DictKey):
-            break
-        names.insert(0, str(key.key))
-    return "/".join(names)
+    masters = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding),
+        dict(trainable),
+    )
+    step, rng = jnp.zeros((), jnp.int32), jax.random.key(0)
+    return jax.tree.map(place, TrainState(step, masters, tx.init(masters), rng))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -69,7 +69,7 @@ def to_bnb(leaf: FourBit, layer: int | None = None) -> dict[str, Any]:
     if flat.nested is not None:
         arrays |= {
             "nested_absmax": flat.nested,
-            "nested_quant_map": dynamic8.values(),
+            "nested_quant_map": dynamic8.dynamic_map(signed=True),
             "nested_blocksize": dynamic8.BLOCK,
             "nested_dtype": "float32",
             "offset": flat.offset,
@@ -150,7 +150,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name
             )
     maps = {".quant_map": np.asarray(format.VALUES, np.float32)}
     if double:
-        maps[".nested_quant_map"] = dynamic8.values()
+        maps[".nested_quant_map"] = dynamic8.dynamic_map(signed=True)
         if state.get("nested_blocksize") != dynamic8.BLOCK:
             raise refuse(f"its nested_blocksize is {state.get('nested_blocksize')!r}, not 256.")
     for suffix, known in maps.items():

@@ -1,74 +1,79 @@
-"""The 8-bit dynamic codes of bitsandbytes, which double quantization stores scales in.
+"""bitsandbytes' dynamic 8-bit numbers: a code of 256 values times the largest of each block.
 
-8-Bit Approximations for Parallelism in Deep Learning, https://arxiv.org/abs/1511.04561, section 2:
-the exponent takes as many bits as it needs and the fraction what is left.
+Double quantization stores scales so, 8-bit AdamW its moments.
+
+The code spends its bits on an exponent as well as on a fraction, so that values from 1 down to
+1e-7 keep a digit or two: "8-bit Optimizers via Block-wise Quantization", section 2.2,
+https://arxiv.org/abs/2110.02861.
 """
 
 import functools
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 256  # values that share one absmax
-STEPS = 65535  # of the table that bitsandbytes looks codes up in
+BLOCK = 256  # elements that share one absmax, in double quantization and in 8-bit moments
+STEPS = 65535  # codes are looked up by round((x + 1) / 2 * STEPS) for x in [-1, 1]
 
 
-def _linspace(first: float, last: float, count: int) -> np.ndarray:
-    """Return torch.linspace in float32: from both ends to the middle, products unrounded."""
-    low, high = np.float32(first), np.float32(last)
-    step = np.float64(np.float32((high - low) / np.float32(count - 1)))
+def _linspace(count: int) -> np.ndarray:
+    """Return torch.linspace(0.1, 1, count): from both ends to the middle, rounded once."""
+    first, last = np.float64(np.float32(0.1)), np.float64(1.0)
+    step = np.float64(np.float32(np.float32(0.9) / np.float32(count - 1)))
     index = np.arange(count)
-    ahead = np.float64(low) + step * index
-    back = np.float64(high) - step * (count - 1 - index)
-    return np.where(index < count // 2, ahead, back).astype(np.float32)
+    upward, downward = first + step * index, last - step * (count - 1 - index)
+    return np.where(index < count // 2, upward, downward).astype(np.float32)
 
 
 @functools.cache
-def values(signed: bool = True) -> np.ndarray:
-    """Return the 256 float32 values of the codes, ascending (`create_dynamic_map`)."""
-    data = []
-    for i in range(7):
-        bounds = _linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        means = np.float32(10.0 ** (i - 6)) * ((bounds[:-1] + bounds[1:]) / np.float32(2))
-        data += [means, -means] if signed else [means]
-    table = np.sort(np.concatenate([*data, np.asarray([0, 1], np.float32)]).astype(np.float32))
-    assert table.shape == (256,)
-    return table
+def dynamic_map(signed: bool) -> np.ndarray:
+    """Return the 256 float32 values of the code, ascending: bitsandbytes' `create_dynamic_map`.
 
-
-@functools.cache
-def _nearest(signed: bool = True) -> np.ndarray:
-    """Return uint8 [65536]: the code nearest to i / 65535 * 2 - 1."""
-    points = (np.arange(STEPS + 1, dtype=np.float32) / np.float32(STEPS)) * 2 - np.float32(1)
-    table = values(signed).astype(np.float64)
-    above = np.searchsorted(table, points).clip(1, 255)
-    low, high = points - table[above - 1], table[above] - points
-    return np.where(low <= high, above - 1, above).astype(np.uint8)
-
-
-def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (codes uint8 [n], absmax float32 [ceil(n / 256)]) of float32 [n], signed.
-
-    Equal to bitsandbytes' on the CPU: codes are not the nearest but come from a table of 65,536
-    steps between -1 and 1.
+    Seven decades, of which the i-th from below has 2^i values (unsigned: twice as many), at the
+    means of a linear grid; with their negatives if signed; and 0 and 1.
     """
-    blocks = np.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK)
-    absmax = np.abs(blocks).max(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = np.clip(blocks * (np.float32(1) / absmax)[:, None], -1, 1)
-    index = np.floor(
-        (scaled + np.float32(1)) * np.float32(0.5) * np.float32(STEPS) + np.float32(0.5)
-    )
-    index = np.where(np.isnan(index), 0, index).astype(np.int64)
-    return _nearest(True)[index].reshape(-1)[: len(x)], absmax
+    values = [0.0, 1.0]
+    for i in range(7):
+        grid = _linspace(2**i + 1 if signed else 2 ** (i + 1) + 1)
+        means = (10.0 ** (i - 6) * ((grid[:-1] + grid[1:]) / np.float32(2))).astype(np.float32)
+        values += means.tolist()
+        if signed:
+            values += (-means).tolist()
+    values += [0.0] * (256 - len(values))
+    return np.sort(np.array(values, np.float32))
 
 
-def quantize_on_device(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return what `quantize` does, for an array under `jit`."""
-    blocks = jnp.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK)
-    absmax = jnp.max(jnp.abs(blocks), axis=1)
-    scaled = jnp.clip(blocks * (1 / absmax)[:, None], -1, 1)
-    index = jnp.floor((scaled + 1) * jnp.float32(0.5) * jnp.float32(STEPS) + jnp.float32(0.5))
-    index = jnp.where(jnp.isnan(index), 0, index).astype(jnp.int32)
-    return jnp.asarray(_nearest(True))[index].reshape(-1)[: len(x)], absmax
+@functools.cache
+def code_table(signed: bool) -> np.ndarray:
+    """Return uint8 [65536]: the code nearest to each value of the grid that codes are looked up by.
+
+    What lies between two values of the grid takes the code of the nearer: now and then not the
+    nearest code, as in bitsandbytes.
+    """
+    grid = np.arange(STEPS + 1, dtype=np.float32) / np.float32(STEPS) * 2 - 1
+    values = dynamic_map(signed)
+    right = np.clip(np.searchsorted(values, grid), 1, 255)
+    left = right - 1
+    return np.where(grid - values[left] <= values[right] - grid, left, right).astype(np.uint8)
+
+
+def quantize(x: Any, axis: int, signed: bool) -> tuple[Any, Any]:
+    """Return (codes, absmax) of a float32 array of NumPy or JAX whose `axis` is one block.
+
+    codes: uint8, of x's shape. absmax: float32, the same with `axis` of length 1. A block of
+    zeros has the code 0. XLA takes denormal numbers for zeros on the CPU, NumPy does not.
+    """
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    absmax = xp.max(xp.abs(x), axis=axis, keepdims=True)
+    some = absmax > 0
+    scaled = xp.clip(x * (1 / xp.where(some, absmax, 1)), -1, 1)
+    index = xp.floor((scaled + 1) * np.float32(0.5) * np.float32(STEPS) + np.float32(0.5))
+    index = xp.where(some, index, 0).astype(np.int32)
+    return xp.take(xp.asarray(code_table(signed)), index, mode="clip"), absmax
+
+
+def dequantize(codes: Any, absmax: Any, signed: bool) -> Any:
+    """Return the float32 array of codes, absmax having length 1 along the block's axis."""
+    xp: Any = np if isinstance(codes, np.ndarray) else jnp
+    return xp.take(xp.asarray(dynamic_map(signed)), codes.astype(np.int32), mode="clip") * absmax

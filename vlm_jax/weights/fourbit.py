@@ -82,7 +82,7 @@ class FourBit:
         """Return the float32 scales of one layer, in the shape of `absmax`."""
         if not self.double:
             return self.absmax
-        table = jnp.asarray(dynamic8.values())
+        table = jnp.asarray(dynamic8.dynamic_map(signed=True))
         code = table.at[self.absmax.astype(jnp.int32)].get(mode="promise_in_bounds")
         product = code * self._nested_scales()
         # Compilers would join the product and the sum into one operation with one rounding, which

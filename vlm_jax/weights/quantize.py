@@ -69,8 +69,16 @@ def encode(format: type[FourBit], weight: np.ndarray, block: int, double: bool, 
         return Flat(codes, absmax, None, None)
     # bitsandbytes' offset is torch's mean in float32, whose last bit moves with its threads.
     offset = np.asarray(absmax.mean(dtype=np.float64), np.float32)
-    codes8, nested = dynamic8.quantize(absmax - offset)
+    codes8, nested = _quantize_scales(absmax - offset)
     return Flat(codes, codes8, nested, offset)
+
+
+def _quantize_scales(x: Any) -> tuple[Any, Any]:
+    """Return (codes uint8 [n], absmax float32 [ceil(n / 256)]) of scales float32 [n]."""
+    pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
+    blocks = pad(x, (0, -len(x) % dynamic8.BLOCK)).reshape(-1, dynamic8.BLOCK)
+    codes, absmax = dynamic8.quantize(blocks, 1, signed=True)
+    return codes.reshape(-1)[: len(x)], absmax.reshape(-1)
 
 
 def _code(format: type[FourBit], x: Any) -> Any:
@@ -143,7 +151,7 @@ def _quantize_on_device(format: type[FourBit], kernel: jax.Array, block: int, do
     nested = offset = None
     if double:
         offset = jnp.mean(absmax)
-        absmax, nested = dynamic8.quantize_on_device(absmax - offset)
+        absmax, nested = _quantize_scales(absmax - offset)
     if inputs % block == 0:
         absmax = absmax.reshape(outputs, inputs // block).T
     codes = codes.reshape(outputs, inputs).T.astype(jnp.uint4)

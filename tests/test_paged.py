@@ -1,0 +1,223 @@
+"""Paged moments lie in host memory for good, and train to the very numbers of unpaged ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from transformers import TrainingArguments
+
+import vlm_jax
+from vlm_jax import UserError, config
+from vlm_jax.sharding import make_mesh
+from vlm_jax.train import moments
+from vlm_jax.train.checkpoint import Checkpoints, flat_state
+from vlm_jax.train.optim import OptimizerSettings
+from vlm_jax.train.place import on_mesh
+from vlm_jax.trees import flatten, unflatten
+
+SHAPES = {
+    "a/kernel": (256, 400),
+    "a/bias": (400,),
+    "b/lora_A": (4, 400, 64),
+    "b/lora_B": (4, 64, 400),
+    "c/embedding": (1000, 104),
+}
+PAGED = {"a/kernel", "b/lora_A", "b/lora_B", "c/embedding"}
+TABLE = [(r"b/.*", "lora"), (r".*", "full(0.5)")]
+SPECS = {
+    "a/kernel": PartitionSpec("fsdp", "tensor"),
+    "b/lora_A": PartitionSpec(None, "fsdp", None),
+    "b/lora_B": PartitionSpec(None, None, "tensor"),
+    "c/embedding": PartitionSpec("tensor", "fsdp"),
+}
+
+
+def drawn(mesh=None):
+    rng = np.random.default_rng(0)
+    flat = {}
+    for path, shape in SHAPES.items():
+        flat[path] = jnp.asarray(0.05 * rng.normal(size=shape), jnp.float32)
+        if mesh is not None:
+            spec = SPECS.get(path, PartitionSpec())
+            flat[path] = jax.device_put(flat[path], NamedSharding(mesh, spec))
+    return unflatten(flat)
+
+
+def loss(params, key):
+    x_BD = jax.random.normal(key, (32, 256))
+    h_BD = jnp.tanh(x_BD @ params["a"]["kernel"] + params["a"]["bias"][None])
+
+    def layer(h_BD, low):
+        return h_BD + jnp.tanh(h_BD @ low["lora_A"]) @ low["lora_B"], None
+
+    h_BD, _ = jax.lax.scan(layer, h_BD, params["b"])
+    rows = params["c"]["embedding"][jax.random.randint(key, (32,), 0, 1000)]
+    return jnp.mean((h_BD[:, :104] - rows) ** 2) + jnp.mean(h_BD**2)
+
+
+def start(optim, mesh=None, trainable=None):
+    """Return (state, compiled step): the state is donated and comes back where it lay."""
+    trainable = drawn(mesh) if trainable is None else trainable
+    training = {"optim": optim, "learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 300}
+    tx = vlm_jax.optimizer(trainable, TABLE, {**training, "warmup_steps": 5})
+    state = on_mesh(vlm_jax.init_state(trainable, tx), mesh or make_mesh(devices=jax.devices()[:1]))
+
+    def step(state):
+        key = jax.random.fold_in(state.rng, state.step)
+        value, grads = jax.value_and_grad(loss)(state.trainable, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return vlm_jax.TrainState(state.step + 1, trainable, opt_state, state.rng), value
+
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return state, jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(
+        state
+    ).compile()
+
+
+def run(state, step, steps):
+    values = []
+    for _ in range(steps):
+        state, value = step(state)
+        values.append(float(value))
+    return state, values
+
+
+def kept(state):
+    """Return {path of a parameter: its moments' arrays}."""
+    found = {}
+    for path, leaf in flat_state(state).items():
+        for name in SHAPES:
+            if path.startswith("opt_state") and f".{name.replace('/', '.')}" in path:
+                found.setdefault(name, []).append(leaf)
+    return found
+
+
+def check_places(state, memory="pinned_host"):
+    found = kept(state)
+    assert set(found) == set(SHAPES)
+    for path, arrays in found.items():
+        kinds = {array.sharding.memory_kind for array in arrays}
+        assert kinds == {memory if path in PAGED else "device"}, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_300_steps_paged_equal_unpaged_bit_for_bit(optim):
+    plain, plain_values = run(*start(optim), 300)
+    paged, paged_values = run(*start(f"paged_{optim}"), 300)
+    assert plain_values == paged_values and plain_values[-1] < 0.1 * plain_values[0]
+    for path, leaf in flatten(plain.trainable).items():
+        np.testing.assert_array_equal(leaf, flatten(paged.trainable)[path], err_msg=path)
+    check_places(paged)
+    check_places(plain, "device")
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw", "paged_adamw_8bit"])
+def test_pages_stay_in_host_memory_through_steps_and_checkpoints(tmp_path, optim):
+    state, step = start(optim)
+    check_places(state)
+    state, _ = run(state, step, 3)
+    check_places(state)
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save(3, state, {})
+    state, straight = run(state, step, 3)
+    again, step = start(optim)
+    again, _ = checkpoints.restore(again)
+    checkpoints.close()
+    check_places(again)
+    again, resumed = run(again, step, 3)
+    assert resumed == straight
+    check_places(again)
+    for name, leaf in flat_state(state).items():
+        np.testing.assert_array_equal(leaf, flat_state(again)[name], err_msg=name)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw", "paged_adamw_8bit"])
+def test_pages_are_sharded_as_their_leaves(optim):
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    state, step = start(optim, mesh)
+    parts = {
+        path: {array.shape: array.sharding.shard_shape(array.shape) for array in arrays}
+        for path, arrays in kept(state).items()
+    }
+    if optim == "paged_adamw":
+        assert parts["a/kernel"] == {(2, 128, 400): (2, 32, 200)}
+        assert parts["b/lora_A"] == {(4, 1, 400, 64): (4, 1, 100, 64)}
+        assert parts["b/lora_B"] == {(4, 1, 64, 400): (4, 1, 64, 200)}
+        assert parts["c/embedding"] == {(2, 500, 104): (2, 250, 26)}
+    else:  # blocks of 256 leave fewer places to cut
+        assert parts["b/lora_B"][4, 1, 100, 256] == (4, 1, 50, 256)
+        assert parts["a/kernel"][2, 1, 256, 200] == (2, 1, 256, 100)
+    state, sharded = run(state, step, 5)
+    check_places(state)
+    for path, arrays in kept(state).items():
+        for array in arrays:
+            assert array.sharding.shard_shape(array.shape) == parts[path][array.shape], path
+    _, single = run(*start(optim), 5)
+    np.testing.assert_allclose(sharded, single, rtol=1e-4)
+
+
+def test_a_state_can_be_planned_and_made_inside_jit():
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    trainable = drawn(mesh)
+    tx = vlm_jax.optimizer(trainable, TABLE, {"optim": "paged_adamw_8bit"})
+    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
+    planned = tx.init(jax.tree.map(struct, trainable))
+    made = tx.init(trainable)
+    for plan, array in zip(jax.tree.leaves(planned), jax.tree.leaves(made), strict=True):
+        assert (plan.shape, plan.dtype) == (array.shape, array.dtype)
+        assert array.ndim == 0 or plan.sharding == array.sharding
+    jitted = jax.tree.map(lambda x: x.sharding.memory_kind, jax.jit(tx.init)(trainable))
+    assert jitted == jax.tree.map(lambda x: x.sharding.memory_kind, made)
+
+
+@pytest.mark.parametrize(
+    "shape, cut",
+    [
+        ((28, 3584, 64), (28, 0)),
+        ((151936, 1536), (16, 0)),
+        ((5120, 5120), (16, 0)),
+        ((50257, 768), (16, 1)),  # 50257 = 29 * 1733
+        ((100003,), (1, 0)),  # prime
+    ],
+)
+def test_pages_are_equal_and_neither_tiny_nor_huge(shape, cut):
+    pages = moments.pages_of(moments.Plain(shape), shape, paged=True)
+    assert (pages.count, pages.axis) == cut
+    comb = jax.eval_shape(pages.comb, jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert jax.eval_shape(pages.join, comb).shape == shape
+
+
+def test_a_device_without_host_memory_is_refused(monkeypatch):
+    trainable = drawn()
+    tx = vlm_jax.optimizer(trainable, TABLE, {"optim": "paged_adamw"})
+    monkeypatch.setattr(moments, "memory_kinds", lambda device: ["device"])
+    with pytest.raises(UserError, match="no 'pinned_host' memory.*training.optim='adamw'"):
+        tx.init(trainable)
+
+
+def test_names_of_optimizers(tmp_path):
+    trainable = drawn()
+    for name, same in config.OPTIMIZERS.items():
+        assert config.load(None, [f"training.optim={name}"]).training.optim == name
+        state = vlm_jax.optimizer(trainable, TABLE, {"optim": name}).init(trainable)
+        other = vlm_jax.optimizer(trainable, TABLE, {"optim": same}).init(trainable)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, other)
+    args = TrainingArguments(str(tmp_path), optim="paged_adamw_32bit", use_cpu=True, max_steps=3)
+    assert OptimizerSettings.of(args).optim == "paged_adamw_32bit"
+    assert OptimizerSettings.of(TrainingArguments(str(tmp_path), use_cpu=True)).optim in (
+        config.OPTIMIZERS
+    )
+    with pytest.raises(UserError, match="did you mean 'paged_adamw'"):
+        vlm_jax.optimizer(trainable, TABLE, {"optim": "pagd_adamw"})
+
+
+def test_placing_a_state_on_a_mesh_leaves_pages_in_host_memory():
+    trainable = drawn()
+    tx = vlm_jax.optimizer(trainable, TABLE, {"optim": "paged_adamw"})
+    state = on_mesh(vlm_jax.init_state(trainable, tx), make_mesh())
+    check_places(state)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(state))
