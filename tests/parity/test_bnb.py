@@ -204,14 +204,15 @@ def test_subnormal_and_huge_values(what, name):
     np.testing.assert_array_equal(bits(ours["absmax"]), bits(state.absmax.numpy()))
 
 
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_values_that_are_subnormal_in_other_types(dtype):
-    weight = (torch.tensor(strange_weights()["1e-39"]) * (1 if dtype == "bfloat16" else 1e33)).to(
-        TYPES[dtype][0]
-    )
-    assert weight.count_nonzero() > 300
-    packed, state = theirs(weight, "nf4", 64, False)
-    ours = to_bnb(nf4.quantize(kernel_of(weight, dtype), 64, False))
+@pytest.mark.parametrize("what", ["1e-39", "within a block"])
+def test_values_that_are_subnormal_in_other_types(what, dtype, name):
+    scale = 1e33 if dtype == "float16" and what == "1e-39" else 1
+    weight = (torch.tensor(strange_weights()[what]) * scale).to(TYPES[dtype][0])
+    assert weight.count_nonzero() > 50
+    packed, state = theirs(weight, name, 64, False)
+    ours = to_bnb(quantize(FORMATS[name], kernel_of(weight, dtype), 64, False))
     np.testing.assert_array_equal(ours["weight"], packed.numpy())
     np.testing.assert_array_equal(bits(ours["absmax"]), bits(state.absmax.numpy()))
 
@@ -305,7 +306,7 @@ def test_an_implementation_can_be_chosen():
     codes = jnp.zeros(3, jnp.uint4)
     default = program()
     with implementation("lookup"):
-        assert "gather" in program() and "select_n" not in program()
+        assert "gather" in program() and program() != default
         with implementation("select"):
             assert "select_n" in program() and "gather" not in program()
         assert "gather" in program()
