@@ -105,8 +105,7 @@ def test_in_and_out(tmp_path, family, kind):
     assert_near(their_logits(plain, inputs), expected, inputs)
 
 
-@pytest.mark.parametrize("kind", ["nf4-dq", "fp4"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+@pytest.mark.parametrize(("family", "kind"), [("qwen2_vl", "nf4-dq"), ("llava", "fp4")])
 def test_quantized_here_and_loaded_there(tmp_path, family, kind):
     """What is quantized while loading is what transformers makes of the same base."""
     dense = base(family, tmp_path / "base")

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from references import llava_inputs, quiet, qwen2_vl_inputs, wide
 from references_4bit import OUTSIDE, four_bit, layers_4bit
-from test_peft import PROJECTOR, assert_equal_logits, assert_twenty_equal_steps
+from test_peft import PROJECTOR, assert_twenty_equal_steps
 
 import vlm_jax
 from vlm_jax.trees import flatten
@@ -47,6 +47,5 @@ def adapted_pair(family, tmp_path):
 @pytest.mark.parametrize("family", PROJECTOR)
 def test_twenty_steps(tmp_path, family):
     twin, model, params, inputs, labels = adapted_pair(family, tmp_path)
-    assert_equal_logits(twin, model, params, inputs)
     twin.train()
     assert_twenty_equal_steps(twin, model, params, inputs, labels)
