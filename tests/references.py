@@ -37,12 +37,13 @@ def spread(model: torch.nn.Module, seed: int, factor: float = 6.0) -> torch.nn.M
     return model.eval()
 
 
-def qwen2_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, **top):
+def qwen2_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, vision=None, **top):
     """Return a tiny Qwen2-VL (6 query heads on 2 kv heads) saved to `directory`."""
     config = Qwen2VLConfig(
         vision_config=dict(
             depth=2, embed_dim=32, num_heads=2, hidden_size=48, patch_size=4, mlp_ratio=2
-        ),
+        )
+        | (vision or {}),
         text_config=dict(
             hidden_size=48,
             intermediate_size=64,
@@ -53,8 +54,8 @@ def qwen2_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, 
             bos_token_id=1,
             eos_token_id=2,
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
-            **(text or {}),
-        ),
+        )
+        | (text or {}),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,
@@ -64,6 +65,19 @@ def qwen2_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, 
     model = spread(Qwen2VLForConditionalGeneration(config), seed, factor)
     model.save_pretrained(directory)
     return model
+
+
+# Decoders whose rows are whole blocks of 64: bitsandbytes on the CPU decodes no others right.
+WIDE = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
+
+
+def wide(family: str, directory: Path, factor: float = 6.0):
+    """Return a tiny model of a family with a decoder of `WIDE`, saved to `directory`."""
+    if family == "llava":
+        return llava(directory, "clip", "llama", factor=factor, extra=WIDE)
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
+    text, vision = WIDE | dict(rope_parameters=rope), dict(hidden_size=64)
+    return qwen2_vl(directory, factor=factor, text=text, vision=vision)
 
 
 TEXTS = {
@@ -114,8 +128,9 @@ def llava(
             vocab_size=120,
             bos_token_id=1,
             eos_token_id=2,
-            **{**TEXTS[text], **(extra or {})},
-        ),
+        )
+        | TEXTS[text]
+        | (extra or {}),
         image_token_index=LLAVA_IMAGE,
         **top,
     )

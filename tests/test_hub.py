@@ -145,9 +145,20 @@ def test_copies_in_a_config_may_differ_where_nothing_reads_them(base):
         vlm_jax.from_config({**raw, "max_window_layers": 1, **top, **used})
 
 
-def test_quantized_weights_are_refused_by_name(base):
-    change_config(base, quantization_config={"quant_method": "bitsandbytes"})
-    refused(base, "quantized by 'bitsandbytes'")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "to 8 bits by 'bitsandbytes'.*in 16 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "to 8 bits by 'bitsandbytes'"),
+        ({"load_in_8bit": True}, "quantized by 'None'"),
+        ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'.*in 16 bits"),
+        ({"quant_method": "awq"}, "quantized by 'awq'"),
+        ("gptq", "quantized by 'None'"),
+    ],
+)
+def test_weights_quantized_otherwise_are_refused_by_name(base, settings, message):
+    change_config(base, quantization_config=settings)
+    refused(base, message)
 
 
 def test_a_tied_config_with_a_head_of_its_own_is_refused(tmp_path):

@@ -99,9 +99,11 @@ def _table(model: Model, wanted: Quantization) -> Table:
                 f"The component '{component}' has no linear layer to quantize"
                 f"{nearest(component, known)}. Those that have: {', '.join(sorted(known))}."
             )
-        for pattern, owner in model.family.COMPONENTS:
-            if owner == component:
-                rows.append((f"(?={pattern}$).*/kernel", wanted.storage))
+    rows += [(re.escape(path), DENSE) for path in model.family.disk_shapes(model.config)]
+    for pattern, owner in model.family.COMPONENTS:  # in its order, for the first row wins
+        row = f"(?={pattern}$).*/kernel"
+        if any(re.fullmatch(row, path) for path in paths):
+            rows.append((row, wanted.storage if owner in wanted.components else DENSE))
     return [*rows, (".*", DENSE)]
 
 
@@ -162,6 +164,10 @@ def abstract(model: Model, quantize: Quantize, dtype: Any = None) -> dict[str, A
     return unflatten(flat)
 
 
+# Components as a sentence names them.
+PLACES = {"vision": "vision tower", "language_model": "language model"}
+
+
 def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
     """Return lines that say what is quantized and what is not, with reasons; [] for a dense tree.
 
@@ -191,7 +197,8 @@ def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
         elif path not in kernels:
             reason = "norms, biases and convolutions, which are small"
         else:
-            reason = f"linear layers of the {component}, which the quantization table keeps dense"
+            owner = PLACES.get(component, component)
+            reason = f"linear layers of the {owner}, which the quantization table keeps dense"
         dense[reason] = dense.get(reason, 0) + layers
     lines = [
         f"quantized: {tensors} tensors, {values:,d} parameters, as {', '.join(kinds)}, "

@@ -158,7 +158,9 @@ def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name
             raise refuse(f"'{name}{suffix}' is not the map of {kind}.")
     nested = offset = None
     if double:
-        nested = tensors[".nested_absmax"].reshape(-1)
-        offset = np.asarray(state["nested_offset"], np.float32)
+        nested, mean = tensors[".nested_absmax"].reshape(-1), state.get("nested_offset")
+        if not isinstance(mean, int | float) or not math.isfinite(mean):
+            raise refuse(f"its nested_offset is {mean!r}, not a number.")
+        offset = np.asarray(mean, np.float32)
     codes = from_bytes(tensors[""], count)
     return Stored(Flat(codes, tensors[".absmax"].reshape(-1), nested, offset), format, block, dtype)

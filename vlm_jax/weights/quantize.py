@@ -69,11 +69,11 @@ def encode(format: type[FourBit], weight: np.ndarray, block: int, double: bool, 
         return Flat(codes, absmax, None, None)
     # bitsandbytes' offset is torch's mean in float32, whose last bit moves with its threads.
     offset = np.asarray(absmax.mean(dtype=np.float64), np.float32)
-    codes8, nested = _quantize_scales(absmax - offset)
+    codes8, nested = quantize_scales(absmax - offset)
     return Flat(codes, codes8, nested, offset)
 
 
-def _quantize_scales(x: Any) -> tuple[Any, Any]:
+def quantize_scales(x: Any) -> tuple[Any, Any]:
     """Return (codes uint8 [n], absmax float32 [ceil(n / 256)]) of scales float32 [n]."""
     pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
     blocks = pad(x, (0, -len(x) % dynamic8.BLOCK)).reshape(-1, dynamic8.BLOCK)
@@ -81,11 +81,16 @@ def _quantize_scales(x: Any) -> tuple[Any, Any]:
     return codes.reshape(-1)[: len(x)], absmax.reshape(-1)
 
 
-def _code(format: type[FourBit], x: Any) -> Any:
-    """Return uint8 codes of x in [-1, 1]: the nearest value, a tie to the lower one."""
+def _bounds(format: type[FourBit]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the codes by ascending value, the values between neighbours)."""
     table = np.asarray(format.VALUES, np.float32)
     order = np.argsort(table, kind="stable").astype(np.uint8)
-    bounds = (table[order[:-1]] + table[order[1:]]) / np.float32(2)
+    return order, (table[order[:-1]] + table[order[1:]]) / np.float32(2)
+
+
+def _code(format: type[FourBit], x: Any) -> Any:
+    """Return uint8 codes of x in [-1, 1]: the nearest value, a tie to the lower one."""
+    order, bounds = _bounds(format)
     above = sum((x > bound).astype(np.uint8) for bound in bounds)
     if (order == np.arange(16)).all():
         return above
@@ -107,7 +112,25 @@ def _encode(format: type[FourBit], weight: jax.Array, block: int) -> tuple[jax.A
     return _code(format, scaled), absmax
 
 
-_encode_compiled = jax.jit(_encode, static_argnums=(0, 2))
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _encode_compiled(
+    format: type[FourBit], weight: jax.Array, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `_encode`'s arrays, and bool [whole blocks]: those that flushing may have changed.
+
+    FP4 has zeros of both signs, so that a subnormal value, flushed, takes another code.
+    """
+    codes, absmax = _encode(format, weight, block)
+    whole = codes.size // block
+    if 0 not in _bounds(format)[1]:
+        return codes, absmax, jnp.zeros(whole, bool)
+
+    def pattern(x: jax.Array) -> jax.Array:  # whole numbers are compared without flushing
+        return jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+
+    x = pattern(weight.astype(jnp.float32).reshape(-1)[: whole * block].reshape(whole, block))
+    least = pattern(4 * jnp.finfo(jnp.float32).tiny * jnp.maximum(absmax[:whole], 1))
+    return codes, absmax, jnp.any((x > 0) & (x < least[:, None]), axis=1)
 
 
 def _encode_exactly(
@@ -115,9 +138,10 @@ def _encode_exactly(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return `_encode`'s arrays; blocks whose scale is not ordinary are made again in numpy."""
     with jax.default_device(host_device()):
-        codes, absmax = map(np.asarray, _encode_compiled(format, weight, block))
+        codes, absmax, flushed = map(np.asarray, _encode_compiled(format, weight, block))
     low, high = ORDINARY
     ordinary = np.logical_and(absmax >= low, absmax <= high)
+    ordinary[: flushed.size] &= ~flushed
     if codes.size % block:  # a shorter last block is always made again
         ordinary[-1] = False
     places = np.flatnonzero(~ordinary)
@@ -151,7 +175,7 @@ def _quantize_on_device(format: type[FourBit], kernel: jax.Array, block: int, do
     nested = offset = None
     if double:
         offset = jnp.mean(absmax)
-        absmax, nested = _quantize_scales(absmax - offset)
+        absmax, nested = quantize_scales(absmax - offset)
     if inputs % block == 0:
         absmax = absmax.reshape(outputs, inputs // block).T
     codes = codes.reshape(outputs, inputs).T.astype(jnp.uint4)

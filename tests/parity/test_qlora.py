@@ -1,0 +1,51 @@
+"""QLoRA against torch + peft + bitsandbytes: the same codes, the same start, the same 20 steps."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from references import llava_inputs, quiet, qwen2_vl_inputs, wide
+from references_4bit import OUTSIDE, four_bit, layers_4bit
+from test_peft import PROJECTOR, assert_twenty_equal_steps
+
+import vlm_jax
+from vlm_jax.trees import flatten
+from vlm_jax.weights import NF4
+
+
+def adapted_pair(family, tmp_path):
+    """Return (peft's model on bitsandbytes' layers, our model, params, inputs, labels)."""
+    dense = wide(family, tmp_path / "base", factor=3.0)
+    reference = four_bit(type(dense), tmp_path / "base", "nf4-dq", OUTSIDE)
+    reference.save_pretrained(tmp_path / "4bit")
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=r".*language_model.*_proj",
+        modules_to_save=[PROJECTOR[family]],
+    )
+    with quiet():
+        torch.manual_seed(0)
+        twin = get_peft_model(reference, config)
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        twin.save_pretrained(tmp_path / "adapter")
+    assert len(layers_4bit(twin)) == 14, "bitsandbytes computes all layers of the decoder"
+    model, params = vlm_jax.load_peft(*vlm_jax.load(tmp_path / "4bit"), tmp_path / "adapter")
+    kernels = [leaf for leaf in flatten(params).values() if isinstance(leaf, NF4)]
+    assert len(kernels) == 7 and all(leaf.double and leaf.aligned for leaf in kernels)
+    if family == "qwen2_vl":
+        inputs = qwen2_vl_inputs("mixed")
+    else:
+        inputs = llava_inputs(model.family.image_tokens(model.config))
+    answers = (inputs["attention_mask"] == 1) & (inputs["input_ids"] < 99)
+    return twin, model, params, inputs, np.where(answers, inputs["input_ids"], -100)
+
+
+@pytest.mark.parametrize("family", PROJECTOR)
+def test_twenty_steps(tmp_path, family):
+    twin, model, params, inputs, labels = adapted_pair(family, tmp_path)
+    twin.train()
+    assert_twenty_equal_steps(twin, model, params, inputs, labels)
