@@ -6,9 +6,10 @@ import jax
 
 from vlm_jax.weights import NF4, FourBit, dense
 from vlm_jax.weights.bnb import to_bnb
+from vlm_jax.weights.packing import restored, storable
 from vlm_jax.weights.quantize import quantize as _quantize
 
-__all__ = ["NF4", "dequantize", "quantize", "to_bnb"]
+__all__ = ["NF4", "dequantize", "quantize", "restored", "storable", "to_bnb"]
 
 
 def quantize(kernel: Any, block: int = 64, double: bool = True) -> FourBit:

@@ -1,5 +1,6 @@
 """4-bit leaves from and to bitsandbytes' arrays: axes in its order, codes in bytes, scales flat."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -67,6 +68,20 @@ def unpack_codes(codes: jax.Array, outputs: int) -> jax.Array:
     if codes.shape[-1] == outputs:
         return codes.astype(jnp.uint4)
     return jax.lax.bitcast_convert_type(codes, jnp.uint4).reshape(*codes.shape[:-1], outputs)
+
+
+def storable(leaf: FourBit) -> FourBit:
+    """Return a leaf whose codes are bytes, `Packed.codes`: orbax cannot write 4-bit integers."""
+    codes, outputs = leaf.codes, leaf.shape[-1]
+    if outputs % 2:
+        return dataclasses.replace(leaf, codes=codes.astype(jnp.uint8))
+    pairs = codes.reshape(*codes.shape[:-1], outputs // 2, 2)
+    return dataclasses.replace(leaf, codes=jax.lax.bitcast_convert_type(pairs, jnp.uint8))
+
+
+def restored(leaf: FourBit, outputs: int) -> FourBit:
+    """Return the leaf that `storable` was given; outputs: of its kernel [in, out]."""
+    return dataclasses.replace(leaf, codes=unpack_codes(leaf.codes, outputs))
 
 
 def flatten_layer(leaf: FourBit, layer: int | None = None) -> Flat:
