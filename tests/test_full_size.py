@@ -24,6 +24,7 @@ PARAMETERS = {
     "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
     "llava-hf/llava-1.5-7b-hf": 7_063_425_024,
     "llava-hf/llava-1.5-13b-hf": 13_351_492_608,
+    "Qwen/Qwen2-VL-72B-Instruct": 73_405_560_320,
 }
 
 

@@ -63,6 +63,10 @@ FULL_SIZE = {
     "qwen2_vl_7b_lora": (KNOWN["Qwen/Qwen2-VL-7B-Instruct"], 8_291_375_616),
     "llava15_7b_lora": (KNOWN["llava-hf/llava-1.5-7b-hf"], 7_063_427_072 - 2048),
     "llava15_13b_lora": (KNOWN["llava-hf/llava-1.5-13b-hf"], 13_351_494_656 - 2048),
+    "qwen2_vl_7b_qlora": (KNOWN["Qwen/Qwen2-VL-7B-Instruct"], 8_291_375_616),
+    "qwen2_vl_72b_qlora": (KNOWN["Qwen/Qwen2-VL-72B-Instruct"], 73_405_560_320),
+    "llava15_7b_qlora": (KNOWN["llava-hf/llava-1.5-7b-hf"], 7_063_427_072 - 2048),
+    "llava15_13b_qlora": (KNOWN["llava-hf/llava-1.5-13b-hf"], 13_351_494_656 - 2048),
 }
 
 

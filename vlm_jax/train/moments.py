@@ -186,6 +186,10 @@ def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
 
     memory = None if pages is None else pages.memory
+    if memory is None and not getattr(leaf, "committed", True):
+        sharding = (
+            None  # a leaf that may lie anywhere has moments that may, or a step compiles twice
+        )
 
     def zeros(shape: jax.ShapeDtypeStruct) -> Any:
         where = None if sharding is None else _placed(sharding, shape.shape, origin, memory)
