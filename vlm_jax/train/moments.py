@@ -183,13 +183,11 @@ def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
 
     shapes = jax.eval_shape(kept, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     origin = store.origin if pages is None else ((), *store.origin)
-    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-
     memory = None if pages is None else pages.memory
-    if memory is None and not getattr(leaf, "committed", True):
-        sharding = (
-            None  # a leaf that may lie anywhere has moments that may, or a step compiles twice
-        )
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    # A leaf that may lie anywhere has moments that may, or a step would compile twice.
+    if memory is None and isinstance(leaf, jax.Array) and sharding and not leaf.committed:
+        sharding = None
 
     def zeros(shape: jax.ShapeDtypeStruct) -> Any:
         where = None if sharding is None else _placed(sharding, shape.shape, origin, memory)
