@@ -6,12 +6,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import vlm_jax
 from vlm_jax import UserError, config
 from vlm_jax.models.known import KNOWN
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.compile import abstract_batch
+from vlm_jax.train.place import abstract, abstract_state
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.run import adapt_base, check_kept
 from vlm_jax.trees import flatten, match
@@ -92,8 +94,9 @@ def test_shipped_configs_build_at_full_size_without_allocating_it(name):
     assert counted == parameters
     trainable, frozen = vlm_jax.split(shapes, table)
     tx = vlm_jax.optimizer(trainable, table, {**c.training, "max_steps": 10})
-    state = jax.eval_shape(lambda: vlm_jax.init_state(zeros(trainable), tx))
     mesh = make_mesh(devices=jax.devices()[:1])
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), trainable)
+    state = abstract_state(abstract(trainable, whole), tx, mesh)
     unit = model.family.patch_unit(model.config)
     batch = abstract_batch(model, 2, (64, unit * 8), mesh)
     step = vlm_jax.make_step(model, tx, 2)
