@@ -1,10 +1,11 @@
 """One record into the arrays of one example, by the files of a checkpoint directory."""
 
-import dataclasses
+import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,12 +13,23 @@ from vlm_jax.batch import Batch, Example
 from vlm_jax.data.chat import TRAIN_ON, Chat
 from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.data.images import image_size, read_image
+from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED, Size
+from vlm_jax.data.overlong import POLICIES, Trial, fit
 from vlm_jax.data.processors import Grid, ImageProcessor
 from vlm_jax.data.records import Record, canonical
 from vlm_jax.errors import UserError
 from vlm_jax.model import from_config
 
 ON_BAD_EXAMPLE = ("raise", "skip")
+# What an over-long example's message says was tried.
+TRIED = {
+    "shrink_pixels": ", even with its images at their least size and its leading turns left out",
+    "drop_turns": ", even with its leading turns left out",
+    "drop": "",
+    "error": "",
+}
+# What of a checkpoint directory the sizes of examples hang on.
+SIZE_FILES = ("*config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat*")
 
 
 class BadExample(UserError):
@@ -27,14 +39,19 @@ class BadExample(UserError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple:  # or it would not come back from a worker process
+        return BadExample, (self.reason, str(self))
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """What an example takes of a row: tokens, patches; and how many tokens carry loss."""
 
-    tokens: int
-    patches: int
-    answers: int
+class Fitted(NamedTuple):
+    """An example as it fits a row: its record, tokens, weights, the processor for its images."""
+
+    record: Record
+    processor: ImageProcessor | None
+    grids: list[Grid]
+    tokens: np.ndarray
+    weights: np.ndarray
+    notes: int
 
 
 class Encoder:
@@ -43,6 +60,9 @@ class Encoder:
     directory: holds config.json, tokenizer and chat template, and image settings where records
         have images.
     max_seq_length: the most tokens an example may have, image placeholders included; None: any.
+    max_patches: likewise of its image patches.
+    overlong: what is done about an example above these: "shrink_pixels" of its images down to the
+        least, then drop leading turns, then leave it out; "drop_turns"; "drop"; "error".
     min_pixels, max_pixels: replace the checkpoint's limits (dynamic resolution).
     image_resolution: give every image about the pixels of a square of this side instead, see
         `make_processor`; 0 or None: not set.
@@ -57,6 +77,8 @@ class Encoder:
         directory: str | Path,
         *,
         max_seq_length: int | None = None,
+        max_patches: int | None = None,
+        overlong: str = "shrink_pixels",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         image_resolution: int | None = None,
@@ -64,7 +86,10 @@ class Encoder:
         on_bad_example: str = "raise",
         image_folder: str | Path | None = None,
     ):
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        self._remake = functools.partial(Encoder, **arguments)
         for name, value, known in (
+            ("overlong", overlong, POLICIES),
             ("train_on", train_on, TRAIN_ON),
             ("on_bad_example", on_bad_example, ON_BAD_EXAMPLE),
         ):
@@ -81,7 +106,8 @@ class Encoder:
         except json.JSONDecodeError as error:
             raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
         self.directory = str(directory)
-        self.max_seq_length = max_seq_length
+        self.max_seq_length, self.max_patches = max_seq_length, max_patches
+        self.overlong = overlong
         self.train_on, self.on_bad_example = train_on, on_bad_example
         self.image_folder = None if image_folder is None else str(image_folder)
         config = self.model.config
@@ -96,6 +122,25 @@ class Encoder:
                 image_resolution=image_resolution or None,
             )
             self._check_processor(self.processor)
+
+    def __reduce__(self) -> tuple:
+        return self._remake, ()
+
+    def with_limits(self, max_seq_length: int | None, max_patches: int | None) -> "Encoder":
+        """Return the encoder with limits of its own."""
+        arguments = {**self._remake.keywords, "max_seq_length": max_seq_length}
+        return Encoder(**{**arguments, "max_patches": max_patches})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the sizes of examples depend on, JSON-able: the files by their content."""
+        files = {}
+        for pattern in SIZE_FILES:
+            for path in Path(self.directory).glob(pattern):
+                files[path.name] = hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
+        options = {**self._remake.keywords, "directory": files}
+        del options["on_bad_example"]
+        return {name: str(value) if name == "image_folder" else value for name, value in options.items()}
 
     def _check_processor(self, processor: ImageProcessor) -> None:
         """Raise `UserError` where the processor's pixels are not what the model takes."""
@@ -123,19 +168,18 @@ class Encoder:
         pixel_values float32 and image_grid_thw int64 [I, 3] as the checkpoint's processor gives
         them: Qwen2-VL [P, C]; LLaVA [I, 3, height, width] and None. Both None without images.
 
-        Raises `BadExample`, naming the record, for an unreadable image, an example longer than
-        `max_seq_length` (its answer would be cut), one without any token that carries loss, and
+        An over-long example is treated by the policy `overlong`, see `vlm_jax.data.overlong`.
+        Raises `BadExample`, naming the record, for an unreadable image, an example that stays
+        longer than `max_seq_length` (its answer would be cut), one without any token that carries loss, and
         placeholders that differ from the image features.
         """
-        record = canonical(record)
-        values, grids = self._pixels(record)
-        tokens, weights = self._tokens(record, grids)
+        fitted = self.fit(record)
         return {
-            "id": record["id"],
-            "tokens": tokens,
-            "weights": weights,
-            "pixel_values": values,
-            "image_grid_thw": _stack_grids(grids),
+            "id": fitted.record["id"],
+            "tokens": fitted.tokens,
+            "weights": fitted.weights,
+            "pixel_values": self._pixels(fitted),
+            "image_grid_thw": _stack_grids(fitted.grids),
         }
 
     def example(self, record: Record) -> Example:
@@ -153,13 +197,17 @@ class Encoder:
             messages = messages[:-1]
         count = sum(part["type"] == "image" for m in messages for part in m["content"])
         record = {**record, "messages": messages, "images": record["images"][:count]}
-        values, grids = self._pixels(record)
+        grids = [
+            self._grid(record, self.processor, i, size)
+            for i, size in enumerate(self._sizes(record))
+        ]
         tokens = self.chat.prompt(messages, self._features(grids))
+        fitted = Fitted(record, self.processor, grids, tokens, np.zeros(len(tokens), np.float32), 0)
         return self._example(
             {
                 "tokens": tokens,
-                "weights": np.zeros(len(tokens), np.float32),
-                "pixel_values": values,
+                "weights": fitted.weights,
+                "pixel_values": self._pixels(fitted),
                 "image_grid_thw": _stack_grids(grids),
             }
         )
@@ -169,10 +217,48 @@ class Encoder:
 
         Raises `BadExample` as `encode` does, as far as headers tell.
         """
+        fitted = self.fit(record)
+        patches = sum(map(self.patches, fitted.grids))
+        return Size(len(fitted.tokens), patches, int((fitted.weights > 0).sum()), fitted.notes)
+
+    def fit(self, record: Any) -> Fitted:
+        """Return a raw or canonical record as it fits a row, by headers alone.
+
+        Raises `BadExample` where it cannot be trained on.
+        """
         record = canonical(record)
-        grids = self._grids(record)
-        tokens, weights = self._tokens(record, grids)
-        return Size(len(tokens), sum(map(self.patches, grids)), int(weights.sum()))
+        sizes = self._sizes(record)
+        texts: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by turns, features counted as 0
+
+        def attempt(record: Record, max_pixels: int | None) -> Trial:
+            own = sizes[len(sizes) - len(record["images"]) :]
+            processor = self.processor
+            if max_pixels is not None and processor is not None:
+                processor = processor.limited(max_pixels)
+            grids = [self._grid(record, processor, i, size) for i, size in enumerate(own)]
+            features = self._features(grids)
+            turns = len(record["messages"])
+            if turns not in texts:
+                texts[turns] = self._tokens(record, [0] * len(own))
+            tokens = len(texts[turns][0]) + sum(features)
+            return Trial(record, max_pixels, tokens, sum(map(self.patches, grids)), (processor, grids))
+
+        limits = self.max_seq_length, self.max_patches
+        pixels = None if self.processor is None else self.processor.pixels
+        trial, fits = fit(record, attempt, limits, self.overlong, pixels)
+        processor, grids = trial.encoded
+        if not fits:
+            raise self._too_long(trial, grids)
+        tokens, weights = self._tokens(trial.record, self._features(grids))
+        if not weights[1:].any():
+            raise BadExample(
+                "no_answer",
+                f"{describe(record)} has no token that carries loss: it has no assistant turn, or "
+                f"an empty one.",
+            )
+        notes = SHRUNK * (trial.max_pixels is not None)
+        notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
+        return Fitted(trial.record, processor, grids, tokens, weights, notes)
 
     def patches(self, grid: Grid) -> int:
         """Return how many patch slots of a row one image of this grid takes."""
@@ -204,31 +290,64 @@ class Encoder:
         family, config = self.model.family, self.model.config
         return [family.image_tokens(config, grid) for grid in grids]
 
-    def _tokens(self, record: Record, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens(self, record: Record, features: list[int]) -> tuple[np.ndarray, np.ndarray]:
         try:
-            tokens, weights = self.chat.encode(
-                record["messages"], self._features(grids), self.train_on
-            )
+            return self.chat.encode(record["messages"], features, self.train_on)
         except UserError as error:
             raise BadExample("template", f"{describe(record)}: {error}") from error
-        if self.max_seq_length is not None and len(tokens) > self.max_seq_length:
-            raise BadExample(
-                "too_long",
-                f"{describe(record)} has {len(tokens)} tokens ({sum(self._features(grids))} of "
-                f"them for {len(grids)} images), more than data.max_seq_length = "
-                f"{self.max_seq_length}. It is not cut: raise the limit, lower data.max_pixels, or "
-                f"split the conversation.",
-            )
-        if not weights[1:].any():
-            raise BadExample(
-                "no_answer",
-                f"{describe(record)} has no token that carries loss: it has no assistant turn, or "
-                f"an empty one.",
-            )
-        return tokens, weights
 
-    def _read(self, record: Record, number: int, read: Any) -> Any:
-        """Return `read(processor, source, folder)` of one image; errors name record and image."""
+    def _too_long(self, trial: Trial, grids: list[Grid]) -> BadExample:
+        name = describe(trial.record)
+        if self.max_seq_length is not None and trial.tokens > self.max_seq_length:
+            return BadExample(
+                "too_long",
+                f"{name} has {trial.tokens} tokens ({sum(self._features(grids))} of them for "
+                f"{len(grids)} images), more than data.max_seq_length = {self.max_seq_length}"
+                f"{TRIED[self.overlong]}. It is not cut: raise the limit, lower data.max_pixels, "
+                f"or split the conversation.",
+            )
+        return BadExample(
+            "too_many_patches",
+            f"{name} takes {trial.patches} patches, more than data.max_patches = "
+            f"{self.max_patches}{TRIED[self.overlong]}. It is not cut: raise the limit, lower "
+            f"data.max_pixels, or split the conversation.",
+        )
+
+    def _sizes(self, record: Record) -> list[tuple[int, int]]:
+        """Return (height, width) of each image, from headers."""
+        return [
+            self._of_image(record, i, lambda source, folder: image_size(source, folder))
+            for i in range(len(record["images"]))
+        ]
+
+    def _grid(
+        self, record: Record, processor: ImageProcessor | None, number: int, size: tuple[int, int]
+    ) -> Grid:
+        return self._of_image(record, number, lambda *_: processor.grid(*size))  # type: ignore
+
+    def _pixels(self, fitted: Fitted) -> np.ndarray | None:
+        """Return the pixel values of an example's images, decoded."""
+
+        def decode(source: Any, folder: str | None) -> tuple[np.ndarray, Grid]:
+            assert fitted.processor is not None
+            return fitted.processor(read_image(source, folder))
+
+        record, values = fitted.record, []
+        for number, grid in enumerate(fitted.grids):
+            value, real = self._of_image(record, number, decode)
+            if real != grid:
+                raise BadExample(
+                    "changed",
+                    f"Image {number} of {describe(record)} decodes to the patch grid {real}, but "
+                    f"its header promised {grid}: the file is damaged or was just replaced.",
+                )
+            values.append(value)
+        if not values:
+            return None
+        return np.stack(values) if fitted.grids[0] is None else np.concatenate(values)
+
+    def _of_image(self, record: Record, number: int, read: Any) -> Any:
+        """Return `read(source, folder)` of one image; errors name record and image."""
         source = record["images"][number]
         if self.processor is None:
             raise UserError(
@@ -237,7 +356,9 @@ class Encoder:
                 f"Copy the file of the checkpoint there."
             )
         try:
-            return read(self.processor, source, record["folder"] or self.image_folder)
+            return read(source, record["folder"] or self.image_folder)
+        except BadExample:
+            raise
         except UserError as error:
             name = (
                 f" '{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else ""
@@ -245,22 +366,6 @@ class Encoder:
             raise BadExample(
                 "image", f"Image {number}{name} of {describe(record)}: {error}"
             ) from error
-
-    def _pixels(self, record: Record) -> tuple[np.ndarray | None, list[Grid]]:
-        def read(processor: ImageProcessor, source: Any, folder: str | None) -> Any:
-            return processor(read_image(source, folder))
-
-        pairs = [self._read(record, i, read) for i in range(len(record["images"]))]
-        if not pairs:
-            return None, []
-        values, grids = zip(*pairs, strict=True)
-        return (np.stack(values) if grids[0] is None else np.concatenate(values)), list(grids)
-
-    def _grids(self, record: Record) -> list[Grid]:
-        def read(processor: ImageProcessor, source: Any, folder: str | None) -> Any:
-            return processor.grid(*image_size(source, folder))
-
-        return [self._read(record, i, read) for i in range(len(record["images"]))]
 
 
 def describe(record: Record) -> str:

@@ -25,6 +25,13 @@ class ImageProcessor(Protocol):
         """The most patches an image may have; None where all have one size."""
 
     @property
+    def pixels(self) -> tuple[int, int] | None:
+        """The least and most pixels an image may get; None where all have one size."""
+
+    def limited(self, max_pixels: int) -> "ImageProcessor":
+        """Return the processor with another most; an error where all images have one size."""
+
+    @property
     def merged(self) -> int:
         """How many neighbouring patches follow each other, to become one image feature."""
 
@@ -149,6 +156,13 @@ class Patches:
         )
         return max(self.max_pixels // self.raw["patch_size"] ** 2, enlarged * merge**2)
 
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        return self.min_pixels, self.max_pixels
+
+    def limited(self, max_pixels: int) -> "Patches":
+        return dataclasses.replace(self, max_pixels=max_pixels)
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         factor = self.raw["patch_size"] * self.raw["merge_size"]
         return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
@@ -237,6 +251,13 @@ class Fixed:
     @property
     def largest(self) -> int | None:
         return None
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        return None
+
+    def limited(self, max_pixels: int) -> "Fixed":
+        raise UserError("Every image of this checkpoint has one size, which no limit changes.")
 
     @property
     def merged(self) -> int:

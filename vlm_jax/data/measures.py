@@ -1,0 +1,133 @@
+"""What each record takes of a row, measured once and kept in a file that processes share.
+
+A record's tokens and patches follow from its text, its images' headers and the settings alone, so
+they are worth keeping: between runs, and between the processes of one run, which measure whatever
+the others have not.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+
+VERSION = 1  # raise it when measuring changes: files of an older one are not read
+COLUMNS = ("tokens", "patches", "answers", "notes", "check")
+CHECK = 0x56_4C_4D  # a row's check is this and the other columns xor-ed: no half-written row passes
+SHRUNK, TURNS_DROPPED = 1, 2  # bits of notes
+# Why a record is left out, in the order of the codes that stand in for its tokens: -1, -2, ...
+REASONS = (
+    "record",
+    "template",
+    "image",
+    "video",
+    "no_answer",
+    "too_long",
+    "too_many_patches",
+    "placeholders",
+    "changed",
+)
+
+
+class Size(NamedTuple):
+    """What an example takes of a row: tokens, patches; how many tokens carry loss; and notes."""
+
+    tokens: int
+    patches: int
+    answers: int
+    notes: int = 0
+
+
+class Measures:
+    """Sizes of `count` records, in a file mapped into memory.
+
+    path: the file, made where it is missing, shared by all who open it; None: a temporary file
+    that ends with its first owner. Pickles as its path, so that worker processes share it.
+    """
+
+    def __init__(self, count: int, path: str | Path | None = None):
+        self.count = count
+        self._owned = tempfile.NamedTemporaryFile(suffix=".sizes") if path is None else None
+        self.path = str(self._owned.name if self._owned else path)
+        self._map()
+
+    def _map(self) -> None:
+        size = self.count * len(COLUMNS) * 4
+        with open(self.path, "ab") as file:  # zeros, which pass no check, are "not measured"
+            if file.tell() < size:
+                os.truncate(self.path, size)
+        self.table: np.ndarray = np.memmap(
+            self.path, np.int32, mode="r+", shape=(self.count, len(COLUMNS))
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": self.count, "path": self.path, "_owned": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def unknown(self, indices: np.ndarray) -> np.ndarray:
+        """Return those of the indices that are not measured yet."""
+        rows = np.asarray(self.table[indices])
+        return indices[np.bitwise_xor.reduce(rows, axis=1) != CHECK]
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Return int64 [len(indices), 4]: `Size` of measured records; tokens < 0: left out."""
+        return np.asarray(self.table[indices][:, :4], np.int64)
+
+    def kept(self, indices: np.ndarray) -> np.ndarray:
+        """Return those of the measured indices whose records are not left out."""
+        return indices[self.table[indices][:, 0] >= 0]
+
+    def put(self, index: int, size: Size) -> None:
+        """Write a record's size."""
+        row = np.array([*size, 0], np.int32)
+        row[-1] = CHECK ^ np.bitwise_xor.reduce(row[:-1])
+        self.table[index] = row
+
+    def drop(self, index: int, reason: str) -> None:
+        """Write that a record is left out."""
+        self.put(index, Size(-1 - REASONS.index(reason), 0, 0))
+
+    def reasons(self) -> dict[str, np.ndarray]:
+        """Return {reason: indices} of the records known to be left out."""
+        table = np.asarray(self.table)
+        known = np.bitwise_xor.reduce(table, axis=1) == CHECK
+        return {
+            reason: np.flatnonzero(known & (table[:, 0] == -1 - code))
+            for code, reason in enumerate(REASONS)
+            if (known & (table[:, 0] == -1 - code)).any()
+        }
+
+
+def measures_file(place: str | Path | None, content: str | None, settings: Any) -> Path | None:
+    """Return where sizes of records of this content under these settings are kept.
+
+    place: the data file or directory; the file lies in `.vlm_jax` beside it, or, where nothing
+    can be written there, in `~/.cache/vlm_jax`. settings: JSON-able; all that sizes depend on.
+    None where the records have no known content (rows in memory): then nothing is kept.
+    """
+    if place is None or content is None:
+        return None
+    key = hashlib.blake2b(
+        json.dumps([VERSION, content, settings], sort_keys=True).encode(), digest_size=12
+    ).hexdigest()
+    place = Path(place).expanduser()
+    beside = (place if place.is_dir() else place.parent) / ".vlm_jax"
+    for folder in (beside, Path.home() / ".cache" / "vlm_jax"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder / f"{place.name}-{key}.sizes"
+    raise UserError(
+        f"The sizes of the records of '{place}' can be kept neither in '{beside}' nor in "
+        f"~/.cache/vlm_jax: neither can be written. Make one of them writable."
+    )

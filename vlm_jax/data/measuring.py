@@ -1,0 +1,84 @@
+"""Fills in the sizes of records as they come up, and says which are left out and why."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from vlm_jax.data.encode import BadExample, Encoder
+from vlm_jax.data.measures import REASONS, Measures
+from vlm_jax.data.sources import Records
+from vlm_jax.errors import UserError
+
+# Left out under every policy but data.overlong="error": nothing is wrong with them.
+ALWAYS_DROPPED = ("too_long", "too_many_patches")
+
+
+class Measurer:
+    """Measures records of one encoder into a shared `Measures`; pickles for worker processes.
+
+    skip_bad: leave bad records out, counted, rather than raise for them.
+    """
+
+    def __init__(self, encoder: Encoder, records: Records, measures: Measures, skip_bad: bool):
+        self.encoder, self.records, self.measures = encoder, records, measures
+        self.skip_bad = skip_bad
+
+    def measure(
+        self, indices: np.ndarray, pool: ThreadPoolExecutor | None = None, share: float = 0.0
+    ) -> None:
+        """Measure those of the records that nobody measured yet.
+
+        share: how far into them to begin, so that processes that come here at once do not all
+        measure the same. Raises `UserError` for a bad record unless `skip_bad`.
+        """
+        new = self.measures.unknown(indices)
+        new = np.roll(new, -int(share * len(new)))
+        for part in np.array_split(new, -(-len(new) // 16)) if len(new) else []:
+            part = self.measures.unknown(part)  # others may have been here
+            for error in map(self.one, part) if pool is None else pool.map(self.one, part):
+                if error is not None and not self.allowed(error):
+                    raise self.named(error)
+
+    def one(self, index: int) -> UserError | None:
+        """Measure one record, write what came of it, and return why it is left out if it is."""
+        index = int(index)
+        try:
+            self.measures.put(index, self.encoder.measure(self.records[index]))
+        except UserError as error:
+            if self.allowed(error):
+                self.measures.drop(index, reason_of(error))
+            return error
+        return None
+
+    def bad(self, indices: np.ndarray) -> np.ndarray:
+        """Return bool: which of the measured records are left out because they are bad."""
+        tokens = self.measures.sizes(indices)[:, 0]
+        fine = [-1 - REASONS.index(reason) for reason in ALWAYS_DROPPED]
+        return (tokens < 0) & ~np.isin(tokens, fine)
+
+    def why(self, index: int) -> str:
+        """Return the message of a record that is left out."""
+        try:
+            self.encoder.encode(self.records[int(index)])
+        except UserError as error:
+            return str(error)
+        return "It can be read now: it was changed since it was measured."
+
+    def allowed(self, error: UserError) -> bool:
+        """Return whether a record may be left out for this."""
+        if reason_of(error) in ALWAYS_DROPPED:
+            return self.encoder.overlong != "error"
+        return self.skip_bad
+
+    def named(self, error: UserError) -> UserError:
+        """Return the error with what an example does not know: its file, and the way round it."""
+        where = f"In '{self.records.name}': " if isinstance(error, BadExample) else ""
+        way = "To leave such examples out, counted and reported, set data.on_bad_example=skip."
+        if reason_of(error) in ALWAYS_DROPPED:
+            way = "To leave such examples out, counted, set data.overlong=drop."
+        return BadExample(reason_of(error), f"{where}{error} {way}")
+
+
+def reason_of(error: UserError) -> str:
+    """Return the key under which the report counts an error's record."""
+    return getattr(error, "reason", "record")

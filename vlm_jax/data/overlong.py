@@ -1,0 +1,99 @@
+"""What happens to an example that is longer than a row: a declared policy, never a cut.
+
+An image is whole or not there at all: its tokens are never truncated, and neither is an answer.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vlm_jax.data.records import Record
+
+# data.overlong -> what is tried, in this order, before the example is left out.
+POLICIES: dict[str, tuple[str, ...]] = {
+    "shrink_pixels": ("shrink", "turns"),
+    "drop_turns": ("turns",),
+    "drop": (),
+    "error": (),
+}
+
+
+class Trial(NamedTuple):
+    """An example as it would be encoded: its record, the pixel limit of its images, its size."""
+
+    record: Record
+    max_pixels: int | None  # None: the processor's own
+    tokens: int
+    patches: int
+    encoded: Any
+
+
+Try = Callable[[Record, int | None], Trial]
+
+
+def fit(
+    record: Record,
+    attempt: Try,
+    limits: tuple[int | None, int | None],
+    policy: str,
+    pixels: tuple[int, int] | None,
+) -> tuple[Trial, bool]:
+    """Return the first trial that fits and True, or the last one and False.
+
+    attempt: sizes up a record with its images limited to so many pixels. limits: most tokens and
+    patches. pixels: the least and most pixels an image may get; None where they cannot change.
+    With "shrink_pixels" every image of the example gets the largest common limit that fits, down
+    to the least; if that is not enough, or with "drop_turns", whole leading exchanges are dropped
+    with their images, as few as possible, the system prompt kept.
+    """
+    steps = POLICIES[policy]
+
+    def fits(trial: Trial) -> bool:
+        sizes = (trial.tokens, trial.patches)
+        return all(limit is None or n <= limit for n, limit in zip(sizes, limits, strict=True))
+
+    whole = attempt(record, None)
+    if fits(whole):
+        return whole, True
+    exchanges = count_exchanges(record) if "turns" in steps else 1
+    for dropped in range(max(1, exchanges)):
+        shorter = drop_exchanges(record, dropped)
+        trial = attempt(shorter, None) if dropped else whole
+        if fits(trial):
+            return trial, True
+        if "shrink" not in steps or pixels is None or not trial.patches:
+            continue
+        low, high = pixels
+        best = attempt(shorter, low)
+        if not fits(best):
+            continue
+        while high - low > 1:  # low fits, high does not
+            middle = (low + high) // 2
+            trial = attempt(shorter, middle)
+            low, high, best = (middle, high, trial) if fits(trial) else (low, middle, best)
+        return best, True
+    return whole, False
+
+
+def count_exchanges(record: Record) -> int:
+    """Return how many user turns a conversation has."""
+    return sum(message["role"] == "user" for message in record["messages"])
+
+
+def drop_exchanges(record: Record, count: int) -> Record:
+    """Return the record without its first `count` user turns, their answers and their images."""
+    messages, seen = [], 0
+    dropped = {"image": 0, "video": 0}
+    for message in record["messages"]:
+        seen += message["role"] == "user"
+        if message["role"] == "system" or seen > count:
+            messages.append(message)
+            continue
+        for part in message["content"]:
+            if part["type"] in dropped:
+                dropped[part["type"]] += 1
+    rest = {
+        name: record[name][dropped[kind]:]
+        for name, kind in (("images", "image"), ("videos", "video"))
+        if name in record
+    }
+    return {**record, "messages": messages, **rest}

@@ -1,0 +1,152 @@
+"""Which records each step's rows hold, planned from (seed, epoch) alone.
+
+An epoch is an order of the records, taken window by window. The rows of a window are a function
+of its records (packed, or one each), whoever makes them: neither worker processes nor hosts change
+a row. The rows of all windows, one after another, make the steps; so a position in the data is the
+window and the row that come next.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from vlm_jax.data.measuring import Measurer
+from vlm_jax.data.packing import pack, row_sizes
+from vlm_jax.data.shapes import Shape, cost, fit
+from vlm_jax.errors import UserError
+
+State = dict[str, int]
+
+
+class Step(NamedTuple):
+    """One planned step: the records of each of its rows, its shape, the state after it.
+
+    seen, bad: how many records came up for the first time in this pass, and how many of them are
+    left out as bad.
+    """
+
+    rows: list[list[int]]
+    shape: Shape
+    after: State
+    seen: int = 0
+    bad: int = 0
+
+
+@dataclasses.dataclass
+class Planner:
+    """Plans steps of `rows` rows; picklable, so that each worker process plans for itself.
+
+    capacity: tokens and patches of a packed row; None: a row holds one example. shapes: the
+    ladder, whose last one holds whatever may come. window: records that are planned together.
+    """
+
+    measurer: Measurer
+    rows: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    shapes: list[Shape]
+    capacity: Shape | None
+    window: int
+    share: float = 0.0  # where in a window this process begins to measure
+
+    def steps(self, state: State | None = None) -> Iterator[Step]:
+        """Yield steps without end, epoch after epoch, from a state on.
+
+        Raises `UserError` where the state belongs to other records, seed or batch size.
+        """
+        state = dict(state or {"epoch": 0, "step": 0})
+        for name, now in self._about().items():
+            if state.get(name, now) != now:
+                raise UserError(
+                    f"The saved data position is for {name} = {state[name]}, but now {name} = "
+                    f"{now}. To resume, leave data, packing, batch size and seed as they were."
+                )
+        if state["step"] and "cursor" not in state:
+            raise UserError(
+                f"The data position {state} lacks its 'cursor': give back a state as it came."
+            )
+        while True:
+            yield from self.epoch(state)
+            state = {"epoch": state["epoch"] + 1, "step": 0}
+
+    def epoch(self, state: State) -> Iterator[Step]:
+        """Yield the rest of an epoch's steps from a state on."""
+        epoch, number = int(state["epoch"]), int(state["step"])
+        cursor, done = int(state.get("cursor", 0)), int(state.get("row", 0))
+        first = int(state.get("first", 0))  # rows that the step before took from this window
+        records = self.measurer.records
+        order = records.order(self.seed, epoch) if self.shuffle else np.arange(len(records))
+        waiting: list[tuple[list[int], np.ndarray]] = []  # rows of a step that is not full yet
+        seen = bad = 0
+
+        def step(cursor: int, row: int, first: int, ended: bool) -> Step:
+            nonlocal number, seen, bad
+            number += 1
+            shape = self._shape(np.array([size for _, size in waiting]))
+            place = {"epoch": epoch, "step": number, "cursor": cursor, "row": row, "first": first}
+            if ended:
+                place = {"epoch": epoch + 1, "step": 0, "cursor": 0, "row": 0, "first": 0}
+            made = Step([r for r, _ in waiting], shape, {**place, **self._about()}, seen, bad)
+            waiting.clear()
+            seen = bad = 0
+            return made
+
+        while cursor < len(order):
+            members = order[cursor : cursor + self.window]
+            self.measurer.measure(members, share=self.share)
+            after = cursor + len(members)
+            if done == 0:
+                seen, bad = seen + len(members), bad + self._bad(members)
+            rows, sizes = self._rows(self.measurer.measures.kept(members))
+            sequence = self._arrange(sizes, first, [self.seed, epoch, cursor])
+            for i in range(done, len(rows)):
+                waiting.append((rows[sequence[i]], sizes[sequence[i]]))
+                if len(waiting) == self.rows:
+                    end = i + 1 == len(rows)
+                    place = (after, 0, 0) if end else (cursor, i + 1, first)
+                    yield step(*place, ended=end and after == len(order))
+            first, cursor, done = -len(waiting) % self.rows, after, 0
+        if waiting and not self.drop_last:
+            yield step(0, 0, 0, ended=True)
+
+    def _rows(self, kept: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
+        """Return each row's records and the rows' sizes, in the order of their first record."""
+        sizes = self.measurer.measures.sizes(kept)[:, :2]
+        if self.capacity is None:
+            return [[int(index)] for index in kept], sizes
+        rows = sorted(pack(sizes, self.capacity), key=lambda row: int(row[0]))
+        return [kept[row].tolist() for row in rows], row_sizes(rows, sizes)
+
+    def _arrange(self, sizes: np.ndarray, first: int, seed: list[int]) -> np.ndarray:
+        """Return the order in which a window's rows come.
+
+        Rows of like size make a step together, steps in random order; the `first` rows, which
+        fill the step that the window before began, and those that begin the next window's are the
+        cheapest.
+        """
+        if not self.shuffle or len(sizes) == 0:
+            return np.arange(len(sizes))
+        needs = np.array([fit(size, self.shapes) for size in sizes], np.int64)
+        order = np.lexsort((cost(sizes), needs))
+        head, rest = order[:first], order[first:]
+        over = len(rest) % self.rows
+        groups = rest[over:].reshape(-1, self.rows)
+        groups = groups[np.random.default_rng(seed).permutation(len(groups))]
+        return np.concatenate([head, groups.reshape(-1), rest[:over]])
+
+    def _shape(self, sizes: np.ndarray) -> Shape:
+        index = fit(sizes.max(0), self.shapes)
+        assert index is not None  # the last shape holds everything
+        return self.shapes[index]
+
+    def _bad(self, members: np.ndarray) -> int:
+        return int(self.measurer.bad(members).sum())
+
+    def _about(self) -> State:
+        """Return what a state must agree on."""
+        packed = 0 if self.capacity is None else self.capacity[0]
+        about = {"records": len(self.measurer.records), "rows": self.rows, "seed": self.seed}
+        return {**about, "packed": packed}
