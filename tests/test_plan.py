@@ -118,6 +118,15 @@ def test_collectives_of_a_sharded_loop_run_as_often_as_it():
     assert [(c.kind, c.dtype, c.times, c.bytes) for c in found] == [("all-reduce", "f32", 5, 2**22)]
 
 
+def test_paged_moments_of_blocks_that_do_not_divide_meet_on_no_host(tiny):
+    paged = {"training.optim": "paged_adamw_8bit"}
+    compiled = plan.compile_step(tiny, "v5e:2x2", overrides=paged, mesh={"fsdp": 4})
+    assert plan.memory(compiled).host > 0
+    assert plan.collectives(compiled) and plan.estimated_cycles(compiled) > 0
+    for exchange in ("HostExecute", "MegaScale"):  # a host's computation; through the network
+        assert exchange not in compiled.as_text()
+
+
 def test_parts_of_an_asynchronous_collective_are_one_and_names_with_braces_are_read():
     text = """
 %body (p: u4[8,64]) -> u4[32,64] {
@@ -128,6 +137,10 @@ def test_parts_of_an_asynchronous_collective_are_one_and_names_with_braces_are_r
   %s = (u4[8,64]{1,0:T(8,128)}, u4[32,64]{1,0}) all-gather-start(%p), channel_id=7
   ROOT %d = u4[32,64]{1,0:T(8,128)} fusion(%s), calls=%end
 }
+
+%host (h: u8[4]) -> u8[4] {
+  ROOT %h = u8[4]{0} parameter(0)
+}, execution_thread="host"
 
 %end (q: u4[8,64]) -> u4[32,64] {
   %q = u4[8,64]{1,0} parameter(0)
@@ -191,6 +204,15 @@ def test_what_a_plan_cannot_know_is_asked_for(tiny):
     refused("model.adapter=none", **{"model.adapter": "somewhere"})
     refused("model.type is 'llava'", **{"model.type": "llava"})
     refused("does not cover 4 devices", **{"mesh.fsdp": 3})
+    for said, sizes in (
+        ("rows is 3; expected a multiple of 4", {"rows": 3}),
+        ("tokens is 0; expected a multiple of 1", {"tokens": 0}),
+        ("tokens is -4", {"tokens": -4}),
+        ("patches is 30; expected a multiple of 4", {"patches": 30}),
+        ("topology is None", {"topology": None}),
+    ):
+        with pytest.raises(UserError, match=said):
+            plan.compile_step(tiny, **{"topology": "v5e:2x2", **sizes})
 
 
 def test_a_fixed_tower_takes_one_image_of_its_size():

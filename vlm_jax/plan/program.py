@@ -18,6 +18,7 @@ KIND = (
     "collective-broadcast"
 )
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+END = re.compile(r"\}(, execution_thread=.*)?")
 CALLED = re.compile(r"\b(?:calls|to_apply)=%?([^\s,)]+)")
 BRANCHES = re.compile(
     r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([^\s,)]+))"
@@ -160,7 +161,7 @@ def _parse(compiled: jax.stages.Compiled) -> tuple[_Program, str]:
     """Return ({computation: its instructions}, the entry's name).
 
     A custom call may hold line breaks and braces of its own: a computation ends only at a line
-    that is a brace.
+    that is a brace, behind which the thread that runs it may be named.
     """
     program: _Program = {}
     entry = ""
@@ -172,7 +173,7 @@ def _parse(compiled: jax.stages.Compiled) -> tuple[_Program, str]:
                 current = head[2]
                 program[current] = []
                 entry = head[2] if head[1] else entry
-        elif line == "}":
+        elif END.fullmatch(line):
             current = None
         else:
             found = re.match(r"\s+(?:ROOT )?%?([^\s=]+) = (.*?)\s([a-z][a-z0-9-]*)\(", line)

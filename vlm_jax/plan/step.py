@@ -49,15 +49,28 @@ def compile_step(
     found = devices(topology)
     over = mesh_of(c, found)
     model, tx, state, frozen = abstract_run(c, over)
-    shape = (
-        tokens or c.data.max_seq_length,
-        image_patches(c, model) if patches is None else patches,
-    )
-    rows = rows or rows_of(c, over)
-    run = make_step(model, tx, c.training.gradient_accumulation_steps)
+    parts = c.training.gradient_accumulation_steps
+    shards = over.shape["data"] * over.shape["fsdp"]
+    tokens = _whole("tokens", tokens, c.data.max_seq_length)
+    unit = model.family.patch_unit(model.config)
+    patches = _whole("patches", patches, image_patches(c, model), unit, least=0)
+    rows = _whole("rows", rows, rows_of(c, over), shards * parts)
+    shape = tokens, patches
+    run = make_step(model, tx, parts)
     batch = abstract_batch(model, rows, shape, over)
     with out_of_memory_explained():
         return compile_run(run, state, frozen, batch, OPTIONS[found[0].platform])[0]
+
+
+def _whole(name: str, given: int | None, default: int, unit: int = 1, least: int = 1) -> int:
+    """Return a size, or raise `UserError` where no batch has it."""
+    size = default if given is None else given
+    if size < least or size % unit:
+        raise UserError(
+            f"{name} is {size}; expected a multiple of {unit} from {max(least, unit * least)} on "
+            f"(rows divide among micro-batches and the devices of mesh.data x mesh.fsdp)."
+        )
+    return size
 
 
 def image_patches(config: ConfigDict, model: Model) -> int:

@@ -57,6 +57,8 @@ def devices(topology: str) -> list[Any]:
     topology: a TPU slice as "v5e:2x2", or NVIDIA GPUs as "h100" or "h100:8". Raises `UserError`
     for one that is not known and where the compiler for it is not installed.
     """
+    if not isinstance(topology, str):
+        raise UserError(f"topology is {topology!r}; expected a name such as 'v5e:2x2'.")
     chip, _, shape = topology.partition(":")
     if chip in TPUS:
         return _tpu(topology, chip, shape)

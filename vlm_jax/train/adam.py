@@ -1,5 +1,6 @@
 """Adam's rule over a tree of leaves, each with its own store of moments."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,12 @@ from vlm_jax.trees import flatten, map_leaves, unflatten
 
 
 def scale_by_adam(
-    b1: float, b2: float, eps: float, eight_bit: bool = False, paged: bool = False
+    b1: float,
+    b2: float,
+    eps: float,
+    eight_bit: bool = False,
+    paged: bool = False,
+    shardings: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
     """Return optax's `scale_by_adam`, whose moments may have eight bits and may lie on the host.
 
@@ -20,9 +26,12 @@ def scale_by_adam(
     paged: moments of large leaves lie in pinned host memory as equal pages. A step brings one
     page after the other to the device and back, whether or not there is room for more; that is
     offloading. bitsandbytes' pages are CUDA's unified memory, which moves when memory runs out.
+    shardings: {path: sharding} of the leaves on a mesh, for what comes from the host and goes back.
     Paged or not, the results are the same to the bit, see `rounded`.
     Where moments lie is a property of the state: `init` places them beside the leaves it is given.
     """
+
+    places = shardings or {}
 
     def stores(path: str, leaf: Any) -> tuple[Store, Pages | None]:
         store = store_of(path, leaf.shape, eight_bit)
@@ -60,7 +69,9 @@ def scale_by_adam(
         new = {
             path: (leaf,) * 3
             if _masked(leaf)
-            else advance(*stores(path, leaf), rule, leaf, means[path], squares[path])
+            else advance(
+                *stores(path, leaf), rule, leaf, means[path], squares[path], places.get(path)
+            )
             for path, leaf in flatten(updates).items()
         }
         parts = (unflatten({path: leaf[i] for path, leaf in new.items()}) for i in range(3))

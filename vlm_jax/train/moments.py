@@ -240,9 +240,18 @@ def memory_kinds(device: jax.Device) -> list[str]:
 
 
 def advance(
-    store: Store, pages: Pages | None, rule: Rule, gradient: jax.Array, mean: Any, square: Any
+    store: Store,
+    pages: Pages | None,
+    rule: Rule,
+    gradient: jax.Array,
+    mean: Any,
+    square: Any,
+    sharding: Any = None,
 ) -> tuple[jax.Array, Any, Any]:
-    """Return (update, mean, square): what `rule` makes of a gradient and of the moments kept."""
+    """Return (update, mean, square): what `rule` makes of a gradient and of the moments kept.
+
+    sharding: of the leaf, where it is on a mesh.
+    """
 
     def one(gradient: jax.Array, mean: Any, square: Any) -> tuple[jax.Array, Any, Any]:
         moments = store.load(mean, "mean"), store.load(square, "square")
@@ -259,18 +268,30 @@ def advance(
     def move(tree: Any, space: Any) -> Any:
         return tree if pages.memory is None else jax.device_put(tree, space)
 
+    def beside(tree: Any) -> Any:
+        # As the page's moments are stored: where blocks do not divide over the mesh, the compiler
+        # would choose another sharding, and change it on the host, through which chips are slow.
+        if pages.memory is None or not isinstance(sharding, NamedSharding):
+            return tree
+        return jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(
+                x, _placed(sharding, x.shape, store.origin, None)
+            ),
+            tree,
+        )
+
     def turn(page: jax.Array, arrays: Any) -> Any:
         # Everything is read from and written to where it lies: the update takes the gradient's
         # place, and of what lies on the host no second copy is made there.
         gradients, *kept = arrays
         part = jax.lax.dynamic_index_in_dim(gradients, page, pages.axis + 1, keepdims=False)
         here = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, page, 0, False), kept)
-        update, *new = one(part, *move(here, Space.Device))
+        update, *new = one(part, *beside(move(here, Space.Device)))
         gradients = jax.lax.dynamic_update_index_in_dim(gradients, update, page, pages.axis + 1)
         kept = jax.tree.map(
             lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, page, 0),
             kept,
-            move(new, Space.Host),
+            move(beside(new), Space.Host),
         )
         return gradients, *kept
 

@@ -136,7 +136,10 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 def adamw(
-    settings: OptimizerSettings, scale: float, decay_mask: Callable[[Any], Any]
+    settings: OptimizerSettings,
+    scale: float,
+    decay_mask: Callable[[Any], Any],
+    shardings: Mapping[str, Any],
 ) -> optax.GradientTransformation:
     """Return AdamW (https://arxiv.org/abs/1711.05101) of one group, with torch's update.
 
@@ -151,6 +154,7 @@ def adamw(
             settings.adam_epsilon,
             eight_bit=kind.endswith("_8bit"),
             paged=kind.startswith("paged_"),
+            shardings=shardings,
         ),
         optax.add_decayed_weights(settings.weight_decay, decay_mask),
         optax.scale_by_learning_rate(lambda step: scale * schedule(step)),
@@ -194,7 +198,13 @@ def optimizer(
         flags = match(DECAY, flatten(tree), "decay table", unused="allow")
         return map_leaves(lambda path, leaf: leaf if masked(leaf) else flags[path], tree)
 
-    transforms = {g: adamw(settings, parse_group(g)[1], decay_mask) for g in groups.values()}
+    shardings = {
+        path: None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        for path, leaf in flatten(trainable).items()
+    }
+    transforms = {
+        g: adamw(settings, parse_group(g)[1], decay_mask, shardings) for g in groups.values()
+    }
     labels = map_leaves(lambda path, _: groups[path], trainable)
     groups_tx = optax.multi_transform(transforms, labels)
     # Without a limit it is infinite: the state keeps one structure whatever the settings.
