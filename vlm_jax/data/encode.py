@@ -172,7 +172,7 @@ class Encoder:
         record = canonical(record)
         grids = self._grids(record)
         tokens, weights = self._tokens(record, grids)
-        return Size(len(tokens), sum(map(self.patches, grids)), int(weights.sum()))
+        return Size(len(tokens), sum(map(self.patches, grids)), int(np.count_nonzero(weights)))
 
     def patches(self, grid: Grid) -> int:
         """Return how many patch slots of a row one image of this grid takes."""
