@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
-
 from checkpoint_files import llava_files, qwen2_vl_files, text
+from transformers import AutoTokenizer
 
 from vlm_jax.data.chat import Chat
 

@@ -69,7 +69,7 @@ def read_records(
         else:
             rows = _from_hub(str(source), split)
     elif isinstance(source, Mapping):
-        rows = _pick_split(source, name, split)
+        rows = pick_split(source, name, split)
     if type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"):
         raise UserError(
             f"The data '{name}' is a stream, which has no length and cannot be read by index: set "
@@ -79,7 +79,7 @@ def read_records(
         raise UserError(f"Records are a path, a data set or a sequence of dicts, not {name}.")
     rows = rows if hasattr(rows, "__getitem__") else list(rows)
     known = getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None)
-    rows = _encoded_images(rows)
+    rows = encoded_images(rows)
     if len(rows) == 0:
         raise UserError(f"The data '{name}' holds no records.")
     return Records(rows, name, str(image_folder) if image_folder else folder, columns, known)
@@ -191,7 +191,7 @@ def _from_disk(path: Path, split: str | None, caption_prompt: str) -> Any:
     import datasets
 
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _pick_split(datasets.load_from_disk(str(path)), str(path), split)
+        return pick_split(datasets.load_from_disk(str(path)), str(path), split)
     captions = None if any(path.rglob("*.parquet")) else read_captions(path, caption_prompt)
     if captions is not None:
         if split:
@@ -207,7 +207,7 @@ def _from_disk(path: Path, split: str | None, caption_prompt: str) -> Any:
             f"(metadata.jsonl, metadata.csv, or a .txt file beside each). Give a .json or .jsonl "
             f"file by its own path."
         )
-    return _pick_split(datasets.load_dataset(str(path)), str(path), split)
+    return pick_split(datasets.load_dataset(str(path)), str(path), split)
 
 
 def _from_hub(name: str, split: str | None) -> Any:
@@ -220,7 +220,7 @@ def _from_hub(name: str, split: str | None) -> Any:
     import datasets
 
     try:
-        return _pick_split(datasets.load_dataset(name), name, split)
+        return pick_split(datasets.load_dataset(name), name, split)
     except UserError:
         raise
     except Exception as error:  # network, gating and builders raise many unrelated types
@@ -230,7 +230,7 @@ def _from_hub(name: str, split: str | None) -> Any:
         ) from error
 
 
-def _pick_split(data: Any, name: str, split: str | None) -> Any:
+def pick_split(data: Any, name: str, split: str | None) -> Any:
     """Return one split of a `DatasetDict`; anything else as it is."""
     if not isinstance(data, Mapping):
         return data
@@ -243,7 +243,7 @@ def _pick_split(data: Any, name: str, split: str | None) -> Any:
     return data[wanted]
 
 
-def _encoded_images(rows: Any) -> Any:
+def encoded_images(rows: Any) -> Any:
     """Return a data set whose image columns give bytes or paths: a planner must not decode."""
     features = getattr(rows, "features", None)
     if not features:
