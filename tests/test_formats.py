@@ -136,6 +136,9 @@ def test_streams_go_on_where_they_stopped(tmp_path):
         assert list(again.records_from(4)) == records[4:] == list(stream.records_from(4))
     with pytest.raises(UserError, match="is a stream, which has no length"):
         read_records(data)
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "r"}\n{')
+    with pytest.raises(UserError, match=r"stream '.*a\.jsonl' breaks behind record"):
+        list(open_stream(tmp_path / "a.jsonl").records_from(0))
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(UserError, match="cannot be streamed"):
         open_stream(tmp_path / "a.json")

@@ -31,9 +31,22 @@ class Stream:
     def records_from(self, skip: int = 0) -> Iterator[Record | UserError]:
         """Yield the records behind the first `skip`; in a bad one's place, what is wrong with it.
 
-        A record's "index" counts from the stream's beginning.
+        A record's "index" counts from the stream's beginning. Raises `UserError` where the stream
+        itself cannot go on (a line that is not JSON, a connection that is lost).
         """
-        for index, row in enumerate(self.rows.skip(skip) if skip else self.rows, start=skip):
+        rows = enumerate(self.rows.skip(skip) if skip else self.rows, start=skip)
+        index = skip - 1
+        while True:
+            try:
+                index, row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # network, builders and casts raise many unrelated types
+                raise UserError(
+                    f"The stream '{self.name}' breaks behind record {index}: "
+                    f"{(str(error).splitlines() or [''])[0]}. Mend it there; a .jsonl file that is "
+                    f"read without data.streaming may leave single bad lines out."
+                ) from error
             try:
                 yield canonical(row, index, self.folder, self.name, columns=self.columns)
             except UserError as error:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
 from vlm_jax.data import Encoder, Pipeline, read_records
+from vlm_jax.data.stream import open_stream
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import whole_directory, write_json
@@ -213,14 +214,14 @@ def make_pipeline(
             f"The config names no data: set data.{name} to a .json, .jsonl or .parquet file, or a "
             f"data set."
         )
+    d, source = config.data, configs.plain(file)
+    columns = configs.plain(d.columns)
+    if d.streaming:
+        source, columns = open_stream(source, d.image_folder, split, columns), None
     return Pipeline(
         encoder,
         read_records(
-            configs.plain(file),
-            config.data.image_folder,
-            split,
-            columns=configs.plain(config.data.columns),
-            caption_prompt=config.data.caption_prompt,
+            source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
         ),
         rows=rows,
         max_shapes=config.data.max_shapes,
