@@ -222,8 +222,8 @@ class Encoder:
         if not weights[1:].any():
             raise BadExample(
                 "no_answer",
-                f"{describe(record)} has no token that carries loss: it has no assistant turn, or "
-                f"an empty one.",
+                f"{describe(record)} has no token that carries loss: it has no assistant turn, "
+                f"an empty one, or none whose weight is above 0.",
             )
         return tokens, weights
 
