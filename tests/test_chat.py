@@ -233,3 +233,29 @@ def test_edits_move_spans():
     text_, spans = apply_edits("abc def", [(1, 2, "XYZ"), (3, 4, "")], [(0, 3), (4, 7), (2, 3)])
     assert text_ == "aXYZcdef"
     assert [text_[a:b] for a, b in spans] == ["aXYZc", "def", "c"]
+
+
+@pytest.mark.parametrize("name", ["plain", "marked"])
+def test_a_turn_counts_as_much_as_it_says(qwen, llava, name):
+    for chats in (qwen, llava):
+        chat = chats[name]
+        tokens, ones = chat.encode(TALK, [2])
+        halved = [TALK[0], {**TALK[1], "weight": 0.5}, TALK[2], {**TALK[3], "weight": 2}]
+        same, weights = chat.encode(halved, [2])
+        np.testing.assert_array_equal(same, tokens)
+        first, last = (ones - chat.encode(TALK, [2], "last")[1]), chat.encode(TALK, [2], "last")[1]
+        np.testing.assert_array_equal(weights, 0.5 * first + 2 * last)
+        np.testing.assert_array_equal(chat.encode(halved, [2], "last")[1], 2 * last)
+        silent = [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]]
+        np.testing.assert_array_equal(chat.encode(silent, [2])[1], last)
+
+
+@pytest.mark.parametrize("name", ["plain", "marked"])
+def test_an_empty_answer_trains_its_end(qwen, llava, name):
+    talk = [TALK[0], text("assistant", ""), TALK[2], text("assistant", "blue")]
+    for chats, ends in (
+        (qwen, ["<|im_end|>\n", "blue<|im_end|>\n"]),
+        (llava, ["</s>", "blue</s>"]),
+    ):
+        tokens, weights = chats[name].encode(talk, [2])
+        assert [run.strip(" ") for run in trained(chats[name], tokens, weights)] == ends

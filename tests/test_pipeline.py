@@ -219,7 +219,7 @@ def test_over_long_examples_are_dropped_and_counted_never_cut(qwen, folder):
 def test_bad_examples_raise_or_are_counted(qwen, folder, tmp_path):
     rows = json.loads((folder / "data.json").read_text())[:12]
     rows[4]["image"] = ["gone.png"]
-    rows[7]["conversations"][1]["from"] = "human"
+    rows[7]["conversations"][1]["train"] = False
     rows[8]["conversations"][1]["from"] = "nobody"
     data = (folder / rows[5]["image"][0]).read_bytes()
     (folder / "cut.png").write_bytes(data[: len(data) // 2])

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.values import VALUES, columns_value, plain, sources_value
 
 
 def get_config() -> ConfigDict:
@@ -87,8 +88,17 @@ def get_config() -> ConfigDict:
     t.seed = 42  # of LoRA's A, dropout and the order of the data
 
     d = c.data = ConfigDict()
-    d.train_file = placeholder(str)  # .json, .jsonl, .parquet, a saved or hub data set; required
-    d.eval_file = placeholder(str)  # the same for evaluation; None: there is none
+    # A .json, .jsonl (or .gz, .zst of them), .parquet or .arrow file, a gs://, s3:// or hf://
+    # address of one, a directory (saved data set, images with captions) or a hub data set;
+    # required. Or a list of such, each a path or {path, split, image_folder, columns,
+    # caption_prompt, name} with weight (its share of the examples) or epochs (how often each of
+    # its records comes an epoch); docs/DATA.md.
+    d.train_file = placeholder(object)
+    d.eval_file = placeholder(object)  # the same for evaluation; None: there is none
+    # Our names of columns -> the data's: {"question": "q_text", "image": "img"}; None: they agree.
+    d.columns = placeholder(object)
+    d.caption_prompt = "Describe this image."  # what the user says where images have captions only
+    d.streaming = False  # read data sets as streams: no download first, no length, one fixed order
     d.image_folder = placeholder(str)  # where relative image paths start; None: at the data file
     d.max_seq_length = 2048  # tokens a row; a longer example is dropped and counted, never cut
     d.train_split = placeholder(str)  # of a data set that has several; None: "train"
@@ -229,6 +239,7 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     flat: dict[str, Any] = {}
     for key, value in config.items():
         is_tree = isinstance(value, Mapping | ConfigDict | FrozenConfigDict)
+        is_tree = is_tree and f"{prefix}{key}" not in VALUES
         if is_tree and (value or not prefix):  # an empty one in a section is a value, a wrong one
             flat.update(flatten_config(value, f"{prefix}{key}."))
         else:
@@ -258,6 +269,8 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
             if kind is tuple:
                 return ()
             raise ValueError
+        if key in VALUES:
+            return columns_value(value) if key == "data.columns" else sources_value(value)
         if key == "lora.target_modules" and isinstance(value, str):
             # One string is a preset or a regex, unless it plainly is a list.
             listed = value.startswith("[") or re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value)
@@ -279,9 +292,9 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
         if isinstance(value, str | Path):
             return str(value).removeprefix("torch.") if key.endswith("dtype") else str(value)
         raise ValueError
-    except (ValueError, TypeError, KeyError, OverflowError):
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         names = {tuple: "list of strings", str: "string", bool: "true or false"}
-        expected = names.get(kind, kind.__name__)
+        expected = str(error) if key in VALUES else names.get(kind, kind.__name__)
         raise UserError(
             f"The key '{key}' has the value {value!r} in {where}; expected {expected}. Its "
             f"default is {flatten_config(get_config())[key]!r}."
@@ -465,7 +478,7 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     """Return plain nested dicts of values that JSON can hold."""
     return {
         section: {
-            key: list(value) if isinstance(value, tuple) else value
+            key: plain(value) if f"{section}.{key}" in VALUES or isinstance(value, tuple) else value
             for key, value in config[section].items()
         }
         for section in config

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import chat_template_utils as templates
 
 from vlm_jax.data.tokenizer import find_template, load_tokenizer, rename_tokens
 from vlm_jax.errors import UserError
@@ -42,6 +43,8 @@ class Chat:
         self.directory = str(directory)
         self.template = find_template(directory, tokenizer)
         self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+        # transformers' own rendering, less the deep copies that it makes of every message.
+        self.compiled: Any = templates._compile_jinja_template(self.template)
         self.special = {**tokenizer.special_tokens_map}
         self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
         self.placeholders = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids]
@@ -65,6 +68,8 @@ class Chat:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens int32 [T] and weights float32 [T]: 1 on what the assistant writes.
 
+        A message's own "weight" (0 or above) stands in place of 1 on what it writes.
+
         image_tokens: how many placeholders each image takes, in the order of the image parts.
         train_on: "all" (or "answers") assistant turns, or the "last" one.
 
@@ -77,8 +82,8 @@ class Chat:
         Where the template has `{% generation %}` marks they say what an answer is (with the white
         space and the EOS around it that the model has to write too); otherwise it is
         what a turn adds to the prompt that asks for it, `render(messages[:i], prompt)` being an
-        exact prefix of `render(messages[:i + 1])`, which is checked. A token that is partly
-        answer counts.
+        exact prefix of `render(messages[:i + 1])`, which is checked; spaces behind the end of turn
+        are left out there (LLaVA-NeXT's "</s> "). A token that is partly answer counts.
 
         A template that ends the assistant's turn without any special token, as LLaVA-1.5's does
         ("USER: … ASSISTANT: … USER: …"), would never teach the model to stop. There the white
@@ -91,27 +96,31 @@ class Chat:
         if train_on not in TRAIN_ON:
             raise UserError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}.")
         rendered, turns = self._turns(messages, prompt=False)
-        return self._tokens(
-            rendered, turns, turns[-1:] if train_on == "last" else turns, image_tokens
-        )
+        counts = [float(m.get("weight", 1)) for m in messages if m["role"] == "assistant"]
+        if train_on == "last":
+            counts[:-1] = [0.0] * len(counts[:-1])
+        return self._tokens(rendered, turns, counts, image_tokens)
 
     def prompt(self, messages: Messages, image_tokens: Sequence[int]) -> np.ndarray:
         """Return tokens int32 [T] of the conversation up to where the assistant is to write."""
         rendered, turns = self._turns(messages, prompt=True)
-        return self._tokens(rendered, turns, [], image_tokens)[0]
+        return self._tokens(rendered, turns, [0.0] * len(turns), image_tokens)[0]
 
     def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
         """Return the template's text and its generation marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        values = {**self.special, "tools": None, "documents": None}
         try:
+            if not self.has_marks:
+                text = self.compiled.render(
+                    messages=messages, add_generation_prompt=prompt, **values
+                )
+                return text, []
             with self._lock:
-                rendered: Any = render_jinja_template(
-                    conversations=[list(messages)],
-                    chat_template=self.template,
-                    return_assistant_tokens_mask=self.has_marks,
+                text, marks = templates._render_with_assistant_indices(
+                    compiled_template=self.compiled,
+                    messages=list(messages),
                     add_generation_prompt=prompt,
-                    **self.special,
+                    **values,
                 )
         except Exception as error:  # a template is the checkpoint's own code
             roles = ", ".join(message["role"] for message in messages)
@@ -119,8 +128,7 @@ class Chat:
                 f"The chat template of '{self.directory}' refuses the conversation ({roles}): "
                 f"{error}. Check the roles and their order."
             ) from error
-        texts, marks = rendered
-        return texts[0], [(start, end) for start, end in marks[0]] if marks else []
+        return text, [(start, end) for start, end in marks]
 
     def _turns(self, messages: Messages, prompt: bool) -> tuple[str, list[list[Span]]]:
         """Return the rendered text and, for every assistant turn, the spans of its answer."""
@@ -128,7 +136,7 @@ class Chat:
         rendered, marks = self._render(messages, prompt)
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not self.has_marks:
-            turns = [[self._added(messages, i, rendered)] for i in places]
+            turns = [[self._added(messages, i, rendered, prompt)] for i in places]
         elif len(marks) == len(places):
             turns = [[mark] for mark in marks]
         else:  # several marks a turn, or none: count what each turn adds
@@ -148,12 +156,11 @@ class Chat:
                 )
         return rendered, turns
 
-    def _added(self, messages: Messages, i: int, rendered: str) -> Span:
+    def _added(self, messages: Messages, i: int, rendered: str, prompt: bool) -> Span:
         """Return where turn i's answer stands, by exact prefixes."""
-        before, after = (
-            self._render(messages[:i], True)[0],
-            self._render(messages[: i + 1], False)[0],
-        )
+        before, after = self._render(messages[:i], True)[0], rendered
+        if i + 1 < len(messages) or prompt:
+            after = self._render(messages[: i + 1], False)[0]
         if not (after.startswith(before) and rendered.startswith(after)):
             raise UserError(
                 f"The chat template of '{self.directory}' renders message {i} (assistant) in a way "
@@ -202,20 +209,24 @@ class Chat:
         self,
         rendered: str,
         turns: list[list[Span]],
-        trained: list[list[Span]],
+        counts: list[float],
         image_tokens: Sequence[int],
     ) -> tuple[np.ndarray, np.ndarray]:
         edits: list[tuple[int, int, str]] = []
         for name, slot, literal in zip(self.placeholders, SLOTS, LITERALS, strict=False):
             for old, new in ((name, slot), (literal, name)):
                 edits += [(m.start(), m.end(), new) for m in re.finditer(re.escape(old), rendered)]
-        spans = [span for turn in trained for span in turn]
+        spans = [span for turn in turns for span in turn]
+        each = [count for turn, count in zip(turns, counts, strict=True) for _ in turn]
         for turn in turns:
             if not turn:  # an empty answer that the template's marks leave out
                 continue
             start, end = turn[-1]
             body = start + len(rendered[start:end].rstrip())
             if rendered[start:body].endswith(self.ends):
+                if not self.has_marks:  # a space behind the end is the template's, not the answer's
+                    stop = start + len(rendered[start:end].rstrip(" "))
+                    spans = [(a, stop if b == end else b) for a, b in spans]
                 continue
             if self.eos is None:
                 raise UserError(
@@ -234,8 +245,8 @@ class Chat:
         tokens = np.array(encoding.ids, np.int32)
         starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         weights = np.zeros(len(tokens), np.float32)
-        for start, end in spans:
-            weights[(starts < end) & (ends > start)] = 1
+        for (start, end), count in zip(spans, each, strict=True):
+            weights[(starts < end) & (ends > start)] = count
         slots = tokens == self.image_id
         if slots.sum() != len(image_tokens):
             raise UserError(

@@ -253,8 +253,8 @@ class Encoder:
         if not weights[1:].any():
             raise BadExample(
                 "no_answer",
-                f"{describe(record)} has no token that carries loss: it has no assistant turn, or "
-                f"an empty one.",
+                f"{describe(record)} has no token that carries loss: it has no assistant turn, "
+                f"an empty one, or none whose weight is above 0.",
             )
         notes = SHRUNK * (trial.max_pixels is not None)
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))

@@ -6,7 +6,7 @@ is not read, a model would learn something else than the file says.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import PIL.Image
@@ -33,7 +33,7 @@ def is_given(row: Mapping[str, Any], key: str) -> bool:
     return value is not None and not empty
 
 
-def refuse_unread(row: Mapping[str, Any], read: set[str], has_images: bool, where: str) -> None:
+def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, where: str) -> None:
     """Raise `UserError` for a row's content under a key that is not in `read`.
 
     has_images: the row has images under a key that is read; another form of them beside it (their
@@ -74,7 +74,7 @@ def _is_image(value: Any) -> bool:
     return isinstance(value, bytes | PIL.Image.Image)
 
 
-def refuse_unread_in_turn(turn: Mapping[str, Any], read: set[str], where: str) -> None:
+def refuse_unread_in_turn(turn: Mapping[str, Any], read: Set[str], where: str) -> None:
     """Raise `UserError` for content of one turn under a key that is not in `read`."""
     for key, name, _ in _others(turn, read):
         if re.fullmatch(rf"{ONE_OF_SEVERAL}|{IMAGE}|{OTHER_MEDIA}", name):
@@ -87,14 +87,9 @@ def refuse_unread_in_turn(turn: Mapping[str, Any], read: set[str], where: str) -
                 f"{where} has '{key}', which is not read: the turn would be trained on without it. "
                 f"Write it into the turn's text as the model is to write it, or take it out."
             )
-    if any(turn.get(key) in (0, False) for key in ("weight", "train", "loss")):
-        raise UserError(
-            f"{where} is marked as not to be trained on, which is not supported turn by turn: take "
-            f"the mark out, or set data.train_on to 'last' to train on the last turn alone."
-        )
 
 
-def _others(row: Mapping[str, Any], read: set[str]) -> list[tuple[str, str, Any]]:
+def _others(row: Mapping[str, Any], read: Set[str]) -> list[tuple[str, str, Any]]:
     """Return (key, its bare name, value) of what else a row has; a number is no content."""
     return [
         (str(key), re.sub(r"[^a-z0-9]", "", str(key).lower()), value)

@@ -16,8 +16,9 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.encode import BadExample, Encoder, describe
+from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up
-from vlm_jax.data.sources import Records, read_records
+from vlm_jax.data.sources import read_records
 from vlm_jax.errors import UserError
 
 State = dict[str, int]
@@ -93,7 +94,7 @@ class Pipeline:
                 f"(this is number {process_index}): make it a multiple."
             )
         self.encoder = encoder
-        self.records: Records = read_records(records, encoder.image_folder)
+        self.records: Records | Mixture = read_records(records, encoder.image_folder)
         self.rows, self.seed, self.shuffle, self.drop_last = rows, seed, shuffle, drop_last
         self.skip_bad = (on_bad_example or encoder.on_bad_example) == "skip"
         self.process_index, self.process_count = process_index, process_count

@@ -1,4 +1,4 @@
-"""The one form that every record takes, and the formats it is read from.
+"""The one form that every record takes.
 
 A canonical record is
     {"id": str, "index": int, "folder": str | None,
@@ -6,70 +6,60 @@ A canonical record is
      "images": [path, bytes, PIL image, ...: one for each image part, in order]}
 """
 
-import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.data.keys import is_given, refuse_unread, refuse_unread_in_turn
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.data.formats import IMAGES, check_order, read_turns, rename_columns
+from vlm_jax.data.keys import is_given, refuse_unread
+from vlm_jax.errors import UserError
 
 Record = dict[str, Any]
 MARKER = "<image>"
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
-# A system prompt beside the turns, as ShareGPT's and LLaMA-Factory's files have it.
-SYSTEM = ("system", "system_prompt")
-IMAGES = ("images", "image")
 
 
 def canonical(
-    row: Any, index: int = 0, folder: str | None = None, name: str = "the record"
+    row: Any,
+    index: int = 0,
+    folder: str | None = None,
+    name: str = "the record",
+    *,
+    line: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Record:
     """Return the canonical record of a raw row, or the row itself where it already is one.
 
-    A row has `conversations` (LLaVA, ShareGPT: from/value) or `messages` (role/content) and, for
-    pictures, `image` or `images`: one or a list. In `conversations`, and in `messages` whose
-    content is a plain string, "<image>" outside the assistant's turns is an image's place, and line
+    A row has one of the formats of `vlm_jax.data.formats` (`conversations` of LLaVA and ShareGPT,
+    `messages`, query/response, prompt/completion, question/answer, instruction/output) and, for
+    pictures, `image` or `images`: one or a list. In a text that is a plain string, "<image>"
+    outside the assistant's turns is an image's place, and line
     breaks beside it are dropped; images that no marker or part names come first in the first
     user turn. Content given as parts is taken as it is, and "<image>" in its texts is text. A
-    `system` (or `system_prompt`) beside the turns becomes the first turn. Other keys are not read.
+    `system` (or `system_prompt`) beside the turns becomes the first turn. A message keeps the
+    "weight" that its turn has in the loss, where that is not 1. Other keys are not read.
+    line: where the row begins in its file, for errors. columns: {our name: the row's}.
     Raises `UserError`, naming the record, for what is malformed, for images and "<image>" markers
     that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).
     """
     if isinstance(row, Mapping) and {"id", "messages", "images", "index", "folder"} == row.keys():
         return dict(row)
-    where = f"Record {index} of '{name}'"
+    where = f"Record {index} of '{name}'" + ("" if line is None else f", line {line}")
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is {type(row).__name__}, not a JSON object.")
-    if row.get("id") is not None:
-        where += f" (id {row['id']!r})"
-    found = [
-        turns_of(row[key], where) for key, turns_of in FORMATS.items() if row.get(key) is not None
-    ]
-    if not found:
-        raise UserError(
-            f"{where} has the keys {sorted(map(str, row))}; expected one of {', '.join(FORMATS)}, "
-            f"as in LLaVA's JSON or in chat messages."
-        )
-    if found[0] != found[-1]:
-        raise UserError(
-            f"{where} has both {' and '.join(FORMATS)}, and they differ. Leave one of them out."
-        )
-    images = _images(row, where)
-    has_images = bool(images) or any(map(_brings_image, found[0]))
-    refuse_unread(row, {*IMAGES, *SYSTEM, *FORMATS}, has_images, where)
-    messages, images = _place_images(_with_system(row, found[0], where), images, where)
+    if columns:
+        row = rename_columns(row, columns, where)
     record_id = row.get("id")
+    if record_id is not None:
+        where += f" (id {record_id!r})"
+    turns, read = read_turns(row, where, columns or {})
+    check_order(turns, where)
+    images = _images(row, where)
+    has_images = bool(images) or any(map(_brings_image, turns))
+    refuse_unread(row, read, has_images, where)
+    messages, images = _place_images(turns, images, where)
+    for turn, message in zip(turns, messages, strict=True):
+        if "weight" in turn:
+            message["weight"] = turn["weight"]
     return {
         "id": str(index if record_id is None else record_id),
         "index": index,
@@ -89,52 +79,6 @@ def _images(row: Mapping[str, Any], where: str) -> list[Any]:
 def _brings_image(turn: dict[str, Any]) -> bool:
     parts = turn["content"] if isinstance(turn["content"], list | tuple) else ()
     return any(isinstance(part, Mapping) and "image" in str(part.get("type")) for part in parts)
-
-
-def _with_system(
-    row: Mapping[str, Any], turns: list[dict[str, Any]], where: str
-) -> list[dict[str, Any]]:
-    """Return the turns with a system prompt that stands beside them as the first."""
-    for key in (key for key in SYSTEM if is_given(row, key)):
-        prompt = row[key]
-        if not isinstance(prompt, str):
-            raise UserError(f"{where} has a '{key}' that is not text: {prompt!r:.80}.")
-        own = [turn["content"] for turn in turns if turn["role"] == "system"]
-        if prompt.strip() and not own:
-            turns = [{"role": "system", "content": prompt}, *turns]
-        elif prompt.strip() and own != [prompt]:
-            raise UserError(
-                f"{where} has a '{key}' that differs from its system turn. Leave one of them out."
-            )
-    return turns
-
-
-def _turns(value: Any, where: str, role_key: str, text_key: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{where} holds no list of turns: {value!r:.80}.")
-    turns = []
-    for number, turn in enumerate(value):
-        if not isinstance(turn, Mapping) or role_key not in turn or turn.get(text_key) is None:
-            raise UserError(
-                f"{where}: turn {number} is {turn!r:.80}; expected an object with '{role_key}' and "
-                f"'{text_key}'."
-            )
-        role = ROLES.get(str(turn[role_key]).lower())
-        if role is None:
-            raise UserError(
-                f"{where}: turn {number} has the role {turn[role_key]!r}"
-                f"{nearest(turn[role_key], ROLES)}; expected one of {', '.join(ROLES)}."
-            )
-        refuse_unread_in_turn(turn, {role_key, text_key}, f"{where}: turn {number}")
-        turns.append({"role": role, "content": turn[text_key]})
-    return turns
-
-
-# A row's key -> how its turns are read.
-FORMATS: dict[str, Callable[[Any, str], list[dict[str, Any]]]] = {
-    "messages": functools.partial(_turns, role_key="role", text_key="content"),
-    "conversations": functools.partial(_turns, role_key="from", text_key="value"),
-}
 
 
 def _place_images(

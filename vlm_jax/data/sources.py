@@ -1,165 +1,213 @@
-"""Where records come from: files, data sets, rows in memory."""
+"""Where records come from: files, data sets, rows in memory, and lists of them."""
 
-import json
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.data.records import canonical
+from vlm_jax.data.cache import COMPRESSED, decompress, download, is_remote
+from vlm_jax.data.captions import PROMPT, read_captions
+from vlm_jax.data.formats import check_columns
+from vlm_jax.data.jsonl import index_lines, index_list
+from vlm_jax.data.mixture import Mixture, Part, Records
 from vlm_jax.errors import UserError, nearest
 
-
-class Records(Sequence):
-    """Raw rows that become canonical when they are asked for.
-
-    name: the file or data set, for errors. folder: where relative image paths start.
-    """
-
-    def __init__(self, rows: Any, name: str, folder: str | None):
-        self.rows, self.name, self.folder = rows, name, folder
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index = int(index) % len(self)
-        return canonical(self.rows[index], index, self.folder, self.name)
+# The keys of one source of a list.
+SOURCE = (
+    *("path", "split", "image_folder", "columns", "caption_prompt"),
+    *("weight", "epochs", "name"),
+)
 
 
 def read_records(
-    source: Any, image_folder: str | Path | None = None, split: str | None = None
-) -> Records:
-    """Return the records of a file, a data set, or rows in memory.
+    source: Any,
+    image_folder: str | Path | None = None,
+    split: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    caption_prompt: str | None = None,
+) -> Records | Mixture:
+    """Return the records of a file, a data set, rows in memory, or a list of such sources.
 
-    source: a .json file (a list), a .jsonl file, a .parquet file, a directory that
-    `datasets.save_to_disk` wrote, a data set's id on the Hugging Face hub, a `datasets.Dataset`,
-    or a sequence of dicts. image_folder: where relative image paths start, by default the data
-    file's folder. split: of a data set that has several, by default "train".
-    Raises `UserError` for a missing file, bad JSON (with its line) or an empty source.
+    source: a .json file (a list), a .jsonl file (indexed, not loaded), either of them as .gz or
+    .zst, a .parquet or .arrow file, a gs://, s3:// or hf:// address of one, a directory that
+    `datasets.save_to_disk` wrote or that holds captioned images, a data set's id on the Hugging
+    Face hub, a `datasets.Dataset`, or a sequence of dicts. Or a list of sources: each one of
+    these, or {"path": source} with `split`, `image_folder`, `columns`, `caption_prompt`, `name`
+    and either `weight` or `epochs`; see `Mixture`.
+    image_folder: where relative image paths start, by default the data file's folder. split: of a
+    data set that has several, by default "train". columns: {our name: the data's}.
+    caption_prompt: what the user says where images have captions only.
+    Raises `UserError` for a missing file, a file that is no such, or an empty source. A row that
+    is not JSON raises when it is asked for, and hinders no other.
     """
-    name = str(source) if isinstance(source, str | Path) else type(source).__name__
-    path = Path(source).expanduser() if isinstance(source, str | Path) else None
-    folder = str(image_folder) if image_folder else None
-    if image_folder and not Path(image_folder).expanduser().is_dir():
-        raise UserError(f"The image folder '{image_folder}' does not exist or is no directory.")
-    if isinstance(source, Records):
+    if isinstance(source, Records | Mixture):
         return source
-    if path is not None and path.is_file():
-        suffix = path.suffix.lower()
-        if suffix not in READERS:
-            raise UserError(
-                f"The data file '{path}' has the suffix '{suffix}'; expected one of "
-                f"{', '.join(READERS)}."
-            )
-        if split:
-            raise UserError(
-                f"The data file '{path}' has no splits, so there is no '{split}' in it."
-            )
-        rows = READERS[suffix](path)
-        folder = folder or str(path.parent)
-    elif path is not None and path.is_dir():
-        rows, folder = _from_disk(path, split), folder or str(path)
-    elif path is not None:
-        rows = _from_hub(str(source), split)
+    options = {
+        **{"image_folder": image_folder, "split": split},
+        **{"columns": columns, "caption_prompt": caption_prompt},
+    }
+    if is_list_of_sources(source):
+        return _mixture(source, options)
+    if (
+        image_folder
+        and not is_remote(image_folder)
+        and not Path(image_folder).expanduser().is_dir()
+    ):
+        raise UserError(f"The image folder '{image_folder}' does not exist or is no directory.")
+    check_columns(columns or {})
+    name = str(source) if isinstance(source, str | Path) else type(source).__name__
+    folder, rows = None, source
+    if is_remote(source):
+        folder, rows = source.rpartition("/")[0], _from_file(download(source), source, split)
+    elif isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if path.is_file():
+            rows, folder = _from_file(path, str(path), split), str(path.parent)
+        elif path.is_dir():
+            rows, folder = _from_disk(path, split, caption_prompt or PROMPT), str(path)
+        else:
+            rows = _from_hub(str(source), split)
     elif isinstance(source, Mapping):
-        rows = _pick_split(source, name, split)
-    elif isinstance(source, Iterable):
-        rows = source if hasattr(source, "__getitem__") else list(source)
-    else:
+        rows = pick_split(source, name, split)
+    if type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"):
+        raise UserError(
+            f"The data '{name}' is a stream, which has no length and cannot be read by index: set "
+            f"data.streaming, or load it without streaming=True."
+        )
+    if not isinstance(rows, Iterable):
         raise UserError(f"Records are a path, a data set or a sequence of dicts, not {name}.")
-    rows = _encoded_images(rows)
+    rows = rows if hasattr(rows, "__getitem__") else list(rows)
+    known = getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None)
+    rows = encoded_images(rows)
     if len(rows) == 0:
         raise UserError(f"The data '{name}' holds no records.")
-    return Records(rows, name, folder)
+    return Records(rows, name, str(image_folder) if image_folder else folder, columns, known)
+
+
+# Lists
+
+
+def is_list_of_sources(source: Any) -> bool:
+    """Return whether this is a list of sources and not of rows: paths, or dicts with a path."""
+    return isinstance(source, list | tuple) and any(
+        isinstance(one, str | Path)
+        or (isinstance(one, Mapping) and "path" in one and not {"id", "messages"} & one.keys())
+        for one in source
+    )
+
+
+def _mixture(sources: Sequence[Any], options: dict[str, Any]) -> Records | Mixture:
+    parts: list[Part] = []
+    for number, one in enumerate(sources):
+        given = dict(one) if isinstance(one, Mapping) else {"path": one}
+        where = f"Source {number} of the list"
+        for key in given:
+            if key not in SOURCE:
+                raise UserError(
+                    f"{where} has the key '{key}'{nearest(key, SOURCE)}, which is not read; "
+                    f"expected {', '.join(SOURCE)}."
+                )
+        path = given.pop("path", None)
+        if path is None:
+            raise UserError(f"{where} has no 'path': the file, directory or data set to read.")
+        shares = {key: _number(given.pop(key, None), key, where) for key in ("weight", "epochs")}
+        name = given.pop("name", None)
+        records = read_records(path, **{**options, **given})
+        assert isinstance(records, Records)  # of one path
+        if name is None:
+            name = str(path).rstrip("/").rpartition("/")[2].partition(".")[0]
+            taken = sum(part.name.partition("#")[0] == name for part in parts)
+            name += f"#{taken + 1}" if taken else ""
+        parts.append(Part(str(name), records, **shares))
+    if len(parts) == 1 and not isinstance(sources[0], Mapping):
+        return parts[0].records
+    return Mixture(parts)
+
+
+def _number(value: Any, key: str, where: str) -> float | None:
+    try:
+        return None if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where} has the {key} {value!r}; expected a number.") from None
 
 
 # Files
 
 
-def _read_json(path: Path) -> list[Any]:
-    try:
-        rows = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        hint = " One object a line makes a .jsonl file: rename it." if "Extra" in error.msg else ""
+def _from_file(path: Path, name: str, split: str | None) -> Any:
+    """Return the rows of a data file; name: what errors call it."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    packed = suffixes[-1:] and suffixes[-1] in COMPRESSED
+    suffix = (suffixes[:-1] if packed else suffixes)[-1:]
+    wanted = "".join(suffix)
+    if wanted not in READERS or (packed and wanted in UNPACKED):
         raise UserError(
-            f"The data file '{path}' is not valid JSON: line {error.lineno}, column "
-            f"{error.colno}: {error.msg}.{hint}"
-        ) from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5,000 digits
-        raise UserError(f"The data file '{path}' cannot be read: {error}.") from error
-    if not isinstance(rows, list):
-        raise UserError(
-            f"The data file '{path}' holds a JSON {type(rows).__name__}; expected a list."
+            f"The data file '{name}' has the suffix '{''.join(suffixes[-1:])}'; expected one of "
+            f"{', '.join(READERS)}, or of a JSON file with {' or '.join(COMPRESSED)} behind it."
         )
-    return rows
+    if split:
+        raise UserError(f"The data file '{name}' has no splits, so there is no '{split}' in it.")
+    return READERS[wanted](decompress(path) if packed else path, name)
 
 
-def _read_jsonl(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"The data file '{path}' is not valid JSONL: line {number}, column {error.colno}: "
-                f"{error.msg}. Each line must be one whole JSON object."
-            ) from error
-        except (RecursionError, ValueError) as error:
-            raise UserError(
-                f"The data file '{path}', line {number}, cannot be read: {error}."
-            ) from error
-    return rows
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"The data file '{path}' is not UTF-8 text (byte {error.start}): save it as UTF-8."
-        ) from error
-
-
-def _read_parquet(path: Path) -> Any:
+def _read_table(path: Path, name: str) -> Any:
+    """Return a parquet or arrow file as a data set in memory maps."""
     import pyarrow.parquet
     from datasets import Dataset
 
+    kind = path.suffix.lower().removeprefix(".")
     try:
-        pyarrow.parquet.read_schema(path)  # or datasets would log its own error first
-        return Dataset.from_parquet(str(path))
+        if kind == "parquet":
+            pyarrow.parquet.read_schema(path)  # or datasets would log its own error first
+            rows = Dataset.from_parquet(str(path))
+        else:
+            rows = Dataset.from_file(str(path))
     except Exception as error:  # pyarrow and datasets have no common ancestor of theirs
-        raise UserError(f"The data file '{path}' is not readable parquet: {error}") from error
+        raise UserError(f"The data file '{name}' is not readable {kind}: {error}") from error
+    with open(path, "rb") as file:
+        rows.fingerprint = hashlib.file_digest(file, _blake2b).hexdigest()
+    return rows
 
 
-READERS: dict[str, Callable[[Path], Any]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
+def _blake2b() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
+READERS: dict[str, Callable[[Path, str], Any]] = {
+    ".json": index_list,
+    ".jsonl": index_lines,
+    ".ndjson": index_lines,
+    ".parquet": _read_table,
+    ".arrow": _read_table,
 }
+UNPACKED = (".parquet", ".arrow")  # they are compressed inside
 
 
 # Data sets
 
 
-def _from_disk(path: Path, split: str | None) -> Any:
+def _from_disk(path: Path, split: str | None, caption_prompt: str) -> Any:
     import datasets
 
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _pick_split(datasets.load_from_disk(str(path)), str(path), split)
+        return pick_split(datasets.load_from_disk(str(path)), str(path), split)
+    captions = None if any(path.rglob("*.parquet")) else read_captions(path, caption_prompt)
+    if captions is not None:
+        if split:
+            raise UserError(
+                f"The directory '{path}' of captioned images has no splits, so there is no "
+                f"'{split}' in it: give the directory of one split."
+            )
+        return captions
     if not any(path.rglob("*.parquet")):
         raise UserError(
             f"The directory '{path}' is no data set: expected what datasets.save_to_disk writes "
-            f"(state.json or dataset_dict.json) or *.parquet files. Give a .json or .jsonl file "
-            f"by its own path."
+            f"(state.json or dataset_dict.json), *.parquet files, or images with captions "
+            f"(metadata.jsonl, metadata.csv, or a .txt file beside each). Give a .json or .jsonl "
+            f"file by its own path."
         )
-    return _pick_split(datasets.load_dataset(str(path)), str(path), split)
+    return pick_split(datasets.load_dataset(str(path)), str(path), split)
 
 
 def _from_hub(name: str, split: str | None) -> Any:
@@ -172,7 +220,7 @@ def _from_hub(name: str, split: str | None) -> Any:
     import datasets
 
     try:
-        return _pick_split(datasets.load_dataset(name), name, split)
+        return pick_split(datasets.load_dataset(name), name, split)
     except UserError:
         raise
     except Exception as error:  # network, gating and builders raise many unrelated types
@@ -182,7 +230,7 @@ def _from_hub(name: str, split: str | None) -> Any:
         ) from error
 
 
-def _pick_split(data: Any, name: str, split: str | None) -> Any:
+def pick_split(data: Any, name: str, split: str | None) -> Any:
     """Return one split of a `DatasetDict`; anything else as it is."""
     if not isinstance(data, Mapping):
         return data
@@ -195,7 +243,7 @@ def _pick_split(data: Any, name: str, split: str | None) -> Any:
     return data[wanted]
 
 
-def _encoded_images(rows: Any) -> Any:
+def encoded_images(rows: Any) -> Any:
     """Return a data set whose image columns give bytes or paths: a planner must not decode."""
     features = getattr(rows, "features", None)
     if not features:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
 from vlm_jax.data import Encoder, Pipeline, read_records
+from vlm_jax.data.stream import open_stream
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.hub.files import whole_directory, write_json
@@ -205,7 +206,7 @@ def make_encoder(config: ConfigDict, model: Model) -> Encoder:
 
 
 def make_pipeline(
-    config: ConfigDict, encoder: Encoder, file: str | None, split: str | None, rows: int, name: str
+    config: ConfigDict, encoder: Encoder, file: Any, split: str | None, rows: int, name: str
 ) -> Pipeline:
     """Return the pipeline of one data file; rows: of the global batch."""
     if file is None:
@@ -213,9 +214,15 @@ def make_pipeline(
             f"The config names no data: set data.{name} to a .json, .jsonl or .parquet file, or a "
             f"data set."
         )
+    d, source = config.data, configs.plain(file)
+    columns = configs.plain(d.columns)
+    if d.streaming:
+        source, columns = open_stream(source, d.image_folder, split, columns), None
     return Pipeline(
         encoder,
-        read_records(file, config.data.image_folder, split),
+        read_records(
+            source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
+        ),
         rows=rows,
         max_shapes=config.data.max_shapes,
         seed=config.training.seed,
@@ -256,8 +263,9 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
         "training table": [list(row) for row in table],
         "lora": None if model.lora is None else dataclasses.asdict(model.lora),
         "data": {
-            "train_file": file_identity(Path(d.train_file).expanduser()),
+            "train_file": sources_identity(configs.plain(d.train_file)),
             **{key: d[key] for key in DATA_KEYS},
+            **({"columns": configs.plain(d.columns)} if d.columns else {}),
         },
         "training": {
             "rows": rows,
@@ -265,6 +273,27 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
             "seed": t.seed,
         },
     }
+
+
+def sources_identity(source: Any) -> Any:
+    """Return the digest of a data file, or of each source of a list, beside how it is read."""
+    if isinstance(source, list):
+        return [sources_identity(one) for one in source]
+    if isinstance(source, Mapping):
+        said = {key: value for key, value in source.items() if key not in ("path", "image_folder")}
+        return {**said, "path": sources_identity(source["path"])}
+    return file_identity(Path(source).expanduser())
+
+
+def _absolute(value: Any) -> Any:
+    """Return a path, or each path of a list of sources, so that it holds from anywhere."""
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
+    if isinstance(value, Mapping):
+        paths = {key: value[key] for key in ("path", "image_folder") if value.get(key) is not None}
+        return {**value, **{key: _absolute(path) for key, path in paths.items()}}
+    there = Path(value).expanduser().exists()
+    return str(Path(value).expanduser().resolve()) if there else value
 
 
 def absolute_paths(config: ConfigDict) -> dict[str, Any]:
@@ -275,8 +304,10 @@ def absolute_paths(config: ConfigDict) -> dict[str, Any]:
         *(("data", "eval_file"), ("data", "image_folder"), ("training", "output_dir")),
     ):
         value = tree[section][key]
-        if value is not None and (key == "output_dir" or Path(value).expanduser().exists()):
+        if key == "output_dir":
             tree[section][key] = str(Path(value).expanduser().resolve())
+        elif value is not None:
+            tree[section][key] = _absolute(value)
     return tree
 
 

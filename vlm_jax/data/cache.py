@@ -1,0 +1,160 @@
+"""Plain local copies of data files that are compressed or far away."""
+
+import gzip
+import hashlib
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.errors import UserError
+
+CHUNK = 1 << 22
+# How an address begins -> the Python package that fsspec needs for it, and our extra with it.
+REMOTE = {
+    "gs://": ("gcsfs", "gcs"),
+    "gcs://": ("gcsfs", "gcs"),
+    "s3://": ("s3fs", "s3"),
+    "hf://": ("huggingface_hub", None),
+}
+
+
+def is_remote(source: Any) -> bool:
+    """Return whether a source is an address that `download` takes."""
+    return isinstance(source, str) and source.startswith(tuple(REMOTE))
+
+
+def cache_directory() -> Path:
+    """Return the user's cache directory of this library."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base, "vlm_jax")
+
+
+def download(address: str) -> Path:
+    """Return the local copy of a remote file, fetched once for each version of it.
+
+    The version is what the file system says of the file (checksum, or size and time).
+    Raises `UserError` for a missing package, and for what cannot be read.
+    """
+    import fsspec
+
+    scheme = next(start for start in REMOTE if address.startswith(start))
+    package, extra = REMOTE[scheme]
+    try:
+        system, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        line = f'pip install "vlm_jax[{extra}]"' if extra else f"pip install {package}"
+        raise UserError(
+            f"'{address}' needs the package {package}, which is not installed: {line}"
+        ) from error
+    try:
+        if not system.isfile(path):
+            raise FileNotFoundError("no such file")
+        version = f"{address} {_version(system.info(path))}"
+        key = hashlib.blake2b(version.encode(), digest_size=8).hexdigest()
+        target = cache_directory() / "downloads" / key / Path(path).name
+        if not target.is_file():
+            with system.open(path, "rb") as file:
+                _write(target, iter(lambda: file.read(CHUNK), b""))
+    except UserError:
+        raise
+    except Exception as error:  # every file system has exceptions of its own
+        raise UserError(
+            f"The data file '{address}' cannot be read: {type(error).__name__}: {error}. Check its "
+            f"address and this machine's rights to it."
+        ) from error
+    return target
+
+
+def _version(info: dict[str, Any]) -> str:
+    for key in ("etag", "ETag", "md5Hash", "crc32c", "blob_id", "checksum"):
+        if info.get(key):
+            return str(info[key])
+    times = ("mtime", "updated", "LastModified", "last_modified", "created")
+    return f"{info.get('size')} {[str(info[key]) for key in times if key in info]}"
+
+
+def decompress(path: Path) -> Path:
+    """Return the plain copy of a .gz or .zst file, written once for each content.
+
+    It lies in `.vlm_jax` beside the file, or in the user's cache directory where that cannot be
+    written. Raises `UserError` for a damaged file.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    plain = Path(digest.hexdigest(), path.stem)
+    places = [path.parent / ".vlm_jax", cache_directory() / "plain"]
+    for place in places:
+        if (place / plain).is_file():
+            return place / plain
+    for place in places:
+        try:
+            _write(place / plain, _plain(path))
+            return place / plain
+        except PermissionError:
+            continue
+        except OSError as error:
+            if error.errno == 30:  # a read-only file system
+                continue
+            raise UserError(f"'{path}' cannot be decompressed to '{place}': {error}.") from error
+    raise UserError(
+        f"'{path}' cannot be decompressed: neither '{places[0]}' nor '{places[1]}' can be written. "
+        f"Decompress it yourself, or set XDG_CACHE_HOME to a directory that can be."
+    )
+
+
+def _plain(path: Path) -> Iterator[bytes]:
+    try:
+        yield from COMPRESSED[path.suffix.lower()](path)
+    except (EOFError, gzip.BadGzipFile, zlib.error, _zstd_error()) as error:
+        raise UserError(
+            f"The data file '{path}' is damaged or cut short: {error}. Copy it again."
+        ) from error
+
+
+def _gunzip(path: Path) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _unzstd(path: Path) -> Iterator[bytes]:
+    import zstandard
+
+    frame = None
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(chunk)
+                chunk = frame.unused_data
+                frame = None if frame.eof else frame
+    if frame is not None:  # zstandard itself takes a cut frame for the end
+        raise EOFError("its last frame has no end")
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+COMPRESSED: dict[str, Callable[[Path], Iterator[bytes]]] = {".gz": _gunzip, ".zst": _unzstd}
+
+
+def _write(target: Path, chunks: Iterator[bytes]) -> None:
+    """Write a file that is there whole or not at all, whoever else writes it too."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(chunks)
+        os.chmod(name, 0o644)  # mkstemp lets nobody else read it
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,105 @@
+"""Records of a stream: data sets that are read from front to back and never as a whole."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.data.formats import check_columns
+from vlm_jax.data.records import Record, canonical
+from vlm_jax.data.sources import READERS, encoded_images, pick_split
+from vlm_jax.errors import UserError
+
+
+class Stream:
+    """Canonical records in the order of a `datasets.IterableDataset`; it has no length.
+
+    The order is the stream's own and the same each time: `records_from(n)` gives what comes behind
+    the first n records. Pickled with the data set's description, not its data.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        name: str,
+        folder: str | None = None,
+        columns: Mapping[str, str] | None = None,
+    ):
+        check_columns(columns or {})
+        self.rows, self.name, self.folder = encoded_images(rows), name, folder
+        self.columns = dict(columns or {})
+
+    def records_from(self, skip: int = 0) -> Iterator[Record | UserError]:
+        """Yield the records behind the first `skip`; in a bad one's place, what is wrong with it.
+
+        A record's "index" counts from the stream's beginning. Raises `UserError` where the stream
+        itself cannot go on (a line that is not JSON, a connection that is lost).
+        """
+        rows = enumerate(self.rows.skip(skip) if skip else self.rows, start=skip)
+        index = skip - 1
+        while True:
+            try:
+                index, row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # network, builders and casts raise many unrelated types
+                raise UserError(
+                    f"The stream '{self.name}' breaks behind record {index}: "
+                    f"{(str(error).splitlines() or [''])[0]}. Mend it there; a .jsonl file that is "
+                    f"read without data.streaming may leave single bad lines out."
+                ) from error
+            try:
+                yield canonical(row, index, self.folder, self.name, columns=self.columns)
+            except UserError as error:
+                yield error
+
+    def place(self, index: int) -> str:
+        """Return where a record stands, for errors."""
+        return f"'{self.name}', record {index}"
+
+
+def open_stream(
+    source: Any,
+    image_folder: str | Path | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Stream:
+    """Return the stream of an `IterableDataset`, a .jsonl or .parquet file, or a hub data set.
+
+    Raises `UserError` where the source cannot be streamed.
+    """
+    import datasets
+
+    name = str(source) if isinstance(source, str | Path) else type(source).__name__
+    folder = str(image_folder) if image_folder else None
+    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if isinstance(source, list | tuple):
+        raise UserError("A list of sources cannot be streamed: leave data.streaming out.")
+    try:
+        if path is not None and path.is_file():
+            builder = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}.get(path.suffix)
+            if builder is None:
+                raise UserError(
+                    f"The data file '{path}' cannot be streamed; expected .jsonl or .parquet. "
+                    f"Leave data.streaming out: other files are read without it."
+                )
+            rows = datasets.load_dataset(
+                builder, data_files=str(path), split="train", streaming=True
+            )
+            folder = folder or str(path.parent)
+        elif path is not None:
+            if path.suffix in READERS or (not path.is_dir() and name.count("/") != 1):
+                raise UserError(f"There is no data file or directory '{name}'.")
+            rows = datasets.load_dataset(str(source), streaming=True)
+            folder = folder or (str(path) if path.is_dir() else None)
+        else:
+            rows = source
+    except UserError:
+        raise
+    except Exception as error:  # network, gating and builders raise many unrelated types
+        raise UserError(
+            f"'{name}' cannot be opened as a stream: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+    rows = pick_split(rows, name, split)
+    if not isinstance(rows, datasets.IterableDataset):
+        raise UserError(f"A stream is an IterableDataset or a name of one, not {name}.")
+    return Stream(rows, name, folder, columns)

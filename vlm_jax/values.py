@@ -1,0 +1,51 @@
+"""Values of config keys that are lists and maps: sources of data, names of columns."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+VALUES = ("data.train_file", "data.eval_file", "data.columns")
+SOURCES = "a path, or a list of paths and of {path, weight, ...}"
+COLUMNS = "our names of columns with the data's own, {question: q_text}"
+
+
+def plain(value: Any) -> Any:
+    """Return lists and maps as JSON has them, whatever ml_collections made of them."""
+    if isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def sources_value(value: Any) -> Any:
+    """Return a path, or a list of paths and maps; raises `ValueError`, saying what it expects."""
+    value = _parsed(value, SOURCES)
+    value = [value] if isinstance(value, dict) else value
+    listed = value if isinstance(value, list) else [value]
+    named = all(isinstance(one, str) or (isinstance(one, dict) and "path" in one) for one in listed)
+    if not listed or not named:
+        raise ValueError(SOURCES)
+    return value
+
+
+def columns_value(value: Any) -> dict[str, Any]:
+    """Return a map of columns; raises `ValueError`, saying what it expects."""
+    value = _parsed(value, COLUMNS)
+    if not isinstance(value, dict):
+        raise ValueError(COLUMNS)
+    return value
+
+
+def _parsed(value: Any, expected: str) -> Any:
+    """Return a value as JSON has it; text in brackets, as on the command line, is read as YAML."""
+    import yaml
+
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{expected}, in YAML") from None
+    return plain(value)
