@@ -23,7 +23,12 @@ def open_image(source: Any, folder: str | Path | None = None, access: Access = S
     caller adds whose image it is.
     """
     image = _open_any(source, folder, access)
-    check_pixels(*image.size, access)
+    try:
+        check_pixels(*image.size, access)
+    except UserError:
+        if image is not source:
+            image.close()
+        raise
     return image
 
 
