@@ -108,6 +108,9 @@ def test_settings_come_from_the_video_file_before_the_image_file(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     processor = make_video_processor(read_video_settings(tmp_path), max_frames=8, fps=4)
     assert (processor.sampling.max_frames, processor.sampling.fps) == (8, 4) and processor.cap
+    again = make_video_processor(json.loads(json.dumps(processor.settings())))
+    assert again.sampling == processor.sampling
+    assert again.patches.max_pixels == processor.patches.max_pixels and again.cap
     with pytest.raises(UserError, match="did you mean 'max_frames'"):
         make_video_processor({**own, "max_frame": 3})
 

@@ -103,13 +103,12 @@ def get_config() -> ConfigDict:
     d.image_resolution = 0
     d.min_pixels = placeholder(int)  # of dynamic resolution; None: the checkpoint's own setting
     d.max_pixels = placeholder(int)  # of dynamic resolution: the limit on image tokens
-    # Of each second of a video so many frames, at least and at most so many of it in all, and the
-    # pixels of each frame. None: the checkpoint's own settings (else 2.0, 4, 768).
-    d.video_fps = placeholder(float)
-    d.video_min_frames = placeholder(int)
-    d.video_max_frames = placeholder(int)
-    d.video_min_pixels = placeholder(int)
-    d.video_max_pixels = placeholder(int)
+    # Videos; None: the checkpoint's own setting, else the number in brackets.
+    d.video_fps = placeholder(float)  # frames that are taken of each second (2.0)
+    d.video_min_frames = placeholder(int)  # of one video (4)
+    d.video_max_frames = placeholder(int)  # of one video (768)
+    d.video_min_pixels = placeholder(int)  # of one frame
+    d.video_max_pixels = placeholder(int)  # of one frame: the limit on video tokens
     d.max_shapes = 4  # how many (tokens, patches) shapes rows are padded to
     d.shuffle = True  # a new order each epoch, of training.seed
     d.train_on = "all"  # assistant turns that carry loss: all (or "answers"), or the last one

@@ -238,6 +238,10 @@ class Encoder:
         """Return the preprocessor_config.json that serves images as they were trained on."""
         return None if self.processor is None else self.processor.settings()
 
+    def video_settings(self) -> dict[str, Any] | None:
+        """Return the video_preprocessor_config.json of the same kind; None without video."""
+        return None if self.video_processor is None else self.video_processor.settings()
+
     def _example(self, arrays: dict[str, Any]) -> Example:
         media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
         given = {name: arrays[name] for name in media if arrays[name] is not None}

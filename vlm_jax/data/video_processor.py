@@ -84,6 +84,22 @@ class VideoProcessor:
         assert most is not None  # every image has its own size
         return -(-self.sampling.max_frames // self.sampling.factor) * most
 
+    def settings(self) -> dict[str, Any]:
+        """Return the `video_preprocessor_config.json` that serves videos as they are cut here."""
+        sampling = self.sampling
+        count = {"num_frames": sampling.nframes} if sampling.nframes else {"fps": sampling.fps}
+        frame = self.patches.settings()
+        del frame["image_processor_type"]
+        return {
+            **frame,
+            "video_processor_type": NAME,
+            **count,
+            "min_frames": sampling.min_frames,
+            "max_frames": sampling.max_frames,
+            "cap_pixels_per_frame": self.cap,
+            "max_video_tokens": self.max_video_tokens,
+        }
+
     def __call__(self, video: Video) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Return (pixel values, grid); frames are decoded, resized and let go one by one.
 

@@ -298,6 +298,9 @@ def write_adapter(
         settings = encoder.image_settings()
         if settings is not None:  # served images must be cut as the trained ones were
             write_json(folder / "preprocessor_config.json", settings)
+        settings = encoder.video_settings()
+        if settings is not None:
+            write_json(folder / "video_preprocessor_config.json", settings)
 
 
 def write_result(
