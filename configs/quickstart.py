@@ -10,6 +10,7 @@ def get_config():
     c.lora.alpha = 32
     c.lora.dropout = 0.0
     c.data.train_file = "outputs/quickstart/data/train.jsonl"
+    c.data.allow_absolute_paths = True  # the images lie in the package easy-vqa
     c.data.max_seq_length = 512
     c.data.max_shapes = 3
     c.training.output_dir = "outputs/quickstart"

@@ -196,7 +196,7 @@ def test_orientation_and_modes():
         ("missing.png", "there is no file"),
         (b"nothing", "not a readable image"),
         ("data:image/png;base64,###", "does not hold base64"),
-        ("https://example.com/a.png", "download it"),
+        ("https://example.com/a.png", "not fetched unless data.allow_urls"),
         (3, "not int"),
         (np.zeros((2, 2), np.float32), "must be uint8"),
         (Image.new("F", (2, 2)), "floating-point"),

@@ -37,6 +37,7 @@ def test_llava_json_is_canonical(tmp_path):
             {"role": "assistant", "content": [words("An <image> of a ball.")]},
         ],
         "images": ["one.png"],
+        "videos": [],
     }
     assert canonical(records[0]) == records[0]
     assert len(records) == 1 and records[-1]["id"] == "a-1"
@@ -248,7 +249,17 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"messages": [{"role": "asistant", "content": "a"}]}, "did you mean 'assistant'"),
         ({"messages": [{"role": "user", "content": 3}]}, "neither text nor a list"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "content part"),
-        ({"messages": [TURN], "video": "a.mp4"}, "video"),
+        ({"messages": [TURN], "video_path": "a.mp4"}, "'video_path', .* expected 'video', or"),
+        ({"messages": [TURN], "video": "a", "videos": ["b"]}, "both videos and video"),
+        ({"messages": [{**TURN, "content": "<video>"}]}, "has 0 videos, but its turns name 1"),
+        (
+            {"messages": [{**TURN, "content": "<video>q"}], "videos": ["a", "b"]},
+            "has 2 videos, but its turns name 1",
+        ),
+        (
+            {"messages": [{**TURN, "content": [{"type": "video", "video": "a"}]}], "video": "b"},
+            "every video part brings its own",
+        ),
         ({**LLAVA, "image": ["a", "b"]}, "has 2 images, but its turns name 1"),
         (
             {"messages": [{"role": "user", "content": [IMAGE]}]},
@@ -258,7 +269,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({**LLAVA, "images": ["b"]}, "both images and image"),
         (
             {"messages": [TURN], "audio_path": "a"},
-            "has 'audio_path', .* expected images, which are all",
+            "has 'audio_path', .* expected images and videos, which are",
         ),
         ({"messages": [TURN], "conversation": [TURN]}, "has 'conversation', which is not read"),
         ({"messages": [TURN], "system_message": "s"}, "'system_message', .* expected 'system'"),

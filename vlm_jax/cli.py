@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, metavar="FILE", help="records with answers")
     evaluate.add_argument("--split", help="of a data set that has several")
     evaluate.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
+    evaluate.add_argument(
+        "--allow-absolute-paths", action="store_true", help="read images outside that folder"
+    )
     evaluate.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N")
     evaluate.add_argument("--batch-size", type=_number(int, 1), metavar="N")
     evaluate.add_argument(
@@ -173,7 +176,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         print("Reading the model ...", file=sys.stderr)
     model, params, config = _open(options)
     defaults = (config or get_config()).evaluation
-    encoder = _encoder(model, config, image_folder=options.image_folder)
+    changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
+    encoder = _encoder(model, config, image_folder=options.image_folder, **changes)
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():

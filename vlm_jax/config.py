@@ -99,7 +99,11 @@ def get_config() -> ConfigDict:
     d.columns = placeholder(object)
     d.caption_prompt = "Describe this image."  # what the user says where images have captions only
     d.streaming = False  # read data sets as streams: no download first, no length, one fixed order
-    d.image_folder = placeholder(str)  # where relative image paths start; None: at the data file
+    # The media root, where relative paths of images and videos start; None: at the data file.
+    d.image_folder = placeholder(str)
+    d.allow_absolute_paths = False  # read files outside the media root: "/...", "..", links
+    d.allow_urls = False  # fetch http(s) addresses of images and videos, each time they are read
+    d.max_image_pixels = 178_956_970  # a larger image or frame is refused undecoded; the most
     d.max_seq_length = 2048  # tokens a row; a longer example is dropped and counted, never cut
     d.train_split = placeholder(str)  # of a data set that has several; None: "train"
     d.eval_split = placeholder(str)  # the same of data.eval_file
@@ -109,6 +113,12 @@ def get_config() -> ConfigDict:
     d.image_resolution = 0
     d.min_pixels = placeholder(int)  # of dynamic resolution; None: the checkpoint's own setting
     d.max_pixels = placeholder(int)  # of dynamic resolution: the limit on image tokens
+    # Videos; None: the checkpoint's own setting, else the number in brackets.
+    d.video_fps = placeholder(float)  # frames that are taken of each second (2.0)
+    d.video_min_frames = placeholder(int)  # of one video (4)
+    d.video_max_frames = placeholder(int)  # of one video (768)
+    d.video_min_pixels = placeholder(int)  # of one frame
+    d.video_max_pixels = placeholder(int)  # of one frame: the limit on video tokens
     d.max_shapes = 4  # how many (tokens, patches) shapes rows are padded to
     d.shuffle = True  # a new order each epoch, of training.seed
     d.train_on = "all"  # assistant turns that carry loss: all (or "answers"), or the last one
@@ -220,7 +230,9 @@ RANGES: list[tuple[str, float, float]] = [
     (r"training\.warmup_ratio", 0, 1),
     (r"training\.seed", 0, 2**31 - 1),
     (r"data\.(max_seq_length|max_shapes)", 1, 1e9),
-    (r"data\.(min_pixels|max_pixels)", 1, 1e12),
+    (r"data\.(video_)?(min_pixels|max_pixels)", 1, 1e12),
+    (r"data\.video_(fps|min_frames|max_frames)", 1e-6, 1e9),
+    (r"data\.max_image_pixels", 1, 178_956_970),  # Pillow refuses more itself
     (r"data\.image_resolution", 0, 1e6),
     (r"evaluation\.(max_new_tokens|batch_size)", 1, 1e9),
     (r"evaluation\.max_examples", 0, 1e12),

@@ -203,18 +203,26 @@ class Model:
         batch = self.collate([[example] for example in examples], length, patches)
         return _scatter(batch, places)
 
-    def encode(self, messages: list[dict], images: Sequence[Any] = (), **options: Any) -> Batch:
+    def encode(
+        self,
+        messages: list[dict],
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        **options: Any,
+    ) -> Batch:
         """Return the one-row `Batch` of a conversation that awaits its answer.
 
         messages: chat messages in Hugging Face's form; images: PIL images or paths, one for each
-        image part. Needs the checkpoint's tokenizer, chat template and image settings.
+        image part; videos: paths, lists of frames or dicts, one for each video part (see
+        docs/DATA.md). Needs the checkpoint's tokenizer, chat template and image settings.
         """
         from vlm_jax.data import Encoder
 
         if self.source is None:
             raise UserError("This model was not loaded from a directory, so it has no tokenizer.")
         encoder = Encoder(self.source.directory, **options)
-        example = encoder.prompt({"messages": messages, "images": list(images)})
+        media = {"images": list(images), "videos": list(videos)}
+        example = encoder.prompt({"messages": messages, **media})
         return self.collate([[example]], len(example["tokens"]), len(example["patches"]))
 
 

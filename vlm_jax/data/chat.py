@@ -31,8 +31,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no tokeni
 class Chat:
     """A tokenizer and a chat template that make tokens [T] and weights [T] of messages.
 
-    Messages are `{"role", "content"}` with content a list of `{"type": "text", "text"}` and
-    `{"type": "image"}` parts. Thread-safe.
+    Messages are `{"role", "content"}` with content a list of `{"type": "text", "text"}`,
+    `{"type": "image"}` and `{"type": "video"}` parts. Thread-safe.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Chat:
         renamed = dict(zip(self.placeholders, SLOTS, strict=False))
         self.encoder = rename_tokens(tokenizer.backend_tokenizer, renamed)
         self.image_id = image_token_id
+        self.media = dict(zip(ids, ("image", "video"), strict=False))
         for slot, token_id, name in zip(SLOTS, ids, self.placeholders, strict=False):
             added = token_id in tokenizer.added_tokens_decoder
             if not added or self.encoder.token_to_id(slot) != token_id:
@@ -64,13 +65,18 @@ class Chat:
         self._lock = threading.Lock()
 
     def encode(
-        self, messages: Messages, image_tokens: Sequence[int], train_on: str = "all"
+        self,
+        messages: Messages,
+        image_tokens: Sequence[int],
+        train_on: str = "all",
+        video_tokens: Sequence[int] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens int32 [T] and weights float32 [T]: 1 on what the assistant writes.
 
         A message's own "weight" (0 or above) stands in place of 1 on what it writes.
 
-        image_tokens: how many placeholders each image takes, in the order of the image parts.
+        image_tokens: how many placeholders each image takes, in the order of the image parts;
+        video_tokens likewise.
         train_on: "all" (or "answers") assistant turns, or the "last" one.
 
         An answer's weights run up to and with its end of turn, for Qwen2-VL `<|im_end|>` and the
@@ -99,12 +105,14 @@ class Chat:
         counts = [float(m.get("weight", 1)) for m in messages if m["role"] == "assistant"]
         if train_on == "last":
             counts[:-1] = [0.0] * len(counts[:-1])
-        return self._tokens(rendered, turns, counts, image_tokens)
+        return self._tokens(rendered, turns, counts, (image_tokens, video_tokens))
 
-    def prompt(self, messages: Messages, image_tokens: Sequence[int]) -> np.ndarray:
+    def prompt(
+        self, messages: Messages, image_tokens: Sequence[int], video_tokens: Sequence[int] = ()
+    ) -> np.ndarray:
         """Return tokens int32 [T] of the conversation up to where the assistant is to write."""
         rendered, turns = self._turns(messages, prompt=True)
-        return self._tokens(rendered, turns, [0.0] * len(turns), image_tokens)[0]
+        return self._tokens(rendered, turns, [0.0] * len(turns), (image_tokens, video_tokens))[0]
 
     def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
         """Return the template's text and its generation marks."""
@@ -210,7 +218,7 @@ class Chat:
         rendered: str,
         turns: list[list[Span]],
         counts: list[float],
-        image_tokens: Sequence[int],
+        features: tuple[Sequence[int], Sequence[int]],
     ) -> tuple[np.ndarray, np.ndarray]:
         edits: list[tuple[int, int, str]] = []
         for name, slot, literal in zip(self.placeholders, SLOTS, LITERALS, strict=False):
@@ -247,16 +255,17 @@ class Chat:
         weights = np.zeros(len(tokens), np.float32)
         for (start, end), count in zip(spans, each, strict=True):
             weights[(starts < end) & (ends > start)] = count
-        slots = tokens == self.image_id
-        if slots.sum() != len(image_tokens):
-            raise UserError(
-                f"The chat template of '{self.directory}' renders {slots.sum()} image placeholders "
-                f"for {len(image_tokens)} images. Does it know image parts "
-                f"({{'type': 'image'}}) in every role that has them?"
-            )
-        weights[slots] = 0  # a placeholder is not written by anybody
         repeats = np.ones(len(tokens), np.int64)
-        repeats[slots] = image_tokens
+        for (token_id, kind), many in zip(self.media.items(), features, strict=False):
+            slots = tokens == token_id
+            if slots.sum() != len(many):
+                raise UserError(
+                    f"The chat template of '{self.directory}' renders {slots.sum()} {kind} "
+                    f"placeholders for {len(many)} {kind}s. Does it know {kind} parts "
+                    f"({{'type': '{kind}'}}) in every role that has them?"
+                )
+            weights[slots] = 0  # a placeholder is not written by anybody
+            repeats[slots] = many
         return np.repeat(tokens, repeats), np.repeat(weights, repeats)
 
 

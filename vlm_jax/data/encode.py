@@ -10,17 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
+from vlm_jax.data.access import MAX_IMAGE_PIXELS, Access
 from vlm_jax.data.chat import TRAIN_ON, Chat
 from vlm_jax.data.image_settings import make_processor, read_settings
-from vlm_jax.data.images import image_size, read_image
 from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED, Size
+from vlm_jax.data.media import KINDS, Grids, Media
 from vlm_jax.data.overlong import POLICIES, Trial, fit
 from vlm_jax.data.processors import Grid, ImageProcessor
-from vlm_jax.data.records import Record, canonical
+from vlm_jax.data.records import BadExample, Record, canonical, describe
+from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import from_config
 
 ON_BAD_EXAMPLE = ("raise", "skip")
+# What of a checkpoint directory the sizes of examples hang on.
+SIZE_FILES = ("*config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat*")
 # What an over-long example's message says was tried.
 TRIED = {
     "shrink_pixels": ", even with its images at their least size and its leading turns left out",
@@ -28,30 +32,20 @@ TRIED = {
     "drop": "",
     "error": "",
 }
-# What of a checkpoint directory the sizes of examples hang on.
-SIZE_FILES = ("*config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat*")
-
-
-class BadExample(UserError):
-    """An example that cannot be trained on; `reason` is a key of the report's counts."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple:  # or it would not come back from a worker process
-        return BadExample, (self.reason, str(self))
 
 
 class Fitted(NamedTuple):
-    """An example as it fits a row: its record, tokens, weights, the processor for its images."""
+    """An example as it fits a row, before any pixel is decoded.
+
+    media: the processors with the limit its images got. notes: bits of `measures`.
+    """
 
     record: Record
-    processor: ImageProcessor | None
-    grids: list[Grid]
+    media: Media
+    grids: Grids
     tokens: np.ndarray
     weights: np.ndarray
-    notes: int
+    notes: int = 0
 
 
 class Encoder:
@@ -60,7 +54,7 @@ class Encoder:
     directory: holds config.json, tokenizer and chat template, and image settings where records
         have images.
     max_seq_length: the most tokens an example may have, image placeholders included; None: any.
-    max_patches: likewise of its image patches.
+    max_patches: likewise of its patches.
     overlong: what is done about an example above these: "shrink_pixels" of its images down to the
         least, then drop leading turns, then leave it out; "drop_turns"; "drop"; "error".
     min_pixels, max_pixels: replace the checkpoint's limits (dynamic resolution).
@@ -68,7 +62,11 @@ class Encoder:
         `make_processor`; 0 or None: not set.
     train_on: "all" assistant turns carry loss, or the "last" one.
     on_bad_example: what the pipeline does about an unreadable example: "raise" or "skip".
-    image_folder: where relative image paths start, where the record does not say.
+    image_folder: the media root, where relative paths of images and videos start, where the record
+        does not say.
+    max_image_pixels, allow_absolute_paths, allow_urls: what may be read, see `Access`.
+    video_fps, video_min_frames, video_max_frames, video_min_pixels, video_max_pixels: which frames
+        of a video are taken and the pixels of each; None: the checkpoint's settings.
     Raises `UserError` where a file is missing or an option cannot be met.
     """
 
@@ -85,11 +83,19 @@ class Encoder:
         train_on: str = "all",
         on_bad_example: str = "raise",
         image_folder: str | Path | None = None,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        allow_absolute_paths: bool = False,
+        allow_urls: bool = False,
+        video_fps: float | None = None,
+        video_min_frames: int | None = None,
+        video_max_frames: int | None = None,
+        video_min_pixels: int | None = None,
+        video_max_pixels: int | None = None,
     ):
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self._remake = functools.partial(Encoder, **arguments)
         for name, value, known in (
-            ("overlong", overlong, POLICIES),
+            ("overlong", overlong, tuple(POLICIES)),
             ("train_on", train_on, TRAIN_ON),
             ("on_bad_example", on_bad_example, ON_BAD_EXAMPLE),
         ):
@@ -113,34 +119,54 @@ class Encoder:
         config = self.model.config
         self.chat = Chat(directory, config.image_token_id, config.video_token_id)
         settings = read_settings(directory)
-        self.processor: ImageProcessor | None = None
+        processor: ImageProcessor | None = None
         if settings is not None:
-            self.processor = make_processor(
+            processor = make_processor(
                 settings,
                 min_pixels=min_pixels,
                 max_pixels=max_pixels,
                 image_resolution=image_resolution or None,
             )
-            self._check_processor(self.processor)
+            self._check_processor(processor)
+        video_processor: VideoProcessor | None = None
+        settings = read_video_settings(directory)
+        if config.video_token_id is not None and settings is not None:
+            video_processor = make_video_processor(
+                settings,
+                fps=video_fps,
+                min_frames=video_min_frames,
+                max_frames=video_max_frames,
+                min_pixels=video_min_pixels,
+                max_pixels=video_max_pixels,
+            )
+        self.media = Media(
+            directory=self.directory,
+            model_type=str(self.model.hf_config["model_type"]),
+            takes_video=config.video_token_id is not None,
+            processor=processor,
+            video_processor=video_processor,
+            access=Access(allow_absolute_paths, allow_urls, max_image_pixels),
+            folder=self.image_folder,
+        )
 
     def __reduce__(self) -> tuple:
         return self._remake, ()
 
     def with_limits(self, max_seq_length: int | None, max_patches: int | None) -> "Encoder":
-        """Return the encoder with limits of its own."""
-        arguments = {**self._remake.keywords, "max_seq_length": max_seq_length}
-        return Encoder(**{**arguments, "max_patches": max_patches})
+        """Return the encoder with other limits."""
+        limits = {"max_seq_length": max_seq_length, "max_patches": max_patches}
+        return Encoder(**{**self._remake.keywords, **limits})
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the sizes of examples depend on, JSON-able: the files by their content."""
-        files = {}
-        for pattern in SIZE_FILES:
-            for path in Path(self.directory).glob(pattern):
-                files[path.name] = hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
-        options = {**self._remake.keywords, "directory": files}
-        del options["on_bad_example"]
-        return {name: str(value) if name == "image_folder" else value for name, value in options.items()}
+        """All that the sizes of examples hang on, JSON-able: files by their content."""
+        files = {
+            path.name: hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
+            for pattern in SIZE_FILES
+            for path in Path(self.directory).glob(pattern)
+        }
+        options = {**self._remake.keywords, "directory": files, "image_folder": self.image_folder}
+        return {name: value for name, value in options.items() if name != "on_bad_example"}
 
     def _check_processor(self, processor: ImageProcessor) -> None:
         """Raise `UserError` where the processor's pixels are not what the model takes."""
@@ -167,20 +193,14 @@ class Encoder:
         tokens int32 [T], weights float32 [T] (weights[t] belongs to token t, as labels do), id;
         pixel_values float32 and image_grid_thw int64 [I, 3] as the checkpoint's processor gives
         them: Qwen2-VL [P, C]; LLaVA [I, 3, height, width] and None. Both None without images.
+        pixel_values_videos and video_grid_thw: the same of videos.
 
         An over-long example is treated by the policy `overlong`, see `vlm_jax.data.overlong`.
         Raises `BadExample`, naming the record, for an unreadable image, an example that stays
-        longer than `max_seq_length` (its answer would be cut), one without any token that carries loss, and
-        placeholders that differ from the image features.
+        longer than `max_seq_length` (its answer would be cut), one without any token that carries
+        loss, and placeholders that differ from the image features.
         """
-        fitted = self.fit(record)
-        return {
-            "id": fitted.record["id"],
-            "tokens": fitted.tokens,
-            "weights": fitted.weights,
-            "pixel_values": self._pixels(fitted),
-            "image_grid_thw": _stack_grids(fitted.grids),
-        }
+        return self._decode(self.fit(record))
 
     def example(self, record: Record) -> Example:
         """Return the record's `vlm_jax.batch.Example`, as `collate` takes it."""
@@ -195,22 +215,14 @@ class Encoder:
         messages = record["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        count = sum(part["type"] == "image" for m in messages for part in m["content"])
-        record = {**record, "messages": messages, "images": record["images"][:count]}
-        grids = [
-            self._grid(record, self.processor, i, size)
-            for i, size in enumerate(self._sizes(record))
-        ]
-        tokens = self.chat.prompt(messages, self._features(grids))
-        fitted = Fitted(record, self.processor, grids, tokens, np.zeros(len(tokens), np.float32), 0)
-        return self._example(
-            {
-                "tokens": tokens,
-                "weights": fitted.weights,
-                "pixel_values": self._pixels(fitted),
-                "image_grid_thw": _stack_grids(grids),
-            }
-        )
+        kinds = [part["type"] for m in messages for part in m["content"]]
+        counts = {f"{kind}s": kinds.count(kind) for kind in KINDS}
+        own = {name: record[name][:count] for name, count in counts.items()}
+        record = {**record, "messages": messages, **own}
+        grids = self.media.grids(record, self.media.headers(record))
+        tokens = self.chat.prompt(messages, *(self._features(grids[kind]) for kind in KINDS))
+        weights = np.zeros(len(tokens), np.float32)
+        return self._example(self._decode(Fitted(record, self.media, grids, tokens, weights)))
 
     def measure(self, record: Record) -> Size:
         """Return the example's `Size` from its text and its images' headers: no pixel is decoded.
@@ -218,8 +230,8 @@ class Encoder:
         Raises `BadExample` as `encode` does, as far as headers tell.
         """
         fitted = self.fit(record)
-        patches = sum(map(self.patches, fitted.grids))
-        return Size(len(fitted.tokens), patches, int((fitted.weights > 0).sum()), fitted.notes)
+        answers = int(np.count_nonzero(fitted.weights))
+        return Size(len(fitted.tokens), self._patches(fitted.grids), answers, fitted.notes)
 
     def fit(self, record: Any) -> Fitted:
         """Return a raw or canonical record as it fits a row, by headers alone.
@@ -227,29 +239,27 @@ class Encoder:
         Raises `BadExample` where it cannot be trained on.
         """
         record = canonical(record)
-        sizes = self._sizes(record)
-        texts: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by turns, features counted as 0
+        headers = self.media.headers(record)
+        texts: dict[int, int] = {}  # tokens without media, by number of turns
 
         def attempt(record: Record, max_pixels: int | None) -> Trial:
-            own = sizes[len(sizes) - len(record["images"]) :]
-            processor = self.processor
-            if max_pixels is not None and processor is not None:
-                processor = processor.limited(max_pixels)
-            grids = [self._grid(record, processor, i, size) for i, size in enumerate(own)]
-            features = self._features(grids)
+            media = self.media.limited(max_pixels)
+            own = {k: headers[k][len(headers[k]) - len(record[f"{k}s"]) :] for k in KINDS}
+            grids = media.grids(record, own)
             turns = len(record["messages"])
             if turns not in texts:
-                texts[turns] = self._tokens(record, [0] * len(own))
-            tokens = len(texts[turns][0]) + sum(features)
-            return Trial(record, max_pixels, tokens, sum(map(self.patches, grids)), (processor, grids))
+                nothing = {kind: [0] * len(own[kind]) for kind in KINDS}
+                texts[turns] = len(self._encode_text(record, nothing)[0])
+            features = self._all_features(grids)
+            tokens = texts[turns] + sum(map(sum, features.values()))
+            return Trial(record, max_pixels, tokens, self._patches(grids), (media, grids))
 
         limits = self.max_seq_length, self.max_patches
-        pixels = None if self.processor is None else self.processor.pixels
-        trial, fits = fit(record, attempt, limits, self.overlong, pixels)
-        processor, grids = trial.encoded
+        trial, fits = fit(record, attempt, limits, self.overlong, self.media.pixels)
+        media, grids = trial.encoded
         if not fits:
             raise self._too_long(trial, grids)
-        tokens, weights = self._tokens(trial.record, self._features(grids))
+        tokens, weights = self._encode_text(trial.record, self._all_features(grids))
         if not weights[1:].any():
             raise BadExample(
                 "no_answer",
@@ -258,18 +268,22 @@ class Encoder:
             )
         notes = SHRUNK * (trial.max_pixels is not None)
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
-        return Fitted(trial.record, processor, grids, tokens, weights, notes)
+        return Fitted(trial.record, media, grids, tokens, weights, notes)
 
     def patches(self, grid: Grid) -> int:
-        """Return how many patch slots of a row one image of this grid takes."""
+        """Return how many patch slots of a row one image or video of this grid takes."""
         if grid is None:
             return self.model.family.patch_unit(self.model.config)
         return int(np.prod(grid))
 
     def most_patches(self) -> int:
         """Return how many patch slots one image takes at most, whatever its size."""
-        largest = None if self.processor is None else self.processor.largest
+        largest = None if self.media.processor is None else self.media.processor.largest
         return self.patches(None) if largest is None else largest
+
+    def most_video_patches(self) -> int:
+        """Return how many patch slots one video takes at most, whatever its length."""
+        return 0 if self.media.video_processor is None else self.media.video_processor.largest
 
     def collate(self, rows: Sequence[Sequence[Example]], length: int, patches: int) -> Batch:
         """Return the `Batch` of rows of examples; see `vlm_jax.batch.collate`."""
@@ -277,101 +291,70 @@ class Encoder:
 
     def image_settings(self) -> dict[str, Any] | None:
         """Return the preprocessor_config.json that serves images as they were trained on."""
-        return None if self.processor is None else self.processor.settings()
+        return None if self.media.processor is None else self.media.processor.settings()
+
+    def video_settings(self) -> dict[str, Any] | None:
+        """Return the video_preprocessor_config.json of the same kind; None without video."""
+        video = self.media.video_processor
+        return None if video is None else video.settings()
+
+    def _decode(self, fitted: Fitted) -> dict[str, Any]:
+        values = fitted.media.values(fitted.record, fitted.grids)
+        return {
+            "id": fitted.record["id"],
+            "tokens": fitted.tokens,
+            "weights": fitted.weights,
+            "pixel_values": values["image"],
+            "image_grid_thw": _stack_grids(fitted.grids["image"]),
+            "pixel_values_videos": values["video"],
+            "video_grid_thw": _stack_grids(fitted.grids["video"]),
+        }
 
     def _example(self, arrays: dict[str, Any]) -> Example:
-        images = ("pixel_values", "image_grid_thw")
-        given = {name: arrays[name] for name in images if arrays[name] is not None}
+        media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+        given = {name: arrays[name] for name in media if arrays[name] is not None}
         tokens = arrays["tokens"]
         layout = self.model.family.layout(self.model.config, tokens, **given)
         return {"tokens": tokens, "weights": arrays["weights"], **layout}
+
+    def _patches(self, grids: Grids) -> int:
+        return sum(self.patches(grid) for kind in KINDS for grid in grids[kind])
 
     def _features(self, grids: Sequence[Grid]) -> list[int]:
         family, config = self.model.family, self.model.config
         return [family.image_tokens(config, grid) for grid in grids]
 
-    def _tokens(self, record: Record, features: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _all_features(self, grids: Grids) -> dict[str, list[int]]:
+        return {kind: self._features(grids[kind]) for kind in KINDS}
+
+    def _encode_text(
+        self, record: Record, features: dict[str, list[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
         try:
-            return self.chat.encode(record["messages"], features, self.train_on)
+            return self.chat.encode(
+                record["messages"], features["image"], self.train_on, features["video"]
+            )
         except UserError as error:
             raise BadExample("template", f"{describe(record)}: {error}") from error
 
-    def _too_long(self, trial: Trial, grids: list[Grid]) -> BadExample:
-        name = describe(trial.record)
-        if self.max_seq_length is not None and trial.tokens > self.max_seq_length:
-            return BadExample(
-                "too_long",
-                f"{name} has {trial.tokens} tokens ({sum(self._features(grids))} of them for "
-                f"{len(grids)} images), more than data.max_seq_length = {self.max_seq_length}"
-                f"{TRIED[self.overlong]}. It is not cut: raise the limit, lower data.max_pixels, "
-                f"or split the conversation.",
+    def _too_long(self, trial: Trial, grids: Grids) -> BadExample:
+        over = self.max_seq_length is not None and trial.tokens > self.max_seq_length
+        features = sum(map(sum, self._all_features(grids).values()))
+        reason, have, limit = (
+            ("too_long", f"{trial.tokens} tokens", f"data.max_seq_length = {self.max_seq_length}")
+            if over
+            else (
+                "too_many_patches",
+                f"{trial.patches} patches",
+                f"data.max_patches = {self.max_patches}",
             )
-        return BadExample(
-            "too_many_patches",
-            f"{name} takes {trial.patches} patches, more than data.max_patches = "
-            f"{self.max_patches}{TRIED[self.overlong]}. It is not cut: raise the limit, lower "
-            f"data.max_pixels, or split the conversation.",
         )
-
-    def _sizes(self, record: Record) -> list[tuple[int, int]]:
-        """Return (height, width) of each image, from headers."""
-        return [
-            self._of_image(record, i, lambda source, folder: image_size(source, folder))
-            for i in range(len(record["images"]))
-        ]
-
-    def _grid(
-        self, record: Record, processor: ImageProcessor | None, number: int, size: tuple[int, int]
-    ) -> Grid:
-        return self._of_image(record, number, lambda *_: processor.grid(*size))  # type: ignore
-
-    def _pixels(self, fitted: Fitted) -> np.ndarray | None:
-        """Return the pixel values of an example's images, decoded."""
-
-        def decode(source: Any, folder: str | None) -> tuple[np.ndarray, Grid]:
-            assert fitted.processor is not None
-            return fitted.processor(read_image(source, folder))
-
-        record, values = fitted.record, []
-        for number, grid in enumerate(fitted.grids):
-            value, real = self._of_image(record, number, decode)
-            if real != grid:
-                raise BadExample(
-                    "changed",
-                    f"Image {number} of {describe(record)} decodes to the patch grid {real}, but "
-                    f"its header promised {grid}: the file is damaged or was just replaced.",
-                )
-            values.append(value)
-        if not values:
-            return None
-        return np.stack(values) if fitted.grids[0] is None else np.concatenate(values)
-
-    def _of_image(self, record: Record, number: int, read: Any) -> Any:
-        """Return `read(source, folder)` of one image; errors name record and image."""
-        source = record["images"][number]
-        if self.processor is None:
-            raise UserError(
-                f"{describe(record)} has images, but '{self.directory}' has no image settings "
-                f"(preprocessor_config.json, or processor_config.json with 'image_processor'). "
-                f"Copy the file of the checkpoint there."
-            )
-        try:
-            return read(source, record["folder"] or self.image_folder)
-        except BadExample:
-            raise
-        except UserError as error:
-            name = (
-                f" '{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else ""
-            )
-            raise BadExample(
-                "image", f"Image {number}{name} of {describe(record)}: {error}"
-            ) from error
-
-
-def describe(record: Record) -> str:
-    """Return how errors call a record: by its index, and its id where it has one."""
-    named = "" if record["id"] == str(record["index"]) else f" (id {record['id']!r})"
-    return f"record {record['index']}{named}"
+        return BadExample(
+            reason,
+            f"{describe(trial.record)} has {have} ({features} tokens are for {len(grids['image'])} "
+            f"images and {len(grids['video'])} videos), more than {limit}{TRIED[self.overlong]}. "
+            f"It is not cut: raise the limit, lower data.max_pixels, or split the conversation.",
+        )
 
 
 def _stack_grids(grids: Sequence[Grid]) -> np.ndarray | None:

@@ -21,7 +21,7 @@ ROLES = {
 }
 # A system prompt beside the turns, as ShareGPT's and LLaMA-Factory's files have it.
 SYSTEM = ("system", "system_prompt")
-IMAGES = ("images", "image")
+IMAGES, VIDEOS = ("images", "image"), ("videos", "video")
 TURN_KEYS = (("role", "content"), ("from", "value"))
 # What a turn counts in the loss: OpenAI's, axolotl's and ms-swift's names of it.
 WEIGHTS = ("weight", "train", "loss")
@@ -243,7 +243,7 @@ FORMATS: dict[str, Format] = {
     "instruction": Format(("instruction", "output"), ("input",), _instruction),
 }
 CHATS = ("messages", "conversations")
-BESIDE = frozenset({"id", *SYSTEM, *IMAGES, *CHATS})  # what any format may have beside it
+BESIDE = frozenset({"id", *SYSTEM, *IMAGES, *VIDEOS, *CHATS})  # what any format may have beside it
 READ = BESIDE.union(*(form.needed + form.optional for form in FORMATS.values()))
 
 

@@ -1,7 +1,7 @@
 """A checkpoint's image settings, `preprocessor_config.json`, to the processor they describe."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,13 @@ def read_settings(directory: str | Path) -> dict[str, Any] | None:
     `processor_config.json` with a nested "image_processor" (transformers 5 writes it) comes before
     `preprocessor_config.json`, as in transformers.
     """
-    for name, key in (
-        ("processor_config.json", "image_processor"),
-        ("preprocessor_config.json", ""),
-    ):
+    files = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
+    return read_first(directory, files)
+
+
+def read_first(directory: str | Path, files: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
+    """Return the settings of the first (file, key within it) that a directory has, or None."""
+    for name, key in files:
         path = Path(directory, name)
         if not path.is_file():
             continue

@@ -10,16 +10,29 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from vlm_jax.data.access import SAFE, Access, check_pixels, find
 from vlm_jax.errors import UserError
 
 
-def open_image(source: Any, folder: str | Path | None = None) -> Image.Image:
-    """Return the image with only its header read.
+def open_image(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> Image.Image:
+    """Return the image with only its header read; of an animation, its first frame.
 
     source: a path (relative ones against `folder`), bytes, a `data:` URI or bare base64, a PIL
     image, a uint8 array [H, W] or [H, W, C], or a dict with `bytes` or `path` as `datasets` has.
-    Raises `UserError` that says what the source is; the caller adds whose image it is.
+    access: what may be read, see `find`. Raises `UserError` that says what the source is; the
+    caller adds whose image it is.
     """
+    image = _open_any(source, folder, access)
+    try:
+        check_pixels(*image.size, access)
+    except UserError:
+        if image is not source:
+            image.close()
+        raise
+    return image
+
+
+def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
@@ -30,19 +43,17 @@ def open_image(source: Any, folder: str | Path | None = None) -> Image.Image:
         value = source.get("bytes") or source.get("path")
         if not value:
             raise UserError(f"an image dict needs 'bytes' or 'path'; it has {sorted(source)}.")
-        return open_image(value, folder)
+        return _open_any(value, folder, access)
     if isinstance(source, str | Path) and not str(source).startswith("data:"):
         text = str(source)
-        if text.startswith(("http://", "https://")):
-            raise UserError(f"'{text}' is an address: download it and give the file's path.")
-        path = Path(folder or "", text.removeprefix("file://")).expanduser()
-        try:
-            if path.is_file():
-                return _open(path, f"'{path}'")
-        except OSError:  # a long base64 string is no path
-            pass
+        found = find(text, folder, access)
+        if isinstance(found, bytes):
+            return _open(io.BytesIO(found), f"what '{text}' gave")
+        if found is not None:
+            return _open(found, f"'{found}'")
         data = _from_base64(text) if len(text) > 64 else None
         if data is None:
+            path = Path(folder or "", text.removeprefix("file://")).expanduser()
             raise UserError(f"there is no file '{path if len(text) < 300 else text[:60] + '…'}'.")
         return _open(io.BytesIO(data), "the base64 string")
     if isinstance(source, str):
@@ -80,16 +91,16 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def read_image(source: Any, folder: str | Path | None = None) -> np.ndarray:
+def read_image(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> np.ndarray:
     """Return uint8 [H, W, 3]: the image turned upright by its EXIF tag, in RGB.
 
     Transparency lies on white, as transformers' processors have it; 16-bit grey keeps its upper
     eight bits (Pillow's own conversion clips it to white). `source` as in `open_image`.
     Raises `UserError` for an unreadable or truncated image.
     """
-    image = open_image(source, folder)
+    image = open_image(source, folder, access)
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     except DAMAGED as error:
         name = f"'{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else "it"
         raise UserError(
@@ -100,7 +111,8 @@ def read_image(source: Any, folder: str | Path | None = None) -> np.ndarray:
             image.close()
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Return uint8 [H, W, 3] of an opened image; see `read_image`."""
     if image.mode == "F":
         raise UserError("a floating-point image has no agreed range: save it as 8-bit RGB.")
     if image.mode.startswith("I"):
@@ -113,13 +125,15 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def image_size(source: Any, folder: str | Path | None = None) -> tuple[int, int]:
+def image_size(
+    source: Any, folder: str | Path | None = None, access: Access = SAFE
+) -> tuple[int, int]:
     """Return (height, width) from the header, upright where the header already tells it.
 
     An EXIF tag behind the pixels is not looked for: a planner must not decode. No processor here
     makes another number of patches of an image that lies on its side.
     """
-    image = open_image(source, folder)
+    image = open_image(source, folder, access)
     width, height = image.size
     orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
     if not isinstance(source, Image.Image):

@@ -17,7 +17,8 @@ from vlm_jax.errors import UserError
 HELD_AS = "(paths?|files?|filepaths?|filenames?|names?|urls?|uris?|base64|b64|bytes|data|list)?"
 IMAGE = rf"(image|img|picture|photo|pic)s?{HELD_AS}"
 ONE_OF_SEVERAL = rf"{IMAGE}[0-9]+"
-OTHER_MEDIA = rf"(video|audio)s?{HELD_AS}[0-9]*"
+VIDEO = rf"videos?{HELD_AS}[0-9]*"
+OTHER_MEDIA = rf"audios?{HELD_AS}[0-9]*"
 TURNS = "(message|conversation|dialog|dialogue|chat|turn)s?"
 SYSTEM = "system(message|instruction)s?"
 TOOLS = "(tool|function)s?"
@@ -36,8 +37,8 @@ def is_given(row: Mapping[str, Any], key: str) -> bool:
 def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, where: str) -> None:
     """Raise `UserError` for a row's content under a key that is not in `read`.
 
-    has_images: the row has images under a key that is read; another form of them beside it (their
-    paths, their addresses) is then no loss.
+    has_images: the row has images or videos under a key that is read; another form of them (their
+    paths, their addresses) beside it is then no loss.
     """
     for key, name, value in _others(row, read):
         listed = isinstance(value, list | tuple | Mapping)
@@ -52,8 +53,10 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
             instead = "'system', or a system turn"
         elif re.fullmatch(TOOLS, name) and (listed or str(value).lstrip().startswith(("[{", "{"))):
             instead = "tools written into the turns"
+        elif re.fullmatch(VIDEO, name) and not (has_images and name.endswith(ADDRESS)):
+            instead = "'video', or 'videos' for a list"
         elif re.fullmatch(OTHER_MEDIA, name) and not (has_images and name.endswith(ADDRESS)):
-            instead = "images, which are all that can be trained on for now"
+            instead = "images and videos, which are all that can be trained on"
         elif not has_images and key != "id" and _is_image(value):
             instead = "'image', or 'images' for a list"
         if instead is not None:
@@ -77,10 +80,10 @@ def _is_image(value: Any) -> bool:
 def refuse_unread_in_turn(turn: Mapping[str, Any], read: Set[str], where: str) -> None:
     """Raise `UserError` for content of one turn under a key that is not in `read`."""
     for key, name, _ in _others(turn, read):
-        if re.fullmatch(rf"{ONE_OF_SEVERAL}|{IMAGE}|{OTHER_MEDIA}", name):
+        if re.fullmatch(rf"{ONE_OF_SEVERAL}|{IMAGE}|{VIDEO}|{OTHER_MEDIA}", name):
             raise UserError(
-                f"{where} has '{key}', which is not read in a turn: expected 'image' or 'images' "
-                f"beside the turns, or image parts in the turn's content."
+                f"{where} has '{key}', which is not read in a turn: expected 'image', "
+                f"'images' or 'videos' beside the turns, or parts of that type in its content."
             )
         if re.fullmatch(SAID_IN_TURN, name):
             raise UserError(

@@ -4,8 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vlm_jax.data.encode import BadExample, Encoder
+from vlm_jax.data.encode import Encoder
 from vlm_jax.data.measures import REASONS, Measures
+from vlm_jax.data.records import BadExample
 from vlm_jax.data.sources import Records
 from vlm_jax.errors import UserError
 

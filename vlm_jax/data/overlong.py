@@ -92,7 +92,7 @@ def drop_exchanges(record: Record, count: int) -> Record:
             if part["type"] in dropped:
                 dropped[part["type"]] += 1
     rest = {
-        name: record[name][dropped[kind]:]
+        name: record[name][dropped[kind] :]
         for name, kind in (("images", "image"), ("videos", "video"))
         if name in record
     }

@@ -59,10 +59,7 @@ def patch_capacity(sizes: np.ndarray, tokens: int, most: int, unit: int) -> int:
     balance = tokens * total_patches / total_tokens
     largest = int(sizes[:, 1].max())
     tried = sorted(
-        {
-            min(most, -(-max(largest, int(share * balance)) // unit) * unit)
-            for share in PATCH_SHARES
-        }
+        {min(most, -(-max(largest, int(share * balance)) // unit) * unit) for share in PATCH_SHARES}
     )
     prices = [len(pack(sizes, (tokens, P))) * cost(np.array((tokens, P))) for P in tried]
     return tried[int(np.argmin(prices))]

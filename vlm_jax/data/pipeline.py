@@ -272,9 +272,11 @@ class Pipeline:
         if self.all_measured:
             tokens, patches = round_up(tokens), round_up(patches, unit)
         else:
-            images = max(len(self.records[int(i)]["images"]) for i in kept)
+            taken = [self.records[int(i)] for i in kept]
+            images, films = (max(len(r[kind]) for r in taken) for kind in ("images", "videos"))
             tokens = self.max_length or tokens
-            patches = max(patches, images * self.encoder.most_patches())
+            most = images * self.encoder.most_patches() + films * self.encoder.most_video_patches()
+            patches = max(patches, most)
             merged = self.encoder.model.family.merged_patches(self.encoder.model.config)
             patches = round_up(min(patches, tokens * merged), unit)
         if self.max_patches is not None:

@@ -29,7 +29,7 @@ class ImageProcessor(Protocol):
         """The least and most pixels an image may get; None where all have one size."""
 
     def limited(self, max_pixels: int) -> "ImageProcessor":
-        """Return the processor with another most; an error where all images have one size."""
+        """Return the processor with a lower most, as far as its least allows."""
 
     @property
     def merged(self) -> int:
@@ -161,7 +161,8 @@ class Patches:
         return self.min_pixels, self.max_pixels
 
     def limited(self, max_pixels: int) -> "Patches":
-        return dataclasses.replace(self, max_pixels=max_pixels)
+        most = max(self.min_pixels, min(self.max_pixels, max_pixels))
+        return dataclasses.replace(self, max_pixels=most)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         factor = self.raw["patch_size"] * self.raw["merge_size"]
@@ -172,18 +173,23 @@ class Patches:
         return 1, new_height // self.raw["patch_size"], new_width // self.raw["patch_size"]
 
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
-        patch, merge = self.raw["patch_size"], self.raw["merge_size"]
         frames = self.raw["temporal_patch_size"]
-        pixels = resize(pixels, self.size(*pixels.shape[:2]), self.raw["resample"])
+        blocks, (h, w) = self.cut(pixels, self.size(*pixels.shape[:2]))
+        values = np.empty((h * w, 3, frames, blocks.shape[2]), np.float32)
+        for channel in range(3):
+            values[:, channel] = self.table[channel].take(blocks[channel])[:, None]
+        return values.reshape(h * w, 3 * frames * blocks.shape[2]), (1, h, w)
+
+    def cut(self, pixels: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return uint8 [3, P, patch x patch] of an image resized to `size`, in merge blocks; and
+        its (height, width) in patches."""
+        patch, merge = self.raw["patch_size"], self.raw["merge_size"]
+        pixels = resize(pixels, size, self.raw["resample"])
         h, w = pixels.shape[0] // patch, pixels.shape[1] // patch
         # Bytes are put in order, so that floats are written once; channels lead for the look-up.
         blocks = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
         blocks = np.ascontiguousarray(blocks.transpose(6, 0, 3, 1, 4, 2, 5))
-        blocks = blocks.reshape(3, h * w, patch * patch)
-        values = np.empty((h * w, 3, frames, patch * patch), np.float32)
-        for channel in range(3):
-            values[:, channel] = self.table[channel].take(blocks[channel])[:, None]
-        return values.reshape(h * w, 3 * frames * patch * patch), (1, h, w)
+        return blocks.reshape(3, h * w, patch * patch), (h, w)
 
     def settings(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.raw.items() if value is not None}
@@ -257,7 +263,7 @@ class Fixed:
         return None
 
     def limited(self, max_pixels: int) -> "Fixed":
-        raise UserError("Every image of this checkpoint has one size, which no limit changes.")
+        return self
 
     @property
     def merged(self) -> int:

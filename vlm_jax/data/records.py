@@ -2,20 +2,40 @@
 
 A canonical record is
     {"id": str, "index": int, "folder": str | None,
-     "messages": [{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}],
-     "images": [path, bytes, PIL image, ...: one for each image part, in order]}
+     "messages": [{"role", "content": [{"type": "text", "text"} | {"type": "image" | "video"}]}],
+     "images": [path, bytes, PIL image, ...: one for each image part, in order],
+     "videos": [path, list of frames, dict, ...: one for each video part, in order]}
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.data.formats import IMAGES, check_order, read_turns, rename_columns
+from vlm_jax.data.formats import IMAGES, VIDEOS, check_order, read_turns, rename_columns
 from vlm_jax.data.keys import is_given, refuse_unread
 from vlm_jax.errors import UserError
 
 Record = dict[str, Any]
-MARKER = "<image>"
+MARKERS = {"image": "<image>", "video": "<video>"}
+CANONICAL = {"id", "index", "folder", "messages", "images", "videos"}
+FRAME_FILE = r"\S.*\.(jpe?g|png|webp|bmp|tiff?)"
+
+
+class BadExample(UserError):
+    """An example that cannot be trained on; `reason` is a key of the report's counts."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:  # or it would not come back from a worker process
+        return BadExample, (self.reason, str(self))
+
+
+def describe(record: Record) -> str:
+    """Return how errors call a record: by its index, and its id where it has one."""
+    named = "" if record["id"] == str(record["index"]) else f" (id {record['id']!r})"
+    return f"record {record['index']}{named}"
 
 
 def canonical(
@@ -31,18 +51,19 @@ def canonical(
 
     A row has one of the formats of `vlm_jax.data.formats` (`conversations` of LLaVA and ShareGPT,
     `messages`, query/response, prompt/completion, question/answer, instruction/output) and, for
-    pictures, `image` or `images`: one or a list. In a text that is a plain string, "<image>"
-    outside the assistant's turns is an image's place, and line
-    breaks beside it are dropped; images that no marker or part names come first in the first
-    user turn. Content given as parts is taken as it is, and "<image>" in its texts is text. A
-    `system` (or `system_prompt`) beside the turns becomes the first turn. A message keeps the
-    "weight" that its turn has in the loss, where that is not 1. Other keys are not read.
+    pictures, `image` or `images`: one or a list; for films, `video` or `videos` likewise (a list of
+    image files under `video` is one video's frames). In a text that is a plain string, "<image>"
+    outside the assistant's turns is an image's place, and line breaks beside it are dropped; images
+    that no marker or part names come first in the first user turn. Content given as parts is taken
+    as it is, and "<image>" in its texts is text. "<video>" is to videos what "<image>" is to
+    images. A `system` (or `system_prompt`) beside the turns becomes the first turn. A message keeps
+    the "weight" that its turn has in the loss, where that is not 1. Other keys are not read.
     line: where the row begins in its file, for errors. columns: {our name: the row's}.
     Raises `UserError`, naming the record, for what is malformed, for images and "<image>" markers
     that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).
     """
-    if isinstance(row, Mapping) and {"id", "messages", "images", "index", "folder"} == row.keys():
-        return dict(row)
+    if isinstance(row, Mapping) and row.keys() in (CANONICAL, CANONICAL - {"videos"}):
+        return {"videos": [], **row}
     where = f"Record {index} of '{name}'" + ("" if line is None else f", line {line}")
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is {type(row).__name__}, not a JSON object.")
@@ -53,10 +74,10 @@ def canonical(
         where += f" (id {record_id!r})"
     turns, read = read_turns(row, where, columns or {})
     check_order(turns, where)
-    images = _images(row, where)
-    has_images = bool(images) or any(map(_brings_image, turns))
-    refuse_unread(row, read, has_images, where)
-    messages, images = _place_images(turns, images, where)
+    media = {"image": _media(row, IMAGES, where), "video": _media(row, VIDEOS, where)}
+    has_media = any(media.values()) or any(map(_brings_media, turns))
+    refuse_unread(row, read, has_media, where)
+    messages, media = _place_media(turns, media, where)
     for turn, message in zip(turns, messages, strict=True):
         if "weight" in turn:
             message["weight"] = turn["weight"]
@@ -65,28 +86,40 @@ def canonical(
         "index": index,
         "folder": folder,
         "messages": messages,
-        "images": images,
+        "images": media["image"],
+        "videos": media["video"],
     }
 
 
-def _images(row: Mapping[str, Any], where: str) -> list[Any]:
-    given = [row[key] for key in IMAGES if is_given(row, key)]
+def _media(row: Mapping[str, Any], keys: tuple[str, str], where: str) -> list[Any]:
+    given = [key for key in keys if is_given(row, key)]
     if len(given) == 2:
-        raise UserError(f"{where} has both {' and '.join(IMAGES)}. Leave one of them out.")
-    return list(given[0]) if given and isinstance(given[0], list | tuple) else given
+        raise UserError(f"{where} has both {' and '.join(keys)}. Leave one of them out.")
+    value = row[given[0]] if given else []
+    if given == ["video"] and isinstance(value, list | tuple) and all(map(_is_frame, value)):
+        return [list(value)]  # the frames of one
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _brings_image(turn: dict[str, Any]) -> bool:
+def _is_frame(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(FRAME_FILE, value.strip(), re.IGNORECASE) is not None
+    return not isinstance(value, bytes | list | tuple | Mapping)
+
+
+def _brings_media(turn: dict[str, Any]) -> bool:
     parts = turn["content"] if isinstance(turn["content"], list | tuple) else ()
-    return any(isinstance(part, Mapping) and "image" in str(part.get("type")) for part in parts)
+    kinds = [str(part.get("type")) for part in parts if isinstance(part, Mapping)]
+    return any("image" in kind or "video" in kind for kind in kinds)
 
 
-def _place_images(
-    turns: list[dict[str, Any]], images: list[Any], where: str
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Return messages whose content is parts, and the image of each image part."""
+def _place_media(
+    turns: list[dict[str, Any]], media: dict[str, list[Any]], where: str
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Return messages whose content is parts, and the image or video of each part of its kind."""
     messages: list[dict[str, Any]] = []
-    named: list[Any] = []  # a part's own image, or None where it takes the next of the record's
+    # A part's own image or video, or None where it takes the next of the record's.
+    named: dict[str, list[Any]] = {kind: [] for kind in MARKERS}
     for turn in turns:
         content = turn["content"]
         if isinstance(content, str):
@@ -101,47 +134,57 @@ def _place_images(
         clean = []
         for part in parts:
             kind, value = _part(part, where)
-            if kind == "image":
-                named.append(value)
-                clean.append({"type": "image"})
+            if kind in named:
+                named[kind].append(value)
+                clean.append({"type": kind})
             else:
                 clean.append({"type": "text", "text": value})
         messages.append({"role": turn["role"], "content": clean})
-    wanted = sum(value is None for value in named)
-    if wanted == 0 and images:
-        first = next((m for m in messages if m["role"] == "user"), None)
-        if first is None:
-            raise UserError(f"{where} has images but no user turn to show them in.")
-        if named:
-            raise UserError(
-                f"{where} has {len(images)} images beside its messages, but every image part "
-                f"brings its own. Leave one of the two out."
-            )
-        first["content"][:0] = [{"type": "image"} for _ in images]
-        return messages, images
-    if wanted != len(images):
+    placed = {kind: _pair(kind, media[kind], named[kind], where) for kind in MARKERS}
+    for kind in reversed(MARKERS):  # what nothing names: images first, then videos
+        if not named[kind] and placed[kind]:
+            first = next((m for m in messages if m["role"] == "user"), None)
+            if first is None:
+                raise UserError(f"{where} has {kind}s but no user turn to show them in.")
+            first["content"][:0] = [{"type": kind} for _ in placed[kind]]
+    return messages, placed
+
+
+def _pair(kind: str, given: list[Any], named: list[Any], where: str) -> list[Any]:
+    """Return what stands at each part of a kind: its own, or the next of the record's."""
+    wanted, marker = sum(value is None for value in named), MARKERS[kind]
+    if not named:
+        return given
+    if wanted == 0 and given:
         raise UserError(
-            f"{where} has {len(images)} images, but its turns name {wanted} (by '{MARKER}' or "
-            f"image parts). There must be one for each; a '{MARKER}' that is meant as text belongs "
-            f'in a text part: "content": [{{"type": "text", "text": …}}].'
+            f"{where} has {len(given)} {kind}s beside its messages, but every {kind} part "
+            f"brings its own. Leave one of the two out."
         )
-    rest = iter(images)
-    return messages, [next(rest) if value is None else value for value in named]
+    if wanted != len(given):
+        raise UserError(
+            f"{where} has {len(given)} {kind}s, but its turns name {wanted} (by '{marker}' or "
+            f"{kind} parts). There must be one for each; a '{marker}' that is meant as text "
+            f'belongs in a text part: "content": [{{"type": "text", "text": …}}].'
+        )
+    rest = iter(given)
+    return [next(rest) if value is None else value for value in named]
 
 
 def _split_markers(text: str) -> list[dict[str, str]]:
-    """Return text and image parts; the line break LLaVA writes beside a marker is no content.
+    """Return text, image and video parts.
 
-    Nor is white space at the turn's ends; a space within a sentence, "a <image> b", is.
+    The line break LLaVA writes beside a marker is no content, nor is white space at the turn's
+    ends; a space within a sentence, "a <image> b", is.
     """
-    pieces = text.split(MARKER)
+    pieces = re.split("|".join(MARKERS.values()), text)
     if len(pieces) == 1:
         return [{"type": "text", "text": text}]
+    kinds = [kind[1:-1] for kind in re.findall("|".join(MARKERS.values()), text)]
     texts = [number for number, piece in enumerate(pieces) if piece.strip()]
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(pieces):
         if number:
-            parts.append({"type": "image"})
+            parts.append({"type": kinds[number - 1]})
         if number in texts:
             piece = re.sub(r"^\s*\n\s*|\s*\n\s*$", "", piece)
             piece = piece.lstrip() if number == texts[0] else piece
@@ -151,7 +194,7 @@ def _split_markers(text: str) -> list[dict[str, str]]:
 
 
 def _part(part: Any, where: str) -> tuple[str, Any]:
-    """Return ("text", the text) or ("image", its own source or None)."""
+    """Return ("text", the text), or ("image" or "video", its own source or None)."""
     if isinstance(part, str):
         return "text", part
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -161,7 +204,21 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
         keys = ("image", "image_url", "url", "path", "base64", "bytes")
         value = next((part[key] for key in keys if part.get(key) is not None), None)
         return "image", value.get("url") if isinstance(value, Mapping) and "url" in value else value
+    if kind in ("video", "video_url"):
+        return "video", _video_part(part)
     raise UserError(
         f"{where} has the content part {part!r:.80}; expected "
-        f"{{'type': 'text', 'text': …}} or {{'type': 'image'}}."
+        f"{{'type': 'text', 'text': …}}, {{'type': 'image'}} or {{'type': 'video'}}."
     )
+
+
+def _video_part(part: Mapping[str, Any]) -> Any:
+    """Return a video part's own source, with what it says about sampling, or None."""
+    keys = ("video", "video_url", "url", "path", "bytes")
+    said = {key: value for key, value in part.items() if value is not None and key != "type"}
+    found = next((key for key in keys if key in said), None)
+    value = said.pop(found) if found else None
+    value = value["url"] if isinstance(value, Mapping) and "url" in value else value
+    if said and isinstance(value, Mapping):
+        return {**said, **value}
+    return {**said, "video": value} if said else value

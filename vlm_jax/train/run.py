@@ -36,6 +36,7 @@ DATA_KEYS = (
     *("max_seq_length", "image_resolution", "min_pixels", "max_pixels", "max_shapes"),
     # Not on_bad_example: up to a bad example that stops a run, "skip" gives the same batches.
     *("train_split", "shuffle", "train_on"),
+    *("video_fps", "video_min_frames", "video_max_frames", "video_min_pixels", "video_max_pixels"),
 )
 
 
@@ -202,6 +203,14 @@ def make_encoder(config: ConfigDict, model: Model) -> Encoder:
         train_on=d.train_on,
         on_bad_example=d.on_bad_example,
         image_folder=d.image_folder,
+        max_image_pixels=d.max_image_pixels,
+        allow_absolute_paths=d.allow_absolute_paths,
+        allow_urls=d.allow_urls,
+        video_fps=d.video_fps,
+        video_min_frames=d.video_min_frames,
+        video_max_frames=d.video_max_frames,
+        video_min_pixels=d.video_min_pixels,
+        video_max_pixels=d.video_max_pixels,
     )
 
 
@@ -320,6 +329,9 @@ def write_adapter(
         settings = encoder.image_settings()
         if settings is not None:  # served images must be cut as the trained ones were
             write_json(folder / "preprocessor_config.json", settings)
+        settings = encoder.video_settings()
+        if settings is not None:
+            write_json(folder / "video_preprocessor_config.json", settings)
 
 
 def write_result(
