@@ -85,7 +85,7 @@ def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, pla
     data.write_text("\n".join([rows[0], json.dumps(broken), *rows[2:]]))
     made = make_config(
         place / "base", data, tmp_path / "out", f"data.image_folder={place / 'data'}",
-        "training.max_steps=2",
+        "data.allow_absolute_paths=true", "training.max_steps=2",
     )  # fmt: skip
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config.to_dict(made)))
