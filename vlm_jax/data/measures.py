@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_jax.data.cache import cache_directory
 from vlm_jax.errors import UserError
 
 VERSION = 1  # raise it when measuring changes: files of an older one are not read
@@ -110,7 +111,7 @@ def measures_file(place: str | Path | None, content: str | None, settings: Any) 
     """Return where sizes of records of this content under these settings are kept.
 
     place: the data file or directory; the file lies in `.vlm_jax` beside it, or, where nothing
-    can be written there, in `~/.cache/vlm_jax`. settings: JSON-able; all that sizes depend on.
+    can be written there, in the user's cache. settings: JSON-able; all that sizes depend on.
     None where the records have no known content (rows in memory): then nothing is kept.
     """
     if place is None or content is None:
@@ -119,15 +120,19 @@ def measures_file(place: str | Path | None, content: str | None, settings: Any) 
         json.dumps([VERSION, content, settings], sort_keys=True).encode(), digest_size=12
     ).hexdigest()
     place = Path(place).expanduser()
-    beside = (place if place.is_dir() else place.parent) / ".vlm_jax"
-    for folder in (beside, Path.home() / ".cache" / "vlm_jax"):
+    name, beside = "records", None
+    if place.exists():
+        name, beside = place.name, (place if place.is_dir() else place.parent) / ".vlm_jax"
+    for folder in (beside, cache_directory() / "sizes"):
+        if folder is None:
+            continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             continue
         if os.access(folder, os.W_OK):
-            return folder / f"{place.name}-{key}.sizes"
+            return folder / f"{name}-{key}.sizes"
     raise UserError(
         f"The sizes of the records of '{place}' can be kept neither in '{beside}' nor in "
-        f"~/.cache/vlm_jax: neither can be written. Make one of them writable."
+        f"'{cache_directory()}': neither can be written. Make one of them writable."
     )

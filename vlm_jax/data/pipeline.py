@@ -1,39 +1,53 @@
 """Batches in an order that is planned from (seed, epoch), and resumes where it stopped.
 
-An epoch is a permutation of the records, taken window by window. A window's examples are measured
-(text and image headers only), grouped into steps of like size, and the steps shuffled. What a
-step holds is thus a function of the plan alone; threads only materialise it.
+`Planner` says which records each step's rows hold. Grain makes them: in worker processes, or in a
+thread beside the caller. Each worker plans for itself, so that what travels between processes is a
+step's number one way and its arrays the other.
 """
 
-import collections
+import dataclasses
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
-from vlm_jax.data.encode import BadExample, Encoder, describe
+from vlm_jax.data.encode import Encoder
+from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED, Measures, measures_file
+from vlm_jax.data.measuring import ALWAYS_DROPPED, Measurer, reason_of
 from vlm_jax.data.mixture import Mixture, Records
+from vlm_jax.data.packing import pack, patch_capacity, row_sizes
+from vlm_jax.data.planner import Planner, State, Step
 from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up
 from vlm_jax.data.sources import read_records
 from vlm_jax.errors import UserError
 
-State = dict[str, int]
 SAMPLE = 2000  # records that are measured before the first step
-WINDOW = 512  # examples that are grouped by size together; at least 8 steps
-ALWAYS_DROPPED = ("too_long", "too_many_patches")
-UNKNOWN, DROPPED = -1, -2  # in place of a record's tokens
+WINDOW = 512  # records that are planned together, at least; and at least 8 steps
+ENDLESS = 1 << 40  # steps of a training run, as Grain counts them
 
 
-class Step(NamedTuple):
-    """One planned step: the records of its rows, its shape, and the state after it."""
+class Skipped(NamedTuple):
+    """A record that is left out: its number, why in a word, and in a sentence."""
 
-    records: list[int]
-    shape: Shape
-    after: State
+    index: int
+    reason: str
+    why: str
+
+
+class Made(NamedTuple):
+    """What a worker knows of a batch beside its arrays."""
+
+    ids: list[str]
+    step: Step
+    skipped: list[Skipped]
 
 
 class Pipeline:
@@ -41,26 +55,29 @@ class Pipeline:
 
     encoder: an `Encoder`, or a checkpoint directory with `options` for one.
     records: what `read_records` takes.
-    rows: rows of the global batch. Each row holds one example; `collate` is ready for more.
-    max_length: the most tokens a row may have; longer examples are dropped and counted, never cut.
-        Needed where there are more than 2,000 records.
-    max_patches: likewise of patches; by default what the largest images of the sample take.
+    rows: rows of the global batch.
+    max_length: tokens of a row at most. Needed for packing, and where there are more than 2,000
+        records. What is longer is treated by the encoder's `overlong` policy, never cut.
+    max_patches: likewise of patches; by default what the sample asks for.
+    packing: whether a row holds several examples, see `vlm_jax.data.packing`.
     max_shapes: how many (tokens, patches) shapes there may be, each of them one compilation. The
         last one is the largest that can come, so memory runs out at the start or never.
-    shuffle: a new order each epoch and like-sized examples together; False keeps the records'
-        order.
-    drop_last: leave out an epoch's last examples that do not fill a batch (others each epoch).
+    shuffle: a new order each epoch and like-sized rows together; False keeps the records' order.
+    drop_last: leave out an epoch's last rows that do not fill a batch (others each epoch).
         Otherwise the last batch is filled with empty rows, whose weights are 0: every example
         comes once an epoch.
     on_bad_example: "raise" or "skip"; by default the encoder's. One whose pixels turn out damaged
-        only when decoded leaves an empty row. Skipped ones are counted in `report`.
+        only when decoded leaves its place empty. Skipped ones are counted in `report`.
+    max_bad_share: the run stops where more than this share of the records is bad.
     process_index, process_count: batches hold only this host's rows: its contiguous part of each
         global batch. Every host plans all of it, so that shapes agree.
-    workers, prefetch: threads that decode, and steps they keep ready.
+    workers: processes that make batches; 0: a thread. A program that sets it must be importable
+        (`if __name__ == "__main__":`), since processes are spawned. prefetch: batches that each
+        keeps ready. threads: that decode the images of one batch, where there are no processes.
 
-    shapes: list of (T, P). steps_per_epoch: exact where all records were measured (2,000 or
-    fewer), else estimated from a sample. Raises `UserError` for bad records (see `Encoder`) and
-    where nothing is left.
+    shapes: list of (T, P). steps_per_epoch: exact without packing where all records were measured
+    (2,000 or fewer), else estimated from a sample. Raises `UserError` for bad records (see
+    `Encoder`) and where nothing is left.
     """
 
     def __init__(
@@ -71,64 +88,92 @@ class Pipeline:
         rows: int,
         max_length: int | None = None,
         max_patches: int | None = None,
+        packing: bool = False,
         max_shapes: int = 4,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
         on_bad_example: str | None = None,
+        max_bad_share: float = 0.01,
         process_index: int = 0,
         process_count: int = 1,
-        workers: int = 4,
+        workers: int = 0,
         prefetch: int = 2,
+        threads: int = 2,
         **options: Any,
     ):
         if not isinstance(encoder, Encoder):
-            encoder = Encoder(encoder, **{"max_seq_length": max_length, **options})
+            encoder = Encoder(encoder, **options)
         elif options:
             raise UserError(f"Options {sorted(options)} belong to the Encoder, which was given.")
-        if rows < 1 or max_shapes < 1 or workers < 1 or prefetch < 1:
-            raise UserError("rows, max_shapes, workers and prefetch must each be 1 or more.")
+        if rows < 1 or max_shapes < 1 or workers < 0 or prefetch < 1 or threads < 1:
+            raise UserError("rows, max_shapes, prefetch, threads must be 1 or more, workers 0.")
         if rows % process_count or not 0 <= process_index < process_count:
             raise UserError(
                 f"A global batch of {rows} rows does not divide among {process_count} processes "
                 f"(this is number {process_index}): make it a multiple."
             )
+        length = _least(max_length, encoder.max_seq_length)
+        if packing and length is None:
+            raise UserError(
+                "Packing needs to know how long a row is: set data.max_seq_length, its tokens."
+            )
+        encoder = encoder.with_limits(length, _least(max_patches, encoder.max_patches))
         self.encoder = encoder
         self.records: Records | Mixture = read_records(records, encoder.image_folder)
-        self.rows, self.seed, self.shuffle, self.drop_last = rows, seed, shuffle, drop_last
-        self.skip_bad = (on_bad_example or encoder.on_bad_example) == "skip"
+        self.rows, self.workers, self.prefetch, self.threads = rows, workers, prefetch, threads
         self.process_index, self.process_count = process_index, process_count
-        self.workers, self.prefetch = workers, prefetch
-        limits = [n for n in (max_length, encoder.max_seq_length) if n is not None]
-        self.max_length = min(limits) if limits else None
-        self.max_patches = max_patches
-        self._sizes = np.full((len(self.records), 3), UNKNOWN, np.int64)  # tokens, patches, answers
-        self._dropped: dict[int, str] = {}
-        self._first: dict[str, str] = {}
-        self._lock = threading.Lock()
+        self.max_bad_share = max_bad_share
+        skip_bad = (on_bad_example or encoder.on_bad_example) == "skip"
+        file = measures_file(self.records.name, self.records.fingerprint, encoder.settings)
+        self.measures = Measures(len(self.records), file)
+        self.measurer = Measurer(encoder, self.records, self.measures, skip_bad)
+        self.damaged: dict[int, Skipped] = {}  # found when their pixels were decoded
+        self._seen = self._bad = 0
 
         sample = np.arange(len(self.records))
         self.all_measured = len(sample) <= SAMPLE
         if not self.all_measured:
-            if self.max_length is None:
+            if encoder.max_seq_length is None:
                 raise UserError(
                     f"There are {len(sample)} records, of which only {SAMPLE} are measured before "
                     f"training starts: set data.max_seq_length, the most tokens a row may have."
                 )
             chosen = np.random.default_rng([seed, SAMPLE]).choice(len(sample), SAMPLE, False)
             sample = np.sort(chosen)
-        with ThreadPoolExecutor(workers) as pool:
-            self._measure(sample, pool)
-        self.shapes = self._choose_shapes(sample, max_shapes)
-        kept = len(self._kept(sample))
-        if not self.all_measured:
-            kept = int(len(self.records) * kept / len(sample))
-        self.steps_per_epoch = kept // rows if drop_last else -(-kept // rows)
+        with ThreadPoolExecutor(threads) as pool:
+            self.measurer.measure(sample, pool)
+        self._check_share(len(sample), int(self.measurer.bad(sample).sum()))
+        kept = self.measures.kept(sample)
+        if len(kept) == 0:
+            why = " ".join(f"{one.reason}: {one.why}" for one in self._first_dropped())
+            raise UserError(
+                f"None of the {len(sample)} records that were looked at can be trained on. The "
+                f"first of each kind of trouble: {why}"
+            )
+        sizes = self.measures.sizes(kept)[:, :2]
+        capacity, self.shapes = self._choose_shapes(sizes, max_shapes, kept, packing)
+        packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
+        density = len(kept) / packed  # examples a row
+        self.planner = Planner(
+            measurer=self.measurer,
+            rows=rows,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            shapes=self.shapes,
+            capacity=capacity,
+            window=max(WINDOW, int(8 * rows * density)),
+        )
+        expected = len(self.records) / len(sample) * packed  # rows an epoch
+        self.steps_per_epoch = int(expected // rows if drop_last else -(-expected // rows))
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"{kept} examples do not fill one batch of {rows} rows, and drop_last leaves out "
+                f"{packed} rows do not fill one batch of {rows} rows, and drop_last leaves out "
                 f"what does not: make the batch smaller or set drop_last to false."
             )
+        if self.all_measured:
+            self.steps_per_epoch = sum(1 for _ in self.planner.epoch({"epoch": 0, "step": 0}))
 
     # What is there
 
@@ -137,34 +182,57 @@ class Pipeline:
         """Counts of what is known so far, JSON-able.
 
         records, measured; examples (measured and kept); dropped {reason: count} and first_dropped
-        {reason: why}; tokens, answer_tokens, patches (sums), longest (tokens); padding and
-        patch_padding: the shares of slots that stay empty in epoch 0.
+        {reason: why}; shrunk, turns_dropped: examples that were made to fit; tokens,
+        answer_tokens, patches (sums), longest (tokens); packing; padding and patch_padding: the
+        shares of slots that stay empty in epoch 0.
         """
-        known = np.flatnonzero(self._sizes[:, 0] != UNKNOWN)
-        kept = self._kept(known)
-        sizes = self._sizes[kept]
-        steps = group(sizes[:, :2], self.rows, self.shapes)
+        everything = np.arange(len(self.records))
+        known = np.setdiff1d(everything, self.measures.unknown(everything), assume_unique=True)
+        kept = self.measures.kept(known)
+        table = self.measures.sizes(kept)
+        sizes = table[:, :2]
+        steps: list[tuple[np.ndarray, Shape]]
         if self.all_measured:
-            steps = []
-            for step in self._epoch({"epoch": 0, "step": 0}, None):
-                steps.append((np.searchsorted(kept, step.records), step.shape))
-        shares = padding(steps, sizes[:, :2], self.rows)
-        tokens, patches, answers = (int(n) for n in sizes.sum(0))
+            plan = self.planner.epoch({"epoch": 0, "step": 0})
+            steps = [
+                (np.searchsorted(kept, np.sort(np.concatenate(step.rows).astype(int))), step.shape)
+                for step in plan
+            ]
+            shares = padding(steps, sizes, self.rows)
+        else:
+            rows = sizes
+            if self.planner.capacity is not None:
+                rows = row_sizes(pack(sizes[: 4 * SAMPLE], self.planner.capacity), sizes)
+            shares = padding(group(rows, self.rows, self.shapes), rows, self.rows)
+        dropped = {reason: len(found) for reason, found in self.measures.reasons().items()}
+        for one in self.damaged.values():
+            dropped[one.reason] = dropped.get(one.reason, 0) + 1
+        tokens, patches, answers, _ = (int(n) for n in table.sum(0))
         return {
             "records": len(self.records),
             "measured": len(known),
-            "examples": len(kept) - sum(index in self._dropped for index in kept.tolist()),
-            "dropped": dict(collections.Counter(self._dropped.values())),
-            "first_dropped": dict(self._first),
+            "examples": len(kept) - len(self.damaged),
+            "dropped": dropped,
+            "first_dropped": {one.reason: one.why for one in self._first_dropped()},
+            "shrunk": int((table[:, 3] & SHRUNK > 0).sum()),
+            "turns_dropped": int((table[:, 3] & TURNS_DROPPED > 0).sum()),
             "tokens": tokens,
             "answer_tokens": answers,
             "patches": patches,
             "longest": int(sizes[:, 0].max()),
+            "packing": self.planner.capacity is not None,
             "padding": round(shares[0], 4),
             "patch_padding": round(shares[1], 4),
             "shapes": [list(shape) for shape in self.shapes],
             "steps_per_epoch": self.steps_per_epoch,
         }
+
+    def skipped(self) -> Iterator[Skipped]:
+        """Yield every record that is known to be left out."""
+        for reason, found in self.measures.reasons().items():
+            for index in found.tolist():
+                yield Skipped(index, reason, self.measurer.why(index))
+        yield from self.damaged.values()
 
     # What comes
 
@@ -172,219 +240,218 @@ class Pipeline:
         """Yield (batch, example ids, next state) without end, epoch after epoch.
 
         batch: numpy, this host's rows. ids: of the examples in it, row by row. next state:
-        JSON-able; `batches(next state)` goes on behind this batch, bit for bit, without decoding
-        or measuring what came before its window. Begin with None or {"epoch": 0, "step": 0}.
-        Raises `UserError` where the state belongs to other records or another batch size.
+        JSON-able; `batches(next state)` goes on behind this batch, bit for bit, with any number of
+        workers, without decoding or measuring what came before its window. Begin with None or
+        {"epoch": 0, "step": 0}. Raises `UserError` where the state belongs to other records or
+        another batch size.
         """
-        state = dict(state or {"epoch": 0, "step": 0})
-        for name, now in (("records", len(self.records)), ("rows", self.rows), ("seed", self.seed)):
-            if state.get(name, now) != now:
-                raise UserError(
-                    f"The saved data position is for {name} = {state[name]}, but now {name} = "
-                    f"{now}. To resume, leave data, batch size and seed as they were."
-                )
-
-        def steps(pool: ThreadPoolExecutor) -> Iterator[Step]:
-            now = state
-            while True:
-                yield from self._epoch(now, pool)
-                now = {"epoch": now["epoch"] + 1, "step": 0}
-
-        for batch, ids, step in self._materialise(steps):
-            yield batch, ids, step.after
+        next(iter(self.planner.steps(state)))  # a state that does not fit is told here and now
+        for batch, made in self._made(Steps(self, state)):
+            yield batch, made.ids, made.step.after
 
     def eval_batches(self) -> Iterator[tuple[Batch, list[str]]]:
-        """Yield (batch, example ids) once over every example, shortest first.
+        """Yield (batch, example ids) once over every example, shortest first; rows are not packed.
 
         The last batch of rows is filled with empty rows, whose weights are 0.
         """
-
-        def steps(pool: ThreadPoolExecutor) -> Iterator[Step]:
-            everything = np.arange(len(self.records))
-            self._measure(everything, pool)
-            kept = self._kept(everything)
-            for members, shape in group(self._sizes[kept, :2], self.rows, self.shapes):
-                yield Step(kept[members].tolist(), shape, {})
-
-        for batch, ids, _ in self._materialise(steps):
-            yield batch, ids
+        everything = np.arange(len(self.records))
+        with ThreadPoolExecutor(self.threads) as pool:
+            self.measurer.measure(everything, pool)
+        kept = self.measures.kept(everything)
+        steps = [
+            Step([[int(index)] for index in kept[members]], shape, {})
+            for members, shape in group(self.measures.sizes(kept)[:, :2], self.rows, self.shapes)
+        ]
+        for batch, made in self._made(Steps(self, steps=steps)):
+            yield batch, made.ids
 
     # Planning
 
-    def _measure(self, indices: np.ndarray, pool: ThreadPoolExecutor | None) -> None:
-        """Fill in the sizes of records not yet measured; drop or raise the bad ones."""
-        new = indices[self._sizes[indices, 0] == UNKNOWN]
-        if len(new) == 0 or pool is None:
-            return
-        for index, error in zip(new, pool.map(self._measure_one, new), strict=True):
-            if error is None:
-                continue
-            reason = getattr(error, "reason", "record")
-            if not self.skip_bad and reason not in ALWAYS_DROPPED:
-                raise self._named(error)
-            self._sizes[index, 0] = DROPPED
-            self._drop(int(index), reason, error)
-
-    def _measure_one(self, index: int) -> UserError | None:
-        try:
-            record = self.records[int(index)]
-            size = self.encoder.measure(record)
-        except UserError as error:
-            return error
-        for reason, what, have, limit, key in (
-            ("too_long", "tokens", size.tokens, self.max_length, "max_seq_length"),
-            ("too_many_patches", "patches", size.patches, self.max_patches, "max_patches"),
-        ):
-            if limit is not None and have > limit:
-                return BadExample(
-                    reason,
-                    f"{describe(record)} takes {have} {what}, more than data.{key} = {limit}. "
-                    f"It is not cut: raise the limit, lower data.max_pixels, or split it.",
-                )
-        self._sizes[index] = size.tokens, size.patches, size.answers
-        return None
-
-    def _named(self, error: UserError) -> UserError:
-        """Return the error with what an example does not know: its file, and the way round it."""
-        where = f"In '{self.records.name}': " if isinstance(error, BadExample) else ""
-        way = "To leave such examples out, counted and reported, set data.on_bad_example=skip."
-        return BadExample(getattr(error, "reason", "record"), f"{where}{error} {way}")
-
-    def _drop(self, index: int, reason: str, error: Exception) -> None:
-        with self._lock:
-            self._dropped[index] = reason
-            self._first.setdefault(reason, str(error))
-
-    def _kept(self, indices: np.ndarray) -> np.ndarray:
-        return indices[self._sizes[indices, 0] >= 0]
-
-    def _choose_shapes(self, sample: np.ndarray, max_shapes: int) -> list[Shape]:
-        kept = self._kept(sample)
-        if len(kept) == 0:
-            why = " ".join(f"{reason}: {text}" for reason, text in self._first.items())
-            raise UserError(
-                f"None of the {len(sample)} records that were looked at can be trained on. The "
-                f"first of each kind of trouble: {why}"
-            )
-        sizes = self._sizes[kept, :2]
-        unit = self.encoder.model.family.patch_unit(self.encoder.model.config)
+    def _choose_shapes(
+        self, sizes: np.ndarray, max_shapes: int, kept: np.ndarray, packing: bool
+    ) -> tuple[Shape | None, list[Shape]]:
+        """Return the capacity of a packed row, None without packing, and the ladder of shapes."""
+        family, config = self.encoder.model.family, self.encoder.model.config
+        unit = family.patch_unit(config)
+        length, limit = self.encoder.max_seq_length, self.encoder.max_patches
         tokens, patches = (int(n) for n in sizes.max(0))
         if self.all_measured:
             tokens, patches = round_up(tokens), round_up(patches, unit)
         else:
-            taken = [self.records[int(i)] for i in kept]
-            images, films = (max(len(r[kind]) for r in taken) for kind in ("images", "videos"))
-            tokens = self.max_length or tokens
-            most = images * self.encoder.most_patches() + films * self.encoder.most_video_patches()
-            patches = max(patches, most)
-            merged = self.encoder.model.family.merged_patches(self.encoder.model.config)
-            patches = round_up(min(patches, tokens * merged), unit)
-        if self.max_patches is not None:
-            patches = min(patches, max(-(-self.max_patches // unit), 1) * unit)
-        if self.max_length is not None:
-            tokens = min(tokens, self.max_length)
-        self.max_length = tokens if self.max_length is None else self.max_length
-        self.max_patches = patches
-        return choose_shapes(sizes, (tokens, patches), max_shapes, unit)
+            records = [self.records[int(i)] for i in kept]
+            images = max(len(record["images"]) for record in records) * self.encoder.most_patches()
+            films = max(len(r["videos"]) for r in records) * self.encoder.most_video_patches()
+            tokens = length or tokens
+            most = tokens * family.merged_patches(config)
+            patches = round_up(min(max(patches, images + films), most), unit)
+        if limit is not None:
+            patches = min(patches, max(limit // unit, 1) * unit)
+        if length is not None:
+            tokens = min(tokens, length)
+        capacity = None
+        if packing:
+            assert length is not None
+            most = round_up(length * family.merged_patches(config), unit)
+            most = most if limit is None else max(limit // unit, 1) * unit
+            capacity = length, patch_capacity(sizes, length, most, unit)
+            tokens, patches = length, max(patches, capacity[1])
+            sizes = row_sizes(pack(sizes, capacity), sizes)
+        return capacity, choose_shapes(sizes, (tokens, patches), max_shapes, unit)
 
-    def _epoch(self, state: State, pool: ThreadPoolExecutor | None) -> Iterator[Step]:
-        """Yield the rest of an epoch's steps from a state on."""
-        epoch, number = int(state["epoch"]), int(state["step"])
-        cursor, done = int(state.get("cursor", 0)), int(state.get("window_step", 0))
-        if number and "cursor" not in state:
+    # Bad records
+
+    def _first_dropped(self) -> Iterator[Skipped]:
+        """Yield the first record of each reason."""
+        seen = set()
+        for reason, found in self.measures.reasons().items():
+            seen.add(reason)
+            yield Skipped(int(found[0]), reason, self.measurer.why(int(found[0])))
+        for one in self.damaged.values():
+            if one.reason not in seen:
+                seen.add(one.reason)
+                yield one
+
+    def _check_share(self, seen: int, bad: int) -> None:
+        """Raise `UserError` where more records are bad than may be."""
+        self._seen, self._bad = self._seen + seen, self._bad + bad
+        if self._bad > self.max_bad_share * self._seen:
+            first = next((o for o in self._first_dropped() if o.reason not in ALWAYS_DROPPED), None)
             raise UserError(
-                f"The data position {state} lacks its 'cursor': give back a state as it came."
+                f"{self._bad} of the {self._seen} records of '{self.records.name}' that came up "
+                f"are bad, more than data.max_bad_share = {self.max_bad_share:g}. The first: "
+                f"{first.why if first else ''} Mend them, or allow a larger share."
             )
-        total = len(self.records)
-        order = np.arange(total)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(total)
-        while cursor < total:
-            window, after = self._window(order, cursor, pool)
-            steps = group(self._sizes[window, :2], self.rows, self.shapes)
-            if self.shuffle:
-                mixed = np.random.default_rng([self.seed, epoch, cursor]).permutation(len(steps))
-                steps = [steps[i] for i in mixed]
-            for i in range(done, len(steps)):
-                members, shape = steps[i]
-                number += 1
-                end = i + 1 == len(steps)
-                position = {"cursor": after, "window_step": 0}
-                if not end:
-                    position = {"cursor": cursor, "window_step": i + 1}
-                place = {"epoch": epoch, "step": number, **position}
-                if end and after == total:
-                    place = {"epoch": epoch + 1, "step": 0, "cursor": 0, "window_step": 0}
-                about = {"records": total, "rows": self.rows, "seed": self.seed}
-                yield Step(window[np.sort(members)].tolist(), shape, {**place, **about})
-            cursor, done = after, 0
 
-    def _window(
-        self, order: np.ndarray, cursor: int, pool: ThreadPoolExecutor | None
-    ) -> tuple[np.ndarray, int]:
-        """Return the kept records of the window that begins at `cursor`, and where it ends.
+    # Making
 
-        A window is a whole number of steps; only an epoch's last one may fall short.
-        """
-        steps = max(8, -(-WINDOW // self.rows)) if self.shuffle else 1
-        wanted = steps * self.rows
-        taken: list[int] = []
-        while len(taken) < wanted and cursor < len(order):
-            part = order[cursor : cursor + wanted - len(taken)]
-            self._measure(part, pool)
-            taken += self._kept(part).tolist()
-            cursor += len(part)
-        if self.drop_last and len(taken) < wanted:
-            taken = taken[: len(taken) // self.rows * self.rows]
-        return np.array(taken, np.int64), cursor
-
-    # Materialising
-
-    def _materialise(self, make_steps: Any) -> Iterator[tuple[Batch, list[str], Step]]:
-        """Yield each planned step's batch and ids; rows are decoded by threads, ahead of time.
-
-        One thread plans and collates, `workers` threads decode for it.
-        """
-        share = self.rows // self.process_count
-        mine = slice(self.process_index * share, (self.process_index + 1) * share)
-        decoders, planner = ThreadPoolExecutor(self.workers), ThreadPoolExecutor(1)
-
-        def ready() -> Iterator[tuple[Batch, list[str], Step]]:
-            pending: collections.deque[tuple[Step, list[Future]]] = collections.deque()
-            for step in make_steps(decoders):
-                rows = [decoders.submit(self._example, index) for index in step.records[mine]]
-                pending.append((step, rows))
-                if len(pending) > self.prefetch:
-                    yield finish(*pending.popleft())
-            while pending:
-                yield finish(*pending.popleft())
-
-        def finish(step: Step, futures: list[Future]) -> tuple[Batch, list[str], Step]:
-            pairs = [future.result() for future in futures]
-            rows: list[list[Example]] = [[] if pair is None else [pair[1]] for pair in pairs]
-            rows += [[] for _ in range(share - len(rows))]
-            ids = [pair[0] for pair in pairs if pair is not None]
-            return self.encoder.collate(rows, *step.shape), ids, step
-
-        source = ready()
+    def _made(self, source: "Steps") -> Iterator[tuple[Batch, Made]]:
+        dataset: Any = grain.MapDataset.source(source)
+        if self.workers:
+            options = grain.MultiprocessingOptions(
+                num_workers=self.workers, per_worker_buffer_size=self.prefetch
+            )
+            alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            dataset = dataset.to_iter_dataset(alone).mp_prefetch(options, _quiet_worker)
+        else:
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
+            dataset = dataset.to_iter_dataset(options)
+        iterator = iter(dataset)
         try:
-            queue = collections.deque(
-                planner.submit(next, source, None) for _ in range(self.prefetch)
-            )
-            while (item := queue.popleft().result()) is not None:
-                queue.append(planner.submit(next, source, None))
-                yield item
+            for arrays, made in iterator:
+                for one in made.skipped:
+                    self.damaged.setdefault(one.index, one)
+                self._check_share(made.step.seen, made.step.bad + len(made.skipped))
+                yield Batch(**arrays), made
         finally:
-            for executor in (planner, decoders):
-                executor.shutdown(wait=True, cancel_futures=True)
+            if self.workers:
+                iterator.close()
+            source.close()
 
-    def _example(self, index: int) -> tuple[str, Example] | None:
-        """Return (id, example) of a record, or None where it proves damaged and that is allowed."""
+
+class Steps:
+    """The batches from a state on by number, as a source for Grain; pickles for its workers.
+
+    Numbers come in rising order: steps that are passed over are planned and not made.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, state: State | None = None, steps: list[Step] | None = None
+    ):
+        share = pipeline.rows // pipeline.process_count
+        first = pipeline.process_index * share
+        self.mine = slice(first, first + share)
+        self.planner, self.state, self.steps = pipeline.planner, state, steps
+        self.workers, self.threads = pipeline.workers, pipeline.threads
+        self._begin()
+
+    def _begin(self) -> None:
+        self._plan: Iterator[Step] | None = None
+        self._next = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        private = ("_plan", "_next", "_pool", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in private}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __len__(self) -> int:
+        return ENDLESS if self.steps is None else len(self.steps)
+
+    def __getitem__(self, number: int) -> tuple[dict[str, np.ndarray], Made]:
+        with self._lock:
+            return self._make(self._step(number))
+
+    def close(self) -> None:
+        """Let the threads go."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def _step(self, number: int) -> Step:
+        if self.steps is not None:
+            return self.steps[number]
+        if self._plan is None or number < self._next:
+            share = number % self.workers / self.workers if self.workers else 0.0
+            self._plan, self._next = (
+                dataclasses.replace(self.planner, share=share).steps(self.state),
+                0,
+            )
+        # What is passed over is another worker's to make, but was planned here too.
+        for _ in range(number - self._next):
+            next(self._plan)
+        self._next = number + 1
+        return next(self._plan)
+
+    def _make(self, step: Step) -> tuple[dict[str, np.ndarray], Made]:
+        mine = step.rows[self.mine]
+        if self._pool is None and not self.workers:
+            self._pool = ThreadPoolExecutor(self.threads)
+        places = [index for row in mine for index in row]
+        found = iter((self._pool.map if self._pool else map)(self._example, places))
+        ids, skipped, rows = [], [], []
+        for row in mine:
+            examples: list[Example] = []
+            for one in (next(found) for _ in row):
+                if isinstance(one, Skipped):
+                    skipped.append(one)
+                else:
+                    ids.append(one[0])
+                    examples.append(one[1])
+            rows.append(examples)
+        rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
+        batch = self.planner.measurer.encoder.collate(rows, *step.shape)
+        arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        return arrays, Made(ids, step, skipped)
+
+    def _example(self, index: int) -> tuple[str, Example] | Skipped:
+        """Return (id, example) of a record; what is wrong with it where it proves damaged."""
+        measurer = self.planner.measurer
         try:
-            record = self.records[index]
-            return record["id"], self.encoder.example(record)
+            record = measurer.records[index]
+            return record["id"], measurer.encoder.example(record)
         except UserError as error:
-            if not self.skip_bad:
-                raise self._named(error) from error
-            self._drop(index, getattr(error, "reason", "record"), error)
-            return None
+            if not measurer.allowed(error):
+                raise measurer.named(error) from error
+            return Skipped(index, reason_of(error), str(error))
+
+
+def _quiet_worker(number: int, count: int) -> None:
+    """Prepare a worker process: no accelerator, no part in Ctrl-C, no life without its parent."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((n for n in limits if n is not None), default=None)

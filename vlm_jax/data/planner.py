@@ -78,7 +78,7 @@ class Planner:
         cursor, done = int(state.get("cursor", 0)), int(state.get("row", 0))
         first = int(state.get("first", 0))  # rows that the step before took from this window
         records = self.measurer.records
-        order = records.order(self.seed, epoch) if self.shuffle else np.arange(len(records))
+        order = records.order(self.seed, epoch, self.shuffle)
         waiting: list[tuple[list[int], np.ndarray]] = []  # rows of a step that is not full yet
         seen = bad = 0
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.encode import Encoder
-from vlm_jax.data.pipeline import ALWAYS_DROPPED
+from vlm_jax.data.measuring import ALWAYS_DROPPED
 from vlm_jax.data.records import Record
 from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
 from vlm_jax.data.tokenizer import load_tokenizer

@@ -59,7 +59,7 @@ def probe(encoder: Encoder) -> Batch:
     """Return a small batch that runs every part of the model: a drawn image and a question."""
     content: list[dict[str, str]] = [{"type": "text", "text": "What is in this picture?"}]
     images = []
-    if encoder.processor is not None:
+    if encoder.media.processor is not None:
         ramp = np.arange(64, dtype=np.uint8) * 4
         pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], ramp[::-1, None]), -1)
         images.append(Image.fromarray(pixels))
