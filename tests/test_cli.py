@@ -64,7 +64,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(capsys, tmp_path, place):
     assert "too_long" in said
     assert "no run" in wrong(capsys, "export", "--run", str(tmp_path), "--out", "x")
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"id": 1}\n{"id": \n')
+    bad.write_text('{"question": "q", "answer": "a"}\n{"id": \n')
     assert "line 2" in wrong(capsys, *train, f"--config.data.train_file={bad}")
     file = tmp_path / "file"
     file.write_text("mine")

@@ -52,10 +52,10 @@ def test_a_bad_line_is_an_error_of_its_own_record(tmp_path):
     records = read_records(write(tmp_path / "a.jsonl", b"\n".join(lines)))
     assert len(records) == 7
     for index, message in {
-        1: r"Line 3 of '.*a\.jsonl' is not valid JSON: column 8",
-        3: r"Line 5 of .* is not UTF-8 text \(byte 14",
-        4: "Line 6 of .* cannot be read: .*recursion",
-        5: "Line 7 of .* cannot be read: .*digits",
+        1: r"Record 1 of '.*a\.jsonl', line 3, is not valid JSON: column 8",
+        3: r"Record 3 of .* line 5, is not UTF-8 text \(byte 14",
+        4: "Record 4 of .*, line 6, cannot be read: .*recursion",
+        5: "Record 5 of .*, line 7, cannot be read: .*digits",
     }.items():
         with pytest.raises(UserError, match=message):
             records[index]

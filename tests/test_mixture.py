@@ -113,7 +113,7 @@ def test_a_list_of_files_is_one_sequence(files):
     mix = read_records([a, b])
     with pytest.raises(UserError, match=rf"Record 0 of '{b}', line 1 holds no list"):
         mix[3]
-    with pytest.raises(UserError, match=rf"Line 2 of '{b}' is not valid JSON"):
+    with pytest.raises(UserError, match=rf"Record 1 of '{b}', line 2, is not valid JSON"):
         mix[4]
     assert type(read_records([a])) is Records  # one file is no mixture
 

@@ -66,8 +66,8 @@ class JsonRows(Sequence):
         except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5,000 digits
             problem = f"cannot be read: {error}"
         raise UserError(
-            f"Line {self.line(index)} of '{self.name}' {problem}. Each row must be one whole JSON "
-            f"object."
+            f"Record {index} of '{self.name}', line {self.line(index)}, {problem}. Each row must "
+            f"be one whole JSON object."
         )
 
     def _open(self) -> int:
