@@ -1,8 +1,8 @@
 """One training run from a config to an adapter on disk; reads from top to bottom."""
 
 import contextlib
-import json
 import dataclasses
+import json
 import math
 import signal
 import threading
