@@ -117,6 +117,10 @@ def table_paths(model):
         (Quantization("nf4", ("vission",)), "'vission'.*did you mean 'vision'.*Those that have"),
         (Quantization("nf4", skip=("q_prj",)), "'q_prj'.*did you mean 'q_proj'"),
         (Quantization("nf4", skip=("layers.0.mlp",)), "must not hold a layer's number"),
+        (Quantization("nf4", skip=("layers",)), "Nothing is left to quantize as nf4.*'layers'"),
+        (Quantization("nf4", skip=("model",)), "Nothing is left.*'model'"),
+        (Quantization("nf4", skip=("language_model",)), "Nothing is left.*add a component"),
+        (Quantization("nf4", ()), r"Nothing is left.*quantize_components, \[\]"),
         ([(r".*/q_prj/kernel", "nf4")], "'.*q_prj/kernel' of the quantization table matches no"),
         ([(r".*/q_proj/kernel", "nf3")], "quantize='nf3' is not supported"),
         ([(r".*q_proj.*", "nf4")], "'.*q_proj/bias' as nf4, but only kernels"),
@@ -150,14 +154,17 @@ def test_the_summary_says_what_is_quantized_and_why_not_the_rest(quantized, dire
         for reason in (
             "norms, biases and convolutions, which are small",
             "embeddings, which are looked up",
-            "linear layers of the vision tower, which the quantization table keeps dense",
-            "linear layers of the projector, which the quantization table keeps dense",
-            "linear layers of the head, which the quantization table keeps dense",
+            "linear layers of the vision tower, which quantize leaves dense",
+            "linear layers of the projector, which quantize leaves dense",
+            "linear layers of the head, which quantize leaves dense",
         )
     }
     dense_tensors = sum(int(re.findall(r"\d+", line)[0]) for line in lines[1:])
     assert dense_tensors + 14 == len(load_file(directory / "model.safetensors"))
-    assert summary(*vlm_jax.load(directory)) == []
+    for table in (None, [], [(".*", "dense")]):
+        lines = summary(*vlm_jax.load(directory, quantize=table))
+        assert lines[0] == "quantized: 0 tensors"
+        assert any("linear layers of the language model" in line for line in lines[1:])
 
 
 # Damaged checkpoints.

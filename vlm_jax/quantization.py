@@ -68,7 +68,8 @@ class Quantization:
     def table(self, model: Model) -> Table:
         """Return the ordered (regex, storage) rows that this means for a model.
 
-        Raises `UserError` for a component or module that the model does not have.
+        Raises `UserError` for a component or module that the model does not have, and where no
+        layer is left to quantize.
         """
         return _table(model, self)
 
@@ -104,7 +105,16 @@ def _table(model: Model, wanted: Quantization) -> Table:
         row = f"(?={pattern}$).*/kernel"
         if any(re.fullmatch(row, path) for path in paths):
             rows.append((row, wanted.storage if owner in wanted.components else DENSE))
-    return [*rows, (".*", DENSE)]
+    table = [*rows, (".*", DENSE)]
+    if wanted.storage not in match(table, paths, "quantization table", unused="allow").values():
+        raise UserError(
+            f"Nothing is left to quantize as {wanted.storage}: of the linear layers of "
+            f"model.quantize_components, {list(wanted.components)}, model.llm_int8_skip_modules, "
+            f"{list(wanted.skip)}, keeps all dense. Take the name that covers them out of the "
+            f"skipped modules or add a component ({', '.join(sorted(known))}); to train a dense "
+            f"base, leave model.quantize and model.load_in_4bit out."
+        )
+    return table
 
 
 def _kernels(model: Model) -> list[str]:
@@ -169,13 +179,11 @@ PLACES = {"vision": "vision tower", "language_model": "language model"}
 
 
 def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
-    """Return lines that say what is quantized and what is not, with reasons; [] for a dense tree.
+    """Return lines that say what is quantized, if only that nothing is, and why the rest is not.
 
     Tensors are counted as a checkpoint has them, layer by layer.
     """
     flat = flatten(params)
-    if not any(isinstance(leaf, FourBit) for leaf in flat.values()):
-        return []
     kernels = set(_kernels(model))
     values = bits = tensors = 0
     kinds: dict[str, None] = {}
@@ -198,10 +206,10 @@ def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
             reason = "norms, biases and convolutions, which are small"
         else:
             owner = PLACES.get(component, component)
-            reason = f"linear layers of the {owner}, which the quantization table keeps dense"
+            reason = f"linear layers of the {owner}, which quantize leaves dense"
         dense[reason] = dense.get(reason, 0) + layers
-    lines = [
-        f"quantized: {tensors} tensors, {values:,d} parameters, as {', '.join(kinds)}, "
-        f"{bits / values:.3f} bits each"
-    ]
-    return lines + [f"kept dense: {count} tensors ({reason})" for reason, count in dense.items()]
+    first = f"quantized: {tensors} tensors"
+    if tensors:
+        each = f"{bits / values:.3f} bits each"
+        first += f", {values:,d} parameters, as {', '.join(kinds)}, {each}"
+    return [first] + [f"kept dense: {count} tensors ({reason})" for reason, count in dense.items()]
