@@ -136,7 +136,9 @@ def _quantized(tensor: Tensor, storage: Storage | None) -> bnb.Stored:
     weight, name = tensor.dense(), f"The tensor '{tensor.name}'"
     check(weight.shape, storage.block, weight.dtype, name)
     flat = encode(storage.format, weight, storage.block, storage.double, name)
-    return bnb.Stored(flat, storage.format, storage.block, jnp.dtype(weight.dtype).name)
+    return bnb.Stored(
+        flat, storage.format, storage.block, jnp.dtype(weight.dtype).name, weight.shape
+    )
 
 
 def _read_4bit(tensor: Tensor) -> bnb.Stored:

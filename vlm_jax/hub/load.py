@@ -138,12 +138,12 @@ def load(
     files = tensor_files(directory)
     _check_storage(model, files, quantize, directory)
     # A 4-bit weight is several tensors: the others are read along with it.
-    found = {name: file for name, file in files.items() if bnb.weight_of(name) is None}
-    beside: dict[str, dict[str, str]] = {}
-    for name in files.keys() - found.keys():
+    found, beside = dict(files), dict[str, dict[str, str]]()
+    for name in files:
         weight = bnb.weight_of(name)
-        assert weight is not None
-        beside.setdefault(weight, {})[name.removeprefix(weight)] = name
+        if weight in files:
+            beside.setdefault(weight, {})[name.removeprefix(weight)] = name
+            del found[name]
     wanted = storages(model, quantize)
     shapes = flatten(model.abstract())
     places = disk_places(model, {path: leaf.shape for path, leaf in shapes.items()})
@@ -170,10 +170,12 @@ def load(
         params[path] = leaf.place(sharding)
         if stored is not None:
             kinds |= {tensor.name: SAFETENSORS[stored] for tensor in tensors}
+    unread = found.keys() - on_disk.values()
     source = Source(
         str(directory.absolute()),
         {name: (file, kinds[name]) for name, file in found.items()},
         str(path_or_repo_id),
         revision,
+        {name: (files[name], kinds[name]) for name in files if bnb.weight_of(name) in unread},
     )
     return from_config(model.hf_config, dtype, remat, source), unflatten(params)

@@ -10,12 +10,22 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.weights import FORMATS, dynamic8
 from vlm_jax.weights.fourbit import BLOCKS, FourBit
-from vlm_jax.weights.packing import Flat, flatten_layer, from_bytes, to_bytes
+from vlm_jax.weights.packing import (
+    Flat,
+    flatten_layer,
+    from_bytes,
+    host_device,
+    pack,
+    to_bytes,
+    unpack_codes,
+)
 
 STATE = ".quant_state.bitsandbytes__"
 # Suffixes of a weight's name; the state's ends in the format's name.
@@ -30,6 +40,7 @@ class Stored(NamedTuple):
     format: type[FourBit]
     block: int
     dtype: str
+    shape: tuple[int, ...]
 
     @property
     def kind(self) -> tuple[str, bool, int, str]:
@@ -97,10 +108,25 @@ def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]
     return tensors
 
 
-def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name: str) -> Stored:
+def decoded(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Return the weight [out, in] of {suffix: tensor}, in the dtype that its codes stand for."""
+    stored = from_tensors(tensors, None, name)
+    inputs, outputs = stored.shape[::-1]
+    codes, *rest = pack(stored.flat, (inputs, outputs), stored.block)
+    with jax.default_device(host_device()):
+        unpacked = unpack_codes(jnp.asarray(codes), outputs)
+        scales = jax.tree.map(jnp.asarray, rest)
+        leaf = stored.format(unpacked, *scales, block=stored.block, dtype=stored.dtype)
+        return np.ascontiguousarray(np.asarray(leaf.dense(stored.dtype)).T)
+
+
+def from_tensors(
+    tensors: Mapping[str, np.ndarray], shape: tuple[int, ...] | None, name: str
+) -> Stored:
     """Return the stored weight of {suffix: tensor}, codes unchanged.
 
-    shape: [out, in], or what the checkpoint's config makes of it. name: of the weight, for errors.
+    shape: [out, in], or what the checkpoint's config makes of it; None: as is stated.
+    name: of the weight, for errors.
     Raises `UserError` for a tensor that is missing, has another length than the weight needs, or
     holds what this library does not know.
     """
@@ -126,6 +152,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name
         raise refuse(f"its blocksize is {block!r}; known are {', '.join(map(str, BLOCKS))}.")
     if dtype not in DTYPES:
         raise refuse(f"its dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
+    shape = stated if shape is None else shape
     count = math.prod(shape)
     if math.prod(stated) != count or (len(shape) == 2 and stated != tuple(shape)):
         raise refuse(
@@ -163,4 +190,5 @@ def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name
             raise refuse(f"its nested_offset is {mean!r}, not a number.")
         offset = np.asarray(mean, np.float32)
     codes = from_bytes(tensors[""], count)
-    return Stored(Flat(codes, tensors[".absmax"].reshape(-1), nested, offset), format, block, dtype)
+    flat = Flat(codes, tensors[".absmax"].reshape(-1), nested, offset)
+    return Stored(flat, format, block, dtype, shape)
