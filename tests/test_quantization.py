@@ -16,6 +16,7 @@ from transformers import Qwen2VLForConditionalGeneration
 import vlm_jax
 from vlm_jax import config
 from vlm_jax.lora import requantization_error
+from vlm_jax.names import module_name, stacked_layers
 from vlm_jax.quantization import Quantization, abstract, storages, summary
 from vlm_jax.sharding import make_mesh, shard_params
 from vlm_jax.train.base import quantization_of
@@ -102,6 +103,17 @@ def test_tables_components_and_skipped_modules(directory):
             path for path in all_kernels if f"{LAYERS}/self_attn" in path
         }
     assert all(s is None for s in storages(model, None).values())
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for patterns in (["proj"], [".*visual.*"], [".*(q_proj|k_proj)"], ["vision_tower", "lm_head"]):
+        expected = {
+            path
+            for path in all_kernels
+            if should_convert_module(
+                module_name(model, path, stacked_layers(model, path)), patterns
+            )
+        }
+        assert chosen("nf4", everything, tuple(patterns)) == expected, patterns
 
 
 def table_paths(model):
@@ -116,7 +128,12 @@ def table_paths(model):
         (Quantization("nf4-dp"), "did you mean 'nf4-dq'"),
         (Quantization("nf4", ("vission",)), "'vission'.*did you mean 'vision'.*Those that have"),
         (Quantization("nf4", skip=("q_prj",)), "'q_prj'.*did you mean 'q_proj'"),
-        (Quantization("nf4", skip=("layers.0.mlp",)), "must not hold a layer's number"),
+        (
+            Quantization("nf4", skip=("layers.0.mlp",)),
+            r"layers \[0\] of.*not hold a layer's number",
+        ),
+        (Quantization("nf4", skip=("q_proj|k_proj",)), "no such module.*a regex from the start"),
+        (Quantization("nf4", skip=("(q_proj",)), "'.q_proj', which is no regular expression"),
         (Quantization("nf4", skip=("layers",)), "Nothing is left to quantize as nf4.*'layers'"),
         (Quantization("nf4", skip=("model",)), "Nothing is left.*'model'"),
         (Quantization("nf4", skip=("language_model",)), "Nothing is left.*add a component"),

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # None: as they are. A checkpoint that is in 4 bits already keeps its codes and needs nothing.
     c.model.quantize = placeholder(str)
     c.model.quantize_components = ("language_model",)  # also vision, projector, head
-    c.model.llm_int8_skip_modules = ()  # names of modules that stay dense, without layer numbers
+    c.model.llm_int8_skip_modules = ()  # names or regexes of what stays dense
     # The same in the keys and with the defaults of transformers' BitsAndBytesConfig.
     c.model.load_in_4bit = False  # quantize, as the next keys say
     c.model.bnb_4bit_quant_type = "fp4"  # fp4, nf4

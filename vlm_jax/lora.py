@@ -16,7 +16,7 @@ from vlm_jax.names import (
     current_name,
     disk_places,
     is_unused,
-    module_name,
+    layer_names,
     stacked_layers,
 )
 from vlm_jax.trees import flatten, unflatten
@@ -38,12 +38,6 @@ PROJECTOR_NAMES = ("projector", "mm_projector", "multi_modal_projector", "merger
 def is_lora(path: str) -> bool:
     """Return whether a leaf is a LoRA matrix."""
     return path.endswith(("/lora_A", "/lora_B"))
-
-
-def _layer_names(model: Model, path: str) -> list[str]:
-    """Return the module names of each layer that a leaf stacks (one for a plain leaf)."""
-    layers = stacked_layers(model, path)
-    return [module_name(model, path, i) for i in ([None] if layers is None else range(layers))]
 
 
 def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[str]:
@@ -103,7 +97,7 @@ def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> list[str]:
         ) from error
     chosen = []
     for path in kernels:
-        hits = [bool(regex.fullmatch(name)) for name in _layer_names(model, path)]
+        hits = [bool(regex.fullmatch(name)) for name in layer_names(model, path)]
         if any(hits) and not all(hits):
             raise UserError(
                 f"The LoRA target {pattern!r} matches only layers "
@@ -115,7 +109,7 @@ def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> list[str]:
     if not chosen:
         raise UserError(
             f"The LoRA target {pattern!r} matches no linear layer. A string is a regex over whole "
-            f"module names such as '{_layer_names(model, kernels[0])[0]}'; for name suffixes "
+            f"module names such as '{layer_names(model, kernels[0])[0]}'; for name suffixes "
             f"pass a list, e.g. ['q_proj', 'v_proj']."
         )
     return chosen

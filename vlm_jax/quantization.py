@@ -11,11 +11,14 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.model import Model
-from vlm_jax.names import current_name, module_name
+from vlm_jax.models import MODELS
+from vlm_jax.names import current_name, layer_names, module_name
 from vlm_jax.trees import Table, flatten, match, unflatten
 from vlm_jax.weights import FORMATS, FourBit, dynamic8
 
 DENSE = "dense"
+# Modules of other families, or of none with a tied head, that a shared list may well name.
+ELSEWHERE = {"lm_head", *(n for f in MODELS.values() for n in (f.VISION, f.PROJECTOR))}
 BLOCK = 64  # bitsandbytes' default
 
 
@@ -80,20 +83,7 @@ Quantize = str | Quantization | Table | None  # what `load` takes
 def _table(model: Model, wanted: Quantization) -> Table:
     paths = _kernels(model)
     known = {model.component(path) for path in paths}
-    rows: list[tuple[str, str]] = []
-    for name in wanted.skip:
-        place = current_name(model, f"{name}.").removesuffix(".").replace(".", "/")
-        row = rf"(.*/)?{re.escape(place)}(/.*)?/kernel"
-        if name == "lm_head" and model.config.text.tied:
-            continue  # the head is the embedding, which is never quantized
-        if not any(re.fullmatch(row, path) for path in paths):
-            ends = {part for path in paths for part in path.split("/")}
-            raise UserError(
-                f"model.llm_int8_skip_modules names '{name}', but no linear layer of the model is "
-                f"or lies in such a module{nearest(name, ends)}. Layers are stacked here, so a "
-                f"name must not hold a layer's number."
-            )
-        rows.append((row, DENSE))
+    rows = [(re.escape(path), DENSE) for path in _skipped(model, paths, wanted.skip)]
     for component in wanted.components:
         if component not in known:
             raise UserError(
@@ -115,6 +105,57 @@ def _table(model: Model, wanted: Quantization) -> Table:
             f"base, leave model.quantize and model.load_in_4bit out."
         )
     return table
+
+
+def _skipped(model: Model, kernels: list[str], skip: tuple[str, ...]) -> list[str]:
+    """Return the kernels that `llm_int8_skip_modules` keeps dense, by `_skips`.
+
+    Raises `UserError` for what means no module of any family, and only some layers of a stack.
+    """
+    found: dict[str, None] = {}
+    modules = {path: layer_names(model, path) for path in flatten(model.abstract())}
+    for pattern in skip:
+        try:
+            hits = {
+                path: [_skips(model, pattern, name) for name in names]
+                for path, names in modules.items()
+            }
+        except re.error as error:
+            raise UserError(
+                f"model.llm_int8_skip_modules names {pattern!r}, which is no regular expression: "
+                f"{error}."
+            ) from error
+        for path in kernels:
+            if any(hits[path]) and not all(hits[path]):
+                raise UserError(
+                    f"model.llm_int8_skip_modules names '{pattern}', which means only layers "
+                    f"{[i for i, hit in enumerate(hits[path]) if hit][:8]} of '{path}'. Layers are "
+                    f"stacked here, so a name must not hold a layer's number."
+                )
+            if hits[path][0]:
+                found[path] = None
+        if pattern not in ELSEWHERE and not any(map(any, hits.values())):
+            ends = {part for path in modules for part in path.split("/")}
+            raise UserError(
+                f"model.llm_int8_skip_modules names '{pattern}', but the model has no such module"
+                f"{nearest(pattern, ends)}. A name is the end of a module's name, a module that "
+                f"layers lie in, or a regex from the start of a full name such as "
+                f"'{modules[kernels[0]][0]}'."
+            )
+    return list(found)
+
+
+def _skips(model: Model, pattern: str, name: str) -> bool:
+    """Return whether a module stays dense for a pattern, in transformers 5 or in transformers 4.
+
+    5 (`should_convert_module`): a regex from the start of the full name up to a dot or its end, or
+    any end of it. 4: the name of a module that it lies in, here also without layers' numbers.
+    """
+    if re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(pattern):
+        return True
+    inside = current_name(model, f"{pattern}.").removesuffix(".")
+    plain = re.sub(r"\.\d+(?=\.)", "", name)
+    return any(f".{inside}." in f".{full}." for full in (name, plain))
 
 
 def _kernels(model: Model) -> list[str]:
