@@ -421,6 +421,30 @@ def test_merging_makes_dense_kernels_or_quantizes_again(quantized, tmp_path):
         vlm_jax.save_pretrained(model, merged, tmp_path / "none", quantized=True)
 
 
+def test_kernels_quantized_again_stay_on_their_mesh(wide_directory):
+    _, params = adapt(*vlm_jax.load(wide_directory, quantize="nf4-dq"))
+    model, placed = adapt(*vlm_jax.load(wide_directory, quantize="nf4-dq", mesh=make_mesh(2, 2, 2)))
+    again = flatten(vlm_jax.merge(model, placed, requantize=True))
+    expected = flatten(vlm_jax.merge(model, params, requantize=True))
+    for path in kinds(placed):
+        old, new = flatten(placed)[path], again[path]
+        assert new.used == old.used and new.used is not None
+        for one, other in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
+        # The update is summed in another order: a code in a thousand may round otherwise.
+        assert np.mean(np.asarray(new.codes) != np.asarray(expected[path].codes)) < 1e-3
+
+
+def test_what_lora_cannot_do_with_codes_is_refused(directory):
+    everything = Quantization("nf4", ("projector", "language_model"))
+    model, params = vlm_jax.load(directory, quantize=everything)
+    lora = vlm_jax.LoRA(rank=2, modules_to_save=("projector",))
+    with pytest.raises(vlm_jax.UserError, match="merger.*in full, which is stored in 4 bits"):
+        vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    with pytest.raises(vlm_jax.UserError, match="requantize=True.*no 4-bit kernel"):
+        vlm_jax.merge(*adapt(*vlm_jax.load(directory)), requantize=True)
+
+
 def test_matrices_of_another_shape_are_named(quantized):
     model, params = adapt(*quantized)
     for path, shape in ((QUERY, (2, 40, 3)), (DOWN, (2, 64, 4))):
