@@ -64,6 +64,11 @@ def to_bnb(leaf: FourBit, layer: int | None = None) -> dict[str, Any]:
     nested_absmax float32 and offset float32 []; quant_map, nested_quant_map: float32 [16] and
     [256]; quant_type, blocksize, dtype, shape and nested_blocksize as in its `QuantState`.
     """
+    if not isinstance(leaf, FourBit):
+        raise UserError(
+            f"to_bnb was given a {type(leaf).__name__}, which is no 4-bit leaf. Quantize it first, "
+            f"for instance by vlm_jax.nf4.quantize."
+        )
     if leaf.ndim != (2 if layer is None else 3):
         raise ValueError(f"The leaf is {list(leaf.shape)}: give a layer for a stacked one only.")
     flat = flatten_layer(leaf, layer)
@@ -112,11 +117,11 @@ def decoded(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Return the weight [out, in] of {suffix: tensor}, in the dtype that its codes stand for."""
     stored = from_tensors(tensors, None, name)
     inputs, outputs = stored.shape[::-1]
-    codes, *rest = pack(stored.flat, (inputs, outputs), stored.block)
+    packed = pack(stored.flat, (inputs, outputs), stored.block)
     with jax.default_device(host_device()):
-        unpacked = unpack_codes(jnp.asarray(codes), outputs)
-        scales = jax.tree.map(jnp.asarray, rest)
-        leaf = stored.format(unpacked, *scales, block=stored.block, dtype=stored.dtype)
+        codes, absmax, nested, offset = jax.tree.map(jnp.asarray, packed)
+        codes = unpack_codes(codes, outputs)
+        leaf = stored.format(codes, absmax, nested, offset, block=stored.block, dtype=stored.dtype)
         return np.ascontiguousarray(np.asarray(leaf.dense(stored.dtype)).T)
 
 
