@@ -332,6 +332,11 @@ def optimizer_name(name: str) -> str:
 def check(config: ConfigDict) -> None:
     """Raise `UserError` for values that no part of the program supports."""
     flat = flatten_config(config)
+    if flat["model.bnb_4bit_compute_dtype"] == "float16":
+        raise UserError(
+            "'model.bnb_4bit_compute_dtype' is float16, which is not supported: float16 needs loss "
+            "scaling. Take bfloat16 (any GPU since Ampere, any TPU) or float32."
+        )
     for key, allowed in CHOICES.items():
         _check_choice(key, flat[key], allowed)
     for pattern, low, high in RANGES:

@@ -77,7 +77,60 @@ class Quantization:
         return _table(model, self)
 
 
-Quantize = str | Quantization | Table | None  # what `load` takes
+# What `load` takes; a mapping is a `BitsAndBytesConfig` as a dict.
+Quantize = str | Quantization | Table | Mapping[str, Any] | None
+
+# Fields of `BitsAndBytesConfig` without a meaning for 4-bit weights in memory.
+NO_MATTER = (
+    *("quant_method", "load_in_8bit", "_load_in_8bit", "_load_in_4bit", "llm_int8_threshold"),
+    *("llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight", "bnb_4bit_quant_storage"),
+)
+
+
+def from_bitsandbytes(settings: Any, dtype: Any) -> Quantization:
+    """Return what transformers' `BitsAndBytesConfig`, or its dict, means for the language model.
+
+    Raises `UserError` for 8 bits, an unknown field, and where it would compute in another dtype.
+    """
+    given = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
+    if given.get("load_in_8bit") or not given.get("load_in_4bit"):
+        raise UserError(
+            "The BitsAndBytesConfig in quantize does not say load_in_4bit=True; weights are "
+            "quantized to 4 bits only. Set it, or leave quantize out."
+        )
+    fields: dict[str, Any] = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": None,
+        "llm_int8_skip_modules": None,
+    }
+    for key in given:
+        if key not in fields and key not in NO_MATTER:
+            raise UserError(
+                f"The BitsAndBytesConfig in quantize has the field '{key}', which is not known"
+                f"{nearest(key, fields)}. Known: {', '.join(fields)}."
+            )
+    fields |= {key: value for key, value in given.items() if key in fields}
+    compute = fields["bnb_4bit_compute_dtype"]
+    if compute is not None and str(compute).removeprefix("torch.") != jnp.dtype(dtype).name:
+        raise UserError(
+            f"The BitsAndBytesConfig in quantize has bnb_4bit_compute_dtype {compute}, but the "
+            f"model computes in {jnp.dtype(dtype).name}. Load it with the same dtype, float32 or "
+            f"bfloat16, in both (BitsAndBytesConfig's default is float32)."
+        )
+    storage = f"{fields['bnb_4bit_quant_type']}"
+    storage += "-dq" if fields["bnb_4bit_use_double_quant"] else ""
+    return Quantization(storage, skip=tuple(fields["llm_int8_skip_modules"] or ()))
+
+
+def described(quantize: Any) -> str:
+    """Return how an error names a value of `quantize`."""
+    if isinstance(quantize, str | Quantization):
+        return repr(quantize if isinstance(quantize, str) else quantize.storage)
+    return (
+        "a BitsAndBytesConfig" if isinstance(quantize, Mapping) else f"a {type(quantize).__name__}"
+    )
 
 
 def _table(model: Model, wanted: Quantization) -> Table:
@@ -168,18 +221,29 @@ def _kernels(model: Model) -> list[str]:
 def storages(model: Model, quantize: Quantize) -> dict[str, Storage | None]:
     """Return {path: how it is stored, None for dense} of every leaf of the base.
 
-    quantize: a name of `NAMES` for the linear layers of the language model, a `Quantization`, or a
-    table of (regex, name or "dense") rows over paths. Raises `UserError` for an unknown name and
-    for a row that quantizes what is no linear layer.
+    quantize: a name of `NAMES` for the linear layers of the language model, a `Quantization`,
+    transformers' `BitsAndBytesConfig` or its dict, or a table of (regex, name or "dense") rows over
+    paths. Raises `UserError` for an unknown name and for a row that quantizes what is no linear
+    layer.
     """
     paths = list(flatten(model.abstract()))
     if quantize is None:
         return dict.fromkeys(paths)
     if isinstance(quantize, str):
         quantize = Quantization(quantize)
+    if isinstance(quantize, Mapping) or type(quantize).__name__ == "BitsAndBytesConfig":
+        quantize = from_bitsandbytes(quantize, model.dtype)
     if isinstance(quantize, Quantization):
         _check_name(quantize.storage)
         quantize = quantize.table(model)
+    if not isinstance(quantize, list | tuple) or any(
+        not isinstance(row, list | tuple) or len(row) != 2 for row in quantize
+    ):
+        raise UserError(
+            f"quantize={quantize!r} does not say how weights are stored. Give one of "
+            f"{', '.join(NAMES)}, a Quantization, transformers' BitsAndBytesConfig or its dict, or "
+            f"a list of (regex, name or 'dense') rows over paths."
+        )
     for _, name in quantize:
         if name != DENSE:
             _check_name(name)
@@ -247,10 +311,18 @@ def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
             reason = "norms, biases and convolutions, which are small"
         else:
             owner = PLACES.get(component, component)
-            reason = f"linear layers of the {owner}, which quantize leaves dense"
+            # A checkpoint in 4 bits was quantized elsewhere.
+            who = "the checkpoint" if model.hf_config.get("quantization_config") else "quantize"
+            reason = f"linear layers of the {owner}, which {who} leaves dense"
         dense[reason] = dense.get(reason, 0) + layers
-    first = f"quantized: {tensors} tensors"
+    first = f"quantized: {_tensors(tensors)}"
     if tensors:
         each = f"{bits / values:.3f} bits each"
         first += f", {values:,d} parameters, as {', '.join(kinds)}, {each}"
-    return [first] + [f"kept dense: {count} tensors ({reason})" for reason, count in dense.items()]
+    return [first] + [
+        f"kept dense: {_tensors(count)} ({reason})" for reason, count in dense.items()
+    ]
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"

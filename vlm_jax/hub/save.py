@@ -113,7 +113,9 @@ def save_pretrained(
         if name in beside or name in beside.values():  # the very codes of the base
             assert source is not None
             file, _ = (source.beside if name in beside else source.tensors)[name]
-            return read_tensor(Path(source.directory) / file, name)
+            read = read_tensor(Path(source.directory) / file, name)
+            # Codes lie in bytes, as config.json will say, whatever bnb_4bit_quant_storage was.
+            return read if name in beside else read.reshape(-1).view(np.uint8)[:, None]
         current, kind = names[name]
         if current in model.unused:  # never computed with: as it is in the adapter
             return model.unused[current].astype(DTYPES.get(kind, model.unused[current].dtype))

@@ -170,6 +170,8 @@ def from_tensors(
     if double:
         lengths |= {".nested_absmax": -(-blocks // dynamic8.BLOCK), ".nested_quant_map": 256}
         types |= {".nested_absmax": np.float32, ".nested_quant_map": np.float32}
+    if "" in tensors and tensors[""].dtype.name in DTYPES:  # bnb_4bit_quant_storage, as FSDP needs
+        tensors = {**tensors, "": np.ascontiguousarray(tensors[""]).reshape(-1).view(np.uint8)}
     for suffix, length in lengths.items():
         if suffix not in tensors:
             raise refuse(f"'{name}{suffix}' is missing.")
