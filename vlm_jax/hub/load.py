@@ -107,8 +107,9 @@ def _check_storage(
         first = f", such as '{stored[0]}'" if stored else ""
         raise UserError(
             f"'{directory}' holds 4-bit weights already{first}, and "
-            f"quantize={described(quantize)} asks to quantize again. Leave quantize out (in a config model.quantize and load_in_4bit): "
-            f"the codes are read as they are. Or take the checkpoint in 16 bits."
+            f"quantize={described(quantize)} asks to quantize again. Leave quantize out (in a "
+            f"config model.quantize and load_in_4bit): the codes are read as they are. Or take the "
+            f"checkpoint in 16 bits."
         )
 
 
