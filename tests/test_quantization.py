@@ -268,6 +268,12 @@ def test_damaged_4_bit_tensors_are_refused_by_name(saved, tmp_path, what):
         vlm_jax.load(tmp_path)
 
 
+def test_codes_stand_for_the_dtype_that_is_asked_for(quantized, tmp_path):
+    vlm_jax.save_pretrained(*quantized, tmp_path / "out", dtype="bfloat16")
+    leaves = flatten(vlm_jax.load(tmp_path / "out")[1]).values()
+    assert {leaf.dtype for leaf in leaves if isinstance(leaf, FourBit)} == {"bfloat16"}
+
+
 def test_codes_in_another_storage_are_the_same_bytes(saved, quantized, tmp_path):
     """bnb_4bit_quant_storage=bfloat16, which FSDP needs, and what a checkpoint keeps dense."""
 

@@ -1,5 +1,6 @@
 """Writes a whole checkpoint in the layout, dtypes and tying of the base it came from."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from vlm_jax.names import current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten
 from vlm_jax.vocabulary import fold_added
 from vlm_jax.weights import FourBit, bnb, dense
+from vlm_jax.weights.quantize import kind as kind_of
 
 # safetensors' names of dtypes.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": np.float64}
@@ -74,6 +76,9 @@ def save_pretrained(
             )
         flat = flatten(merge_lora(model, params, requantize=quantized))
     flat = fold_added(flat)
+    if dtype is not None:  # codes stand for the dtype of what stands beside them
+        four_bits = {path: leaf for path, leaf in flat.items() if isinstance(leaf, FourBit)}
+        flat |= {p: dataclasses.replace(x, dtype=kind_of(dtype)) for p, x in four_bits.items()}
     places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
     source = model.source
     if source is None:
