@@ -263,6 +263,7 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
             "rows": rows,
             "gradient_accumulation_steps": t.gradient_accumulation_steps,
             "seed": t.seed,
+            "optim": configs.OPTIMIZERS[t.optim],
         },
     }
 
