@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     # None: as they are. A checkpoint that is in 4 bits already keeps its codes and needs nothing.
     c.model.quantize = placeholder(str)
     c.model.quantize_components = ("language_model",)  # also vision, projector, head
-    c.model.llm_int8_skip_modules = ()  # names of modules that stay dense, without layer numbers
+    c.model.llm_int8_skip_modules = ()  # names or regexes of what stays dense
     # The same in the keys and with the defaults of transformers' BitsAndBytesConfig.
     c.model.load_in_4bit = False  # quantize, as the next keys say
     c.model.bnb_4bit_quant_type = "fp4"  # fp4, nf4
@@ -368,6 +368,11 @@ def optimizer_name(name: str) -> str:
 def check(config: ConfigDict) -> None:
     """Raise `UserError` for values that no part of the program supports."""
     flat = flatten_config(config)
+    if flat["model.bnb_4bit_compute_dtype"] == "float16":
+        raise UserError(
+            "'model.bnb_4bit_compute_dtype' is float16, which is not supported: float16 needs loss "
+            "scaling. Take bfloat16 (any GPU since Ampere, any TPU) or float32."
+        )
     for key, allowed in CHOICES.items():
         _check_choice(key, flat[key], allowed)
     for pattern, low, high in RANGES:

@@ -98,8 +98,7 @@ class Planner:
             members = order[cursor : cursor + self.window]
             self.measurer.measure(members, share=self.share)
             after = cursor + len(members)
-            if done == 0:
-                seen, bad = seen + len(members), bad + self._bad(members)
+            seen, bad = seen + len(members), bad + self._bad(members)
             rows, sizes = self._rows(self.measurer.measures.kept(members))
             sequence = self._arrange(sizes, first, [self.seed, epoch, cursor])
             for i in range(done, len(rows)):

@@ -42,6 +42,7 @@ from vlm_jax.train.run import (
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.watch import Watch, added_only, idle_components
 from vlm_jax.trees import flatten, join, split
+from vlm_jax.weights import is_quantized
 
 
 @out_of_memory_explained()
@@ -81,7 +82,8 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(params, table)
     )
-    for line in summary(model, params):
+    four = any(is_quantized(leaf) for leaf in flatten(params).values())
+    for line in summary(model, params) if four else []:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"norms and softmax in float32; layers are "

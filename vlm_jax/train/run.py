@@ -286,6 +286,7 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
             "gradient_accumulation_steps": t.gradient_accumulation_steps,
             "seed": t.seed,
             "dataloader_drop_last": t.dataloader_drop_last,
+            "optim": configs.OPTIMIZERS[t.optim],
         },
     }
 
