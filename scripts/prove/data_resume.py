@@ -51,7 +51,7 @@ def read(folder: Path, log: Path, steps: int, workers: int, hosts: int) -> None:
             digest = hashlib.sha256()
             for leaf in jax.tree.leaves(batch):
                 digest.update(np.ascontiguousarray(leaf).tobytes())
-            line = {"ids": sum((ids for _, ids, _ in parts), []), "after": parts[0][2]}
+            line = {"ids": [name for _, ids, _ in parts for name in ids], "after": parts[0][2]}
             file.write(json.dumps({**line, "digest": digest.hexdigest()}) + "\n")
             file.flush()
     for reader in readers:
