@@ -58,7 +58,7 @@ def main(topology: str | None) -> None:
                     plan.compile_step(config, topology, overrides={**once, **change})
                 )
             except vlm_jax.UserError as error:
-                print(f"{recipe} in {storage} on {topology}: {str(error):.60}")
+                print(f"{recipe} in {storage} on {topology}: {error!s:.60}")
                 continue
             print(
                 f"{recipe} in {storage} on {topology}: {found.arguments / 1e9:.2f} GB of arguments "
