@@ -3,7 +3,7 @@
     python scripts/prove/million_rows.py [--rows 1000000]
 
 The data (about 1 GB of JSONL, images among them) is indexed and never loaded. Time is that of
-`vlm-jax train` with max_steps=1 on the tiny base, from its start to its end, adapter written; memory
+`vlm-jax train` with max_steps=1 on the tiny base, from start to end, adapter written; memory
 is the most that its process held.
 """
 
