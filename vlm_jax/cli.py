@@ -35,6 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
+    preview = add("preview", "Show what the model sees of a config's data, without its weights.")
+    preview.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    preview.add_argument("--examples", type=_number(int, 1), default=16, metavar="N")
+    preview.add_argument("--split", choices=("train", "eval"), default="train")
+    preview.add_argument("--out", metavar="FILE", help="the page; default: preview.html")
+    preview.add_argument(
+        "--text", action="store_true", help="print to the terminal instead; a page only with --out"
+    )
+
     export = add(
         "export", "Write a run's adapter or merged checkpoint, and compare it with the run."
     )
@@ -123,6 +132,38 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     return 130 if train(config, options.resume)["interrupted"] else 0
 
 
+def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
+    from vlm_jax import config as configs
+
+    config = configs.load(options.config, overrides)
+    page = options.out or (None if options.text else "preview.html")
+    file = _writable(page, "--out") if page else None
+    from vlm_jax.preview.collect import preview
+
+    seen = preview(config, options.examples, options.split)
+    if options.text:
+        from vlm_jax.preview.terminal import show
+
+        show(seen)
+    if file is not None:
+        from vlm_jax.preview.page import render
+
+        file.write_text(render(seen), encoding="utf-8")
+        print(f"Wrote {len(seen.examples)} examples to '{file}'.", file=sys.stderr)
+    return 0
+
+
+def _writable(name: str, option: str) -> Path:
+    """Return the path of a file to write, or raise before any work where it cannot be."""
+    file = Path(name).expanduser()
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(
+            f"{option} '{file}' cannot be written: it must name a file in a directory that is "
+            f"there and can be written. Make '{file.parent}', or take another path."
+        )
+    return file
+
+
 def _export(options: argparse.Namespace) -> int:
     from vlm_jax.train.export import export
 
@@ -165,12 +206,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vlm_jax.data import read_records
     from vlm_jax.evals.accuracy import accuracy
 
-    predictions = Path(options.predictions or "predictions.jsonl").expanduser()
-    if options.predictions and (predictions.is_dir() or not predictions.parent.is_dir()):
-        raise UserError(
-            f"--predictions '{predictions}' cannot be written: it must name a file in a directory "
-            f"that is there. Make '{predictions.parent}', or take another path."
-        )
+    predictions = _writable(options.predictions, "--predictions") if options.predictions else None
     records = read_records(options.data, options.image_folder, options.split)
     if not options.json:
         print("Reading the model ...", file=sys.stderr)
@@ -204,7 +240,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "adapter": options.adapter,
         "data": options.data,
     }
-    if options.predictions:
+    if predictions is not None:
         lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in found.predictions]
         predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if options.json:
@@ -244,6 +280,7 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+CONFIGURED = {"train": _train, "preview": _preview}  # they take --config.section.key=value
 COMMANDS = {"export": _export, "evaluate": _evaluate, "generate": _generate}
 
 
@@ -254,11 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options = parser.parse_args(given)
-    if overrides and options.command != "train":
-        parser.error(f"--config.{overrides[0]} belongs to the command train")
+    if overrides and options.command not in CONFIGURED:
+        parser.error(f"--config.{overrides[0]} belongs to the commands {', '.join(CONFIGURED)}")
     try:
-        if options.command == "train":
-            return _train(options, overrides)
+        if options.command in CONFIGURED:
+            return CONFIGURED[options.command](options, overrides)
         return COMMANDS[options.command](options)
     except UserError as error:
         if options.debug:

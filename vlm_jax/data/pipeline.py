@@ -254,16 +254,19 @@ class Pipeline:
 
         The last batch of rows is filled with empty rows, whose weights are 0.
         """
+        for batch, made in self._made(Steps(self, steps=self.eval_steps())):
+            yield batch, made.ids
+
+    def eval_steps(self) -> list[Step]:
+        """Return the steps that `eval_batches` makes; measures every record."""
         everything = np.arange(len(self.records))
         with ThreadPoolExecutor(self.threads) as pool:
             self.measurer.measure(everything, pool)
         kept = self.measures.kept(everything)
-        steps = [
+        return [
             Step([[int(index)] for index in kept[members]], shape, {})
             for members, shape in group(self.measures.sizes(kept)[:, :2], self.rows, self.shapes)
         ]
-        for batch, made in self._made(Steps(self, steps=steps)):
-            yield batch, made.ids
 
     # Planning
 
