@@ -288,7 +288,12 @@ def settings(config: ConfigDict, pipeline: Pipeline) -> list[Setting]:
         Setting(
             "rows a step",
             f"{pipeline.rows:,}",
-            "per_device_train_batch_size × gradient_accumulation_steps × devices"
+            "batch size × accumulation × devices that share the rows"
+        ),
+        Setting(
+            "shapes",
+            ", ".join(f"{T:,} × {P:,}" for T, P in pipeline.shapes),
+            "tokens × patches of a row; each is one compilation",
         ),
         Setting("order", f"shuffled, seed {t.seed}" if d.shuffle else "as in the file"),
         Setting("on_bad_example", encoder.on_bad_example),

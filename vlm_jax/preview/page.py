@@ -15,7 +15,7 @@ from vlm_jax.preview.example import Picture, Piece
 TEMPLATE = Path(__file__).parent / "page.html.jinja"
 LOSSLESS = 150_000  # bytes of a PNG; what is larger becomes a JPEG
 FRAMES = 32  # of one video that are shown
-SHOWN = 440  # pixels that an image is wide on the page, at most
+SHOWN = 340  # pixels that an image is wide on the page, at most
 SMALL = 200  # and about at least: less is enlarged by a whole number
 
 
@@ -73,7 +73,7 @@ def data_uri(pixels: np.ndarray) -> str:
 def display_width(picture: Picture) -> int:
     """Return how wide the page shows a picture: small ones enlarged, so that the grid is seen."""
     if picture.kind == "video":
-        return min(max(picture.width, 120), 240)
+        return min(max(picture.width, 110), 165)
     return min(SHOWN, picture.width * max(1, round(SMALL / picture.width)))
 
 
