@@ -251,7 +251,9 @@ def histogram(name: str, values: np.ndarray, limit: int | None) -> Histogram:
     counts = np.bincount((values - start) // width)
     return Histogram(
         name=name,
-        bars=[(start + i * width, start + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts)],
+        bars=[
+            (start + i * width, start + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts)
+        ],
         median=int(np.median(values)),
         high=int(np.quantile(values, 0.99, method="higher")),
         largest=high,

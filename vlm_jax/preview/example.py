@@ -6,7 +6,7 @@ Letters: T tokens and P patches of a row, C values a patch.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from vlm_jax.data.tokenizer import load_tokenizer
 LONGEST_CHARACTER = 8  # tokens that may share one character, at most
 
 
-class Piece(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Piece:
     """One token, or `count` placeholders of one image or video.
 
     kind: text, loss, image, video. weight: of the token itself, as labels are. start: its place
@@ -90,9 +91,7 @@ class Example:
         def close() -> None:
             if text:
                 first, last = text[0], text[-1]
-                found.append(
-                    (_span(first.start, last.start), _join(first.position, last.position))
-                )
+                found.append((_span(first.start, last.start), _join(first.position, last.position)))
                 text.clear()
 
         for piece in self.pieces:
@@ -160,7 +159,7 @@ class Reader:
         )
 
     def _spell(self, tokens: np.ndarray, numbers: np.ndarray) -> list[str]:
-        """Return each token's text; of tokens that share one character all but the first have ""."""
+        """Return each token's text; tokens that share a character with the one before have ""."""
         texts: list[str] = []
         waiting: list[int] = []
         for token, number in zip(tokens.tolist(), numbers, strict=True):
@@ -198,7 +197,9 @@ class Reader:
         merged = self.family.merged_patches(self.config)
         segment = np.where(index >= 0, of_patch[np.maximum(index, 0) * merged], 0)
         names = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
-        kinds = [names[token] if s else "" for token, s in zip(tokens.tolist(), segment, strict=True)]
+        kinds = [
+            names[token] if s else "" for token, s in zip(tokens.tolist(), segment, strict=True)
+        ]
         numbers = np.zeros(len(tokens), np.int64)
         count = 0
         for t, kind in enumerate(kinds):

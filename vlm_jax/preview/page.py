@@ -44,9 +44,15 @@ def render(preview: Preview) -> str:
     )
 
 
+# Control characters as their pictures: a terminal would obey them.
+CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "␡"}
+CONTROL |= {code: f"\\x{code:02x}" for code in range(128, 160)}
+CONTROL |= {ord("\n"): "↵\n", ord("\t"): "⇥\t"}
+
+
 def visible(text: str) -> str:
-    """Return a token's text with its line breaks marked, so that they can be seen and coloured."""
-    return text.replace("\r", "␍").replace("\n", "↵\n").replace("\t", "⇥\t")
+    """Return text with its line breaks and control characters marked, so that they are seen."""
+    return text.translate(CONTROL)
 
 
 def weight(piece: Piece) -> str:

@@ -44,9 +44,7 @@ def show(preview: Preview, console: Console | None = None) -> None:
     line()
     for one in preview.histograms:
         most = max(count for _, _, count in one.bars)
-        bars = "".join(
-            BLOCKS[-(-7 * count // most)] if count else " " for _, _, count in one.bars
-        )
+        bars = "".join(BLOCKS[-(-7 * count // most)] if count else " " for _, _, count in one.bars)
         limit = "" if one.limit is None else f", limit {one.limit:,}"
         line(
             f"{one.name:16} {one.bars[0][0]:,} |{bars}| {one.bars[-1][1]:,}  median "
@@ -85,7 +83,8 @@ def _show_row(line, row: Row, colour: bool) -> None:
     shown = f", {len(row.examples)} shown" if len(row.examples) < row.segments else ""
     line(
         f"── step {row.step}, row {row.number}: {row.tokens:,} of {row.shape[0]:,} tokens, "
-        f"{row.patches:,} of {row.shape[1]:,} patches, {row.segments} examples{shown}",
+        f"{row.patches:,} of {row.shape[1]:,} patches, "
+        f"{row.segments} {'example' if row.segments == 1 else 'examples'}{shown}",
         "bold",
     )
     for example in row.examples:
@@ -131,8 +130,10 @@ def tokens(pieces: list[Piece], colour: bool) -> Text:
             (pieces[i + 1].kind, pieces[i + 1].weight) == (piece.kind, piece.weight)
         )
         if piece.kind == "loss":
-            written = (f"{OPEN}" if not before else "") + written
-            written += "" if after else f"{CLOSE}{weight(piece)}"
+            written = ("" if before else OPEN) + written
+            if not after:
+                body = written.removesuffix("\n")
+                written = f"{body}{CLOSE}{weight(piece)}{written[len(body) :]}"
         elif piece.number:
             written = f"[{written}]"
         text.append(written)
