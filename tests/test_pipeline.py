@@ -139,14 +139,16 @@ def test_a_resume_decodes_nothing_that_was_seen(qwen, folder, monkeypatch):
     pipeline = Pipeline(qwen, folder / "data.json", rows=4, prefetch=1)
     state = epoch(pipeline)[9][2]
     seen = []
-    original = pipeline._example
-    monkeypatch.setattr(pipeline, "_example", lambda index: seen.append(index) or original(index))
+    original = Encoder.example
+    see = lambda self, record: seen.append(record["id"]) or original(self, record)  # noqa: E731
+    monkeypatch.setattr(Encoder, "example", see)
     next(pipeline.batches(state))
     assert len(seen) < 4 * 5
 
 
-def test_lazily_measured_data_gives_the_same_promises(qwen, folder, monkeypatch):
+def test_lazily_measured_data_gives_the_same_promises(qwen, folder, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline_module, "SAMPLE", 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(pipeline_module, "WINDOW", 16)
     make = lambda: Pipeline(qwen, folder / "data.json", rows=4, max_length=220)  # noqa: E731
     pipeline = make()
@@ -203,14 +205,15 @@ def test_drop_last_leaves_out_what_does_not_fill_a_batch(qwen, folder):
 def test_over_long_examples_are_dropped_and_counted_never_cut(qwen, folder):
     sizes = [qwen.measure(record).tokens for record in read_records(folder / "data.json")]
     limit = sorted(sizes)[30]
-    pipeline = Pipeline(qwen, folder / "data.json", rows=4, max_length=limit)
+    drop = Encoder(qwen.directory, overlong="drop")
+    pipeline = Pipeline(drop, folder / "data.json", rows=4, max_length=limit)
     kept = sum(size <= limit for size in sizes)
     report = pipeline.report
     assert report["dropped"] == {"too_long": 50 - kept} and report["examples"] == kept
     assert "not cut" in report["first_dropped"]["too_long"]
     ids = [name for _, names, _ in epoch(pipeline) for name in names]
     assert len(ids) == kept == len(set(ids))
-    with pytest.raises(UserError, match=r"record 2 \(id 'r2'\) has .* = 20\."):
+    with pytest.raises(UserError, match=r"record 2 \(id 'r2'\) has .* = 20, even"):
         encode(qwen.directory, read_records(folder / "data.json")[2], max_seq_length=20)
     with pytest.raises(UserError, match="None of the 50 records"):
         Pipeline(qwen, folder / "data.json", rows=4, max_length=5)
@@ -228,7 +231,9 @@ def test_bad_examples_raise_or_are_counted(qwen, folder, tmp_path):
     records = read_records(tmp_path / "data.json", image_folder=folder)
     with pytest.raises(UserError, match=r"gone\.png.*record 4 \(id 'r4'\)"):
         Pipeline(qwen, records, rows=4)
-    pipeline = Pipeline(qwen, records, rows=4, on_bad_example="skip")
+    with pytest.raises(UserError, match=r"3 of the 12 records.*max_bad_share = 0.01.*nobody"):
+        Pipeline(qwen, records, rows=4, on_bad_example="skip")
+    pipeline = Pipeline(qwen, records, rows=4, on_bad_example="skip", max_bad_share=0.5)
     assert pipeline.report["dropped"] == {"image": 1, "no_answer": 1, "record": 1}
     assert pipeline.report["measured"] == 12 and pipeline.report["examples"] == 9
     steps = epoch(pipeline)
@@ -312,3 +317,201 @@ def test_shapes_find_the_best_cut():
         rungs = [round_up(int(length)) for length in lengths]
         best = min(pay([a, b, cap]) for a in rungs for b in rungs)
         assert best <= pay([t for t, _ in got]) <= best / (1 - LEAST_GAIN) ** 2
+
+
+# Rows that hold several examples
+
+
+def rebuilt(batch, row, segment):
+    """Return what a segment of a packed row holds."""
+    here = batch.segments[row] == segment
+    index = batch.image_index[row][here]
+    seen = index[index >= 0]
+    return {
+        "tokens": batch.tokens[row][here],
+        "targets": batch.targets[row][here],
+        "weights": batch.weights[row][here],
+        "positions": batch.positions[row][..., here],
+        "features": len(seen),
+        "consecutive": bool((np.diff(seen) == 1).all()),
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packed_rows_hold_every_example_once_and_whole(qwen, folder, workers):
+    records = {record["id"]: record for record in read_records(folder / "data.json")}
+    pipeline = Pipeline(
+        qwen, folder / "data.json", rows=2, max_length=512, packing=True, workers=workers
+    )
+    one = Pipeline(qwen, folder / "data.json", rows=2, max_length=512)
+    assert pipeline.steps_per_epoch < one.steps_per_epoch / 2
+    assert pipeline.report["packing"] and pipeline.report["padding"] < one.report["padding"]
+    seen = []
+    for batch, ids, _ in epoch(pipeline):
+        assert (batch.tokens.shape[1], batch.patches.shape[1]) in pipeline.shapes
+        names = iter(ids)
+        for row in range(2):
+            for segment in range(1, batch.segments[row].max() + 1):
+                name = next(names)
+                seen.append(name)
+                example, got = qwen.example(records[name]), rebuilt(batch, row, segment)
+                np.testing.assert_array_equal(got["tokens"], example["tokens"])
+                np.testing.assert_array_equal(got["positions"], example["positions"])
+                np.testing.assert_array_equal(got["weights"][:-1], example["weights"][1:])
+                np.testing.assert_array_equal(got["targets"][:-1], example["tokens"][1:])
+                assert got["weights"][-1] == 0 and got["consecutive"]
+                assert got["features"] == (example["image_index"] >= 0).sum()
+    assert sorted(seen) == sorted(records)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_neither_workers_nor_hosts_change_a_row(qwen, folder, packing, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    make = lambda **options: Pipeline(  # noqa: E731
+        qwen, folder / "data.json", rows=4, max_length=300, packing=packing, seed=5, **options
+    )
+    straight = list(itertools.islice(make().batches(), 20))
+    state = json.loads(json.dumps(straight[6][2]))
+    for options in ({"workers": 2 if packing else 1}, {"prefetch": 1}):
+        again = list(itertools.islice(make(**options).batches(state), 8))
+        for (batch, ids, after), (other, names, then) in zip(straight[7:], again, strict=False):
+            same(batch, other)
+            assert (ids, after) == (names, then)
+    halves = [
+        list(itertools.islice(make(process_index=i, process_count=2).batches(state), 8))
+        for i in range(2)
+    ]
+    for (batch, ids, after), (one, a, _), (two, b, then) in zip(
+        straight[7:], *halves, strict=False
+    ):
+        assert a + b == ids and then == after
+        np.testing.assert_array_equal(np.concatenate([one.tokens, two.tokens]), batch.tokens)
+        np.testing.assert_array_equal(np.concatenate([one.patches, two.patches]), batch.patches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_goes_wrong_in_a_worker_comes_back_as_it_is(qwen, folder, tmp_path, workers):
+    rows = json.loads((folder / "data.json").read_text())[:12]
+    name = rows[5]["image"][0]
+    (folder / "cut.png").write_bytes((folder / name).read_bytes()[:-60])
+    rows[5]["image"][0] = "cut.png"
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    make = lambda **options: Pipeline(  # noqa: E731
+        qwen, read_records(tmp_path / "data.json", folder), rows=4, workers=workers, **options
+    )
+    with pytest.raises(UserError, match=r"In '.*data.json', line 1: Image 0 'cut.png' of record 5"):
+        epoch(make())
+    left = make(on_bad_example="skip", max_bad_share=0.5)
+    assert sorted(name for _, ids, _ in epoch(left) for name in ids) == sorted(
+        f"r{i}" for i in range(12) if i != 5
+    )
+    (skipped,) = left.skipped()
+    assert (skipped.index, skipped.reason) == (5, "image") and "cut.png" in skipped.why
+    with pytest.raises(UserError, match="1 of the 12 records .*cut.png"):
+        epoch(make(on_bad_example="skip", max_bad_share=0.05))
+
+
+# Examples that are too long
+
+
+def turns(*images):
+    """Return a record with an exchange for each entry: an image or None."""
+    talk = []
+    for number, image in enumerate(images):
+        asked = ("<image>" if image else "") + f"What color is ball {number}? "
+        talk += [{"from": "human", "value": asked}, {"from": "gpt", "value": "red ball"}]
+    return {"id": "long", "image": [i for i in images if i], "conversations": talk}
+
+
+@pytest.fixture
+def big(folder):
+    return write_image(folder / "big.png", 60, 60, seed=1).name
+
+
+def test_pixels_shrink_as_little_as_needed(qwen, folder, big):
+    record = turns(big, big)
+    options = {"image_folder": folder}
+    whole = encode(qwen.directory, record, **options)
+    least = encode(qwen.directory, record, max_pixels=qwen.media.pixels[0], **options)
+    for limit in range(len(least["tokens"]), len(whole["tokens"]) + 1, 7):
+        got = encode(qwen.directory, record, max_seq_length=limit, **options)
+        assert len(least["tokens"]) <= len(got["tokens"]) <= limit
+        features = int(got["image_grid_thw"].prod(1).sum()) // 4
+        assert (got["tokens"] == qwen.model.config.image_token_id).sum() == features
+        text = got["tokens"][got["tokens"] != qwen.model.config.image_token_id]
+        everything = whole["tokens"][whole["tokens"] != qwen.model.config.image_token_id]
+        np.testing.assert_array_equal(text, everything)
+        # One more merged row or column in each image would not have fitted.
+        rows, columns = (int(n) // 2 for n in got["image_grid_thw"][0, 1:])
+        if len(got["tokens"]) < len(whole["tokens"]):
+            assert len(got["tokens"]) + 2 * (rows + columns + 1) > limit
+    patches = int(whole["image_grid_thw"].prod(1).sum())
+    got = encode(qwen.directory, record, max_patches=patches // 2, **options)
+    assert int(got["image_grid_thw"].prod(1).sum()) <= patches // 2
+
+
+def test_then_leading_turns_go_with_their_images(qwen, folder, big):
+    record = turns(big, None, big, None)
+    record["conversations"].insert(0, {"from": "system", "value": "ball box"})
+    system, talk = record["conversations"][:1], record["conversations"][1:]
+    small = Encoder(qwen.directory, image_folder=folder, max_pixels=qwen.media.pixels[0])
+    rest = {"image": record["image"][1:], "conversations": [*system, *talk[2:]]}
+    least = len(small.encode({**record, **rest})["tokens"])
+    encoder = Encoder(qwen.directory, image_folder=folder, max_seq_length=least)
+    fitted = encoder.fit(record)
+    assert len(fitted.record["messages"]) == 7 and fitted.record["messages"][0]["role"] == "system"
+    assert len(fitted.record["images"]) == 1 and fitted.notes == 3  # shrunk, and turns dropped
+    assert len(fitted.tokens) == least
+    whole = Encoder(
+        qwen.directory, image_folder=folder, max_seq_length=least + 100, overlong="drop_turns"
+    )
+    assert whole.fit(turns(big, big, big, big, big, big)).notes == 2
+    for policy in ("drop", "error"):
+        strict = Encoder(qwen.directory, image_folder=folder, max_seq_length=least, overlong=policy)
+        with pytest.raises(UserError, match="record 0 .*more than data.max_seq_length.*not cut"):
+            strict.fit(record)
+    with pytest.raises(UserError, match="overlong is 'cut'; expected one of shrink_pixels"):
+        Encoder(qwen.directory, overlong="cut")
+
+
+def test_the_policy_decides_and_each_case_is_counted(qwen, folder, big, tmp_path):
+    rows = [turns(*([big] * n)) | {"id": f"n{n}"} for n in range(1, 6)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    limit = 2 * len(encode(qwen.directory, rows[0], image_folder=folder)["tokens"])
+    make = lambda **o: Pipeline(  # noqa: E731
+        qwen.directory, tmp_path / "data.jsonl", rows=1, image_folder=folder, max_length=limit, **o
+    )
+    report = make().report
+    assert report["shrunk"] > 0 and report["dropped"] == {} and report["longest"] <= limit
+    report = make(overlong="drop_turns").report
+    assert (report["shrunk"], report["turns_dropped"], report["dropped"]) == (0, 3, {})
+    assert make(overlong="drop").report["dropped"] == {"too_long": 3}
+    with pytest.raises(UserError, match="data.jsonl', line 3.*data.overlong=drop"):
+        make(overlong="error")
+
+
+# What is kept of measuring
+
+
+def test_sizes_are_measured_once_for_a_file_and_again_where_anything_changes(
+    qwen, folder, tmp_path, monkeypatch
+):
+    (tmp_path / "data.json").write_text((folder / "data.json").read_text())
+    counted = []
+    original = Encoder.measure
+    measure = lambda self, record: counted.append(1) or original(self, record)  # noqa: E731
+    monkeypatch.setattr(Encoder, "measure", measure)
+
+    def measured(**options):
+        counted.clear()
+        Pipeline(qwen.directory, tmp_path / "data.json", rows=4, image_folder=folder, **options)
+        return len(counted)
+
+    assert measured() == 50 and measured() == 0
+    assert measured(max_pixels=1024) == 50 and measured(max_pixels=1024) == 0
+    assert list((tmp_path / ".vlm_jax").glob("data.json-*.sizes"))
+    rows = json.loads((folder / "data.json").read_text())
+    rows[3]["image"] = ["missing.png"]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert measured(on_bad_example="skip", max_bad_share=1.0) == 50
+    assert measured(on_bad_example="skip", max_bad_share=1.0) == 1  # it may be there by now

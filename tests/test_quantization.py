@@ -11,14 +11,13 @@ import pytest
 import torch
 from references import our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors, wide
 from safetensors.numpy import load_file, save_file
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
 import vlm_jax
-from vlm_jax import config
 from vlm_jax.lora import requantization_error
+from vlm_jax.names import module_name, stacked_layers
 from vlm_jax.quantization import Quantization, abstract, storages, summary
 from vlm_jax.sharding import make_mesh, shard_params
-from vlm_jax.train.base import quantization_of
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights import FP4, NF4, FourBit, dense
 from vlm_jax.weights.quantize import quantize
@@ -102,6 +101,22 @@ def test_tables_components_and_skipped_modules(directory):
             path for path in all_kernels if f"{LAYERS}/self_attn" in path
         }
     assert all(s is None for s in storages(model, None).values())
+    theirs = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["q_proj"]
+    )
+    expected = storages(model, Quantization("nf4", skip=("q_proj",)))
+    assert storages(model, theirs) == storages(model, theirs.to_dict()) == expected
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for patterns in (["proj"], [".*visual.*"], [".*(q_proj|k_proj)"], ["vision_tower", "lm_head"]):
+        expected = {
+            path
+            for path in all_kernels
+            if should_convert_module(
+                module_name(model, path, stacked_layers(model, path)), patterns
+            )
+        }
+        assert chosen("nf4", everything, tuple(patterns)) == expected, patterns
 
 
 def table_paths(model):
@@ -116,7 +131,23 @@ def table_paths(model):
         (Quantization("nf4-dp"), "did you mean 'nf4-dq'"),
         (Quantization("nf4", ("vission",)), "'vission'.*did you mean 'vision'.*Those that have"),
         (Quantization("nf4", skip=("q_prj",)), "'q_prj'.*did you mean 'q_proj'"),
-        (Quantization("nf4", skip=("layers.0.mlp",)), "must not hold a layer's number"),
+        (
+            Quantization("nf4", skip=("layers.0.mlp",)),
+            r"layers \[0\] of.*not hold a layer's number",
+        ),
+        (Quantization("nf4", skip=("q_proj|k_proj",)), "no such module.*a regex from the start"),
+        (Quantization("nf4", skip=("(q_proj",)), "'.q_proj', which is no regular expression"),
+        (True, "quantize=True does not say how.*Give one of nf4"),
+        ({"load_in_8bit": True}, "does not say load_in_4bit=True"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, "did you mean 'bnb_4bit_quant_type'"),
+        (
+            {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
+            "compute_dtype bfloat16, but the model computes in float32",
+        ),
+        (Quantization("nf4", skip=("layers",)), "Nothing is left to quantize as nf4.*'layers'"),
+        (Quantization("nf4", skip=("model",)), "Nothing is left.*'model'"),
+        (Quantization("nf4", skip=("language_model",)), "Nothing is left.*add a component"),
+        (Quantization("nf4", ()), r"Nothing is left.*quantize_components, \[\]"),
         ([(r".*/q_prj/kernel", "nf4")], "'.*q_prj/kernel' of the quantization table matches no"),
         ([(r".*/q_proj/kernel", "nf3")], "quantize='nf3' is not supported"),
         ([(r".*q_proj.*", "nf4")], "'.*q_proj/bias' as nf4, but only kernels"),
@@ -145,19 +176,23 @@ def test_the_summary_says_what_is_quantized_and_why_not_the_rest(quantized, dire
         rf"quantized: 14 tensors, {count:,d} parameters, as nf4-dq, (\d\.\d+) bits each", lines[0]
     )
     assert found and 4.125 < float(found[1]) < 4.5, lines[0]
-    assert {re.sub(r"\d+", "N", line) for line in lines[1:]} == {
+    assert {re.sub(r"\d+ tensors?", "N tensors", line) for line in lines[1:]} == {
         f"kept dense: N tensors ({reason})"
         for reason in (
             "norms, biases and convolutions, which are small",
             "embeddings, which are looked up",
-            "linear layers of the vision tower, which the quantization table keeps dense",
-            "linear layers of the projector, which the quantization table keeps dense",
-            "linear layers of the head, which the quantization table keeps dense",
+            "linear layers of the vision tower, which quantize leaves dense",
+            "linear layers of the projector, which quantize leaves dense",
+            "linear layers of the head, which quantize leaves dense",
         )
     }
+    assert "kept dense: 1 tensor (linear layers of the head, which quantize leaves dense)" in lines
     dense_tensors = sum(int(re.findall(r"\d+", line)[0]) for line in lines[1:])
     assert dense_tensors + 14 == len(load_file(directory / "model.safetensors"))
-    assert summary(*vlm_jax.load(directory)) == []
+    for table in (None, [], [(".*", "dense")]):
+        lines = summary(*vlm_jax.load(directory, quantize=table))
+        assert lines[0] == "quantized: 0 tensors"
+        assert any("linear layers of the language model" in line for line in lines[1:])
 
 
 # Damaged checkpoints.
@@ -233,6 +268,26 @@ def test_damaged_4_bit_tensors_are_refused_by_name(saved, tmp_path, what):
         vlm_jax.load(tmp_path)
 
 
+def test_codes_stand_for_the_dtype_that_is_asked_for(quantized, tmp_path):
+    vlm_jax.save_pretrained(*quantized, tmp_path / "out", dtype="bfloat16")
+    leaves = flatten(vlm_jax.load(tmp_path / "out")[1]).values()
+    assert {leaf.dtype for leaf in leaves if isinstance(leaf, FourBit)} == {"bfloat16"}
+
+
+def test_codes_in_another_storage_are_the_same_bytes(saved, quantized, tmp_path):
+    """bnb_4bit_quant_storage=bfloat16, which FSDP needs, and what a checkpoint keeps dense."""
+
+    def store(tensors):
+        for name in [n for n in tensors if f"{n}.absmax" in tensors]:
+            tensors[name] = tensors[name].reshape(-1).view(jnp.bfloat16)[:, None]
+
+    damage(saved, tmp_path, store)
+    model, params = vlm_jax.load(tmp_path)
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(quantized[1]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert any("the head, which the checkpoint leaves dense" in x for x in summary(model, params))
+
+
 def test_layers_that_are_stored_differently_are_refused(saved, directory, tmp_path):
     def mix(tensors):
         for name in [name for name in tensors if name.startswith(WEIGHT)]:
@@ -250,6 +305,8 @@ def test_layers_that_are_stored_differently_are_refused(saved, directory, tmp_pa
 def test_a_4_bit_checkpoint_is_not_quantized_again(saved, tmp_path):
     with pytest.raises(vlm_jax.UserError, match="holds 4-bit weights already.*quantize='nf4'"):
         vlm_jax.load(saved, quantize="nf4")
+    with pytest.raises(vlm_jax.UserError, match="quantize='nf4-dq' asks to quantize again"):
+        vlm_jax.load(saved, quantize=Quantization("nf4-dq"))
     damage(saved, tmp_path, lambda tensors: None)
     settings = json.loads((tmp_path / "config.json").read_text())
     del settings["quantization_config"]["quant_method"]  # as older files
@@ -304,32 +361,6 @@ def test_scales_lie_as_their_codes_where_they_divide(directory, wide_directory):
         assert leaf.nested.sharding.is_fully_replicated
         assert leaf.offset.sharding.is_fully_replicated
     assert len({str(shard.index) for shard in broad[DOWN].codes.addressable_shards}) == 8
-
-
-# Configs.
-
-
-def settings(**model):
-    return config.load(None, [f"model.{key}={value}" for key, value in model.items()])
-
-
-def test_keys_of_bitsandbytes_mean_the_same():
-    for keys, name in [
-        (dict(), "fp4"),
-        (dict(bnb_4bit_quant_type="nf4"), "nf4"),
-        (dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant="true"), "nf4-dq"),
-        (dict(bnb_4bit_use_double_quant="true"), "fp4-dq"),
-    ]:
-        found = quantization_of(settings(load_in_4bit="true", **keys))
-        assert found == quantization_of(settings(quantize=name)) == Quantization(name)
-    skip = dict(llm_int8_skip_modules="q_proj,lm_head", quantize_components="language_model,head")
-    expected = Quantization("nf4", ("language_model", "head"), ("q_proj", "lm_head"))
-    assert quantization_of(settings(quantize="nf4", **skip)) == expected
-    assert quantization_of(settings()) is None
-    with pytest.raises(vlm_jax.UserError, match="model.quantize='nf4' and model.load_in_4bit"):
-        settings(quantize="nf4", load_in_4bit="true")
-    with pytest.raises(vlm_jax.UserError, match="quantize"):
-        settings(quantize="nf5")
 
 
 # LoRA on a quantized base.
@@ -395,6 +426,30 @@ def test_merging_makes_dense_kernels_or_quantizes_again(quantized, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, flatten(read)[path], flatten(again)[path])
     with pytest.raises(vlm_jax.UserError, match="hold none"):
         vlm_jax.save_pretrained(model, merged, tmp_path / "none", quantized=True)
+
+
+def test_kernels_quantized_again_stay_on_their_mesh(wide_directory):
+    _, params = adapt(*vlm_jax.load(wide_directory, quantize="nf4-dq"))
+    model, placed = adapt(*vlm_jax.load(wide_directory, quantize="nf4-dq", mesh=make_mesh(2, 2, 2)))
+    again = flatten(vlm_jax.merge(model, placed, requantize=True))
+    expected = flatten(vlm_jax.merge(model, params, requantize=True))
+    for path in kinds(placed):
+        old, new = flatten(placed)[path], again[path]
+        assert new.used == old.used and new.used is not None
+        for one, other in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
+        # The update is summed in another order: a code in a thousand may round otherwise.
+        assert np.mean(np.asarray(new.codes) != np.asarray(expected[path].codes)) < 1e-3
+
+
+def test_what_lora_cannot_do_with_codes_is_refused(directory):
+    everything = Quantization("nf4", ("projector", "language_model"))
+    model, params = vlm_jax.load(directory, quantize=everything)
+    lora = vlm_jax.LoRA(rank=2, modules_to_save=("projector",))
+    with pytest.raises(vlm_jax.UserError, match="merger.*in full, which is stored in 4 bits"):
+        vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    with pytest.raises(vlm_jax.UserError, match="requantize=True.*no 4-bit kernel"):
+        vlm_jax.merge(*adapt(*vlm_jax.load(directory)), requantize=True)
 
 
 def test_matrices_of_another_shape_are_named(quantized):

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     # None: as they are. A checkpoint that is in 4 bits already keeps its codes and needs nothing.
     c.model.quantize = placeholder(str)
     c.model.quantize_components = ("language_model",)  # also vision, projector, head
-    c.model.llm_int8_skip_modules = ()  # names of modules that stay dense, without layer numbers
+    c.model.llm_int8_skip_modules = ()  # names or regexes of what stays dense
     # The same in the keys and with the defaults of transformers' BitsAndBytesConfig.
     c.model.load_in_4bit = False  # quantize, as the next keys say
     c.model.bnb_4bit_quant_type = "fp4"  # fp4, nf4
@@ -83,7 +83,10 @@ def get_config() -> ConfigDict:
     t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
     t.gradient_checkpointing = True  # recompute each block in the backward pass
-    t.dataloader_num_workers = 2  # threads that prepare batches; 0 is used as 1
+    # Processes that prepare batches beside the run's own; 0: threads of the run, which is enough
+    # where a step takes longer than its images. metrics.jsonl's data_wait tells.
+    t.dataloader_num_workers = 0
+    t.dataloader_drop_last = False  # leave out an epoch's last rows that fill no batch
     t.report_to = ("tensorboard",)  # tensorboard, wandb, trackio, none; metrics.jsonl is always
     t.seed = 42  # of LoRA's A, dropout and the order of the data
 
@@ -104,7 +107,12 @@ def get_config() -> ConfigDict:
     d.allow_absolute_paths = False  # read files outside the media root: "/...", "..", links
     d.allow_urls = False  # fetch http(s) addresses of images and videos, each time they are read
     d.max_image_pixels = 178_956_970  # a larger image or frame is refused undecoded; the most
-    d.max_seq_length = 2048  # tokens a row; a longer example is dropped and counted, never cut
+    d.max_seq_length = 2048  # tokens a row; nothing is ever cut, see overlong
+    d.max_patches = placeholder(int)  # image patches a row; None: what the data ask for
+    d.packing = False  # several examples share a row; each still sees itself alone
+    # An example longer than a row: shrink_pixels of its images (down to min_pixels), then drop
+    # whole leading turns, then leave it out; drop_turns; drop; error. Each case is counted.
+    d.overlong = "shrink_pixels"
     d.train_split = placeholder(str)  # of a data set that has several; None: "train"
     d.eval_split = placeholder(str)  # the same of data.eval_file
     # Every image gets the pixels of a square of this side: on Qwen2-VL its aspect ratio is kept
@@ -122,7 +130,8 @@ def get_config() -> ConfigDict:
     d.max_shapes = 4  # how many (tokens, patches) shapes rows are padded to
     d.shuffle = True  # a new order each epoch, of training.seed
     d.train_on = "all"  # assistant turns that carry loss: all (or "answers"), or the last one
-    d.on_bad_example = "raise"  # an unreadable example: raise, or skip (counted and reported)
+    d.on_bad_example = "raise"  # an unreadable example: raise, or skip (counted and listed)
+    d.max_bad_share = 0.01  # with skip: the run stops where a larger share of the records is bad
 
     e = c.evaluation = ConfigDict()
     e.accuracy = True  # generate answers to data.eval_file and count exact matches
@@ -211,6 +220,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "training.eval_strategy": ("no", "steps", "epoch"),
     "data.train_on": ("all", "answers", "last"),
     "data.on_bad_example": ("raise", "skip"),
+    "data.overlong": ("shrink_pixels", "drop_turns", "drop", "error"),
 }
 REPORTERS = ("tensorboard", "wandb", "trackio", "none")
 
@@ -229,7 +239,8 @@ RANGES: list[tuple[str, float, float]] = [
     (r"training\.(adam_beta1|adam_beta2)", 0, 1 - 1e-9),  # at 1 a mean would never move
     (r"training\.warmup_ratio", 0, 1),
     (r"training\.seed", 0, 2**31 - 1),
-    (r"data\.(max_seq_length|max_shapes)", 1, 1e9),
+    (r"data\.(max_seq_length|max_patches|max_shapes)", 1, 1e9),
+    (r"data\.max_bad_share", 0, 1),
     (r"data\.(video_)?(min_pixels|max_pixels)", 1, 1e12),
     (r"data\.video_(fps|min_frames|max_frames)", 1e-6, 1e9),
     (r"data\.max_image_pixels", 1, 178_956_970),  # Pillow refuses more itself
@@ -357,6 +368,11 @@ def optimizer_name(name: str) -> str:
 def check(config: ConfigDict) -> None:
     """Raise `UserError` for values that no part of the program supports."""
     flat = flatten_config(config)
+    if flat["model.bnb_4bit_compute_dtype"] == "float16":
+        raise UserError(
+            "'model.bnb_4bit_compute_dtype' is float16, which is not supported: float16 needs loss "
+            "scaling. Take bfloat16 (any GPU since Ampere, any TPU) or float32."
+        )
     for key, allowed in CHOICES.items():
         _check_choice(key, flat[key], allowed)
     for pattern, low, high in RANGES:

@@ -16,7 +16,7 @@ from vlm_jax.names import (
     current_name,
     disk_places,
     is_unused,
-    module_name,
+    layer_names,
     stacked_layers,
 )
 from vlm_jax.trees import flatten, unflatten
@@ -38,12 +38,6 @@ PROJECTOR_NAMES = ("projector", "mm_projector", "multi_modal_projector", "merger
 def is_lora(path: str) -> bool:
     """Return whether a leaf is a LoRA matrix."""
     return path.endswith(("/lora_A", "/lora_B"))
-
-
-def _layer_names(model: Model, path: str) -> list[str]:
-    """Return the module names of each layer that a leaf stacks (one for a plain leaf)."""
-    layers = stacked_layers(model, path)
-    return [module_name(model, path, i) for i in ([None] if layers is None else range(layers))]
 
 
 def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[str]:
@@ -103,7 +97,7 @@ def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> list[str]:
         ) from error
     chosen = []
     for path in kernels:
-        hits = [bool(regex.fullmatch(name)) for name in _layer_names(model, path)]
+        hits = [bool(regex.fullmatch(name)) for name in layer_names(model, path)]
         if any(hits) and not all(hits):
             raise UserError(
                 f"The LoRA target {pattern!r} matches only layers "
@@ -115,7 +109,7 @@ def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> list[str]:
     if not chosen:
         raise UserError(
             f"The LoRA target {pattern!r} matches no linear layer. A string is a regex over whole "
-            f"module names such as '{_layer_names(model, kernels[0])[0]}'; for name suffixes "
+            f"module names such as '{layer_names(model, kernels[0])[0]}'; for name suffixes "
             f"pass a list, e.g. ['q_proj', 'v_proj']."
         )
     return chosen
@@ -237,6 +231,14 @@ def saved_leaves(model: Model, params: Mapping[str, Any], names: Iterable[str]) 
 def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels: list[str]) -> None:
     in_full = set(saved_leaves(model, params, lora.modules_to_save))
     in_full |= {path.replace("/added", "/kernel") for path in flatten(params) if is_added(path)}
+    codes = [path for path in in_full if isinstance(flatten(params).get(path), FourBit)]
+    if codes:
+        raise UserError(
+            f"modules_to_save, {list(lora.modules_to_save)}, trains '{min(codes)}' in full, which "
+            f"is stored in 4 bits: codes have no gradient, and an adapter cannot hold them. Take "
+            f"the module out of modules_to_save, or keep it dense: leave it out of the components "
+            f"that are quantized, or name it among the skipped modules."
+        )
     both = [path for path in kernels if path in in_full]
     if both:
         raise UserError(
@@ -280,10 +282,16 @@ def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> 
 
     The sum is formed in float32 and stored in the kernel's dtype. A quantized kernel is decoded and
     becomes dense in the model's dtype; requantize: it becomes a quantized one of the same format
-    again, which rounds most of a small update away (`requantization_error` measures it). The old
-    tree is untouched. Raises `UserError` for matrices that were made for another shape.
+    again, on the same devices, which rounds most of a small update away (`requantization_error`
+    measures it). The old tree is untouched. Raises `UserError` for matrices that were made for
+    another shape, and where requantize finds nothing in 4 bits.
     """
     flat = flatten(params)
+    if requantize and not any(isinstance(leaf, FourBit) for leaf in flat.values()):
+        raise UserError(
+            "requantize=True makes merged kernels 4-bit again, but these parameters hold no 4-bit "
+            "kernel. Load the base with quantize='nf4-dq', or merge without requantize."
+        )
     merged = {path: leaf for path, leaf in flat.items() if not is_lora(path)}
     for path in flat:
         if not path.endswith("/lora_A"):
@@ -296,7 +304,11 @@ def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> 
         elif requantize:
             name = f"The merged kernel '{base}'"
             summed = quantize(type(kernel), summed, kernel.block, kernel.double, name)
-            summed = dataclasses.replace(summed, dtype=kernel.dtype)
+            summed = dataclasses.replace(summed, dtype=kernel.dtype, used=kernel.used)
+            if isinstance(kernel.codes, jax.Array) and not isinstance(
+                kernel.codes, jax.core.Tracer
+            ):
+                summed = jax.device_put(summed, jax.tree.map(lambda x: x.sharding, kernel))
         else:
             summed = summed.astype(model.dtype)
         merged[f"{base}/kernel"] = summed

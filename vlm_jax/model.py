@@ -51,12 +51,14 @@ class Source:
 
     tensors: each tensor's name on disk -> (file name, dtype on disk), in the order of the files.
     repo: what the user called it: a hub id or a path. revision: of the hub, or None.
+    beside: likewise the further tensors of 4-bit weights that nothing here reads.
     """
 
     directory: str
     tensors: dict[str, tuple[str, str]]
     repo: str
     revision: str | None = None
+    beside: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # by identity: hashable, so jit takes it as static

@@ -48,6 +48,12 @@ def stacked_layers(model: Model, path: str) -> int | None:
     return None
 
 
+def layer_names(model: Model, path: str) -> list[str]:
+    """Return the module names of each layer that a leaf stacks (one for a plain leaf)."""
+    layers = stacked_layers(model, path)
+    return [module_name(model, path, i) for i in ([None] if layers is None else range(layers))]
+
+
 def disk_places(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
     """Return {tensor name in the current layout: its `Place`} for leaves of the given shapes."""
     convolutions = model.family.disk_shapes(model.config)

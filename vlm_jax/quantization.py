@@ -11,11 +11,14 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.model import Model
-from vlm_jax.names import current_name, module_name
+from vlm_jax.models import MODELS
+from vlm_jax.names import current_name, layer_names, module_name
 from vlm_jax.trees import Table, flatten, match, unflatten
 from vlm_jax.weights import FORMATS, FourBit, dynamic8
 
 DENSE = "dense"
+# Modules of other families, or of none with a tied head, that a shared list may well name.
+ELSEWHERE = {"lm_head", *(n for f in MODELS.values() for n in (f.VISION, f.PROJECTOR))}
 BLOCK = 64  # bitsandbytes' default
 
 
@@ -68,31 +71,72 @@ class Quantization:
     def table(self, model: Model) -> Table:
         """Return the ordered (regex, storage) rows that this means for a model.
 
-        Raises `UserError` for a component or module that the model does not have.
+        Raises `UserError` for a component or module that the model does not have, and where no
+        layer is left to quantize.
         """
         return _table(model, self)
 
 
-Quantize = str | Quantization | Table | None  # what `load` takes
+# What `load` takes; a mapping is a `BitsAndBytesConfig` as a dict.
+Quantize = str | Quantization | Table | Mapping[str, Any] | None
+
+# Fields of `BitsAndBytesConfig` without a meaning for 4-bit weights in memory.
+NO_MATTER = (
+    *("quant_method", "load_in_8bit", "_load_in_8bit", "_load_in_4bit", "llm_int8_threshold"),
+    *("llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight", "bnb_4bit_quant_storage"),
+)
+
+
+def from_bitsandbytes(settings: Any, dtype: Any) -> Quantization:
+    """Return what transformers' `BitsAndBytesConfig`, or its dict, means for the language model.
+
+    Raises `UserError` for 8 bits, an unknown field, and where it would compute in another dtype.
+    """
+    given = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
+    if given.get("load_in_8bit") or not given.get("load_in_4bit"):
+        raise UserError(
+            "The BitsAndBytesConfig in quantize does not say load_in_4bit=True; weights are "
+            "quantized to 4 bits only. Set it, or leave quantize out."
+        )
+    fields: dict[str, Any] = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": None,
+        "llm_int8_skip_modules": None,
+    }
+    for key in given:
+        if key not in fields and key not in NO_MATTER:
+            raise UserError(
+                f"The BitsAndBytesConfig in quantize has the field '{key}', which is not known"
+                f"{nearest(key, fields)}. Known: {', '.join(fields)}."
+            )
+    fields |= {key: value for key, value in given.items() if key in fields}
+    compute = fields["bnb_4bit_compute_dtype"]
+    if compute is not None and str(compute).removeprefix("torch.") != jnp.dtype(dtype).name:
+        raise UserError(
+            f"The BitsAndBytesConfig in quantize has bnb_4bit_compute_dtype {compute}, but the "
+            f"model computes in {jnp.dtype(dtype).name}. Load it with the same dtype, float32 or "
+            f"bfloat16, in both (BitsAndBytesConfig's default is float32)."
+        )
+    storage = f"{fields['bnb_4bit_quant_type']}"
+    storage += "-dq" if fields["bnb_4bit_use_double_quant"] else ""
+    return Quantization(storage, skip=tuple(fields["llm_int8_skip_modules"] or ()))
+
+
+def described(quantize: Any) -> str:
+    """Return how an error names a value of `quantize`."""
+    if isinstance(quantize, str | Quantization):
+        return repr(quantize if isinstance(quantize, str) else quantize.storage)
+    return (
+        "a BitsAndBytesConfig" if isinstance(quantize, Mapping) else f"a {type(quantize).__name__}"
+    )
 
 
 def _table(model: Model, wanted: Quantization) -> Table:
     paths = _kernels(model)
     known = {model.component(path) for path in paths}
-    rows: list[tuple[str, str]] = []
-    for name in wanted.skip:
-        place = current_name(model, f"{name}.").removesuffix(".").replace(".", "/")
-        row = rf"(.*/)?{re.escape(place)}(/.*)?/kernel"
-        if name == "lm_head" and model.config.text.tied:
-            continue  # the head is the embedding, which is never quantized
-        if not any(re.fullmatch(row, path) for path in paths):
-            ends = {part for path in paths for part in path.split("/")}
-            raise UserError(
-                f"model.llm_int8_skip_modules names '{name}', but no linear layer of the model is "
-                f"or lies in such a module{nearest(name, ends)}. Layers are stacked here, so a "
-                f"name must not hold a layer's number."
-            )
-        rows.append((row, DENSE))
+    rows = [(re.escape(path), DENSE) for path in _skipped(model, paths, wanted.skip)]
     for component in wanted.components:
         if component not in known:
             raise UserError(
@@ -104,7 +148,67 @@ def _table(model: Model, wanted: Quantization) -> Table:
         row = f"(?={pattern}$).*/kernel"
         if any(re.fullmatch(row, path) for path in paths):
             rows.append((row, wanted.storage if owner in wanted.components else DENSE))
-    return [*rows, (".*", DENSE)]
+    table = [*rows, (".*", DENSE)]
+    if wanted.storage not in match(table, paths, "quantization table", unused="allow").values():
+        raise UserError(
+            f"Nothing is left to quantize as {wanted.storage}: of the linear layers of "
+            f"model.quantize_components, {list(wanted.components)}, model.llm_int8_skip_modules, "
+            f"{list(wanted.skip)}, keeps all dense. Take the name that covers them out of the "
+            f"skipped modules or add a component ({', '.join(sorted(known))}); to train a dense "
+            f"base, leave model.quantize and model.load_in_4bit out."
+        )
+    return table
+
+
+def _skipped(model: Model, kernels: list[str], skip: tuple[str, ...]) -> list[str]:
+    """Return the kernels that `llm_int8_skip_modules` keeps dense, by `_skips`.
+
+    Raises `UserError` for what means no module of any family, and only some layers of a stack.
+    """
+    found: dict[str, None] = {}
+    modules = {path: layer_names(model, path) for path in flatten(model.abstract())}
+    for pattern in skip:
+        try:
+            hits = {
+                path: [_skips(model, pattern, name) for name in names]
+                for path, names in modules.items()
+            }
+        except re.error as error:
+            raise UserError(
+                f"model.llm_int8_skip_modules names {pattern!r}, which is no regular expression: "
+                f"{error}."
+            ) from error
+        for path in kernels:
+            if any(hits[path]) and not all(hits[path]):
+                raise UserError(
+                    f"model.llm_int8_skip_modules names '{pattern}', which means only layers "
+                    f"{[i for i, hit in enumerate(hits[path]) if hit][:8]} of '{path}'. Layers are "
+                    f"stacked here, so a name must not hold a layer's number."
+                )
+            if hits[path][0]:
+                found[path] = None
+        if pattern not in ELSEWHERE and not any(map(any, hits.values())):
+            ends = {part for path in modules for part in path.split("/")}
+            raise UserError(
+                f"model.llm_int8_skip_modules names '{pattern}', but the model has no such module"
+                f"{nearest(pattern, ends)}. A name is the end of a module's name, a module that "
+                f"layers lie in, or a regex from the start of a full name such as "
+                f"'{modules[kernels[0]][0]}'."
+            )
+    return list(found)
+
+
+def _skips(model: Model, pattern: str, name: str) -> bool:
+    """Return whether a module stays dense for a pattern, in transformers 5 or in transformers 4.
+
+    5 (`should_convert_module`): a regex from the start of the full name up to a dot or its end, or
+    any end of it. 4: the name of a module that it lies in, here also without layers' numbers.
+    """
+    if re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(pattern):
+        return True
+    inside = current_name(model, f"{pattern}.").removesuffix(".")
+    plain = re.sub(r"\.\d+(?=\.)", "", name)
+    return any(f".{inside}." in f".{full}." for full in (name, plain))
 
 
 def _kernels(model: Model) -> list[str]:
@@ -117,18 +221,29 @@ def _kernels(model: Model) -> list[str]:
 def storages(model: Model, quantize: Quantize) -> dict[str, Storage | None]:
     """Return {path: how it is stored, None for dense} of every leaf of the base.
 
-    quantize: a name of `NAMES` for the linear layers of the language model, a `Quantization`, or a
-    table of (regex, name or "dense") rows over paths. Raises `UserError` for an unknown name and
-    for a row that quantizes what is no linear layer.
+    quantize: a name of `NAMES` for the linear layers of the language model, a `Quantization`,
+    transformers' `BitsAndBytesConfig` or its dict, or a table of (regex, name or "dense") rows over
+    paths. Raises `UserError` for an unknown name and for a row that quantizes what is no linear
+    layer.
     """
     paths = list(flatten(model.abstract()))
     if quantize is None:
         return dict.fromkeys(paths)
     if isinstance(quantize, str):
         quantize = Quantization(quantize)
+    if isinstance(quantize, Mapping) or type(quantize).__name__ == "BitsAndBytesConfig":
+        quantize = from_bitsandbytes(quantize, model.dtype)
     if isinstance(quantize, Quantization):
         _check_name(quantize.storage)
         quantize = quantize.table(model)
+    if not isinstance(quantize, list | tuple) or any(
+        not isinstance(row, list | tuple) or len(row) != 2 for row in quantize
+    ):
+        raise UserError(
+            f"quantize={quantize!r} does not say how weights are stored. Give one of "
+            f"{', '.join(NAMES)}, a Quantization, transformers' BitsAndBytesConfig or its dict, or "
+            f"a list of (regex, name or 'dense') rows over paths."
+        )
     for _, name in quantize:
         if name != DENSE:
             _check_name(name)
@@ -169,13 +284,11 @@ PLACES = {"vision": "vision tower", "language_model": "language model"}
 
 
 def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
-    """Return lines that say what is quantized and what is not, with reasons; [] for a dense tree.
+    """Return lines that say what is quantized, if only that nothing is, and why the rest is not.
 
     Tensors are counted as a checkpoint has them, layer by layer.
     """
     flat = flatten(params)
-    if not any(isinstance(leaf, FourBit) for leaf in flat.values()):
-        return []
     kernels = set(_kernels(model))
     values = bits = tensors = 0
     kinds: dict[str, None] = {}
@@ -198,10 +311,18 @@ def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
             reason = "norms, biases and convolutions, which are small"
         else:
             owner = PLACES.get(component, component)
-            reason = f"linear layers of the {owner}, which the quantization table keeps dense"
+            # A checkpoint in 4 bits was quantized elsewhere.
+            who = "the checkpoint" if model.hf_config.get("quantization_config") else "quantize"
+            reason = f"linear layers of the {owner}, which {who} leaves dense"
         dense[reason] = dense.get(reason, 0) + layers
-    lines = [
-        f"quantized: {tensors} tensors, {values:,d} parameters, as {', '.join(kinds)}, "
-        f"{bits / values:.3f} bits each"
+    first = f"quantized: {_tensors(tensors)}"
+    if tensors:
+        each = f"{bits / values:.3f} bits each"
+        first += f", {values:,d} parameters, as {', '.join(kinds)}, {each}"
+    return [first] + [
+        f"kept dense: {_tensors(count)} ({reason})" for reason, count in dense.items()
     ]
-    return lines + [f"kept dense: {count} tensors ({reason})" for reason, count in dense.items()]
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"

@@ -310,3 +310,22 @@ def test_an_implementation_can_be_chosen():
     assert program() == default
     with pytest.raises(ValueError, match="Unknown decode 'tree'"), implementation("tree"):
         pass
+
+
+def test_what_is_no_matrix_of_floats_is_refused():
+    for kernel in (np.zeros((2, 2, 64, 3), np.float32), [[1.0] * 64], np.zeros(64, np.float32)):
+        with pytest.raises(vlm_jax.UserError, match="only matrices are quantized"):
+            nf4.quantize(kernel)
+    with pytest.raises(vlm_jax.UserError, match="of type float8_e4m3fn; only floats"):
+        nf4.quantize(jnp.zeros((64, 2), jnp.float8_e4m3fn))
+    with pytest.raises(vlm_jax.UserError, match="no 4-bit leaf"):
+        nf4.to_bnb(np.zeros((64, 2), np.float32))
+
+
+def test_codes_of_float64_stand_for_float32():
+    """bitsandbytes has no float64."""
+    kernel = np.random.default_rng(0).normal(size=(64, 3))
+    leaf = nf4.quantize(kernel)
+    assert leaf.dtype == "float32"
+    stored = from_tensors(to_tensors(leaf), (3, 64), "x")
+    assert stored.dtype == "float32"

@@ -17,6 +17,7 @@ from vlm_jax.weights.bnb import SUFFIXES, weight_of
 KINDS = {
     "nf4-dq": ("nf4-dq", None),
     "fp4": ("fp4", None),
+    "nf4 but fc1": ("nf4", ["lm_head", "fc1"]),
     "nf4 in part": ("nf4", [*OUTSIDE, "q_proj"]),
 }
 
@@ -24,6 +25,8 @@ KINDS = {
 def base(family, directory):
     if family == "qwen2_vl":
         return qwen2_vl(directory)
+    if family == "siglip":  # its head, which nothing here reads, has linear layers
+        return llava(directory, "siglip", "qwen2")
     return llava(directory, "clip", "llama")
 
 
@@ -65,8 +68,17 @@ def assert_near(logits, expected, inputs):
     np.testing.assert_allclose(logits[real], expected[real], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(
+            (family, kind)
+            for family in ("qwen2_vl", "llava")
+            for kind in ("nf4-dq", "fp4", "nf4 in part")
+        ),
+        *(("siglip", "nf4-dq"), ("siglip", "nf4 but fc1")),
+    ],
+)
 def test_in_and_out(tmp_path, family, kind):
     dense = base(family, tmp_path / "base")
     reference = four_bit(type(dense), tmp_path / "base", *KINDS[kind])

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +96,11 @@ class Measures:
     def drop(self, index: int, reason: str) -> None:
         """Write that a record is left out."""
         self.put(index, Size(-1 - REASONS.index(reason), 0, 0))
+
+    def forget(self, reasons: Collection[str]) -> None:
+        """Let records that were left out for one of these be measured again."""
+        codes = [-1 - REASONS.index(reason) for reason in reasons]
+        self.table[np.isin(self.table[:, 0], codes)] = 0
 
     def reasons(self) -> dict[str, np.ndarray]:
         """Return {reason: indices} of the records known to be left out."""

@@ -36,9 +36,10 @@ class Measurer:
         new = np.roll(new, -int(share * len(new)))
         for part in np.array_split(new, -(-len(new) // 16)) if len(new) else []:
             part = self.measures.unknown(part)  # others may have been here
-            for error in map(self.one, part) if pool is None else pool.map(self.one, part):
+            errors = map(self.one, part) if pool is None else pool.map(self.one, part)
+            for index, error in zip(part, errors, strict=True):
                 if error is not None and not self.allowed(error):
-                    raise self.named(error)
+                    raise self.named(index, error)
 
     def one(self, index: int) -> UserError | None:
         """Measure one record, write what came of it, and return why it is left out if it is."""
@@ -61,6 +62,8 @@ class Measurer:
         """Return the message of a record that is left out."""
         try:
             self.encoder.encode(self.records[int(index)])
+        except BadExample as error:
+            return f"In {self.records.place(index)}: {error}"
         except UserError as error:
             return str(error)
         return "It can be read now: it was changed since it was measured."
@@ -71,9 +74,11 @@ class Measurer:
             return self.encoder.overlong != "error"
         return self.skip_bad
 
-    def named(self, error: UserError) -> UserError:
+    def named(self, index: int, error: UserError) -> UserError:
         """Return the error with what an example does not know: its file, and the way round it."""
-        where = f"In '{self.records.name}': " if isinstance(error, BadExample) else ""
+        where = ""
+        if isinstance(error, BadExample):
+            where = f"In {self.records.place(index)}: "
         way = "To leave such examples out, counted and reported, set data.on_bad_example=skip."
         if reason_of(error) in ALWAYS_DROPPED:
             way = "To leave such examples out, counted, set data.overlong=drop."

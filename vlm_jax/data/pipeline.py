@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.encode import Encoder
-from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED, Measures, measures_file
+from vlm_jax.data.measures import REASONS, SHRUNK, TURNS_DROPPED, Measures, measures_file
 from vlm_jax.data.measuring import ALWAYS_DROPPED, Measurer, reason_of
 from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.packing import pack, patch_capacity, row_sizes
@@ -125,8 +126,11 @@ class Pipeline:
         self.process_index, self.process_count = process_index, process_count
         self.max_bad_share = max_bad_share
         skip_bad = (on_bad_example or encoder.on_bad_example) == "skip"
-        file = measures_file(self.records.name, self.records.fingerprint, encoder.settings)
+        settings = {**encoder.settings, "folder": self.records.folder}
+        file = measures_file(self.records.name, self.records.fingerprint, settings)
         self.measures = Measures(len(self.records), file)
+        # What was bad may have been mended since: an image put where it was missing.
+        self.measures.forget([reason for reason in REASONS if reason not in ALWAYS_DROPPED])
         self.measurer = Measurer(encoder, self.records, self.measures, skip_bad)
         self.damaged: dict[int, Skipped] = {}  # found when their pixels were decoded
         self._seen = self._bad = 0
@@ -264,7 +268,7 @@ class Pipeline:
             self.measurer.measure(everything, pool)
         kept = self.measures.kept(everything)
         return [
-            Step([[int(index)] for index in kept[members]], shape, {})
+            Step([[int(index)] for index in kept[members]], shape, {}, seen=len(members))
             for members, shape in group(self.measures.sizes(kept)[:, :2], self.rows, self.shapes)
         ]
 
@@ -330,6 +334,8 @@ class Pipeline:
     def _made(self, source: "Steps") -> Iterator[tuple[Batch, Made]]:
         dataset: Any = grain.MapDataset.source(source)
         if self.workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads some, which no program here defines
+                flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(
                 num_workers=self.workers, per_worker_buffer_size=self.prefetch
             )
@@ -339,6 +345,7 @@ class Pipeline:
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
             dataset = dataset.to_iter_dataset(options)
         iterator = iter(dataset)
+        self._seen = self._bad = 0
         try:
             for arrays, made in iterator:
                 for one in made.skipped:
@@ -438,8 +445,8 @@ class Steps:
             return record["id"], measurer.encoder.example(record)
         except UserError as error:
             if not measurer.allowed(error):
-                raise measurer.named(error) from error
-            return Skipped(index, reason_of(error), str(error))
+                raise measurer.named(index, error) from error
+            return Skipped(index, reason_of(error), f"In {measurer.records.place(index)}: {error}")
 
 
 def _quiet_worker(number: int, count: int) -> None:

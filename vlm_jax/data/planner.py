@@ -98,16 +98,16 @@ class Planner:
             members = order[cursor : cursor + self.window]
             self.measurer.measure(members, share=self.share)
             after = cursor + len(members)
-            if done == 0:
-                seen, bad = seen + len(members), bad + self._bad(members)
+            seen, bad = seen + len(members), bad + self._bad(members)
             rows, sizes = self._rows(self.measurer.measures.kept(members))
             sequence = self._arrange(sizes, first, [self.seed, epoch, cursor])
             for i in range(done, len(rows)):
                 waiting.append((rows[sequence[i]], sizes[sequence[i]]))
                 if len(waiting) == self.rows:
-                    end = i + 1 == len(rows)
-                    place = (after, 0, 0) if end else (cursor, i + 1, first)
-                    yield step(*place, ended=end and after == len(order))
+                    left = len(rows) - (i + 1)
+                    place = (after, 0, 0) if left == 0 else (cursor, i + 1, first)
+                    too_few = left < self.rows if self.drop_last else left == 0
+                    yield step(*place, ended=too_few and after == len(order))
             first, cursor, done = -len(waiting) % self.rows, after, 0
         if waiting and not self.drop_last:
             yield step(0, 0, 0, ended=True)

@@ -10,6 +10,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.model import Model
 from vlm_jax.names import current_name
+from vlm_jax.weights import bnb
 
 
 def base_is_here(model: Model) -> bool:
@@ -20,7 +21,8 @@ def base_is_here(model: Model) -> bool:
 def base_tensors(model: Model) -> Callable[[str], np.ndarray]:
     """Return a function from a tensor's name, in the current layout, to the base's array.
 
-    Each file is opened once. Raises `UserError` where the base's files are gone.
+    4-bit weights that nothing here reads are decoded. Each file is opened once. Raises `UserError`
+    where the base's files are gone.
     """
     source = model.source
     if source is None or not base_is_here(model):
@@ -31,10 +33,17 @@ def base_tensors(model: Model) -> Callable[[str], np.ndarray]:
     on_disk = {current_name(model, name): name for name in source.tensors}
     handles: dict[str, Any] = {}
 
-    def read(name: str) -> np.ndarray:
-        file = source.tensors[on_disk[name]][0]
+    def raw(name: str) -> np.ndarray:
+        file = (source.beside if name in source.beside else source.tensors)[name][0]
         if file not in handles:
             handles[file] = open_tensors(Path(source.directory) / file)
-        return handles[file].get_tensor(on_disk[name])
+        return handles[file].get_tensor(name)
+
+    def read(name: str) -> np.ndarray:
+        name = on_disk[name]
+        beside = [other for other in source.beside if bnb.weight_of(other) == name]
+        if not beside:
+            return raw(name)
+        return bnb.decoded({n.removeprefix(name): raw(n) for n in (name, *beside)}, name)
 
     return read

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -16,7 +15,7 @@ from vlm_jax.names import Place, to_tree
 from vlm_jax.quantization import Storage
 from vlm_jax.weights import bnb
 from vlm_jax.weights.packing import Packed, pack, unpack_codes
-from vlm_jax.weights.quantize import check, encode
+from vlm_jax.weights.quantize import check, encode, kind
 
 # safetensors' names of dtypes.
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
@@ -136,7 +135,7 @@ def _quantized(tensor: Tensor, storage: Storage | None) -> bnb.Stored:
     weight, name = tensor.dense(), f"The tensor '{tensor.name}'"
     check(weight.shape, storage.block, weight.dtype, name)
     flat = encode(storage.format, weight, storage.block, storage.double, name)
-    return bnb.Stored(flat, storage.format, storage.block, jnp.dtype(weight.dtype).name)
+    return bnb.Stored(flat, storage.format, storage.block, kind(weight.dtype), weight.shape)
 
 
 def _read_4bit(tensor: Tensor) -> bnb.Stored:

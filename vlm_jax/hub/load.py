@@ -11,7 +11,7 @@ from vlm_jax.hub.leaves import SAFETENSORS, Tensor, read_leaf
 from vlm_jax.hub.tensors import dtypes, read_json, read_tensor, tensor_files
 from vlm_jax.model import Model, Source, from_config
 from vlm_jax.names import Place, current_name, disk_places
-from vlm_jax.quantization import Quantize, storages
+from vlm_jax.quantization import Quantize, described, storages
 from vlm_jax.trees import flatten, match, unflatten
 from vlm_jax.weights import bnb
 
@@ -120,9 +120,10 @@ def _check_storage(
     if quantize is not None and (config or stored):
         first = f", such as '{stored[0]}'" if stored else ""
         raise UserError(
-            f"'{directory}' holds 4-bit weights already{first}, and quantize={quantize!r} asks to "
-            f"quantize again. Leave quantize out (in a config model.quantize and load_in_4bit): "
-            f"the codes are read as they are. Or take the checkpoint in 16 bits."
+            f"'{directory}' holds 4-bit weights already{first}, and "
+            f"quantize={described(quantize)} asks to quantize again. Leave quantize out (in a "
+            f"config model.quantize and load_in_4bit): the codes are read as they are. Or take the "
+            f"checkpoint in 16 bits."
         )
 
 
@@ -138,7 +139,8 @@ def load(
     """Return `(model, params)` of a Hugging Face checkpoint: a directory or a hub id.
 
     dtype: of the parameters and the computation. quantize: None, "nf4" or "nf4-dq" (double
-    quantization; also "fp4", "fp4-dq") for the linear layers of the language model, or a table of
+    quantization; also "fp4", "fp4-dq") for the linear layers of the language model,
+    transformers' `BitsAndBytesConfig` or its dict, a `quantization.Quantization`, or a table of
     (regex, name or "dense") rows over paths. mesh: a mesh of `vlm_jax.make_mesh`: each leaf is
     placed on its shards as it is read. revision, token: of the hub. Only config.json and
     *.safetensors are needed; a checkpoint that bitsandbytes quantized keeps its codes. One tensor
@@ -152,12 +154,12 @@ def load(
     files = tensor_files(directory)
     _check_storage(model, files, quantize, directory)
     # A 4-bit weight is several tensors: the others are read along with it.
-    found = {name: file for name, file in files.items() if bnb.weight_of(name) is None}
-    beside: dict[str, dict[str, str]] = {}
-    for name in files.keys() - found.keys():
+    found, beside = dict(files), dict[str, dict[str, str]]()
+    for name in files:
         weight = bnb.weight_of(name)
-        assert weight is not None
-        beside.setdefault(weight, {})[name.removeprefix(weight)] = name
+        if weight in files:
+            beside.setdefault(weight, {})[name.removeprefix(weight)] = name
+            del found[name]
     wanted = storages(model, quantize)
     shapes = flatten(model.abstract())
     places = disk_places(model, {path: leaf.shape for path, leaf in shapes.items()})
@@ -184,10 +186,12 @@ def load(
         params[path] = leaf.place(sharding)
         if stored is not None:
             kinds |= {tensor.name: SAFETENSORS[stored] for tensor in tensors}
+    unread = found.keys() - on_disk.values()
     source = Source(
         str(directory.absolute()),
         {name: (file, kinds[name]) for name, file in found.items()},
         str(path_or_repo_id),
         revision,
+        {name: (files[name], kinds[name]) for name in files if bnb.weight_of(name) in unread},
     )
     return from_config(model.hf_config, dtype, remat, source), unflatten(params)

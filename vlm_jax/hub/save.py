@@ -1,5 +1,6 @@
 """Writes a whole checkpoint in the layout, dtypes and tying of the base it came from."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,16 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
-from vlm_jax.hub.tensors import open_tensors
+from vlm_jax.hub.tensors import read_tensor
 from vlm_jax.lora import is_lora
 from vlm_jax.lora import merge as merge_lora
 from vlm_jax.model import Model
 from vlm_jax.names import current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten
 from vlm_jax.vocabulary import fold_added
-from vlm_jax.weights import FourBit, dense
+from vlm_jax.weights import FourBit, bnb, dense
+from vlm_jax.weights.quantize import kind as kind_of
 
 # safetensors' names of dtypes.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": np.float64}
@@ -73,6 +76,9 @@ def save_pretrained(
             )
         flat = flatten(merge_lora(model, params, requantize=quantized))
     flat = fold_added(flat)
+    if dtype is not None:  # codes stand for the dtype of what stands beside them
+        four_bits = {path: leaf for path, leaf in flat.items() if isinstance(leaf, FourBit)}
+        flat |= {p: dataclasses.replace(x, dtype=kind_of(dtype)) for p, x in four_bits.items()}
     places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
     source = model.source
     if source is None:
@@ -89,21 +95,38 @@ def save_pretrained(
         if current not in places and not is_unused(model, current):
             raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
 
+    unread = {n for n, (c, _) in names.items() if c not in places and c not in model.unused}
+    beside: dict[str, str] = {}  # further tensors of the base's 4-bit weights among those
+    if source is not None and quantized:
+        owners = {name: bnb.weight_of(name) for name in source.beside}
+        beside = {name: weight for name, weight in owners.items() if weight in unread}
     four_bit: dict[str, tuple[str, int]] = {}
     if quantized:
         currents = {name: current for name, (current, _) in names.items()}
         four_bit, tensor_4bit = tensors_4bit(currents, places, flat)
 
+    if source is not None and not Path(source.directory).is_dir():
+        raise UserError(
+            f"The base checkpoint '{source.directory}' is gone; a full export copies its "
+            f"tokenizer and settings. Restore it, or write an adapter with save_peft."
+        )
+    read_base = base_tensors(model) if source is not None and unread else None
+
     def tensor(name: str) -> np.ndarray:
         if name in four_bit:
             return tensor_4bit(name)
+        if name in beside or name in beside.values():  # the very codes of the base
+            assert source is not None
+            file, _ = (source.beside if name in beside else source.tensors)[name]
+            read = read_tensor(Path(source.directory) / file, name)
+            # Codes lie in bytes, as config.json will say, whatever bnb_4bit_quant_storage was.
+            return read if name in beside else read.reshape(-1).view(np.uint8)[:, None]
         current, kind = names[name]
         if current in model.unused:  # never computed with: as it is in the adapter
             return model.unused[current].astype(DTYPES.get(kind, model.unused[current].dtype))
         if current not in places:  # or in the base
-            assert source is not None
-            with open_tensors(Path(source.directory) / source.tensors[name][0]) as handle:
-                return handle.get_tensor(name)
+            assert read_base is not None
+            return read_base(current)
         place = places[current]
         target = jnp.dtype(dtype or DTYPES.get(kind, kind))
         leaf = flat[place.path]
@@ -113,11 +136,6 @@ def save_pretrained(
             leaf = leaf[place.layer]
         return to_disk(place, np.asarray(jax.device_get(leaf)).astype(target))
 
-    if source is not None and not Path(source.directory).is_dir():
-        raise UserError(
-            f"The base checkpoint '{source.directory}' is gone; a full export copies its "
-            f"tokenizer and settings. Restore it, or write an adapter with save_peft."
-        )
     sizes = dict.fromkeys(names, 0)
     for name, (current, kind) in names.items():
         if current in places:
@@ -125,12 +143,14 @@ def save_pretrained(
             sizes[name] = item * int(np.prod(places[current].shape))
     sizes = {name: size for name, size in sizes.items() if name not in four_bit}
     sizes |= {name: size for name, (_, size) in four_bit.items()}
+    sizes |= dict.fromkeys(beside, 0)
     with whole_directory(directory) as folder:
         write_shards(folder, sizes, tensor)
         config = dict(model.hf_config)
         config.pop("quantization_config", None)
         if four_bit:
-            config["quantization_config"] = quantization_config(model, places, flat)
+            others = {names[name][0]: name in beside.values() for name in unread}
+            config["quantization_config"] = quantization_config(model, places, flat, others)
         if dtype is not None or source is None:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(
                 jnp.dtype(dtype or model.dtype)

@@ -45,15 +45,24 @@ def tensors_4bit(
 
 
 def quantization_config(
-    model: Model, places: Mapping[str, Place], flat: Mapping[str, Any]
+    model: Model,
+    places: Mapping[str, Place],
+    flat: Mapping[str, Any],
+    unread: Mapping[str, bool],
 ) -> dict[str, Any]:
-    """Return the quantization_config of config.json: `BitsAndBytesConfig` as a dict."""
+    """Return the quantization_config of config.json: `BitsAndBytesConfig` as a dict.
+
+    unread: {name of a tensor that nothing here reads: whether it is a 4-bit weight}.
+    """
     leaf = next(leaf for leaf in flat.values() if isinstance(leaf, FourBit))
     four: set[str] = set()
     others = {HEAD}
     for name, place in places.items():
         if place.path.endswith("/kernel"):
             quantized = isinstance(flat[place.path], FourBit)
+            (four if quantized else others).add(name.removesuffix(".weight"))
+    for name, quantized in unread.items():
+        if name.endswith(".weight"):
             (four if quantized else others).add(name.removesuffix(".weight"))
     return {
         "quant_method": "bitsandbytes",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import threading
@@ -41,6 +42,7 @@ from vlm_jax.train.run import (
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.watch import Watch, added_only, idle_components
 from vlm_jax.trees import flatten, join, split
+from vlm_jax.weights import is_quantized
 
 
 @out_of_memory_explained()
@@ -80,7 +82,8 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(params, table)
     )
-    for line in summary(model, params):
+    four = any(is_quantized(leaf) for leaf in flatten(params).values())
+    for line in summary(model, params) if four else []:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"norms and softmax in float32; layers are "
@@ -152,7 +155,9 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
                         )
 
             while step < total and not stop.is_set():
+                asked = time.perf_counter()
                 batch, ids, place = next(batches)
+                watch.meter.wait(time.perf_counter() - asked)
                 state, metrics = steps[batch.shape](state, frozen, shard_batch(batch, mesh))
                 step += 1
                 show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
@@ -177,6 +182,10 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     outcome["interrupted"] = step < total
     outcome["seconds"] = time.perf_counter() - start
     outcome["data"] = data.report
+    skipped = [one._asdict() for one in data.skipped()]
+    if skipped:
+        lines = "".join(json.dumps(one) + "\n" for one in skipped)
+        (directory / "skipped.jsonl").write_text(lines, encoding="utf-8")
     for reason, count in outcome["data"]["dropped"].items():
         first = outcome["data"]["first_dropped"][reason]
         console.print(f"Left out {count} ({reason}): {first}", highlight=False, soft_wrap=True)
@@ -225,11 +234,21 @@ def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:
     report = data.report
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     shapes = ", ".join(f"{T}x{P}" for T, P in data.shapes)
+    fitted = "".join(
+        f", {report[key]} {words}"
+        for key, words in (
+            ("shrunk", "with smaller images"),
+            ("turns_dropped", "without old turns"),
+        )
+        if report[key]
+    )
+    packed = "packed rows" if report["packing"] else "rows"
     return (
         f"{report['records']} records, of which {report['measured']} were measured and "
-        f"{report['examples']} kept (dropped: {dropped or 'none'}); "
-        f"rows of tokens x patches {shapes}; {rows} rows a step on {mesh.size} devices; "
-        f"{data.steps_per_epoch} steps an epoch, {total} in all"
+        f"{report['examples']} kept (dropped: {dropped or 'none'}{fitted}); "
+        f"{packed} of tokens x patches {shapes}, of which {report['padding']:.1%} of tokens and "
+        f"{report['patch_padding']:.1%} of patches stay empty; {rows} rows a step on {mesh.size} "
+        f"devices; {data.steps_per_epoch} steps an epoch, {total} in all"
     )
 
 

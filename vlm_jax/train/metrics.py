@@ -133,19 +133,27 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.loss = self.tokens = 0.0
+        self.loss = self.tokens = self.waited = 0.0
         self.start = time.perf_counter()
 
     def add(self, loss: float, tokens: float) -> None:
         self.loss, self.tokens = self.loss + loss * tokens, self.tokens + tokens
 
+    def wait(self, seconds: float) -> None:
+        """Count time in which the loop waited for a batch."""
+        self.waited += seconds
+
     def read(self) -> dict[str, float]:
-        """Return the mean loss and the answer tokens, in all and per second; start anew."""
+        """Return the mean loss and the answer tokens, in all and per second; start anew.
+
+        data_wait: the share of the time in which the loop waited for a batch.
+        """
         seconds = max(time.perf_counter() - self.start, 1e-9)
         values = {
             "loss": self.loss / max(self.tokens, 1e-9),
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / seconds,
+            "data_wait": round(self.waited / seconds, 4),
         }
         self.reset()
         return values

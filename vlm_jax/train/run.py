@@ -35,7 +35,7 @@ from vlm_jax.weights import bnb
 DATA_KEYS = (
     *("max_seq_length", "image_resolution", "min_pixels", "max_pixels", "max_shapes"),
     # Not on_bad_example: up to a bad example that stops a run, "skip" gives the same batches.
-    *("train_split", "shuffle", "train_on"),
+    *("train_split", "shuffle", "train_on", "max_patches", "packing", "overlong"),
     *("video_fps", "video_min_frames", "video_max_frames", "video_min_pixels", "video_max_pixels"),
 )
 
@@ -197,6 +197,8 @@ def make_encoder(config: ConfigDict, model: Model) -> Encoder:
     return Encoder(
         model.source.directory,
         max_seq_length=d.max_seq_length,
+        max_patches=d.max_patches,
+        overlong=d.overlong,
         min_pixels=d.min_pixels,
         max_pixels=d.max_pixels,
         image_resolution=d.image_resolution or None,
@@ -223,7 +225,7 @@ def make_pipeline(
             f"The config names no data: set data.{name} to a .json, .jsonl or .parquet file, or a "
             f"data set."
         )
-    d, source = config.data, configs.plain(file)
+    d, source, training = config.data, configs.plain(file), name == "train_file"
     columns = configs.plain(d.columns)
     if d.streaming:
         source, columns = open_stream(source, d.image_folder, split, columns), None
@@ -233,10 +235,13 @@ def make_pipeline(
             source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
         ),
         rows=rows,
-        max_shapes=config.data.max_shapes,
+        max_shapes=d.max_shapes,
         seed=config.training.seed,
-        shuffle=config.data.shuffle,
-        workers=max(1, config.training.dataloader_num_workers),
+        shuffle=d.shuffle,
+        packing=d.packing and training,
+        drop_last=config.training.dataloader_drop_last and training,
+        max_bad_share=d.max_bad_share,
+        workers=config.training.dataloader_num_workers if training else 0,
     )
 
 
@@ -280,6 +285,8 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
             "rows": rows,
             "gradient_accumulation_steps": t.gradient_accumulation_steps,
             "seed": t.seed,
+            "dataloader_drop_last": t.dataloader_drop_last,
+            "optim": configs.OPTIMIZERS[t.optim],
         },
     }
 

@@ -10,12 +10,22 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.weights import FORMATS, dynamic8
 from vlm_jax.weights.fourbit import BLOCKS, FourBit
-from vlm_jax.weights.packing import Flat, flatten_layer, from_bytes, to_bytes
+from vlm_jax.weights.packing import (
+    Flat,
+    flatten_layer,
+    from_bytes,
+    host_device,
+    pack,
+    to_bytes,
+    unpack_codes,
+)
 
 STATE = ".quant_state.bitsandbytes__"
 # Suffixes of a weight's name; the state's ends in the format's name.
@@ -30,6 +40,7 @@ class Stored(NamedTuple):
     format: type[FourBit]
     block: int
     dtype: str
+    shape: tuple[int, ...]
 
     @property
     def kind(self) -> tuple[str, bool, int, str]:
@@ -53,6 +64,11 @@ def to_bnb(leaf: FourBit, layer: int | None = None) -> dict[str, Any]:
     nested_absmax float32 and offset float32 []; quant_map, nested_quant_map: float32 [16] and
     [256]; quant_type, blocksize, dtype, shape and nested_blocksize as in its `QuantState`.
     """
+    if not isinstance(leaf, FourBit):
+        raise UserError(
+            f"to_bnb was given a {type(leaf).__name__}, which is no 4-bit leaf. Quantize it first, "
+            f"for instance by vlm_jax.nf4.quantize."
+        )
     if leaf.ndim != (2 if layer is None else 3):
         raise ValueError(f"The leaf is {list(leaf.shape)}: give a layer for a stacked one only.")
     flat = flatten_layer(leaf, layer)
@@ -97,10 +113,25 @@ def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]
     return tensors
 
 
-def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name: str) -> Stored:
+def decoded(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Return the weight [out, in] of {suffix: tensor}, in the dtype that its codes stand for."""
+    stored = from_tensors(tensors, None, name)
+    inputs, outputs = stored.shape[::-1]
+    packed = pack(stored.flat, (inputs, outputs), stored.block)
+    with jax.default_device(host_device()):
+        codes, absmax, nested, offset = jax.tree.map(jnp.asarray, packed)
+        codes = unpack_codes(codes, outputs)
+        leaf = stored.format(codes, absmax, nested, offset, block=stored.block, dtype=stored.dtype)
+        return np.ascontiguousarray(np.asarray(leaf.dense(stored.dtype)).T)
+
+
+def from_tensors(
+    tensors: Mapping[str, np.ndarray], shape: tuple[int, ...] | None, name: str
+) -> Stored:
     """Return the stored weight of {suffix: tensor}, codes unchanged.
 
-    shape: [out, in], or what the checkpoint's config makes of it. name: of the weight, for errors.
+    shape: [out, in], or what the checkpoint's config makes of it; None: as is stated.
+    name: of the weight, for errors.
     Raises `UserError` for a tensor that is missing, has another length than the weight needs, or
     holds what this library does not know.
     """
@@ -126,6 +157,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name
         raise refuse(f"its blocksize is {block!r}; known are {', '.join(map(str, BLOCKS))}.")
     if dtype not in DTYPES:
         raise refuse(f"its dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
+    shape = stated if shape is None else shape
     count = math.prod(shape)
     if math.prod(stated) != count or (len(shape) == 2 and stated != tuple(shape)):
         raise refuse(
@@ -138,6 +170,8 @@ def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name
     if double:
         lengths |= {".nested_absmax": -(-blocks // dynamic8.BLOCK), ".nested_quant_map": 256}
         types |= {".nested_absmax": np.float32, ".nested_quant_map": np.float32}
+    if "" in tensors and tensors[""].dtype.name in DTYPES:  # bnb_4bit_quant_storage, as FSDP needs
+        tensors = {**tensors, "": np.ascontiguousarray(tensors[""]).reshape(-1).view(np.uint8)}
     for suffix, length in lengths.items():
         if suffix not in tensors:
             raise refuse(f"'{name}{suffix}' is missing.")
@@ -163,4 +197,5 @@ def from_tensors(tensors: Mapping[str, np.ndarray], shape: tuple[int, ...], name
             raise refuse(f"its nested_offset is {mean!r}, not a number.")
         offset = np.asarray(mean, np.float32)
     codes = from_bytes(tensors[""], count)
-    return Stored(Flat(codes, tensors[".absmax"].reshape(-1), nested, offset), format, block, dtype)
+    flat = Flat(codes, tensors[".absmax"].reshape(-1), nested, offset)
+    return Stored(flat, format, block, dtype, shape)

@@ -15,6 +15,7 @@ from vlm_jax.weights.packing import Flat, host_device, pack, unpack_codes
 SMALLEST = np.float32(1e-38)  # bitsandbytes' lower bound of a scale that it divides by
 # Scales that XLA computes with exactly: it flushes subnormal numbers, 1 / scale among them.
 ORDINARY = (np.float32(1e-30), np.float32(1e37))
+KINDS = ("float32", "bfloat16", "float16", "float64")  # dtypes that are quantized
 CHUNK = 1 << 22  # values that the exact path takes at a time
 
 
@@ -30,6 +31,13 @@ def quantize(
     """
     if isinstance(kernel, FourBit):
         raise UserError(f"{name} is quantized already, as {kernel.NAME}; dequantize it first.")
+    is_array = isinstance(kernel, np.ndarray | jax.Array)
+    if not is_array or kernel.ndim not in (2, 3):
+        what = f"is a {type(kernel).__name__} of shape {list(np.shape(kernel))}"
+        raise UserError(
+            f"{name} {what}; only matrices are quantized, as numpy or JAX "
+            f"arrays [in, out] or [layers, in, out]."
+        )
     check(kernel.shape[-2:], block, kernel.dtype, name)
     if kernel.ndim == 3:
         layers = [
@@ -45,8 +53,7 @@ def quantize(
     packed = pack(encode(format, weight, block, double, name), kernel.shape, block)
     codes = unpack_codes(jnp.asarray(packed.codes), kernel.shape[1])
     absmax, nested, offset = (None if a is None else jnp.asarray(a) for a in packed[1:])
-    dtype = jnp.dtype(kernel.dtype).name
-    return format(codes, absmax, nested, offset, block=block, dtype=dtype)
+    return format(codes, absmax, nested, offset, block=block, dtype=kind(kernel.dtype))
 
 
 def check(shape: tuple[int, ...], block: int, dtype: Any, name: str) -> None:
@@ -58,8 +65,16 @@ def check(shape: tuple[int, ...], block: int, dtype: Any, name: str) -> None:
         )
     if len(shape) != 2 or 0 in shape:
         raise UserError(f"{name} has the shape {list(shape)}; only matrices are quantized.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise UserError(f"{name} is of type {jnp.dtype(dtype).name}; only floats are quantized.")
+    if jnp.dtype(dtype).name not in KINDS:
+        raise UserError(
+            f"{name} is of type {jnp.dtype(dtype).name}; only floats are quantized "
+            f"({', '.join(KINDS)}). Convert it to one of them first."
+        )
+
+
+def kind(dtype: Any) -> str:
+    """Return the dtype that codes made of a checked one stand for: bitsandbytes has no float64."""
+    return "float32" if jnp.dtype(dtype) == np.float64 else jnp.dtype(dtype).name
 
 
 def encode(format: type[FourBit], weight: np.ndarray, block: int, double: bool, name: str) -> Flat:
@@ -179,5 +194,4 @@ def _quantize_on_device(format: type[FourBit], kernel: jax.Array, block: int, do
     if inputs % block == 0:
         absmax = absmax.reshape(outputs, inputs // block).T
     codes = codes.reshape(outputs, inputs).T.astype(jnp.uint4)
-    dtype = jnp.dtype(kernel.dtype).name
-    return format(codes, absmax, nested, offset, block=block, dtype=dtype)
+    return format(codes, absmax, nested, offset, block=block, dtype=kind(kernel.dtype))
