@@ -44,6 +44,17 @@ def _parser() -> argparse.ArgumentParser:
         "--text", action="store_true", help="print to the terminal instead; a page only with --out"
     )
 
+    recommend = add("recommend", "Choose a method for your data and hardware, and write a config.")
+    recommend.add_argument("--data", required=True, metavar="FILE", help="as data.train_file")
+    recommend.add_argument("--model", required=True, metavar="DIR", help="directory or hub id")
+    recommend.add_argument("--hardware", metavar="NAME", help="as rtx4090, h100:8, v5e-4")
+    recommend.add_argument("--out", metavar="FILE", help="the config to write, .yaml or .py")
+    recommend.add_argument("--split", help="of a data set that has several")
+    recommend.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
+    recommend.add_argument(
+        "--allow-absolute-paths", action="store_true", help="read images outside that folder"
+    )
+
     export = add(
         "export", "Write a run's adapter or merged checkpoint, and compare it with the run."
     )
@@ -150,6 +161,40 @@ def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
 
         file.write_text(render(seen), encoding="utf-8")
         print(f"Wrote {len(seen.examples)} examples to '{file}'.", file=sys.stderr)
+    return 0
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    file = None if options.out is None else _writable(options.out, "--out")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vlm_jax.recommend import check_out, recommend, write
+
+    if file is not None:
+        check_out(file)
+    found = recommend(
+        options.data,
+        options.model,
+        options.hardware,
+        image_folder=options.image_folder,
+        split=options.split,
+        allow_absolute_paths=options.allow_absolute_paths,
+        output_dir=f"outputs/{'recommended' if file is None else file.stem}",
+    )
+    console = Console(highlight=False)
+    table = Table("", "recommended", "why", title=f"{options.model} on {options.data}")
+    for row in found.reasons:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    if file is None:
+        console.print("Nothing was written; --out FILE writes a config that vlm-jax train takes.")
+        return 0
+    write(found, file)
+    console.print(f"Wrote '{file}'. Next, look at what the model will see, then train:")
+    console.print(f"  vlm-jax preview --config {file}\n  vlm-jax train --config {file}")
+    console.print("Memory is estimated; vlm_jax.plan.compile_step asks the compiler itself.")
     return 0
 
 
@@ -281,7 +326,12 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 CONFIGURED = {"train": _train, "preview": _preview}  # they take --config.section.key=value
-COMMANDS = {"export": _export, "evaluate": _evaluate, "generate": _generate}
+COMMANDS = {
+    "recommend": _recommend,
+    "export": _export,
+    "evaluate": _evaluate,
+    "generate": _generate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
