@@ -144,7 +144,8 @@ def test_the_estimate_counts_what_a_run_holds(place):
         assert got.weights == nbytes(frozen)
         assert got.trained == 3 * masters  # gradients, and copies in float32 here
         assert 2 * masters <= got.moments < 2 * masters + 100
-        assert estimate(made, (64, 64), shards=2).weights == got.weights // 2
+        assert got.over(2).weights == got.weights // 2 and got.over(1) == got
+        assert got.over(2).activations == got.activations
         paged = make_config(
             place / "base", place / "data/train.jsonl", place / "no", *changes,
             "training.optim=paged_adamw",

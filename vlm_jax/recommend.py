@@ -122,7 +122,10 @@ def recommend(
     records = read_records(source, image_folder, split)
     named = isinstance(source, str) or is_list_of_sources(source)  # and no rows in memory
     directory = resolve(model, revision, weights=False)
-    access = {"image_folder": image_folder, "allow_absolute_paths": allow_absolute_paths}
+    access: dict[str, Any] = {
+        "image_folder": image_folder,
+        "allow_absolute_paths": allow_absolute_paths,
+    }
     encoder = Encoder(directory, **access)
     count = len(records)
     band = next(one for one in BANDS if count < one.below)
@@ -151,8 +154,9 @@ def recommend(
                 },
             )  # fmt: skip
             # Copies of the model where one device holds it, else one copy that all share.
+            alone = _need(made, directory, row.shape)
             for shards in sorted({1, 1 if machine is None else machine.count}):
-                need = _need(made, directory, row.shape, shards)
+                need = alone.over(shards)
                 if machine is None or need.total <= machine.usable:
                     chosen_at = at
                     break
@@ -319,12 +323,10 @@ def _mesh(machine: Hardware | None, shards: int) -> dict[str, dict[str, int]]:
     return {"mesh": {"devices": machine.count, "data": copies, "fsdp": shards}}
 
 
-def _need(
-    made: dict[str, dict[str, Any]], directory: Path, shape: tuple[int, int], shards: int
-) -> Estimate:
+def _need(made: dict[str, dict[str, Any]], directory: Path, shape: tuple[int, int]) -> Estimate:
     flat: dict[str, Any] = configs.flatten_config(made)
     flat |= {"model.name_or_path": str(directory), "model.revision": None}
-    return estimate(configs.load(None, flat), shape, rows=1, shards=shards)
+    return estimate(configs.load(None, flat), shape)
 
 
 def _reasons(

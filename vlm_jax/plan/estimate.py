@@ -32,12 +32,17 @@ class Estimate(NamedTuple):
     def total(self) -> int:
         return sum(self)
 
+    def over(self, shards: int) -> "Estimate":
+        """Return the estimate where so many devices share the parameters (mesh.fsdp)."""
+        shared = (part // shards for part in self[:-1])
+        return Estimate(*shared, self.activations)
 
-def estimate(config: ConfigDict, shape: Shape, rows: int = 1, shards: int = 1) -> Estimate:
-    """Return what a step of `rows` rows of `shape` a device needs; nothing is allocated.
 
-    shards: devices that share one copy of the parameters (mesh.fsdp). Of the model only
-    config.json is read. Raises `UserError` for what the config lacks.
+def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
+    """Return what a step of `rows` rows of `shape` needs on one device; nothing is allocated.
+
+    The config's mesh is not looked at. Of the model only config.json is read. Raises `UserError`
+    for what the config lacks.
     """
     one = config.copy_and_resolve_references()
     with one.unlocked():
@@ -50,9 +55,9 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1, shards: int = 1) -
     moments = 0 if paged else nbytes(state.opt_state)
     trains_tower = config.model.vision_encoder_lr_scale > 0
     return Estimate(
-        weights=nbytes(frozen) // shards,
-        trained=(2 * masters + copies) // shards,
-        moments=moments // shards,
+        weights=nbytes(frozen),
+        trained=2 * masters + copies,
+        moments=moments,
         activations=activations(model, shape, rows, trains_tower, largest(frozen)),
     )
 

@@ -54,7 +54,7 @@ def hardware(name: str) -> Hardware:
 
     Raises `UserError` with the known ones for another name.
     """
-    text = re.sub(r"[\s_]", "", name.lower()).removeprefix("nvidia-").removeprefix("tpu")
+    text = re.sub(r"[\s_]", "", name.lower()).removeprefix("nvidia").removeprefix("tpu")
     text = text.removeprefix("-")
     count: int | None = None
     if many := re.fullmatch(r"(\d+)x(.+)", text):
