@@ -34,8 +34,8 @@ class Estimate(NamedTuple):
 
     def over(self, shards: int) -> "Estimate":
         """Return the estimate where so many devices share the parameters (mesh.fsdp)."""
-        shared = (part // shards for part in self[:-1])
-        return Estimate(*shared, self.activations)
+        weights, trained, moments = (part // shards for part in self[:-1])
+        return Estimate(weights, trained, moments, self.activations)
 
 
 def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:

@@ -1,8 +1,8 @@
 """Devices by the names people use, with the memory that their makers state."""
 
+import dataclasses
 import math
 import re
-from typing import NamedTuple
 
 from vlm_jax.errors import UserError, nearest
 
@@ -36,7 +36,8 @@ MEMORY: dict[str, int] = {
 BY_CORES = ("v4", "v5p")
 
 
-class Hardware(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Hardware:
     """So many equal devices; memory: bytes of one."""
 
     name: str

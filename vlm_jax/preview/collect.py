@@ -192,7 +192,7 @@ def _rows(
                     good.append(index)
                 except UserError as error:
                     if not measurer.allowed(error):
-                        raise measurer.named(error) from error
+                        raise measurer.named(index, error) from error
                     damaged.append(str(error))
             # One row at a time: a whole global batch of images may be gigabytes.
             batch = encoder.collate([made], *step.shape)

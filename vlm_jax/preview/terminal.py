@@ -123,7 +123,8 @@ def tokens(pieces: list[Piece], colour: bool) -> Text:
     for i, piece in enumerate(pieces):
         written = f"{piece.text} × {piece.count:,}" if piece.number else visible(piece.text)
         if colour:
-            text.append(written + weight(piece), STYLES[piece.kind])
+            begins = i == 0 or pieces[i - 1].weight != piece.weight
+            text.append((weight(piece) if begins else "") + written, STYLES[piece.kind])
             continue
         before = i > 0 and (pieces[i - 1].kind, pieces[i - 1].weight) == (piece.kind, piece.weight)
         after = i + 1 < len(pieces) and (
