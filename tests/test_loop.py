@@ -184,9 +184,11 @@ def test_what_fails_later_keeps_its_checkpoints_and_resumes(place):
     assert outcome["steps"] == 6 and "from step 4" in text
     # or goes on without the bad example, as the error says
     (place / "cut/10.png").write_bytes(whole[: len(whole) // 2])
-    skip = (*order, "data.on_bad_example=skip")
+    skip = (*order, "data.on_bad_example=skip", "data.max_bad_share=0.5")
     outcome, _, text = run(place, "left_out", *skip, data="cut/train.jsonl", resume=True)
     assert outcome["steps"] == 6 and "from step 4" in text and "Left out 1" in text
+    (line,) = (place / "left_out/skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["index"] == 10 and json.loads(line)["reason"] == "image"
 
 
 def test_a_trained_component_without_gradient_stops_the_run():

@@ -12,6 +12,7 @@ import vlm_jax.data.pipeline as pipeline_module
 from vlm_jax.data import Encoder, Pipeline, encode, read_records
 from vlm_jax.data.images import read_image
 from vlm_jax.data.shapes import LEAST_GAIN, choose_shapes, cost, group, round_up
+from vlm_jax.data.stream import open_stream
 from vlm_jax.errors import UserError
 
 WORDS = "What color is the ball and the box? "
@@ -515,3 +516,35 @@ def test_sizes_are_measured_once_for_a_file_and_again_where_anything_changes(
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert measured(on_bad_example="skip", max_bad_share=1.0) == 50
     assert measured(on_bad_example="skip", max_bad_share=1.0) == 1  # it may be there by now
+
+
+# Streams
+
+
+def test_a_stream_is_exact_whoever_reads_it(qwen, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline_module, "SAMPLE", 20)
+    monkeypatch.setattr(pipeline_module, "WINDOW", 16)
+    rows = json.loads((folder / "data.json").read_text())
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stream = lambda: open_stream(tmp_path / "data.jsonl", folder)  # noqa: E731
+    make = lambda **options: Pipeline(  # noqa: E731
+        qwen, stream(), rows=2, max_length=512, packing=True, **options
+    )
+    pipeline = make()
+    assert pipeline.steps_per_epoch is None and pipeline.report["records"] == 20
+    straight = list(itertools.islice(pipeline.batches(), 20))
+    first = [name for _, ids, after in straight for name in ids if after["epoch"] == 0]
+    ended = next(ids for _, ids, after in straight if (after["epoch"], after["step"]) == (1, 0))
+    assert sorted(first + ended) == sorted(f"r{i}" for i in range(50))
+    assert pipeline.report["records"] == 50
+    for stop, options in ((3, {}), (7, {"workers": 1}), (11, {})):
+        again = list(itertools.islice(make(**options).batches(straight[stop][2]), 3))
+        for (batch, ids, after), (other, names, then) in zip(
+            straight[stop + 1 :], again, strict=False
+        ):
+            same(batch, other)
+            assert (ids, after) == (names, then)
+    with pytest.raises(UserError, match="stream cannot be evaluated"):
+        next(make().eval_batches())
+    with pytest.raises(UserError, match="set data.max_seq_length"):
+        Pipeline(qwen, stream(), rows=2)

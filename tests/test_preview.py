@@ -307,6 +307,19 @@ def test_a_mesh_need_not_be_here(qwen, tmp_path):
         shards_of(made)
 
 
+def test_a_stream(qwen, tmp_path):
+    name = write_image(tmp_path / "i.png", 20, 30).name
+    rows = [turns("What color?", "red " * (i + 1), id=f"s{i}", image=name) for i in range(6)]
+    file = tmp_path / "stream.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = config.load(write_config(tmp_path, qwen[0], file, data__streaming=True))
+    seen = preview(made, 4)
+    assert seen.total_steps is None and len(seen.examples) == 4
+    assert all(example.pictures for example in seen.examples)
+    assert "of a stream" in page.render(seen)
+    assert any("of a stream" in line for line in terminal.statistics(seen))
+
+
 def test_no_weights_are_fetched(qwen, monkeypatch):
     import huggingface_hub
 

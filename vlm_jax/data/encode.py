@@ -240,26 +240,29 @@ class Encoder:
         """
         record = canonical(record)
         headers = self.media.headers(record)
-        texts: dict[int, int] = {}  # tokens without media, by number of turns
+        texts: dict[int, tuple] = {}  # by number of turns: features, tokens, weights
 
         def attempt(record: Record, max_pixels: int | None) -> Trial:
             media = self.media.limited(max_pixels)
             own = {k: headers[k][len(headers[k]) - len(record[f"{k}s"]) :] for k in KINDS}
             grids = media.grids(record, own)
-            turns = len(record["messages"])
+            features, turns = self._all_features(grids), len(record["messages"])
             if turns not in texts:
-                nothing = {kind: [0] * len(own[kind]) for kind in KINDS}
-                texts[turns] = len(self._encode_text(record, nothing)[0])
-            features = self._all_features(grids)
-            tokens = texts[turns] + sum(map(sum, features.values()))
-            return Trial(record, max_pixels, tokens, self._patches(grids), (media, grids))
+                texts[turns] = features, *self._encode_text(record, features)
+            encoded, ids, weights = texts[turns]
+            tokens = len(ids) + _count(features) - _count(encoded)
+            if features != encoded:  # other features for the same text: encoded once it fits
+                ids = None
+            made = media, grids, ids, weights
+            return Trial(record, max_pixels, tokens, self._patches(grids), made)
 
         limits = self.max_seq_length, self.max_patches
         trial, fits = fit(record, attempt, limits, self.overlong, self.media.pixels)
-        media, grids = trial.encoded
+        media, grids, tokens, weights = trial.encoded
         if not fits:
             raise self._too_long(trial, grids)
-        tokens, weights = self._encode_text(trial.record, self._all_features(grids))
+        if tokens is None:
+            tokens, weights = self._encode_text(trial.record, self._all_features(grids))
         if not weights[1:].any():
             raise BadExample(
                 "no_answer",
@@ -339,7 +342,7 @@ class Encoder:
 
     def _too_long(self, trial: Trial, grids: Grids) -> BadExample:
         over = self.max_seq_length is not None and trial.tokens > self.max_seq_length
-        features = sum(map(sum, self._all_features(grids).values()))
+        features = _count(self._all_features(grids))
         reason, have, limit = (
             ("too_long", f"{trial.tokens} tokens", f"data.max_seq_length = {self.max_seq_length}")
             if over
@@ -355,6 +358,10 @@ class Encoder:
             f"images and {len(grids['video'])} videos), more than {limit}{TRIED[self.overlong]}. "
             f"It is not cut: raise the limit, lower data.max_pixels, or split the conversation.",
         )
+
+
+def _count(features: dict[str, list[int]]) -> int:
+    return sum(map(sum, features.values()))
 
 
 def _stack_grids(grids: Sequence[Grid]) -> np.ndarray | None:

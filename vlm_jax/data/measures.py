@@ -113,6 +113,27 @@ class Measures:
         }
 
 
+class StreamMeasures(Measures):
+    """Sizes of a stream's records, whose number nobody knows: in memory, each process its own."""
+
+    def __init__(self) -> None:
+        self.count, self.path = 0, ""
+        self._map()
+
+    def _map(self) -> None:
+        self.table = np.zeros((1024, len(COLUMNS)), np.int32)
+
+    def unknown(self, indices: np.ndarray) -> np.ndarray:
+        self.count = max(self.count, int(indices.max(initial=-1)) + 1)
+        if self.count > len(self.table):
+            more = np.zeros((max(self.count, len(self.table)), len(COLUMNS)), np.int32)
+            self.table = np.concatenate([self.table, more])
+        return super().unknown(indices)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": 0, "path": "", "_owned": None}
+
+
 def measures_file(place: str | Path | None, content: str | None, settings: Any) -> Path | None:
     """Return where sizes of records of this content under these settings are kept.
 

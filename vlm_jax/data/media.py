@@ -91,29 +91,45 @@ class Media:
 
         Raises `BadExample` where pixels are not what the header promised.
         """
+        return {"image": self._images(record, grids["image"]), "video": self._videos(record, grids)}
 
-        def image(source: Any, folder: str | None) -> Any:
-            assert self.processor is not None
-            return self.processor(read_image(source, folder, self.access))
+    def _images(self, record: Record, grids: Sequence[Grid]) -> np.ndarray | None:
+        processor = self.processor
+        if not grids or processor is None:
+            return None
+        values, start = processor.empty(grids), 0
+        for number, grid in enumerate(grids):
+            end = start + (1 if grid is None else int(np.prod(grid)))
+            out = values[start] if grid is None else values[start:end]
 
-        def video(source: Any, folder: str | None) -> Any:
+            def read(source: Any, folder: str | None, out: np.ndarray = out) -> Grid:
+                return processor(read_image(source, folder, self.access), out)[1]
+
+            self._check(record, "image", number, self._read(record, "image", number, read), grid)
+            start = end
+        return values
+
+    def _videos(self, record: Record, grids: Grids) -> np.ndarray | None:
+        def read(source: Any, folder: str | None) -> Any:
             processor = self.video_processor
             assert processor is not None
             return processor(open_video(source, folder, self.access, processor.sampling))
 
-        found: dict[str, np.ndarray | None] = {}
-        for kind, read in (("image", image), ("video", video)):
-            pairs = self._each(record, kind, read)
-            for number, ((_, real), grid) in enumerate(zip(pairs, grids[kind], strict=True)):
-                if real != grid:
-                    raise BadExample(
-                        "changed",
-                        f"{kind.capitalize()} {number} of {describe(record)} decodes to the patch "
-                        f"grid {real}, but its header promised {grid}: the file is damaged, or was "
-                        f"replaced since it was measured.",
-                    )
-            found[kind] = _stack([value for value, _ in pairs], grids[kind])
-        return found
+        found = []
+        for number, grid in enumerate(grids["video"]):
+            values, real = self._read(record, "video", number, read)
+            self._check(record, "video", number, real, grid)
+            found.append(values)
+        return np.concatenate(found) if found else None
+
+    def _check(self, record: Record, kind: str, number: int, real: Grid, grid: Grid) -> None:
+        if real != grid:
+            raise BadExample(
+                "changed",
+                f"{kind.capitalize()} {number} of {describe(record)} decodes to the patch grid "
+                f"{real}, but its header promised {grid}: the file is damaged, or was replaced "
+                f"since it was measured.",
+            )
 
     def _each(self, record: Record, kind: str, read: Callable[..., Any]) -> list[Any]:
         return [self._read(record, kind, i, read) for i in range(len(record[f"{kind}s"]))]
@@ -143,9 +159,3 @@ class Media:
             raise BadExample(
                 kind, f"{kind.capitalize()} {number}{name} of {describe(record)}: {error}"
             ) from error
-
-
-def _stack(values: Sequence[np.ndarray], grids: Sequence[Grid]) -> np.ndarray | None:
-    if not values:
-        return None
-    return np.stack(values) if grids[0] is None else np.concatenate(values)

@@ -1,54 +1,38 @@
 """Batches in an order that is planned from (seed, epoch), and resumes where it stopped.
 
-`Planner` says which records each step's rows hold. Grain makes them: in worker processes, or in a
-thread beside the caller. Each worker plans for itself, so that what travels between processes is a
-step's number one way and its arrays the other.
+`Planner` says which records each step's rows hold, `making` makes them; here the shapes are chosen,
+and what is left out is counted.
 """
 
-import dataclasses
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
-from vlm_jax.batch import Batch, Example
+from vlm_jax.batch import Batch
 from vlm_jax.data.encode import Encoder
-from vlm_jax.data.measures import REASONS, SHRUNK, TURNS_DROPPED, Measures, measures_file
-from vlm_jax.data.measuring import ALWAYS_DROPPED, Measurer, reason_of
+from vlm_jax.data.making import Made, Making, Skipped, Steps, batches
+from vlm_jax.data.measures import (
+    REASONS,
+    SHRUNK,
+    TURNS_DROPPED,
+    Measures,
+    StreamMeasures,
+    measures_file,
+)
+from vlm_jax.data.measuring import ALWAYS_DROPPED, Measurer
 from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.planner import Planner, State, Step
 from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up
 from vlm_jax.data.sources import read_records
+from vlm_jax.data.stream import Stream, StreamRecords
 from vlm_jax.errors import UserError
 
 SAMPLE = 2000  # records that are measured before the first step
 WINDOW = 512  # records that are planned together, at least; and at least 8 steps
-ENDLESS = 1 << 40  # steps of a training run, as Grain counts them
-
-
-class Skipped(NamedTuple):
-    """A record that is left out: its number, why in a word, and in a sentence."""
-
-    index: int
-    reason: str
-    why: str
-
-
-class Made(NamedTuple):
-    """What a worker knows of a batch beside its arrays."""
-
-    ids: list[str]
-    step: Step
-    skipped: list[Skipped]
 
 
 class Pipeline:
@@ -77,7 +61,8 @@ class Pipeline:
         keeps ready. threads: that decode the images of one batch, where there are no processes.
 
     shapes: list of (T, P). steps_per_epoch: exact without packing where all records were measured
-    (2,000 or fewer), else estimated from a sample. Raises `UserError` for bad records (see
+    (2,000 or fewer), else estimated from a sample; None for a stream, whose order is its own, and
+    whose sample is its beginning. Raises `UserError` for bad records (see
     `Encoder`) and where nothing is left.
     """
 
@@ -121,30 +106,29 @@ class Pipeline:
             )
         encoder = encoder.with_limits(length, _least(max_patches, encoder.max_patches))
         self.encoder = encoder
-        self.records: Records | Mixture = read_records(records, encoder.image_folder)
-        self.rows, self.workers, self.prefetch, self.threads = rows, workers, prefetch, threads
-        self.process_index, self.process_count = process_index, process_count
+        self.streaming = isinstance(records, Stream)
+        self.records: Records | Mixture | StreamRecords = (
+            StreamRecords(records)
+            if isinstance(records, Stream)
+            else read_records(records, encoder.image_folder)
+        )
+        self.rows, self.making = rows, Making(workers, prefetch, threads)
+        share = rows // process_count
+        self.mine = slice(process_index * share, (process_index + 1) * share)
         self.max_bad_share = max_bad_share
         skip_bad = (on_bad_example or encoder.on_bad_example) == "skip"
-        settings = {**encoder.settings, "folder": self.records.folder}
-        file = measures_file(self.records.name, self.records.fingerprint, settings)
-        self.measures = Measures(len(self.records), file)
-        # What was bad may have been mended since: an image put where it was missing.
-        self.measures.forget([reason for reason in REASONS if reason not in ALWAYS_DROPPED])
+        self.measures = self._open_measures()
         self.measurer = Measurer(encoder, self.records, self.measures, skip_bad)
         self.damaged: dict[int, Skipped] = {}  # found when their pixels were decoded
         self._seen = self._bad = 0
 
-        sample = np.arange(len(self.records))
-        self.all_measured = len(sample) <= SAMPLE
-        if not self.all_measured:
-            if encoder.max_seq_length is None:
-                raise UserError(
-                    f"There are {len(sample)} records, of which only {SAMPLE} are measured before "
-                    f"training starts: set data.max_seq_length, the most tokens a row may have."
-                )
-            chosen = np.random.default_rng([seed, SAMPLE]).choice(len(sample), SAMPLE, False)
-            sample = np.sort(chosen)
+        sample = self._sample(seed)
+        self.all_measured = not self.streaming and len(sample) == len(self.records)
+        if not self.all_measured and encoder.max_seq_length is None:
+            raise UserError(
+                f"Of the records of '{self.records.name}' only {SAMPLE} are measured before "
+                f"training starts: set data.max_seq_length, the most tokens a row may have."
+            )
         with ThreadPoolExecutor(threads) as pool:
             self.measurer.measure(sample, pool)
         self._check_share(len(sample), int(self.measurer.bad(sample).sum()))
@@ -169,7 +153,11 @@ class Pipeline:
             capacity=capacity,
             window=max(WINDOW, int(8 * rows * density)),
         )
-        expected = len(self.records) / len(sample) * packed  # rows an epoch
+        self.steps_per_epoch: int | None = None
+        if isinstance(self.records, StreamRecords):
+            return
+        order = self.records.order(seed, 0, shuffle)  # a mixture may visit a record twice, or not
+        expected = len(order) / len(sample) * packed  # rows an epoch
         self.steps_per_epoch = int(expected // rows if drop_last else -(-expected // rows))
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -190,7 +178,7 @@ class Pipeline:
         answer_tokens, patches (sums), longest (tokens); packing; padding and patch_padding: the
         shares of slots that stay empty in epoch 0.
         """
-        everything = np.arange(len(self.records))
+        everything = np.arange(self.measures.count)
         known = np.setdiff1d(everything, self.measures.unknown(everything), assume_unique=True)
         kept = self.measures.kept(known)
         table = self.measures.sizes(kept)
@@ -213,7 +201,7 @@ class Pipeline:
             dropped[one.reason] = dropped.get(one.reason, 0) + 1
         tokens, patches, answers, _ = (int(n) for n in table.sum(0))
         return {
-            "records": len(self.records),
+            "records": self.measures.count,
             "measured": len(known),
             "examples": len(kept) - len(self.damaged),
             "dropped": dropped,
@@ -250,7 +238,7 @@ class Pipeline:
         another batch size.
         """
         next(iter(self.planner.steps(state)))  # a state that does not fit is told here and now
-        for batch, made in self._made(Steps(self, state)):
+        for batch, made in self._made(Steps(self.planner, self.mine, self.making, state)):
             yield batch, made.ids, made.step.after
 
     def eval_batches(self) -> Iterator[tuple[Batch, list[str]]]:
@@ -258,13 +246,16 @@ class Pipeline:
 
         The last batch of rows is filled with empty rows, whose weights are 0.
         """
-        for batch, made in self._made(Steps(self, steps=self.eval_steps())):
+        steps = self.eval_steps()
+        for batch, made in self._made(Steps(self.planner, self.mine, self.making, steps=steps)):
             yield batch, made.ids
 
     def eval_steps(self) -> list[Step]:
         """Return the steps that `eval_batches` makes; measures every record."""
-        everything = np.arange(len(self.records))
-        with ThreadPoolExecutor(self.threads) as pool:
+        if self.streaming:
+            raise UserError("A stream cannot be evaluated on: give a file or data set by its name.")
+        everything = np.arange(self.measures.count)
+        with ThreadPoolExecutor(self.making.threads) as pool:
             self.measurer.measure(everything, pool)
         kept = self.measures.kept(everything)
         return [
@@ -273,6 +264,25 @@ class Pipeline:
         ]
 
     # Planning
+
+    def _open_measures(self) -> Measures:
+        if isinstance(self.records, StreamRecords):
+            return StreamMeasures()
+        settings = {**self.encoder.settings, "folder": self.records.folder}
+        file = measures_file(self.records.name, self.records.fingerprint, settings)
+        measures = Measures(len(self.records), file)
+        # What was bad may have been mended since: an image put where it was missing.
+        measures.forget([reason for reason in REASONS if reason not in ALWAYS_DROPPED])
+        return measures
+
+    def _sample(self, seed: int) -> np.ndarray:
+        """Return the records that shapes are chosen by."""
+        if isinstance(self.records, StreamRecords):
+            return next(self.records.windows(0, SAMPLE), (np.arange(0), True))[0]
+        count = len(self.records)
+        if count <= SAMPLE:
+            return np.arange(count)
+        return np.sort(np.random.default_rng([seed, SAMPLE]).choice(count, SAMPLE, False))
 
     def _choose_shapes(
         self, sizes: np.ndarray, max_shapes: int, kept: np.ndarray, packing: bool
@@ -305,6 +315,17 @@ class Pipeline:
             sizes = row_sizes(pack(sizes, capacity), sizes)
         return capacity, choose_shapes(sizes, (tokens, patches), max_shapes, unit)
 
+    # Making
+
+    def _made(self, source: Steps) -> Iterator[tuple[Batch, Made]]:
+        """Yield batches; take note of what went wrong in them."""
+        self._seen = self._bad = 0
+        for batch, made in batches(source, self.making):
+            for one in made.skipped:
+                self.damaged.setdefault(one.index, one)
+            self._check_share(made.step.seen, made.step.bad + len(made.skipped))
+            yield batch, made
+
     # Bad records
 
     def _first_dropped(self) -> Iterator[Skipped]:
@@ -328,139 +349,6 @@ class Pipeline:
                 f"are bad, more than data.max_bad_share = {self.max_bad_share:g}. The first: "
                 f"{first.why if first else ''} Mend them, or allow a larger share."
             )
-
-    # Making
-
-    def _made(self, source: "Steps") -> Iterator[tuple[Batch, Made]]:
-        dataset: Any = grain.MapDataset.source(source)
-        if self.workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads some, which no program here defines
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(
-                num_workers=self.workers, per_worker_buffer_size=self.prefetch
-            )
-            alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-            dataset = dataset.to_iter_dataset(alone).mp_prefetch(options, _quiet_worker)
-        else:
-            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
-            dataset = dataset.to_iter_dataset(options)
-        iterator = iter(dataset)
-        self._seen = self._bad = 0
-        try:
-            for arrays, made in iterator:
-                for one in made.skipped:
-                    self.damaged.setdefault(one.index, one)
-                self._check_share(made.step.seen, made.step.bad + len(made.skipped))
-                yield Batch(**arrays), made
-        finally:
-            if self.workers:
-                iterator.close()
-            source.close()
-
-
-class Steps:
-    """The batches from a state on by number, as a source for Grain; pickles for its workers.
-
-    Numbers come in rising order: steps that are passed over are planned and not made.
-    """
-
-    def __init__(
-        self, pipeline: Pipeline, state: State | None = None, steps: list[Step] | None = None
-    ):
-        share = pipeline.rows // pipeline.process_count
-        first = pipeline.process_index * share
-        self.mine = slice(first, first + share)
-        self.planner, self.state, self.steps = pipeline.planner, state, steps
-        self.workers, self.threads = pipeline.workers, pipeline.threads
-        self._begin()
-
-    def _begin(self) -> None:
-        self._plan: Iterator[Step] | None = None
-        self._next = 0
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        private = ("_plan", "_next", "_pool", "_lock")
-        return {name: value for name, value in self.__dict__.items() if name not in private}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
-
-    def __len__(self) -> int:
-        return ENDLESS if self.steps is None else len(self.steps)
-
-    def __getitem__(self, number: int) -> tuple[dict[str, np.ndarray], Made]:
-        with self._lock:
-            return self._make(self._step(number))
-
-    def close(self) -> None:
-        """Let the threads go."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
-
-    def _step(self, number: int) -> Step:
-        if self.steps is not None:
-            return self.steps[number]
-        if self._plan is None or number < self._next:
-            share = number % self.workers / self.workers if self.workers else 0.0
-            self._plan, self._next = (
-                dataclasses.replace(self.planner, share=share).steps(self.state),
-                0,
-            )
-        # What is passed over is another worker's to make, but was planned here too.
-        for _ in range(number - self._next):
-            next(self._plan)
-        self._next = number + 1
-        return next(self._plan)
-
-    def _make(self, step: Step) -> tuple[dict[str, np.ndarray], Made]:
-        mine = step.rows[self.mine]
-        if self._pool is None and not self.workers:
-            self._pool = ThreadPoolExecutor(self.threads)
-        places = [index for row in mine for index in row]
-        found = iter((self._pool.map if self._pool else map)(self._example, places))
-        ids, skipped, rows = [], [], []
-        for row in mine:
-            examples: list[Example] = []
-            for one in (next(found) for _ in row):
-                if isinstance(one, Skipped):
-                    skipped.append(one)
-                else:
-                    ids.append(one[0])
-                    examples.append(one[1])
-            rows.append(examples)
-        rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
-        batch = self.planner.measurer.encoder.collate(rows, *step.shape)
-        arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        return arrays, Made(ids, step, skipped)
-
-    def _example(self, index: int) -> tuple[str, Example] | Skipped:
-        """Return (id, example) of a record; what is wrong with it where it proves damaged."""
-        measurer = self.planner.measurer
-        try:
-            record = measurer.records[index]
-            return record["id"], measurer.encoder.example(record)
-        except UserError as error:
-            if not measurer.allowed(error):
-                raise measurer.named(index, error) from error
-            return Skipped(index, reason_of(error), f"In {measurer.records.place(index)}: {error}")
-
-
-def _quiet_worker(number: int, count: int) -> None:
-    """Prepare a worker process: no accelerator, no part in Ctrl-C, no life without its parent."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _least(*limits: int | None) -> int | None:

@@ -15,6 +15,7 @@ import numpy as np
 from vlm_jax.data.measuring import Measurer
 from vlm_jax.data.packing import pack, row_sizes
 from vlm_jax.data.shapes import Shape, cost, fit
+from vlm_jax.data.stream import StreamRecords
 from vlm_jax.errors import UserError
 
 State = dict[str, int]
@@ -77,8 +78,6 @@ class Planner:
         epoch, number = int(state["epoch"]), int(state["step"])
         cursor, done = int(state.get("cursor", 0)), int(state.get("row", 0))
         first = int(state.get("first", 0))  # rows that the step before took from this window
-        records = self.measurer.records
-        order = records.order(self.seed, epoch, self.shuffle)
         waiting: list[tuple[list[int], np.ndarray]] = []  # rows of a step that is not full yet
         seen = bad = 0
 
@@ -94,8 +93,7 @@ class Planner:
             seen = bad = 0
             return made
 
-        while cursor < len(order):
-            members = order[cursor : cursor + self.window]
+        for members, last in self._windows(epoch, cursor):
             self.measurer.measure(members, share=self.share)
             after = cursor + len(members)
             seen, bad = seen + len(members), bad + self._bad(members)
@@ -107,10 +105,20 @@ class Planner:
                     left = len(rows) - (i + 1)
                     place = (after, 0, 0) if left == 0 else (cursor, i + 1, first)
                     too_few = left < self.rows if self.drop_last else left == 0
-                    yield step(*place, ended=too_few and after == len(order))
+                    yield step(*place, ended=too_few and last)
             first, cursor, done = -len(waiting) % self.rows, after, 0
         if waiting and not self.drop_last:
             yield step(0, 0, 0, ended=True)
+
+    def _windows(self, epoch: int, cursor: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """Yield (records of a window, whether it is the epoch's last) from the cursor on."""
+        records = self.measurer.records
+        if isinstance(records, StreamRecords):
+            yield from records.windows(cursor, self.window)
+            return
+        order = records.order(self.seed, epoch, self.shuffle)
+        for start in range(cursor, len(order), self.window):
+            yield order[start : start + self.window], start + self.window >= len(order)
 
     def _rows(self, kept: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
         """Return each row's records and the rows' sizes, in the order of their first record."""
@@ -148,5 +156,7 @@ class Planner:
     def _about(self) -> State:
         """Return what a state must agree on."""
         packed = 0 if self.capacity is None else self.capacity[0]
-        about = {"records": len(self.measurer.records), "rows": self.rows, "seed": self.seed}
+        records = self.measurer.records
+        count = -1 if isinstance(records, StreamRecords) else len(records)
+        about = {"records": count, "rows": self.rows, "seed": self.seed}
         return {**about, "packed": packed}

@@ -6,7 +6,7 @@ Bit for bit what transformers' PIL processors return. Letters: P patches, C valu
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,8 +38,17 @@ class ImageProcessor(Protocol):
     def grid(self, height: int, width: int) -> Grid:
         """Return (frames, height, width) in patches of an image of this size; None if fixed."""
 
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
-        """Return (pixel values float32, grid) of a uint8 [H, W, 3] image."""
+    def empty(self, grids: Sequence[Grid]) -> np.ndarray:
+        """Return room for the pixel values of images of these grids."""
+
+    def __call__(
+        self, pixels: np.ndarray, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Grid]:
+        """Return (pixel values float32, grid) of a uint8 [H, W, 3] image.
+
+        out: where the values are written, a part of `empty`; where the grid does not fit it,
+        nothing is.
+        """
 
     def settings(self) -> dict[str, Any]:
         """Return what `preprocessor_config.json` must hold to serve images the same way."""
@@ -172,13 +181,22 @@ class Patches:
         new_height, new_width = self.size(height, width)
         return 1, new_height // self.raw["patch_size"], new_width // self.raw["patch_size"]
 
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
-        frames = self.raw["temporal_patch_size"]
-        blocks, (h, w) = self.cut(pixels, self.size(*pixels.shape[:2]))
-        values = np.empty((h * w, 3, frames, blocks.shape[2]), np.float32)
-        for channel in range(3):
-            values[:, channel] = self.table[channel].take(blocks[channel])[:, None]
-        return values.reshape(h * w, 3 * frames * blocks.shape[2]), (1, h, w)
+    def empty(self, grids: Sequence[Grid]) -> np.ndarray:
+        count = sum(int(np.prod(grid)) for grid in grids if grid is not None)
+        values = 3 * self.raw["temporal_patch_size"] * self.raw["patch_size"] ** 2
+        return np.empty((count, values), np.float32)
+
+    def __call__(
+        self, pixels: np.ndarray, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Grid]:
+        grid = self.grid(*pixels.shape[:2])
+        out = self.empty([grid]) if out is None else out
+        if len(out) == np.prod(grid):
+            blocks, _ = self.cut(pixels, self.size(*pixels.shape[:2]))
+            values = out.reshape(len(out), 3, -1, blocks.shape[2])
+            for channel in range(3):
+                values[:, channel] = self.table[channel].take(blocks[channel])[:, None]
+        return out, grid
 
     def cut(self, pixels: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
         """Return uint8 [3, P, patch x patch] of an image resized to `size`, in merge blocks; and
@@ -272,7 +290,12 @@ class Fixed:
     def grid(self, height: int, width: int) -> Grid:
         return None
 
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+    def empty(self, grids: Sequence[Grid]) -> np.ndarray:
+        return np.empty((len(grids), 3, *self.output), np.float32)
+
+    def __call__(
+        self, pixels: np.ndarray, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Grid]:
         raw = self.raw
         if raw["do_pad"]:
             pixels = pad_to_square(pixels, [int(mean * 255) for mean in raw["image_mean"]])
@@ -286,7 +309,10 @@ class Fixed:
             pixels = resize(pixels, target, raw["resample"])
         if raw["do_center_crop"]:
             pixels = center_crop(pixels, self.output)
-        return np.stack([self.table[c].take(pixels[:, :, c]) for c in range(3)]), None
+        out = self.empty([None])[0] if out is None else out
+        for channel in range(3):
+            out[channel] = self.table[channel].take(pixels[:, :, channel])
+        return out, None
 
     def settings(self) -> dict[str, Any]:
         return {key: value for key, value in self.raw.items() if value is not None}

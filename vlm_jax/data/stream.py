@@ -1,8 +1,11 @@
 """Records of a stream: data sets that are read from front to back and never as a whole."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vlm_jax.data.formats import check_columns
 from vlm_jax.data.records import Record, canonical
@@ -103,3 +106,61 @@ def open_stream(
     if not isinstance(rows, datasets.IterableDataset):
         raise UserError(f"A stream is an IterableDataset or a name of one, not {name}.")
     return Stream(rows, name, folder, columns)
+
+
+class StreamRecords:
+    """The records of a stream by number, as far as they are at hand: those of the last windows.
+
+    What the planner has instead of `Records`: it goes through a stream window by window, in each
+    worker process anew. Pickles without what it holds.
+    """
+
+    fingerprint = None
+    HELD = 3  # windows: a step may begin in one and end in the next
+
+    def __init__(self, stream: Stream):
+        self.stream, self.name, self.folder = stream, stream.name, stream.folder
+        self._begin()
+
+    def _begin(self) -> None:
+        self._held: dict[int, Record | UserError] = {}
+        self._rest: Iterator[Record | UserError] | None = None
+        self._next = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._held[int(index)]
+        if isinstance(record, UserError):
+            raise record
+        return record
+
+    def windows(self, cursor: int, size: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """Yield (numbers of the records of a window, whether the stream ends with it)."""
+        while True:
+            if self._rest is None or self._next != cursor:
+                self._rest, self._next, self._held = self.stream.records_from(cursor), cursor, {}
+            # One more, to know whether this is all; it stays for the next window.
+            found = [self._held[cursor]] if cursor in self._held else []
+            found += itertools.islice(self._rest, size + 1 - len(found))
+            members = np.arange(cursor, cursor + min(size, len(found)))
+            self._held.update(zip(range(cursor, cursor + len(found)), found, strict=True))
+            for old in [i for i in self._held if i < cursor - (self.HELD - 1) * size]:
+                del self._held[old]
+            last = len(found) <= size
+            cursor = self._next = cursor + len(members)
+            if last:
+                self._rest = None
+            if len(members):
+                yield members, last
+            if last:
+                return
+
+    def place(self, index: int) -> str:
+        """Return where a record stands, for errors."""
+        return self.stream.place(index)

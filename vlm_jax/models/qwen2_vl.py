@@ -319,7 +319,8 @@ def layout(
             tokens, image_grids, video_grids, merge, cfg.image_token_id, cfg.video_token_id
         ),
         "image_index": image_index,
-        "patches": np.concatenate([images, videos]),
+        # Tens of megabytes: copied only where there are both.
+        "patches": np.concatenate([images, videos]) if len(videos) else images,
         "patch_segments": vision_segments(grids),
         "patch_positions": vision_positions(grids, merge),
     }

@@ -66,8 +66,8 @@ class Row:
 class Preview:
     """Everything that a page or a terminal shows. report: `Pipeline.report`.
 
-    total_steps: of the whole run (train), of one evaluation (eval). rows_a_step: of the global
-    batch. exact: whether the steps are counted, not estimated.
+    total_steps: of the whole run (train), of one evaluation (eval); None: nothing says it.
+    rows_a_step: of the global batch. exact: whether the steps are counted, not estimated.
     """
 
     model: str
@@ -77,7 +77,7 @@ class Preview:
     report: dict[str, Any]
     histograms: list[Histogram]
     rows_a_step: int
-    total_steps: int
+    total_steps: int | None
     exact: bool
     rows: list[Row]
     damaged: list[str]
@@ -101,14 +101,19 @@ def preview(config: ConfigDict, examples: int = 16, split: str = "train") -> Pre
     pipeline = open_pipeline(config, split)
     t = config.training
     seen = collect(pipeline, examples, split)
+    total: int | None = None  # of a stream, without max_steps
     if split == "eval":
         total = len(pipeline.eval_steps())
     elif t.max_steps > 0:
         total = t.max_steps
-    else:
+    elif pipeline.steps_per_epoch is not None:
         total = math.ceil(t.num_train_epochs * pipeline.steps_per_epoch)
+    films = any(picture.kind == "video" for one in seen.examples for picture in one.pictures)
     return dataclasses.replace(
-        seen, model=base_name(config), settings=settings(config, pipeline), total_steps=total
+        seen,
+        model=base_name(config),
+        settings=settings(config, pipeline, films),
+        total_steps=total,
     )
 
 
@@ -147,17 +152,17 @@ def shards_of(config: ConfigDict) -> int:
 
 def collect(pipeline: Pipeline, examples: int = 16, split: str = "train") -> Preview:
     """Return the preview of a pipeline's first examples, without what only a config knows."""
+    report = pipeline.report  # first: of a stream, only what was read last is at hand
     steps: Iterator[Step]
     steps = iter(pipeline.eval_steps()) if split == "eval" else pipeline.planner.steps()
     reader = Reader(pipeline.encoder)
     damaged: list[str] = []
     rows = list(_rows(pipeline, reader, steps, examples, damaged))
     measures = pipeline.measures
-    everything = np.arange(len(pipeline.records))
+    everything = np.arange(measures.count)
     known = np.setdiff1d(everything, measures.unknown(everything), assume_unique=True)
     sizes = measures.sizes(measures.kept(known))
     encoder = pipeline.encoder
-    report = pipeline.report
     return Preview(
         model=encoder.directory,
         data=pipeline.records.name,
@@ -271,8 +276,8 @@ def _round_width(least: float) -> int:
         power *= 10
 
 
-def settings(config: ConfigDict, pipeline: Pipeline) -> list[Setting]:
-    """Return what decides how examples look, as it came out."""
+def settings(config: ConfigDict, pipeline: Pipeline, films: bool = False) -> list[Setting]:
+    """Return what decides how examples look, as it came out; films: whether there are videos."""
     d, t, encoder = config.data, config.training, pipeline.encoder
     media = encoder.media
     packed = pipeline.planner.capacity
@@ -300,7 +305,7 @@ def settings(config: ConfigDict, pipeline: Pipeline) -> list[Setting]:
         Setting("order", f"shuffled, seed {t.seed}" if d.shuffle else "as in the file"),
         Setting("on_bad_example", encoder.on_bad_example),
     ]  # fmt: skip
-    if media.video_processor is not None and pipeline_has_video(pipeline):
+    if media.video_processor is not None and films:
         sampling = media.video_processor.sampling
         found.insert(
             2,
@@ -311,14 +316,6 @@ def settings(config: ConfigDict, pipeline: Pipeline) -> list[Setting]:
             ),
         )
     return found
-
-
-def pipeline_has_video(pipeline: Pipeline, look: int = 200) -> bool:
-    """Return whether one of the first records has a video."""
-    first = np.arange(min(len(pipeline.records), look))
-    first = np.setdiff1d(first, pipeline.measures.unknown(first))
-    kept = pipeline.measures.kept(first)
-    return any(pipeline.records[int(index)]["videos"] for index in kept)
 
 
 def _resolution(pipeline: Pipeline) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from vlm_jax.data import Encoder, Pipeline
+from vlm_jax.errors import UserError
 from vlm_jax.evals.accuracy import accuracy
 from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
@@ -76,7 +77,13 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
         held_out = make_pipeline(config, encoder, d.eval_file, d.eval_split, eval_rows, "eval_file")
 
     # How
-    total = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * data.steps_per_epoch)
+    if data.steps_per_epoch is None and t.max_steps <= 0:
+        raise UserError(
+            "Nobody knows how long a stream is, so num_train_epochs says nothing: set "
+            "training.max_steps, or leave data.streaming out."
+        )
+    epoch = data.steps_per_epoch or t.max_steps
+    total = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * epoch)
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=total)
     rate = learning_rate(settings)
     print_report(
@@ -138,9 +145,9 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
             resume_step=step if resume else None,
         )
         rare = added_only(trained, model.component)
-        watch = Watch(log, rate, data.steps_per_epoch, t.logging_steps, rare)
-        save_at = every(t.save_strategy, t.save_steps, data.steps_per_epoch)
-        eval_at = every(t.eval_strategy, t.eval_steps, data.steps_per_epoch)
+        watch = Watch(log, rate, epoch, t.logging_steps, rare)
+        save_at = every(t.save_strategy, t.save_steps, epoch)
+        eval_at = every(t.eval_strategy, t.eval_steps, epoch)
         bar = progress_bar(console)
         batches: Any = data.batches(place)
         with contextlib.closing(batches), interruptible() as stop, bar, contextlib.closing(log):
@@ -248,7 +255,7 @@ def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:
         f"{report['examples']} kept (dropped: {dropped or 'none'}{fitted}); "
         f"{packed} of tokens x patches {shapes}, of which {report['padding']:.1%} of tokens and "
         f"{report['patch_padding']:.1%} of patches stay empty; {rows} rows a step on {mesh.size} "
-        f"devices; {data.steps_per_epoch} steps an epoch, {total} in all"
+        f"devices; {data.steps_per_epoch or 'an unknown number of'} steps an epoch, {total} in all"
     )
 
 

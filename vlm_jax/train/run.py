@@ -227,13 +227,16 @@ def make_pipeline(
         )
     d, source, training = config.data, configs.plain(file), name == "train_file"
     columns = configs.plain(d.columns)
-    if d.streaming:
-        source, columns = open_stream(source, d.image_folder, split, columns), None
+    records: Any
+    if d.streaming and training:
+        records = open_stream(source, d.image_folder, split, columns)
+    else:
+        records = read_records(
+            source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
+        )
     return Pipeline(
         encoder,
-        read_records(
-            source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
-        ),
+        records,
         rows=rows,
         max_shapes=d.max_shapes,
         seed=config.training.seed,

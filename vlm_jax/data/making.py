@@ -1,0 +1,184 @@
+"""Makes the batches of planned steps by Grain: in worker processes, or in a thread.
+
+Each worker plans for itself, so that what travels between processes is a step's number one way
+and its arrays the other.
+"""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from vlm_jax.batch import Batch, Example
+from vlm_jax.data.measuring import reason_of
+from vlm_jax.data.planner import Planner, State, Step
+from vlm_jax.errors import UserError
+
+ENDLESS = 1 << 40  # steps of a training run, as Grain counts them
+
+
+class Skipped(NamedTuple):
+    """A record that is left out: its number, why in a word, and in a sentence."""
+
+    index: int
+    reason: str
+    why: str
+
+
+class Made(NamedTuple):
+    """What a worker knows of a batch beside its arrays."""
+
+    ids: list[str]
+    step: Step
+    skipped: list[Skipped]
+
+
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """Who makes batches. workers: processes; 0: a thread, whose images `threads` decode.
+
+    prefetch: batches that each keeps ready.
+    """
+
+    workers: int = 0
+    prefetch: int = 2
+    threads: int = 2
+
+
+def batches(source: "Steps", making: Making) -> Iterator[tuple[Batch, "Made"]]:
+    """Yield each step's batch and what is known beside it, made ahead of time."""
+    dataset: Any = grain.MapDataset.source(source)
+    if making.workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads some, which no program here defines
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(
+            num_workers=making.workers, per_worker_buffer_size=making.prefetch
+        )
+        alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        dataset = dataset.to_iter_dataset(alone).mp_prefetch(options, _quiet_worker)
+    else:
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=making.prefetch)
+        dataset = dataset.to_iter_dataset(ahead)
+    iterator = iter(dataset)
+    try:
+        for arrays, made in iterator:
+            yield Batch(**arrays), made
+    finally:
+        if making.workers:
+            iterator.close()
+        source.close()
+
+
+class Steps:
+    """The batches from a state on by number, as a source for Grain; pickles for its workers.
+
+    Numbers come in rising order: steps that are passed over are planned and not made.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        mine: slice,
+        making: Making,
+        state: State | None = None,
+        steps: list[Step] | None = None,
+    ):
+        self.planner, self.mine, self.state, self.steps = planner, mine, state, steps
+        self.workers, self.threads = making.workers, making.threads
+        self._begin()
+
+    def _begin(self) -> None:
+        self._plan: Iterator[Step] | None = None
+        self._next = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        private = ("_plan", "_next", "_pool", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in private}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __len__(self) -> int:
+        return ENDLESS if self.steps is None else len(self.steps)
+
+    def __getitem__(self, number: int) -> tuple[dict[str, np.ndarray], Made]:
+        with self._lock:
+            return self._make(self._step(number))
+
+    def close(self) -> None:
+        """Let the threads go."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def _step(self, number: int) -> Step:
+        if self.steps is not None:
+            return self.steps[number]
+        if self._plan is None or number < self._next:
+            share = number % self.workers / self.workers if self.workers else 0.0
+            self._plan, self._next = (
+                dataclasses.replace(self.planner, share=share).steps(self.state),
+                0,
+            )
+        # What is passed over is another worker's to make, but was planned here too.
+        for _ in range(number - self._next):
+            next(self._plan)
+        self._next = number + 1
+        return next(self._plan)
+
+    def _make(self, step: Step) -> tuple[dict[str, np.ndarray], Made]:
+        mine = step.rows[self.mine]
+        if self._pool is None and not self.workers:
+            self._pool = ThreadPoolExecutor(self.threads)
+        places = [index for row in mine for index in row]
+        found = iter((self._pool.map if self._pool else map)(self._example, places))
+        ids, skipped, rows = [], [], []
+        for row in mine:
+            examples: list[Example] = []
+            for one in (next(found) for _ in row):
+                if isinstance(one, Skipped):
+                    skipped.append(one)
+                else:
+                    ids.append(one[0])
+                    examples.append(one[1])
+            rows.append(examples)
+        rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
+        batch = self.planner.measurer.encoder.collate(rows, *step.shape)
+        arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        return arrays, Made(ids, step, skipped)
+
+    def _example(self, index: int) -> tuple[str, Example] | Skipped:
+        """Return (id, example) of a record; what is wrong with it where it proves damaged."""
+        measurer = self.planner.measurer
+        try:
+            record = measurer.records[index]
+            return record["id"], measurer.encoder.example(record)
+        except UserError as error:
+            if not measurer.allowed(error):
+                raise measurer.named(index, error) from error
+            return Skipped(index, reason_of(error), f"In {measurer.records.place(index)}: {error}")
+
+
+def _quiet_worker(number: int, count: int) -> None:
+    """Prepare a worker process: no accelerator, no part in Ctrl-C, no life without its parent."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
