@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from browser import browser
-from checkpoint_files import llava_files, qwen2_vl_files, write_image
+from checkpoint_files import VICUNA_MARKED, llava_files, qwen2_vl_files, write_image
 from PIL import Image
 from rich.console import Console
 
@@ -182,6 +182,20 @@ def test_llava_shows_its_own_pixels(tmp_path):
         picture.frames[0], to_bytes(values.transpose(1, 2, 0), value_table(raw))
     )
     assert picture.frames.std() > 30
+
+
+def test_images_side_by_side_are_told_apart(tmp_path):
+    template = VICUNA_MARKED.replace("<image>\n", "<image>")  # nothing between two of them
+    base = llava_files(tmp_path / "base", template)
+    names = [str(write_image(tmp_path / f"{i}.png", 30, 40, i)) for i in range(2)]
+    encoder = Encoder(base, allow_absolute_paths=True)
+    rows = [turns("<image><image>What color?", "red", images=names)]
+    (example,) = collect(Pipeline(encoder, rows, rows=1)).examples
+    chips = [piece for piece in example.pieces if piece.number]
+    assert [(chip.number, chip.count) for chip in chips] == [(1, 4), (2, 4)]
+    assert chips[1].start == chips[0].start + 4
+    one, two = example.pictures
+    assert (one.frames != two.frames).any()
 
 
 def test_every_pixel_value_comes_back():

@@ -203,6 +203,7 @@ def test_unknown_hardware_lists_the_known(name):
         hardware(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["yaml", "py"])
 def test_the_config_trains(place, tmp_path, capsys, suffix):
     file = tmp_path / f"r.{suffix}"
@@ -223,6 +224,7 @@ def test_the_config_trains(place, tmp_path, capsys, suffix):
             "training.gradient_accumulation_steps=1",
             "training.dataloader_num_workers=0",
             "training.report_to=none",
+            "data.max_shapes=1",
             "mesh.devices=1",
         ],
     )
