@@ -25,7 +25,7 @@ def test_help_does_not_import_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "preview", "export", "evaluate", "generate"):
+    for command in ("train", "preview", "recommend", "export", "evaluate", "generate"):
         assert command in done.stdout
 
 

@@ -153,6 +153,16 @@ def test_the_estimate_counts_what_a_run_holds(place):
         assert estimate(paged, (64, 64)).moments == 0
 
 
+def test_bad_records_are_told(tiny):
+    good = recommend(rows(40), tiny)
+    assert good.config["data"]["on_bad_example"] == "raise"
+    some = rows(38) + [{"messages": []}, {"id": "x"}]
+    found = recommend(some, tiny)
+    assert found.config["data"]["on_bad_example"] == "skip"
+    (told,) = [(value, why) for what, value, why in found.reasons if what == "left out"]
+    assert told[0].startswith("2 ") and "record 38" in told[1].lower() and "mend" in told[1]
+
+
 def test_rows_follow_from_the_lengths(tiny, tmp_path):
     encoder = Encoder(tiny)
     rng = np.random.default_rng(0)

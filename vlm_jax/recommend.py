@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,11 +218,12 @@ def _sample(count: int) -> np.ndarray:
 def measure(encoder: Encoder, records: Any, max_pixels: int | None, reason: str = "") -> Sizes:
     """Return the sizes of a seeded sample; raises `UserError` where none can be trained on."""
     sample = _sample(len(records))
-    measures = Measures(len(records))
-    measurer = Measurer(encoder, records, measures, skip_bad=True)
-    with ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        measures = Measures(len(records), Path(folder, "sizes"))
+        measurer = Measurer(encoder, records, measures, skip_bad=True)
         measurer.measure(sample, pool)
-    kept = measures.kept(sample)
+        kept = measures.kept(sample)
+        sizes = measures.sizes(kept)[:, :2]
     dropped = np.setdiff1d(sample, kept)
     first = measurer.why(int(dropped[0])) if len(dropped) else ""
     if len(kept) == 0:
@@ -229,7 +231,7 @@ def measure(encoder: Encoder, records: Any, max_pixels: int | None, reason: str 
             f"None of the {len(sample)} records of '{records.name}' that were looked at can be "
             f"trained on. The first: {first}"
         )
-    return Sizes(measures.sizes(kept)[:, :2], max_pixels, reason, len(dropped), first)
+    return Sizes(sizes, max_pixels, reason, len(dropped), first)
 
 
 class RowChoice(NamedTuple):
@@ -395,7 +397,14 @@ def _reasons(
             )
         )
     if found.bad:
-        rows.append(("left out", f"{found.bad} of the sample", found.first))
+        most = configs.get_config().data.max_bad_share
+        stops = found.bad > most * (len(found.sizes) + found.bad)
+        text = (
+            f" More than data.max_bad_share ({most:.0%}): training stops, mend them."
+            if stops
+            else ""
+        )
+        rows.append(("left out", f"{found.bad} of the sample", found.first + text))
     if row.longer:
         rows.append(("longer", f"{row.longer} of the sample", "treated as data.overlong says"))
     return rows
