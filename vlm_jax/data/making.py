@@ -25,7 +25,8 @@ from vlm_jax.errors import UserError
 ENDLESS = 1 << 40  # steps of a training run, as Grain counts them
 
 
-class Skipped(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Skipped:
     """A record that is left out: its number, why in a word, and in a sentence."""
 
     index: int

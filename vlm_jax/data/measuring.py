@@ -6,8 +6,9 @@ import numpy as np
 
 from vlm_jax.data.encode import Encoder
 from vlm_jax.data.measures import REASONS, Measures
+from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.records import BadExample
-from vlm_jax.data.sources import Records
+from vlm_jax.data.stream import StreamRecords
 from vlm_jax.errors import UserError
 
 # Left out under every policy but data.overlong="error": nothing is wrong with them.
@@ -20,7 +21,13 @@ class Measurer:
     skip_bad: leave bad records out, counted, rather than raise for them.
     """
 
-    def __init__(self, encoder: Encoder, records: Records, measures: Measures, skip_bad: bool):
+    def __init__(
+        self,
+        encoder: Encoder,
+        records: Records | Mixture | StreamRecords,
+        measures: Measures,
+        skip_bad: bool,
+    ):
         self.encoder, self.records, self.measures = encoder, records, measures
         self.skip_bad = skip_bad
 

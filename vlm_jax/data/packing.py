@@ -24,7 +24,9 @@ def pack(sizes: np.ndarray, capacity: Shape) -> list[np.ndarray]:
     """
     limits = np.maximum(np.array(capacity, np.int64), 1)
     shares = sizes / limits
-    order = np.lexsort((shares.sum(1), shares.max(1)))[::-1] if len(sizes) else []
+    if len(sizes) == 0:
+        return []
+    order = np.lexsort((shares.sum(1), shares.max(1)))[::-1]
     room = np.zeros((len(sizes), 2), np.int64)  # of the rows opened so far
     rows: list[list[int]] = []
     for example in order:

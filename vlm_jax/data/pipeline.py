@@ -123,7 +123,7 @@ class Pipeline:
         self._seen = self._bad = 0
 
         sample = self._sample(seed)
-        self.all_measured = not self.streaming and len(sample) == len(self.records)
+        self.all_measured = not self.streaming and len(sample) == self.measures.count
         if not self.all_measured and encoder.max_seq_length is None:
             raise UserError(
                 f"Of the records of '{self.records.name}' only {SAMPLE} are measured before "

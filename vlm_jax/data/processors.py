@@ -189,10 +189,11 @@ class Patches:
     def __call__(
         self, pixels: np.ndarray, out: np.ndarray | None = None
     ) -> tuple[np.ndarray, Grid]:
-        grid = self.grid(*pixels.shape[:2])
+        height, width = self.size(*pixels.shape[:2])
+        grid = (1, height // self.raw["patch_size"], width // self.raw["patch_size"])
         out = self.empty([grid]) if out is None else out
-        if len(out) == np.prod(grid):
-            blocks, _ = self.cut(pixels, self.size(*pixels.shape[:2]))
+        if len(out) == grid[1] * grid[2]:
+            blocks, _ = self.cut(pixels, (height, width))
             values = out.reshape(len(out), 3, -1, blocks.shape[2])
             for channel in range(3):
                 values[:, channel] = self.table[channel].take(blocks[channel])[:, None]

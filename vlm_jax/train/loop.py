@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from vlm_jax.data import Encoder, Pipeline
+from vlm_jax.data.stream import StreamRecords
 from vlm_jax.errors import UserError
 from vlm_jax.evals.accuracy import accuracy
 from vlm_jax.hub.files import write_json
@@ -189,7 +190,7 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     outcome["interrupted"] = step < total
     outcome["seconds"] = time.perf_counter() - start
     outcome["data"] = data.report
-    skipped = [one._asdict() for one in data.skipped()]
+    skipped = [dataclasses.asdict(one) for one in data.skipped()]
     if skipped:
         lines = "".join(json.dumps(one) + "\n" for one in skipped)
         (directory / "skipped.jsonl").write_text(lines, encoding="utf-8")
@@ -283,6 +284,7 @@ def _evaluate(
     values = {"loss": float(total / max(tokens, 1e-9))}
     e = config.evaluation
     if e.accuracy:
+        assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
         found = accuracy(
             model,
             join(state.trainable, frozen),
