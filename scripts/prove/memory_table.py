@@ -52,11 +52,18 @@ def main(topology: str | None) -> None:
     for recipe in RECIPES.values() if topology else ():
         config = str(CONFIGS / f"{recipe}_qlora.py")
         once = {"training.gradient_accumulation_steps": 1, "training.optim": "adamw"}
-        found = plan.memory(plan.compile_step(config, topology, overrides=once))
-        print(
-            f"{recipe}_qlora on {topology}: {found.arguments / 1e9:.2f} GB of arguments (weights, "
-            f"LoRA, moments, a batch), {found.total / 1e9:.2f} GB in all"
-        )
+        for storage, change in (("nf4-dq", {}), ("16 bits", {"model.quantize": None})):
+            try:
+                found = plan.memory(
+                    plan.compile_step(config, topology, overrides={**once, **change})
+                )
+            except vlm_jax.UserError as error:
+                print(f"{recipe} in {storage} on {topology}: {error!s:.60}")
+                continue
+            print(
+                f"{recipe} in {storage} on {topology}: {found.arguments / 1e9:.2f} GB of arguments "
+                f"(weights, LoRA, moments, a batch), {found.total / 1e9:.2f} GB in all"
+            )
 
 
 if __name__ == "__main__":
