@@ -25,7 +25,7 @@ def test_help_does_not_import_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "export", "evaluate", "generate"):
+    for command in ("train", "preview", "recommend", "export", "evaluate", "generate"):
         assert command in done.stdout
 
 
@@ -184,7 +184,7 @@ def test_overrides_belong_to_train(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["export", "--run", "x", "--out", "y", "--config.lora.r=3"])
     assert stop.value.code == 2
-    assert "belongs to the command train" in capsys.readouterr().err
+    assert "belongs to the commands train, preview" in capsys.readouterr().err
 
 
 def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):

@@ -21,6 +21,7 @@ LEVELS = [
     ("evals",),
     ("train",),
     ("plan",),
+    ("preview", "recommend"),
     ("cli",),
 ]
 FREE = {"__init__", "__main__"}  # they only name things, lazily

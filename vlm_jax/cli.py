@@ -35,6 +35,26 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
+    preview = add("preview", "Show what the model sees of a config's data, without its weights.")
+    preview.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    preview.add_argument("--examples", type=_number(int, 1), default=16, metavar="N")
+    preview.add_argument("--split", choices=("train", "eval"), default="train")
+    preview.add_argument("--out", metavar="FILE", help="the page; default: preview.html")
+    preview.add_argument(
+        "--text", action="store_true", help="print to the terminal instead; a page only with --out"
+    )
+
+    recommend = add("recommend", "Choose a method for your data and hardware, and write a config.")
+    recommend.add_argument("--data", required=True, metavar="FILE", help="as data.train_file")
+    recommend.add_argument("--model", required=True, metavar="DIR", help="directory or hub id")
+    recommend.add_argument("--hardware", metavar="NAME", help="as rtx4090, h100:8, v5e-4")
+    recommend.add_argument("--out", metavar="FILE", help="the config to write, .yaml or .py")
+    recommend.add_argument("--split", help="of a data set that has several")
+    recommend.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
+    recommend.add_argument(
+        "--allow-absolute-paths", action="store_true", help="read images outside that folder"
+    )
+
     export = add(
         "export", "Write a run's adapter or merged checkpoint, and compare it with the run."
     )
@@ -123,6 +143,72 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     return 130 if train(config, options.resume)["interrupted"] else 0
 
 
+def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
+    from vlm_jax import config as configs
+
+    config = configs.load(options.config, overrides)
+    page = options.out or (None if options.text else "preview.html")
+    file = _writable(page, "--out") if page else None
+    from vlm_jax.preview.collect import preview
+
+    seen = preview(config, options.examples, options.split)
+    if options.text:
+        from vlm_jax.preview.terminal import show
+
+        show(seen)
+    if file is not None:
+        from vlm_jax.preview.page import render
+
+        file.write_text(render(seen), encoding="utf-8")
+        print(f"Wrote {len(seen.examples)} examples to '{file}'.", file=sys.stderr)
+    return 0
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    file = None if options.out is None else _writable(options.out, "--out")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vlm_jax.recommend import check_out, recommend, write
+
+    if file is not None:
+        check_out(file)
+    found = recommend(
+        options.data,
+        options.model,
+        options.hardware,
+        image_folder=options.image_folder,
+        split=options.split,
+        allow_absolute_paths=options.allow_absolute_paths,
+        output_dir=f"outputs/{'recommended' if file is None else file.stem}",
+    )
+    console = Console(highlight=False)
+    table = Table("", "recommended", "why", title=f"{options.model} on {options.data}")
+    for row in found.reasons:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    if file is None:
+        console.print("Nothing was written; --out FILE writes a config that vlm-jax train takes.")
+        return 0
+    write(found, file)
+    console.print(f"Wrote '{file}'. Next, look at what the model will see, then train:")
+    console.print(f"  vlm-jax preview --config {file}\n  vlm-jax train --config {file}")
+    console.print("Memory is estimated; vlm_jax.plan.compile_step asks the compiler itself.")
+    return 0
+
+
+def _writable(name: str, option: str) -> Path:
+    """Return the path of a file to write, or raise before any work where it cannot be."""
+    file = Path(name).expanduser()
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(
+            f"{option} '{file}' cannot be written: it must name a file in a directory that is "
+            f"there and can be written. Make '{file.parent}', or take another path."
+        )
+    return file
+
+
 def _export(options: argparse.Namespace) -> int:
     from vlm_jax.train.export import export
 
@@ -165,12 +251,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vlm_jax.data import read_records
     from vlm_jax.evals.accuracy import accuracy
 
-    predictions = Path(options.predictions or "predictions.jsonl").expanduser()
-    if options.predictions and (predictions.is_dir() or not predictions.parent.is_dir()):
-        raise UserError(
-            f"--predictions '{predictions}' cannot be written: it must name a file in a directory "
-            f"that is there. Make '{predictions.parent}', or take another path."
-        )
+    predictions = _writable(options.predictions, "--predictions") if options.predictions else None
     records = read_records(options.data, options.image_folder, options.split)
     if not options.json:
         print("Reading the model ...", file=sys.stderr)
@@ -204,7 +285,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "adapter": options.adapter,
         "data": options.data,
     }
-    if options.predictions:
+    if predictions is not None:
         lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in found.predictions]
         predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if options.json:
@@ -244,7 +325,13 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"export": _export, "evaluate": _evaluate, "generate": _generate}
+CONFIGURED = {"train": _train, "preview": _preview}  # they take --config.section.key=value
+COMMANDS = {
+    "recommend": _recommend,
+    "export": _export,
+    "evaluate": _evaluate,
+    "generate": _generate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -254,11 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options = parser.parse_args(given)
-    if overrides and options.command != "train":
-        parser.error(f"--config.{overrides[0]} belongs to the command train")
+    if overrides and options.command not in CONFIGURED:
+        parser.error(f"--config.{overrides[0]} belongs to the commands {', '.join(CONFIGURED)}")
     try:
-        if options.command == "train":
-            return _train(options, overrides)
+        if options.command in CONFIGURED:
+            return CONFIGURED[options.command](options, overrides)
         return COMMANDS[options.command](options)
     except UserError as error:
         if options.debug:

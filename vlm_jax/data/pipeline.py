@@ -246,18 +246,22 @@ class Pipeline:
 
         The last batch of rows is filled with empty rows, whose weights are 0.
         """
+        steps = self.eval_steps()
+        for batch, made in self._made(Steps(self.planner, self.mine, self.making, steps=steps)):
+            yield batch, made.ids
+
+    def eval_steps(self) -> list[Step]:
+        """Return the steps that `eval_batches` makes; measures every record."""
         if self.streaming:
             raise UserError("A stream cannot be evaluated on: give a file or data set by its name.")
         everything = np.arange(self.measures.count)
         with ThreadPoolExecutor(self.making.threads) as pool:
             self.measurer.measure(everything, pool)
         kept = self.measures.kept(everything)
-        steps = [
+        return [
             Step([[int(index)] for index in kept[members]], shape, {}, seen=len(members))
             for members, shape in group(self.measures.sizes(kept)[:, :2], self.rows, self.shapes)
         ]
-        for batch, made in self._made(Steps(self.planner, self.mine, self.making, steps=steps)):
-            yield batch, made.ids
 
     # Planning
 

@@ -19,8 +19,19 @@ from vlm_jax.weights import bnb
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
-def resolve(path_or_repo_id: str, revision: str | None = None, token: str | None = None) -> Path:
-    """Return the local directory of a checkpoint, downloading a hub repository if it is one."""
+SETTINGS = [pattern for pattern in NEEDED if pattern != "*.safetensors"]
+
+
+def resolve(
+    path_or_repo_id: str,
+    revision: str | None = None,
+    token: str | None = None,
+    weights: bool = True,
+) -> Path:
+    """Return the local directory of a checkpoint, downloading a hub repository if it is one.
+
+    weights: False fetches only the small files: config, tokenizer, image settings.
+    """
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
         return path
@@ -36,7 +47,10 @@ def resolve(path_or_repo_id: str, revision: str | None = None, token: str | None
 
     try:
         found = snapshot_download(
-            path_or_repo_id, revision=revision, token=token, allow_patterns=NEEDED
+            path_or_repo_id,
+            revision=revision,
+            token=token,
+            allow_patterns=NEEDED if weights else SETTINGS,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(

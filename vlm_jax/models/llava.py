@@ -153,6 +153,23 @@ def layout(
     }
 
 
+def pixels(cfg: Config, patches: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return [1, height, width, channels] of one image's patches [P, C], as `layout` cut them.
+
+    positions int [P]: `patch_positions`. What the tower's last whole patch leaves out is not there.
+    """
+    vision = cfg.vision
+    grid, size = vision.grid, vision.patch_size
+    cut = patches[np.argsort(positions)][vision.slots - grid**2 :]  # a class token has no pixels
+    image = cut.reshape(grid, grid, vision.channels, size, size).transpose(0, 3, 1, 4, 2)
+    return image.reshape(1, grid * size, grid * size, vision.channels)
+
+
+def cell(cfg: Config) -> int:
+    """Return the side in pixels of what one image feature sees."""
+    return cfg.vision.patch_size
+
+
 def values_per_image(cfg: Config, grid_thw: Any = None) -> int:
     """Return how many rows of the processor's pixel_values one image takes."""
     return 1

@@ -326,6 +326,23 @@ def layout(
     }
 
 
+def pixels(cfg: Config, patches: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return [frames, height, width, channels] of one segment's patches [P, C], `layout`'s inverse.
+
+    positions int [P, 2]: `patch_positions`. A still image fills all frames with the same pixels.
+    """
+    channels, frames, size, _ = cfg.vision.patch_shape
+    height, width = (int(n) + 1 for n in positions.max(0))
+    grid = np.zeros((height, width, channels, frames, size, size), patches.dtype)
+    grid[positions[:, 0], positions[:, 1]] = patches.reshape(-1, channels, frames, size, size)
+    return grid.transpose(3, 0, 4, 1, 5, 2).reshape(frames, height * size, width * size, channels)
+
+
+def cell(cfg: Config) -> int:
+    """Return the side in pixels of what one image feature sees."""
+    return cfg.vision.patch_shape[-1] * cfg.vision.merge
+
+
 def values_per_image(cfg: Config, grid_thw: tuple[int, int, int] | None) -> int:
     """Return how many rows of the processor's pixel_values one image or video takes."""
     assert grid_thw is not None

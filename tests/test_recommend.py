@@ -1,0 +1,259 @@
+"""The recommendation: the usual table, what falls to a cheaper method, and a config that trains."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from checkpoint_files import llava_files, qwen2_vl_files, write_image
+from runs import make_config
+
+import vlm_jax.recommend as recommend_module
+from vlm_jax import UserError, config
+from vlm_jax.cli import main
+from vlm_jax.data import Encoder
+from vlm_jax.plan.estimate import estimate, nbytes
+from vlm_jax.plan.hardware import MEMORY, hardware
+from vlm_jax.recommend import METHODS, choose_row, recommend
+from vlm_jax.train.base import load_base
+from vlm_jax.train.loop import train
+from vlm_jax.train.run import adapt
+from vlm_jax.trees import split
+
+
+def rows(count, image=None):
+    """Return so many records of very different lengths; they are read one by one."""
+    more = {} if image is None else {"image": str(image)}
+    return [
+        {
+            "id": str(i),
+            "messages": [
+                {"role": "user", "content": "What color is the ball?" * (1 + i % 7)},
+                {"role": "assistant", "content": "red " * (1 + i % 23)},
+            ],
+            **more,
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Measure few records: what is under test does not hang on their number."""
+    monkeypatch.setattr(recommend_module, "SAMPLE", 60)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(qwen2_vl_files(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The tiny tokenizer beside the sizes of a 7B model: 15 GB in 16 bits, were it there."""
+    directory = qwen2_vl_files(tmp_path_factory.mktemp("large"))
+    made = json.loads((directory / "config.json").read_text())
+    text = made["text_config"]
+    text |= {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    }
+    text.pop("layer_types", None)
+    text["rope_parameters"]["mrope_section"] = [16, 24, 24]
+    made["vision_config"]["hidden_size"] = 3584
+    (directory / "config.json").write_text(json.dumps(made))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("count", "rank", "quantized", "vision"),
+    [
+        (999, 4, True, 0.0),
+        (1_000, 8, False, 0.0),
+        (9_999, 16, False, 0.0),
+        (10_000, 16, False, 0.1),
+        (50_000, 32, False, 0.1),
+        (100_000, None, False, 0.1),
+    ],
+)
+def test_the_table(tiny, count, rank, quantized, vision):
+    found = recommend(rows(count), tiny)
+    made = found.config
+    assert made["lora"].get("r") == rank and made["lora"]["enabled"] == (rank is not None)
+    assert ("quantize" in made["model"]) == quantized
+    assert made["model"]["vision_encoder_lr_scale"] == vision
+    assert dict((what, value) for what, value, _ in found.reasons)["examples"] == f"{count:,}"
+    assert "mesh" not in made and found.hardware is None
+
+
+def test_what_does_not_fit_falls_to_a_cheaper_method(large):
+    def name(hardware_name, count=120_000):
+        found = recommend(rows(count), large, hardware_name)
+        return found.method.name, found
+
+    assert name(None)[0] == "full fine-tuning"
+    shared, found = name("h100:8")
+    assert shared == "full fine-tuning" and found.config["mesh"]["fsdp"] == 8
+    one, found = name("h100")
+    assert one.startswith("LoRA r=32")
+    assert any("full fine-tuning suits 120,000" in why for *_, why in found.reasons)
+    assert any("an estimate" in why for *_, why in found.reasons)
+    small, found = name("rtx4080")
+    assert small.startswith("QLoRA") and found.estimate.total <= found.hardware.usable
+    copies = recommend(rows(120), large, "h100:4").config["mesh"]
+    assert copies == {"devices": 4, "data": 4, "fsdp": 1}
+
+
+def test_nothing_fits(large, tmp_path):
+    huge = json.loads(Path(large, "config.json").read_text())
+    huge["text_config"]["num_hidden_layers"] = 280
+    directory = qwen2_vl_files(tmp_path / "huge")
+    (directory / "config.json").write_text(json.dumps(huge))
+    with pytest.raises(UserError, match=r"No method fits v5e.*QLoRA"):
+        recommend(rows(10), str(directory), "v5e-1")
+
+
+def test_methods_get_cheaper_down_the_list(large):
+    found = []
+    for method in METHODS:
+        values = {
+            "model.name_or_path": large,
+            "model.vision_encoder_lr_scale": method.vision,
+            "model.quantize": "nf4-dq" if method.quantize else None,
+            "lora.enabled": method.rank > 0,
+            "lora.r": method.rank or 1,
+            "training.optim": method.optim,
+        }
+        found.append(estimate(config.load(None, values), (1024, 1024)).total)
+    assert found == sorted(found, reverse=True) and found[0] > 5 * found[-1]
+
+
+def test_the_estimate_counts_what_a_run_holds(place):
+    for changes in (["lora.r=4"], ["model.quantize=nf4-dq"], ["lora.enabled=false"]):
+        made = make_config(place / "base", place / "data/train.jsonl", place / "no", *changes)
+        model, params = load_base(made)
+        _, params, table = adapt(made, model, params, 0)
+        trainable, frozen = split(params, table)
+        got = estimate(made, (64, 64))
+        masters = 4 * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trainable))
+        assert got.weights == nbytes(frozen)
+        assert got.trained == 3 * masters  # gradients, and copies in float32 here
+        assert 2 * masters <= got.moments < 2 * masters + 100
+        assert got.over(2).weights == got.weights // 2 and got.over(1) == got
+        assert got.over(2).activations == got.activations
+        paged = make_config(
+            place / "base", place / "data/train.jsonl", place / "no", *changes,
+            "training.optim=paged_adamw",
+        )  # fmt: skip
+        assert estimate(paged, (64, 64)).moments == 0
+
+
+def test_bad_records_are_told(tiny):
+    good = recommend(rows(40), tiny)
+    assert good.config["data"]["on_bad_example"] == "raise"
+    some = rows(38) + [{"messages": []}, {"id": "x"}]
+    found = recommend(some, tiny)
+    assert found.config["data"]["on_bad_example"] == "skip"
+    (told,) = [(value, why) for what, value, why in found.reasons if what == "left out"]
+    assert told[0].startswith("2 ") and "record 38" in told[1].lower() and "mend" in told[1]
+
+
+def test_rows_follow_from_the_lengths(tiny, tmp_path):
+    encoder = Encoder(tiny)
+    rng = np.random.default_rng(0)
+    mixed = np.stack([rng.integers(20, 900, 400), 4 * rng.integers(0, 40, 400)], 1)
+    row = choose_row(encoder, mixed)
+    assert row.packing and row.shape[0] == 1024 and row.saved > 0.1 and row.density > 1.5
+    equal = np.tile([[1500, 64]], (50, 1))
+    row = choose_row(encoder, equal)
+    assert not row.packing and 1500 <= row.shape[0] < 1600 and row.longer == 0
+    outlier = np.concatenate([np.tile([[500, 0]], (300, 1)), [[9000, 0]]])
+    assert choose_row(encoder, outlier).longer == 1
+    # Pixels: what images have, within the checkpoint's own limits.
+    image = write_image(tmp_path / "i.png", 24, 30)
+    found = recommend(rows(20, image), tiny, allow_absolute_paths=True, image_folder=str(tmp_path))
+    assert found.config["data"]["max_pixels"] == 24 * 32
+    fixed = llava_files(tmp_path / "llava")
+    image = str(write_image(tmp_path / "j.png", 24, 30))
+    found = recommend(rows(20, image), str(fixed), allow_absolute_paths=True)
+    assert "max_pixels" not in found.config["data"]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "count"),
+    [
+        ("h100", "h100", 1),
+        ("H100:8", "h100", 8),
+        ("8xH100", "h100", 8),
+        ("NVIDIA RTX 4090", "rtx4090", 1),
+        ("rtx4090:2", "rtx4090", 2),
+        ("v5e-1", "v5e", 1),
+        ("tpu-v5e-4", "v5e", 4),
+        ("v5e:2x2", "v5e", 4),
+        ("v4-8", "v4", 4),
+        ("v5p:2x2x1", "v5p", 4),
+        ("a100-40gb", "a100-40gb", 1),
+        ("a100-40gb:2", "a100-40gb", 2),
+    ],
+)
+def test_hardware_by_name(name, device, count):
+    found = hardware(name)
+    assert (found.device, found.count) == (device, count)
+    assert found.usable < found.memory == MEMORY[device] * 10**9
+
+
+@pytest.mark.parametrize("name", ["h10", "h100:0", "", "v5e:2x", "2xh100:4", "gpu"])
+def test_unknown_hardware_lists_the_known(name):
+    with pytest.raises(UserError, match="Known are v4, v5e|has no device"):
+        hardware(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["yaml", "py"])
+def test_the_config_trains(place, tmp_path, capsys, suffix):
+    file = tmp_path / f"r.{suffix}"
+    data = str(place / "data/train.jsonl")
+    arguments = ["recommend", "--data", data, "--model", str(place / "base"), "--out", str(file)]
+    assert main([*arguments, "--hardware", "rtx4090"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "QLoRA r=4" in said
+        and "estimate" in said
+        and f"train --config {file}" in said.replace("\n", "")
+    )
+    made = config.load(
+        file,
+        [
+            f"training.output_dir={tmp_path / 'out'}",
+            "training.max_steps=2",
+            "training.gradient_accumulation_steps=1",
+            "training.dataloader_num_workers=0",
+            "training.report_to=none",
+            "data.max_shapes=1",
+            "mesh.devices=1",
+        ],
+    )
+    assert made.model.quantize == "nf4-dq" and made.lora.r == 4 and made.data.packing in (0, 1)
+    outcome = train(made)
+    assert outcome["steps"] == 2 and not outcome["interrupted"]
+    assert main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_paragraph(place, tmp_path, capsys):
+    base, data = str(place / "base"), str(place / "data/train.jsonl")
+    for arguments, expected in (
+        (["--data", data, "--model", base, "--hardware", "h10"], "did you mean"),
+        (["--data", "nowhere.json", "--model", base], "nowhere.json"),
+        (["--data", data, "--model", "./nowhere"], "no checkpoint directory"),
+        (["--data", data, "--model", base, "--out", str(tmp_path / "c.txt")], ".yaml or .py"),
+        (["--data", "[3]", "--model", base], "--data is"),
+    ):
+        assert main(["recommend", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and expected in said, said

@@ -1,0 +1,107 @@
+"""What a training step needs of a device's memory, estimated from shapes alone in a second.
+
+Weights, masters, moments and gradients are counted leaf by leaf. Activations follow from the sizes
+of the layers; a compiler may do better or worse: `vlm_jax.plan.compile_step` asks it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlm_jax.model import Model
+from vlm_jax.sharding import make_mesh
+from vlm_jax.train.abstract import abstract_run
+from vlm_jax.train.losses import CHUNK_POSITIONS
+from vlm_jax.weights import FourBit
+
+Shape = tuple[int, int]  # tokens, patches of a row
+
+
+class Estimate(NamedTuple):
+    """Bytes a device."""
+
+    weights: int  # frozen, as they are stored
+    trained: int  # float32 masters, their gradients and copies in the compute dtype
+    moments: int  # of the optimizer, on the device
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def over(self, shards: int) -> "Estimate":
+        """Return the estimate where so many devices share the parameters (mesh.fsdp)."""
+        weights, trained, moments = (part // shards for part in self[:-1])
+        return Estimate(weights, trained, moments, self.activations)
+
+
+def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
+    """Return what a step of `rows` rows of `shape` needs on one device; nothing is allocated.
+
+    The config's mesh is not looked at. Of the model only config.json is read. Raises `UserError`
+    for what the config lacks.
+    """
+    one = config.copy_and_resolve_references()
+    with one.unlocked():
+        one.mesh.update({"devices": 1, "data": 1, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model, _, state, frozen = abstract_run(one, mesh)
+    masters = nbytes(state.trainable)
+    copies = masters // jnp.dtype(jnp.float32).itemsize * model.dtype.itemsize
+    paged = config.training.optim.startswith("paged")
+    moments = 0 if paged else nbytes(state.opt_state)
+    trains_tower = config.model.vision_encoder_lr_scale > 0
+    return Estimate(
+        weights=nbytes(frozen),
+        trained=2 * masters + copies,
+        moments=moments,
+        activations=activations(model, shape, rows, trains_tower, largest(frozen)),
+    )
+
+
+def nbytes(tree: Any) -> int:
+    """Return the bytes of a tree of arrays, shapes and 4-bit leaves."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, FourBit))
+    return sum(
+        leaf.nbytes
+        if isinstance(leaf, FourBit)
+        else math.prod(leaf.shape) * (4 if _is_key(leaf) else jnp.dtype(leaf.dtype).itemsize)
+        for leaf in leaves
+    )
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def largest(tree: Any) -> int:
+    """Return the values of the largest 4-bit kernel of one layer, which is decoded whole."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, FourBit))
+    sizes = [math.prod(leaf.shape[-2:]) for leaf in leaves if isinstance(leaf, FourBit)]
+    return max(sizes, default=0)
+
+
+def activations(model: Model, shape: Shape, rows: int, trains_tower: bool, decoded: int = 0) -> int:
+    """Return the bytes that a step's activations take, each block being computed again.
+
+    A block's input is kept for the backward pass; of its inside, and of the head's logits, only
+    one at a time is there.
+    """
+    text, vision, size = model.config.text, model.config.vision, model.dtype.itemsize
+    tokens, patches = (rows * n for n in shape)
+    kept = tokens * text.hidden_size * text.num_layers
+    if trains_tower:
+        kept += patches * vision.width * vision.depth
+    # Forward values and their gradients: q, k, v, the gate and what it gates, residuals.
+    block = 2 * tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * size
+    block += 2 * rows * text.num_heads * shape[0] ** 2 * 4  # scores and weights in float32
+    tower = tokens and (1 + trains_tower) * patches * (
+        2 * vision.intermediate_size + 6 * vision.width
+    ) * size  # fmt: skip
+    tower += (1 + trains_tower) * rows * vision.num_heads * shape[1] ** 2 * 4
+    head = 2 * min(tokens, CHUNK_POSITIONS) * text.vocab_size * 4
+    pixels = patches * getattr(vision, "patch_values", 0) * 4
+    return kept * size + pixels + max(block, tower, head) + 2 * decoded * size

@@ -1,0 +1,344 @@
+"""The content of a preview, as plain data: settings, statistics, and the first rows of training."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax.data import Pipeline
+from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED
+from vlm_jax.data.planner import Step
+from vlm_jax.data.records import canonical
+from vlm_jax.data.shapes import Shape
+from vlm_jax.errors import UserError
+from vlm_jax.hub.load import resolve
+from vlm_jax.hub.tensors import read_json
+from vlm_jax.model import Source, from_config
+from vlm_jax.preview.example import Example, Picture, Reader
+from vlm_jax.train.base import base_name, check_type
+from vlm_jax.train.run import make_encoder, make_pipeline
+
+SPLITS = ("train", "eval")
+BARS = 24  # of a histogram, at most
+
+
+class Setting(NamedTuple):
+    """A key of the config, what it comes to here, and a word about it."""
+
+    key: str
+    value: str
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How many examples have how many of something. bars: (from, to, examples), all of one width.
+
+    limit: the most an example may have; None: any number.
+    """
+
+    name: str
+    bars: list[tuple[int, int, int]]
+    median: int
+    high: int  # 99 of 100 have at most this
+    largest: int
+    limit: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a step. segments: how many examples it packs, of which `examples` are shown."""
+
+    step: int
+    number: int
+    shape: Shape
+    tokens: int
+    patches: int
+    segments: int
+    examples: list[Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """Everything that a page or a terminal shows. report: `Pipeline.report`.
+
+    total_steps: of the whole run (train), of one evaluation (eval); None: nothing says it.
+    rows_a_step: of the global batch. exact: whether the steps are counted, not estimated.
+    """
+
+    model: str
+    data: str
+    split: str
+    settings: list[Setting]
+    report: dict[str, Any]
+    histograms: list[Histogram]
+    rows_a_step: int
+    total_steps: int | None
+    exact: bool
+    rows: list[Row]
+    damaged: list[str]
+
+    @property
+    def examples(self) -> list[Example]:
+        return [example for row in self.rows for example in row.examples]
+
+    @property
+    def loss_tokens(self) -> int:
+        """Of the examples that are shown."""
+        return sum(example.loss_tokens for example in self.examples)
+
+
+def preview(config: ConfigDict, examples: int = 16, split: str = "train") -> Preview:
+    """Return the first examples that a run of this config trains on, in its order; no weights.
+
+    split: "train", or "eval" for data.eval_file as an evaluation goes through it. Raises
+    `UserError` for whatever training would refuse before its first step.
+    """
+    pipeline = open_pipeline(config, split)
+    t = config.training
+    seen = collect(pipeline, examples, split)
+    total: int | None = None  # of a stream, without max_steps
+    if split == "eval":
+        total = len(pipeline.eval_steps())
+    elif t.max_steps > 0:
+        total = t.max_steps
+    elif pipeline.steps_per_epoch is not None:
+        total = math.ceil(t.num_train_epochs * pipeline.steps_per_epoch)
+    films = any(picture.kind == "video" for one in seen.examples for picture in one.pictures)
+    return dataclasses.replace(
+        seen,
+        model=base_name(config),
+        settings=settings(config, pipeline, films),
+        total_steps=total,
+    )
+
+
+def open_pipeline(config: ConfigDict, split: str = "train") -> Pipeline:
+    """Return the pipeline that training would make; of a hub checkpoint only small files come."""
+    if split not in SPLITS:
+        raise UserError(f"There is no split '{split}'; expected one of {', '.join(SPLITS)}.")
+    name, d, t = base_name(config), config.data, config.training
+    directory = resolve(name, config.model.revision, weights=False)
+    source = Source(str(directory), {}, name, config.model.revision)
+    model = from_config(read_json(directory / "config.json"), source=source)
+    check_type(config, model)
+    encoder, shards = make_encoder(config, model), shards_of(config)
+    if split == "eval":
+        rows = t.per_device_eval_batch_size * shards
+        return make_pipeline(config, encoder, d.eval_file, d.eval_split, rows, "eval_file")
+    rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * shards
+    return make_pipeline(config, encoder, d.train_file, d.train_split, rows, "train_file")
+
+
+def shards_of(config: ConfigDict) -> int:
+    """Return among how many devices a step's rows are divided; such a mesh need not be here."""
+    m = config.mesh
+    sizes = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    devices = m.devices or (len(jax.devices()) if free else known)
+    if len(free) > 1 or known < 1 or devices % known or (not free and devices != known):
+        raise UserError(
+            f"A mesh of {sizes} does not cover {devices} devices. The sizes of the config's mesh "
+            f"must multiply to mesh.devices (by default those that are here); one may be -1."
+        )
+    sizes.update(dict.fromkeys(free, devices // known))
+    return sizes["data"] * sizes["fsdp"]
+
+
+def collect(pipeline: Pipeline, examples: int = 16, split: str = "train") -> Preview:
+    """Return the preview of a pipeline's first examples, without what only a config knows."""
+    report = pipeline.report  # first: of a stream, only what was read last is at hand
+    steps: Iterator[Step]
+    steps = iter(pipeline.eval_steps()) if split == "eval" else pipeline.planner.steps()
+    reader = Reader(pipeline.encoder)
+    damaged: list[str] = []
+    rows = list(_rows(pipeline, reader, steps, examples, damaged))
+    measures = pipeline.measures
+    everything = np.arange(measures.count)
+    known = np.setdiff1d(everything, measures.unknown(everything), assume_unique=True)
+    sizes = measures.sizes(measures.kept(known))
+    encoder = pipeline.encoder
+    return Preview(
+        model=encoder.directory,
+        data=pipeline.records.name,
+        split=split,
+        settings=[],
+        report=report,
+        histograms=[
+            histogram("tokens", sizes[:, 0], encoder.max_seq_length),
+            histogram("patches", sizes[:, 1], encoder.max_patches),
+            histogram("tokens with loss", sizes[:, 2], None),
+        ],
+        rows_a_step=pipeline.rows,
+        total_steps=pipeline.steps_per_epoch,
+        exact=pipeline.all_measured,
+        rows=rows,
+        damaged=damaged,
+    )
+
+
+def _rows(
+    pipeline: Pipeline, reader: Reader, steps: Iterator[Step], most: int, damaged: list[str]
+) -> Iterator[Row]:
+    """Yield rows until `most` examples are shown, or the first epoch ends."""
+    encoder, measurer = pipeline.encoder, pipeline.measurer
+    shown = 0
+    for number, step in enumerate(steps, start=1):
+        for place, indices in enumerate(step.rows, start=1):
+            made, good = [], []
+            for index in indices:
+                try:
+                    made.append(encoder.example(pipeline.records[index]))
+                    good.append(index)
+                except UserError as error:
+                    if not measurer.allowed(error):
+                        raise measurer.named(index, error) from error
+                    damaged.append(str(error))
+            # One row at a time: a whole global batch of images may be gigabytes.
+            batch = encoder.collate([made], *step.shape)
+            found = reader.row(batch, 0)
+            kept = found[: most - shown]
+            yield Row(
+                step=number,
+                number=place,
+                shape=step.shape,
+                tokens=sum(example.tokens for example in found),
+                patches=sum(example.patches for example in found),
+                segments=len(found),
+                examples=[
+                    _named(pipeline, example, index)
+                    for example, index in zip(kept, good, strict=False)
+                ],
+            )
+            shown += len(kept)
+            if shown >= most:
+                return
+        if step.after and step.after["step"] == 0:
+            return
+
+
+def _named(pipeline: Pipeline, example: Example, index: int) -> Example:
+    """Return the example with what its record tells: id, place, sizes of its files, notes."""
+    record = canonical(pipeline.records[index])
+    headers = pipeline.encoder.media.headers(record)
+    originals = {
+        "image": list(headers["image"]),
+        "video": [(film.height, film.width) for film in headers["video"]],
+    }
+    pictures: list[Picture] = []
+    for picture in reversed(example.pictures):  # turns that were left out are leading ones
+        pictures.append(dataclasses.replace(picture, original=originals[picture.kind].pop()))
+    flags = int(pipeline.measures.sizes(np.array([index]))[0, 3])
+    notes = []
+    if flags & SHRUNK:
+        notes.append("Its images were made smaller, so that it fits.")
+    if flags & TURNS_DROPPED:
+        notes.append("Leading turns were left out, so that it fits.")
+    return dataclasses.replace(
+        example,
+        id=record["id"],
+        place=pipeline.records.place(index),
+        notes=notes,
+        pictures=pictures[::-1],
+    )
+
+
+def histogram(name: str, values: np.ndarray, limit: int | None) -> Histogram:
+    """Return the histogram of whole numbers, in bars of one round width."""
+    low, high = int(values.min()), int(values.max())  # a pipeline keeps at least one record
+    width = _round_width((high - low + 1) / BARS)
+    start = low // width * width
+    counts = np.bincount((values - start) // width)
+    return Histogram(
+        name=name,
+        bars=[
+            (start + i * width, start + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts)
+        ],
+        median=int(np.median(values)),
+        high=int(np.quantile(values, 0.99, method="higher")),
+        largest=high,
+        limit=limit,
+    )
+
+
+def _round_width(least: float) -> int:
+    """Return the least of 1, 2, 4, 5, 8, 10, 16, 20, ... that is at least this."""
+    power = 1
+    while True:
+        for step in (1, 2, 4, 5, 8):
+            if step * power >= least:
+                return step * power
+        power *= 10
+
+
+def settings(config: ConfigDict, pipeline: Pipeline, films: bool = False) -> list[Setting]:
+    """Return what decides how examples look, as it came out; films: whether there are videos."""
+    d, t, encoder = config.data, config.training, pipeline.encoder
+    media = encoder.media
+    packed = pipeline.planner.capacity
+    found = [
+        Setting("train_on", encoder.train_on, "which of the assistant's turns carry loss"),
+        Setting("resolution", *_resolution(pipeline)),
+        Setting("max_seq_length", _number(encoder.max_seq_length), "tokens of a row at most"),
+        Setting(
+            "packing",
+            "on" if packed else "off",
+            f"rows of {packed[0]:,} tokens and {packed[1]:,} patches" if packed else
+            "a row holds one example",
+        ),
+        Setting("overlong", encoder.overlong, "what is done about an example that does not fit"),
+        Setting(
+            "rows a step",
+            f"{pipeline.rows:,}",
+            "batch size × accumulation × devices that share the rows"
+        ),
+        Setting(
+            "shapes",
+            ", ".join(f"{T:,} × {P:,}" for T, P in pipeline.shapes),
+            "tokens × patches of a row; each is one compilation",
+        ),
+        Setting("order", f"shuffled, seed {t.seed}" if d.shuffle else "as in the file"),
+        Setting("on_bad_example", encoder.on_bad_example),
+    ]  # fmt: skip
+    if media.video_processor is not None and films:
+        sampling = media.video_processor.sampling
+        found.insert(
+            2,
+            Setting(
+                "video",
+                f"{sampling.nframes or f'{sampling.fps:g} a second'}",
+                f"{sampling.min_frames} to {sampling.max_frames} frames",
+            ),
+        )
+    return found
+
+
+def _resolution(pipeline: Pipeline) -> tuple[str, str]:
+    media = pipeline.encoder.media
+    if media.processor is None:
+        return "none", "the checkpoint has no image settings"
+    limits = media.processor.pixels
+    if limits is None:
+        size = media.processor.settings()
+        target = size["crop_size"] if size.get("do_center_crop") else size["size"]
+        return f"{target['width']} × {target['height']}", "every image gets this size"
+    low, high = limits
+    side = round(math.sqrt(high))
+    if low == high:
+        return f"{low:,} pixels", f"about {side} × {side} for every image, its shape kept"
+    return f"{low:,} to {high:,} pixels", f"at most about {side} × {side}, the shape kept"
+
+
+def _number(value: int | None) -> str:
+    return "any" if value is None else f"{value:,}"
+
+
+def first_messages(report: dict[str, Any]) -> Sequence[tuple[str, int, str]]:
+    """Return (reason, records, its first message) of what is left out."""
+    first = report["first_dropped"]
+    return [(reason, n, first.get(reason, "")) for reason, n in report["dropped"].items()]

@@ -1,0 +1,439 @@
+"""Which way of fine-tuning suits a data set, a model and some hardware; with a config to start."""
+
+import dataclasses
+import math
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlm_jax import config as configs
+from vlm_jax.data import Encoder, read_records
+from vlm_jax.data.measures import Measures
+from vlm_jax.data.measuring import Measurer
+from vlm_jax.data.packing import pack, patch_capacity, row_sizes
+from vlm_jax.data.shapes import choose_shapes, cost, group, round_up
+from vlm_jax.data.sources import is_list_of_sources
+from vlm_jax.errors import UserError
+from vlm_jax.hub.load import resolve
+from vlm_jax.plan.estimate import Estimate, estimate
+from vlm_jax.plan.hardware import GB, Hardware, hardware
+from vlm_jax.values import sources_value
+
+SAMPLE = 500  # records that are measured
+MOST_PIXELS = 1003520  # 1,280 tokens of 28 x 28: what Qwen advises for training
+FEW_PIXELS = 200704  # 256 tokens; tried where nothing fits otherwise
+LEAST_ROW = 1024  # tokens of a packed row
+SAVES = 0.9  # packing is on where it leaves less of the work than this
+
+
+class Method(NamedTuple):
+    """A way of fine-tuning. rank: of LoRA, 0: full training. vision: its learning rate's scale."""
+
+    name: str
+    rank: int
+    vision: float
+    quantize: bool
+    rate: float
+    optim: str = "adamw"
+
+
+# From the dearest to the cheapest: what does not fit falls to the next one.
+METHODS = (
+    Method("full fine-tuning", 0, 0.1, False, 1e-5),
+    Method("LoRA r=32, vision tower at a tenth", 32, 0.1, False, 1e-4),
+    Method("LoRA r=16, vision tower at a tenth", 16, 0.1, False, 1e-4),
+    Method("LoRA r=16, vision tower frozen", 16, 0.0, False, 2e-4),
+    Method("LoRA r=8, vision tower frozen", 8, 0.0, False, 2e-4),
+    Method("QLoRA r=16, vision tower frozen", 16, 0.0, True, 2e-4),
+    Method("QLoRA r=4, vision tower frozen", 4, 0.0, True, 2e-4),
+    Method("QLoRA r=4, 8-bit moments in pages", 4, 0.0, True, 2e-4, "paged_adamw_8bit"),
+)
+
+
+class Band(NamedTuple):
+    """Data sets below `below` records: the method, and how long and in what batches."""
+
+    below: float
+    method: int
+    epochs: float
+    batch: int  # examples of a step
+    why: str
+
+
+BANDS = (
+    Band(1_000, 6, 3, 8, "few examples: a small adapter on frozen weights forgets least"),
+    Band(3_000, 4, 3, 16, "some thousand examples: a modest adapter, vision as it is"),
+    Band(10_000, 3, 2, 16, "thousands of examples: an adapter of rank 16, vision as it is"),
+    Band(30_000, 2, 2, 32, "enough to move the vision tower a little"),
+    Band(100_000, 1, 1, 32, "enough for a larger adapter and a vision tower at a low rate"),
+    Band(math.inf, 0, 1, 64, "enough examples to train every weight"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a sample measured at some max_pixels (None: images have one size).
+
+    sizes int [N, 2]: tokens and patches; bad: records that cannot be read; first: why. reason: of
+    max_pixels.
+    """
+
+    sizes: np.ndarray
+    max_pixels: int | None
+    reason: str
+    bad: int
+    first: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """reasons: (what, value, why) of each choice; config: what a run needs, and no more keys."""
+
+    method: Method
+    reasons: list[tuple[str, str, str]]
+    config: dict[str, dict[str, Any]]
+    estimate: Estimate
+    hardware: Hardware | None
+
+
+def recommend(
+    data: Any,
+    model: str,
+    hardware_name: str | None = None,
+    *,
+    image_folder: str | None = None,
+    split: str | None = None,
+    allow_absolute_paths: bool = False,
+    revision: str | None = None,
+    output_dir: str = "outputs/recommended",
+) -> Recommendation:
+    """Return the usual recipe for so many records, as far as it fits the hardware.
+
+    data: whatever data.train_file may be. Of the model only small files are read. Raises
+    `UserError` where nothing fits, and for bad data, models and unknown hardware.
+    """
+    machine = None if hardware_name is None else hardware(hardware_name)
+    try:
+        source = sources_value(data) if isinstance(data, str) else data
+    except ValueError as error:
+        raise UserError(f"--data is {data!r}; expected {error}.") from None
+    records = read_records(source, image_folder, split)
+    named = isinstance(source, str) or is_list_of_sources(source)  # and no rows in memory
+    directory = resolve(model, revision, weights=False)
+    access: dict[str, Any] = {
+        "image_folder": image_folder,
+        "allow_absolute_paths": allow_absolute_paths,
+    }
+    encoder = Encoder(directory, **access)
+    count = len(records)
+    band = next(one for one in BANDS if count < one.below)
+    start = band.method
+    in_4_bits = bool(encoder.model.hf_config.get("quantization_config"))
+    if in_4_bits:
+        start = max(start, next(i for i, m in enumerate(METHODS) if m.quantize))
+
+    chosen_at = len(METHODS)
+    for max_pixels, reason in _pixel_limits(encoder, records):
+        limited = Encoder(directory, max_pixels=max_pixels, **access)
+        found = measure(limited, records, max_pixels, reason)
+        row = choose_row(encoder, found.sizes)
+        for at, method in enumerate(METHODS[start:], start):
+            made = _config(
+                method, band, row, found, machine,
+                {
+                    "model": {"name_or_path": model, "revision": revision},
+                    "data": {
+                        "train_file": source if named else None,
+                        "image_folder": image_folder,
+                        "train_split": split,
+                        "allow_absolute_paths": allow_absolute_paths or None,
+                    },
+                    "training": {"output_dir": output_dir},
+                },
+            )  # fmt: skip
+            # Copies of the model where one device holds it, else one copy that all share.
+            alone = _need(made, directory, row.shape)
+            for shards in sorted({1, 1 if machine is None else machine.count}):
+                need = alone.over(shards)
+                if machine is None or need.total <= machine.usable:
+                    chosen_at = at
+                    break
+            if chosen_at < len(METHODS):
+                made |= _mesh(machine, shards)
+                break
+        if chosen_at < len(METHODS):
+            break
+    else:
+        assert machine is not None
+        raise UserError(
+            f"No method fits {machine.name} ({machine.count} x {machine.memory / GB:.0f} GB) by "
+            f"estimate: {METHODS[-1].name} with rows of {row.shape[0]} tokens and {row.shape[1]} "
+            f"patches needs {need.total / GB:.1f} GB a device. Take more or larger devices, a "
+            f"smaller model, or shorter examples."
+        )
+    if in_4_bits:
+        made["model"].pop("quantize", None)
+    reasons = _reasons(count, band, start, chosen_at, row, found, need, machine, made)
+    return Recommendation(METHODS[chosen_at], reasons, made, need, machine)
+
+
+# What the data ask for
+
+
+def _pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]:
+    """Return the (value, reason) of data.max_pixels to try, the best first; None: it has none."""
+    if encoder.media.pixels is None:
+        return [(None, "")]
+    low, high = encoder.media.pixels
+    unit = encoder.model.family.cell(encoder.model.config) ** 2
+    areas = []
+    for index in _sample(len(records)):
+        try:
+            sizes = encoder.media.headers(records[int(index)])["image"]
+        except UserError:
+            continue  # counted by `measure`
+        areas += [height * width for height, width in sizes]
+    asked = int(np.quantile(areas, 0.95)) if areas else low
+    bounds = {
+        -(-asked // unit) * unit: "95 of 100 images have no more",
+        high: "the checkpoint's own limit",
+        MOST_PIXELS: "of larger images little is gained",
+    }
+    best = min(bounds)
+    limits: list[tuple[int | None, str]] = [(max(low, best), bounds[best])]
+    if best > FEW_PIXELS >= low:
+        limits.append((FEW_PIXELS, "more does not fit the hardware"))
+    return limits
+
+
+def _sample(count: int) -> np.ndarray:
+    if count <= SAMPLE:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([0, SAMPLE]).choice(count, SAMPLE, False))
+
+
+def measure(encoder: Encoder, records: Any, max_pixels: int | None, reason: str = "") -> Sizes:
+    """Return the sizes of a seeded sample; raises `UserError` where none can be trained on."""
+    sample = _sample(len(records))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        measures = Measures(len(records), Path(folder, "sizes"))
+        measurer = Measurer(encoder, records, measures, skip_bad=True)
+        measurer.measure(sample, pool)
+        kept = measures.kept(sample)
+        sizes = measures.sizes(kept)[:, :2]
+    dropped = np.setdiff1d(sample, kept)
+    first = measurer.why(int(dropped[0])) if len(dropped) else ""
+    if len(kept) == 0:
+        raise UserError(
+            f"None of the {len(sample)} records of '{records.name}' that were looked at can be "
+            f"trained on. The first: {first}"
+        )
+    return Sizes(sizes, max_pixels, reason, len(dropped), first)
+
+
+class RowChoice(NamedTuple):
+    """shape: tokens and patches of a row. density: examples a row. saved: share of the work that
+    packing spares. longer: examples of the sample that do not fit as they are."""
+
+    shape: tuple[int, int]
+    packing: bool
+    density: float
+    saved: float
+    longer: int
+
+
+def choose_row(encoder: Encoder, sizes: np.ndarray) -> RowChoice:
+    """Return how long rows should be, and whether several examples should share one.
+
+    99 of 100 examples fit as they are. Packing is on where its rows cost clearly less to compute
+    than padded ones.
+    """
+    family, model_config = encoder.model.family, encoder.model.config
+    unit = family.patch_unit(model_config)
+    length = round_up(int(np.quantile(sizes[:, 0], 0.99, method="higher")))
+    fitting = sizes[sizes[:, 0] <= length]
+    patches = max(unit, round_up(int(fitting[:, 1].max()), unit))
+    shapes = choose_shapes(fitting, (length, patches), 4, unit)
+    rows = min(8, len(fitting))
+    padded = sum(rows * cost(np.array(shape)) for _, shape in group(fitting, rows, shapes))
+    packed_length = max(length, LEAST_ROW)
+    most = round_up(packed_length * family.merged_patches(model_config), unit)
+    slots = max(patch_capacity(fitting, packed_length, most, unit), patches)
+    packed = pack(fitting, (packed_length, slots))
+    filled = row_sizes(packed, fitting)
+    ladder = choose_shapes(filled, (packed_length, slots), 4, unit)
+    dense = sum(rows * cost(np.array(shape)) for _, shape in group(filled, rows, ladder))
+    saved = 1 - float(dense / padded)
+    longer = int(len(sizes) - len(fitting))
+    if dense < SAVES * padded and len(packed) > 1:
+        density = len(fitting) / len(packed)
+        return RowChoice((packed_length, slots), True, density, saved, longer)
+    return RowChoice((length, patches), False, 1.0, saved, longer)
+
+
+# The config
+
+
+def _config(
+    method: Method,
+    band: Band,
+    row: RowChoice,
+    found: Sizes,
+    machine: Hardware | None,
+    given: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    devices = 1 if machine is None else machine.count
+    accumulation = max(1, round(band.batch / row.density / devices))
+    made: dict[str, dict[str, Any]] = {
+        "model": {
+            **given["model"],
+            "quantize": "nf4-dq" if method.quantize else None,
+            "vision_encoder_lr_scale": method.vision,
+        },
+        "lora": {"enabled": method.rank > 0},
+        "training": {
+            **given["training"],
+            "num_train_epochs": band.epochs,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": accumulation,
+            "learning_rate": method.rate,
+            "optim": method.optim,
+        },
+        "data": {
+            **given["data"],
+            "max_seq_length": row.shape[0],
+            "max_pixels": found.max_pixels,
+            "packing": row.packing,
+            "on_bad_example": "skip" if found.bad else "raise",
+        },
+    }
+    if method.rank:
+        made["lora"] |= {"r": method.rank, "alpha": 2 * method.rank}
+    return {
+        section: {key: value for key, value in keys.items() if value is not None}
+        for section, keys in made.items()
+    }
+
+
+def _mesh(machine: Hardware | None, shards: int) -> dict[str, dict[str, int]]:
+    if machine is None or machine.count == 1:
+        return {}
+    copies = machine.count // shards
+    return {"mesh": {"devices": machine.count, "data": copies, "fsdp": shards}}
+
+
+def _need(made: dict[str, dict[str, Any]], directory: Path, shape: tuple[int, int]) -> Estimate:
+    flat: dict[str, Any] = configs.flatten_config(made)
+    flat |= {"model.name_or_path": str(directory), "model.revision": None}
+    return estimate(configs.load(None, flat), shape)
+
+
+def _reasons(
+    count: int,
+    band: Band,
+    start: int,
+    chosen: int,
+    row: RowChoice,
+    found: Sizes,
+    need: Estimate,
+    machine: Hardware | None,
+    made: dict[str, dict[str, Any]],
+) -> list[tuple[str, str, str]]:
+    method, tokens = METHODS[chosen], row.shape[0]
+    why = band.why
+    if start != band.method:
+        why = f"the checkpoint is in 4 bits already, so not {METHODS[band.method].name}"
+    if chosen != start and machine is not None:
+        why = f"{METHODS[start].name} suits {count:,} examples, but does not fit {machine.name}"
+    rows = [
+        ("examples", f"{count:,}", f"{len(found.sizes) + found.bad:,} of them measured"),
+        ("method", method.name, why),
+        (
+            "row",
+            f"{tokens:,} tokens",
+            f"99 of 100 examples have at most {int(np.quantile(found.sizes[:, 0], 0.99)):,}; "
+            f"the median {int(np.median(found.sizes[:, 0])):,}",
+        ),
+        (
+            "packing",
+            "on" if row.packing else "off",
+            f"{row.density:.1f} examples a row, {100 * row.saved:.0f} % less to compute"
+            if row.packing
+            else "it would save little",
+        ),
+    ]
+    if found.max_pixels is not None:
+        side = round(math.sqrt(found.max_pixels))
+        text = f"about {side} x {side}: {found.reason}"
+        rows.append(("max_pixels", f"{found.max_pixels:,}", text))
+    training = made["training"]
+    step = training.get("gradient_accumulation_steps", 1) * (machine.count if machine else 1)
+    if mesh := made.get("mesh"):
+        shared = mesh["fsdp"] > 1
+        text = "one device does not hold it all" if shared else "one device holds it all"
+        rows.append(("mesh", f"fsdp {mesh['fsdp']}, data {mesh['data']}", text))
+    rows += [
+        ("learning rate", f"{method.rate:g}", "usual for this method"),
+        ("rows a step", f"{step}", f"about {round(step * row.density)} examples"),
+        (
+            "memory",
+            f"{size(need.total)} a device",
+            f"an estimate: frozen weights {size(need.weights)}, trained ones with gradients "
+            f"{size(need.trained)}, moments {size(need.moments)}, activations "
+            f"{size(need.activations)}",
+        ),
+    ]
+    if machine is None:
+        rows.append(("hardware", "not named", "nothing was checked against it"))
+    else:
+        rows.append(
+            (
+                "hardware",
+                f"{machine.count} x {machine.device}",
+                f"{machine.memory / GB:.0f} GB each, {machine.usable / GB:.1f} of them counted on",
+            )
+        )
+    if found.bad:
+        most = configs.get_config().data.max_bad_share
+        stops = found.bad > most * (len(found.sizes) + found.bad)
+        text = (
+            f" More than data.max_bad_share ({most:.0%}): training stops, mend them."
+            if stops
+            else ""
+        )
+        rows.append(("left out", f"{found.bad} of the sample", found.first + text))
+    if row.longer:
+        rows.append(("longer", f"{row.longer} of the sample", "treated as data.overlong says"))
+    return rows
+
+
+def size(count: int) -> str:
+    """Return bytes in words."""
+    return f"{count / GB:.1f} GB" if count >= GB // 10 else f"{count / 1e6:.1f} MB"
+
+
+def write(recommendation: Recommendation, file: Path) -> None:
+    """Write the config as `.yaml` or `.py`, each of which `vlm-jax train --config` takes."""
+    told = f"{recommendation.method.name}, as vlm-jax recommend chose it."
+    if file.suffix in (".yaml", ".yml"):
+        import yaml
+
+        body = yaml.safe_dump(recommendation.config, sort_keys=False, allow_unicode=True)
+        file.write_text(f"# {told}\n{body}", encoding="utf-8")
+        return
+    lines = [f'"""{told}"""', "", "from vlm_jax import config", "", "", "def get_config():"]
+    lines.append("    c = config.get_config()")
+    for key, value in configs.flatten_config(recommendation.config).items():
+        lines.append(f"    c.{key} = {value!r}")
+    file.write_text("\n".join([*lines, "    return c", ""]), encoding="utf-8")
+
+
+def check_out(file: Path) -> None:
+    """Raise `UserError` where the config could not be written there."""
+    if file.suffix not in (".yaml", ".yml", ".py"):
+        raise UserError(f"--out '{file}' must end in .yaml or .py, the forms of a config.")
+    if file.exists():
+        raise UserError(f"--out '{file}' is there already. Delete it, or take another path.")
