@@ -90,15 +90,15 @@ def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, pla
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config.to_dict(made)))
     said = wrong(capsys, "train", "--config", str(recipe))
-    assert f"In '{data}': Image 0" in said and "record 1" in said and "broken.png" in said
+    assert f"In '{data}', line 2: Image 0" in said and "record 1" in said and "broken.png" in said
     assert not (tmp_path / "out").exists()
-    skip = "--config.data.on_bad_example=skip"
+    skip = ("--config.data.on_bad_example=skip", "--config.data.max_bad_share=0.5")
     out = f"--config.training.output_dir={tmp_path / 'skipped'}"
-    assert main(["train", "--config", str(recipe), skip, out]) == 0
+    assert main(["train", "--config", str(recipe), *skip, out]) == 0
     assert "1 image" in capsys.readouterr().out
     (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])  # found only while training
     said = wrong(capsys, "train", "--config", str(recipe))
-    assert f"In '{data}': Image 0" in said and "record 1" in said and "truncated" in said
+    assert f"In '{data}', line 2: Image 0" in said and "record 1" in said and "truncated" in said
     assert "give the same command again" in said
     assert not (tmp_path / "out").exists()  # nothing half-written, nothing in the next try's way
     (tmp_path / "broken.png").write_bytes(whole)
