@@ -61,7 +61,7 @@ def test_bad_records_are_skipped_where_the_encoder_skips(place, tmp_path, monkey
         place / "data",
     )
     monkeypatch.setattr(module, "generate", lambda *_: np.zeros((2, 4), np.int32))
-    skipping = Encoder(place / "base", on_bad_example="skip")
+    skipping = Encoder(place / "base", on_bad_example="skip", allow_absolute_paths=True)
     seen = []
     found = accuracy(
         model, params, skipping, records, batch_size=2, on_batch=lambda *now: seen.append(now)
@@ -70,7 +70,8 @@ def test_bad_records_are_skipped_where_the_encoder_skips(place, tmp_path, monkey
     assert seen[-1] == (4, 4)
     for kept, message in ((records[:2], "broken.png"), (records.rows[2:3], "no list of turns")):
         with pytest.raises(UserError, match=message):
-            accuracy(model, params, Encoder(place / "base"), read_records(kept), batch_size=2)
+            strict = Encoder(place / "base", allow_absolute_paths=True)
+            accuracy(model, params, strict, read_records(kept), batch_size=2)
     with pytest.raises(UserError, match="None of the 1 .*no list of turns"):
         accuracy(model, params, skipping, read_records(records.rows[2:3]))
     for wrong in ({"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}):
