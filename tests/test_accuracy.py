@@ -81,3 +81,16 @@ def test_bad_records_are_skipped_where_the_encoder_skips(place, tmp_path, monkey
         accuracy(model, params, skipping, records, max_examples=-1)
     with pytest.raises(UserError, match="all 1 evaluation records .* damaged"):
         accuracy(model, params, skipping, read_records(records[1:2]))
+
+
+def test_questions_that_are_too_long_are_made_to_fit_as_in_training(place):
+    model, params = vlm_jax.load(place / "base")
+    rows = [json.loads(line) for line in (place / "data/train.jsonl").read_text().splitlines()[:2]]
+    record = read_records(rows, place / "data")[0]
+    length = Encoder(place / "base").measure(record).tokens
+    encoder = Encoder(place / "base", max_seq_length=length - 1)
+    fitted = encoder.measure(record)
+    assert fitted.notes and fitted.patches < Encoder(place / "base").measure(record).patches
+    assert len(encoder.prompt(record)["patches"]) == fitted.patches
+    found = accuracy(model, params, encoder, read_records(rows, place / "data"), batch_size=2)
+    assert len(found.predictions) == 2 and found.skipped == 0

@@ -548,3 +548,54 @@ def test_a_stream_is_exact_whoever_reads_it(qwen, folder, monkeypatch, tmp_path)
         next(make().eval_batches())
     with pytest.raises(UserError, match="set data.max_seq_length"):
         Pipeline(qwen, stream(), rows=2)
+
+
+def test_what_the_sample_did_not_show_is_made_to_fit_or_left_out(
+    qwen, folder, big, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pipeline_module, "SAMPLE", 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = {"conversations": turns(None)["conversations"]}
+    few = [text] * 40 + [{**turns(big), "id": f"i{i}"} for i in range(3)]
+    records = read_records(few, folder)
+    pipeline = Pipeline(qwen, records, rows=2, max_length=512, overlong="drop")
+    assert len([n for _, ids, _ in epoch(pipeline) for n in ids]) in (40, 43)
+    many = [{**turns(big), "id": f"i{i}"} for i in range(40)] + [turns(*[big] * 6)]
+    pipeline = Pipeline(qwen, read_records(many, folder), rows=2, max_length=512, seed=3)
+    steps = epoch(pipeline)
+    assert sorted(n for _, ids, _ in steps for n in ids) == sorted(
+        ["long", *(f"i{i}" for i in range(40))]
+    )
+    assert {batch.shape[1:] for batch, _, _ in steps} <= set(pipeline.shapes)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_were_replaced_are_measured_anew(qwen, tmp_path, workers):
+    write_image(tmp_path / "a.png", 16, 16, seed=0)
+    rows = [turns("a.png") | {"id": f"r{i}"} for i in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    make = lambda: Pipeline(qwen, tmp_path / "data.json", rows=1, workers=workers)  # noqa: E731
+    first = epoch(make())
+    write_image(tmp_path / "a.png", 40, 60, seed=0)
+    with pytest.raises(UserError, match="record . .*replaced since. Start again"):
+        for _ in range(3):  # one record a start
+            epoch(make())
+    for _ in range(3):
+        try:
+            again = epoch(make())
+        except UserError as error:
+            assert "replaced" in str(error)
+    assert again[0][0].shape[2] > first[0][0].shape[2]
+
+
+def test_a_resume_does_not_stop_where_the_run_would_not_have(qwen, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline_module, "WINDOW", 16)
+    rows = json.loads((folder / "data.json").read_text())[:40]
+    rows[-1]["image"] = ["gone.png"] * len(rows[-1]["image"]) or ["gone.png"]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    make = lambda: Pipeline(  # noqa: E731
+        qwen, read_records(tmp_path / "data.json", folder), rows=2, shuffle=False,
+        on_bad_example="skip", max_bad_share=0.05,
+    )  # fmt: skip
+    steps = epoch(make())
+    assert len(epoch(make(), steps[-4][2])) > 3

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def read_captions(folder: Path, prompt: str) -> Sequence[Any] | None:
     return None
 
 
+EXTRA = "fields beyond the header's"
+
+
 class CsvRows(Sequence):
     """The rows of a CSV file with a header, held in memory."""
 
@@ -37,7 +41,8 @@ class CsvRows(Sequence):
         self.name = str(path)
         try:
             data = path.read_bytes()
-            reader = csv.DictReader(data.decode("utf-8-sig").splitlines(keepends=True), strict=True)
+            text = io.StringIO(data.decode("utf-8-sig"), newline="")
+            reader = csv.DictReader(text, restkey=EXTRA, strict=True)
             self.rows, self.lines, before = [], [], 1
             for row in reader:
                 self.rows.append(row)
@@ -51,7 +56,14 @@ class CsvRows(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.rows[index]
+        row = self.rows[index]
+        if EXTRA in row or None in row.values():
+            raise UserError(
+                f"Record {index} of '{self.name}', line {self.line(index)}, has "
+                f"{'more' if EXTRA in row else 'fewer'} fields than the header: put a text that "
+                f"holds a comma in quotes."
+            )
+        return row
 
     def line(self, index: int) -> int:
         """Return the line, from 1, on which a row begins."""
@@ -73,7 +85,7 @@ class Metadata(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         row = self.rows[index]
-        where = f"Line {self.line(index)} of '{self.rows.name}'"
+        where = f"Record {index} of '{self.rows.name}', line {self.line(index)},"
         if not isinstance(row, Mapping) or not isinstance(row.get("file_name"), str):
             raise UserError(f"{where} has no 'file_name', which says which image it is about.")
         rest = {key: value for key, value in row.items() if key != "file_name"}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from transformers.utils import chat_template_utils as templates
 
@@ -44,7 +45,13 @@ class Chat:
         self.template = find_template(directory, tokenizer)
         self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         # transformers' own rendering, less the deep copies that it makes of every message.
-        self.compiled: Any = templates._compile_jinja_template(self.template)
+        try:
+            self.compiled: Any = templates._compile_jinja_template(self.template)
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"The chat template of '{directory}' is no valid Jinja: {error}. Mend "
+                f"chat_template.jinja, or copy the checkpoint's own."
+            ) from error
         self.special = {**tokenizer.special_tokens_map}
         self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
         self.placeholders = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids]
@@ -211,6 +218,8 @@ class Chat:
                     text = text.replace(name, literal)
                 part = {**part, "text": text}
             content.append(part)
+        if not content and message["role"] == "assistant":  # empty, and still ended
+            content = [{"type": "text", "text": ""}]
         return {**message, "content": content}
 
     def _tokens(

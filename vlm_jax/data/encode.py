@@ -211,18 +211,18 @@ class Encoder:
 
         Assistant turns at the end of the record (the answer to be found) are left out.
         """
-        record = canonical(record)
-        messages = record["messages"]
+        fitted = self._fit(record)
+        record, messages = fitted.record, fitted.record["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         kinds = [part["type"] for m in messages for part in m["content"]]
         counts = {f"{kind}s": kinds.count(kind) for kind in KINDS}
         own = {name: record[name][:count] for name, count in counts.items()}
         record = {**record, "messages": messages, **own}
-        grids = self.media.grids(record, self.media.headers(record))
+        grids = {kind: fitted.grids[kind][: counts[f"{kind}s"]] for kind in KINDS}
         tokens = self.chat.prompt(messages, *(self._features(grids[kind]) for kind in KINDS))
         weights = np.zeros(len(tokens), np.float32)
-        return self._example(self._decode(Fitted(record, self.media, grids, tokens, weights)))
+        return self._example(self._decode(Fitted(record, fitted.media, grids, tokens, weights)))
 
     def measure(self, record: Record) -> Size:
         """Return the example's `Size` from its text and its images' headers: no pixel is decoded.
@@ -238,6 +238,16 @@ class Encoder:
 
         Raises `BadExample` where it cannot be trained on.
         """
+        fitted = self._fit(record)
+        if not fitted.weights[1:].any():
+            raise BadExample(
+                "no_answer",
+                f"{describe(fitted.record)} has no token that carries loss: it has no assistant "
+                f"turn, an empty one, or none whose weight is above 0.",
+            )
+        return fitted
+
+    def _fit(self, record: Any) -> Fitted:
         record = canonical(record)
         headers = self.media.headers(record)
         texts: dict[int, tuple] = {}  # by number of turns: features, tokens, weights
@@ -263,12 +273,6 @@ class Encoder:
             raise self._too_long(trial, grids)
         if tokens is None:
             tokens, weights = self._encode_text(trial.record, self._all_features(grids))
-        if not weights[1:].any():
-            raise BadExample(
-                "no_answer",
-                f"{describe(record)} has no token that carries loss: it has no assistant turn, "
-                f"an empty one, or none whose weight is above 0.",
-            )
         notes = SHRUNK * (trial.max_pixels is not None)
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
         return Fitted(trial.record, media, grids, tokens, weights, notes)
@@ -376,6 +380,10 @@ def encode(model_directory: str | Path, record: Any, **options: Any) -> dict[str
     """
     encoder = Encoder(model_directory, **options)
     try:
+        try:
+            record = canonical(record)
+        except UserError as error:
+            raise BadExample("record", str(error)) from error
         return encoder.encode(record)
     except BadExample:
         if encoder.on_bad_example == "skip":

@@ -38,6 +38,12 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8:
             raise UserError(f"an image array must be uint8, this one is {source.dtype}.")
+        if source.ndim == 3 and source.shape[2] == 1:
+            source = source[:, :, 0]
+        if source.ndim != 2 and not (source.ndim == 3 and source.shape[2] in (2, 3, 4)):
+            raise UserError(
+                f"an image array must be [H, W] or [H, W, 1 to 4], this one is {source.shape}."
+            )
         return Image.fromarray(source)
     if isinstance(source, Mapping):
         value = source.get("bytes") or source.get("path")
@@ -130,12 +136,12 @@ def image_size(
 ) -> tuple[int, int]:
     """Return (height, width) from the header, upright where the header already tells it.
 
-    An EXIF tag behind the pixels is not looked for: a planner must not decode. No processor here
-    makes another number of patches of an image that lies on its side.
+    A tag behind the pixels, as some PNG have it, is not looked for: a planner must not decode.
     """
     image = open_image(source, folder, access)
     width, height = image.size
-    orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    told = not image.info.keys().isdisjoint(("exif", "xmp", "XML:com.adobe.xmp"))
+    orientation = image.getexif().get(0x0112, 1) if told else 1
     if not isinstance(source, Image.Image):
         image.close()
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)

@@ -20,6 +20,7 @@ from absl import flags
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.measuring import reason_of
 from vlm_jax.data.planner import Planner, State, Step
+from vlm_jax.data.records import BadExample, describe
 from vlm_jax.errors import UserError
 
 ENDLESS = 1 << 40  # steps of a training run, as Grain counts them
@@ -164,11 +165,26 @@ class Steps:
         measurer = self.planner.measurer
         try:
             record = measurer.records[index]
-            return record["id"], measurer.encoder.example(record)
+            example = measurer.encoder.example(record)
+            planned = measurer.measures.sizes(np.array([index]))[0]
+            if planned[0] >= 0 and tuple(planned[:2]) != sizes_of(example):
+                measurer.measures.forget(index)
+                raise BadExample(
+                    "changed",
+                    f"{describe(record)} was measured as {planned[0]} tokens and {planned[1]} "
+                    f"patches, and now takes {sizes_of(example)}: its images were replaced since. "
+                    f"Start again, which measures it anew.",
+                )
+            return record["id"], example
         except UserError as error:
             if not measurer.allowed(error):
                 raise measurer.named(index, error) from error
             return Skipped(index, reason_of(error), f"In {measurer.records.place(index)}: {error}")
+
+
+def sizes_of(example: Example) -> tuple[int, int]:
+    """Return the tokens and patches of an example."""
+    return len(example["tokens"]), len(example["patches"])
 
 
 def _quiet_worker(number: int, count: int) -> None:

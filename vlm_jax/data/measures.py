@@ -8,8 +8,8 @@ the others have not.
 import hashlib
 import json
 import os
+import secrets
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,25 +50,33 @@ class Measures:
 
     path: the file, made where it is missing, shared by all who open it; None: a temporary file
     that ends with its first owner. Pickles as its path, so that worker processes share it.
+    What one run finds bad (`drop`) the next one measures again: it may have been mended since.
     """
 
     def __init__(self, count: int, path: str | Path | None = None):
         self.count = count
+        self.run = secrets.randbits(30)
         self._owned = tempfile.NamedTemporaryFile(suffix=".sizes") if path is None else None
         self.path = str(self._owned.name if self._owned else path)
         self._map()
 
     def _map(self) -> None:
         size = self.count * len(COLUMNS) * 4
-        with open(self.path, "ab") as file:  # zeros, which pass no check, are "not measured"
-            if file.tell() < size:
-                os.truncate(self.path, size)
+        try:
+            with open(self.path, "ab") as file:  # zeros, which pass no check, are "not measured"
+                if file.tell() < size:
+                    os.truncate(self.path, size)
+        except OSError as error:
+            raise UserError(
+                f"The sizes of the records cannot be kept in '{self.path}' ({error.strerror}): "
+                f"delete it, or make it writable."
+            ) from error
         self.table: np.ndarray = np.memmap(
             self.path, np.int32, mode="r+", shape=(self.count, len(COLUMNS))
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"count": self.count, "path": self.path, "_owned": None}
+        return {"count": self.count, "path": self.path, "run": self.run, "_owned": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -76,8 +84,11 @@ class Measures:
 
     def unknown(self, indices: np.ndarray) -> np.ndarray:
         """Return those of the indices that are not measured yet."""
-        rows = np.asarray(self.table[indices])
-        return indices[np.bitwise_xor.reduce(rows, axis=1) != CHECK]
+        return indices[~self._known(np.asarray(self.table[indices]))]
+
+    def _known(self, rows: np.ndarray) -> np.ndarray:
+        whole = np.bitwise_xor.reduce(rows, axis=1) == CHECK
+        return whole & ((rows[:, 0] >= 0) | np.isin(rows[:, 3], (0, self.run)))
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         """Return int64 [len(indices), 4]: `Size` of measured records; tokens < 0: left out."""
@@ -85,7 +96,8 @@ class Measures:
 
     def kept(self, indices: np.ndarray) -> np.ndarray:
         """Return those of the measured indices whose records are not left out."""
-        return indices[self.table[indices][:, 0] >= 0]
+        rows = np.asarray(self.table[indices])
+        return indices[self._known(rows) & (rows[:, 0] >= 0)]
 
     def put(self, index: int, size: Size) -> None:
         """Write a record's size."""
@@ -93,19 +105,18 @@ class Measures:
         row[-1] = CHECK ^ np.bitwise_xor.reduce(row[:-1])
         self.table[index] = row
 
-    def drop(self, index: int, reason: str) -> None:
-        """Write that a record is left out."""
-        self.put(index, Size(-1 - REASONS.index(reason), 0, 0))
+    def drop(self, index: int, reason: str, lasting: bool = False) -> None:
+        """Write that a record is left out: for good, or as far as this run is concerned."""
+        self.put(index, Size(-1 - REASONS.index(reason), 0, 0, 0 if lasting else self.run))
 
-    def forget(self, reasons: Collection[str]) -> None:
-        """Let records that were left out for one of these be measured again."""
-        codes = [-1 - REASONS.index(reason) for reason in reasons]
-        self.table[np.isin(self.table[:, 0], codes)] = 0
+    def forget(self, index: int) -> None:
+        """Let a record be measured again, by the next one who asks for it."""
+        self.table[index] = 0
 
     def reasons(self) -> dict[str, np.ndarray]:
         """Return {reason: indices} of the records known to be left out."""
         table = np.asarray(self.table)
-        known = np.bitwise_xor.reduce(table, axis=1) == CHECK
+        known = self._known(table)
         return {
             reason: np.flatnonzero(known & (table[:, 0] == -1 - code))
             for code, reason in enumerate(REASONS)
@@ -117,7 +128,7 @@ class StreamMeasures(Measures):
     """Sizes of a stream's records, whose number nobody knows: in memory, each process its own."""
 
     def __init__(self) -> None:
-        self.count, self.path = 0, ""
+        self.count, self.path, self.run = 0, "", secrets.randbits(30)
         self._map()
 
     def _map(self) -> None:
@@ -131,7 +142,7 @@ class StreamMeasures(Measures):
         return super().unknown(indices)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"count": 0, "path": "", "_owned": None}
+        return {"count": 0, "path": "", "run": self.run, "_owned": None}
 
 
 def measures_file(place: str | Path | None, content: str | None, settings: Any) -> Path | None:

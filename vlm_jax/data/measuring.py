@@ -55,7 +55,8 @@ class Measurer:
             self.measures.put(index, self.encoder.measure(self.records[index]))
         except UserError as error:
             if self.allowed(error):
-                self.measures.drop(index, reason_of(error))
+                reason = reason_of(error)
+                self.measures.drop(index, reason, lasting=reason in ALWAYS_DROPPED)
             return error
         return None
 

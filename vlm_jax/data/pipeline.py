@@ -15,10 +15,10 @@ from vlm_jax.batch import Batch
 from vlm_jax.data.encode import Encoder
 from vlm_jax.data.making import Made, Making, Skipped, Steps, batches
 from vlm_jax.data.measures import (
-    REASONS,
     SHRUNK,
     TURNS_DROPPED,
     Measures,
+    Size,
     StreamMeasures,
     measures_file,
 )
@@ -131,7 +131,8 @@ class Pipeline:
             )
         with ThreadPoolExecutor(threads) as pool:
             self.measurer.measure(sample, pool)
-        self._check_share(len(sample), int(self.measurer.bad(sample).sum()))
+        self._sampled = len(sample), int(self.measurer.bad(sample).sum())
+        self._check_share(*self._sampled)
         kept = self.measures.kept(sample)
         if len(kept) == 0:
             why = " ".join(f"{one.reason}: {one.why}" for one in self._first_dropped())
@@ -141,6 +142,8 @@ class Pipeline:
             )
         sizes = self.measures.sizes(kept)[:, :2]
         capacity, self.shapes = self._choose_shapes(sizes, max_shapes, kept, packing)
+        if not self.all_measured:
+            self._limit(self.shapes[-1][1], sample)
         packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
         density = len(kept) / packed  # examples a row
         self.planner = Planner(
@@ -257,6 +260,7 @@ class Pipeline:
         everything = np.arange(self.measures.count)
         with ThreadPoolExecutor(self.making.threads) as pool:
             self.measurer.measure(everything, pool)
+        self._check_share(len(everything), int(self.measurer.bad(everything).sum()))
         kept = self.measures.kept(everything)
         return [
             Step([[int(index)] for index in kept[members]], shape, {}, seen=len(members))
@@ -268,12 +272,24 @@ class Pipeline:
     def _open_measures(self) -> Measures:
         if isinstance(self.records, StreamRecords):
             return StreamMeasures()
-        settings = {**self.encoder.settings, "folder": self.records.folder}
+        parts = self.records.parts if isinstance(self.records, Mixture) else [self]
+        folders = [str(Path(part.records.folder or "").resolve()) for part in parts]
+        settings = {**self.encoder.settings, "folders": folders}
         file = measures_file(self.records.name, self.records.fingerprint, settings)
-        measures = Measures(len(self.records), file)
-        # What was bad may have been mended since: an image put where it was missing.
-        measures.forget([reason for reason in REASONS if reason not in ALWAYS_DROPPED])
-        return measures
+        return Measures(len(self.records), file)
+
+    def _limit(self, patches: int, sample: np.ndarray) -> None:
+        """Hold records that are still to be measured to the last shape's patches, as tokens are."""
+        measured = np.array(self.measures.table[sample])
+        self.encoder = self.encoder.with_limits(self.encoder.max_seq_length, patches)
+        self.measures = self._open_measures()
+        self.measures.unknown(sample)  # room for them
+        self.measurer = Measurer(self.encoder, self.records, self.measures, self.measurer.skip_bad)
+        for index, row in zip(sample, measured, strict=True):
+            if row[0] >= 0:
+                self.measures.put(int(index), Size(*map(int, row[:4])))
+            else:
+                self.measurer.one(int(index))
 
     def _sample(self, seed: int) -> np.ndarray:
         """Return the records that shapes are chosen by."""
@@ -296,7 +312,9 @@ class Pipeline:
             tokens, patches = round_up(tokens), round_up(patches, unit)
         else:
             records = [self.records[int(i)] for i in kept]
-            images = max(len(record["images"]) for record in records) * self.encoder.most_patches()
+            # A stream's beginning may hold none, and its rest many.
+            images = max(int(self.streaming), *(len(record["images"]) for record in records))
+            images *= self.encoder.most_patches()
             films = max(len(r["videos"]) for r in records) * self.encoder.most_video_patches()
             tokens = length or tokens
             most = tokens * family.merged_patches(config)
@@ -319,7 +337,7 @@ class Pipeline:
 
     def _made(self, source: Steps) -> Iterator[tuple[Batch, Made]]:
         """Yield batches; take note of what went wrong in them."""
-        self._seen = self._bad = 0
+        self._seen, self._bad = self._sampled
         for batch, made in batches(source, self.making):
             for one in made.skipped:
                 self.damaged.setdefault(one.index, one)

@@ -69,9 +69,18 @@ class Planner:
             raise UserError(
                 f"The data position {state} lacks its 'cursor': give back a state as it came."
             )
-        while True:
-            yield from self.epoch(state)
+        empty = 0
+        while empty < 100:  # a source may be visited in few epochs only
+            empty += 1
+            for step in self.epoch(state):
+                empty = 0
+                yield step
             state = {"epoch": state["epoch"] + 1, "step": 0}
+        raise UserError(
+            f"100 epochs of '{self.measurer.records.name}' in a row gave no batch of {self.rows} "
+            f"rows: there is too little that can be trained on. Look at what was left out, make "
+            f"the batch smaller, or set training.dataloader_drop_last to false."
+        )
 
     def epoch(self, state: State) -> Iterator[Step]:
         """Yield the rest of an epoch's steps from a state on."""

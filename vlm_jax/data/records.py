@@ -63,7 +63,11 @@ def canonical(
     that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).
     """
     if isinstance(row, Mapping) and row.keys() in (CANONICAL, CANONICAL - {"videos"}):
-        return {"videos": [], **row}
+        turns = row["messages"]
+        if isinstance(turns, list) and all(
+            isinstance(turn, Mapping) and isinstance(turn.get("content"), list) for turn in turns
+        ):
+            return {"videos": [], **row}
     where = f"Record {index} of '{name}'" + ("" if line is None else f", line {line}")
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is {type(row).__name__}, not a JSON object.")
