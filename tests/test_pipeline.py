@@ -558,7 +558,7 @@ def test_what_the_sample_did_not_show_is_made_to_fit_or_left_out(
     text = {"conversations": turns(None)["conversations"]}
     few = [text] * 40 + [{**turns(big), "id": f"i{i}"} for i in range(3)]
     records = read_records(few, folder)
-    pipeline = Pipeline(qwen, records, rows=2, max_length=512, overlong="drop")
+    pipeline = Pipeline(qwen.directory, records, rows=2, max_length=512, overlong="drop")
     assert len([n for _, ids, _ in epoch(pipeline) for n in ids]) in (40, 43)
     many = [{**turns(big), "id": f"i{i}"} for i in range(40)] + [turns(*[big] * 6)]
     pipeline = Pipeline(qwen, read_records(many, folder), rows=2, max_length=512, seed=3)
