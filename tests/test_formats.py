@@ -118,7 +118,7 @@ def test_images_with_captions(tmp_path, kind):
             read_records(tmp_path)[1]
     if kind == "jsonl":
         (tmp_path / "metadata.jsonl").write_text('{"text": "one"}')
-        with pytest.raises(UserError, match=r"Line 1 of .* has no 'file_name'"):
+        with pytest.raises(UserError, match=r"Record 0 of .*, line 1, has no 'file_name'"):
             read_records(tmp_path)[0]
 
 
@@ -172,3 +172,16 @@ def test_a_missing_file_system_names_its_install(monkeypatch):
     for address, line in (("gs://b/a.json", "gcs"), ("s3://b/a.json", "s3")):
         with pytest.raises(UserError, match=rf'pip install "vlm_jax\[{line}\]"'):
             read_records(address)
+
+
+def test_captions_that_a_comma_cuts_are_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,text\na.png,A red ball, and a box\na.png,"A red ball, and\u2028a box"\na.png\n'
+    )
+    records = read_records(tmp_path)
+    assert len(records) == 3
+    assert records[1]["messages"][1]["content"][0]["text"] == "A red ball, and\u2028a box"
+    for index, said in ((0, "line 2, has more fields"), (2, "line 4, has fewer fields")):
+        with pytest.raises(UserError, match=f"Record {index} of .*metadata.csv', {said}"):
+            records[index]

@@ -260,7 +260,9 @@ class Pipeline:
         everything = np.arange(self.measures.count)
         with ThreadPoolExecutor(self.making.threads) as pool:
             self.measurer.measure(everything, pool)
-        self._check_share(len(everything), int(self.measurer.bad(everything).sum()))
+        self._sampled = len(everything), int(self.measurer.bad(everything).sum())
+        self._seen = self._bad = 0
+        self._check_share(*self._sampled)
         kept = self.measures.kept(everything)
         return [
             Step([[int(index)] for index in kept[members]], shape, {}, seen=len(members))
@@ -339,9 +341,11 @@ class Pipeline:
         """Yield batches; take note of what went wrong in them."""
         self._seen, self._bad = self._sampled
         for batch, made in batches(source, self.making):
-            for one in made.skipped:
-                self.damaged.setdefault(one.index, one)
-            self._check_share(made.step.seen, made.step.bad + len(made.skipped))
+            new = [one for one in made.skipped if one.index not in self.damaged]
+            self.damaged.update((one.index, one) for one in new)
+            # Where all were measured at the start, all have been counted.
+            counted = (0, 0) if self.all_measured else (made.step.seen, made.step.bad)
+            self._check_share(counted[0], counted[1] + len(new))
             yield batch, made
 
     # Bad records
