@@ -259,3 +259,19 @@ def test_an_empty_answer_trains_its_end(qwen, llava, name):
     ):
         tokens, weights = chats[name].encode(talk, [2])
         assert [run.strip(" ") for run in trained(chats[name], tokens, weights)] == ends
+
+
+def test_an_end_that_the_marks_leave_out_is_the_turns_own_whatever_eos_is(tmp_path):
+    template = CHATML_MARKED.replace(
+        "{{ '<|im_end|>\n' }}{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>\n' }}"
+    )
+    assert template != CHATML_MARKED
+    directory = qwen2_vl_files(tmp_path, template)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<|endoftext|>"}))
+    chat = open_chat(directory)
+    tokens, weights = chat.encode(TALK, [3])
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.decode(tokens[weights > 0]) == "It is  red<|im_end|> blue <|im_end|>"
+    assert "<|endoftext|>" not in tokenizer.decode(tokens)

@@ -1,6 +1,7 @@
 """From where images and videos may be read: files under the media root, others if allowed."""
 
 import dataclasses
+import re
 import urllib.request
 from pathlib import Path
 
@@ -35,8 +36,14 @@ def find(text: str, folder: str | Path | None, access: Access) -> Path | bytes |
     absolute path, or over a symbolic link). None, as for rows made in memory: any path goes.
     Raises `UserError` for what `access` does not allow.
     """
-    if text.startswith(("http://", "https://")):
+    scheme = re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
+    if scheme and scheme[1].lower() in ("http", "https"):
         return _fetch(text, access)
+    if scheme and scheme[1].lower() != "file":
+        raise UserError(
+            f"'{text}' is an address of a kind that images are not read from: download it, and "
+            f"give the file's path."
+        )
     path = Path(folder or "", text.removeprefix("file://")).expanduser()
     try:
         if not path.is_file():

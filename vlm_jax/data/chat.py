@@ -160,6 +160,7 @@ class Chat:
         if self.has_marks:
             for i, spans in zip(places, turns, strict=True):
                 spans[:1] = [self._with_space(messages, i, rendered, span) for span in spans[:1]]
+                spans[-1:] = [self._with_end(messages, i, rendered, span) for span in spans[-1:]]
         for i, spans in zip(places, turns, strict=True):
             said = [part["text"].strip() for part in messages[i]["content"] if "text" in part]
             written = "".join(rendered[a:b] for a, b in spans)
@@ -198,6 +199,22 @@ class Chat:
         if rendered.startswith(before) and rendered[len(before) : start].isspace():
             return len(before), end
         return mark
+
+    def _with_end(self, messages: Messages, i: int, rendered: str, mark: Span) -> Span:
+        """Return turn i's mark, up to the special token that ends the turn where it leaves it out.
+
+        It is the turn's own if the conversation that ends with the turn has it too.
+        """
+        start, end = mark
+        if rendered[start:end].rstrip().endswith(self.ends):
+            return mark
+        turn = self._render(messages[: i + 1], False)[0]
+        if not rendered.startswith(turn):
+            return mark
+        rest = turn[end:]
+        word = rest.lstrip()
+        found = max((e for e in self.ends if word.startswith(e)), key=len, default="")
+        return (start, end + len(rest) - len(word) + len(found)) if found else mark
 
     def _escape(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message with placeholders in its texts hidden from template and tokenizer."""

@@ -154,15 +154,18 @@ def _listed(value: Any, where: str) -> list[Turn]:
     return turns
 
 
+LEAST_WEIGHT = 1e-6  # what float32 sums of a batch still tell from 0
+
+
 def _weight(turn: Mapping[str, Any], role: str, where: str) -> float:
     """Return what a turn counts in the loss, 1 where it does not say."""
     given = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
     for key, value in given.items():
         number = isinstance(value, bool | int | float)
-        if not number or not 0 <= value < math.inf:
+        if not number or not (value == 0 or LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT):
             raise UserError(
-                f"{where} has the {key} {value!r}; expected true or false, or a number from 0 up, "
-                f"which multiplies the turn's loss."
+                f"{where} has the {key} {value!r}; expected true or false, 0, or a number from "
+                f"{LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}, which multiplies the turn's loss."
             )
         if value and role != "assistant":
             raise UserError(

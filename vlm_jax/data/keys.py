@@ -30,7 +30,8 @@ SAID_IN_TURN = "toolcalls?|functioncall|reasoningcontent"
 def is_given(row: Mapping[str, Any], key: str) -> bool:
     """Return whether a row has something under a key: columns that only others use are empty."""
     value = row.get(key)
-    empty = isinstance(value, str | bytes | list | tuple | Mapping) and len(value) == 0
+    # No bytes are a damaged image, not none.
+    empty = isinstance(value, str | list | tuple | Mapping) and len(value) == 0
     return value is not None and not empty
 
 
