@@ -96,8 +96,12 @@ def main() -> int:
                 killed.write_text(text[: text.rfind("\n") + 1])  # a line cut short was not noted
                 done = text.count("\n")
                 print(f"kill {kills} (workers {workers}, hosts {hosts}): {done} steps", flush=True)
-        same = straight.read_text() == killed.read_text()
-        lines = straight.read_text().splitlines()
+        lines, others = (path.read_text().splitlines() for path in (straight, killed))
+        same = lines == others
+        for number, (line, other) in enumerate(zip(lines, others, strict=False), start=1):
+            if line != other:
+                print(f"step {number}:\n  {line}\n  {other}")
+                break
         examples = sum(len(json.loads(line)["ids"]) for line in lines)
         print(
             f"{kills} kills; {len(lines)} steps of {examples} examples "

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
@@ -35,8 +35,9 @@ class Skipped:
     why: str
 
 
-class Made(NamedTuple):
-    """What a worker knows of a batch beside its arrays."""
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a worker knows of a batch beside its arrays; to Grain one leaf, which stays as it is."""
 
     ids: list[str]
     step: Step
