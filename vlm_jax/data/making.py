@@ -5,6 +5,7 @@ and its arrays the other.
 """
 
 import dataclasses
+import functools
 import os
 import signal
 import threading
@@ -66,7 +67,9 @@ def batches(source: "Steps", making: Making) -> Iterator[tuple[Batch, "Made"]]:
             num_workers=making.workers, per_worker_buffer_size=making.prefetch
         )
         alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        dataset = dataset.to_iter_dataset(alone).mp_prefetch(options, _quiet_worker)
+        dataset = dataset.to_iter_dataset(alone).mp_prefetch(
+            options, functools.partial(_quiet_worker, os.getpid())
+        )
     else:
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=making.prefetch)
         dataset = dataset.to_iter_dataset(ahead)
@@ -188,11 +191,13 @@ def sizes_of(example: Example) -> tuple[int, int]:
     return len(example["tokens"]), len(example["patches"])
 
 
-def _quiet_worker(number: int, count: int) -> None:
-    """Prepare a worker process: no accelerator, no part in Ctrl-C, no life without its parent."""
+def _quiet_worker(parent: int, number: int, count: int) -> None:
+    """Prepare a worker process: no accelerator, no part in Ctrl-C, no life without its parent.
+
+    parent: the process that started it, as that one knows itself: it may be dead by now.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -150,7 +150,8 @@ def measures_file(place: str | Path | None, content: str | None, settings: Any) 
 
     place: the data file or directory; the file lies in `.vlm_jax` beside it, or, where nothing
     can be written there, in the user's cache. settings: JSON-able; all that sizes depend on.
-    None where the records have no known content (rows in memory): then nothing is kept.
+    None where the records' content has no identity (rows that are no plain values): then nothing
+    is kept.
     """
     if place is None or content is None:
         return None

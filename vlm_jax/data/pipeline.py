@@ -46,7 +46,8 @@ class Pipeline:
     max_patches: likewise of patches; by default what the sample asks for.
     packing: whether a row holds several examples, see `vlm_jax.data.packing`.
     max_shapes: how many (tokens, patches) shapes there may be, each of them one compilation. The
-        last one is the largest that can come, so memory runs out at the start or never.
+        last one is the largest there is, so memory runs out at the start or never: a record that
+        was not measured and takes more is treated by the encoder's `overlong` policy.
     shuffle: a new order each epoch and like-sized rows together; False keeps the records' order.
     drop_last: leave out an epoch's last rows that do not fill a batch (others each epoch).
         Otherwise the last batch is filled with empty rows, whose weights are 0: every example
@@ -265,7 +266,7 @@ class Pipeline:
         self._check_share(*self._sampled)
         kept = self.measures.kept(everything)
         return [
-            Step([[int(index)] for index in kept[members]], shape, {}, seen=len(members))
+            Step([[int(index)] for index in kept[members]], shape, {})
             for members, shape in group(self.measures.sizes(kept)[:, :2], self.rows, self.shapes)
         ]
 
