@@ -10,7 +10,8 @@ from vlm_jax import config as configs
 from vlm_jax.data.mixture import Mixture, Part, Records
 from vlm_jax.data.sources import read_records
 from vlm_jax.errors import UserError
-from vlm_jax.train.run import absolute_paths, sources_identity
+from vlm_jax.train.identity import sources_identity
+from vlm_jax.train.run import absolute_paths
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 

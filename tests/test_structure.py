@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 # Lowest first; a module may import from strictly lower rows and from its own folder's files that
 # stand in the same row or lower. docs/DESIGN.md explains the order.
 LEVELS = [
-    ("errors", "values"),
+    ("errors", "values", "config_tables"),
     ("trees", "config"),
     ("weights", "batch", "positions"),
     ("layers",),

@@ -26,6 +26,7 @@ from vlm_jax.quantization import summary
 from vlm_jax.sharding import shard_batch
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import compile_losses, compile_steps, out_of_memory_explained
+from vlm_jax.train.identity import identity
 from vlm_jax.train.metrics import Log, check_reporters, numbers, print_report, progress_bar
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.output import check_output, nothing_half_written
@@ -34,7 +35,6 @@ from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.run import (
     absolute_paths,
     build,
-    identity,
     make_encoder,
     make_pipeline,
     mesh_of,

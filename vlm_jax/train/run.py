@@ -22,8 +22,9 @@ from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import make_mesh, shard_params
-from vlm_jax.train.base import compute_dtype, load_base, quantization_of
-from vlm_jax.train.checkpoint import Checkpoints, base_identity, file_identity
+from vlm_jax.train.base import compute_dtype, load_base
+from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.identity import identity
 from vlm_jax.train.optim import optimizer
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.train.step import init_state
@@ -31,15 +32,8 @@ from vlm_jax.trees import Table, flatten, join, split
 from vlm_jax.vocabulary import add_tokens, is_added
 from vlm_jax.weights import bnb
 
+
 # Config keys of data that decide which batches come.
-DATA_KEYS = (
-    *("max_seq_length", "image_resolution", "min_pixels", "max_pixels", "max_shapes"),
-    # Not on_bad_example: up to a bad example that stops a run, "skip" gives the same batches.
-    *("train_split", "shuffle", "train_on", "max_patches", "packing", "overlong"),
-    *("video_fps", "video_min_frames", "video_max_frames", "video_min_pixels", "video_max_pixels"),
-)
-
-
 def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Return the mesh that the config's `mesh` section asks for, over `devices` (default: all)."""
     if devices is None:
@@ -259,49 +253,6 @@ def stored_dtype(directory: Path) -> str:
         }
     narrow = {"BF16": "bfloat16", "F16": "float16"}
     return narrow[kinds.pop()] if len(kinds) == 1 and kinds <= narrow.keys() else "float32"
-
-
-def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[str, Any]:
-    """Return what must be the same when a run goes on, as JSON values.
-
-    Schedules, limits, logging and the places of files may change; what the state and the order of
-    the data mean may not.
-    """
-    assert model.source is not None
-    d, t, quantized = config.data, config.training, quantization_of(config)
-    adapter = Path(config.model.adapter or "", "adapter_model.safetensors")
-    return {
-        "base": base_identity(model.source.directory),
-        "model": {
-            "dtype": compute_dtype(config),
-            "adapter": file_identity(adapter),
-            **({} if quantized is None else {"quantize": str(quantized)}),
-        },
-        "training table": [list(row) for row in table],
-        "lora": None if model.lora is None else dataclasses.asdict(model.lora),
-        "data": {
-            "train_file": sources_identity(configs.plain(d.train_file)),
-            **{key: d[key] for key in DATA_KEYS},
-            **({"columns": configs.plain(d.columns)} if d.columns else {}),
-        },
-        "training": {
-            "rows": rows,
-            "gradient_accumulation_steps": t.gradient_accumulation_steps,
-            "seed": t.seed,
-            "dataloader_drop_last": t.dataloader_drop_last,
-            "optim": configs.OPTIMIZERS[t.optim],
-        },
-    }
-
-
-def sources_identity(source: Any) -> Any:
-    """Return the digest of a data file, or of each source of a list, beside how it is read."""
-    if isinstance(source, list):
-        return [sources_identity(one) for one in source]
-    if isinstance(source, Mapping):
-        said = {key: value for key, value in source.items() if key not in ("path", "image_folder")}
-        return {**said, "path": sources_identity(source["path"])}
-    return file_identity(Path(source).expanduser())
 
 
 def _absolute(value: Any) -> Any:

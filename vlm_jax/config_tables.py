@@ -1,0 +1,109 @@
+"""What else people call the keys of a config, and which values each may have."""
+
+# What else people call a key. A value moves over as it is.
+ALIASES = {
+    "model.name": "model.name_or_path",
+    "model.path": "model.name_or_path",
+    "model.model_name": "model.name_or_path",
+    "model.model_id": "model.name_or_path",
+    "model.base_model": "model.name_or_path",
+    "model.model_name_or_path": "model.name_or_path",
+    "model.pretrained": "model.name_or_path",
+    "model.pretrained_model_name_or_path": "model.name_or_path",
+    "model.model_type": "model.type",
+    "model.torch_dtype": "model.dtype",
+    "model.quantization": "model.quantize",
+    "model.skip_modules": "model.llm_int8_skip_modules",
+    **{
+        f"{section}.{key}": f"model.{key}"
+        for section in ("quantization", "quantization_config", "bnb")
+        for key in (
+            *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+            *("bnb_4bit_compute_dtype", "llm_int8_skip_modules", "quantize"),
+        )
+    },
+    "model.vision_lr_scale": "model.vision_encoder_lr_scale",
+    "lora.rank": "lora.r",
+    "lora.lora_r": "lora.r",
+    "lora.lora_alpha": "lora.alpha",
+    "lora.lora_dropout": "lora.dropout",
+    "lora.targets": "lora.target_modules",
+    "lora.rslora": "lora.use_rslora",
+    "training.evaluation_strategy": "training.eval_strategy",
+    "training.num_epochs": "training.num_train_epochs",
+    "training.epochs": "training.num_train_epochs",
+    "training.batch_size": "training.per_device_train_batch_size",
+    "training.lr": "training.learning_rate",
+    "training.scheduler": "training.lr_scheduler_type",
+    "data.train_path": "data.train_file",
+    "data.eval_path": "data.eval_file",
+    "data.validation_file": "data.eval_file",
+    "data.image_dir": "data.image_folder",
+    "data.image_root": "data.image_folder",
+    "data.max_length": "data.max_seq_length",
+    "data.image_size": "data.image_resolution",
+}
+
+# Every name of an optimizer, transformers' OptimizerNames among them, and the one that it means.
+OPTIMIZERS = {
+    "adamw": "adamw",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_torch_xla": "adamw",
+    "adamw_torch_npu_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw",
+}
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
+    "model.bnb_4bit_quant_type": ("fp4", "nf4"),
+    "model.bnb_4bit_compute_dtype": (None, "float32", "bfloat16"),
+    "lora.bias": ("none",),
+    "lora.task_type": ("CAUSAL_LM",),
+    "training.lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
+    "training.optim": tuple(OPTIMIZERS),
+    "training.save_strategy": ("no", "steps", "epoch"),
+    "training.eval_strategy": ("no", "steps", "epoch"),
+    "data.train_on": ("all", "answers", "last"),
+    "data.on_bad_example": ("raise", "skip"),
+    "data.overlong": ("shrink_pixels", "drop_turns", "drop", "error"),
+}
+REPORTERS = ("tensorboard", "wandb", "trackio", "none")
+
+# (keys, smallest, largest allowed value)
+RANGES: list[tuple[str, float, float]] = [
+    (r"model\..*_lr_scale", 0, 1000),
+    (r"lora\.r", 1, 65536),
+    (r"lora\.alpha", 0, 1e9),
+    (r"lora\.dropout", 0, 0.999),
+    (r"training\.(per_device_.*|gradient_accumulation_steps|logging_steps)", 1, 1e9),
+    (r"training\.(save_steps|eval_steps)", 1, 1e9),
+    (r"training\.dataloader_num_workers", 0, 1e9),
+    (r"training\.(save_total_limit|warmup_steps|weight_decay|max_grad_norm)", 0, 1e9),
+    (r"training\.(num_train_epochs|learning_rate|adam_epsilon)", 1e-30, 1e9),
+    (r"training\.max_steps", -1, 1e12),
+    (r"training\.(adam_beta1|adam_beta2)", 0, 1 - 1e-9),  # at 1 a mean would never move
+    (r"training\.warmup_ratio", 0, 1),
+    (r"training\.seed", 0, 2**31 - 1),
+    (r"data\.(max_seq_length|max_patches|max_shapes)", 1, 1e9),
+    (r"data\.max_bad_share", 0, 1),
+    (r"data\.(video_)?(min_pixels|max_pixels)", 1, 1e12),
+    (r"data\.video_(fps|min_frames|max_frames)", 1e-6, 1e9),
+    (r"data\.max_image_pixels", 1, 178_956_970),  # Pillow refuses more itself
+    (r"data\.image_resolution", 0, 1e6),
+    (r"evaluation\.(max_new_tokens|batch_size)", 1, 1e9),
+    (r"evaluation\.max_examples", 0, 1e12),
+    (r"mesh\.devices", 0, 1e6),
+    (r"mesh\.(data|fsdp|tensor)", -1, 1e6),
+]
+
+# The YAML parser reads these words as None, and people mean the string.
+NONE_WORDS = ("none", "null", "~", "")
+# Keys whose None, TrainingArguments' default, is a number here.
+NONE_MEANS = {"training.save_total_limit": 0}
