@@ -5,6 +5,7 @@ MLP's hidden width), "vocab" the vocabulary. Rows of a batch spread over data x 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,23 +36,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     in this library makes a mesh.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    free = [name for name, size in sizes.items() if size == -1]
-    whole = known > 0 and len(devices) % known == 0
-    if len(free) > 1 or not whole or (not free and known != len(devices)):
-        raise UserError(
-            f"A mesh of {sizes} does not cover {len(devices)} devices. The sizes must multiply to "
-            f"the number of devices; one of them may be -1."
-        )
-    for name in free:
-        sizes[name] = len(devices) // known
+    sizes = mesh_sizes(len(devices), data, fsdp, tensor)
     return jax.make_mesh(
         tuple(sizes[axis] for axis in AXES),
         AXES,
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=devices,
     )
+
+
+def mesh_sizes(devices: int, data: int, fsdp: int, tensor: int) -> dict[str, int]:
+    """Return the size of each axis of a mesh over so many devices, which need not be here.
+
+    Raises `UserError` where the sizes, of which one may be -1, do not multiply to that.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    whole = known > 0 and devices % known == 0
+    if len(free) > 1 or not whole or (not free and known != devices):
+        raise UserError(
+            f"A mesh of {sizes} does not cover {devices} devices. The sizes must multiply to "
+            f"the number of devices; one of them may be -1."
+        )
+    return {**sizes, **dict.fromkeys(free, devices // max(known, 1))}
 
 
 def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:

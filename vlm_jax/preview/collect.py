@@ -19,6 +19,7 @@ from vlm_jax.hub.load import resolve
 from vlm_jax.hub.tensors import read_json
 from vlm_jax.model import Source, from_config
 from vlm_jax.preview.example import Example, Picture, Reader
+from vlm_jax.sharding import mesh_sizes
 from vlm_jax.train.base import base_name, check_type
 from vlm_jax.train.run import make_encoder, make_pipeline
 
@@ -137,16 +138,9 @@ def open_pipeline(config: ConfigDict, split: str = "train") -> Pipeline:
 def shards_of(config: ConfigDict) -> int:
     """Return among how many devices a step's rows are divided; such a mesh need not be here."""
     m = config.mesh
-    sizes = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor}
-    known = math.prod(size for size in sizes.values() if size != -1)
-    free = [name for name, size in sizes.items() if size == -1]
-    devices = m.devices or (len(jax.devices()) if free else known)
-    if len(free) > 1 or known < 1 or devices % known or (not free and devices != known):
-        raise UserError(
-            f"A mesh of {sizes} does not cover {devices} devices. The sizes of the config's mesh "
-            f"must multiply to mesh.devices (by default those that are here); one may be -1."
-        )
-    sizes.update(dict.fromkeys(free, devices // known))
+    asked = m.data, m.fsdp, m.tensor
+    devices = m.devices or (len(jax.devices()) if -1 in asked else math.prod(asked))
+    sizes = mesh_sizes(devices, *asked)
     return sizes["data"] * sizes["fsdp"]
 
 

@@ -13,6 +13,7 @@ from vlm_jax.train.base import compute_dtype, quantization_of
 from vlm_jax.train.checkpoint import base_identity, file_identity
 from vlm_jax.trees import Table
 
+# Config keys of data that decide which batches come.
 DATA_KEYS = (
     *("max_seq_length", "image_resolution", "min_pixels", "max_pixels", "max_shapes"),
     # Not on_bad_example: up to a bad example that stops a run, "skip" gives the same batches.

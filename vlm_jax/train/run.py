@@ -33,7 +33,6 @@ from vlm_jax.vocabulary import add_tokens, is_added
 from vlm_jax.weights import bnb
 
 
-# Config keys of data that decide which batches come.
 def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Return the mesh that the config's `mesh` section asks for, over `devices` (default: all)."""
     if devices is None:
