@@ -184,6 +184,10 @@ def test_rows_follow_from_the_lengths(tiny, tmp_path):
     assert "max_pixels" not in found.config["data"]
 
 
+def test_text_alone_has_no_limit_of_pixels(tiny):
+    assert "max_pixels" not in recommend(rows(30), tiny).config["data"]
+
+
 @pytest.mark.parametrize(
     ("name", "device", "count"),
     [

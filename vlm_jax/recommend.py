@@ -184,7 +184,7 @@ def recommend(
 
 
 def _pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]:
-    """Return the (value, reason) of data.max_pixels to try, the best first; None: it has none."""
+    """Return the (value, reason) of data.max_pixels to try, the best first; None: leave it out."""
     if encoder.media.pixels is None:
         return [(None, "")]
     low, high = encoder.media.pixels
@@ -196,7 +196,9 @@ def _pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]
         except UserError:
             continue  # counted by `measure`
         areas += [height * width for height, width in sizes]
-    asked = int(np.quantile(areas, 0.95)) if areas else low
+    if not areas:
+        return [(None, "")]
+    asked = int(np.quantile(areas, 0.95))
     bounds = {
         -(-asked // unit) * unit: "95 of 100 images have no more",
         high: "the checkpoint's own limit",

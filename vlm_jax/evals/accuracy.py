@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.encode import Encoder
-from vlm_jax.data.measuring import ALWAYS_DROPPED
+from vlm_jax.data.measuring import ALWAYS_DROPPED, reason_of
 from vlm_jax.data.records import Record
 from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
 from vlm_jax.data.tokenizer import load_tokenizer
@@ -62,10 +62,6 @@ def final_answer(record: Record) -> str | None:
     return (_text(last).strip() or None) if last["role"] == "assistant" else None
 
 
-def _reason(error: UserError) -> str:
-    return getattr(error, "reason", "record")
-
-
 def _plan(
     encoder: Encoder, records: Sequence[Record], count: int, rows: int
 ) -> tuple[list[tuple[list[Record], Shape]], int]:
@@ -83,7 +79,7 @@ def _plan(
                 continue
             size = encoder.measure(record)
         except UserError as error:  # a malformed record, or a `BadExample`
-            if encoder.on_bad_example == "raise" and _reason(error) not in ALWAYS_DROPPED:
+            if encoder.on_bad_example == "raise" and reason_of(error) not in ALWAYS_DROPPED:
                 raise
             first_error = first_error or f" The first that cannot be read: {error}"
             skipped += 1
