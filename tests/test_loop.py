@@ -104,16 +104,19 @@ def test_resume_refuses_what_would_change_the_run(place, straight):
 
 def test_one_compilation_a_shape(place, monkeypatch):
     compiled = []
-    compile_steps = loop.compile_steps
+    compile_step = loop.compile_largest_step
 
     def counting(run, *rest):
         def traced(*arguments):
             compiled.append(arguments[2].shape)  # runs once a trace
             return run(*arguments)
 
-        return compile_steps(traced, *rest)
+        steps = compile_step(traced, *rest)
+        largest = tuple(max(shape[i] for shape in steps.shapes) for i in range(3))
+        assert compiled == [largest]  # the others when they come up
+        return steps
 
-    monkeypatch.setattr(loop, "compile_steps", counting)
+    monkeypatch.setattr(loop, "compile_largest_step", counting)
     outcome, _, _ = run(place, "compiled", "data.max_shapes=2")
     shapes = {(2, *shape) for shape in outcome["data"]["shapes"]}
     assert len(shapes) == 2 and len(compiled) == 2 and set(compiled) == shapes
@@ -128,20 +131,21 @@ def test_a_run_that_is_there_is_not_overwritten(place, straight):
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(place, monkeypatch):
-    compile_steps = loop.compile_steps
+    compile_step = loop.compile_largest_step
 
     def breaking(*arguments):
-        def broken(step):
-            def call(state, frozen, batch):
-                third = int(state.step) == 2
-                state, metrics = step(state, frozen, batch)
-                return state, {**metrics, "loss": metrics["loss"] * (np.nan if third else 1.0)}
+        steps = compile_step(*arguments)
+        step = steps.jitted
 
-            return call
+        def broken(state, frozen, batch):
+            third = int(state.step) == 2
+            state, metrics = step(state, frozen, batch)
+            return state, {**metrics, "loss": metrics["loss"] * (np.nan if third else 1.0)}
 
-        return {shape: broken(step) for shape, step in compile_steps(*arguments).items()}
+        steps.jitted = broken
+        return steps
 
-    monkeypatch.setattr(loop, "compile_steps", breaking)
+    monkeypatch.setattr(loop, "compile_largest_step", breaking)
     with pytest.raises(
         UserError, match=r"Step 3 gave loss nan.*r\d+, r\d+.*checkpoints/2'"
     ) as info:
@@ -231,7 +235,7 @@ def test_components_that_no_image_reaches_are_told_at_the_start(place, monkeypat
     def stop(*_):
         raise Compiling
 
-    monkeypatch.setattr(loop, "compile_steps", stop)
+    monkeypatch.setattr(loop, "compile_largest_step", stop)
     with pytest.raises(UserError, match="Only the projector would train.*no image"):
         run(
             place, "idle", "lora.enabled=false", "model.language_model_lr_scale=0",

@@ -27,7 +27,8 @@ class Batch:
         Attention stays inside a segment.
     positions int32 [B, T], or [B, 3, T] (time, height, width) for M-RoPE.
     image_index int32 [B, T]: which image feature of the row replaces this token; -1 for none.
-    patches float32 [B, P, C]: pixels of each patch, flattened as the family's towers expect.
+    patches float32 [B, P, C]: pixels of each patch, flattened as the family's towers expect; on
+        their way to the device they may be uint8, see `vlm_jax.data.look_up`.
     patch_segments int32 [B, P]: which image (or video frame) a patch belongs to; 0 is padding.
     patch_positions int32 [B, P] or [B, P, 2]: where in its image a patch lies.
     """
@@ -64,13 +65,19 @@ def shift(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def collate(
-    rows: Sequence[Sequence[Example]], length: int, patches: int, like: Example, merge: int = 1
+    rows: Sequence[Sequence[Example]],
+    length: int,
+    patches: int,
+    like: Example,
+    merge: int = 1,
+    pixels: Any = np.float32,
 ) -> Batch:
     """Return a numpy `Batch` of len(rows) rows of `length` tokens and `patches` patches.
 
     A row's examples are packed one after another; segments and images are numbered through the
     row. `like` is any example of the same family: it gives the shapes of an empty row. `merge` is
-    how many patches make one image feature (`merged_patches` of the family's config).
+    how many patches make one image feature (`merged_patches` of the family's config). `pixels` is
+    the dtype of the examples' patches: uint8 before `vlm_jax.data.look_up`.
     Raises `ValueError` where a row does not fit: nothing is ever cut.
     """
     B = len(rows)
@@ -83,7 +90,7 @@ def collate(
         segments=np.zeros((B, length), np.int32),
         positions=np.zeros((B, *axes, length), np.int32),
         image_index=np.full((B, length), -1, np.int32),
-        patches=np.zeros((B, patches, like["patches"].shape[1]), np.float32),
+        patches=np.zeros((B, patches, like["patches"].shape[1]), pixels),
         patch_segments=np.zeros((B, patches), np.int32),
         patch_positions=np.zeros((B, patches, *place), np.int32),
     )
@@ -105,6 +112,8 @@ def collate(
             batch.positions[row, ..., here] = example["positions"]
             index = example["image_index"]
             batch.image_index[row, here] = np.where(index >= 0, index + p // merge, -1)
+            if m and example["patches"].dtype != pixels:
+                raise ValueError(f"Patches are {example['patches'].dtype}, not {pixels}.")
             batch.patches[row, there] = example["patches"]
             segments = example["patch_segments"]
             batch.patch_segments[row, there] = np.where(segments > 0, segments + images, 0)

@@ -116,10 +116,16 @@ class Model:
         layout = self.family.layout(self.config, none)
         return {"tokens": none, "weights": np.zeros(0, np.float32), **layout}
 
-    def collate(self, rows: Sequence[Sequence[Example]], length: int, patches: int) -> Batch:
-        """Return a numpy `Batch`; see `vlm_jax.batch.collate`."""
+    def collate(
+        self,
+        rows: Sequence[Sequence[Example]],
+        length: int,
+        patches: int,
+        pixels: Any = np.float32,
+    ) -> Batch:
+        """Return a numpy `Batch`, patches of dtype `pixels`; see `vlm_jax.batch.collate`."""
         merge = self.family.merged_patches(self.config)
-        return collate(rows, length, patches, self.empty_example, merge)
+        return collate(rows, length, patches, self.empty_example, merge, pixels)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return random parameters of this architecture, to train from nothing."""

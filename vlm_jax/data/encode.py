@@ -13,10 +13,11 @@ from vlm_jax.batch import Batch, Example
 from vlm_jax.data.access import MAX_IMAGE_PIXELS, Access
 from vlm_jax.data.chat import TRAIN_ON, Chat
 from vlm_jax.data.image_settings import make_processor, read_settings
+from vlm_jax.data.look_up import LookUp
 from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media import KINDS, Grids, Media
 from vlm_jax.data.overlong import POLICIES, Trial, fit
-from vlm_jax.data.processors import Grid, ImageProcessor
+from vlm_jax.data.processors import Grid, ImageProcessor, look_up
 from vlm_jax.data.records import BadExample, Record, canonical, describe
 from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
 from vlm_jax.errors import UserError
@@ -202,9 +203,21 @@ class Encoder:
         """
         return self._decode(self.fit(record))
 
-    def example(self, record: Record) -> Example:
-        """Return the record's `vlm_jax.batch.Example`, as `collate` takes it."""
-        return self._example(self.encode(record))
+    def example(self, record: Record, bytes_only: bool = False) -> Example:
+        """Return the record's `vlm_jax.batch.Example`, as `collate` takes it.
+
+        bytes_only: with patches in uint8, for `look_up` to give them their values.
+        """
+        return self._example(self._decode(self.fit(record), bytes_only))
+
+    @property
+    def look_up(self) -> LookUp | None:
+        """What turns the bytes of `example` into values; None where images and videos differ."""
+        family, config = self.model.family, self.model.config
+        tables = list(self.media.tables().values()) or [np.zeros((3, 256), np.float32)]
+        if any((table != tables[0]).any() for table in tables):
+            return None
+        return LookUp(tables[0], functools.partial(family.holds_pixels, config))
 
     def prompt(self, record: Record) -> Example:
         """Return the example of a conversation up to where the assistant is to write; no weights.
@@ -292,9 +305,15 @@ class Encoder:
         """Return how many patch slots one video takes at most, whatever its length."""
         return 0 if self.media.video_processor is None else self.media.video_processor.largest
 
-    def collate(self, rows: Sequence[Sequence[Example]], length: int, patches: int) -> Batch:
+    def collate(
+        self,
+        rows: Sequence[Sequence[Example]],
+        length: int,
+        patches: int,
+        bytes_only: bool = False,
+    ) -> Batch:
         """Return the `Batch` of rows of examples; see `vlm_jax.batch.collate`."""
-        return self.model.collate(rows, length, patches)
+        return self.model.collate(rows, length, patches, np.uint8 if bytes_only else np.float32)
 
     def image_settings(self) -> dict[str, Any] | None:
         """Return the preprocessor_config.json that serves images as they were trained on."""
@@ -305,8 +324,12 @@ class Encoder:
         video = self.media.video_processor
         return None if video is None else video.settings()
 
-    def _decode(self, fitted: Fitted) -> dict[str, Any]:
-        values = fitted.media.values(fitted.record, fitted.grids)
+    def _decode(self, fitted: Fitted, bytes_only: bool = False) -> dict[str, Any]:
+        values = fitted.media.cut(fitted.record, fitted.grids)
+        if not bytes_only:
+            for kind, table in fitted.media.tables().items():
+                cut = values[kind]
+                values[kind] = None if cut is None else look_up(table, cut)
         return {
             "id": fitted.record["id"],
             "tokens": fitted.tokens,

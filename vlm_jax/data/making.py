@@ -96,8 +96,10 @@ class Steps:
         making: Making,
         state: State | None = None,
         steps: list[Step] | None = None,
+        bytes_only: bool = False,
     ):
         self.planner, self.mine, self.state, self.steps = planner, mine, state, steps
+        self.bytes_only = bytes_only
         self.workers, self.threads = making.workers, making.threads
         self._begin()
 
@@ -160,7 +162,7 @@ class Steps:
                     examples.append(one[1])
             rows.append(examples)
         rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
-        batch = self.planner.measurer.encoder.collate(rows, *step.shape)
+        batch = self.planner.measurer.encoder.collate(rows, *step.shape, self.bytes_only)
         arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         return arrays, Made(ids, step, skipped)
 
@@ -169,7 +171,7 @@ class Steps:
         measurer = self.planner.measurer
         try:
             record = measurer.records[index]
-            example = measurer.encoder.example(record)
+            example = measurer.encoder.example(record, self.bytes_only)
             planned = measurer.measures.sizes(np.array([index]))[0]
             if planned[0] >= 0 and tuple(planned[:2]) != sizes_of(example):
                 measurer.measures.forget(index)

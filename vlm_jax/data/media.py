@@ -1,4 +1,4 @@
-"""A record's images and videos: their headers, the patch grids they get, their pixel values."""
+"""A record's images and videos: their headers, the patch grids they get, their pixels."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -86,10 +86,16 @@ class Media:
             for kind, grid in (("image", image), ("video", video))
         }
 
-    def values(self, record: Record, grids: Grids) -> dict[str, np.ndarray | None]:
-        """Return the pixel values of all images and of all videos, decoded; None: there is none.
+    def tables(self) -> dict[str, np.ndarray]:
+        """Return the value of each byte of each channel, float32 [3, 256], of each kind."""
+        both = {"image": self.processor, "video": self.video_processor}
+        return {kind: one.table for kind, one in both.items() if one is not None}
 
-        Raises `BadExample` where pixels are not what the header promised.
+    def cut(self, record: Record, grids: Grids) -> dict[str, np.ndarray | None]:
+        """Return the bytes of all images and of all videos, decoded; None: there is none.
+
+        They are laid out as pixel values are; `tables` says what each of them stands for. Raises
+        `BadExample` where pixels are not what the header promised.
         """
         return {"image": self._images(record, grids["image"]), "video": self._videos(record, grids)}
 
@@ -97,29 +103,29 @@ class Media:
         processor = self.processor
         if not grids or processor is None:
             return None
-        values, start = processor.empty(grids), 0
+        cut, start = processor.empty(grids), 0
         for number, grid in enumerate(grids):
             end = start + (1 if grid is None else int(np.prod(grid)))
-            out = values[start] if grid is None else values[start:end]
+            out = cut[start] if grid is None else cut[start:end]
 
             def read(source: Any, folder: str | None, out: np.ndarray = out) -> Grid:
-                return processor(read_image(source, folder, self.access), out)[1]
+                return processor.cut(read_image(source, folder, self.access), out)[1]
 
             self._check(record, "image", number, self._read(record, "image", number, read), grid)
             start = end
-        return values
+        return cut
 
     def _videos(self, record: Record, grids: Grids) -> np.ndarray | None:
         def read(source: Any, folder: str | None) -> Any:
             processor = self.video_processor
             assert processor is not None
-            return processor(open_video(source, folder, self.access, processor.sampling))
+            return processor.cut(open_video(source, folder, self.access, processor.sampling))
 
         found = []
         for number, grid in enumerate(grids["video"]):
-            values, real = self._read(record, "video", number, read)
+            cut, real = self._read(record, "video", number, read)
             self._check(record, "video", number, real, grid)
-            found.append(values)
+            found.append(cut)
         return np.concatenate(found) if found else None
 
     def _check(self, record: Record, kind: str, number: int, real: Grid, grid: Grid) -> None:

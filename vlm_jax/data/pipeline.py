@@ -232,26 +232,31 @@ class Pipeline:
 
     # What comes
 
-    def batches(self, state: State | None = None) -> Iterator[tuple[Batch, list[str], State]]:
+    def batches(
+        self, state: State | None = None, bytes_only: bool = False
+    ) -> Iterator[tuple[Batch, list[str], State]]:
         """Yield (batch, example ids, next state) without end, epoch after epoch.
 
         batch: numpy, this host's rows. ids: of the examples in it, row by row. next state:
         JSON-able; `batches(next state)` goes on behind this batch, bit for bit, with any number of
         workers, without decoding or measuring what came before its window. Begin with None or
         {"epoch": 0, "step": 0}. Raises `UserError` where the state belongs to other records or
-        another batch size.
+        another batch size. bytes_only: with patches in uint8, for
+        `encoder.look_up` to give them their values where they are used.
         """
         next(iter(self.planner.steps(state)))  # a state that does not fit is told here and now
-        for batch, made in self._made(Steps(self.planner, self.mine, self.making, state)):
+        steps = Steps(self.planner, self.mine, self.making, state, bytes_only=bytes_only)
+        for batch, made in self._made(steps):
             yield batch, made.ids, made.step.after
 
-    def eval_batches(self) -> Iterator[tuple[Batch, list[str]]]:
+    def eval_batches(self, bytes_only: bool = False) -> Iterator[tuple[Batch, list[str]]]:
         """Yield (batch, example ids) once over every example, shortest first; rows are not packed.
 
         The last batch of rows is filled with empty rows, whose weights are 0.
         """
         steps = self.eval_steps()
-        for batch, made in self._made(Steps(self.planner, self.mine, self.making, steps=steps)):
+        planned = Steps(self.planner, self.mine, self.making, steps=steps, bytes_only=bytes_only)
+        for batch, made in self._made(planned):
             yield batch, made.ids
 
     def eval_steps(self) -> list[Step]:

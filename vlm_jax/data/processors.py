@@ -38,17 +38,22 @@ class ImageProcessor(Protocol):
     def grid(self, height: int, width: int) -> Grid:
         """Return (frames, height, width) in patches of an image of this size; None if fixed."""
 
+    @property
+    def table(self) -> np.ndarray:
+        """float32 [3, 256]: the value of each byte of each channel, see `value_table`."""
+
     def empty(self, grids: Sequence[Grid]) -> np.ndarray:
-        """Return room for the pixel values of images of these grids."""
+        """Return room for the bytes of images of these grids."""
 
-    def __call__(
-        self, pixels: np.ndarray, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Grid]:
-        """Return (pixel values float32, grid) of a uint8 [H, W, 3] image.
+    def cut(self, pixels: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
+        """Return (bytes uint8, grid) of a uint8 [H, W, 3] image, laid out as its values are.
 
-        out: where the values are written, a part of `empty`; where the grid does not fit it,
+        out: where the bytes are written, a part of `empty`; where the grid does not fit it,
         nothing is.
         """
+
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+        """Return (pixel values float32, grid) of a uint8 [H, W, 3] image."""
 
     def settings(self) -> dict[str, Any]:
         """Return what `preprocessor_config.json` must hold to serve images the same way."""
@@ -71,6 +76,15 @@ def value_table(raw: Mapping[str, Any]) -> np.ndarray:
         )
         table = (table - mean) / std
     return table
+
+
+def look_up(table: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Return the float32 values of uint8 [N, C] or [N, channels, ...]; C begins with channels."""
+    channels = pixels.reshape(len(pixels), len(table), -1)
+    values = np.empty(channels.shape, np.float32)
+    for channel, own in enumerate(table):
+        values[:, channel] = own.take(channels[:, channel])
+    return values.reshape(pixels.shape)
 
 
 def smart_resize(
@@ -184,31 +198,28 @@ class Patches:
     def empty(self, grids: Sequence[Grid]) -> np.ndarray:
         count = sum(int(np.prod(grid)) for grid in grids if grid is not None)
         values = 3 * self.raw["temporal_patch_size"] * self.raw["patch_size"] ** 2
-        return np.empty((count, values), np.float32)
+        return np.empty((count, values), np.uint8)
 
-    def __call__(
-        self, pixels: np.ndarray, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Grid]:
+    def cut(self, pixels: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
         height, width = self.size(*pixels.shape[:2])
         grid = (1, height // self.raw["patch_size"], width // self.raw["patch_size"])
         out = self.empty([grid]) if out is None else out
         if len(out) == grid[1] * grid[2]:
-            blocks, _ = self.cut(pixels, (height, width))
-            values = out.reshape(len(out), 3, -1, blocks.shape[2])
-            for channel in range(3):
-                values[:, channel] = self.table[channel].take(blocks[channel])[:, None]
+            blocks = self.frame(pixels, (height, width))
+            out.reshape(len(out), 3, -1, blocks.shape[2])[:] = blocks[:, :, None]
         return out, grid
 
-    def cut(self, pixels: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return uint8 [3, P, patch x patch] of an image resized to `size`, in merge blocks; and
-        its (height, width) in patches."""
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+        cut, grid = self.cut(pixels)
+        return look_up(self.table, cut), grid
+
+    def frame(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Return uint8 [P, 3, patch x patch] of an image resized to `size`, in merge blocks."""
         patch, merge = self.raw["patch_size"], self.raw["merge_size"]
         pixels = resize(pixels, size, self.raw["resample"])
         h, w = pixels.shape[0] // patch, pixels.shape[1] // patch
-        # Bytes are put in order, so that floats are written once; channels lead for the look-up.
         blocks = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
-        blocks = np.ascontiguousarray(blocks.transpose(6, 0, 3, 1, 4, 2, 5))
-        return blocks.reshape(3, h * w, patch * patch), (h, w)
+        return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, patch * patch)
 
     def settings(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.raw.items() if value is not None}
@@ -292,11 +303,13 @@ class Fixed:
         return None
 
     def empty(self, grids: Sequence[Grid]) -> np.ndarray:
-        return np.empty((len(grids), 3, *self.output), np.float32)
+        return np.empty((len(grids), 3, *self.output), np.uint8)
 
-    def __call__(
-        self, pixels: np.ndarray, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Grid]:
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+        cut, grid = self.cut(pixels)
+        return look_up(self.table, cut[None])[0], grid
+
+    def cut(self, pixels: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
         raw = self.raw
         if raw["do_pad"]:
             pixels = pad_to_square(pixels, [int(mean * 255) for mean in raw["image_mean"]])
@@ -311,8 +324,7 @@ class Fixed:
         if raw["do_center_crop"]:
             pixels = center_crop(pixels, self.output)
         out = self.empty([None])[0] if out is None else out
-        for channel in range(3):
-            out[channel] = self.table[channel].take(pixels[:, :, channel])
+        out[:] = pixels.transpose(2, 0, 1)
         return out, None
 
     def settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.image_settings import IGNORED, PROCESSORS, make_processor, read_first
-from vlm_jax.data.processors import Patches, smart_resize
+from vlm_jax.data.processors import Patches, look_up, smart_resize
 from vlm_jax.data.video import Sampling, Video
 from vlm_jax.errors import UserError, nearest
 
@@ -107,33 +107,40 @@ class VideoProcessor:
             "max_video_tokens": self.max_video_tokens,
         }
 
+    @property
+    def table(self) -> np.ndarray:
+        """float32 [3, 256]: the value of each byte of each channel."""
+        return self.patches.table
+
     def __call__(self, video: Video) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Return (pixel values, grid); frames are decoded, resized and let go one by one.
+        """Return (pixel values float32 [P, C], grid)."""
+        cut, grid = self.cut(video)
+        return look_up(self.table, cut), grid
+
+    def cut(self, video: Video) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Return (bytes uint8 [P, C], grid); frames are decoded, resized and let go one by one.
 
         The last frame is repeated where their number is no multiple of a patch's frames.
         """
         raw, depth = self.patches.raw, self.sampling.factor
-        values = np.zeros(0, np.float32)
+        cut = np.zeros(0, np.uint8)
         shape, number, grid = (0, 0), -1, (0, 0, 0)
         for number, frame in enumerate(video.frames()):
             if number == 0:  # upright only now: a header may not tell that it lies on its side
                 shape = frame.shape[:2]
                 size = self._size(video.count, *shape, video.pixels)
                 grid = (-(-video.count // depth), *(side // raw["patch_size"] for side in size))
-                values = np.empty(
-                    (grid[0], grid[1] * grid[2], 3, depth, raw["patch_size"] ** 2), np.float32
+                cut = np.empty(
+                    (grid[0], grid[1] * grid[2], 3, depth, raw["patch_size"] ** 2), np.uint8
                 )
             if frame.shape[:2] != shape:
                 raise UserError(f"its frame {number} has another size: {frame.shape[:2]}, {shape}.")
-            blocks, _ = self.patches.cut(frame, size)
-            for channel in range(3):
-                table = self.patches.table[channel]
-                values[number // depth, :, channel, number % depth] = table.take(blocks[channel])
+            cut[number // depth, :, :, number % depth] = self.patches.frame(frame, size)
         if number + 1 != video.count:
             raise UserError(f"it has {number + 1} frames, but {video.count} were expected.")
         last = number % depth
-        values[-1, :, :, last + 1 :] = values[-1, :, :, last : last + 1]
-        return values.reshape(int(np.prod(grid)), -1), grid
+        cut[-1, :, :, last + 1 :] = cut[-1, :, :, last : last + 1]
+        return cut.reshape(int(np.prod(grid)), -1), grid
 
 
 def read_video_settings(directory: str | Path) -> dict[str, Any] | None:

@@ -245,7 +245,7 @@ class VisionTower(nn.Module):
 def cut_patches(vision: Tower, pixel_values: np.ndarray) -> np.ndarray:
     """Return [I, S, C] of pixels [I, channels, height, width]; a class token's slot is zeros."""
     size, patch, grid = vision.image_size, vision.patch_size, vision.grid
-    images = np.asarray(pixel_values, np.float32)
+    images = np.asarray(pixel_values)
     if images.ndim != 4 or images.shape[1:] != (vision.channels, size, size):
         raise UserError(
             f"pixel_values has the shape {list(images.shape)}; this tower takes "

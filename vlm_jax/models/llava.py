@@ -185,6 +185,12 @@ def patch_unit(cfg: Config) -> int:
     return cfg.vision.slots
 
 
+def holds_pixels(cfg: Config, positions: Any) -> Any:
+    """Return which patch slots of an image hold pixels, by their `patch_positions`: a class
+    token's does not."""
+    return positions >= int(cfg.vision.kind.has_class_token)
+
+
 def stacks(cfg: Config) -> dict[str, int]:
     """Return the layers that are stacked in the tree: {prefix: number of layers}."""
     return {

@@ -272,7 +272,7 @@ def _media(cfg: Config, tokens, kind: str, values, grids, token_id: int):
     grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
     grids = grids.reshape(-1, 3)
     values = np.zeros((0, cfg.vision.patch_values), np.float32) if values is None else values
-    values = np.asarray(values, np.float32)
+    values = np.asarray(values)
     if values.shape[1:] != (cfg.vision.patch_values,):
         raise UserError(
             f"The pixel values of {kind}s must be [patches, {cfg.vision.patch_values}]; they are "
@@ -320,7 +320,9 @@ def layout(
         ),
         "image_index": image_index,
         # Tens of megabytes: copied only where there are both.
-        "patches": np.concatenate([images, videos]) if len(videos) else images,
+        "patches": np.concatenate([images, videos])
+        if len(images) and len(videos)
+        else (videos if len(videos) else images),
         "patch_segments": vision_segments(grids),
         "patch_positions": vision_positions(grids, merge),
     }
@@ -357,6 +359,11 @@ def merged_patches(cfg: Config) -> int:
 def patch_unit(cfg: Config) -> int:
     """Return what the number of patches of a row must be a multiple of."""
     return cfg.vision.merge**2
+
+
+def holds_pixels(cfg: Config, positions: Any) -> Any:
+    """Return which patch slots of an image hold pixels, by their `patch_positions` [..., 2]."""
+    return positions[..., 0] >= 0
 
 
 def stacks(cfg: Config) -> dict[str, int]:

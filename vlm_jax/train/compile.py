@@ -1,7 +1,8 @@
-"""Every shape of a run compiled ahead of its first step, so that what cannot run fails early."""
+"""A run's programs: one a shape, the largest before the first step, so that memory fails early."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -64,7 +65,31 @@ def compile_step(
     return lowered.compile(options), jitted
 
 
-def compile_steps(
+class OnceAShape:
+    """A function of (..., batch), compiled when a batch of a new shape comes.
+
+    shapes: all there may be, (rows, T, P). compiling: seconds that the last call spent on it.
+    """
+
+    def __init__(self, jitted: Callable, shapes: Iterable[tuple[int, int, int]]):
+        self.jitted, self.shapes = jitted, frozenset(shapes)
+        self.compiled: set[tuple[int, int, int]] = set()
+        self.compiling = 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        batch = args[-1]
+        assert batch.shape in self.shapes, f"{batch.shape} is not one of {sorted(self.shapes)}"
+        start = time.perf_counter()
+        with rows_over(batch.tokens.sharding):
+            result = self.jitted(*args)
+        # A program that is there is dispatched and runs on behind the call.
+        new = batch.shape not in self.compiled
+        self.compiled.add(batch.shape)
+        self.compiling = time.perf_counter() - start if new else 0.0
+        return result
+
+
+def compile_largest_step(
     run: Callable,
     model: Model,
     state: TrainState,
@@ -72,30 +97,28 @@ def compile_steps(
     shapes: Sequence[Shape],
     rows: int,
     mesh: Any,
-) -> dict[tuple[int, int, int], Callable]:
-    """Return {(rows, T, P): the compiled step}: one compilation a shape, all of them now.
+) -> OnceAShape:
+    """Return the step for all shapes, compiled for the last one, which is the largest.
 
-    Raises `UserError` where one does not fit into memory.
+    Raises `UserError` where that does not fit into memory; then none of the others fails so.
     """
-    steps: dict[tuple[int, int, int], Callable] = {}
-    for shape in sorted(shapes, reverse=True):  # the largest first
-        batch = abstract_batch(model, rows, shape, mesh)
-        compiled, steps[rows, shape[0], shape[1]] = compile_step(run, state, frozen, batch)
-        _check_memory(compiled, shape, rows)
-    assert len(steps) == len(shapes)
+    batch = abstract_batch(model, rows, shapes[-1], mesh)
+    compiled, jitted = compile_step(run, state, frozen, batch)
+    _check_memory(compiled, shapes[-1], rows)
+    steps = OnceAShape(jitted, ((rows, *shape) for shape in shapes))
+    steps.compiled.add((rows, *shapes[-1]))
     return steps
 
 
-def compile_losses(
+def compile_largest_loss(
     model: Model, state: TrainState, frozen: Any, shapes: Sequence[Shape], rows: int, mesh: Any
-) -> dict[tuple[int, int, int], Callable]:
-    """Return {(rows, T, P): compiled (trainable, frozen, batch) -> (loss_sum, tokens)}."""
+) -> OnceAShape:
+    """Return (trainable, frozen, batch) -> (loss_sum, tokens), compiled as the step is."""
     jitted = jax.jit(lambda trainable, frozen, batch: loss(model, trainable, frozen, batch))
-    for shape in shapes:
-        batch = abstract_batch(model, rows, shape, mesh)
-        with rows_over(batch.tokens.sharding):
-            jitted.lower(state.trainable, frozen, batch).compile()
-    return {(rows, shape[0], shape[1]): jitted for shape in shapes}
+    batch = abstract_batch(model, rows, shapes[-1], mesh)
+    with rows_over(batch.tokens.sharding):
+        jitted.lower(state.trainable, frozen, batch).compile()
+    return OnceAShape(jitted, ((rows, *shape) for shape in shapes))
 
 
 def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:

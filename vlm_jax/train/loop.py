@@ -23,9 +23,13 @@ from vlm_jax.evals.accuracy import accuracy
 from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
 from vlm_jax.quantization import summary
-from vlm_jax.sharding import shard_batch
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.compile import compile_losses, compile_steps, out_of_memory_explained
+from vlm_jax.train.compile import (
+    compile_largest_loss,
+    compile_largest_step,
+    out_of_memory_explained,
+)
+from vlm_jax.train.feed import Feed
 from vlm_jax.train.identity import identity
 from vlm_jax.train.metrics import Log, check_reporters, numbers, print_report, progress_bar
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
@@ -125,12 +129,13 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
             step = int(state.step)
         console.print(f"Resuming '{directory}' from step {step}.", highlight=False)
 
-    # All compilations come first, so that what cannot run fails now
+    # The largest shapes are compiled first, so that what cannot run fails now
     run = make_step(model, tx, t.gradient_accumulation_steps)
-    steps = compile_steps(run, model, state, frozen, data.shapes, rows, mesh)
-    losses = {}
+    run_step = compile_largest_step(run, model, state, frozen, data.shapes, rows, mesh)
+    losses = None
     if held_out is not None:
-        losses = compile_losses(model, state, frozen, held_out.shapes, eval_rows, mesh)
+        losses = compile_largest_loss(model, state, frozen, held_out.shapes, eval_rows, mesh)
+    feed = Feed(encoder, mesh)
 
     # From here on things are written
     evaluation: dict[str, float] = {}
@@ -150,7 +155,7 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
         save_at = every(t.save_strategy, t.save_steps, epoch)
         eval_at = every(t.eval_strategy, t.eval_steps, epoch)
         bar = progress_bar(console)
-        batches: Any = data.batches(place)
+        batches: Any = data.batches(place, feed.bytes_only)
         with contextlib.closing(batches), interruptible() as stop, bar, contextlib.closing(log):
             task = bar.add_task("train", total=total, completed=step, numbers="")
 
@@ -166,7 +171,8 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
                 asked = time.perf_counter()
                 batch, ids, place = next(batches)
                 watch.meter.wait(time.perf_counter() - asked)
-                state, metrics = steps[batch.shape](state, frozen, shard_batch(batch, mesh))
+                state, metrics = run_step(state, frozen, feed(batch))
+                watch.meter.leave_out(run_step.compiling)
                 step += 1
                 show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
                 saving = save_at(step) or step == total or stop.is_set()
@@ -177,11 +183,11 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
                     checkpoints.save(step, state, place)
                 if evaluating and held_out is not None:
                     evaluation = _evaluate(
-                        config, model, encoder, held_out, losses, state, frozen, mesh
+                        config, model, encoder, held_out, losses, state, frozen, feed
                     )
                     log.write_evaluation(step, evaluation)
                     console.print(f"step {step}/{total}  {_words(evaluation)}", highlight=False)
-                    watch.meter.reset()
+                    watch.meter.leave_out(evaluation["seconds"])
             show(watch.flush())
             checkpoints.save(step, state, place)
         checkpoints.close()
@@ -269,16 +275,16 @@ def _evaluate(
     model: Model,
     encoder: Encoder,
     held_out: Pipeline,
-    losses: dict[tuple[int, int, int], Callable],
+    losses: Any,
     state: TrainState,
     frozen: Any,
-    mesh: Any,
+    feed: Feed,
 ) -> dict[str, float]:
     """Return the loss over all of data.eval_file and the accuracy of generated answers."""
     start = time.perf_counter()
     sums = [
-        losses[batch.shape](state.trainable, frozen, shard_batch(batch, mesh))
-        for batch, _ in held_out.eval_batches()
+        losses(state.trainable, frozen, feed(batch))
+        for batch, _ in held_out.eval_batches(feed.bytes_only)
     ]
     total, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
     values = {"loss": float(total / max(tokens, 1e-9))}

@@ -139,6 +139,10 @@ class Meter:
     def add(self, loss: float, tokens: float) -> None:
         self.loss, self.tokens = self.loss + loss * tokens, self.tokens + tokens
 
+    def leave_out(self, seconds: float) -> None:
+        """Take time off that was spent on neither steps nor data, as compiling and evaluating."""
+        self.start += seconds
+
     def wait(self, seconds: float) -> None:
         """Count time in which the loop waited for a batch."""
         self.waited += seconds
