@@ -66,7 +66,7 @@ def pipeline_rate(base: Path, data: Path, workers: int, count: int) -> float:
     pipeline = Pipeline(
         base, data, rows=4, max_length=4096, overlong="drop", workers=workers, prefetch=2
     )
-    batches = pipeline.batches()
+    batches = pipeline.batches(bytes_only=True)
     for _ in range(4 * max(1, workers)):
         next(batches)
     start, done = time.perf_counter(), 0
