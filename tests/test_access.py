@@ -105,3 +105,16 @@ def test_addresses_are_fetched_only_where_that_is_allowed(places, monkeypatch):
     answer = bytes(FETCH_BYTES + 1)
     with pytest.raises(UserError, match="the most that is fetched"):
         read_image("https://example.com/a.png", None, Access(allow_urls=True))
+
+
+def test_a_tilde_is_the_home_for_roots_and_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "media").mkdir()
+    write_image(tmp_path / "media/a.png", 5, 7)
+    assert read_image("a.png", "~/media").shape == (5, 7, 3)
+    assert image_size("~/media/a.png", "~/media") == (5, 7)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="lies outside the media root"):
+        read_image("~/media/a.png", "~/other")
+    anywhere = Access(allow_absolute_paths=True)
+    assert read_image("~/media/a.png", "~/other", anywhere).shape == (5, 7, 3)

@@ -72,6 +72,10 @@ def test_bad_records_are_skipped_where_the_encoder_skips(place, tmp_path, monkey
         with pytest.raises(UserError, match=message):
             strict = Encoder(place / "base", allow_absolute_paths=True)
             accuracy(model, params, strict, read_records(kept), batch_size=2)
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps([rows[0], {**rows[1], "image": "nowhere.png"}]))
+    with pytest.raises(UserError, match=r"In '.*bad\.json', line 1: .*nowhere\.png"):
+        accuracy(model, params, strict, read_records(file, place / "data"), batch_size=2)
     with pytest.raises(UserError, match="None of the 1 .*no list of turns"):
         accuracy(model, params, skipping, read_records(records.rows[2:3]))
     for wrong in ({"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}):

@@ -136,9 +136,27 @@ def test_streams_go_on_where_they_stopped(tmp_path):
         assert list(again.records_from(4)) == records[4:] == list(stream.records_from(4))
     with pytest.raises(UserError, match="is a stream, which has no length"):
         read_records(data)
-    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "r"}\n{')
-    with pytest.raises(UserError, match=r"stream '.*a\.jsonl' breaks behind record"):
-        list(open_stream(tmp_path / "a.jsonl").records_from(0))
+    # A bad line is an error in its own place; what follows is read.
+    good = b'{"question": "q", "answer": "r"}'
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + good + b"\n\n{\n" + good + b"\n\xff\n" + good
+    )
+    found = list(open_stream(tmp_path / "a.jsonl").records_from(0))
+    assert [isinstance(one, dict) for one in found] == [True, False, True, False, True]
+    assert "Record 1 of" in str(found[1]) and "line 3, is not valid JSON" in str(found[1])
+    assert "line 5, is not UTF-8" in str(found[3]) and found[4]["index"] == 4
+    behind = list(open_stream(tmp_path / "a.jsonl").records_from(3))
+    assert str(behind[0]) == str(found[3]) and behind[1] == found[4]
+
+    def broken():
+        yield {"question": "q", "answer": "r"}
+        raise OSError("the connection was lost")
+
+    rows = datasets.IterableDataset.from_generator(broken)
+    with pytest.raises(
+        UserError, match=r"stream 'IterableDataset' breaks behind record 0: the con"
+    ):
+        list(open_stream(rows).records_from(0))
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(UserError, match="cannot be streamed"):
         open_stream(tmp_path / "a.json")

@@ -200,6 +200,8 @@ def test_orientation_and_modes():
         (3, "not int"),
         (np.zeros((2, 2), np.float32), "must be uint8"),
         (Image.new("F", (2, 2)), "floating-point"),
+        (Image.fromarray(np.array([[0, 70000]], np.int32)), "32-bit grey"),
+        (Image.fromarray(np.array([[-1, 3]], np.int32)), "32-bit grey"),
         (encoded(picture((200, 300)), format="PNG")[:9000], "damaged or truncated"),
         (encoded(picture((200, 300)), format="JPEG")[:3000], "damaged or truncated"),
     ],

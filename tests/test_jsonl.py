@@ -63,6 +63,15 @@ def test_a_bad_line_is_an_error_of_its_own_record(tmp_path):
     assert records.place(6) == f"'{tmp_path / 'a.jsonl'}', line 8"
 
 
+def test_one_row_of_a_list_that_is_not_utf8_hinders_no_other(tmp_path):
+    good = json.dumps({"question": "é?", "answer": "r"}, ensure_ascii=False).encode()
+    bad = b'{"question": "\xff", "answer": "r"}'
+    records = read_records(write(tmp_path / "a.json", b"[" + b",\n".join([good, bad, good]) + b"]"))
+    assert len(records) == 3 and records[2]["messages"] == records[0]["messages"]
+    with pytest.raises(UserError, match=r"Record 1 of '.*a\.json', line 2, is not UTF-8 text"):
+        records[1]
+
+
 def test_a_bad_record_names_its_line(tmp_path):
     rows = [{"messages": TURNS}, {"id": "x", "messages": []}, {"question": "q", "answer": None}]
     lines = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, rows)))

@@ -82,6 +82,10 @@ def test_without_shuffling_sources_come_in_their_order():
         ([(2, {"weight": 1}), (2, {"epochs": 2})], "'s0' has a weight and 's1' has none"),
         ([(2, {"weight": 0})], "weight 0; expected a number above 0"),
         ([(2, {"epochs": -1})], "epochs -1"),
+        (
+            [(2, {"epochs": 0.3}), (1, {"epochs": 0.5})],
+            r"not one whole record.*epochs \[0.3, 0.5\]",
+        ),
         ([(2, {"epochs": float("nan")})], "epochs nan"),
     ],
 )

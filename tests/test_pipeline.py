@@ -141,7 +141,9 @@ def test_a_resume_decodes_nothing_that_was_seen(qwen, folder, monkeypatch):
     state = epoch(pipeline)[9][2]
     seen = []
     original = Encoder.example
-    see = lambda self, record: seen.append(record["id"]) or original(self, record)  # noqa: E731
+    see = lambda self, record, *rest: (  # noqa: E731
+        seen.append(record["id"]) or original(self, record, *rest)
+    )
     monkeypatch.setattr(Encoder, "example", see)
     next(pipeline.batches(state))
     assert len(seen) < 4 * 5

@@ -44,7 +44,7 @@ def find(text: str, folder: str | Path | None, access: Access) -> Path | bytes |
             f"'{text}' is an address of a kind that images are not read from: download it, and "
             f"give the file's path."
         )
-    path = Path(folder or "", text.removeprefix("file://")).expanduser()
+    path = located(text, folder)
     try:
         if not path.is_file():
             return None
@@ -60,6 +60,12 @@ def find(text: str, folder: str | Path | None, access: Access) -> Path | bytes |
             f"file, or set data.image_folder to a directory that holds all its images and videos."
         )
     return path
+
+
+def located(text: str, folder: str | Path | None) -> Path:
+    """Return where a path of a record points: from the media root, or the home of "~/"."""
+    own = Path(text.removeprefix("file://"))
+    return Path(folder or "").expanduser() / (own.expanduser() if text.startswith("~/") else own)
 
 
 def _fetch(address: str, access: Access) -> bytes:

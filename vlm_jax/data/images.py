@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlm_jax.data.access import SAFE, Access, check_pixels, find
+from vlm_jax.data.access import SAFE, Access, check_pixels, find, located
 from vlm_jax.errors import UserError
 
 
@@ -59,7 +59,7 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
             return _open(found, f"'{found}'")
         data = _from_base64(text) if len(text) > 64 else None
         if data is None:
-            path = Path(folder or "", text.removeprefix("file://")).expanduser()
+            path = located(text, folder)
             raise UserError(f"there is no file '{path if len(text) < 300 else text[:60] + '…'}'.")
         return _open(io.BytesIO(data), "the base64 string")
     if isinstance(source, str):
@@ -122,7 +122,10 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise UserError("a floating-point image has no agreed range: save it as 8-bit RGB.")
     if image.mode.startswith("I"):
-        high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:  # Pillow opens some 16-bit files as 32-bit
+            raise UserError("a 32-bit grey image has no agreed range: save it as 8-bit RGB.")
+        high = (grey >> 8).astype(np.uint8)
         return np.repeat(high[:, :, None], 3, axis=2)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")

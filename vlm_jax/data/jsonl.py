@@ -19,6 +19,48 @@ NOT_UTF8 = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 BOM = b"\xef\xbb\xbf"
 
 
+def parse_row(data: bytes, where: str) -> Any:
+    """Return the value of one row; raises `UserError` that begins with `where` if it is no JSON."""
+    try:
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start} of the row): save it as UTF-8"
+    except json.JSONDecodeError as error:
+        problem = f"is not valid JSON: column {error.colno}: {error.msg}"
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5,000 digits
+        problem = f"cannot be read: {error}"
+    raise UserError(f"{where} {problem}. Each row must be one whole JSON object.")
+
+
+class JsonLines:
+    """The rows of a JSONL file from front to back: blank lines are none, nothing is indexed.
+
+    A line that is no JSON comes as the `UserError` that says so, in its own place.
+    """
+
+    def __init__(self, path: Path, start: int = 0):
+        self.path, self.start = path, start
+
+    def skip(self, count: int) -> "JsonLines":
+        """Return the rows behind the next `count`."""
+        return JsonLines(self.path, self.start + count)
+
+    def __iter__(self) -> Iterator[Any]:
+        index = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(BOM) if number == 1 else line
+                if not line.strip(BLANK):
+                    continue
+                if index >= self.start:
+                    try:
+                        row = parse_row(line, f"Record {index} of '{self.path}', line {number},")
+                    except UserError as error:
+                        row = error
+                    yield row
+                index += 1
+
+
 class JsonRows(Sequence):
     """The rows of one file: where each begins and ends, and the line it begins on.
 
@@ -54,21 +96,13 @@ class JsonRows(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, end = int(self.starts[index]), int(self.ends[index])
         data = os.pread(self._open(), end - start, start)
-        try:
-            return json.loads(data.decode())
-        except UnicodeDecodeError as error:
-            problem = f"is not UTF-8 text (byte {error.start} of the row): save it as UTF-8"
-        except json.JSONDecodeError as error:
-            if len(data) < end - start:
-                problem = "is no longer whole: the file became shorter since it was opened"
-            else:
-                problem = f"is not valid JSON: column {error.colno}: {error.msg}"
-        except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5,000 digits
-            problem = f"cannot be read: {error}"
-        raise UserError(
-            f"Record {index} of '{self.name}', line {self.line(index)}, {problem}. Each row must "
-            f"be one whole JSON object."
-        )
+        where = f"Record {index} of '{self.name}', line {self.line(index)},"
+        if len(data) < end - start:
+            raise UserError(
+                f"{where} is no longer whole: the file became shorter since it was opened. Leave "
+                f"data files as they are while they are read, and start again."
+            )
+        return parse_row(data, where)
 
     def _open(self) -> int:
         if self._file is None:
@@ -109,9 +143,7 @@ def index_lines(path: Path, name: str | None = None) -> JsonRows:
     blank_lead = np.isin(np.arange(256), np.frombuffer(BLANK, np.uint8))
     with open(path, "rb") as file, ThreadPoolExecutor(1) as pool:
         head = os.pread(file.fileno(), len(BOM), 0)
-        kind = NOT_UTF8.get(head[:2])
-        if kind is not None:
-            raise UserError(f"The data file '{name}' is {kind}, not UTF-8 text: save it as UTF-8.")
+        _check_utf8(head[:2], name)
         newline = len(BOM) - 1 if head == BOM else -1
         for chunk in _ahead(file, pool, digest):
             found = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + base
@@ -138,6 +170,13 @@ def index_lines(path: Path, name: str | None = None) -> JsonRows:
         digest.hexdigest(),
         name,
     )
+
+
+def _check_utf8(mark: bytes, name: str) -> None:
+    if mark in NOT_UTF8:
+        raise UserError(
+            f"The data file '{name}' is {NOT_UTF8[mark]}, not UTF-8 text: save it as UTF-8."
+        )
 
 
 def _ahead(file: Any, pool: ThreadPoolExecutor, digest: Any) -> Iterator[bytes]:
@@ -176,13 +215,10 @@ def index_list(path: Path, name: str | None = None) -> JsonRows:
     name = name or str(path)
     data = path.read_bytes()
     fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"The data file '{name}' is not UTF-8 text (byte {error.start}): save it as UTF-8."
-        ) from error
+    _check_utf8(data[:2], name)
     byte = len(BOM) if data.startswith(BOM) else 0
+    # A row that is not UTF-8 says so itself when it is asked for.
+    text = data[byte:].decode(errors="surrogateescape")
     del data
     try:
         spans = _elements(text)
@@ -202,10 +238,10 @@ def index_list(path: Path, name: str | None = None) -> JsonRows:
     for i, (a, b) in enumerate(spans):
         between = text[place:a]
         row = text[a:b]
-        byte += len(between) if ascii_only else len(between.encode())
+        byte += len(between) if ascii_only else len(between.encode(errors="surrogateescape"))
         line += between.count("\n")
         starts[i], lines[i] = byte, line
-        byte += len(row) if ascii_only else len(row.encode())
+        byte += len(row) if ascii_only else len(row.encode(errors="surrogateescape"))
         line += row.count("\n")
         ends[i], place = byte, b
     return JsonRows(path, starts, ends, lines.astype(np.int32), fingerprint, name)

@@ -120,6 +120,12 @@ class Mixture(Sequence):
                     f"sources a weight, or none."
                 )
         self._quota = self._quotas()
+        if not any(math.floor(quota) for quota in self._quota):
+            raise UserError(
+                f"An epoch visits not one whole record of '{self.name}': with epochs "
+                f"{[float(part.epochs or 1) for part in self.parts]} of "
+                f"{[len(part.records) for part in self.parts]} records. Raise epochs of a source."
+            )
 
     def __len__(self) -> int:
         return self.ends[-1]

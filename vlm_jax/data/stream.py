@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.formats import check_columns
+from vlm_jax.data.jsonl import JsonLines
 from vlm_jax.data.records import Record, canonical
 from vlm_jax.data.sources import READERS, encoded_images, pick_split
 from vlm_jax.errors import UserError
 
 
 class Stream:
-    """Canonical records in the order of a `datasets.IterableDataset`; it has no length.
+    """Canonical records in the order of rows that come one by one; they have no length.
 
     The order is the stream's own and the same each time: `records_from(n)` gives what comes behind
     the first n records. Pickled with the data set's description, not its data.
@@ -35,7 +36,7 @@ class Stream:
         """Yield the records behind the first `skip`; in a bad one's place, what is wrong with it.
 
         A record's "index" counts from the stream's beginning. Raises `UserError` where the stream
-        itself cannot go on (a line that is not JSON, a connection that is lost).
+        itself cannot go on (a damaged file, a connection that is lost).
         """
         rows = enumerate(self.rows.skip(skip) if skip else self.rows, start=skip)
         index = skip - 1
@@ -47,9 +48,11 @@ class Stream:
             except Exception as error:  # network, builders and casts raise many unrelated types
                 raise UserError(
                     f"The stream '{self.name}' breaks behind record {index}: "
-                    f"{(str(error).splitlines() or [''])[0]}. Mend it there; a .jsonl file that is "
-                    f"read without data.streaming may leave single bad lines out."
+                    f"{(str(error).splitlines() or [''])[0]}. Mend it there."
                 ) from error
+            if isinstance(row, UserError):
+                yield row
+                continue
             try:
                 yield canonical(row, index, self.folder, self.name, columns=self.columns)
             except UserError as error:
@@ -79,16 +82,17 @@ def open_stream(
         raise UserError("A list of sources cannot be streamed: leave data.streaming out.")
     try:
         if path is not None and path.is_file():
-            builder = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}.get(path.suffix)
-            if builder is None:
+            folder = folder or str(path.parent)
+            if path.suffix in (".jsonl", ".ndjson"):
+                return Stream(JsonLines(path), name, folder, columns)
+            if path.suffix != ".parquet":
                 raise UserError(
                     f"The data file '{path}' cannot be streamed; expected .jsonl or .parquet. "
                     f"Leave data.streaming out: other files are read without it."
                 )
             rows = datasets.load_dataset(
-                builder, data_files=str(path), split="train", streaming=True
+                "parquet", data_files=str(path), split="train", streaming=True
             )
-            folder = folder or str(path.parent)
         elif path is not None:
             if path.suffix in READERS or (not path.is_dir() and name.count("/") != 1):
                 raise UserError(f"There is no data file or directory '{name}'.")

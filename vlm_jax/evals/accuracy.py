@@ -12,6 +12,7 @@ import numpy as np
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.encode import Encoder
 from vlm_jax.data.measuring import ALWAYS_DROPPED, reason_of
+from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.records import Record
 from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
 from vlm_jax.data.tokenizer import load_tokenizer
@@ -80,7 +81,7 @@ def _plan(
             size = encoder.measure(record)
         except UserError as error:  # a malformed record, or a `BadExample`
             if encoder.on_bad_example == "raise" and reason_of(error) not in ALWAYS_DROPPED:
-                raise
+                raise _named(records, number, error) from error
             first_error = first_error or f" The first that cannot be read: {error}"
             skipped += 1
             continue
@@ -99,6 +100,13 @@ def _plan(
     return [
         ([kept[i] for i in members], shape) for members, shape in group(measured, rows, shapes)
     ], skipped
+
+
+def _named(records: Sequence[Record], number: int, error: UserError) -> UserError:
+    """Return the error with the file that the record stands in, where one is known."""
+    if isinstance(records, Records | Mixture) and records.place(number) not in str(error):
+        return UserError(f"In {records.place(number)}: {error}")
+    return error
 
 
 def _collate(
