@@ -7,6 +7,7 @@ import types
 import pytest
 
 from vlm_jax import UserError
+from vlm_jax.train import metrics
 from vlm_jax.train.metrics import JsonLines, Log, Meter, check_reporters
 
 
@@ -55,3 +56,19 @@ def test_the_loss_of_a_line_is_the_mean_over_its_answer_tokens():
     line = meter.read()
     assert line["loss"] == 3.25 and line["tokens"] == 40.0 and line["tokens_per_second"] > 0
     assert meter.read()["tokens"] == 0
+
+
+def test_time_that_is_left_out_is_in_no_rate_and_loses_no_loss(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    meter = Meter()
+    meter.add(1.0, 10.0)
+    now[0] += 2.0  # a step
+    meter.wait(0.5)
+    now[0] += 30.0  # an evaluation
+    meter.leave_out(30.0)
+    meter.add(3.0, 10.0)
+    now[0] += 2.0
+    line = meter.read()
+    assert line["loss"] == 2.0 and line["tokens"] == 20.0
+    assert line["tokens_per_second"] == 5.0 and line["data_wait"] == 0.125

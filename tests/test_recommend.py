@@ -9,13 +9,14 @@ import pytest
 from checkpoint_files import llava_files, qwen2_vl_files, write_image
 from runs import make_config
 
-import vlm_jax.recommend as recommend_module
+import vlm_jax.survey as survey
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder
 from vlm_jax.plan.estimate import estimate, nbytes
 from vlm_jax.plan.hardware import MEMORY, hardware
-from vlm_jax.recommend import METHODS, choose_row, recommend
+from vlm_jax.recommend import METHODS, recommend
+from vlm_jax.survey import choose_row
 from vlm_jax.train.base import load_base
 from vlm_jax.train.loop import train
 from vlm_jax.train.run import adapt
@@ -41,7 +42,7 @@ def rows(count, image=None):
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Measure few records: what is under test does not hang on their number."""
-    monkeypatch.setattr(recommend_module, "SAMPLE", 60)
+    monkeypatch.setattr(survey, "SAMPLE", 60)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ LEVELS = [
     ("quantization",),
     ("lora",),
     ("hub", "data", "generation"),
-    ("evals",),
+    ("evals", "survey"),
     ("train",),
     ("plan",),
     ("preview", "recommend"),

@@ -16,7 +16,7 @@ from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.data.look_up import LookUp
 from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media import KINDS, Grids, Media
-from vlm_jax.data.overlong import POLICIES, Trial, fit
+from vlm_jax.data.overlong import POLICIES, Trial, fit, too_long
 from vlm_jax.data.processors import Grid, ImageProcessor, look_up
 from vlm_jax.data.records import BadExample, Record, canonical, describe
 from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
@@ -26,13 +26,6 @@ from vlm_jax.model import from_config
 ON_BAD_EXAMPLE = ("raise", "skip")
 # What of a checkpoint directory the sizes of examples hang on.
 SIZE_FILES = ("*config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat*")
-# What an over-long example's message says was tried.
-TRIED = {
-    "shrink_pixels": ", even with its images at their least size and its leading turns left out",
-    "drop_turns": ", even with its leading turns left out",
-    "drop": "",
-    "error": "",
-}
 
 
 class Fitted(NamedTuple):
@@ -283,7 +276,9 @@ class Encoder:
         trial, fits = fit(record, attempt, limits, self.overlong, self.media.pixels)
         media, grids, tokens, weights = trial.encoded
         if not fits:
-            raise self._too_long(trial, grids)
+            counts = {kind: len(grids[kind]) for kind in KINDS}
+            features = _count(self._all_features(grids))
+            raise too_long(trial, limits, self.overlong, features, counts)
         if tokens is None:
             tokens, weights = self._encode_text(trial.record, self._all_features(grids))
         notes = SHRUNK * (trial.max_pixels is not None)
@@ -366,25 +361,6 @@ class Encoder:
             )
         except UserError as error:
             raise BadExample("template", f"{describe(record)}: {error}") from error
-
-    def _too_long(self, trial: Trial, grids: Grids) -> BadExample:
-        over = self.max_seq_length is not None and trial.tokens > self.max_seq_length
-        features = _count(self._all_features(grids))
-        reason, have, limit = (
-            ("too_long", f"{trial.tokens} tokens", f"data.max_seq_length = {self.max_seq_length}")
-            if over
-            else (
-                "too_many_patches",
-                f"{trial.patches} patches",
-                f"data.max_patches = {self.max_patches}",
-            )
-        )
-        return BadExample(
-            reason,
-            f"{describe(trial.record)} has {have} ({features} tokens are for {len(grids['image'])} "
-            f"images and {len(grids['video'])} videos), more than {limit}{TRIED[self.overlong]}. "
-            f"It is not cut: raise the limit, lower data.max_pixels, or split the conversation.",
-        )
 
 
 def _count(features: dict[str, list[int]]) -> int:

@@ -3,10 +3,10 @@
 An image is whole or not there at all: its tokens are never truncated, and neither is an answer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vlm_jax.data.records import Record
+from vlm_jax.data.records import BadExample, Record, describe
 
 # data.overlong -> what is tried, in this order, before the example is left out.
 POLICIES: dict[str, tuple[str, ...]] = {
@@ -27,6 +27,13 @@ class Trial(NamedTuple):
     encoded: Any
 
 
+# What the message of one that does not fit says was tried.
+TRIED = {
+    "shrink_pixels": ", even with its images at their least size and its leading turns left out",
+    "drop_turns": ", even with its leading turns left out",
+    "drop": "",
+    "error": "",
+}
 Try = Callable[[Record, int | None], Trial]
 
 
@@ -72,6 +79,36 @@ def fit(
             low, high, best = (middle, high, trial) if fits(trial) else (low, middle, best)
         return best, True
     return whole, False
+
+
+def too_long(
+    trial: Trial,
+    limits: tuple[int | None, int | None],
+    policy: str,
+    features: int,
+    media: Mapping[str, int],
+) -> BadExample:
+    """Return what says that a trial does not fit: by how much, and what would help.
+
+    features: its tokens that stand for images and videos; media: how many of each there are.
+    """
+    length, most_patches = limits
+    over = length is not None and trial.tokens > length
+    reason, have, limit = (
+        ("too_long", f"{trial.tokens} tokens", f"data.max_seq_length = {length}")
+        if over
+        else (
+            "too_many_patches",
+            f"{trial.patches} patches",
+            f"data.max_patches = {most_patches}",
+        )
+    )
+    return BadExample(
+        reason,
+        f"{describe(trial.record)} has {have} ({features} tokens are for {media['image']} images "
+        f"and {media['video']} videos), more than {limit}{TRIED[policy]}. It is not cut: raise the "
+        f"limit, lower data.max_pixels, or split the conversation.",
+    )
 
 
 def count_exchanges(record: Record) -> int:
