@@ -104,21 +104,28 @@ def read_image(source: Any, folder: str | Path | None = None, access: Access = S
     eight bits (Pillow's own conversion clips it to white). `source` as in `open_image`.
     Raises `UserError` for an unreadable or truncated image.
     """
+    return np.array(read_rgb(source, folder, access))
+
+
+def read_rgb(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> Image.Image:
+    """Return what `read_image` does as a Pillow image, which spares copies where it is resized."""
     image = open_image(source, folder, access)
+    own = image is source
     try:
-        return to_rgb(ImageOps.exif_transpose(image))
+        if not own:
+            ImageOps.exif_transpose(image, in_place=True)
+        rgb = to_rgb(ImageOps.exif_transpose(image) if own else image)
+        rgb.load()  # a file that is closed below must have been decoded
+        return rgb
     except DAMAGED as error:
         name = f"'{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else "it"
         raise UserError(
             f"{name} is damaged or truncated and cannot be decoded ({_first_line(error)})."
         ) from error
-    finally:
-        if not isinstance(source, Image.Image):
-            image.close()
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """Return uint8 [H, W, 3] of an opened image; see `read_image`."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image in RGB, itself where it is; see `read_image`."""
     if image.mode == "F":
         raise UserError("a floating-point image has no agreed range: save it as 8-bit RGB.")
     if image.mode.startswith("I"):
@@ -126,12 +133,12 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         if grey.min() < 0 or grey.max() > 65535:  # Pillow opens some 16-bit files as 32-bit
             raise UserError("a 32-bit grey image has no agreed range: save it as 8-bit RGB.")
         high = (grey >> 8).astype(np.uint8)
-        return np.repeat(high[:, :, None], 3, axis=2)
+        return Image.fromarray(np.repeat(high[:, :, None], 3, axis=2))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def image_size(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.access import Access
-from vlm_jax.data.images import image_size, read_image
+from vlm_jax.data.images import image_size, read_rgb
 from vlm_jax.data.processors import Grid, ImageProcessor
 from vlm_jax.data.records import BadExample, Record, describe
 from vlm_jax.data.video import open_video
@@ -109,7 +109,7 @@ class Media:
             out = cut[start] if grid is None else cut[start:end]
 
             def read(source: Any, folder: str | None, out: np.ndarray = out) -> Grid:
-                return processor.cut(read_image(source, folder, self.access), out)[1]
+                return processor.cut(read_rgb(source, folder, self.access), out)[1]
 
             self._check(record, "image", number, self._read(record, "image", number, read), grid)
             start = end

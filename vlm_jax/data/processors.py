@@ -15,6 +15,7 @@ from PIL import Image
 from vlm_jax.errors import UserError
 
 Grid = tuple[int, int, int] | None
+Pixels = np.ndarray | Image.Image  # RGB, uint8 [H, W, 3]
 
 
 class ImageProcessor(Protocol):
@@ -45,15 +46,15 @@ class ImageProcessor(Protocol):
     def empty(self, grids: Sequence[Grid]) -> np.ndarray:
         """Return room for the bytes of images of these grids."""
 
-    def cut(self, pixels: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
-        """Return (bytes uint8, grid) of a uint8 [H, W, 3] image, laid out as its values are.
+    def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
+        """Return (bytes uint8, grid) of an RGB image, laid out as its values are.
 
         out: where the bytes are written, a part of `empty`; where the grid does not fit it,
         nothing is.
         """
 
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
-        """Return (pixel values float32, grid) of a uint8 [H, W, 3] image."""
+    def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:
+        """Return (pixel values float32, grid) of an RGB image."""
 
     def settings(self) -> dict[str, Any]:
         """Return what `preprocessor_config.json` must hold to serve images the same way."""
@@ -111,10 +112,15 @@ def smart_resize(
     return new_height, new_width
 
 
-def resize(pixels: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+def picture(pixels: Pixels) -> Image.Image:
+    """Return the image as Pillow's, which copies an array."""
+    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+
+
+def resize(pixels: Pixels, size: tuple[int, int], resample: int) -> np.ndarray:
     """Return uint8 [height, width, 3] of the image resized by Pillow's filter number `resample`."""
     height, width = size
-    return np.array(Image.fromarray(pixels).resize((width, height), resample=resample))
+    return np.array(picture(pixels).resize((width, height), resample=resample))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +206,9 @@ class Patches:
         values = 3 * self.raw["temporal_patch_size"] * self.raw["patch_size"] ** 2
         return np.empty((count, values), np.uint8)
 
-    def cut(self, pixels: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
-        height, width = self.size(*pixels.shape[:2])
+    def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
+        pixels = picture(pixels)
+        height, width = self.size(pixels.height, pixels.width)
         grid = (1, height // self.raw["patch_size"], width // self.raw["patch_size"])
         out = self.empty([grid]) if out is None else out
         if len(out) == grid[1] * grid[2]:
@@ -209,16 +216,16 @@ class Patches:
             out.reshape(len(out), 3, -1, blocks.shape[2])[:] = blocks[:, :, None]
         return out, grid
 
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+    def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:
         cut, grid = self.cut(pixels)
         return look_up(self.table, cut), grid
 
-    def frame(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def frame(self, pixels: Pixels, size: tuple[int, int]) -> np.ndarray:
         """Return uint8 [P, 3, patch x patch] of an image resized to `size`, in merge blocks."""
         patch, merge = self.raw["patch_size"], self.raw["merge_size"]
-        pixels = resize(pixels, size, self.raw["resample"])
-        h, w = pixels.shape[0] // patch, pixels.shape[1] // patch
-        blocks = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
+        array = resize(pixels, size, self.raw["resample"])
+        h, w = array.shape[0] // patch, array.shape[1] // patch
+        blocks = array.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
         return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, patch * patch)
 
     def settings(self) -> dict[str, Any]:
@@ -305,40 +312,39 @@ class Fixed:
     def empty(self, grids: Sequence[Grid]) -> np.ndarray:
         return np.empty((len(grids), 3, *self.output), np.uint8)
 
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
+    def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:
         cut, grid = self.cut(pixels)
         return look_up(self.table, cut[None])[0], grid
 
-    def cut(self, pixels: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
-        raw = self.raw
+    def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
+        raw, image = self.raw, picture(pixels)
         if raw["do_pad"]:
-            pixels = pad_to_square(pixels, [int(mean * 255) for mean in raw["image_mean"]])
+            image = pad_to_square(image, tuple(int(mean * 255) for mean in raw["image_mean"]))
+        array = None
         if raw["do_resize"]:
-            height, width = pixels.shape[:2]
+            width, height = image.size
             if short := raw["size"].get("shortest_edge"):
                 long = int(short * max(height, width) / min(height, width))
                 target = (long, short) if width <= height else (short, long)
             else:
                 target = raw["size"]["height"], raw["size"]["width"]
-            pixels = resize(pixels, target, raw["resample"])
+            array = resize(image, target, raw["resample"])
+        array = np.array(image) if array is None else array
         if raw["do_center_crop"]:
-            pixels = center_crop(pixels, self.output)
+            array = center_crop(array, self.output)
         out = self.empty([None])[0] if out is None else out
-        out[:] = pixels.transpose(2, 0, 1)
+        out[:] = array.transpose(2, 0, 1)
         return out, None
 
     def settings(self) -> dict[str, Any]:
         return {key: value for key, value in self.raw.items() if value is not None}
 
 
-def pad_to_square(pixels: np.ndarray, color: list[int]) -> np.ndarray:
+def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     """Return the image in the middle of a square of `color` as long as its longer side."""
-    height, width = pixels.shape[:2]
-    side = max(height, width)
-    square = np.empty((side, side, 3), np.uint8)
-    square[:] = color
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = pixels
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 

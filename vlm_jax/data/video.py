@@ -229,7 +229,7 @@ def _open_gif(
             try:
                 for number, frame in enumerate(ImageSequence.Iterator(opened)):
                     for _ in range(int((wanted == number).sum())):
-                        yield to_rgb(frame)
+                        yield np.array(to_rgb(frame))
             except DAMAGED as error:
                 raise UserError(f"{name} is damaged or truncated ({error}).") from error
 
