@@ -148,11 +148,12 @@ def get_config() -> ConfigDict:
     e.max_new_tokens = 16  # longer answers are cut, and then do not match
     e.batch_size = 16  # prompts that generate together
 
-    m = c.mesh = ConfigDict()  # the devices of a run; the three sizes multiply to their number
+    m = c.mesh = ConfigDict()  # the devices of a run; the four sizes multiply to their number
     m.devices = 0  # how many take part, the first ones; 0: all
     m.data = -1  # copies of the model that share the rows; -1: what is left
     m.fsdp = 1  # devices that share one copy's parameters, and rows too
     m.tensor = 1  # devices that share each layer's matrices
+    m.context = 1  # devices that share the tokens of a row, for rows too long for one
 
     return c.lock()
 

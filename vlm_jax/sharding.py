@@ -1,25 +1,29 @@
 """Meshes, and where every parameter and batch row lives on them: one table a family.
 
 Logical axes of a matrix: "embed" is the model width, "wide" whatever fans out of it (heads, the
-MLP's hidden width), "vocab" the vocabulary. Rows of a batch spread over data x fsdp.
+MLP's hidden width), "vocab" the vocabulary. Rows of a batch spread over data x fsdp, the tokens of
+a row over context.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.trees import flatten, map_leaves, match, unflatten
 from vlm_jax.weights import FourBit
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
+# Leaves of a batch whose last axis is a row's tokens.
+TOKEN_LEAVES = ("tokens", "targets", "weights", "segments", "positions", "image_index")
 # Logical axis -> mesh axis.
 RULES: dict[str | None, str | None] = {
     "embed": "fsdp",
@@ -29,14 +33,19 @@ RULES: dict[str | None, str | None] = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None, context: int = 1
+) -> Mesh:
     """Return a mesh over `devices` (default: all); one size may be -1, meaning the rest.
 
+    data: copies of the model. fsdp: parameters are spread, and gathered where they are used.
+    tensor: heads and hidden widths are spread. context: the tokens of each row are spread, and keys
+    and values gathered, for rows too long for one device.
     Axes are of type Auto: the compiler spreads shardings from parameters and batch. Nothing else
     in this library makes a mesh.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = mesh_sizes(len(devices), data, fsdp, tensor)
+    sizes = mesh_sizes(len(devices), data, fsdp, tensor, context)
     return jax.make_mesh(
         tuple(sizes[axis] for axis in AXES),
         AXES,
@@ -45,12 +54,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     )
 
 
-def mesh_sizes(devices: int, data: int, fsdp: int, tensor: int) -> dict[str, int]:
+def mesh_sizes(devices: int, data: int, fsdp: int, tensor: int, context: int = 1) -> dict[str, int]:
     """Return the size of each axis of a mesh over so many devices, which need not be here.
 
     Raises `UserError` where the sizes, of which one may be -1, do not multiply to that.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
     whole = known > 0 and devices % known == 0
@@ -160,9 +169,35 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """Return the sharding of each leaf of a `Batch`: rows over data x fsdp, tokens over context.
+
+    Patches are whole on every device of their row. Of any other tree only rows are spread.
+    """
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        tokens = isinstance(batch, Batch) and path[0].name in TOKEN_LEAVES
+        rest = [None] * (leaf.ndim - 2) + ["context"] if tokens else []
+        return NamedSharding(mesh, PartitionSpec(BATCH, *rest))
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def check_lengths(mesh: Mesh, lengths: Iterable[int]) -> None:
+    """Raise `UserError` where rows of so many tokens do not spread over mesh.context."""
+    for length in lengths:
+        if length % mesh.shape["context"]:
+            raise UserError(
+                f"Rows of {length} tokens do not spread over mesh.context = "
+                f"{mesh.shape['context']} devices: set data.max_seq_length to a multiple of it, or "
+                f"mesh.context to what divides it."
+            )
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Return the batch on the mesh, rows over data x fsdp; each process gives its own rows."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    """Return the batch on the mesh, see `batch_shardings`; each process gives its own rows."""
     return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+        lambda leaf, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)),
+        batch,
+        batch_shardings(batch, mesh),
     )

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.layers.partition import gather_places
+
 IMPLEMENTATIONS: dict[str, Any] = {}
 
 
@@ -30,6 +32,9 @@ def attention(
     ...; `window` (int or int32 scalar): only to keys less than that many slots before it.
     K/V heads serve N/K query heads each and are never repeated in memory.
     """
+    k_BSKH, v_BSKH = gather_places(k_BSKH), gather_places(v_BSKH)
+    if k_segments_BS is not None:
+        k_segments_BS = gather_places(k_segments_BS)
     return IMPLEMENTATIONS[implementation](
         q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, causal, window, q_start
     )

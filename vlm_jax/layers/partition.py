@@ -1,10 +1,11 @@
-"""The one seam for sharding in model code: activations stay with the rows they belong to.
+"""The one seam for sharding in model code: activations stay with their rows and tokens.
 
 Without it the compiler may follow a kernel's shards instead, and move activations layer by layer
 where it should move weights.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -13,13 +14,14 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 _rows: ContextVar[NamedSharding | None] = ContextVar("rows", default=None)
+FREE = PartitionSpec.UNCONSTRAINED
 
 
 @contextlib.contextmanager
 def rows_over(sharding: NamedSharding) -> Iterator[None]:
-    """Keep activations of whatever is traced inside on the devices of their rows.
+    """Keep activations of whatever is traced inside on the devices of their rows and tokens.
 
-    sharding: of a batch, its first axis over mesh axes.
+    sharding: of a batch's tokens [rows, tokens], each axis over mesh axes.
     """
     token = _rows.set(sharding)
     try:
@@ -28,10 +30,38 @@ def rows_over(sharding: NamedSharding) -> Iterator[None]:
         _rows.reset(token)
 
 
+def _axes(sharding: NamedSharding) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the mesh axes that rows and tokens are spread over, without those of one device."""
+    both = [*sharding.spec, None][:2]
+    names = [(one,) if isinstance(one, str) else tuple(one or ()) for one in both]
+    rows, tokens = ([n for n in one if sharding.mesh.shape[n] > 1] for one in names)
+    return tuple(rows), tuple(tokens)
+
+
 def constrain_rows(x: Any) -> Any:
-    """Return x [rows, ...] sharded by its rows alone; as it is where no `rows_over` is around."""
+    """Return x [rows, places, ...] spread by its rows and places; as it is outside `rows_over`.
+
+    Places are tokens or patches. Where their number does not divide, more rows do, as the images of
+    a batch; where those do not either, each device of a row has all its places.
+    """
     sharding = _rows.get()
     if sharding is None:
         return x
-    spec = PartitionSpec(sharding.spec[0], *[None] * (x.ndim - 1))
+    rows, tokens = _axes(sharding)
+    size = math.prod(sharding.mesh.shape[name] for name in tokens)
+    over: list[Any] = [rows or None, tokens or None]
+    if x.ndim < 2 or x.shape[1] % size:
+        more = math.prod(sharding.mesh.shape[name] for name in rows) * size
+        over = [(rows if x.shape[0] % more else (*rows, *tokens)) or None]
+    spec = PartitionSpec(*over, *[None] * (x.ndim - len(over)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def gather_places(x: Any) -> Any:
+    """Return x [rows, places, ...] whose places are whole on each device: keys and values, which
+    every query of the row attends to. As it is where places are not spread."""
+    sharding = _rows.get()
+    if sharding is None or not _axes(sharding)[1]:
+        return x
+    spec = PartitionSpec(FREE, None, *[FREE] * (x.ndim - 2))
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vlm_jax.batch import Batch
 from vlm_jax.layers.linear import Linear, LoRAScale
+from vlm_jax.layers.partition import gather_places
 
 
 def place_features(x_BTD: jax.Array, features_BFD: jax.Array, image_index_BT: jax.Array):
@@ -18,6 +19,7 @@ def place_features(x_BTD: jax.Array, features_BFD: jax.Array, image_index_BT: ja
     if features_BFD.shape[1] == 0:
         return x_BTD
     index_BT1 = jnp.maximum(image_index_BT, 0)[:, :, None]
+    features_BFD = gather_places(features_BFD)
     picked_BTD = jnp.take_along_axis(features_BFD, index_BT1, axis=1).astype(x_BTD.dtype)
     return jnp.where((image_index_BT >= 0)[:, :, None], picked_BTD, x_BTD)
 

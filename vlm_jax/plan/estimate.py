@@ -46,7 +46,7 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
     """
     one = config.copy_and_resolve_references()
     with one.unlocked():
-        one.mesh.update({"devices": 1, "data": 1, "fsdp": 1, "tensor": 1})
+        one.mesh.update({"devices": 1, "data": 1, "fsdp": 1, "tensor": 1, "context": 1})
     mesh = make_mesh(devices=jax.devices()[:1])
     model, _, state, frozen = abstract_run(one, mesh)
     masters = nbytes(state.trainable)

@@ -138,7 +138,7 @@ def open_pipeline(config: ConfigDict, split: str = "train") -> Pipeline:
 def shards_of(config: ConfigDict) -> int:
     """Return among how many devices a step's rows are divided; such a mesh need not be here."""
     m = config.mesh
-    asked = m.data, m.fsdp, m.tensor
+    asked = m.data, m.fsdp, m.tensor, m.context
     devices = m.devices or (len(jax.devices()) if -1 in asked else math.prod(asked))
     sizes = mesh_sizes(devices, *asked)
     return sizes["data"] * sizes["fsdp"]

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
 from vlm_jax.layers.partition import rows_over
 from vlm_jax.model import Model
-from vlm_jax.sharding import BATCH
+from vlm_jax.sharding import batch_shardings, check_lengths
 from vlm_jax.train.losses import loss
 from vlm_jax.train.step import TrainState
 
@@ -37,10 +36,14 @@ def out_of_memory_explained() -> Iterator[None]:
 
 def abstract_batch(model: Model, rows: int, shape: Shape, mesh: Any) -> Batch:
     """Return the shapes and shardings of a batch of `rows` rows."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    check_lengths(mesh, [shape[0]])
+    batch = model.collate([[]], *shape)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=sharding),
-        model.collate([[]], *shape),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            (rows, *leaf.shape[1:]), leaf.dtype, sharding=sharding
+        ),
+        batch,
+        batch_shardings(batch, mesh),
     )
 
 

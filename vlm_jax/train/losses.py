@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.batch import Batch
+from vlm_jax.layers.partition import constrain_rows
 from vlm_jax.model import Model
 from vlm_jax.trees import join
 
@@ -63,6 +64,7 @@ def loss(
     chunks = _gather_weighted(x_BTD, batch.targets, batch.weights, chunk)
 
     def chunk_loss(x_BCD, targets_BC, weights_BC):
+        x_BCD = constrain_rows(x_BCD)
         logits_BCV: Any = module.apply(params, x_BCD, method="logits", rngs=rngs)
         picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
         losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC

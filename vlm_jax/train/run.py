@@ -43,7 +43,8 @@ def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sha
     if wanted > len(devices):
         raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
     m = config.mesh
-    return make_mesh(m.data, m.fsdp, m.tensor, devices[:wanted] if wanted else devices)
+    over = devices[:wanted] if wanted else devices
+    return make_mesh(m.data, m.fsdp, m.tensor, over, m.context)
 
 
 def rows_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:

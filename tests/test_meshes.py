@@ -1,0 +1,131 @@
+"""One step on eight devices, under every kind of mesh, is the step of one device.
+
+Packed rows with images of several sizes; dense and 4-bit frozen weights; both families.
+"""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from references import IMAGE, VIDEO, media, quiet, wide
+
+import vlm_jax
+from vlm_jax.layers.partition import rows_over
+from vlm_jax.sharding import make_mesh, shard_batch, shard_params
+from vlm_jax.train.compile import abstract_batch
+from vlm_jax.train.place import on_mesh
+from vlm_jax.trees import flatten, unflatten
+
+TOKENS = 64
+QUICK = {"xla_backend_optimization_level": 0}
+MESHES = [
+    {"data": 1, "fsdp": 8},
+    {"data": 1, "fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 1, "fsdp": 2, "context": 4},
+]
+
+
+def example(model, rng, *parts):
+    """Return an example of runs of text (a number of tokens) and of images or videos (a grid)."""
+    cfg, tokens = model.config, []
+    grids = {IMAGE: [], VIDEO: []}
+    images = 0
+    for part in parts:
+        if isinstance(part, int):
+            tokens += rng.integers(3, 90, part).tolist()
+        elif model.family.HAS_GRIDS:
+            kind = VIDEO if part[0] > 1 else IMAGE
+            tokens += media(kind, *part)
+            grids[kind].append(part)
+        else:
+            tokens += [cfg.image_token_id] * model.family.image_tokens(cfg)
+            images += 1
+    given = {}
+    for kind, (values, grid) in {
+        IMAGE: ("pixel_values", "image_grid_thw"),
+        VIDEO: ("pixel_values_videos", "video_grid_thw"),
+    }.items():
+        if grids[kind]:
+            count = sum(t * h * w for t, h, w in grids[kind])
+            given[values] = rng.normal(size=(count, cfg.vision.patch_values)).astype(np.float32)
+            given[grid] = np.array(grids[kind])
+    if images:
+        given["pixel_values"] = rng.normal(size=(images, 3, 30, 30)).astype(np.float32)
+    tokens = np.array(tokens)
+    placeholder = np.isin(tokens, [cfg.image_token_id, cfg.video_token_id or -1])
+    weights = np.where(placeholder, 0, rng.uniform(0.5, 1.5, len(tokens))).astype(np.float32)
+    return {"tokens": tokens, "weights": weights, **model.family.layout(cfg, tokens, **given)}
+
+
+def packed_batch(model):
+    """Return 8 rows of 64 tokens: one to three examples each; the last row is empty."""
+    rng = np.random.default_rng(0)
+    a, b, c = (1, 4, 6), (1, 2, 2), (3, 2, 4) if model.config.video_token_id else (1, 2, 4)
+    rows = [
+        [(5, a, 7), (9,), (2, b, 3)],
+        [(40,)],
+        [(3, b, 2, a, 4), (6, c, 5)],
+        [(11, c, 8)],
+        [(4, b, 1, b, 3), (13,)],
+        [(7, a, 6), (2, c, 4)],
+        [(30, b, 9)],
+        [],
+    ]
+    made = [[example(model, rng, *parts) for parts in row] for row in rows]
+    unit = model.family.patch_unit(model.config)
+    most = max(sum(len(e["patches"]) for e in row) for row in made)
+    return model.collate(made, TOKENS, -(-most // unit) * unit)
+
+
+def setting(family, directory, quantize):
+    """Return (model, trainable, frozen, batch) with a LoRA that is not zero and a projector."""
+    with quiet():
+        wide(family, directory, factor=3.0)
+    model, params = vlm_jax.load(directory, quantize=quantize)
+    lora = vlm_jax.LoRA(rank=4, alpha=8, targets="llama", modules_to_save=("projector",))
+    model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    flat = flatten(params)
+    for path in flat:
+        if path.endswith("lora_B"):
+            flat[path] = 0.1 * jax.random.normal(jax.random.key(1), flat[path].shape)
+    table = vlm_jax.training_table(model, params)
+    return model, *vlm_jax.split(unflatten(flat), table), packed_batch(model)
+
+
+def one_step(model, trainable, frozen, batch, sizes):
+    """Return the step's loss and {path: gradient}: `trace` without decay keeps it."""
+    tx = optax.trace(decay=0.0)
+    count = int(np.prod(list(sizes.values())))
+    mesh = make_mesh(devices=jax.devices()[:count], **sizes)
+    trainable, frozen = (shard_params(model, tree, mesh) for tree in (trainable, frozen))
+    state = on_mesh(vlm_jax.init_state(trainable, tx), mesh)
+    batch = shard_batch(batch, mesh)
+    # LLVM's optimizations are half of the compilation, and of no use to one step.
+    step = jax.jit(vlm_jax.make_step(model, tx), compiler_options=QUICK)
+    with rows_over(batch.tokens.sharding):
+        state, metrics = step(state, frozen, batch)
+    return float(metrics["loss"]), flatten(jax.device_get(state.opt_state.trace))
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4-dq"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_every_mesh_gives_the_step_of_one_device(family, quantize, tmp_path):
+    parts = setting(family, tmp_path, quantize)
+    loss, whole = one_step(*parts, {"data": 1})
+    assert all(np.abs(gradient).max() > 0 for gradient in whole.values())
+    for sizes in MESHES:
+        value, gradients = one_step(*parts, sizes)
+        assert value == pytest.approx(loss, rel=1e-5), sizes
+        for path, gradient in whole.items():
+            difference = np.linalg.norm(gradients[path] - gradient) / np.linalg.norm(gradient)
+            assert difference < 1e-4, (sizes, path, difference)
+
+
+def test_rows_that_do_not_spread_over_context_are_refused(tmp_path):
+    with quiet():
+        wide("qwen2_vl", tmp_path)
+    model, _ = vlm_jax.load(tmp_path)
+    mesh = make_mesh(data=2, context=4)
+    with pytest.raises(vlm_jax.UserError, match=r"Rows of 30 tokens .* mesh\.context = 4"):
+        abstract_batch(model, 2, (30, 16), mesh)
