@@ -64,8 +64,9 @@ def start(data: Path, output: Path, log: Path | None = None) -> subprocess.Popen
         "training.report_to": "none",
         "mesh.devices": 1,
     }
-    command = [sys.executable, "-m", "vlm_jax", "train"]
-    command += [f"--config.{key}={value}" for key, value in settings.items()]
+    config = data.with_name("run.yaml")
+    config.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    command = [sys.executable, "-m", "vlm_jax", "train", "--config", str(config)]
     if (output / "config.json").exists():
         command.append("--resume")
     out = subprocess.DEVNULL if log is None else open(log, "w")
@@ -88,7 +89,8 @@ def newest(output: Path) -> int:
     items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
     with ocp.CheckpointManager(output / "checkpoints") as manager:
         for step in manager.all_steps():
-            assert manager.restore(step, args=items)["state"]["trainable.model.language_model"]
+            whole = manager.restore(step, args=items)
+            assert whole["state"] and whole["meta"]["data"] is not None
         return manager.latest_step() or 0
 
 
@@ -110,7 +112,7 @@ def under_signals(data: Path, output: Path, kills: int, terms: int, seconds: flo
         # From the first step on, so that each start gets on, and then at any moment.
         while logged(output) <= before and running.poll() is None:
             time.sleep(0.01)
-        time.sleep(random.uniform(0, 2 * share))
+        time.sleep(random.uniform(0, 1.6 * share))
         running.send_signal(kind)
         code, reached, kept = running.wait(), logged(output), newest(output)
         lost = reached - kept
