@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
+from vlm_jax import processes
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.stream import open_stream
 from vlm_jax.data.tokenizer import load_tokenizer
@@ -28,22 +29,40 @@ from vlm_jax.train.identity import identity
 from vlm_jax.train.optim import optimizer
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.train.step import init_state
-from vlm_jax.trees import Table, flatten, join, split
+from vlm_jax.trees import Table, flatten, join, split, unflatten
 from vlm_jax.vocabulary import add_tokens, is_added
 from vlm_jax.weights import bnb
 
 
 def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Return the mesh that the config's `mesh` section asks for, over `devices` (default: all)."""
-    if devices is None:
-        if jax.process_count() > 1:
-            raise UserError("Training with several processes is not supported yet: start one.")
-        devices = jax.devices()
     wanted = config.mesh.devices
+    if devices is None:
+        devices = jax.devices()
+        if jax.process_count() != processes.count():
+            raise UserError(
+                f"JAX sees {jax.process_count()} processes that were not connected: call "
+                f"vlm_jax.processes.start() before anything touches a device."
+            )
+        if processes.count() > 1 and 0 < wanted < len(devices):
+            raise UserError(
+                f"mesh.devices is {wanted}, but {processes.count()} processes bring "
+                f"{len(devices)} devices, and all of them take part. Leave mesh.devices out."
+            )
     if wanted > len(devices):
         raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
     m = config.mesh
     return make_mesh(m.data, m.fsdp, m.tensor, devices[:wanted] if wanted else devices)
+
+
+def check_evaluation(config: ConfigDict) -> None:
+    """Raise `UserError` where several processes would have to generate answers."""
+    if processes.count() > 1 and config.data.eval_file is not None and config.evaluation.accuracy:
+        raise UserError(
+            "evaluation.accuracy generates answers, which several processes cannot yet do while "
+            "they train. Set evaluation.accuracy=false: the loss on data.eval_file is still taken, "
+            "and vlm-jax evaluate --run counts the answers afterwards."
+        )
 
 
 def rows_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
@@ -210,9 +229,15 @@ def make_encoder(config: ConfigDict, model: Model) -> Encoder:
 
 
 def make_pipeline(
-    config: ConfigDict, encoder: Encoder, file: Any, split: str | None, rows: int, name: str
+    config: ConfigDict,
+    encoder: Encoder,
+    file: Any,
+    split: str | None,
+    rows: int,
+    name: str,
+    share: tuple[int, int] = (0, 1),
 ) -> Pipeline:
-    """Return the pipeline of one data file; rows: of the global batch."""
+    """Return the pipeline of one data file. rows: of the global batch; share: `row_share`."""
     if file is None:
         raise UserError(
             f"The config names no data: set data.{name} to a .json, .jsonl or .parquet file, or a "
@@ -227,10 +252,13 @@ def make_pipeline(
         records = read_records(
             source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
         )
+    index, count = share
     return Pipeline(
         encoder,
         records,
         rows=rows,
+        process_index=index,
+        process_count=count,
         max_shapes=d.max_shapes,
         seed=config.training.seed,
         shuffle=d.shuffle,
@@ -299,13 +327,32 @@ def write_result(
 ) -> Path:
     """Write `adapter/` in PEFT's format, or `model/` after full training, and return its path.
 
-    It appears whole or not at all.
+    It appears whole or not at all. Of several processes, which all call this, the first writes.
     """
-    if model.lora is not None:
-        write_adapter(model, params, directory / "adapter", encoder)
-        return directory / "adapter"
-    save_pretrained(model, params, directory / "model", processor=encoder.image_settings())
-    return directory / "model"
+    path = directory / ("model" if model.lora is None else "adapter")
+    params = _here(model, params)
+    if processes.is_primary():
+        if model.lora is not None:
+            write_adapter(model, params, path, encoder)
+        else:
+            save_pretrained(model, params, path, processor=encoder.image_settings())
+    processes.wait_for_all("the result is written")
+    return path
+
+
+def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree with what a result is written from gathered from all processes' devices."""
+    if processes.count() == 1:
+        return dict(params)
+    flat = flatten(params)
+    written = list(flat)
+    if model.lora is not None:  # an adapter holds none of the base, which is not moved for it
+        added = [path.split("/")[-2] for path in flat if is_added(path)]
+        saved = saved_modules(model, params, (*model.lora.modules_to_save, *added)).leaves
+        written = [p for p in flat if is_lora(p) or is_added(p) or p in saved]
+    primary = processes.is_primary()
+    gathered = {path: processes.to_host(flat[path], primary) for path in written}
+    return unflatten({**flat, **gathered})
 
 
 def load_run(
