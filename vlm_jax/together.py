@@ -142,16 +142,17 @@ def _fail(
         code = failure["code"]
     elif mine:
         code = report(error)
+    elif _is_of_others(error):
+        error = UserError(
+            f"{str(here).capitalize()} can no longer reach another one, which may have died or "
+            f"been killed ({str(error).splitlines()[0][:300]}). What was saved is whole: start all "
+            f"processes again, with --resume if there is a checkpoint."
+        )
+        report(error)
+        code = 1
     else:
         traceback.print_exception(error)
         code = 1
-        if _is_of_others(error):
-            error = UserError(
-                f"{str(here).capitalize()} can no longer reach another one, which may have died "
-                f"or been killed ({str(error).splitlines()[0][:300]}). What was saved is whole: "
-                f"start all processes again, with --resume if there is a checkpoint."
-            )
-            report(error)
     text = " ".join(str(error).split()) or "it was interrupted."
     if joined:
         with contextlib.suppress(Exception):  # another was first, or there is no coordinator
