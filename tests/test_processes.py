@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,9 +66,9 @@ def go(place, name, count, *options, devices=8, **env):
 
 
 @pytest.fixture(scope="module")
-def alone(place):
-    """The long run in one process of 8 devices: its directory."""
-    return go(place, "alone", 1, *LONG)
+def long(place):
+    """The long run in two processes without a stop: its directory."""
+    return go(place, "long", 2, *LONG)
 
 
 def compare(one, other):
@@ -111,7 +112,7 @@ def test_several_processes_train_as_one_does(place, count, mesh):
 
 
 @pytest.mark.slow
-def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, alone):
+def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, long):
     config, directory = place / "config.json", place / "stopped"
     with started(place, config, "stopped", 2, *LONG) as group:
         wait_until(lambda: written(directory / "metrics.jsonl") >= 7, group)
@@ -122,11 +123,11 @@ def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, alone):
     assert 7 <= steps[-1] < 60 and written(directory / "metrics.jsonl") == steps[-1]
     assert not (directory / "adapter").exists()
     go(place, "stopped", 2, *LONG, "--resume")
-    compare(alone, directory)
+    assert compare(long, directory)
 
 
 @pytest.mark.slow
-def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, alone):
+def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, long):
     config, directory = place / "config.json", place / "killed"
     with started(place, config, "killed", 2, *LONG, VLM_JAX_HEARTBEAT_TIMEOUT="20") as group:
         wait_until(lambda: (directory / "checkpoints/10").exists(), group)
@@ -134,8 +135,15 @@ def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, alone):
         assert group[0].ended() not in (0, None)
         group[0].wait_for("process 0 of 2 ended without a word of its own")
     assert (directory / "checkpoints/10").exists() and not (directory / "adapter").exists()
-    go(place, "killed", 1, *LONG, "--resume")
-    compare(alone, directory)
+    saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+    shutil.copytree(directory, place / "killed, then alone")
+    go(place, "killed", 2, *LONG, "--resume")
+    assert compare(long, directory)
+    # One process with as many devices goes on too, until rounding grows.
+    go(place, "killed, then alone", 1, *LONG, "--resume")
+    ours, theirs = (lines(d / "metrics.jsonl") for d in (place / "killed, then alone", long))
+    assert ours[saved]["step"] == saved + 1
+    np.testing.assert_allclose(ours[saved]["loss"], theirs[saved]["loss"], rtol=1e-6)
 
 
 @pytest.mark.slow
