@@ -133,7 +133,7 @@ def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, long):
         wait_until(lambda: (directory / "checkpoints/10").exists(), group)
         group[1].process.kill()
         assert group[0].ended() not in (0, None)
-        group[0].wait_for("process 0 of 2 ended without a word of its own")
+        group[0].wait_for("start all processes again, with --resume")
     assert (directory / "checkpoints/10").exists() and not (directory / "adapter").exists()
     saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
     shutil.copytree(directory, place / "killed, then alone")

@@ -55,7 +55,13 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
         raise _cannot_be_made(directory, error) from error
     path, warning = directory / LOCK, None
     while True:
-        file = open(path, "a+", encoding="utf-8")
+        try:
+            file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"The lock '{path}' of the output directory cannot be opened ({error.strerror}). "
+                f"If no run is at work there, delete it, or take another training.output_dir."
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -78,6 +84,14 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
         if same:
             break
         file.close()  # the run before took it away meanwhile
+
+    def release() -> None:
+        path.unlink(missing_ok=True)
+        for one in made:  # of a run that failed early nothing stays
+            with contextlib.suppress(OSError):
+                one.rmdir()
+
+    together.at_sudden_end.append(release)
     try:
         with file:
             file.truncate(0)
@@ -86,11 +100,9 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
             try:
                 yield warning
             finally:
-                path.unlink(missing_ok=True)
+                release()  # while it is still locked
     finally:
-        for one in made:  # of a run that failed early nothing stays
-            with contextlib.suppress(OSError):
-                one.rmdir()
+        together.at_sudden_end.remove(release)
 
 
 def _check_shared(directory: Path, mark: str) -> None:
@@ -99,7 +111,7 @@ def _check_shared(directory: Path, mark: str) -> None:
     while True:
         with contextlib.suppress(OSError):
             os.listdir(directory)  # a network file system looks anew
-            if (directory / LOCK).read_text(encoding="utf-8").split("\n")[1] == mark:
+            if mark in (directory / LOCK).read_text(encoding="utf-8"):
                 return
         if time.monotonic() > end:
             raise UserError(
