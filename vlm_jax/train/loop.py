@@ -139,7 +139,9 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
     if resume:
         checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit)
         if checkpoints.steps:
-            state, place = checkpoints.restore(state)
+            state, place = checkpoints.restore_newest(
+                state, lambda words: console.print(words, highlight=False, soft_wrap=True)
+            )
             step = int(state.step)
         console.print(f"Resuming '{directory}' from step {step}.", highlight=False)
 
@@ -170,7 +172,13 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
         eval_at = every(t.eval_strategy, t.eval_steps, epoch)
         bar = progress_bar(console)
         batches: Any = data.batches(place)
-        with contextlib.closing(batches), interruptible(mesh) as stop, bar, contextlib.closing(log):
+        with (
+            checkpoints,
+            contextlib.closing(batches),
+            interruptible(mesh) as stop,
+            bar,
+            contextlib.closing(log),
+        ):
             task = bar.add_task("train", total=total, completed=step, numbers="")
 
             def show(line: dict | None) -> None:
@@ -205,7 +213,6 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
                     watch.meter.reset()
             show(watch.flush())
             checkpoints.save(step, state, place)
-        checkpoints.close()
 
     outcome: dict[str, Any] = {"steps": step, "output": str(directory), "evaluation": evaluation}
     outcome["interrupted"] = step < total
