@@ -37,6 +37,7 @@ from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.output import nothing_half_written, output_directory
 from vlm_jax.train.place import on_mesh
 from vlm_jax.train.recipe import report, trainable_line
+from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
     absolute_paths,
     build,
@@ -45,7 +46,6 @@ from vlm_jax.train.run import (
     make_pipeline,
     mesh_of,
     rows_of,
-    write_result,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import interruptible

@@ -1,4 +1,4 @@
-"""What a run is built from, what it gives, and how it is read back."""
+"""What a run is built from, and how it is read back."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,8 @@ from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.stream import open_stream
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
-from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.load import load, resolve
-from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.hub.save import save_pretrained
 from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
@@ -29,7 +26,7 @@ from vlm_jax.train.identity import identity
 from vlm_jax.train.optim import optimizer
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.train.step import init_state
-from vlm_jax.trees import Table, flatten, join, split, unflatten
+from vlm_jax.trees import Table, flatten, join, split
 from vlm_jax.vocabulary import add_tokens, is_added
 from vlm_jax.weights import bnb
 
@@ -306,53 +303,6 @@ def absolute_paths(config: ConfigDict) -> dict[str, Any]:
         elif value is not None:
             tree[section][key] = _absolute(value)
     return tree
-
-
-def write_adapter(
-    model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
-) -> None:
-    """Write an adapter in PEFT's format with its image settings; it appears whole or not at all."""
-    with whole_directory(directory) as folder:
-        save_peft(model, params, folder, compare_base=False)  # see check_kept
-        settings = encoder.image_settings()
-        if settings is not None:  # served images must be cut as the trained ones were
-            write_json(folder / "preprocessor_config.json", settings)
-        settings = encoder.video_settings()
-        if settings is not None:
-            write_json(folder / "video_preprocessor_config.json", settings)
-
-
-def write_result(
-    model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
-) -> Path:
-    """Write `adapter/` in PEFT's format, or `model/` after full training, and return its path.
-
-    It appears whole or not at all. Of several processes, which all call this, the first writes.
-    """
-    path = directory / ("model" if model.lora is None else "adapter")
-    params = _here(model, params)
-    if processes.is_primary():
-        if model.lora is not None:
-            write_adapter(model, params, path, encoder)
-        else:
-            save_pretrained(model, params, path, processor=encoder.image_settings())
-    processes.wait_for_all("the result is written")
-    return path
-
-
-def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree with what a result is written from gathered from all processes' devices."""
-    if processes.count() == 1:
-        return dict(params)
-    flat = flatten(params)
-    written = list(flat)
-    if model.lora is not None:  # an adapter holds none of the base, which is not moved for it
-        added = [path.split("/")[-2] for path in flat if is_added(path)]
-        saved = saved_modules(model, params, (*model.lora.modules_to_save, *added)).leaves
-        written = [p for p in flat if is_lora(p) or is_added(p) or p in saved]
-    primary = processes.is_primary()
-    gathered = {path: processes.to_host(flat[path], primary) for path in written}
-    return unflatten({**flat, **gathered})
 
 
 def load_run(
