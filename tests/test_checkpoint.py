@@ -67,11 +67,59 @@ def test_another_base_shape_or_empty_directory_is_refused_by_name(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path, item):
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(1, make_state(), {})
+    checkpoints.finish()
     for path in (tmp_path / "1" / item).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:1])
     with pytest.raises(UserError, match=r"checkpoint '.*/1' is damaged.*Delete it"):
         checkpoints.restore(make_state())
+    checkpoints.close()
+
+
+def test_a_save_keeps_the_state_of_its_step_whatever_comes_after(tmp_path):
+    """The step after donates the arrays while they are still being written."""
+    state = make_state(width=50_000)
+    kept = {name: np.array(leaf) for name, leaf in flat_state(state).items()}
+    grow = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save(1, state, {})
+    moved = (state.trainable, state.opt_state)
+    for _ in range(20):
+        moved = grow(moved)
+    jax.block_until_ready(moved)
+    back, _ = checkpoints.restore(make_state(width=50_000, seed=7))
+    checkpoints.close()
+    for name, leaf in flat_state(back).items():
+        np.testing.assert_array_equal(leaf, kept[name], err_msg=name)
+
+
+def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {})
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(seed=step), {"step": step})
+    checkpoints.finish()
+    for step in (2, 3):
+        for path in (tmp_path / str(step) / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:1])
+    said = []
+    back, data = checkpoints.restore_newest(make_state(), said.append)
+    assert data == {"step": 1} and len(said) == 2
+    assert "checkpoint '" in said[0] and "/3' is damaged" in said[0] and "step 2" in said[0]
+    for name, leaf in flat_state(make_state(seed=1)).items():
+        np.testing.assert_array_equal(leaf, flat_state(back)[name], err_msg=name)
+    checkpoints.save(3, back, {"step": 3})  # the step can be saved again
+    assert checkpoints.restore_newest(make_state(), said.append)[1] == {"step": 3}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["1", "3", "damaged-2", "damaged-3"]
+    checkpoints.finish()
+    for path in (tmp_path / "1" / "meta").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    (tmp_path / "3").rename(tmp_path / "away")
+    checkpoints.manager.reload()
+    with pytest.raises(UserError, match="/1' is damaged"):  # nothing before it
+        checkpoints.restore_newest(make_state(), said.append)
     checkpoints.close()
 
 

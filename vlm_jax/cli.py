@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,12 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from vlm_jax import config as configs
 
     config = configs.load(options.config, overrides)  # bad keys are told before JAX is there
-    from vlm_jax.train.loop import train
+    from vlm_jax.together import together
 
-    return 130 if train(config, options.resume)["interrupted"] else 0
+    with together(lambda error: _report(options, error)):
+        from vlm_jax.train.loop import train
+
+        return 130 if train(config, options.resume)["interrupted"] else 0
 
 
 def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -347,14 +351,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in CONFIGURED:
             return CONFIGURED[options.command](options, overrides)
         return COMMANDS[options.command](options)
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         if options.debug:
             raise
-        paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
-        print(f"vlm-jax {options.command}: {paragraph}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if options.debug:
-            raise
+        return _report(options, error)
+
+
+def _report(options: argparse.Namespace, error: BaseException) -> int:
+    """Say on stderr why a command ends, and return its exit code."""
+    if options.debug:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
         print("Stopped; nothing more was saved.", file=sys.stderr)
         return 130
+    paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
+    print(f"vlm-jax {options.command}: {paragraph}", file=sys.stderr)
+    return 2

@@ -7,7 +7,7 @@ a row over context.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -161,12 +161,69 @@ def used_on_mesh(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> dic
 def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the tree with every leaf placed on its shards."""
     shardings = param_shardings(model, params, mesh)
-    return jax.device_put(used_on_mesh(params, shardings), shardings)
+    return jax.tree.map(put, used_on_mesh(params, shardings), shardings)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Return the tree with every leaf whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def put(leaf: Any, sharding: Any) -> jax.Array:
+    """Return an array on its shards; sharding: a mesh's, one device's, or None for the default.
+
+    On a mesh of several processes each gives the whole array, equal in all, and keeps the shards
+    of its devices: nothing is sent, and nothing compared, as `jax.device_put` would.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        same = leaf.sharding == sharding
+        return leaf if same else jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Return (index, count): which of `count` equal shares of a batch's rows this process gives.
+
+    Rows lie over data x fsdp in the mesh's order; a process gives those of its devices, in that
+    order. Processes whose devices hold the same rows, as where the tensor or context axis runs
+    across them, give the same share. Raises `UserError` where two processes share some rows and not
+    others.
+    """
+    return share_of(jax.process_index(), _holders(mesh))
+
+
+def _holders(mesh: Mesh) -> list[list[int]]:
+    """Return the processes that hold each of the data * fsdp parts of a batch's rows."""
+    parts = mesh.devices.reshape(-1, mesh.shape["tensor"] * mesh.shape["context"])
+    return [[device.process_index for device in part] for part in parts]
+
+
+def share_of(process: int, holders: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Return `row_share` of a process. holders: of each part of the rows, the devices' processes.
+
+    [[0, 0], [0, 0], [1, 1], [1, 1]] gives process 1 share (1, 2); [[0, 1], [0, 1]] gives both
+    (0, 1).
+    """
+    parts: dict[int, list[int]] = {}
+    for part, owners in enumerate(holders):
+        for owner in set(owners):
+            parts.setdefault(owner, []).append(part)
+    shares = sorted({tuple(found) for found in parts.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != len(holders):
+        described = "; ".join(f"process {p}: {found}" for p, found in sorted(parts.items()))
+        raise UserError(
+            f"With this mesh processes hold some rows of a batch together and others alone "
+            f"(parts of data x fsdp: {described}), so that no process knows its rows. Choose "
+            f"mesh.data and mesh.fsdp such that mesh.tensor x mesh.context divides the devices of "
+            f"one process, or is a multiple of them."
+        )
+    return shares.index(tuple(parts[process])), len(shares)
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
@@ -195,9 +252,22 @@ def check_lengths(mesh: Mesh, lengths: Iterable[int]) -> None:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Return the batch on the mesh, see `batch_shardings`; each process gives its own rows."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)),
-        batch,
-        batch_shardings(batch, mesh),
-    )
+    """Return the batch on the mesh, see `batch_shardings`.
+
+    Each process gives its share of the rows, see `row_share`, with all their tokens.
+    """
+    holders = _holders(mesh)
+    mine = [part for part, owners in enumerate(holders) if jax.process_index() in owners]
+    count = len(holders) // len(mine)
+
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        own = np.asarray(leaf)
+        rows = len(own) // len(mine)  # of a part
+
+        def shard(where: Any) -> np.ndarray:
+            begin = mine.index((where[0].start or 0) // rows) * rows if rows else 0
+            return own[(slice(begin, begin + rows), *where[1:])]
+
+        return jax.make_array_from_callback((count * len(own), *own.shape[1:]), sharding, shard)
+
+    return jax.tree.map(place, batch, batch_shardings(batch, mesh))

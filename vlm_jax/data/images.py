@@ -110,18 +110,24 @@ def read_image(source: Any, folder: str | Path | None = None, access: Access = S
 def read_rgb(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> Image.Image:
     """Return what `read_image` does as a Pillow image, which spares copies where it is resized."""
     image = open_image(source, folder, access)
-    own = image is source
+    given = image is source
+    result: Image.Image | None = None
     try:
-        if not own:
+        if not given:
             ImageOps.exif_transpose(image, in_place=True)
-        rgb = to_rgb(ImageOps.exif_transpose(image) if own else image)
-        rgb.load()  # a file that is closed below must have been decoded
-        return rgb
+        rgb = to_rgb(ImageOps.exif_transpose(image) if given else image)
+        rgb.load()
+        # Pillow closes a file that it has read to its end, but not one with further frames.
+        result = rgb.copy() if rgb is image and getattr(image, "fp", None) is not None else rgb
+        return result
     except DAMAGED as error:
         name = f"'{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else "it"
         raise UserError(
             f"{name} is damaged or truncated and cannot be decoded ({_first_line(error)})."
         ) from error
+    finally:
+        if not given and result is not image:
+            image.close()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -13,6 +13,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.tensors import read_tensor
 from vlm_jax.names import Place, to_tree
 from vlm_jax.quantization import Storage
+from vlm_jax.sharding import put
 from vlm_jax.weights import bnb
 from vlm_jax.weights.packing import Packed, pack, unpack_codes
 from vlm_jax.weights.quantize import check, encode, kind
@@ -60,7 +61,7 @@ class HostLeaf:
         """Return the leaf on its devices, and let go of the host's arrays."""
         arrays, self.arrays = self.arrays, np.zeros(0)
         if not isinstance(arrays, Packed):
-            return jax.device_put(arrays, sharding)
+            return put(arrays, sharding)
         leaf = self.abstract
         parts: dict[str, Any] = dict.fromkeys(("codes", "absmax", "nested", "offset"))
         if sharding is not None:
@@ -82,7 +83,7 @@ def _put(array: np.ndarray, sharding: Any) -> jax.Array:
             sharding.shard_shape(array.shape)
         except ValueError:
             sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.device_put(array, sharding)
+    return put(array, sharding)
 
 
 def read_leaf(

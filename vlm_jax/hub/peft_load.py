@@ -23,6 +23,7 @@ from vlm_jax.lora import (
 )
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import Place, current_name, is_unused, to_tree
+from vlm_jax.processes import to_host
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import HEAD, add_tokens
 
@@ -170,7 +171,7 @@ def load_peft(
             )
         if name in held:
             if place.path not in fresh:
-                fresh[place.path] = np.array(flat[place.path], np.float32)
+                fresh[place.path] = np.array(to_host(flat[place.path]), np.float32)
             fresh[place.path][... if place.layer is None else place.layer] = to_tree(
                 place.path, tensor
             )
@@ -225,7 +226,7 @@ def _same(tensor: np.ndarray, flat: Mapping[str, Any], place: Place) -> bool:
     if tensor.shape != place.shape:
         return False
     layer = ... if place.layer is None else place.layer
-    leaf, other = np.asarray(flat[place.path][layer]), to_tree(place.path, tensor)
+    leaf, other = to_host(flat[place.path][layer]), to_tree(place.path, tensor)
     kind = other.dtype if other.dtype.itemsize < leaf.dtype.itemsize else leaf.dtype
     return np.array_equal(leaf.astype(kind), other.astype(kind))
 

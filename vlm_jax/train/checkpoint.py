@@ -5,7 +5,8 @@ The frozen base is not in them, so a checkpoint carries the base's identity and 
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vlm_jax import processes
 from vlm_jax.errors import UserError
 from vlm_jax.train.step import TrainState
 
@@ -73,18 +75,23 @@ def _unflat_state(flat: Mapping[str, Any], like: TrainState) -> TrainState:
     return jax.tree.unflatten(treedef, new)
 
 
+class Damaged(UserError):
+    """A checkpoint that cannot be read."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in `directory/<step>`; each appears whole or not at all.
 
     identity: what must be equal when the run is resumed, as nested dicts of JSON values; any
     difference is refused and named. keep: how many are kept, the newest; 0 keeps all.
+    A process alone writes while it goes on; several write together, and wait for each other.
     """
 
     def __init__(self, directory: str | Path, identity: Mapping[str, Any], keep: int = 0):
         self.directory = Path(directory).expanduser().absolute()
         self.identity = json.loads(json.dumps(identity))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, enable_async_checkpointing=False
+            max_to_keep=keep or None, enable_async_checkpointing=processes.count() == 1
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -94,7 +101,12 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, step: int, state: TrainState, data_state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step` unless it is there, and return its directory."""
+        """Begin the checkpoint of `step` unless it is there, and return its directory.
+
+        The state is on the host when this returns, so that the next step may donate it. The
+        directory appears when all of it is written, at the latest by `close`. Raises what went
+        wrong with the save before.
+        """
         if step not in self.steps:
             meta = {
                 "data": dict(data_state),
@@ -107,7 +119,6 @@ class Checkpoints:
                     state=ocp.args.StandardSave(flat_state(state)), meta=ocp.args.JsonSave(meta)
                 ),
             )
-            self.manager.wait_until_finished()
         return self.directory / str(step)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
@@ -116,6 +127,7 @@ class Checkpoints:
         like: a state of the same structure, whose shardings the arrays take.
         Raises `UserError` where the identity, a leaf or a shape differs, saying which.
         """
+        self.finish()
         step = self.manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"There is no checkpoint in '{self.directory}'.")
@@ -142,15 +154,50 @@ class Checkpoints:
         flat = {name: restored["state"][name] for name in wanted}
         return _unflat_state(flat, like), meta["data"]
 
+    def restore_newest(self, like: TrainState, warn: Callable[[str], None]) -> tuple:
+        """Return `restore`'s of the newest checkpoint that can be read.
+
+        A damaged one is renamed to `damaged-<step>`, so that its step can be saved again, and
+        `warn` is told. Raises `UserError` where there is none before it, and always with several
+        processes, which may not all see the damage.
+        """
+        while True:
+            try:
+                return self.restore(like)
+            except Damaged as error:
+                if len(self.steps) < 2 or processes.count() > 1:
+                    raise
+                newest, before = self.steps[-1], self.steps[-2]
+                aside = self.directory / f"damaged-{newest}"
+                os.replace(self.directory / str(newest), aside)
+                self.manager.reload()
+                warn(
+                    f"Warning: {error} It is now called '{aside.name}', and the run goes on from "
+                    f"the one before, step {before}."
+                )
+
     def _read(self, step: int, **items: Any) -> Any:
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many unrelated types
             where = self.directory / str(step)
-            raise UserError(
-                f"The checkpoint '{where}' is damaged and cannot be read ({error}). Delete it to "
+            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            raise Damaged(
+                f"The checkpoint '{where}' is damaged and cannot be read ({reason}). Delete it to "
                 f"go on from the one before, or start again in another output_dir."
             ) from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # Of several processes one that fails must not wait here for others, which wait for it.
+        if error is None or processes.count() == 1:
+            self.close()
+
+    def finish(self) -> None:
+        """Wait until what was begun is written."""
+        self.manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish what is being written."""

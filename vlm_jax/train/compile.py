@@ -125,7 +125,7 @@ def compile_largest_loss(
 
 
 def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     usage = compiled.memory_analysis()
     if limit is None or usage is None:
         return

@@ -19,7 +19,8 @@ from vlm_jax.lora import merge as merge_lora
 from vlm_jax.lora import requantization_error
 from vlm_jax.model import Model
 from vlm_jax.train.base import load_base
-from vlm_jax.train.run import load_run, make_encoder, write_adapter
+from vlm_jax.train.result import write_adapter
+from vlm_jax.train.run import load_run, make_encoder
 from vlm_jax.trees import flatten
 from vlm_jax.weights import is_quantized
 

@@ -4,10 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from vlm_jax import processes
 from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.data.stream import StreamRecords
 from vlm_jax.errors import UserError
@@ -23,6 +22,7 @@ from vlm_jax.evals.accuracy import accuracy
 from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
 from vlm_jax.quantization import summary
+from vlm_jax.sharding import row_share
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     compile_largest_loss,
@@ -31,21 +31,29 @@ from vlm_jax.train.compile import (
 )
 from vlm_jax.train.feed import Feed
 from vlm_jax.train.identity import identity
-from vlm_jax.train.metrics import Log, check_reporters, numbers, print_report, progress_bar
+from vlm_jax.train.metrics import (
+    check_reporters,
+    numbers,
+    open_log,
+    print_report,
+    progress_bar,
+)
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
-from vlm_jax.train.output import check_output, nothing_half_written
+from vlm_jax.train.output import nothing_half_written, output_directory
 from vlm_jax.train.place import on_mesh
 from vlm_jax.train.recipe import report, trainable_line
+from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
     absolute_paths,
     build,
+    check_evaluation,
     make_encoder,
     make_pipeline,
     mesh_of,
     rows_of,
-    write_result,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
+from vlm_jax.train.stop import interruptible
 from vlm_jax.train.watch import Watch, added_only, idle_components
 from vlm_jax.trees import flatten, join, split
 from vlm_jax.weights import is_quantized
@@ -62,24 +70,35 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
+    directory = Path(config.training.output_dir).expanduser()
+    check_reporters(config.training.report_to)
+    check_evaluation(config)
+    if not processes.is_primary():  # the first process speaks for all
+        console = Console(quiet=True)
     console = console or Console()
+    with output_directory(directory, resume) as warning:
+        if warning is not None:
+            console.print(warning, highlight=False, soft_wrap=True)
+        return _train(config, resume, console, directory)
+
+
+def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) -> dict:
     t, start = config.training, time.perf_counter()
-    directory = Path(t.output_dir).expanduser()
-    check_output(directory, resume)
-    check_reporters(t.report_to)
 
     # What is trained, and on what
     mesh = mesh_of(config)
     model, params, table = build(config, mesh)
     encoder = make_encoder(config, model)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = rows_of(config, mesh)
+    rows, share = rows_of(config, mesh), row_share(mesh)
     eval_rows = t.per_device_eval_batch_size * shards
     d = config.data
-    data = make_pipeline(config, encoder, d.train_file, d.train_split, rows, "train_file")
+    data = make_pipeline(config, encoder, d.train_file, d.train_split, rows, "train_file", share)
     held_out = None
     if d.eval_file is not None:
-        held_out = make_pipeline(config, encoder, d.eval_file, d.eval_split, eval_rows, "eval_file")
+        held_out = make_pipeline(
+            config, encoder, d.eval_file, d.eval_split, eval_rows, "eval_file", share
+        )
 
     # How
     if data.steps_per_epoch is None and t.max_steps <= 0:
@@ -125,7 +144,9 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     if resume:
         checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit)
         if checkpoints.steps:
-            state, place = checkpoints.restore(state)
+            state, place = checkpoints.restore_newest(
+                state, lambda words: console.print(words, highlight=False, soft_wrap=True)
+            )
             step = int(state.step)
         console.print(f"Resuming '{directory}' from step {step}.", highlight=False)
 
@@ -140,10 +161,11 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     # From here on things are written
     evaluation: dict[str, float] = {}
     with nothing_half_written(directory):
-        write_json(directory / "config.json", absolute_paths(config))
+        if processes.is_primary():
+            write_json(directory / "config.json", absolute_paths(config))
         if not resume:
             checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit)
-        log = Log(
+        log = open_log(
             directory,
             t.report_to,
             run_name=t.run_name,
@@ -156,7 +178,13 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
         eval_at = every(t.eval_strategy, t.eval_steps, epoch)
         bar = progress_bar(console)
         batches: Any = data.batches(place, feed.bytes_only)
-        with contextlib.closing(batches), interruptible() as stop, bar, contextlib.closing(log):
+        with (
+            checkpoints,
+            contextlib.closing(batches),
+            interruptible(mesh) as stop,
+            bar,
+            contextlib.closing(log),
+        ):
             task = bar.add_task("train", total=total, completed=step, numbers="")
 
             def show(line: dict | None) -> None:
@@ -167,15 +195,16 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
                             f"step {line['step']}/{total}  {numbers(line)}", highlight=False
                         )
 
-            while step < total and not stop.is_set():
+            while step < total and not stop.now():
                 asked = time.perf_counter()
                 batch, ids, place = next(batches)
                 watch.meter.wait(time.perf_counter() - asked)
                 state, metrics = run_step(state, frozen, feed(batch))
                 watch.meter.leave_out(run_step.compiling)
                 step += 1
+                stop.step_done()
                 show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
-                saving = save_at(step) or step == total or stop.is_set()
+                saving = save_at(step) or step == total or stop.now()
                 evaluating = held_out is not None and (eval_at(step) or step == total)
                 if saving or evaluating or step == 1:
                     show(watch.flush())  # a broken step's checkpoint must not replace a good one
@@ -190,14 +219,14 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
                     watch.meter.leave_out(evaluation["seconds"])
             show(watch.flush())
             checkpoints.save(step, state, place)
-        checkpoints.close()
 
     outcome: dict[str, Any] = {"steps": step, "output": str(directory), "evaluation": evaluation}
     outcome["interrupted"] = step < total
     outcome["seconds"] = time.perf_counter() - start
     outcome["data"] = data.report
-    skipped = [dataclasses.asdict(one) for one in data.skipped()]
-    if skipped:
+    known = processes.gather("skipped", [dataclasses.asdict(one) for one in data.skipped()])
+    skipped = list({one["index"]: one for found in known for one in found}.values())
+    if skipped and processes.is_primary():
         lines = "".join(json.dumps(one) + "\n" for one in skipped)
         (directory / "skipped.jsonl").write_text(lines, encoding="utf-8")
     for reason, count in outcome["data"]["dropped"].items():
@@ -221,27 +250,6 @@ def every(strategy: str, interval: int, steps_per_epoch: int) -> Callable[[int],
     """Return whether a step is due: each `interval` steps, each epoch, or never."""
     period = {"no": 0, "steps": interval, "epoch": steps_per_epoch}[strategy]
     return lambda step: period > 0 and step % period == 0
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets; the second one ends the program."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table as RichTable
 
+from vlm_jax import processes
 from vlm_jax.errors import UserError
 
 HOSTED = ("wandb", "trackio")  # packages with wandb's interface
@@ -58,6 +59,37 @@ def check_reporters(names: Sequence[str]) -> None:
                 f"training.report_to names '{name}', which is not installed: pip install "
                 f"'vlm_jax[{name}]', or leave it out."
             )
+
+
+class Reporter(Protocol):
+    """What takes the numbers of a run."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line of training metrics."""
+
+    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line of evaluation results."""
+
+    def close(self) -> None:
+        """Finish what is being written."""
+
+
+class Silent:
+    """Takes numbers and writes none: the log of a process that another one speaks for."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_log(directory: Path, report_to: Sequence[str], **options: Any) -> Reporter:
+    """Return `Log` of these arguments in the first process, and a silent one in others."""
+    return Log(directory, report_to, **options) if processes.is_primary() else Silent()
 
 
 class Log:

@@ -1,11 +1,19 @@
-"""A run's directory: refused where it holds another run, cleared where nothing was saved."""
+"""A run's directory: one run's alone, refused where it holds another, cleared if nothing was saved.
+
+Of several processes the first one checks, locks, makes and clears it; the others must see it.
+"""
 
 import contextlib
+import fcntl
 import os
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlm_jax import processes, together
 from vlm_jax.errors import UserError
 
 # What a run writes while it trains, and its result.
@@ -13,6 +21,113 @@ LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "che
 RESULTS = ("adapter", "model")
 # One of these in a directory means that it holds a run.
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", *RESULTS)
+LOCK = ".lock"  # there while a run lives; the system lets go of it where a run is killed
+SEEN_WITHIN = 60  # seconds: network file systems show a new file to other hosts late
+
+
+@contextlib.contextmanager
+def output_directory(directory: Path, resume: bool) -> Iterator[str | None]:
+    """Hold the directory for one run while a block lasts; yield a warning, or None.
+
+    All processes enter it. Raises `UserError` as `check_output` does, where another run is at work
+    in the directory, and where processes do not all see one and the same.
+    """
+    with contextlib.ExitStack() as stack:
+        mark, warning = "", None
+        if processes.is_primary():
+            check_output(directory, resume)
+            mark = secrets.token_hex(8)
+            warning = stack.enter_context(_locked(directory, mark))
+            check_output(directory, resume)  # now that nobody else can change it
+        mark = processes.gather("output directory", mark)[0]
+        if not processes.is_primary():
+            _check_shared(directory, mark)
+        yield warning
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, mark: str) -> Iterator[str | None]:
+    """Hold the directory's lock, and make the directory for it; yield a warning, or None."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_be_made(directory, error) from error
+    path, warning = directory / LOCK, None
+    while True:
+        try:
+            file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"The lock '{path}' of the output directory cannot be opened ({error.strerror}). "
+                f"If no run is at work there, delete it, or take another training.output_dir."
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                owner = file.read().split("\n")[0] or "another process"
+            raise UserError(
+                f"Another run is at work in the output directory '{directory}' ({owner}). Wait for "
+                f"its end or stop it, or take another training.output_dir."
+            ) from None
+        except OSError as error:  # a file system without locks
+            warning = (
+                f"Warning: '{directory}' cannot be locked ({error.strerror}), so a second run "
+                f"there would not be refused: start none."
+            )
+        try:
+            same = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if same:
+            break
+        file.close()  # the run before took it away meanwhile
+
+    def release() -> None:
+        path.unlink(missing_ok=True)
+        for one in made:  # of a run that failed early nothing stays
+            with contextlib.suppress(OSError):
+                one.rmdir()
+
+    together.at_sudden_end.append(release)
+    try:
+        with file:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{mark}\n")
+            file.flush()
+            try:
+                yield warning
+            finally:
+                release()  # while it is still locked
+    finally:
+        together.at_sudden_end.remove(release)
+
+
+def _check_shared(directory: Path, mark: str) -> None:
+    """Raise `UserError` where this process does not see the lock of the first one."""
+    end = time.monotonic() + SEEN_WITHIN
+    while True:
+        with contextlib.suppress(OSError):
+            os.listdir(directory)  # a network file system looks anew
+            if mark in (directory / LOCK).read_text(encoding="utf-8"):
+                return
+        if time.monotonic() > end:
+            raise UserError(
+                f"The output directory '{directory}' of process {processes.number()} is not that "
+                f"of process 0. Checkpoints are written by all processes into one directory: name "
+                f"one in training.output_dir that all hosts share, such as one on a network file "
+                f"system."
+            )
+        time.sleep(0.2)
+
+
+def _cannot_be_made(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"The output directory '{directory}' cannot be made ({error.strerror}). Take another "
+        f"training.output_dir."
+    )
 
 
 def check_output(directory: Path, resume: bool) -> None:
@@ -62,25 +177,32 @@ def nothing_half_written(directory: Path) -> Iterator[None]:
     """
     made = not directory.exists()
     new = [directory / name for name in LOGS if not (directory / name).exists()]
+
+    def clean() -> None:
+        if _saved_steps(directory):
+            return
+        for path in new:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if made and not any(directory.iterdir()):
+            directory.rmdir()
+
+    primary = processes.is_primary()
+    processes.wait_for_all("the directory was looked at")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"The output directory '{directory}' cannot be made ({error.strerror}). Take another "
-            f"training.output_dir."
-        ) from error
+        raise _cannot_be_made(directory, error) from error
+    if primary:
+        together.at_sudden_end.append(clean)
     try:
         yield
     except BaseException as error:
         saved = _saved_steps(directory)
-        if not saved:
-            for path in new:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-            if made and not any(directory.iterdir()):
-                directory.rmdir()
+        if primary:
+            clean()
         if not isinstance(error, UserError):
             raise
         how = "Nothing had been saved yet: once this is mended, give the same command again."
@@ -88,6 +210,9 @@ def nothing_half_written(directory: Path) -> Iterator[None]:
             newest = directory / "checkpoints" / str(max(saved))
             how = f"The last good checkpoint is '{newest}': once this is mended, add --resume."
         raise UserError(f"{error} {how}") from error
+    finally:
+        if primary:
+            together.at_sudden_end.remove(clean)
 
 
 def _saved_steps(directory: Path) -> list[int]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlm_jax.sharding import put
 from vlm_jax.train.step import TrainState
 
 
@@ -25,7 +26,7 @@ def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
         on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
         kind = leaf.sharding.memory_kind
         target = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
-        return leaf if on_mesh else jax.device_put(leaf, target)
+        return leaf if on_mesh else put(leaf, target)
 
     return jax.tree.map(place, state)
 

@@ -1,4 +1,4 @@
-"""What a run is built from, what it gives, and how it is read back."""
+"""What a run is built from, and how it is read back."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,13 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
+from vlm_jax import processes
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.stream import open_stream
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
-from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.load import load, resolve
-from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.hub.save import save_pretrained
 from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
@@ -35,16 +33,34 @@ from vlm_jax.weights import bnb
 
 def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Return the mesh that the config's `mesh` section asks for, over `devices` (default: all)."""
-    if devices is None:
-        if jax.process_count() > 1:
-            raise UserError("Training with several processes is not supported yet: start one.")
-        devices = jax.devices()
     wanted = config.mesh.devices
+    if devices is None:
+        devices = jax.devices()
+        if jax.process_count() != processes.count():
+            raise UserError(
+                f"JAX sees {jax.process_count()} processes that were not connected: call "
+                f"vlm_jax.processes.start() before anything touches a device."
+            )
+        if processes.count() > 1 and 0 < wanted < len(devices):
+            raise UserError(
+                f"mesh.devices is {wanted}, but {processes.count()} processes bring "
+                f"{len(devices)} devices, and all of them take part. Leave mesh.devices out."
+            )
     if wanted > len(devices):
         raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
     m = config.mesh
     over = devices[:wanted] if wanted else devices
     return make_mesh(m.data, m.fsdp, m.tensor, over, m.context)
+
+
+def check_evaluation(config: ConfigDict) -> None:
+    """Raise `UserError` where several processes would have to generate answers."""
+    if processes.count() > 1 and config.data.eval_file is not None and config.evaluation.accuracy:
+        raise UserError(
+            "evaluation.accuracy generates answers, which several processes cannot yet do while "
+            "they train. Set evaluation.accuracy=false: the loss on data.eval_file is still taken, "
+            "and vlm-jax evaluate --run counts the answers afterwards."
+        )
 
 
 def rows_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
@@ -211,9 +227,15 @@ def make_encoder(config: ConfigDict, model: Model) -> Encoder:
 
 
 def make_pipeline(
-    config: ConfigDict, encoder: Encoder, file: Any, split: str | None, rows: int, name: str
+    config: ConfigDict,
+    encoder: Encoder,
+    file: Any,
+    split: str | None,
+    rows: int,
+    name: str,
+    share: tuple[int, int] = (0, 1),
 ) -> Pipeline:
-    """Return the pipeline of one data file; rows: of the global batch."""
+    """Return the pipeline of one data file. rows: of the global batch; share: `row_share`."""
     if file is None:
         raise UserError(
             f"The config names no data: set data.{name} to a .json, .jsonl or .parquet file, or a "
@@ -228,10 +250,13 @@ def make_pipeline(
         records = read_records(
             source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
         )
+    index, count = share
     return Pipeline(
         encoder,
         records,
         rows=rows,
+        process_index=index,
+        process_count=count,
         max_shapes=d.max_shapes,
         seed=config.training.seed,
         shuffle=d.shuffle,
@@ -279,34 +304,6 @@ def absolute_paths(config: ConfigDict) -> dict[str, Any]:
         elif value is not None:
             tree[section][key] = _absolute(value)
     return tree
-
-
-def write_adapter(
-    model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
-) -> None:
-    """Write an adapter in PEFT's format with its image settings; it appears whole or not at all."""
-    with whole_directory(directory) as folder:
-        save_peft(model, params, folder, compare_base=False)  # see check_kept
-        settings = encoder.image_settings()
-        if settings is not None:  # served images must be cut as the trained ones were
-            write_json(folder / "preprocessor_config.json", settings)
-        settings = encoder.video_settings()
-        if settings is not None:
-            write_json(folder / "video_preprocessor_config.json", settings)
-
-
-def write_result(
-    model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
-) -> Path:
-    """Write `adapter/` in PEFT's format, or `model/` after full training, and return its path.
-
-    It appears whole or not at all.
-    """
-    if model.lora is not None:
-        write_adapter(model, params, directory / "adapter", encoder)
-        return directory / "adapter"
-    save_pretrained(model, params, directory / "model", processor=encoder.image_settings())
-    return directory / "model"
 
 
 def load_run(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from vlm_jax.errors import UserError
-from vlm_jax.train.metrics import Log, Meter
+from vlm_jax.train.metrics import Meter, Reporter
 from vlm_jax.vocabulary import is_added
 
 # Components that see a gradient only in a batch with images.
@@ -46,7 +46,7 @@ class Watch:
 
     def __init__(
         self,
-        log: Log,
+        log: Reporter,
         rate: Callable[[int], Any],
         steps_per_epoch: int,
         logging_steps: int,

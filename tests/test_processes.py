@@ -1,0 +1,255 @@
+"""Several processes train as one does, stop together, and end together."""
+
+import fcntl
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import lines, make_base, make_data, run
+from safetensors.numpy import load_file
+from several import environment, started, wait_until, written
+
+from vlm_jax import UserError, processes
+from vlm_jax.sharding import share_of
+
+NUMBERS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "epoch")
+LONG = ("--config.training.max_steps=60", "--config.training.save_steps=5",
+        "--config.training.save_total_limit=0")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a tiny checkpoint, records and a config of 4 steps of 8 packed rows."""
+    place = tmp_path_factory.mktemp("processes")
+    make_base(place / "base")
+    make_data(place / "data", count=40)
+    (place / "config.json").write_text(
+        json.dumps(
+            {
+                "model": {"name_or_path": str(place / "base")},
+                "lora": {"r": 2},
+                "data": {
+                    "train_file": str(place / "data/train.jsonl"),
+                    "max_shapes": 1,
+                    "packing": True,
+                    "max_seq_length": 64,
+                },
+                "training": {
+                    "max_steps": 4,
+                    "learning_rate": 1e-2,
+                    "logging_steps": 1,
+                    "save_steps": 2,
+                    "bf16": False,
+                    "gradient_checkpointing": False,
+                    "report_to": "none",
+                },
+                "evaluation": {"accuracy": False},
+                "mesh": {"data": 2, "fsdp": 4},
+            }
+        )
+    )
+    return place
+
+
+def go(place, name, count, *options, devices=8, **env):
+    """Run to the end in `count` processes of 8 devices in all; return the run's directory."""
+    config = place / "config.json"
+    with started(place, config, name, count, *options, devices=devices, **env) as group:
+        for one in group:
+            assert one.ended() == 0, one.text
+    return place / name
+
+
+@pytest.fixture(scope="module")
+def long(place):
+    """The long run in two processes without a stop: its directory."""
+    return go(place, "long", 2, *LONG)
+
+
+def compare(one, other):
+    """Assert that two runs gave the same numbers and adapter; return whether to the bit."""
+    ours, theirs = (lines(directory / "metrics.jsonl") for directory in (one, other))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, its in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(
+            [mine[k] for k in NUMBERS], [its[k] for k in NUMBERS], rtol=1e-6, err_msg=str(mine)
+        )
+    ours, theirs = (
+        load_file(directory / "adapter/adapter_model.safetensors") for directory in (one, other)
+    )
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6, err_msg=name)
+    return all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "count, mesh",
+    [(2, ("data=2", "fsdp=4")), (4, ("data=2", "fsdp=4")), (2, ("data=2", "fsdp=2", "tensor=2"))],
+)
+def test_several_processes_train_as_one_does(place, count, mesh):
+    evaluated = f"--config.data.eval_file={place / 'data/train.jsonl'}"
+    rows = "--config.training.per_device_eval_batch_size=1"
+    sizes = [f"--config.mesh.{size}" for size in mesh]
+    name = "-".join(mesh)
+    one = place / name
+    if not one.exists():
+        go(place, name, 1, evaluated, rows, *sizes)
+    several = go(place, f"{name} in {count}", count, evaluated, rows, *sizes)
+    compare(one, several)
+    mine, its = (lines(directory / "evaluations.jsonl") for directory in (one, several))
+    assert [row["step"] for row in mine] == [row["step"] for row in its] == [4]
+    assert mine[0]["loss"] == pytest.approx(its[0]["loss"], rel=1e-6)
+    names = {path.name for path in several.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "adapter"}
+    assert "Wrote" not in (place / f"{name} in {count}.1.log").read_text()
+
+
+@pytest.mark.slow
+def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, long):
+    config, directory = place / "config.json", place / "stopped"
+    with started(place, config, "stopped", 2, *LONG) as group:
+        wait_until(lambda: written(directory / "metrics.jsonl") >= 7, group)
+        group[1].process.send_signal(signal.SIGTERM)
+        assert [one.ended() for one in group] == [130, 130], [one.text for one in group]
+        assert "Stopped after step" in group[0].text
+    steps = sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
+    assert 7 <= steps[-1] < 60 and written(directory / "metrics.jsonl") == steps[-1]
+    assert not (directory / "adapter").exists()
+    go(place, "stopped", 2, *LONG, "--resume")
+    assert compare(long, directory)
+
+
+@pytest.mark.slow
+def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, long):
+    config, directory = place / "config.json", place / "killed"
+    with started(place, config, "killed", 2, *LONG, VLM_JAX_HEARTBEAT_TIMEOUT="20") as group:
+        wait_until(lambda: (directory / "checkpoints/10").exists(), group)
+        group[1].process.kill()
+        assert group[0].ended() not in (0, None)
+        group[0].wait_for("start all processes again, with --resume")
+    assert (directory / "checkpoints/10").exists() and not (directory / "adapter").exists()
+    saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+    shutil.copytree(directory, place / "killed, then alone")
+    go(place, "killed", 2, *LONG, "--resume")
+    assert compare(long, directory)
+    # One process with as many devices goes on too, until rounding grows.
+    go(place, "killed, then alone", 1, *LONG, "--resume")
+    ours, theirs = (lines(d / "metrics.jsonl") for d in (place / "killed, then alone", long))
+    assert ours[saved]["step"] == saved + 1
+    np.testing.assert_allclose(ours[saved]["loss"], theirs[saved]["loss"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_do_ends_all_with_its_words(place):
+    """The fifth step's rows hold a damaged image, which one of the two processes reads."""
+    make_data(place / "damaged", count=40)
+    whole = (place / "damaged/38.png").read_bytes()
+    (place / "damaged/38.png").write_bytes(whole[: len(whole) // 2])
+    options = (
+        f"--config.data.train_file={place / 'damaged/train.jsonl'}", "--config.data.shuffle=false",
+        "--config.data.packing=false", *LONG, "--config.training.save_steps=2",
+    )  # fmt: skip
+    with started(place, place / "config.json", "bad", 2, *options) as group:
+        assert [one.ended() for one in group] == [2, 2], [one.text for one in group]
+        said = [one.text for one in group]
+        assert all("38.png" in text for text in said), said
+        assert sum("of 2 stopped the run" in text for text in said) == 1, said
+        assert all("Traceback" not in text for text in said), said
+    # And before the first checkpoint nothing stays, whichever process it was.
+    with started(place, place / "config.json", "early", 2, *options,
+                 "--config.training.save_steps=100") as group:  # fmt: skip
+        assert [one.ended() for one in group] == [2, 2], [one.text for one in group]
+    assert not (place / "early").exists()
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_directory_is_refused(place):
+    config, directory = place / "config.json", place / "shared"
+    with started(place, config, "shared", 1, "--config.training.max_steps=100000") as first:
+        wait_until(lambda: written(directory / "metrics.jsonl") >= 3, first)
+        arguments = [sys.executable, "-m", "vlm_jax", "train", f"--config={config}", "--resume"]
+        second = subprocess.run(
+            [*arguments, f"--config.training.output_dir={directory}"],
+            env=environment(place, 8), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert second.returncode == 2 and "Another run is at work" in second.stderr, second.stderr
+        assert f"process {first[0].process.pid} on" in second.stderr
+        assert first[0].process.poll() is None
+
+
+def test_a_lock_that_a_killed_run_left_holds_nobody_up(place):
+    directory = place / "locked"
+    directory.mkdir()
+    with open(directory / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another run is at work"):
+            run(place, "locked", "training.max_steps=1")
+    assert (directory / ".lock").exists()
+    run(place, "locked", "training.max_steps=1")
+    assert (directory / "adapter").exists() and not (directory / ".lock").exists()
+
+
+def test_a_wrong_environment_is_named(monkeypatch):
+    names = (processes.ADDRESS, processes.COUNT, processes.NUMBER)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert processes.seat() is None
+    right = ("localhost:1234", "2", "1")
+    for name, value in zip(names, right, strict=True):
+        monkeypatch.setenv(name, value)
+    assert processes.seat() == processes.Seat("localhost:1234", 2, 1)
+    for name, value, words in [
+        (names[0], "", "sets JAX_NUM_PROCESSES and JAX_PROCESS_ID, but not JAX_COORDINATOR"),
+        (names[1], "", "but not JAX_NUM_PROCESSES"),
+        (names[2], "", "but not JAX_PROCESS_ID"),
+        (names[2], "2", "JAX_PROCESS_ID is 2, but JAX_NUM_PROCESSES is 2"),
+        (names[2], "-1", "JAX_PROCESS_ID is '-1'; expected a whole number"),
+        (names[1], "two", "JAX_NUM_PROCESSES is 'two'"),
+        (names[0], "localhost", "expected the host and a free port"),
+    ]:
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            with pytest.raises(UserError, match=words):
+                processes.seat()
+    monkeypatch.setenv(names[1], "1")
+    assert processes.seat() is None
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_not_there_and_processes_that_do_not_come(place):
+    arguments = [sys.executable, "-m", "vlm_jax", "train", f"--config={place / 'config.json'}"]
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))  # nobody listens on it, and nobody else takes it
+        address = f"localhost:{taken.getsockname()[1]}"
+        for number, words in (
+            ("1", "cannot reach the coordinator"),
+            ("0", "ould not be connected"),
+        ):
+            env = dict(zip((processes.ADDRESS, processes.COUNT, processes.NUMBER),
+                           (address, "2", number), strict=True))  # fmt: skip
+            done = subprocess.run(
+                arguments, env=environment(place, 1, **env, VLM_JAX_START_TIMEOUT="3"),
+                capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            assert done.returncode == 2, done.stderr
+            assert words in done.stderr and address in done.stderr, done.stderr
+
+
+def test_which_rows_a_process_gives():
+    assert share_of(1, [[0], [0], [1], [1]]) == (1, 2)
+    assert share_of(1, [[0, 0], [1, 1]]) == (1, 2)
+    assert [share_of(p, [[0], [1], [0], [1], [2], [3], [2], [3]]) for p in range(4)] == [
+        (0, 4), (1, 4), (2, 4), (3, 4),
+    ]  # a pod's mesh goes to and fro between hosts  # fmt: skip
+    assert [share_of(p, [[0, 1], [0, 1], [2, 3], [2, 3]]) for p in range(4)] == [
+        (0, 2), (0, 2), (1, 2), (1, 2),
+    ]  # tensor runs across processes  # fmt: skip
+    with pytest.raises(UserError, match=r"process 0: \[0, 1\]; process 1: \[1, 2\].*mesh\.tensor"):
+        share_of(0, [[0, 0], [0, 1], [1, 1]])

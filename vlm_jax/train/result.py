@@ -1,0 +1,62 @@
+"""What a run gives: an adapter in PEFT's format, or a whole checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax import processes
+from vlm_jax.data import Encoder
+from vlm_jax.hub.files import whole_directory, write_json
+from vlm_jax.hub.peft import save_peft
+from vlm_jax.hub.save import save_pretrained
+from vlm_jax.lora import is_lora, saved_modules
+from vlm_jax.model import Model
+from vlm_jax.trees import flatten, unflatten
+from vlm_jax.vocabulary import is_added
+
+
+def write_adapter(
+    model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
+) -> None:
+    """Write an adapter in PEFT's format with its image settings; it appears whole or not at all."""
+    with whole_directory(directory) as folder:
+        save_peft(model, params, folder, compare_base=False)  # see check_kept
+        settings = encoder.image_settings()
+        if settings is not None:  # served images must be cut as the trained ones were
+            write_json(folder / "preprocessor_config.json", settings)
+        settings = encoder.video_settings()
+        if settings is not None:
+            write_json(folder / "video_preprocessor_config.json", settings)
+
+
+def write_result(
+    model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
+) -> Path:
+    """Write `adapter/` in PEFT's format, or `model/` after full training, and return its path.
+
+    It appears whole or not at all. Of several processes, which all call this, the first writes.
+    """
+    path = directory / ("model" if model.lora is None else "adapter")
+    params = _here(model, params)
+    if processes.is_primary():
+        if model.lora is not None:
+            write_adapter(model, params, path, encoder)
+        else:
+            save_pretrained(model, params, path, processor=encoder.image_settings())
+    processes.wait_for_all("the result is written")
+    return path
+
+
+def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree with what a result is written from gathered from all processes' devices."""
+    if processes.count() == 1:
+        return dict(params)
+    flat = flatten(params)
+    written = list(flat)
+    if model.lora is not None:  # an adapter holds none of the base, which is not moved for it
+        added = [path.split("/")[-2] for path in flat if is_added(path)]
+        saved = saved_modules(model, params, (*model.lora.modules_to_save, *added)).leaves
+        written = [p for p in flat if is_lora(p) or is_added(p) or p in saved]
+    primary = processes.is_primary()
+    gathered = {path: processes.to_host(flat[path], primary) for path in written}
+    return unflatten({**flat, **gathered})

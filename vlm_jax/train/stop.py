@@ -1,0 +1,73 @@
+"""A run is asked to stop, by Ctrl-C or SIGTERM, and all of its processes stop at one step."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax import processes
+
+
+class Stop:
+    """Whether the run is to stop, the same in every process at the same step.
+
+    A process alone stops where it was asked. Several decide together: each step carries every
+    process's wish over all devices in a program of its own, whose answer is read at the next
+    step, when it has long been there. So no clock and no message decides, and nobody waits for one
+    who has stopped already.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.asked = threading.Event()
+        self._agreed = False
+        self._answer: jax.Array | None = None
+        self._several = processes.count() > 1
+        if self._several:
+            self._count = len(mesh.local_devices)
+            self._wishes = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            self._together = jax.jit(jnp.max, out_shardings=everywhere)
+            self._carry()  # compiled before the first step
+
+    def now(self) -> bool:
+        """Return whether the run stops behind the last step that was told by `step_done`."""
+        return self._agreed if self._several else self.asked.is_set()
+
+    def step_done(self) -> None:
+        """Take note that a step was dispatched; every process calls it at every step."""
+        if self._several:
+            before = self._answer
+            self._carry()
+            if before is not None:
+                self._agreed = bool(jax.device_get(before))
+
+    def _carry(self) -> None:
+        wish = np.full(self._count, int(self.asked.is_set()), np.int32)
+        self._answer = self._together(jax.make_array_from_process_local_data(self._wishes, wish))
+
+
+@contextlib.contextmanager
+def interruptible(mesh: Mesh) -> Iterator[Stop]:
+    """Yield a `Stop` that the first Ctrl-C or SIGTERM asks; the second one ends the program."""
+    stop = Stop(mesh)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.asked.is_set():
+            raise KeyboardInterrupt
+        stop.asked.set()
+
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
