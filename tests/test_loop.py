@@ -80,6 +80,14 @@ def test_stop_and_resume_equals_no_stop(place, straight, monkeypatch):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+def test_an_automatic_resume_begins_or_goes_on(place):
+    outcome, directory, text = run(place, "auto", "training.max_steps=2", resume="auto")
+    assert outcome["steps"] == 2 and "Resuming" not in text
+    outcome, _, text = run(place, "auto", "training.max_steps=2", resume="auto")
+    assert outcome["steps"] == 2 and "from step 2" in text
+    assert [row["step"] for row in lines(directory / "metrics.jsonl")] == [1, 2]
+
+
 def test_resume_after_the_last_step_writes_the_result_again(place, straight):
     _, directory, _ = straight
     before = (directory / "adapter/adapter_model.safetensors").read_bytes()

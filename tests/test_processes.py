@@ -91,7 +91,12 @@ def compare(one, other):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "count, mesh",
-    [(2, ("data=2", "fsdp=4")), (4, ("data=2", "fsdp=4")), (2, ("data=2", "fsdp=2", "tensor=2"))],
+    [
+        (2, ("data=2", "fsdp=4")),
+        (4, ("data=2", "fsdp=4")),
+        (2, ("data=2", "fsdp=2", "tensor=2")),
+        (2, ("data=1", "fsdp=1", "tensor=2", "context=4")),  # a row's tokens in both processes
+    ],
 )
 def test_several_processes_train_as_one_does(place, count, mesh):
     evaluated = f"--config.data.eval_file={place / 'data/train.jsonl'}"
@@ -220,6 +225,19 @@ def test_a_wrong_environment_is_named(monkeypatch):
                 processes.seat()
     monkeypatch.setenv(names[1], "1")
     assert processes.seat() is None
+
+
+def test_a_process_of_slurm_has_a_device_of_its_own(monkeypatch):
+    for name in (processes.ADDRESS, processes.COUNT, processes.NUMBER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "SLURM_JOB_ID": "1234", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "16",
+        "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_NODES": "2",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    seat = processes.seat()
+    assert (seat.count, seat.number, seat.devices) == (16, 11, (3,))
+    assert seat.address.startswith("node1:")
 
 
 @pytest.mark.slow

@@ -34,7 +34,13 @@ def _parser() -> argparse.ArgumentParser:
         "its default and meaning in vlm_jax/config.py.",
     )
     train.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        choices=("newest", "auto"),
+        help="go on from the newest checkpoint; --resume=auto: where there is one, else begin",
+    )
 
     preview = add("preview", "Show what the model sees of a config's data, without its weights.")
     preview.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
@@ -141,10 +147,11 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(options.config, overrides)  # bad keys are told before JAX is there
     from vlm_jax.together import together
 
+    resume = "auto" if options.resume == "auto" else options.resume is not None
     with together(lambda error: _report(options, error)):
         from vlm_jax.train.loop import train
 
-        return 130 if train(config, options.resume)["interrupted"] else 0
+        return 130 if train(config, resume)["interrupted"] else 0
 
 
 def _preview(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -24,11 +24,15 @@ _calls = itertools.count()  # all processes make the same calls in the same orde
 
 @dataclasses.dataclass(frozen=True)
 class Seat:
-    """Which of the processes this is. address: host:port, where number 0 coordinates them."""
+    """Which of the processes this is. address: host:port, where number 0 coordinates them.
+
+    devices: the numbers of this host's devices that are its own; None: all of them.
+    """
 
     address: str
     count: int
     number: int
+    devices: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return f"process {self.number} of {self.count}"
@@ -89,7 +93,7 @@ def _detected() -> Seat | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice for who wants several processes
-            address, count, number, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
                 None, None, None, None, None, _whole(START_TIMEOUT, 1, SECONDS[START_TIMEOUT])
             )
     except Exception as error:  # each kind of cluster raises its own
@@ -100,7 +104,7 @@ def _detected() -> Seat | None:
         ) from error
     if address is None or count is None or number is None or count == 1:
         return None
-    return Seat(address, count, number)
+    return Seat(address, count, number, None if devices is None else tuple(devices))
 
 
 def start(here: Seat | None = None) -> None:
@@ -133,6 +137,7 @@ def start(here: Seat | None = None) -> None:
             here.address,
             here.count,
             here.number,
+            here.devices,
             # On its own timeout JAX aborts the process: ours comes first.
             initialization_timeout=timeout + 600,
             heartbeat_timeout_seconds=heartbeat,

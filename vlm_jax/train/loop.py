@@ -60,13 +60,14 @@ from vlm_jax.weights import is_quantized
 
 
 @out_of_memory_explained()
-def train(config: ConfigDict, resume: bool = False, console: Console | None = None) -> dict:
+def train(config: ConfigDict, resume: bool | str = False, console: Console | None = None) -> dict:
     """Train as the config says and return {"steps", "interrupted", "output", ...}.
 
     `training.output_dir` then holds config.json, metrics.jsonl (a line a logged step),
     evaluations.jsonl, tensorboard/, checkpoints/, and at the end adapter/ in PEFT's format, or
     model/ where the language model trained in full. resume: go on from the newest checkpoint, to
-    the very numbers that a run without a stop gives. Ctrl-C or SIGTERM saves a checkpoint.
+    the very numbers that a run without a stop gives; "auto": where there is a run. Ctrl-C or
+    SIGTERM saves a checkpoint.
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
@@ -76,10 +77,10 @@ def train(config: ConfigDict, resume: bool = False, console: Console | None = No
     if not processes.is_primary():  # the first process speaks for all
         console = Console(quiet=True)
     console = console or Console()
-    with output_directory(directory, resume) as warning:
+    with output_directory(directory, resume) as (resumes, warning):
         if warning is not None:
             console.print(warning, highlight=False, soft_wrap=True)
-        return _train(config, resume, console, directory)
+        return _train(config, resumes, console, directory)
 
 
 def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) -> dict:

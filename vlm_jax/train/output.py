@@ -26,23 +26,26 @@ SEEN_WITHIN = 60  # seconds: network file systems show a new file to other hosts
 
 
 @contextlib.contextmanager
-def output_directory(directory: Path, resume: bool) -> Iterator[str | None]:
-    """Hold the directory for one run while a block lasts; yield a warning, or None.
+def output_directory(directory: Path, resume: bool | str) -> Iterator[tuple[bool, str | None]]:
+    """Hold the directory for one run while a block lasts; yield whether to resume, and a warning.
 
-    All processes enter it. Raises `UserError` as `check_output` does, where another run is at work
+    resume: "auto" resumes where the directory holds a run. The warning may be None. All processes
+    enter it. Raises `UserError` as `check_output` does, where another run is at work
     in the directory, and where processes do not all see one and the same.
     """
     with contextlib.ExitStack() as stack:
         mark, warning = "", None
         if processes.is_primary():
-            check_output(directory, resume)
+            if resume == "auto":
+                resume = (directory / "config.json").exists()
+            check_output(directory, bool(resume))
             mark = secrets.token_hex(8)
             warning = stack.enter_context(_locked(directory, mark))
-            check_output(directory, resume)  # now that nobody else can change it
-        mark = processes.gather("output directory", mark)[0]
+            check_output(directory, bool(resume))  # now that nobody else can change it
+        mark, resumed = processes.gather("output directory", [mark, resume])[0]
         if not processes.is_primary():
             _check_shared(directory, mark)
-        yield warning
+        yield resumed, warning
 
 
 @contextlib.contextmanager
