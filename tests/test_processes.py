@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from runs import lines, make_base, make_data, run
 from safetensors.numpy import load_file
-from several import environment, started, wait_until, written
+from several import environment, free_port, started, wait_until, written
 
 from vlm_jax import UserError, processes
 from vlm_jax.sharding import share_of
@@ -248,7 +248,7 @@ def test_a_coordinator_that_is_not_there_and_processes_that_do_not_come(place):
         address = f"localhost:{taken.getsockname()[1]}"
         for number, words in (
             ("1", "cannot reach the coordinator"),
-            ("0", "ould not be connected"),
+            ("0", "cannot listen at port"),
         ):
             env = dict(zip((processes.ADDRESS, processes.COUNT, processes.NUMBER),
                            (address, "2", number), strict=True))  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 from vlm_jax.errors import UserError
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's own: where process 0 listens, if not everywhere
 START_TIMEOUT = "VLM_JAX_START_TIMEOUT"  # seconds in which all processes must have come
 HEARTBEAT_TIMEOUT = "VLM_JAX_HEARTBEAT_TIMEOUT"  # seconds after which a silent one counts as dead
 SECONDS = {START_TIMEOUT: 300, HEARTBEAT_TIMEOUT: 30}
@@ -131,6 +132,8 @@ def start(here: Seat | None = None) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     if here.number:
         _reach(here, end, timeout)
+    elif not os.environ.get(BIND):
+        _check_free(here)
 
     def join() -> None:
         jax.distributed.initialize(
@@ -156,6 +159,27 @@ def start(here: Seat | None = None) -> None:
             f"The processes could not be connected at '{here.address}' (this is number "
             f"{here.number} of {here.count}): {str(error).splitlines()[0]}. {ADDRESS} must name "
             f"the host of process 0 and a port that is free there."
+        ) from error
+
+
+def _check_free(here: Seat) -> None:
+    """Raise `UserError` where process 0 cannot listen; JAX, finding that out, may crash."""
+    _, port = _host_and_port(here.address)
+    family, everywhere = (
+        (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
+    )
+    try:
+        with socket.socket(family) as probe:
+            # As JAX does; a run that has just ended holds nobody up.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind((everywhere, port))
+            probe.listen(1)
+    except OSError as error:
+        raise UserError(
+            f"Process 0 cannot listen at port {port} of '{here.address}': {error.strerror}. "
+            f"{ADDRESS} must name the host of process 0 and a port that is free there."
         ) from error
 
 
