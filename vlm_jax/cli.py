@@ -55,6 +55,22 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-absolute-paths", action="store_true", help="read images outside that folder"
     )
 
+    plan = add(
+        "plan",
+        "Compile a config's training step for hardware you do not have: does it fit, how fast?",
+        epilog="Exit codes: 0 it fits, 1 it does not, 2 bad input. Any key of the config can be "
+        "set: --config.training.per_device_train_batch_size=2.",
+    )
+    plan.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    plan.add_argument(
+        "--topology", required=True, metavar="NAME", help="as v5e-1, v5p:2x2x1, h100:8, rtx4090"
+    )
+    plan.add_argument("--rows", type=_number(int, 1), metavar="N", help="of a whole step")
+    plan.add_argument("--tokens", type=_number(int, 1), metavar="N", help="of a row")
+    plan.add_argument("--patches", type=_number(int, 0), metavar="N", help="of a row's images")
+    plan.add_argument("--shardings", action="store_true", help="list every parameter's place")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+
     export = add(
         "export", "Write a run's adapter or merged checkpoint, and compare it with the run."
     )
@@ -162,6 +178,31 @@ def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
         file.write_text(render(seen), encoding="utf-8")
         print(f"Wrote {len(seen.examples)} examples to '{file}'.", file=sys.stderr)
     return 0
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    from vlm_jax import config as configs
+
+    config = configs.load(options.config, overrides)
+    # Nothing runs here: this machine's own chips are left to whoever uses them.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from vlm_jax.plan.report import plan
+    from vlm_jax.plan.show import show
+
+    print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
+    found = plan(
+        config,
+        options.topology,
+        rows=options.rows,
+        tokens=options.tokens,
+        patches=options.patches,
+        parameters=options.shardings,
+    )
+    if options.json:
+        print(json.dumps(found.to_json()))
+    else:
+        show(found)
+    return 0 if found.fits else 1
 
 
 def _recommend(options: argparse.Namespace) -> int:
@@ -325,7 +366,7 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-CONFIGURED = {"train": _train, "preview": _preview}  # they take --config.section.key=value
+CONFIGURED = {"train": _train, "preview": _preview, "plan": _plan}  # they take --config.section.key=value
 COMMANDS = {
     "recommend": _recommend,
     "export": _export,
@@ -335,7 +376,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C.
+
+    Of `plan`, 1 where the step does not fit.
+    """
     # transformers advises to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     given, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
