@@ -186,11 +186,11 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(options.config, overrides)
     # Nothing runs here: this machine's own chips are left to whoever uses them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from vlm_jax.plan.report import plan
+    from vlm_jax.plan.report import plan_step
     from vlm_jax.plan.show import show
 
     print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
-    found = plan(
+    found = plan_step(
         config,
         options.topology,
         rows=options.rows,
@@ -366,7 +366,11 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-CONFIGURED = {"train": _train, "preview": _preview, "plan": _plan}  # they take --config.section.key=value
+CONFIGURED = {
+    "train": _train,
+    "preview": _preview,
+    "plan": _plan,
+}  # they take --config.section.key=value
 COMMANDS = {
     "recommend": _recommend,
     "export": _export,

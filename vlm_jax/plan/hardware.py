@@ -59,7 +59,7 @@ def _gpu(
     link: float | None = None,
     target: str | None = None,
 ) -> Device:
-    """memory in GB, bandwidth in GB/s, link in GB/s of both directions, as data sheets give them."""
+    """Return a GPU by what data sheets give: GB, TFLOP/s, GB/s, and GB/s in both directions."""
     return Device(
         memory=gb * GB,
         flops=None if teraflops is None else teraflops * 1e12,

@@ -245,12 +245,20 @@ def _results(instruction: Instruction) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _group(instruction: Instruction) -> int:
-    """Return how many devices exchange with one another: {{0,1},{2,3}}, or 2 of [4,2]<=[8]."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.text)
-    if listed:
+    """Return how many devices exchange with one another, 0 where it is not said.
+
+    {{0,1},{2,3}}, or [2,2]<=[4], or of a named mesh: mesh['axis_0'=2,'axis_1'=2] {'axis_0'}.
+    """
+    groups = instruction.text.partition("replica_groups=")[2]
+    if listed := re.match(r"\{\{([\d,]*)\}", groups):
         return len(listed[1].split(","))
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.text)
-    return int(counted[1]) if counted else 0
+    if counted := re.match(r"\[\d+,(\d+)\]", groups):
+        return int(counted[1])
+    if named := re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", groups):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    return 0
 
 
 def bits(dtype: str) -> int:

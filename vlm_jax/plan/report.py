@@ -24,8 +24,8 @@ COMPILED = "compiled"
 ESTIMATED = "estimated from shapes, not compiled"
 PROCESS = GB // 2  # what Python and its libraries take of the host, before any weight
 HOST_RULE = (
-    "Python and its libraries 0.5 GB, the largest leaf whole as it is stored, one of its layers in "
-    "16 or 32 bits twice, as it is read and turned, and pages of moments of a host's devices"
+    "0.5 GB for Python, the largest leaf as it is stored, one of its layers twice as it is read, "
+    "and pages of moments"
 )
 
 
@@ -102,7 +102,7 @@ class _Found:
     seconds: float | None = None
 
 
-def plan(
+def plan_step(
     config: str | Path | ConfigDict,
     topology: str,
     *,
@@ -127,9 +127,7 @@ def plan(
     step = prepare(load(config, overrides or {}), where, rows=rows, tokens=tokens, patches=patches)
     own = leaves.parts(step)
     found = _compiled(step, device, own) if device.compiles else _estimated(step, device, own)
-    counted = work.count(
-        step.model, step.state.trainable, step.frozen, step.rows, *step.shape
-    )
+    counted = work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape)
     total = work.total(counted)
     exchanges, accessed, cycles, seconds, out = None, None, None, None, None
     if found.compiled is not None:

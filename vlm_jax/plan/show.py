@@ -25,8 +25,10 @@ def show(report: Report, console: Console | None = None) -> None:
     console.print(table)
     if report.parameters is None:
         return
-    listed = Table("parameter", "shape", "stored as", "sharded by", "bytes a device")
-    listed.title = f"{len(report.parameters)} parameters"
+    listed = Table(title=f"{len(report.parameters)} parameters")
+    listed.add_column("parameter", overflow="fold", ratio=1)  # a path is never cut
+    for name in ("shape", "stored as", "sharded by", "bytes a device"):
+        listed.add_column(name)
     for leaf in report.parameters:
         storage = f"{leaf.storage}, trains" if leaf.trains else leaf.storage
         shape = " x ".join(map(str, leaf.shape))

@@ -107,7 +107,7 @@ def prepare(
 
     See `compile_step` for sizes and errors.
     """
-    over = abstract_mesh(config, found) if isinstance(found, int) else mesh_of(config, found)
+    over: Any = abstract_mesh(config, found) if isinstance(found, int) else mesh_of(config, found)
     model, tx, state, frozen = abstract_run(config, over)
     parts = config.training.gradient_accumulation_steps
     shards = over.shape["data"] * over.shape["fsdp"]
@@ -117,9 +117,7 @@ def prepare(
     rows = _whole("rows", rows, rows_of(config, over), shards * parts)
     run = make_step(model, tx, parts)
     batch = abstract_batch(model, rows, (tokens, patches), over)
-    return Step(
-        config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts
-    )
+    return Step(config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts)
 
 
 def abstract_mesh(config: ConfigDict, count: int) -> AbstractMesh:

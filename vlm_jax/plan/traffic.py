@@ -45,9 +45,7 @@ def bytes_accessed(compiled: jax.stages.Compiled) -> int:
     return whole
 
 
-def _accessed(
-    instruction: Instruction, made: Mapping[str, Instruction], program: Program
-) -> int:
+def _accessed(instruction: Instruction, made: Mapping[str, Instruction], program: Program) -> int:
     opcode = instruction.opcode
     if opcode in FREE:
         return 0

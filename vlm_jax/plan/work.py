@@ -123,9 +123,7 @@ def count(
         ("language_model", tokens, width),
     ):
         once = 4 * positions[name] * keys * wide * layers[name]
-        found[name].append(
-            Work(once, 2 * once * inside[name], 0, once * (inside[name] and again))
-        )
+        found[name].append(Work(once, 2 * once * inside[name], 0, once * (inside[name] and again)))
     return {name: sum_of(works) for name, works in found.items()}
 
 
