@@ -328,6 +328,34 @@ def test_bad_input_is_told_with_code_2(tiny, capsys, monkeypatch):
         assert 'pip install "vlm_jax[plan]"' in refusal("--topology", topology)
 
 
+def test_the_fastest_setting_that_fits(tiny, capsys):
+    """Of 8 rows a device and step: more at a time, and without recomputation, while it fits."""
+    rows = ["--config.training.per_device_train_batch_size=2"]
+    rows += ["--config.training.gradient_accumulation_steps=4"]
+    command = ["plan", "--config", str(tiny), "--topology", "a100", "--fit", *rows]
+
+    def found(tokens):
+        code = main([*command, f"--config.data.max_seq_length={tokens}", "--json"])
+        tree = json.loads(capsys.readouterr().out)
+        for trial in tree["trials"]:
+            batch, parts, _ = trial["overrides"].values()
+            assert batch * parts == 8
+        return code, tree
+
+    code, easy = found(128)
+    assert code == 0 and len(easy["trials"]) == 8
+    assert easy["overrides"]["training.gradient_checkpointing"] is False
+    assert easy["best"]["verdict"] == "FITS"
+    rates = [trial["tokens_per_second"] for trial in easy["trials"]]
+    assert easy["best"]["speed"]["tokens_per_second"] == max(rates) > min(rates)
+    code, hard = found(32_000)  # scores of 4 heads: 66 GB for two rows
+    verdicts = [trial["verdict"] for trial in hard["trials"]]
+    assert code == 0 and verdicts == 2 * ["FITS", "FITS", "DOES NOT FIT"]
+    assert main([*command, "--config.data.max_seq_length=400000"]) == 1
+    assert "No setting fits" in capsys.readouterr().out
+    assert main([*command, "--shardings"]) == 2
+
+
 @pytest.mark.skipif(
     find_spec("jax_cuda13_plugin") is None,
     reason='the CUDA plug-in is not installed (pip install "vlm_jax[plan]")',

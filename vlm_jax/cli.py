@@ -69,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=_number(int, 1), metavar="N", help="of a row")
     plan.add_argument("--patches", type=_number(int, 0), metavar="N", help="of a row's images")
     plan.add_argument("--shardings", action="store_true", help="list every parameter's place")
+    plan.add_argument(
+        "--fit",
+        action="store_true",
+        help="find the fastest batch size and gradient_checkpointing that fit",
+    )
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     export = add(
@@ -190,19 +195,44 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from vlm_jax.plan.show import show
 
     print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
+    sizes = {"tokens": options.tokens, "patches": options.patches}
+    if options.fit:
+        return _fit(options, config, sizes)
     found = plan_step(
-        config,
-        options.topology,
-        rows=options.rows,
-        tokens=options.tokens,
-        patches=options.patches,
-        parameters=options.shardings,
+        config, options.topology, rows=options.rows, parameters=options.shardings, **sizes
     )
     if options.json:
         print(json.dumps(found.to_json()))
     else:
         show(found)
     return 0 if found.fits else 1
+
+
+def _fit(options: argparse.Namespace, config: Any, sizes: dict[str, int | None]) -> int:
+    from vlm_jax.plan.fit import fit
+    from vlm_jax.plan.show import show, trial_line
+
+    if options.rows is not None or options.shardings:
+        raise UserError("--fit chooses the rows itself, and lists no shardings: leave both out.")
+    best, tried = fit(
+        config,
+        options.topology,
+        **sizes,
+        on_trial=lambda trial: print(trial_line(trial), file=sys.stderr),
+    )
+    if options.json:
+        found = {
+            "overrides": best and best.overrides,
+            "best": best and best.report.to_json(),
+            "trials": [trial.to_json() for trial in tried],
+        }
+        print(json.dumps(found))
+    elif best is None:
+        print("No setting fits: take more or larger devices, or shorter rows.")
+    else:
+        show(best.report)
+        print(f"The fastest of {len(tried)} settings:\n{best.flags}")
+    return 0 if best is not None else 1
 
 
 def _recommend(options: argparse.Namespace) -> int:

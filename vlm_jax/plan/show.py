@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlm_jax.plan.fit import Trial
 from vlm_jax.plan.report import COMPILED, Report
 from vlm_jax.plan.speed import ROOFLINE
 
@@ -85,6 +86,14 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     yield "host, while loading", size(report.host_memory), f"an estimate: {report.host_rule}"
     if report.basis == COMPILED and report.compile_seconds is not None:
         yield "compilation", f"{report.compile_seconds:.0f} s", "on this machine"
+
+
+def trial_line(trial: Trial) -> str:
+    """Return one line of a search: the setting, whether it fits, how fast it is."""
+    report = trial.report
+    rate = report.speed.tokens_per_second
+    speed = f", {rate:,.0f} tokens/s" if rate is not None and report.fits else ""
+    return f"{report.verdict}: {size(report.peak)}{speed}  {trial.flags}"
 
 
 def size(count: int) -> str:
