@@ -195,7 +195,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from vlm_jax.plan.show import show
 
     print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
-    sizes = {"tokens": options.tokens, "patches": options.patches}
+    sizes: dict[str, Any] = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
         return _fit(options, config, sizes)
     found = plan_step(
@@ -208,7 +208,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if found.fits else 1
 
 
-def _fit(options: argparse.Namespace, config: Any, sizes: dict[str, int | None]) -> int:
+def _fit(options: argparse.Namespace, config: Any, sizes: dict[str, Any]) -> int:
     from vlm_jax.plan.fit import fit
     from vlm_jax.plan.show import show, trial_line
 

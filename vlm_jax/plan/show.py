@@ -49,7 +49,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "  moments in pages", size(report.moments_host), "in the host's memory, not counted"
     yield "", "", ""
     mesh = ", ".join(f"{name} {length}" for name, length in report.mesh.items())
-    yield "mesh", mesh, f"{report.devices} devices"
+    yield "mesh", mesh, f"{report.devices} device{'s' * (report.devices > 1)}"
     row = f"{report.tokens:,} tokens, {report.patches:,} patches each"
     if report.micro_batches > 1:
         row += f", in {report.micro_batches} micro-batches"
