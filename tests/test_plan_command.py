@@ -150,7 +150,7 @@ def test_flops_are_those_of_the_program(tmp_path, family, changes):
     limit = ["data.max_pixels=none"] if family is llava else []
     step = prepare(configured(family(tmp_path), "lora.r=4", *limit, *changes), 1, rows=2)
     counted = work.total(
-        work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape)
+        work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape).values()
     )
 
     def value(trainable, frozen, batch):
@@ -279,7 +279,10 @@ def test_a_step_too_large_is_a_report_and_one_just_below_fits(tmp_path, tiny, ca
     for layers, base in deep.items():
         arguments = ["plan", "--config", str(tiny), "--topology", "v5e-1", "--json"]
         arguments += [f"--config.model.name_or_path={base}", "--config.lora.r=4", "--patches", "0"]
-        arguments += ["--config.lora.target_modules=[q_proj]", "--config.model.projector_lr_scale=0"]
+        arguments += [
+            "--config.lora.target_modules=[q_proj]",
+            "--config.model.projector_lr_scale=0",
+        ]
         code = main(arguments)
         tree = json.loads(capsys.readouterr().out)
         said[layers] = code, tree["verdict"], tree["peak"] > tree["capacity"]

@@ -265,7 +265,7 @@ def _recommend(options: argparse.Namespace) -> int:
     write(found, file)
     console.print(f"Wrote '{file}'. Next, look at what the model will see, then train:")
     console.print(f"  vlm-jax preview --config {file}\n  vlm-jax train --config {file}")
-    console.print("Memory is estimated; vlm_jax.plan.compile_step asks the compiler itself.")
+    console.print(f"Memory is estimated; vlm-jax plan --config {file} asks the compiler itself.")
     return 0
 
 

@@ -128,7 +128,7 @@ def plan_step(
     own = leaves.parts(step)
     found = _compiled(step, device, own) if device.compiles else _estimated(step, device, own)
     counted = work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape)
-    total = work.total(counted)
+    total = work.total(counted.values())
     exchanges, accessed, cycles, seconds, out = None, None, None, None, None
     if found.compiled is not None:
         each = program.collectives(found.compiled)
@@ -200,6 +200,9 @@ def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Found:
             f"the compiler refuses it: it needs {peak / GIB:.2f} GiB of the "
             f"{allowed / GIB:.2f} GiB that a program may have"
         )
+        if peak == 0:  # in words that are not known
+            peak, allowed = own.device, capacity
+            said = f"the compiler refuses it: {str(error).splitlines()[0][:200]}"
         rest = {"gradients, activations, temporaries": max(0, peak - own.device)}
         seconds = time.perf_counter() - began
         return _Found(COMPILED, peak, allowed, False, said, rest, seconds=seconds)
@@ -223,8 +226,9 @@ def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Found:
     model, itemsize = step.model, step.model.dtype.itemsize
     trains_tower = step.config.model.vision_encoder_lr_scale > 0
     masters = own.lora + own.masters
+    gradients = masters * (2 if step.micro_batches > 1 else 1)  # those of one, and their sum
     beside = {
-        "gradients and copies of what trains": masters + masters // 4 * itemsize,
+        "gradients and copies of what trains": gradients + masters // 4 * itemsize,
         "activations": activations(
             model, step.shape, step.rows_at_once, trains_tower, largest(step.frozen)
         ),

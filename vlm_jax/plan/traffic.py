@@ -2,7 +2,8 @@
 
 XLA's own "bytes accessed" counts the body of a loop once. Here each instruction of the schedule
 counts as often as it runs, by the arrays that it takes and makes; a slice of an array counts as
-what is taken of it or written in it, and what lies in a TPU's on-chip memory not at all.
+what is taken of it or written in it, and what lies in another memory (on a TPU's chip, S(1); of
+the host, S(5)) not at all.
 """
 
 import math
@@ -131,7 +132,7 @@ def _operands(instruction: Instruction) -> list[str]:
 def _bytes(dtype: str, dims: str, layout: str) -> tuple[int, int]:
     """Return (bytes in the device's memory, bytes) of an array."""
     size = math.prod(int(n) for n in dims.split(",") if n) * bits(dtype) // 8
-    return (0 if "S(1)" in layout else size), size
+    return (0 if re.search(r"S\([1-9]", layout) else size), size
 
 
 def _size(result: str) -> int:

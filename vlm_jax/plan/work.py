@@ -6,8 +6,9 @@ again, and so is that by the kernel, where it trains. Attention is 4 x T^2 x wid
 look-ups are left out. What is computed twice for want of memory is counted by itself.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.model import Model
@@ -41,16 +42,9 @@ class Work(NamedTuple):
         return Work(*map(sum, zip(self, other, strict=True)))
 
 
-def total(work: Mapping[str, Work]) -> Work:
-    """Return the sum over components."""
-    return sum_of(work.values())
-
-
-def sum_of(works: Any) -> Work:
-    whole = Work()
-    for one in works:
-        whole = whole.plus(one)
-    return whole
+def total(works: Iterable[Work]) -> Work:
+    """Return the sum of works, of a step's components for instance."""
+    return functools.reduce(Work.plus, works, Work())
 
 
 def count(
@@ -124,7 +118,7 @@ def count(
     ):
         once = 4 * positions[name] * keys * wide * layers[name]
         found[name].append(Work(once, 2 * once * inside[name], 0, once * (inside[name] and again)))
-    return {name: sum_of(works) for name, works in found.items()}
+    return {name: total(works) for name, works in found.items()}
 
 
 def _first(component: str, leaves: Mapping[str, Any], owner: Mapping[str, str]) -> str:
