@@ -14,7 +14,7 @@ from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder
 from vlm_jax.plan.estimate import estimate, nbytes
-from vlm_jax.plan.hardware import MEMORY, hardware
+from vlm_jax.plan.hardware import DEVICES, hardware
 from vlm_jax.recommend import METHODS, recommend
 from vlm_jax.survey import choose_row
 from vlm_jax.train.base import load_base
@@ -209,7 +209,7 @@ def test_text_alone_has_no_limit_of_pixels(tiny):
 def test_hardware_by_name(name, device, count):
     found = hardware(name)
     assert (found.device, found.count) == (device, count)
-    assert found.usable < found.memory == MEMORY[device] * 10**9
+    assert found.usable < found.memory == DEVICES[device].memory
 
 
 @pytest.mark.parametrize("name", ["h10", "h100:0", "", "v5e:2x", "2xh100:4", "gpu"])

@@ -62,6 +62,27 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-absolute-paths", action="store_true", help="read images outside that folder"
     )
 
+    plan = add(
+        "plan",
+        "Compile a config's training step for hardware you do not have: does it fit, how fast?",
+        epilog="Exit codes: 0 it fits, 1 it does not, 2 bad input. Any key of the config can be "
+        "set: --config.training.per_device_train_batch_size=2.",
+    )
+    plan.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    plan.add_argument(
+        "--topology", required=True, metavar="NAME", help="as v5e-1, v5p:2x2x1, h100:8, rtx4090"
+    )
+    plan.add_argument("--rows", type=_number(int, 1), metavar="N", help="of a whole step")
+    plan.add_argument("--tokens", type=_number(int, 1), metavar="N", help="of a row")
+    plan.add_argument("--patches", type=_number(int, 0), metavar="N", help="of a row's images")
+    plan.add_argument("--shardings", action="store_true", help="list every parameter's place")
+    plan.add_argument(
+        "--fit",
+        action="store_true",
+        help="find the fastest batch size and gradient_checkpointing that fit",
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+
     export = add(
         "export", "Write a run's adapter or merged checkpoint, and compare it with the run."
     )
@@ -175,6 +196,56 @@ def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    from vlm_jax import config as configs
+
+    config = configs.load(options.config, overrides)
+    # Nothing runs here: this machine's own chips are left to whoever uses them.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from vlm_jax.plan.report import plan_step
+    from vlm_jax.plan.show import show
+
+    print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
+    sizes: dict[str, Any] = {"tokens": options.tokens, "patches": options.patches}
+    if options.fit:
+        return _fit(options, config, sizes)
+    found = plan_step(
+        config, options.topology, rows=options.rows, parameters=options.shardings, **sizes
+    )
+    if options.json:
+        print(json.dumps(found.to_json()))
+    else:
+        show(found)
+    return 0 if found.fits else 1
+
+
+def _fit(options: argparse.Namespace, config: Any, sizes: dict[str, Any]) -> int:
+    from vlm_jax.plan.fit import fit
+    from vlm_jax.plan.show import show, trial_line
+
+    if options.rows is not None or options.shardings:
+        raise UserError("--fit chooses the rows itself, and lists no shardings: leave both out.")
+    best, tried = fit(
+        config,
+        options.topology,
+        **sizes,
+        on_trial=lambda trial: print(trial_line(trial), file=sys.stderr),
+    )
+    if options.json:
+        found = {
+            "overrides": best and best.overrides,
+            "best": best and best.report.to_json(),
+            "trials": [trial.to_json() for trial in tried],
+        }
+        print(json.dumps(found))
+    elif best is None:
+        print("No setting fits: take more or larger devices, or shorter rows.")
+    else:
+        show(best.report)
+        print(f"The fastest of {len(tried)} settings:\n{best.flags}")
+    return 0 if best is not None else 1
+
+
 def _recommend(options: argparse.Namespace) -> int:
     file = None if options.out is None else _writable(options.out, "--out")
     from rich.console import Console
@@ -205,7 +276,7 @@ def _recommend(options: argparse.Namespace) -> int:
     write(found, file)
     console.print(f"Wrote '{file}'. Next, look at what the model will see, then train:")
     console.print(f"  vlm-jax preview --config {file}\n  vlm-jax train --config {file}")
-    console.print("Memory is estimated; vlm_jax.plan.compile_step asks the compiler itself.")
+    console.print(f"Memory is estimated; vlm-jax plan --config {file} asks the compiler itself.")
     return 0
 
 
@@ -336,7 +407,11 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-CONFIGURED = {"train": _train, "preview": _preview}  # they take --config.section.key=value
+CONFIGURED = {
+    "train": _train,
+    "preview": _preview,
+    "plan": _plan,
+}  # they take --config.section.key=value
 COMMANDS = {
     "recommend": _recommend,
     "export": _export,
@@ -346,7 +421,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C.
+
+    Of `plan`, 1 where the step does not fit.
+    """
     # transformers advises to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     given, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)

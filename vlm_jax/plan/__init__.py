@@ -8,16 +8,19 @@ from vlm_jax.plan.program import (
     estimated_seconds,
     memory,
 )
+from vlm_jax.plan.report import Report, plan_step
 from vlm_jax.plan.step import compile_step
 from vlm_jax.plan.topologies import devices
 
 __all__ = [
     "Collective",
     "Memory",
+    "Report",
     "collectives",
     "compile_step",
     "devices",
     "estimated_cycles",
     "estimated_seconds",
     "memory",
+    "plan_step",
 ]

@@ -1,4 +1,4 @@
-"""Devices by the names people use, with the memory that their makers state."""
+"""Devices by the names people use, and what their makers state of them: the one table."""
 
 import dataclasses
 import math
@@ -6,48 +6,124 @@ import re
 
 from vlm_jax.errors import UserError, nearest
 
-GB = 10**9
-# What of a device's memory a program gets: runtimes, kernels and fragments take the rest.
+GB, GIB = 10**9, 2**30
+# What of a device's memory a program gets where no compiler says it: runtimes, kernels and
+# fragments take the rest.
 USABLE = 0.92
 
-# GB of one device. TPU: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm (a chip);
-# NVIDIA: the data sheets.
-MEMORY: dict[str, int] = {
-    "v4": 32,
-    "v5e": 16,
-    "v5p": 95,
-    "v6e": 32,
-    "h200": 141,
-    "h100": 80,
-    "a100": 80,
-    "a100-40gb": 40,
-    "l40s": 48,
-    "a6000": 48,
-    "a40": 48,
-    "rtx5090": 32,
-    "rtx4090": 24,
-    "rtx3090": 24,
-    "a10g": 24,
-    "a10": 24,
-    "l4": 24,
-    "rtx4080": 16,
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One device as JAX sees it: a TPU chip (of tpu7x one of its two halves) or a GPU.
+
+    memory: bytes. flops: dense bfloat16 FLOP/s, summed in float32. bandwidth: B/s of its memory.
+    link: B/s to other devices in one direction, all links together. What no page of the maker
+    states is None, and nothing is derived from it.
+    limit: bytes that the TPU compiler lets a program have, as it says where it refuses one.
+    dimensions: of the topologies of a TPU slice, such as 2 for "2x2"; 0: no TPU.
+    clock: cycles a second of a TPU's matrix unit. kind: JAX's device_kind. halves: devices a chip.
+    target: XLA's description of a GPU that can be compiled for. per_host: GPUs of a host.
+    """
+
+    memory: int
+    flops: float | None
+    bandwidth: float | None
+    link: float | None
+    limit: int | None = None
+    dimensions: int = 0
+    clock: float | None = None
+    kind: str = ""
+    halves: int = 1
+    target: str | None = None
+    per_host: int = 8
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.dimensions > 0
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a compiler for it can be installed on a machine that has none."""
+        return self.limit is not None or self.target is not None
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a program may have."""
+        return int(self.memory * USABLE) if self.limit is None else self.limit
+
+
+def _gpu(
+    gb: int,
+    teraflops: float | None,
+    bandwidth: float | None,
+    link: float | None = None,
+    target: str | None = None,
+) -> Device:
+    """Return a GPU by what data sheets give: GB, TFLOP/s, GB/s, and GB/s in both directions."""
+    return Device(
+        memory=gb * GB,
+        flops=None if teraflops is None else teraflops * 1e12,
+        bandwidth=None if bandwidth is None else bandwidth * 1e9,
+        link=None if link is None else link * 1e9 / 2,
+        target=target,
+    )
+
+
+# TPUs: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, .../tpu7x, .../v4 (a chip;
+# links in both directions, halved here). v4's links: https://arxiv.org/abs/2304.01433, table 4.
+# Clocks: peak FLOP/s over the matrix units' operations a cycle (v5e: 197e12 / (4 units x 128 x 128
+# x 2)). Of v6e and tpu7x what is published does not give one: programs have cycles, no seconds.
+# limit: libtpu 0.0.52's "available HBM". It describes a v4 chip as two devices, of which JAX makes
+# no mesh: v4 cannot be compiled for.
+# GPUs: NVIDIA's data sheets (https://www.nvidia.com/en-us/data-center/h100, /h200, /a100, /l40s,
+# /l4, /products/a10-gpu, /a40) and the white papers of GeForce RTX 50, Ada and GA102 ("BF16 tensor
+# TFLOPS with FP32 accumulate", without sparsity). a10g: AWS states its memory alone.
+DEVICES: dict[str, Device] = {
+    "v4": Device(32 * GIB, 275e12, 1200e9, 300e9, None, 3, 1.05e9, "TPU v4"),
+    "v5e": Device(16 * GB, 197e12, 819e9, 200e9, int(15.75 * GIB), 2, 1.5e9, "TPU v5 lite"),
+    "v5p": Device(95 * GIB, 459e12, 2765e9, 600e9, int(95.73 * GIB), 3, 1.75e9, "TPU v5"),
+    "v6e": Device(32 * GB, 918e12, 1638e9, 400e9, int(31.24 * GIB), 2, None, "TPU v6 lite"),
+    "tpu7x": Device(
+        96 * GIB, 1153.5e12, 3690e9, None, int(94.74 * GIB), 3, None, "TPU7x", halves=2
+    ),
+    "h200": _gpu(141, 989, 4800, 900),
+    "h100": _gpu(80, 989, 3350, 900, "h100.txtpb"),
+    "a100": _gpu(80, 312, 2039, 600),
+    "a100-40gb": _gpu(40, 312, 1555, 600),
+    "l40s": _gpu(48, 362, 864, 64),
+    "a6000": _gpu(48, 154.8, 768),
+    "a40": _gpu(48, 149.7, 696),
+    "rtx5090": _gpu(32, 209.5, 1792),
+    "rtx4090": _gpu(24, 165.2, 1008),
+    "rtx3090": _gpu(24, 71, 936),
+    "a10g": _gpu(24, None, None),
+    "a10": _gpu(24, 125, 600),
+    "l4": _gpu(24, 121, 300),
+    "rtx4080": _gpu(16, 97.5, 717),
 }
+OTHER_NAMES = {"a100-80": "a100", "a100-80gb": "a100", "a100-40": "a100-40gb", "v5litepod": "v5e"}
 # Cloud names of slices count TensorCores here, of which a chip has two: v4-8 is four chips.
-BY_CORES = ("v4", "v5p")
+BY_CORES = ("v4", "v5p", "tpu7x")
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """So many equal devices; memory: bytes of one."""
+    """So many equal devices. memory: bytes of one. shape: of a TPU slice in chips, as "2x2"."""
 
     name: str
     device: str
     count: int
     memory: int
+    shape: str = ""
 
     @property
     def usable(self) -> int:
         return int(self.memory * USABLE)
+
+    @property
+    def topology(self) -> str:
+        """The name that `vlm_jax.plan.devices` takes: "v5e:2x2", "h100:8"."""
+        return f"{self.device}:{self.shape or self.count}"
 
 
 def hardware(name: str) -> Hardware:
@@ -55,24 +131,44 @@ def hardware(name: str) -> Hardware:
 
     Raises `UserError` with the known ones for another name.
     """
-    text = re.sub(r"[\s_]", "", name.lower()).removeprefix("nvidia").removeprefix("tpu")
+    text = re.sub(r"[\s_]", "", name.lower()).removeprefix("nvidia")
+    text = text if text.startswith("tpu7x") else text.removeprefix("tpu")
     text = text.removeprefix("-")
     count: int | None = None
     if many := re.fullmatch(r"(\d+)x(.+)", text):
         count, text = int(many[1]), many[2]
     device, _, shape = text.partition(":")
-    if device not in MEMORY:
+    device = OTHER_NAMES.get(device, device)
+    if device not in DEVICES:
         tail = re.fullmatch(r"(.+)-(\d+)", device)
-        if tail and tail[1] in MEMORY:
-            device, shape = tail[1], shape or tail[2]
+        before = OTHER_NAMES.get(tail[1], tail[1]) if tail else ""
+        if tail and before in DEVICES:
+            device, shape = before, shape or tail[2]
             if device in BY_CORES and ":" not in text:
                 shape = str(max(1, int(shape) // 2))
-    if device not in MEMORY or not re.fullmatch(r"(\d+(x\d+)*)?", shape) or (count and shape):
+    if device not in DEVICES or not re.fullmatch(r"(\d+(x\d+)*)?", shape) or (count and shape):
         raise UserError(
-            f"The hardware '{name}' is not known{nearest(device, MEMORY)}. Known are "
-            f"{', '.join(MEMORY)}, one of them or several: 'h100:8', 'v5e-4', 'v5e:2x2'."
+            f"The hardware '{name}' is not known{nearest(device, DEVICES)}. Known are "
+            f"{', '.join(DEVICES)}, one of them or several: 'h100:8', 'v5e-4', 'v5e:2x2'."
         )
+    known = DEVICES[device]
     count = count or math.prod(int(n) for n in shape.split("x") if n) or 0
     if count < 1:
         raise UserError(f"The hardware '{name}' has no device; write for instance '{device}:1'.")
-    return Hardware(name, device, count, MEMORY[device] * GB)
+    if not known.is_tpu:
+        return Hardware(name, device, count, known.memory)
+    shape = shape if "x" in shape else slice_shape(count, known.dimensions)
+    return Hardware(name, device, count * known.halves, known.memory, shape)
+
+
+def slice_shape(chips: int, dimensions: int) -> str:
+    """Return the shape of a slice of so many chips, as near to a square or cube as Cloud TPU's.
+
+    2 dimensions: 1x1, 2x2, 2x4, 4x4, 4x8, ...; 3: 1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, ... A number
+    that is no power of two gives one row, which no slice has: the compiler says so.
+    """
+    doublings = chips.bit_length() - 1
+    if chips != 2**doublings:
+        return "x".join(["1"] * (dimensions - 1) + [str(chips)])
+    sizes = [2 ** ((doublings + i) // dimensions) for i in range(dimensions)]  # ascending
+    return "x".join(map(str, reversed(sizes) if sizes[0] == 1 else sizes))

@@ -11,7 +11,7 @@ import re
 import jax
 
 from vlm_jax.errors import UserError
-from vlm_jax.plan.topologies import KINDS, TPUS
+from vlm_jax.plan.hardware import DEVICES
 
 KIND = (
     "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
@@ -47,7 +47,8 @@ class Collective:
     """One array that chips exchange. kind: as "all-gather". dtype: XLA's, as "bf16" or "u4".
 
     shape, bytes: of the result on one device. times: how often a step runs it; that of a branch
-    counts as taken. where: the operation of the model that it came from.
+    counts as taken. where: the operation of the model that it came from. group: devices that
+    exchange with one another, 0 where the program does not say.
     """
 
     kind: str
@@ -56,17 +57,18 @@ class Collective:
     bytes: int
     times: int
     where: str
+    group: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     name: str
     opcode: str
     result: str  # its type
     text: str  # all of it
 
 
-_Program = dict[str, list[_Instruction]]
+Program = dict[str, list[Instruction]]
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
@@ -91,7 +93,7 @@ def estimated_cycles(compiled: jax.stages.Compiled) -> int:
     Loops count as often as they run, of a branch the longest side. Waiting for other chips is not
     in it, nor the time of Pallas kernels. Raises `UserError` for a program of another compiler.
     """
-    program, entry = _parse(compiled)
+    program, entry = parse(compiled)
     if not any('"estimated_cycles"' in i.text for lines in program.values() for i in lines):
         raise UserError(
             "This program carries no estimated cycles: only the TPU compiler gives them."
@@ -103,15 +105,16 @@ def estimated_cycles(compiled: jax.stages.Compiled) -> int:
             done[name] = sum(map(of, program[name]))
         return done[name]
 
-    def of(instruction: _Instruction) -> int:
+    def of(instruction: Instruction) -> int:
         if instruction.opcode == "conditional":
-            return max(map(cycles, _called(instruction)))
+            return max(map(cycles, called_by(instruction)))
         if instruction.opcode == "while":
-            return _trips(program, instruction) * sum(map(cycles, _called(instruction)))
+            return _trips(program, instruction) * sum(map(cycles, called_by(instruction)))
         if instruction.opcode in ("call", "async-start"):
-            return sum(map(cycles, _called(instruction)))
+            return sum(map(cycles, called_by(instruction)))
         found = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
-        return int(found[1]) if found else 0
+        # Of what it has no estimate the compiler writes -1, in 64 bits without a sign.
+        return int(found[1]) if found and int(found[1]) < 2**63 else 0
 
     return cycles(entry)
 
@@ -123,7 +126,7 @@ def estimated_seconds(compiled: jax.stages.Compiled) -> float:
     """
     cycles = estimated_cycles(compiled)
     kind = _device_kind(compiled)
-    clock = TPUS[KINDS[kind]].clock if kind in KINDS else None
+    clock = next((device.clock for device in DEVICES.values() if device.kind == kind), None)
     if clock is None:
         raise UserError(f"The clock of '{kind}' is not published; take estimated_cycles.")
     return cycles / clock
@@ -134,8 +137,8 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
 
     The parts that an asynchronous collective falls into are one.
     """
-    program, entry = _parse(compiled)
-    times = _times(program, entry)
+    program, entry = parse(compiled)
+    times = run_times(program, entry)
     found: list[Collective] = []
     seen: set[tuple[str, str]] = set()
     for name, instructions in program.items():
@@ -151,19 +154,20 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
             seen.add(key)
             where = re.search(r'op_name="([^"]*)"', instruction.text)
             for dtype, shape in _results(instruction):
-                size = math.prod(shape) * _bits(dtype) // 8
+                size = math.prod(shape) * bits(dtype) // 8
                 words = where[1] if where else ""
-                found.append(Collective(kind[1], dtype, shape, size, times[name], words))
+                group = _group(instruction)
+                found.append(Collective(kind[1], dtype, shape, size, times[name], words, group))
     return found
 
 
-def _parse(compiled: jax.stages.Compiled) -> tuple[_Program, str]:
+def parse(compiled: jax.stages.Compiled) -> tuple[Program, str]:
     """Return ({computation: its instructions}, the entry's name).
 
     A custom call may hold line breaks and braces of its own: a computation ends only at a line
     that is a brace, behind which the thread that runs it may be named.
     """
-    program: _Program = {}
+    program: Program = {}
     entry = ""
     current: str | None = None
     for line in (compiled.as_text() or "").splitlines():
@@ -178,11 +182,11 @@ def _parse(compiled: jax.stages.Compiled) -> tuple[_Program, str]:
         else:
             found = re.match(r"\s+(?:ROOT )?%?([^\s=]+) = (.*?)\s([a-z][a-z0-9-]*)\(", line)
             if found:
-                program[current].append(_Instruction(found[1], found[3], found[2], line))
+                program[current].append(Instruction(found[1], found[3], found[2], line))
     return program, entry
 
 
-def _called(instruction: _Instruction) -> list[str]:
+def called_by(instruction: Instruction) -> list[str]:
     """Return the computations that an instruction runs: all branches, no loop's condition."""
     if instruction.opcode == "while":
         return re.findall(r"\bbody=%?([^\s,)]+)", instruction.text)
@@ -191,7 +195,7 @@ def _called(instruction: _Instruction) -> list[str]:
     return [name.strip().lstrip("%") for name in names] or CALLED.findall(instruction.text)
 
 
-def _trips(program: _Program, loop: _Instruction) -> int:
+def _trips(program: Program, loop: Instruction) -> int:
     """Return how often a loop runs: as the compiler says, or the bound that its condition holds."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
     if known:
@@ -212,7 +216,7 @@ def _trips(program: _Program, loop: _Instruction) -> int:
     )
 
 
-def _times(program: _Program, entry: str) -> dict[str, int]:
+def run_times(program: Program, entry: str) -> dict[str, int]:
     """Return {computation: how often a run of the program runs it}, all branches taken."""
     times: dict[str, int] = {}
 
@@ -220,14 +224,14 @@ def _times(program: _Program, entry: str) -> dict[str, int]:
         times[name] = times.get(name, 0) + count
         for instruction in program[name]:
             trips = _trips(program, instruction) if instruction.opcode == "while" else 1
-            for called in _called(instruction):
+            for called in called_by(instruction):
                 run(called, count * trips)
 
     run(entry, 1)
     return times
 
 
-def _results(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
+def _results(instruction: Instruction) -> list[tuple[str, tuple[int, ...]]]:
     """Return (dtype, shape) of each array that a collective makes."""
     arrays = [
         (dtype, tuple(int(n) for n in dims.split(",") if n))
@@ -240,7 +244,24 @@ def _results(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
     return arrays
 
 
-def _bits(dtype: str) -> int:
+def _group(instruction: Instruction) -> int:
+    """Return how many devices exchange with one another, 0 where it is not said.
+
+    {{0,1},{2,3}}, or [2,2]<=[4], or of a named mesh: mesh['axis_0'=2,'axis_1'=2] {'axis_0'}.
+    """
+    groups = instruction.text.partition("replica_groups=")[2]
+    if listed := re.match(r"\{\{([\d,]*)\}", groups):
+        return len(listed[1].split(","))
+    if counted := re.match(r"\[\d+,(\d+)\]", groups):
+        return int(counted[1])
+    if named := re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", groups):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    return 0
+
+
+def bits(dtype: str) -> int:
     number = re.match(r"[a-z]+(\d+)", dtype)
     return int(number[1]) if number else 8  # pred
 

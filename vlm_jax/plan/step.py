@@ -1,23 +1,63 @@
 """A config's own training step, compiled ahead of time; nothing of the model is allocated."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
+from vlm_jax.batch import Batch
 from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.plan.topologies import OPTIONS, devices
+from vlm_jax.sharding import mesh_sizes
 from vlm_jax.train.abstract import abstract_run
 from vlm_jax.train.base import base_name
 from vlm_jax.train.compile import abstract_batch, out_of_memory_explained
 from vlm_jax.train.compile import compile_step as compile_run
 from vlm_jax.train.run import mesh_of, rows_of
-from vlm_jax.train.step import make_step
+from vlm_jax.train.step import TrainState, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A config's step before it is compiled; its arrays are shapes with shardings on `mesh`.
+
+    run: `run(state, frozen, batch)`. shape: tokens and patches of a row. rows: of the whole step,
+    of all its micro_batches and devices.
+    """
+
+    config: ConfigDict
+    model: Model
+    mesh: Mesh | AbstractMesh
+    run: Callable
+    state: TrainState
+    frozen: Any
+    batch: Batch
+    rows: int
+    shape: tuple[int, int]
+    micro_batches: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The mesh: {"data": 1, "fsdp": 4, "tensor": 1}."""
+        return dict(self.mesh.shape)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that one device computes with at a time."""
+        return self.rows // (self.sizes["data"] * self.sizes["fsdp"] * self.micro_batches)
+
+    def compile(self) -> jax.stages.Compiled:
+        """Return the step, compiled; a compiler's error is passed on as it is."""
+        assert isinstance(self.mesh, Mesh)
+        options = OPTIONS[self.mesh.devices.flat[0].platform]
+        return compile_run(self.run, self.state, self.frozen, self.batch, options)[0]
 
 
 def compile_step(
@@ -42,24 +82,52 @@ def compile_step(
     an unknown topology, and where a program does not fit its memory.
     """
     changes = {**(overrides or {}), **{f"mesh.{name}": n for name, n in (mesh or {}).items()}}
-    if isinstance(config, ConfigDict):
-        c = configs.load(None, {**configs.flatten_config(config), **changes})
-    else:
-        c = configs.load(config, changes)
-    found = devices(topology)
-    over = mesh_of(c, found)
-    model, tx, state, frozen = abstract_run(c, over)
-    parts = c.training.gradient_accumulation_steps
-    shards = over.shape["data"] * over.shape["fsdp"]
-    tokens = _whole("tokens", tokens, c.data.max_seq_length)
-    unit = model.family.patch_unit(model.config)
-    patches = _whole("patches", patches, image_patches(c, model), unit, least=0)
-    rows = _whole("rows", rows, rows_of(c, over), shards * parts)
-    shape = tokens, patches
-    run = make_step(model, tx, parts)
-    batch = abstract_batch(model, rows, shape, over)
+    loaded = load(config, changes)
+    step = prepare(loaded, devices(topology), rows=rows, tokens=tokens, patches=patches)
     with out_of_memory_explained():
-        return compile_run(run, state, frozen, batch, OPTIONS[found[0].platform])[0]
+        return step.compile()
+
+
+def load(config: str | Path | ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """Return a config, given as one or as a file, with {"section.key": value} changed."""
+    if isinstance(config, ConfigDict):
+        return configs.load(None, {**configs.flatten_config(config), **changes})
+    return configs.load(config, changes)
+
+
+def prepare(
+    config: ConfigDict,
+    found: Sequence[Any] | int,
+    *,
+    rows: int | None = None,
+    tokens: int | None = None,
+    patches: int | None = None,
+) -> Step:
+    """Return a config's step over devices, or over so many of a kind that cannot be compiled for.
+
+    See `compile_step` for sizes and errors.
+    """
+    over: Any = abstract_mesh(config, found) if isinstance(found, int) else mesh_of(config, found)
+    model, tx, state, frozen = abstract_run(config, over)
+    parts = config.training.gradient_accumulation_steps
+    shards = over.shape["data"] * over.shape["fsdp"]
+    tokens = _whole("tokens", tokens, config.data.max_seq_length)
+    unit = model.family.patch_unit(model.config)
+    patches = _whole("patches", patches, image_patches(config, model), unit, least=0)
+    rows = _whole("rows", rows, rows_of(config, over), shards * parts)
+    run = make_step(model, tx, parts)
+    batch = abstract_batch(model, rows, (tokens, patches), over)
+    return Step(config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts)
+
+
+def abstract_mesh(config: ConfigDict, count: int) -> AbstractMesh:
+    """Return the mesh of a config's `mesh` section over so many devices that nobody describes."""
+    m = config.mesh
+    if m.devices > count:
+        raise UserError(f"mesh.devices is {m.devices}, but there are {count} devices.")
+    sizes = mesh_sizes(m.devices or count, m.data, m.fsdp, m.tensor)
+    kinds = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
 def _whole(name: str, given: int | None, default: int, unit: int = 1, least: int = 1) -> int:

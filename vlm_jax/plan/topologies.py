@@ -1,6 +1,5 @@
 """Devices of machines that are not here, to compile for: TPU slices and NVIDIA GPUs by name."""
 
-import dataclasses
 import os
 import re
 from importlib.util import find_spec
@@ -11,42 +10,12 @@ import jax
 from jax.experimental import topologies
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.plan.hardware import DEVICES, hardware
 
 INSTALL = 'Install the compilers for hardware that is not here: pip install "vlm_jax[plan]".'
-EXAMPLES = ("v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1", "v4:2x2x1", "tpu7x:2x2x1", "h100:8")
-
-
-@dataclasses.dataclass(frozen=True)
-class TPU:
-    """A generation of TPU chips. dimensions: of its topologies, such as 2 for "2x2".
-
-    clock: cycles a second of the matrix unit's core, or None where it is not published.
-    """
-
-    dimensions: int
-    clock: float | None
-
-
-# Clocks: peak bfloat16 FLOP/s of https://cloud.google.com/tpu/docs/system-architecture-tpu-vm over
-# the matrix units' operations a cycle (v5e: 197e12 / (4 units x 128 x 128 x 2)). Of v6e and tpu7x
-# the number of units is not published: their programs have cycles, but no seconds.
-TPUS: dict[str, TPU] = {
-    "v4": TPU(3, 1.05e9),
-    "v5e": TPU(2, 1.5e9),
-    "v5p": TPU(3, 1.75e9),
-    "v6e": TPU(2, None),
-    "tpu7x": TPU(3, None),
-}
-# device_kind of a compiled program's devices -> the chip.
-KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "tpu7x",
-}
-# NVIDIA GPU -> XLA's description of it, and how many share one host.
-GPUS: dict[str, tuple[str, int]] = {"h100": ("h100.txtpb", 8)}
+EXAMPLES = ("v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1", "h100:8")
+TPUS = {name: device for name, device in DEVICES.items() if device.is_tpu and device.compiles}
+GPUS = {name: device for name, device in DEVICES.items() if device.target is not None}
 # Compiler options of a platform. Autotuning times kernels on the GPU, which is not here.
 OPTIONS: dict[str, dict[str, Any]] = {"tpu": {}, "gpu": {"xla_gpu_autotune_level": 0}}
 
@@ -54,11 +23,14 @@ OPTIONS: dict[str, dict[str, Any]] = {"tpu": {}, "gpu": {"xla_gpu_autotune_level
 def devices(topology: str) -> list[Any]:
     """Return the devices of a topology, to make a mesh of; nothing can run on them.
 
-    topology: a TPU slice as "v5e:2x2", or NVIDIA GPUs as "h100" or "h100:8". Raises `UserError`
-    for one that is not known and where the compiler for it is not installed.
+    topology: a TPU slice as "v5e:2x2" or by its cloud name, "v5e-4", or NVIDIA GPUs as "h100" or
+    "h100:8". Raises `UserError` for one that is not known and where the compiler for it is not
+    installed.
     """
     if not isinstance(topology, str):
         raise UserError(f"topology is {topology!r}; expected a name such as 'v5e:2x2'.")
+    if re.fullmatch(rf"({'|'.join(TPUS)})-\d+", topology):
+        topology = hardware(topology).topology
     chip, _, shape = topology.partition(":")
     if chip in TPUS:
         return _tpu(topology, chip, shape)
@@ -91,7 +63,8 @@ def _tpu(topology: str, chip: str, shape: str) -> list[Any]:
 
 
 def _gpu(topology: str, gpu: str, shape: str) -> list[Any]:
-    file, per_host = GPUS[gpu]
+    file, per_host = GPUS[gpu].target, GPUS[gpu].per_host
+    assert file is not None
     count = int(shape or "1") if re.fullmatch(r"([1-9]\d*)?", shape) else 0
     if count == 0 or (count > per_host and count % per_host):
         raise UserError(

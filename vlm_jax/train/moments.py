@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import make_mesh
@@ -206,7 +206,8 @@ def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
 
 def _placed(sharding: Any, shape: tuple[int, ...], origin: Any, memory: str | None) -> Any:
     """Return where an array of a leaf's moments lies, given where the leaf does."""
-    if memory is not None:
+    # A plan for devices that nothing describes has an abstract mesh, which reaches no memory.
+    if memory is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
         device = min(sharding.device_set, key=lambda device: device.id)
         if memory not in memory_kinds(device):
             raise UserError(

@@ -1,0 +1,411 @@
+"""`vlm-jax plan`: what it counts, held against the compiler and other counts, and what it says."""
+
+import dataclasses
+import io
+import json
+import math
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from test_plan import on_chip
+
+from vlm_jax import config, plan
+from vlm_jax.cli import main
+from vlm_jax.models.known import KNOWN
+from vlm_jax.plan import leaves, work
+from vlm_jax.plan.hardware import DEVICES, hardware, slice_shape
+from vlm_jax.plan.program import Collective
+from vlm_jax.plan.report import ESTIMATED, plan_step, refused
+from vlm_jax.plan.show import flops, seconds, show, size
+from vlm_jax.plan.speed import sent, speed
+from vlm_jax.plan.step import prepare
+from vlm_jax.plan.traffic import bytes_accessed
+from vlm_jax.sharding import make_mesh
+from vlm_jax.train.losses import loss
+from vlm_jax.trees import flatten
+
+WIDTH = 256
+# Parts of the peak that are no arguments.
+BESIDE = ("gradients, activations, temporaries", "results", "code", "alignment")
+
+
+def qwen(directory, layers=2):
+    """Write the config.json of a Qwen2-VL whose shards over 2 x 2 devices fill a TPU's tiles."""
+    sizes = dict(
+        hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=512, image_token_id=500, video_token_id=501,
+        rope_scaling={"type": "mrope", "mrope_section": [8, 12, 12]},
+    )  # fmt: skip
+    raw = {**KNOWN["Qwen/Qwen2-VL-7B-Instruct"], **sizes}
+    tower = dict(depth=2, embed_dim=WIDTH, num_heads=4, hidden_size=WIDTH)
+    raw["vision_config"] = {**raw["vision_config"], **tower}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def llava(directory):
+    """Write the config.json of a LLaVA, whose tower's last layer is never run."""
+    raw = json.loads(json.dumps(KNOWN["llava-hf/llava-1.5-7b-hf"]))
+    raw["text_config"].update(
+        hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=3,
+        vocab_size=512,
+    )  # fmt: skip
+    raw["vision_config"].update(
+        hidden_size=64, image_size=56, intermediate_size=128, num_attention_heads=4,
+        num_hidden_layers=4,
+    )  # fmt: skip
+    raw.update(vocab_size=512, image_token_index=500, pad_token_id=1)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def configured(directory, *changes):
+    return config.load(
+        None,
+        [
+            f"model.name_or_path={directory}",
+            "data.max_seq_length=128",
+            "data.max_pixels=12544",
+            *changes,
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A config file of the Qwen2-VL above."""
+    place = tmp_path_factory.mktemp("plan")
+    qwen(place / "base")
+    text = json.dumps(config.to_dict(configured(place / "base", "lora.r=128")))
+    (place / "tiny.json").write_text(text)
+    return place / "tiny.json"
+
+
+@pytest.fixture(scope="module")
+def report(tiny):
+    mesh = {"mesh.fsdp": 2, "mesh.tensor": 2}
+    return plan_step(tiny, "v5e-4", overrides=mesh, parameters=True)
+
+
+# What is counted
+
+
+def test_arguments_counted_leaf_by_leaf_are_the_compilers(report):
+    counted = report.peak - sum(report.parts[name] for name in BESIDE)
+    # A patch of 1,176 values is stored as 1,280, a row of a few values as one of eight.
+    assert 0 <= report.parts["alignment"] < 0.03 * counted
+
+
+def test_arguments_of_4_bit_kernels_too(tiny):
+    changes = {"mesh.fsdp": 2, "mesh.tensor": 2, "model.quantize": "nf4-dq"}
+    step = prepare(config.load(tiny, changes), plan.devices("v5e:2x2"))
+    counted, compiled = leaves.parts(step).device, plan.memory(step.compile()).arguments
+    assert counted <= compiled < 1.03 * counted
+
+
+def dots(jaxpr):
+    """Return the FLOPs of all products of a program, loops as often as they run."""
+    found = 0
+    for equation in jaxpr.eqns:
+        inner = [
+            part.jaxpr if hasattr(part, "jaxpr") else part
+            for value in equation.params.values()
+            for part in (value if isinstance(value, tuple | list) else [value])
+            if hasattr(part, "jaxpr") or hasattr(part, "eqns")
+        ]
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            over = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            found += 2 * math.prod(equation.outvars[0].aval.shape) * over
+        elif name == "cond":
+            found += max(map(dots, inner))
+        else:
+            found += sum(map(dots, inner)) * equation.params.get("length", 1)
+    return found
+
+
+@pytest.mark.parametrize("family", [qwen, llava])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["training.gradient_checkpointing=false"],
+        ["model.quantize=nf4-dq"],
+        ["lora.enabled=false", "model.vision_encoder_lr_scale=0.1"],
+        ["lora.enabled=false", "model.language_model_lr_scale=0"],
+        ["model.projector_lr_scale=0", "lora.modules_to_save=lm_head"],
+        ["lora.target_modules=.*", "model.vision_encoder_lr_scale=1"],
+    ],
+    ids=["lora", "no remat", "nf4", "full", "projector", "head", "lora everywhere"],
+)
+def test_flops_are_those_of_the_program(tmp_path, family, changes):
+    limit = ["data.max_pixels=none"] if family is llava else []
+    step = prepare(configured(family(tmp_path), "lora.r=4", *limit, *changes), 1, rows=2)
+    counted = work.total(
+        work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape).values()
+    )
+
+    def value(trainable, frozen, batch):
+        return loss(step.model, trainable, frozen, batch, {"dropout": jax.random.key(0)})[0]
+
+    arguments = step.state.trainable, step.frozen, step.batch
+    assert counted.forward == dots(jax.make_jaxpr(value)(*arguments).jaxpr)
+    assert counted.total == dots(jax.make_jaxpr(jax.grad(value))(*arguments).jaxpr)
+    assert counted.model == counted.total - counted.recomputed < counted.total
+
+
+def test_memory_traffic_counts_loops_as_often_as_they_run_and_of_a_stack_the_slice():
+    def loop(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    rows, width = 8192, 4096
+    few, many = (bytes_accessed(on_chip(loop, (rows, width), (n, width, width))) for n in (4, 12))
+    each = 2 * (2 * rows * width + width * width)  # bfloat16: values in and out, a kernel
+    assert many - few == pytest.approx(8 * each, rel=0.01)
+    assert few < 5.1 * each
+    product = on_chip(jnp.matmul, (8192, 8192), (8192, 8192))
+    assert bytes_accessed(product) == product.cost_analysis()["bytes accessed"] == 3 * 2 * 8192**2
+
+
+def test_what_is_sent_and_how_fast():
+    def one(kind, group=0):
+        return Collective(kind, "bf16", (8,), 1000, 3, "", group)
+
+    assert sent([one("all-gather", 4)], 8) == 3 * 750
+    assert sent([one("all-reduce")], 8) == 3 * 1750
+    assert sent([one("reduce-scatter", 2), one("collective-permute")], 8) == 3 * 2000
+    made = speed(
+        DEVICES["v5e"], 4, tokens=1000, model_flops=3 * 197 * 10**12, flops=4 * 197 * 10**12,
+        bytes_accessed=819 * 10**8, sent=200 * 10**9, compiler=2.0,
+    )  # fmt: skip
+    assert (made.compute, made.memory, made.network, made.step) == (1.0, 0.1, 1.0, 2.0)
+    assert made.tokens_per_second == 500 and made.mfu == pytest.approx(3 / 8)
+    unknown = speed(
+        DEVICES["a10g"],
+        1,
+        tokens=1,
+        model_flops=1,
+        flops=1,
+        bytes_accessed=1,
+        sent=0,
+        compiler=None,
+    )
+    assert unknown.step is unknown.mfu is unknown.memory is None
+
+
+def test_groups_of_collectives_are_read():
+    mesh = make_mesh(2, 2, 1, plan.devices("v5e:2x2"))
+
+    def array(shape, *axes):
+        place = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+    compiled = jax.jit(lambda x, y: x.T @ y).lower(
+        array((4096, 512), "data"), array((4096, 512), "data")
+    )
+    (found,) = plan.collectives(compiled.compile())
+    assert (found.kind, found.group) == ("all-reduce", 2)
+
+
+def test_what_has_no_estimate_takes_no_time():
+    text = """
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[4]{0} copy(%a), backend_config={"estimated_cycles":"18446744073709551615"}
+  ROOT %c = f32[4]{0} copy(%b), backend_config={"estimated_cycles":"7"}
+}
+"""
+    assert plan.estimated_cycles(SimpleNamespace(as_text=lambda: text)) == 7
+
+
+# What is said
+
+
+def test_the_peak_is_the_sum_of_its_parts(report):
+    assert report.fits and report.basis == "compiled"
+    assert report.peak == sum(report.parts.values()) < report.capacity
+    assert report.mesh == {"data": 1, "fsdp": 2, "tensor": 2} and report.devices == 4
+    assert report.speed.step >= report.speed.compiler > report.speed.compute > 0
+    assert {one.kind for one in report.exchanges} >= {"all-gather", "all-reduce"}
+
+
+def test_the_table_shows_what_the_json_holds(report):
+    tree = json.loads(json.dumps(report.to_json()))
+    assert list(tree) == [field.name for field in dataclasses.fields(report)]
+    text = io.StringIO()
+    show(report, Console(file=text, width=200))
+    shown = text.getvalue()
+    expected = [
+        tree["verdict"], tree["said"], tree["basis"], tree["topology"], size(tree["peak"]),
+        size(tree["capacity"]), flops(tree["flops"]["all"]["model"]), size(tree["bytes_accessed"]),
+        seconds(tree["speed"]["step"]), f"{tree['speed']['tokens_per_second']:,.0f}",
+        size(tree["host_memory"]), f"{tree['speed']['mfu']:.1%}",
+        *(size(part) for part in tree["parts"].values() if part),
+        *(f"{one['kind']} {one['dtype']}" for one in tree["exchanges"]),
+        *(f"{one['count']:,} a step" for one in tree["exchanges"]),
+    ]  # fmt: skip
+    assert [words for words in expected if words not in shown] == []
+
+
+def test_every_parameter_is_listed_with_its_place(report, tiny):
+    step = prepare(config.load(tiny), 1)
+    paths = {*flatten(step.frozen), *flatten(step.state.trainable)}
+    assert [leaf.path for leaf in report.parameters] == sorted(paths)
+    by_path = {leaf.path: leaf for leaf in report.parameters}
+    kernel = by_path["model/language_model/layers/mlp/gate_proj/kernel"]
+    assert (kernel.storage, kernel.spec, kernel.trains) == ("bfloat16", "None, fsdp, tensor", False)
+    assert kernel.bytes == 2 * 2 * WIDTH * 512 // 4
+    assert sum(leaf.bytes for leaf in report.parameters) == (
+        report.parts["base weights"] + report.parts["LoRA"] + report.parts["other trained weights"]
+    )
+    text = io.StringIO()
+    show(report, Console(file=text, width=200))
+    assert not [path for path in paths if path not in text.getvalue()]
+
+
+@pytest.mark.slow
+def test_a_step_too_large_is_a_report_and_one_just_below_fits(tmp_path, tiny, capsys):
+    """Layers of a stack change its arrays and not the program: 16 GB compile as fast as few."""
+    deep = {str(n): str(qwen(tmp_path / str(n), n)) for n in (9_000, 13_000)}
+    said = {}
+    for layers, base in deep.items():
+        arguments = ["plan", "--config", str(tiny), "--topology", "v5e-1", "--json"]
+        arguments += [f"--config.model.name_or_path={base}", "--config.lora.r=4", "--patches", "0"]
+        arguments += [
+            "--config.lora.target_modules=[q_proj]",
+            "--config.model.projector_lr_scale=0",
+        ]
+        code = main(arguments)
+        tree = json.loads(capsys.readouterr().out)
+        said[layers] = code, tree["verdict"], tree["peak"] > tree["capacity"]
+        assert sum(tree["parts"].values()) == tree["peak"]
+    assert said == {"9000": (0, "FITS", False), "13000": (1, "DOES NOT FIT", True)}
+    assert "GiB of the 15.75 GiB" in tree["said"] and tree["speed"]["compiler"] is None
+
+
+def test_what_compilers_say_of_memory():
+    new = "RESOURCE_EXHAUSTED: ... for HLO temporaries (25.70G) exceeds available HBM (15.75G)."
+    old = "Ran out of memory in memory space hbm. Used 17.1G of 15.75G hbm. Exceeded by 1.3G."
+    assert refused(new) == (int(25.7 * 2**30), int(15.75 * 2**30))
+    assert refused(old) == (int(17.1 * 2**30), int(15.75 * 2**30))
+    assert refused("something else") == (0, 0)
+
+
+def test_a_gpu_without_a_compiler_is_estimated_and_says_so(tiny, capsys):
+    command = ["plan", "--config", str(tiny), "--topology", "a100:2"]
+    paged = [
+        "--config.training.optim=paged_adamw",
+        "--config.training.gradient_accumulation_steps=4",
+    ]
+    assert main([*command, *paged]) == 0
+    assert ESTIMATED in " ".join(capsys.readouterr().out.split())
+    assert main([*command, *paged, "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["basis"] == ESTIMATED
+    assert tree["exchanges"] is tree["bytes_accessed"] is tree["compile_seconds"] is None
+    assert tree["moments_host"] > 0 and tree["rows"] == 8 and tree["micro_batches"] == 4
+    assert tree["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert tree["peak"] == sum(tree["parts"].values())
+    assert main([*command, "--config.data.max_seq_length=400000"]) == 1  # scores of 4 heads alone
+
+
+def test_bad_input_is_told_with_code_2(tiny, capsys, monkeypatch):
+    def refusal(*arguments):
+        assert main(["plan", "--config", str(tiny), *arguments]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    told = refusal("--topology", "v5x-4")
+    assert "Known are v4, v5e" in told and "did you mean" in told
+    assert "does not cover 4 devices" in refusal("--topology", "v5e-4", "--config.mesh.fsdp=3")
+    assert "could not be described" in refusal("--topology", "v5e-3")
+    assert "multiple of 4" in refusal("--topology", "v5e-1", "--patches", "30")
+    monkeypatch.setattr("vlm_jax.plan.topologies.find_spec", lambda name: None)
+    for topology in ("v5e-1", "h100"):
+        assert 'pip install "vlm_jax[plan]"' in refusal("--topology", topology)
+
+
+def test_the_fastest_setting_that_fits(tiny, capsys):
+    """Of 8 rows a device and step: more at a time, and without recomputation, while it fits."""
+    rows = ["--config.training.per_device_train_batch_size=2"]
+    rows += ["--config.training.gradient_accumulation_steps=4"]
+    command = ["plan", "--config", str(tiny), "--topology", "a100", "--fit", *rows]
+
+    def found(tokens):
+        code = main([*command, f"--config.data.max_seq_length={tokens}", "--json"])
+        tree = json.loads(capsys.readouterr().out)
+        for trial in tree["trials"]:
+            batch, parts, _ = trial["overrides"].values()
+            assert batch * parts == 8
+        return code, tree
+
+    code, easy = found(128)
+    assert code == 0 and len(easy["trials"]) == 8
+    assert easy["overrides"]["training.gradient_checkpointing"] is False
+    assert easy["best"]["verdict"] == "FITS"
+    rates = [trial["tokens_per_second"] for trial in easy["trials"]]
+    assert easy["best"]["speed"]["tokens_per_second"] == max(rates) > min(rates)
+    code, hard = found(32_000)  # scores of 4 heads: 66 GB for two rows
+    verdicts = [trial["verdict"] for trial in hard["trials"]]
+    assert code == 0 and verdicts == 2 * ["FITS", "FITS", "DOES NOT FIT"]
+    assert main([*command, "--config.data.max_seq_length=400000"]) == 1
+    assert "No setting fits" in capsys.readouterr().out
+    assert main([*command, "--shardings"]) == 2
+
+
+@pytest.mark.skipif(
+    find_spec("jax_cuda13_plugin") is None,
+    reason='the CUDA plug-in is not installed (pip install "vlm_jax[plan]")',
+)
+def test_a_gpu_with_a_compiler_is_compiled_for(tiny):
+    made = plan_step(tiny, "h100")
+    assert made.basis == "compiled" and made.cycles is None
+    assert made.speed.step == max(made.speed.compute, made.speed.memory)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "count"),
+    [
+        ("v5e-1", "v5e:1x1", 1),
+        ("v5e-4", "v5e:2x2", 4),
+        ("v5e-8", "v5e:2x4", 8),
+        ("v5e-16", "v5e:4x4", 16),
+        ("v5p-8", "v5p:2x2x1", 4),
+        ("v5p-32", "v5p:2x2x4", 16),
+        ("v6e-8", "v6e:2x4", 8),
+        ("v5p:2x2x1", "v5p:2x2x1", 4),
+        ("tpu7x:2x2x1", "tpu7x:2x2x1", 8),  # halves of chips
+        ("8xh100", "h100:8", 8),
+        ("a100-80", "a100:1", 1),
+        ("rtx4090", "rtx4090:1", 1),
+    ],
+)
+def test_names_of_topologies(name, topology, count):
+    found = hardware(name)
+    assert (found.topology, found.count) == (topology, count)
+    if DEVICES[found.device].is_tpu:
+        assert len(plan.devices(found.topology)) == count
+
+
+def test_shapes_of_slices_are_cubes_where_they_can_be():
+    assert [slice_shape(2**n, 2) for n in range(5)] == ["1x1", "2x1", "2x2", "2x4", "4x4"]
+    assert [slice_shape(2**n, 3) for n in (0, 2, 3, 4, 5)] == [
+        "1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4",
+    ]  # fmt: skip
+
+
+def test_the_known_figures_are_plausible():
+    for name, device in DEVICES.items():
+        assert device.compiles == (name in ("v5e", "v5p", "v6e", "tpu7x", "h100")), name
+        if device.limit is not None:
+            assert 0.95 * device.memory < device.limit < 1.06 * device.memory
+        if device.clock is not None:  # a whole number of matrix units of 128 x 128
+            units = device.flops / device.clock / (2 * 128 * 128)
+            assert units == pytest.approx(round(units), rel=0.01)

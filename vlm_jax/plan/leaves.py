@@ -1,0 +1,100 @@
+"""What a step's arrays take of each device's memory, leaf by leaf, and how they are sharded."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.lora import is_lora
+from vlm_jax.plan.step import Step
+from vlm_jax.train.moments import HOST
+from vlm_jax.trees import flatten
+from vlm_jax.weights import FourBit
+
+
+class Leaf(NamedTuple):
+    """A parameter. storage: its dtype, or its 4-bit format, as "nf4-dq". spec: its PartitionSpec.
+
+    bytes: on one device, scales of a 4-bit leaf included. trains: as a float32 master.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    storage: str
+    spec: str
+    bytes: int
+    trains: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Bytes a device of a step's arguments, before the compiler aligns them.
+
+    base: what is frozen, as it is stored. lora, masters: float32 copies of what trains, LoRA's and
+    others. moments: of the optimizer; moments_host: those in pages in the host's memory, a device.
+    batch: of all micro-batches. rest: counters and keys.
+    """
+
+    base: int
+    lora: int
+    masters: int
+    moments: int
+    moments_host: int
+    batch: int
+    rest: int
+
+    @property
+    def device(self) -> int:
+        """All of them that lie in the device's own memory."""
+        return sum(dataclasses.astuple(self)) - self.moments_host
+
+
+def parts(step: Step) -> Parts:
+    """Return what a step's arguments take of each device's memory."""
+    state = step.state
+    trained = flatten(state.trainable)
+    moments = jax.tree.leaves(state.opt_state)
+    on_host = [leaf for leaf in moments if leaf.sharding.memory_kind == HOST]
+    here = [leaf for leaf in moments if leaf.sharding.memory_kind != HOST]
+    return Parts(
+        base=nbytes(step.frozen),
+        lora=sum(nbytes(leaf) for path, leaf in trained.items() if is_lora(path)),
+        masters=sum(nbytes(leaf) for path, leaf in trained.items() if not is_lora(path)),
+        moments=nbytes(here),
+        moments_host=nbytes(on_host),
+        batch=nbytes(step.batch),
+        rest=nbytes((state.step, state.rng)),
+    )
+
+
+def nbytes(tree: Any) -> int:
+    """Return the bytes that a tree of shapes with shardings takes on one device."""
+    return sum(map(_array_bytes, jax.tree.leaves(tree)))
+
+
+def _array_bytes(array: Any) -> int:
+    shape = array.sharding.shard_shape(array.shape)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return math.prod(shape) * 8  # two words of 32 bits
+    dtype = jnp.dtype(array.dtype)
+    bits = 4 if dtype.name.endswith("int4") else 8 * dtype.itemsize
+    return -(-math.prod(shape) * bits // 8)
+
+
+def table(step: Step) -> list[Leaf]:
+    """Return every parameter, frozen and trained, in the order of their paths."""
+    rows = []
+    for tree, trains in ((step.frozen, False), (step.state.trainable, True)):
+        for path, leaf in flatten(tree).items():
+            quantized = isinstance(leaf, FourBit)
+            array = leaf.codes if quantized else leaf
+            storage = (
+                f"{leaf.NAME}{'-dq' if leaf.double else ''}"
+                if quantized
+                else jnp.dtype(leaf.dtype).name
+            )
+            spec = ", ".join(str(axis) for axis in array.sharding.spec)
+            rows.append(Leaf(path, tuple(leaf.shape), storage, spec, nbytes(leaf), trains))
+    return sorted(rows)

@@ -1,0 +1,282 @@
+"""What a config's step needs of some hardware and how fast it would be: all of it, as one value."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlm_jax.plan import leaves, program, traffic, work
+from vlm_jax.plan.estimate import activations, largest
+from vlm_jax.plan.hardware import DEVICES, GB, GIB, Device, hardware
+from vlm_jax.plan.speed import Speed, sent, speed
+from vlm_jax.plan.step import Step, load, prepare
+from vlm_jax.plan.topologies import devices
+from vlm_jax.trees import flatten
+from vlm_jax.weights import FourBit
+
+COMPILED = "compiled"
+ESTIMATED = "estimated from shapes, not compiled"
+PROCESS = GB // 2  # what Python and its libraries take of the host, before any weight
+HOST_RULE = (
+    "0.5 GB for Python, the largest leaf as it is stored, one of its layers twice as it is read, "
+    "and pages of moments"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind and dtype. count: a step. bytes: of their results, one device."""
+
+    kind: str
+    dtype: str
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A plan. Bytes are those of one device, FLOPs those of the whole step.
+
+    basis: "compiled", or "estimated from shapes, not compiled". verdict: "FITS" or "DOES NOT FIT".
+    peak: what the step needs. capacity: what a program may have. said: why. mesh: its sizes.
+    rows, tokens, patches: of a step, of a row. parts: what the peak is made of; they add up to it.
+    moments_host: moments in pages in the host's memory. exchanges, bytes_accessed, code: None where
+    nothing was compiled. cycles: of a TPU program. parameters: every leaf, where asked for.
+    """
+
+    model: str
+    hardware: str
+    topology: str
+    devices: int
+    basis: str
+    verdict: str
+    said: str
+    peak: int
+    capacity: int
+    parts: dict[str, int]
+    moments_host: int
+    mesh: dict[str, int]
+    rows: int
+    tokens: int
+    patches: int
+    micro_batches: int
+    flops: dict[str, dict[str, int]]
+    bytes_accessed: int | None
+    exchanges: list[Exchange] | None
+    cycles: int | None
+    speed: Speed
+    host_memory: int
+    host_rule: str
+    compile_seconds: float | None
+    parameters: list[leaves.Leaf] | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict == "FITS"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as what `json.dumps` takes, under the names of its fields."""
+        tree = dataclasses.asdict(self)
+        rows = self.parameters
+        tree["parameters"] = None if rows is None else [row._asdict() for row in rows]
+        return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What a compiler, or the estimate in its place, says. None: it does not say."""
+
+    basis: str
+    peak: int
+    capacity: int
+    fits: bool
+    said: str
+    beside: dict[str, int]  # what the peak holds beside the arguments
+    compiled: jax.stages.Compiled | None = None
+    seconds: float | None = None
+
+
+def plan_step(
+    config: str | Path | ConfigDict,
+    topology: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    rows: int | None = None,
+    tokens: int | None = None,
+    patches: int | None = None,
+    parameters: bool = False,
+) -> Report:
+    """Return what a config's own training step needs on hardware, and how fast it would be.
+
+    config, overrides, rows, tokens, patches: as for `vlm_jax.plan.compile_step`. topology: a name
+    of `vlm_jax.plan.hardware`: "v5e-4", "v5p:2x2x1", "h100:8", "rtx4090". parameters: list every
+    leaf with its sharding. TPU slices and H100s are compiled for; other GPUs, for which no compiler
+    can be had, are estimated from shapes, and the report says so. A step that does not fit is a
+    report too. Raises `UserError` for what the config lacks, an unknown topology, a mesh that does
+    not cover its devices, and where the compiler is not installed.
+    """
+    machine = hardware(topology)
+    device = DEVICES[machine.device]
+    where = devices(machine.topology) if device.compiles else machine.count
+    step = prepare(load(config, overrides or {}), where, rows=rows, tokens=tokens, patches=patches)
+    own = leaves.parts(step)
+    found = _compiled(step, device, own) if device.compiles else _estimated(step, device, own)
+    counted = work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape)
+    total = work.total(counted.values())
+    exchanges, accessed, cycles, seconds, out = None, None, None, None, None
+    if found.compiled is not None:
+        each = program.collectives(found.compiled)
+        exchanges, out = _summed(each), sent(each, step.mesh.size)
+        accessed = traffic.bytes_accessed(found.compiled)
+        if device.is_tpu:
+            cycles = program.estimated_cycles(found.compiled)
+            seconds = cycles / device.clock if device.clock else None
+    elif step.mesh.size == 1:
+        out = 0
+    parts = {
+        "base weights": own.base,
+        "LoRA": own.lora,
+        "other trained weights": own.masters,
+        "optimizer moments": own.moments,
+        "batch": own.batch + own.rest,
+        **found.beside,
+    }
+    return Report(
+        model=str(step.config.model.name_or_path),
+        hardware=machine.name,
+        topology=machine.topology,
+        devices=step.mesh.size,
+        basis=found.basis,
+        verdict="FITS" if found.fits else "DOES NOT FIT",
+        said=found.said,
+        peak=found.peak,
+        capacity=found.capacity,
+        parts=parts,
+        moments_host=own.moments_host,
+        mesh=step.sizes,
+        rows=step.rows,
+        tokens=step.shape[0],
+        patches=step.shape[1],
+        micro_batches=step.micro_batches,
+        flops={
+            name: {**one._asdict(), "model": one.model, "total": one.total}
+            for name, one in {**counted, "all": total}.items()
+        },
+        bytes_accessed=accessed,
+        exchanges=exchanges,
+        cycles=cycles,
+        speed=speed(
+            device,
+            step.mesh.size,
+            tokens=step.rows * step.shape[0],
+            model_flops=total.model,
+            flops=total.total,
+            bytes_accessed=accessed,
+            sent=out,
+            compiler=seconds,
+        ),
+        host_memory=_host_memory(step, own, device),
+        host_rule=HOST_RULE,
+        compile_seconds=found.seconds,
+        parameters=leaves.table(step) if parameters else None,
+    )
+
+
+def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Found:
+    capacity, began = device.usable, time.perf_counter()
+    try:
+        compiled = step.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        peak, allowed = refused(str(error))
+        said = (
+            f"the compiler refuses it: it needs {peak / GIB:.2f} GiB of the "
+            f"{allowed / GIB:.2f} GiB that a program may have"
+        )
+        if peak == 0:  # in words that are not known
+            peak, allowed = own.device, capacity
+            said = f"the compiler refuses it: {str(error).splitlines()[0][:200]}"
+        rest = {"gradients, activations, temporaries": max(0, peak - own.device)}
+        seconds = time.perf_counter() - began
+        return _Found(COMPILED, peak, allowed, False, said, rest, seconds=seconds)
+    seconds = time.perf_counter() - began
+    memory = program.memory(compiled)
+    if device.is_tpu:  # what does not fit is refused
+        fits, said = True, "the compiler accepts it"
+    else:
+        fits = memory.total <= capacity
+        said = f"{capacity / device.memory:.0%} of the memory are counted on"
+    beside = {
+        "gradients, activations, temporaries": memory.temporary,
+        "results": memory.outputs - memory.aliased,
+        "code": memory.code,
+        "alignment": memory.arguments - own.device,
+    }
+    return _Found(COMPILED, memory.total, capacity, fits, said, beside, compiled, seconds)
+
+
+def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Found:
+    model, itemsize = step.model, step.model.dtype.itemsize
+    trains_tower = step.config.model.vision_encoder_lr_scale > 0
+    masters = own.lora + own.masters
+    gradients = masters * (2 if step.micro_batches > 1 else 1)  # those of one, and their sum
+    beside = {
+        "gradients and copies of what trains": gradients + masters // 4 * itemsize,
+        "activations": activations(
+            model, step.shape, step.rows_at_once, trains_tower, largest(step.frozen)
+        ),
+    }
+    peak, capacity = own.device + sum(beside.values()), device.usable
+    said = f"{capacity / device.memory:.0%} of the memory are counted on"
+    return _Found(ESTIMATED, peak, capacity, peak <= capacity, said, beside)
+
+
+def refused(message: str) -> tuple[int, int]:
+    """Return (bytes needed, bytes there are) of a compiler's refusal for memory.
+
+    It says "required for HLO temporaries (25.70G) exceeds available HBM (15.75G)", or "Used 17.1G
+    of 15.75G hbm". (0, 0) where it says neither.
+    """
+    amount = r"([\d.]+)([KMGT]?)i?B?"
+    for pattern in (
+        rf"\({amount}\) exceeds available \w+ \({amount}\)",
+        rf"Used {amount} of {amount} \w+",
+    ):
+        if found := re.search(pattern, message):
+            units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+            needed, have = (float(found[i]) * units[found[i + 1]] for i in (1, 3))
+            return int(needed), int(have)
+    return 0, 0
+
+
+def _summed(each: list[program.Collective]) -> list[Exchange]:
+    found: dict[tuple[str, str], list[int]] = {}
+    for one in each:
+        total = found.setdefault((one.kind, one.dtype), [0, 0])
+        total[0] += one.times
+        total[1] += one.times * one.bytes
+    rows = [Exchange(*name, *total) for name, total in found.items()]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def _host_memory(step: Step, own: leaves.Parts, device: Device) -> int:
+    """Return what one process takes of its host's memory while it loads, by `HOST_RULE`."""
+    most = 0
+    for tree in (step.frozen, step.state.trainable):
+        for leaf in flatten(tree).values():
+            quantized = isinstance(leaf, FourBit)
+            size = leaf.nbytes if quantized else leaf.size * jnp.dtype(leaf.dtype).itemsize
+            layer = leaf.shape[-2:] if len(leaf.shape) > 2 else leaf.shape
+            dense = step.model.dtype.itemsize
+            for length in layer:
+                dense *= length
+            most = max(most, size + 2 * dense)
+    local = min(step.mesh.size, device.per_host)
+    return PROCESS + most + local * own.moments_host

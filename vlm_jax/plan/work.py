@@ -1,0 +1,127 @@
+"""FLOPs of a training step, counted from the model, kernel by kernel.
+
+A product of N rows with a kernel [in, out] is 2 x N x in x out; its gradient by the rows is as much
+again, and so is that by the kernel, where it trains. Attention is 4 x T^2 x width a layer and row
+(scores, and values by weights): causal or not, since all of it is computed. Elementwise work and
+look-ups are left out. What is computed twice for want of memory is counted by itself.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from vlm_jax.model import Model
+from vlm_jax.trees import flatten
+
+# Components in the order in which values flow through them, and so gradients back.
+ORDER = ("vision", "projector", "embeddings", "language_model", "head")
+# The last product of a block: its result is only added, so it is not computed again.
+LAST = ("down_proj", "fc2")
+KERNELS = ("kernel", "lora_A", "lora_B", "added")
+
+
+class Work(NamedTuple):
+    """FLOPs of all devices together in one step."""
+
+    forward: int = 0
+    activations: int = 0  # gradients by activations
+    weights: int = 0  # gradients by weights that train
+    recomputed: int = 0  # forward products that the backward pass does again
+
+    @property
+    def model(self) -> int:
+        """What the mathematics asks for: all but what is computed twice."""
+        return self.forward + self.activations + self.weights
+
+    @property
+    def total(self) -> int:
+        return self.model + self.recomputed
+
+    def plus(self, other: "Work") -> "Work":
+        return Work(*map(sum, zip(self, other, strict=True)))
+
+
+def total(works: Iterable[Work]) -> Work:
+    """Return the sum of works, of a step's components for instance."""
+    return functools.reduce(Work.plus, works, Work())
+
+
+def count(
+    model: Model,
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    rows: int,
+    tokens: int,
+    patches: int,
+) -> dict[str, Work]:
+    """Return {component: its work} of a step of `rows` rows of tokens and patches.
+
+    trainable, frozen: trees of arrays, shapes or 4-bit leaves. Every position of a row counts as
+    carrying loss: the head does less where few do.
+    """
+    cfg, family, trained = model.config, model.family, set(flatten(trainable))
+    leaves = {**flatten(frozen), **flatten(trainable)}
+    owner = {path: model.component(path) for path in leaves}
+    trains = {owner[path] for path in trained}
+    # Whether gradients by activations are asked for at a component's input, and inside of it.
+    enters = {name: bool(trains & set(ORDER[:i])) for i, name in enumerate(ORDER)}
+    inside = {name: enters[name] or name in trains for name in ORDER}
+    again = model.remat != "none"
+    positions = {
+        "vision": rows * patches,
+        "projector": rows * patches // family.merged_patches(cfg),
+        "language_model": rows * tokens,
+        "head": rows * tokens,
+    }
+    used = max(getattr(cfg, "layers", (cfg.vision.depth,)))  # LLaVA leaves the last layers out
+    layers = {"vision": used, "language_model": cfg.text.num_layers}
+    firsts = {name: _first(name, leaves, owner) for name in ORDER}
+    stacks = tuple(f"{prefix}/" for prefix in family.stacks(cfg))
+
+    def product(path: str) -> Work:
+        name, in_stack = path.rsplit("/", 1)[1], path.startswith(stacks)
+        component = "head" if owner[path] == "embeddings" else owner[path]  # a tied one
+        once = 2 * positions[component] * math.prod(leaves[path].shape[-2:])
+        once *= layers[component] if in_stack else 1
+        module = path.split("/")[-2]
+        if component == "head":
+            # The loss computes logits anew, chunk by chunk, whatever the blocks do.
+            back, redone = enters["head"], True
+        elif in_stack:
+            back = inside[component]
+            redone = back and again and not (module in LAST and name != "lora_A")
+        else:
+            # Before a component's first product there may be a norm that trains.
+            is_first = path.rsplit("/", 1)[0] == firsts[component] and name != "lora_B"
+            norm = any(owner[p] == component and p.endswith("/scale") for p in trained)
+            back = enters[component] or norm if is_first else inside[component]
+            if component == "vision":  # it sees pixels, by which nothing asks for a gradient
+                back = inside[component] and name == "lora_B"
+            redone = False
+        return Work(once, once * back, once * (path in trained), once * redone)
+
+    found: dict[str, list[Work]] = {name: [] for name in ORDER if name != "embeddings"}
+    for path in leaves:
+        name = path.rsplit("/", 1)[1]
+        if owner[path] == "embeddings":
+            if cfg.text.tied and name in ("embedding", "added"):
+                found["head"].append(product(path))
+        elif name in KERNELS:
+            found[owner[path]].append(product(path))
+    # An image of one size attends to itself; patches of other images, in a row, are masked.
+    seen = getattr(cfg.vision, "slots", patches)
+    width = cfg.text.num_heads * cfg.text.head_dim
+    for name, keys, wide in (
+        ("vision", seen, cfg.vision.width),
+        ("language_model", tokens, width),
+    ):
+        once = 4 * positions[name] * keys * wide * layers[name]
+        found[name].append(Work(once, 2 * once * inside[name], 0, once * (inside[name] and again)))
+    return {name: total(works) for name, works in found.items()}
+
+
+def _first(component: str, leaves: Mapping[str, Any], owner: Mapping[str, str]) -> str:
+    """Return the module of a component's first product, by the order of names."""
+    kernels = [p for p in leaves if owner[p] == component and p.endswith("/kernel")]
+    return min(kernels, default="/").rsplit("/", 1)[0]
