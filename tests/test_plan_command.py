@@ -232,7 +232,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 def test_the_peak_is_the_sum_of_its_parts(report):
     assert report.fits and report.basis == "compiled"
     assert report.peak == sum(report.parts.values()) < report.capacity
-    assert report.mesh == {"data": 1, "fsdp": 2, "tensor": 2} and report.devices == 4
+    assert report.mesh == {"data": 1, "fsdp": 2, "tensor": 2, "context": 1} and report.devices == 4
     assert report.speed.step >= report.speed.compiler > report.speed.compute > 0
     assert {one.kind for one in report.exchanges} >= {"all-gather", "all-reduce"}
 

@@ -4,6 +4,7 @@ Of several processes the first one checks, locks, makes and clears it; the other
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -206,16 +207,28 @@ def nothing_half_written(directory: Path) -> Iterator[None]:
         saved = _saved_steps(directory)
         if primary:
             clean()
-        if not isinstance(error, UserError):
+        told: BaseException = error
+        if _disk_is_full(error):
+            told = UserError(f"There is no room left on the disk of '{directory}'.")
+        if not isinstance(told, UserError):
             raise
         how = "Nothing had been saved yet: once this is mended, give the same command again."
         if saved:
             newest = directory / "checkpoints" / str(max(saved))
             how = f"The last good checkpoint is '{newest}': once this is mended, add --resume."
-        raise UserError(f"{error} {how}") from error
+        raise UserError(f"{told} {how}") from error
     finally:
         if primary:
             together.at_sudden_end.remove(clean)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an exception, or one behind it, says so: orbax and tensorstore do in words."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _saved_steps(directory: Path) -> list[int]:
