@@ -92,6 +92,7 @@ def get_config() -> ConfigDict:
     t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
     t.gradient_checkpointing = True  # recompute each block in the backward pass
+    t.remat_policy = placeholder(str)  # what of it is kept: a key of layers.scan.REMAT
     # Processes that prepare batches beside the run's own; 0: threads of the run, which is enough
     # where a step takes longer than its images. metrics.jsonl's data_wait tells.
     t.dataloader_num_workers = 0

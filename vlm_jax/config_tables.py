@@ -68,6 +68,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "lora.task_type": ("CAUSAL_LM",),
     "training.lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
     "training.optim": tuple(OPTIMIZERS),
+    "training.remat_policy": (None, "none", "block", "block_save_attention", "dots", "offload"),
     "training.save_strategy": ("no", "steps", "epoch"),
     "training.eval_strategy": ("no", "steps", "epoch"),
     "data.train_on": ("all", "answers", "last"),
@@ -100,7 +101,7 @@ RANGES: list[tuple[str, float, float]] = [
     (r"evaluation\.(max_new_tokens|batch_size)", 1, 1e9),
     (r"evaluation\.max_examples", 0, 1e12),
     (r"mesh\.devices", 0, 1e6),
-    (r"mesh\.(data|fsdp|tensor)", -1, 1e6),
+    (r"mesh\.(data|fsdp|tensor|context)", -1, 1e6),
 ]
 
 # The YAML parser reads these words as None, and people mean the string.

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.layers.partition import gather_places
 
+ATTENDED = "attended"  # what a remat policy calls the result
 IMPLEMENTATIONS: dict[str, Any] = {}
 
 
@@ -35,9 +37,10 @@ def attention(
     k_BSKH, v_BSKH = gather_places(k_BSKH), gather_places(v_BSKH)
     if k_segments_BS is not None:
         k_segments_BS = gather_places(k_segments_BS)
-    return IMPLEMENTATIONS[implementation](
+    out_BTNH = IMPLEMENTATIONS[implementation](
         q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, causal, window, q_start
     )
+    return checkpoint_name(out_BTNH, ATTENDED)
 
 
 def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, causal, window, q_start):

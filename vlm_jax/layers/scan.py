@@ -5,14 +5,28 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
+from vlm_jax.layers.attention import ATTENDED
 from vlm_jax.layers.partition import constrain_rows
+
+BLOCK_INPUT = "block_input"  # what a policy calls it
 
 # What the forward pass keeps for the backward one; the rest is computed again.
 REMAT: dict[str, Any] = {
-    "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
+    "none": None,  # everything
+    "block": jax.checkpoint_policies.nothing_saveable,  # each block's input
+    # and what attention gives, whose scores are the dearest to compute again in long rows
+    "block_save_attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    # and each product with a weight
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # each block's input, in the host's memory
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -51,7 +65,7 @@ class Stack(nn.Module):
         def body(x: Any, layer: Any) -> Any:
             params, key, extra = layer
             rngs = None if key is None else {"dropout": key}
-            x = jax.tree.map(constrain_rows, x)
+            x = checkpoint_name(jax.tree.map(constrain_rows, x), BLOCK_INPUT)
             return block.apply({"params": params}, x, context, extra, rngs=rngs)
 
         if self.remat != "none":

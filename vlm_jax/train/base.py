@@ -33,8 +33,9 @@ def quantization_of(config: ConfigDict) -> Quantization | None:
 
 
 def remat_of(config: ConfigDict) -> str:
-    """Return the remat policy, a key of `layers.scan.REMAT`."""
-    return "block" if config.training.gradient_checkpointing else "none"
+    """Return the remat policy, a key of `layers.scan.REMAT`: the one named, or a block's."""
+    named = config.training.remat_policy
+    return named or ("block" if config.training.gradient_checkpointing else "none")
 
 
 def base_name(config: ConfigDict) -> str:

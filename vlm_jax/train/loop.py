@@ -119,8 +119,8 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"norms and softmax in float32; layers are "
-        f"{'computed again in' if t.gradient_checkpointing else 'kept for'} the backward pass "
-        f"(gradient_checkpointing); no gradient is taken of frozen weights, so inputs need none",
+        f"{'kept for' if model.remat == 'none' else 'computed again in'} the backward pass "
+        f"({model.remat}); no gradient is taken of frozen weights, so inputs need none",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,0 +1,78 @@
+"""What the forward pass keeps changes memory and never a gradient."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from references import quiet, qwen2_vl, qwen2_vl_inputs
+
+import vlm_jax
+from vlm_jax import config, plan
+from vlm_jax.layers.scan import REMAT
+from vlm_jax.train.base import remat_of
+from vlm_jax.trees import flatten
+
+TABLE = [(r"model/visual/.*", "frozen"), (r".*", "full")]
+
+
+def test_every_policy_gives_the_same_gradients(tmp_path):
+    with quiet():
+        qwen2_vl(tmp_path, factor=3.0)
+    model, params = vlm_jax.load(tmp_path)
+    trainable, frozen = vlm_jax.split(params, TABLE)
+    batch = model.batch(**qwen2_vl_inputs("mixed"))
+
+    def gradients(policy):
+        own = dataclasses.replace(model, remat=policy)
+        loss = lambda trainable: vlm_jax.loss(own, trainable, frozen, batch)[0]  # noqa: E731
+        return flatten(jax.jit(jax.grad(loss))(trainable))
+
+    kept = gradients("none")
+    for policy in REMAT.keys() - {"none"}:
+        for path, gradient in gradients(policy).items():
+            scale = np.abs(kept[path]).max()
+            assert scale > 0
+            np.testing.assert_allclose(
+                gradient, kept[path], rtol=0, atol=2e-6 * scale, err_msg=f"{policy} {path}"
+            )
+
+
+def test_a_policy_is_named_or_follows_from_gradient_checkpointing():
+    c = config.get_config()
+    assert remat_of(c) == "block"
+    c.training.gradient_checkpointing = False
+    assert remat_of(c) == "none"
+    c.training.remat_policy = "offload"
+    assert remat_of(c) == "offload"
+    with pytest.raises(vlm_jax.UserError, match="remat_policy' is 'blok'.*block_save_attention"):
+        config.load(None, ["model.name_or_path=x", "training.remat_policy=blok"])
+
+
+def test_policies_trade_a_chips_memory_for_the_hosts_or_for_work():
+    """A decoder of 16 narrow layers on one v5e chip, by its compiler."""
+    place = jax.sharding.SingleDeviceSharding(plan.devices("v5e:1x1")[0])
+    small = {
+        "model_type": "qwen2_vl", "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "vocab_size": 256, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 256},
+    }  # fmt: skip
+    found = {}
+    for policy in ("none", "block", "block_save_attention", "offload"):
+        model = vlm_jax.from_config(small, "bfloat16", policy)
+        trainable, frozen = vlm_jax.split(model.abstract(), TABLE)
+        batch = model.collate([[]], 4096, 0)
+        given = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            (trainable, frozen, batch),
+        )
+        grad = jax.grad(lambda t, f, b, model=model: vlm_jax.loss(model, t, f, b)[0])
+        compiled = jax.jit(grad).lower(*given).compile()
+        found[policy] = plan.memory(compiled), plan.estimated_cycles(compiled)
+    carry = 16 * 4096 * 256 * 2  # bytes of all blocks' inputs
+    memory = {policy: one.temporary for policy, (one, _) in found.items()}
+    assert memory["none"] > memory["block_save_attention"] > memory["block"]
+    assert memory["block"] - memory["offload"] > 0.5 * carry
+    assert found["offload"][0].host >= carry > found["block"][0].host
+    assert found["none"][1] < found["block_save_attention"][1] < found["block"][1]
