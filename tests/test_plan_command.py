@@ -356,9 +356,11 @@ def test_the_fastest_setting_that_fits(tiny, capsys):
     assert easy["best"]["verdict"] == "FITS"
     rates = [trial["tokens_per_second"] for trial in easy["trials"]]
     assert easy["best"]["speed"]["tokens_per_second"] == max(rates) > min(rates)
-    code, hard = found(32_000)  # scores of 4 heads: 66 GB for two rows
+    peaks = [trial["peak"] for trial in easy["trials"]]
+    assert all(kept > again for kept, again in zip(peaks[:4], peaks[4:], strict=True))
+    code, hard = found(32_000)  # scores of 4 heads: 16 GB a row and layer, of which there are two
     verdicts = [trial["verdict"] for trial in hard["trials"]]
-    assert code == 0 and verdicts == 2 * ["FITS", "FITS", "DOES NOT FIT"]
+    assert code == 0 and verdicts == ["FITS", "DOES NOT FIT", "FITS", "FITS", "DOES NOT FIT"]
     assert main([*command, "--config.data.max_seq_length=400000"]) == 1
     assert "No setting fits" in capsys.readouterr().out
     assert main([*command, "--shardings"]) == 2
