@@ -18,6 +18,7 @@ from vlm_jax import config, plan
 from vlm_jax.cli import main
 from vlm_jax.models.known import KNOWN
 from vlm_jax.plan import leaves, work
+from vlm_jax.plan.fit import settings
 from vlm_jax.plan.hardware import DEVICES, hardware, slice_shape
 from vlm_jax.plan.program import Collective
 from vlm_jax.plan.report import ESTIMATED, plan_step, refused
@@ -314,6 +315,9 @@ def test_a_gpu_without_a_compiler_is_estimated_and_says_so(tiny, capsys):
     assert tree["moments_host"] > 0 and tree["rows"] == 8 and tree["micro_batches"] == 4
     assert tree["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
     assert tree["peak"] == sum(tree["parts"].values())
+    # float32 gradients of a micro-batch and of all so far, and bfloat16 copies.
+    masters = tree["parts"]["LoRA"] + tree["parts"]["other trained weights"]
+    assert tree["parts"]["gradients and copies of what trains"] == 2.5 * masters
     assert main([*command, "--config.data.max_seq_length=400000"]) == 1  # scores of 4 heads alone
 
 
@@ -352,12 +356,17 @@ def test_the_fastest_setting_that_fits(tiny, capsys):
     assert easy["best"]["verdict"] == "FITS"
     rates = [trial["tokens_per_second"] for trial in easy["trials"]]
     assert easy["best"]["speed"]["tokens_per_second"] == max(rates) > min(rates)
-    code, hard = found(32_000)  # scores of 4 heads: 66 GB for two rows
+    peaks = [trial["peak"] for trial in easy["trials"]]
+    assert all(kept > again for kept, again in zip(peaks[:4], peaks[4:], strict=True))
+    code, hard = found(32_000)  # scores of 4 heads: 16 GB a row and layer, of which there are two
     verdicts = [trial["verdict"] for trial in hard["trials"]]
-    assert code == 0 and verdicts == 2 * ["FITS", "FITS", "DOES NOT FIT"]
+    assert code == 0 and verdicts == ["FITS", "DOES NOT FIT", "FITS", "FITS", "DOES NOT FIT"]
     assert main([*command, "--config.data.max_seq_length=400000"]) == 1
     assert "No setting fits" in capsys.readouterr().out
     assert main([*command, "--shardings"]) == 2
+    six = config.load(tiny, {"training.per_device_train_batch_size": 6})
+    batch = "training.per_device_train_batch_size"  # those that divide the rows of a step
+    assert [[one[batch] for one in some] for some in settings(six)] == [[1, 2], [1, 2]]
 
 
 @pytest.mark.skipif(

@@ -85,23 +85,24 @@ def largest(tree: Any) -> int:
 
 
 def activations(model: Model, shape: Shape, rows: int, trains_tower: bool, decoded: int = 0) -> int:
-    """Return the bytes that a step's activations take, each block being computed again.
+    """Return the bytes that a step's activations take.
 
-    A block's input is kept for the backward pass; of its inside, and of the head's logits, only
-    one at a time is there.
+    Where blocks are computed again (model.remat), a block's input is kept for the backward pass,
+    and of its inside, as of the head's logits, only one at a time is there; else all of them are.
     """
     text, vision, size = model.config.text, model.config.vision, model.dtype.itemsize
     tokens, patches = (rows * n for n in shape)
-    kept = tokens * text.hidden_size * text.num_layers
+    # Forward values: q, k, v, the gate and what it gates, residuals; scores in float32.
+    inside = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * size
+    inside += rows * text.num_heads * shape[0] ** 2 * 4
+    seen = tokens and patches * (2 * vision.intermediate_size + 6 * vision.width) * size
+    seen += rows * vision.num_heads * shape[1] ** 2 * 4
+    kept = tokens * text.hidden_size * text.num_layers * size
     if trains_tower:
-        kept += patches * vision.width * vision.depth
-    # Forward values and their gradients: q, k, v, the gate and what it gates, residuals.
-    block = 2 * tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * size
-    block += 2 * rows * text.num_heads * shape[0] ** 2 * 4  # scores and weights in float32
-    tower = tokens and (1 + trains_tower) * patches * (
-        2 * vision.intermediate_size + 6 * vision.width
-    ) * size  # fmt: skip
-    tower += (1 + trains_tower) * rows * vision.num_heads * shape[1] ** 2 * 4
+        kept += patches * vision.width * vision.depth * size
+    if model.remat == "none":
+        kept += inside * (text.num_layers - 1) + trains_tower * seen * (vision.depth - 1)
     head = 2 * min(tokens, CHUNK_POSITIONS) * text.vocab_size * 4
     pixels = patches * getattr(vision, "patch_values", 0) * 4
-    return kept * size + pixels + max(block, tower, head) + 2 * decoded * size
+    # Of the largest of them there are values and their gradients.
+    return kept + pixels + max(2 * inside, (1 + trains_tower) * seen, head) + 2 * decoded * size
