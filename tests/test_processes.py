@@ -8,14 +8,16 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
-from runs import lines, make_base, make_data, run
+from runs import lines, make_base, make_config, make_data, run
 from safetensors.numpy import load_file
 from several import environment, free_port, started, wait_until, written
 
 from vlm_jax import UserError, processes
 from vlm_jax.sharding import share_of
+from vlm_jax.train.run import check_evaluation, mesh_of
 
 NUMBERS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "epoch")
 LONG = ("--config.training.max_steps=60", "--config.training.save_steps=5",
@@ -170,9 +172,10 @@ def test_what_one_process_cannot_do_ends_all_with_its_words(place):
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_directory_is_refused(place):
+def test_a_second_run_is_refused_and_a_kill_while_saving_leaves_the_save_before(place):
     config, directory = place / "config.json", place / "shared"
-    with started(place, config, "shared", 1, "--config.training.max_steps=100000") as first:
+    endless = ("--config.training.max_steps=100000", "--config.training.save_steps=1")
+    with started(place, config, "shared", 1, *endless) as first:
         wait_until(lambda: written(directory / "metrics.jsonl") >= 3, first)
         arguments = [sys.executable, "-m", "vlm_jax", "train", f"--config={config}", "--resume"]
         second = subprocess.run(
@@ -182,6 +185,13 @@ def test_a_second_run_in_the_directory_is_refused(place):
         assert second.returncode == 2 and "Another run is at work" in second.stderr, second.stderr
         assert f"process {first[0].process.pid} on" in second.stderr
         assert first[0].process.poll() is None
+        places = directory / "checkpoints"
+        wait_until(lambda: any("tmp" in path.name for path in places.iterdir()), first)
+        first[0].process.kill()
+        first[0].ended()
+    newest = max(int(path.name) for path in places.iterdir() if path.name.isdigit())
+    go(place, "shared", 1, f"--config.training.max_steps={newest + 1}", "--resume")
+    assert lines(directory / "metrics.jsonl")[-1]["step"] == newest + 1
 
 
 def test_a_lock_that_a_killed_run_left_holds_nobody_up(place):
@@ -222,15 +232,30 @@ def test_a_wrong_environment_is_named(monkeypatch):
     assert processes.seat() is None
 
 
+def test_what_several_processes_cannot_do_is_refused(place, monkeypatch):
+    evaluated = f"data.eval_file={place / 'data/train.jsonl'}"
+    data = place / "data/train.jsonl"
+    made = make_config(place / "base", data, place / "x", evaluated, "mesh.devices=4")
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(UserError, match=r"Set evaluation\.accuracy=false"):
+        check_evaluation(made)
+    with pytest.raises(UserError, match=r"call\s+vlm_jax\.processes\.start"):
+        mesh_of(made)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"mesh\.devices is 4, but 2 processes bring 8"):
+        mesh_of(made)
+
+
 @pytest.mark.slow
 def test_a_coordinator_that_is_not_there_and_processes_that_do_not_come(place):
     arguments = [sys.executable, "-m", "vlm_jax", "train", f"--config={place / 'config.json'}"]
     with socket.socket() as taken:
         taken.bind(("localhost", 0))  # nobody listens on it, and nobody else takes it
-        address = f"localhost:{taken.getsockname()[1]}"
-        for number, words in (
-            ("1", "cannot reach the coordinator"),
-            ("0", "cannot listen at port"),
+        held = f"localhost:{taken.getsockname()[1]}"
+        for number, address, words in (
+            ("1", held, "cannot reach the coordinator"),
+            ("0", held, "cannot listen at port"),
+            ("0", f"localhost:{free_port()}", "Not all of 2 processes came"),
         ):
             env = dict(zip((processes.ADDRESS, processes.COUNT, processes.NUMBER),
                            (address, "2", number), strict=True))  # fmt: skip
