@@ -20,7 +20,7 @@ from vlm_jax.sharding import share_of
 from vlm_jax.train.run import check_evaluation, mesh_of
 
 NUMBERS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "epoch")
-LONG = ("--config.training.max_steps=60", "--config.training.save_steps=5",
+LONG = ("--config.training.max_steps=40", "--config.training.save_steps=5",
         "--config.training.save_total_limit=0")  # fmt: skip
 
 
@@ -96,18 +96,21 @@ def compare(one, other):
     [(2, ("data=2", "fsdp=4")), (4, ("data=2", "fsdp=4")), (2, ("data=2", "fsdp=2", "tensor=2"))],
 )
 def test_several_processes_train_as_one_does(place, count, mesh):
-    evaluated = f"--config.data.eval_file={place / 'data/train.jsonl'}"
-    rows = "--config.training.per_device_eval_batch_size=1"
-    sizes = [f"--config.mesh.{size}" for size in mesh]
+    options = [f"--config.mesh.{size}" for size in mesh]
+    if len(mesh) == 3:  # and evaluates
+        options.append(f"--config.data.eval_file={place / 'data/train.jsonl'}")
+        options.append("--config.training.per_device_eval_batch_size=1")
     name = "-".join(mesh)
     one = place / name
     if not one.exists():
-        go(place, name, 1, evaluated, rows, *sizes)
-    several = go(place, f"{name} in {count}", count, evaluated, rows, *sizes)
+        go(place, name, 1, *options)
+    several = go(place, f"{name} in {count}", count, *options)
     compare(one, several)
     mine, its = (lines(directory / "evaluations.jsonl") for directory in (one, several))
-    assert [row["step"] for row in mine] == [row["step"] for row in its] == [4]
-    assert mine[0]["loss"] == pytest.approx(its[0]["loss"], rel=1e-6)
+    assert [row["step"] for row in mine] == [row["step"] for row in its]
+    assert [row["step"] for row in mine] == ([4] if len(mesh) == 3 else [])
+    for one, other in zip(mine, its, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
     names = {path.name for path in several.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "adapter"}
     assert "Wrote" not in (place / f"{name} in {count}.1.log").read_text()
@@ -122,7 +125,7 @@ def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, long):
         assert [one.ended() for one in group] == [130, 130], [one.text for one in group]
         assert "Stopped after step" in group[0].text
     steps = sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
-    assert 7 <= steps[-1] < 60 and written(directory / "metrics.jsonl") == steps[-1]
+    assert 7 <= steps[-1] < 40 and written(directory / "metrics.jsonl") == steps[-1]
     assert not (directory / "adapter").exists()
     go(place, "stopped", 2, *LONG, "--resume")
     assert compare(long, directory)
