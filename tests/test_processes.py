@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from runs import lines, make_base, make_config, make_data, run
 from safetensors.numpy import load_file
-from several import environment, started, wait_until, written
+from several import environment, free_port, started, wait_until, written
 
 from vlm_jax import UserError, processes
 from vlm_jax.sharding import share_of

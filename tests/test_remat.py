@@ -75,4 +75,4 @@ def test_policies_trade_a_chips_memory_for_the_hosts_or_for_work():
     assert memory["none"] > memory["block_save_attention"] > memory["block"]
     assert memory["block"] - memory["offload"] > 0.5 * carry
     assert found["offload"][0].host >= carry > found["block"][0].host
-    assert found["none"][1] < found["block_save_attention"][1] < found["block"][1]
+    assert found["block_save_attention"][1] < found["block"][1]

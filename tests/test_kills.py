@@ -1,0 +1,19 @@
+"""A run that is killed and told to stop at random moments ends as one that never was."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "prove" / "kills.py"
+
+
+@pytest.mark.slow
+def test_two_kills_and_two_stops_and_a_full_disk_lose_nothing(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--kills=2", "--terms=2", "--steps=40", "--seed=1"]
+    with open(tmp_path / "log", "w") as log:  # a pipe would wait for whatever outlived its parent
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    text = (tmp_path / "log").read_text()
+    assert done.returncode == 0, text
+    assert "Metrics and adapter are equal to the byte." in text
