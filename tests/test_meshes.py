@@ -11,6 +11,7 @@ from references import IMAGE, VIDEO, media, quiet, wide
 
 import vlm_jax
 from vlm_jax.layers.partition import rows_over
+from vlm_jax.plan import collectives
 from vlm_jax.sharding import make_mesh, shard_batch, shard_params
 from vlm_jax.train.compile import abstract_batch
 from vlm_jax.train.place import on_mesh
@@ -93,8 +94,8 @@ def setting(family, directory, quantize):
     return model, *vlm_jax.split(unflatten(flat), table), packed_batch(model)
 
 
-def one_step(model, trainable, frozen, batch, sizes):
-    """Return the step's loss and {path: gradient}: `trace` without decay keeps it."""
+def prepared(model, trainable, frozen, batch, sizes):
+    """Return (the jitted step, its arguments on a mesh); `trace` without decay keeps gradients."""
     tx = optax.trace(decay=0.0)
     count = int(np.prod(list(sizes.values())))
     mesh = make_mesh(devices=jax.devices()[:count], **sizes)
@@ -103,8 +104,14 @@ def one_step(model, trainable, frozen, batch, sizes):
     batch = shard_batch(batch, mesh)
     # LLVM's optimizations are half of the compilation, and of no use to one step.
     step = jax.jit(vlm_jax.make_step(model, tx), compiler_options=QUICK)
-    with rows_over(batch.tokens.sharding):
-        state, metrics = step(state, frozen, batch)
+    return step, (state, frozen, batch)
+
+
+def one_step(*parts):
+    """Return the step's loss and {path: gradient}."""
+    step, arguments = prepared(*parts)
+    with rows_over(arguments[2].tokens.sharding):
+        state, metrics = step(*arguments)
     return float(metrics["loss"]), flatten(jax.device_get(state.opt_state.trace))
 
 
@@ -120,6 +127,23 @@ def test_every_mesh_gives_the_step_of_one_device(family, quantize, tmp_path):
         for path, gradient in whole.items():
             difference = np.linalg.norm(gradients[path] - gradient) / np.linalg.norm(gradient)
             assert difference < 1e-4, (sizes, path, difference)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_context_shares_the_work_of_decoder_tower_and_head(family, tmp_path):
+    parts = setting(family, tmp_path, None)
+    flops = {}
+    for context in (1, 4):
+        step, arguments = prepared(*parts, {"data": 1, "context": context})
+        with rows_over(arguments[2].tokens.sharding):
+            compiled = step.lower(*arguments).compile()
+        flops[context] = compiled.cost_analysis()["flops"]
+    assert flops[4] < 0.36 * flops[1]
+    # In the decoder's layers keys and values alone are gathered, forward and for the gradients.
+    inside = [one for one in collectives(compiled) if "language_model/layers" in one.where]
+    cfg = parts[0].config.text
+    sizes = {one.shape[2:] for one in inside if one.kind == "all-gather"}
+    assert sizes == {(cfg.num_kv_heads, cfg.head_dim)}
 
 
 def test_rows_that_do_not_spread_over_context_are_refused(tmp_path):

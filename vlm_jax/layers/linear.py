@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.layers.partition import places_are_spread
 from vlm_jax.weights import dense, is_quantized
 
 
@@ -53,6 +54,8 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
     """
     if is_quantized(kernel):
         return _quantized_matmul(x, kernel)
+    if places_are_spread():
+        return x @ dense(kernel, x.dtype)
     rows = x.reshape(-1, x.shape[-1]) @ dense(kernel, x.dtype)
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 

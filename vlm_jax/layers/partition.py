@@ -57,11 +57,18 @@ def constrain_rows(x: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
 
 
+def places_are_spread() -> bool:
+    """Return whether the tokens of a row lie on several devices: then rows must not be merged with
+    them, since no sharding describes the merged axis, and each device would get all of it."""
+    sharding = _rows.get()
+    return sharding is not None and bool(_axes(sharding)[1])
+
+
 def gather_places(x: Any) -> Any:
     """Return x [rows, places, ...] whose places are whole on each device: keys and values, which
     every query of the row attends to. As it is where places are not spread."""
     sharding = _rows.get()
-    if sharding is None or not _axes(sharding)[1]:
+    if sharding is None or not places_are_spread():
         return x
     spec = PartitionSpec(FREE, None, *[FREE] * (x.ndim - 2))
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
