@@ -115,7 +115,9 @@ def check(shape, dtype, name, block, double, eager=False):
         kernel = function(same, dtype)
         assert kernel.dtype == dtype
         np.testing.assert_array_equal(np.asarray(kernel, np.float32), values)
-    if block <= shape[0]:  # bitsandbytes on the CPU is wrong for longer blocks
+    # bitsandbytes' kernel for processors with AVX-512 is wrong where blocks run over row ends; the
+    # values above are computed from its codes and scales.
+    if shape[0] % block == 0:
         np.testing.assert_array_equal(
             bnb.dequantize_4bit(packed, state).to(torch.float32).T.numpy(), values
         )
