@@ -32,7 +32,7 @@ POD = {
             "volumeMounts": [{"name": str, "mountPath": str}],
         }
     ],
-    "volumes": [{"name": str, "csi": {"driver": str, "volumeAttributes": dict}}],
+    "volumes": [{"name": str, "nfs": {"server": str, "path": str}}],
 }
 JOB = {
     "parallelism": int,
@@ -102,7 +102,7 @@ def commands(tmp_path, monkeypatch):
         program = tmp_path / "bin" / name
         body = 'printf "%s\\n" "$(basename "$0") $*" >>"$CALLS"\n'
         if name == "srun":
-            body += "trap 'echo told >>\"$CALLS\"; exit 0' TERM\n"
+            body = "trap 'echo told >>\"$CALLS\"; exit 0' TERM\n" + body
             body += "for _ in $(seq 600); do sleep 0.1; done\n"
         program.write_text(f"#!/usr/bin/env bash\n{body}")
         program.chmod(0o755)
@@ -110,7 +110,7 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setenv("CALLS", str(log))
     monkeypatch.setenv("NAME", "vlm")
     monkeypatch.setenv("ZONE", "us-west4-a")
-    monkeypatch.setenv("BUCKET", "things")
+    monkeypatch.setenv("SHARE", "10.0.0.2:/share")
     return lambda: log.read_text() if log.exists() else ""
 
 
@@ -130,7 +130,7 @@ def test_a_slice_is_asked_for_trained_on_and_given_back(commands):
 
 
 def test_every_host_gets_the_same_command_quoted(commands):
-    done = tpu_vm("train", "--config=bucket/run.yaml", "--config.training.run_name=two words")
+    done = tpu_vm("train", "--config=share/run.yaml", "--config.training.run_name=two words")
     assert done.returncode == 0, done.stderr
     call = commands()
     assert "--worker=all" in call
@@ -141,9 +141,9 @@ def test_every_host_gets_the_same_command_quoted(commands):
 
 def test_what_is_missing_is_said(commands, monkeypatch):
     assert tpu_vm("creat").returncode == 2 and "tpu_vm.sh create" in tpu_vm("creat").stderr
-    monkeypatch.delenv("BUCKET")
+    monkeypatch.delenv("SHARE")
     done = tpu_vm("create")
-    assert done.returncode != 0 and "set BUCKET" in done.stderr and commands() == ""
+    assert done.returncode != 0 and "set SHARE" in done.stderr and commands() == ""
 
 
 def test_a_job_whose_time_is_up_is_stopped_and_goes_back_to_the_queue(commands, tmp_path):

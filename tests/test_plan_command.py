@@ -139,13 +139,27 @@ def dots(jaxpr):
     [
         [],
         ["training.gradient_checkpointing=false"],
+        ["training.remat_policy=block_save_attention"],
+        ["training.remat_policy=dots"],
+        ["training.remat_policy=offload"],
         ["model.quantize=nf4-dq"],
         ["lora.enabled=false", "model.vision_encoder_lr_scale=0.1"],
         ["lora.enabled=false", "model.language_model_lr_scale=0"],
         ["model.projector_lr_scale=0", "lora.modules_to_save=lm_head"],
         ["lora.target_modules=.*", "model.vision_encoder_lr_scale=1"],
     ],
-    ids=["lora", "no remat", "nf4", "full", "projector", "head", "lora everywhere"],
+    ids=[
+        "lora",
+        "no remat",
+        "attention kept",
+        "products kept",
+        "offload",
+        "nf4",
+        "full",
+        "projector",
+        "head",
+        "lora everywhere",
+    ],
 )
 def test_flops_are_those_of_the_program(tmp_path, family, changes):
     limit = ["data.max_pixels=none"] if family is llava else []
@@ -352,7 +366,7 @@ def test_the_fastest_setting_that_fits(tiny, capsys):
 
     code, easy = found(128)
     assert code == 0 and len(easy["trials"]) == 8
-    assert easy["overrides"]["training.gradient_checkpointing"] is False
+    assert easy["overrides"]["training.remat_policy"] == "none"
     assert easy["best"]["verdict"] == "FITS"
     rates = [trial["tokens_per_second"] for trial in easy["trials"]]
     assert easy["best"]["speed"]["tokens_per_second"] == max(rates) > min(rates)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from runs import lines, make_base, make_config, make_data, run
 from safetensors.numpy import load_file
-from several import environment, free_port, started, wait_until, written
+from several import OURS, Started, environment, free_port, started, wait_until, written
 
 from vlm_jax import UserError, processes
 from vlm_jax.sharding import share_of
@@ -251,6 +251,35 @@ def test_a_process_of_slurm_has_a_device_of_its_own(monkeypatch):
     seat = processes.seat()
     assert (seat.count, seat.number, seat.devices) == (16, 11, (3,))
     assert seat.address.startswith("node1:")
+
+
+@pytest.mark.slow
+def test_processes_with_different_settings_do_not_train_together(place):
+    config = json.loads((place / "config.json").read_text())
+    port = free_port()
+    group = []
+    try:
+        for number in range(2):
+            config["training"]["seed"] = number
+            file = place / f"seed{number}.json"
+            file.write_text(json.dumps(config))
+            values = (f"localhost:{port}", "2", str(number))
+            own = dict(zip(OURS, values, strict=True))
+            arguments = [
+                "train",
+                f"--config={file}",
+                f"--config.training.output_dir={place / 'odd'}",
+            ]
+            group.append(
+                Started(arguments, place / f"odd.{number}.log", environment(place, 4, **own))
+            )
+        assert [one.ended() for one in group] == [2, 2], [one.text for one in group]
+    finally:
+        for one in group:
+            one.process.kill()
+            one.process.wait()
+    for one in group:
+        assert "'training.seed' is '1' in process 1 and '0' in process 0" in one.text, one.text
 
 
 def test_what_several_processes_cannot_do_is_refused(place, monkeypatch):

@@ -43,8 +43,11 @@ def test_a_policy_is_named_or_follows_from_gradient_checkpointing():
     assert remat_of(c) == "block"
     c.training.gradient_checkpointing = False
     assert remat_of(c) == "none"
-    c.training.remat_policy = "offload"
-    assert remat_of(c) == "offload"
+    for policy in REMAT:
+        made = config.load(None, ["model.name_or_path=x", f"training.remat_policy={policy}"])
+        assert remat_of(made) == policy
+    named = config.load(None, {"model.name_or_path": "x", "training.remat_policy": "none"})
+    assert remat_of(named) == "none"
     with pytest.raises(vlm_jax.UserError, match="remat_policy' is 'blok'.*block_save_attention"):
         config.load(None, ["model.name_or_path=x", "training.remat_policy=blok"])
 

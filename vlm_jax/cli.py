@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--fit",
         action="store_true",
-        help="find the fastest batch size and gradient_checkpointing that fit",
+        help="find the fastest batch size and remat policy that fit",
     )
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -276,7 +276,11 @@ def _recommend(options: argparse.Namespace) -> int:
     write(found, file)
     console.print(f"Wrote '{file}'. Next, look at what the model will see, then train:")
     console.print(f"  vlm-jax preview --config {file}\n  vlm-jax train --config {file}")
-    console.print(f"Memory is estimated; vlm-jax plan --config {file} asks the compiler itself.")
+    topology = options.hardware or "v5e-1"
+    console.print(
+        f"Memory is estimated. Where there is a compiler, it can be asked:\n"
+        f"  vlm-jax plan --config {file} --topology {topology}"
+    )
     return 0
 
 

@@ -188,7 +188,8 @@ def _words(text: str) -> tuple[str, ...]:
 def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
     """Return `value` as the key's type, or raise `UserError`. Numbers may come as strings."""
     try:
-        if value is None or (optional and str(value).strip().lower() in NONE_WORDS):
+        named = str(value) in CHOICES.get(key, ())  # "none" may be one of several choices
+        if value is None or (optional and not named and str(value).strip().lower() in NONE_WORDS):
             if optional:
                 return None
             if kind is tuple:

@@ -43,7 +43,7 @@ def seat() -> Seat | None:
     """Return this process's seat, or None where it is alone.
 
     The three variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID say it, or else
-    what JAX finds itself: a TPU pod, SLURM, Open MPI, Kubernetes. JAX_NUM_PROCESSES=1: alone.
+    what JAX finds itself: a TPU pod, SLURM, Open MPI. JAX_NUM_PROCESSES=1: alone.
     Raises `UserError` where one of the three is missing or has no meaning.
     """
     given = {name: os.environ[name] for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)}
@@ -266,6 +266,22 @@ def gather(name: str, value: Any) -> list[Any]:
     wait_for_all(name)
     found = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in _listed(place)}
     return [found[i] for i in range(count())]
+
+
+def check_same(what: str, value: dict[str, Any]) -> None:
+    """Raise `UserError` where the first process's value of a key differs from this one's.
+
+    value: JSON-able values by name. All call it.
+    """
+    first = gather(what, value)[0]
+    own = json.loads(json.dumps(value))
+    for key in sorted(first.keys() | own.keys()):
+        if first.get(key) != own.get(key):
+            raise UserError(
+                f"Processes train together only with equal {what}: '{key}' is "
+                f"{own.get(key)!r:.200} in process {number()} and {first.get(key)!r:.200} in "
+                f"process 0. Give all of them the same command and the same files."
+            )
 
 
 def _listed(place: str) -> list[tuple[str, str]]:

@@ -91,8 +91,9 @@ def _last_words(here: Seat) -> Iterator[Callable[[str], None]]:
     try:
         yield say
     finally:
-        say("")
-        pipe.close()
+        with contextlib.suppress(OSError):  # it may have been killed
+            say("")
+            pipe.close()
         child.wait()
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: a queued resource, one process on each of its hosts.
 #
-#   export NAME=vlm ZONE=us-west4-a BUCKET=my-bucket
+#   export NAME=vlm ZONE=us-west4-a SHARE=10.0.0.2:/share
 #   bash scripts/launch/tpu_vm.sh create             # asks for the slice; state: tpu_vm.sh state
-#   bash scripts/launch/tpu_vm.sh setup              # installs, mounts the bucket at ~/bucket
-#   bash scripts/launch/tpu_vm.sh train --config bucket/run.yaml --resume=auto
+#   bash scripts/launch/tpu_vm.sh setup              # installs, mounts the share at ~/share
+#   bash scripts/launch/tpu_vm.sh train --config share/run.yaml --resume=auto
 #   bash scripts/launch/tpu_vm.sh log                # of the first host; Ctrl-C leaves it running
 #   bash scripts/launch/tpu_vm.sh stop               # saves a checkpoint, then ends
 #   bash scripts/launch/tpu_vm.sh delete             # gives the slice back
@@ -14,7 +14,7 @@
 set -euo pipefail
 
 : "${NAME:?set NAME, what the slice is called}" "${ZONE:?set ZONE, as us-west4-a}"
-: "${BUCKET:?set BUCKET, the Cloud Storage bucket of data, base checkpoint and results}"
+: "${SHARE:?set SHARE, the NFS share of data, base checkpoint and results, as 10.0.0.2:/share}"
 TYPE=${TYPE:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
 SPOT=${SPOT:-1}
@@ -37,19 +37,21 @@ state() {
 }
 
 setup() {
-    git -C "$(dirname "${BASH_SOURCE[0]}")/../.." archive --format=tar.gz HEAD |
-        gcloud storage cp - "gs://$BUCKET/vlm_jax.tar.gz"
+    local archive
+    archive=$(mktemp --suffix=.tar.gz)
+    git -C "$(dirname "${BASH_SOURCE[0]}")/../.." archive --format=tar.gz HEAD >"$archive"
+    gcloud compute tpus tpu-vm scp "$archive" "$NAME":vlm_jax.tar.gz --zone="$ZONE" --worker=all
+    rm "$archive"
+    # uv brings a Python that is new enough.
     on all "
         set -eu
-        command -v gcsfuse >/dev/null || {
-            echo 'gcsfuse is not on this host: see https://cloud.google.com/storage/docs/cloud-storage-fuse/install' >&2
-            exit 2
-        }
-        mkdir -p ~/bucket ~/vlm_jax
-        mountpoint -q ~/bucket || gcsfuse --implicit-dirs '$BUCKET' ~/bucket
-        [ -x ~/venv/bin/pip ] || python3 -m venv ~/venv
-        tar -xzf ~/bucket/vlm_jax.tar.gz -C ~/vlm_jax
-        ~/venv/bin/pip install --quiet ~/vlm_jax'[tpu,gcs]'
+        command -v mount.nfs >/dev/null || sudo apt-get install -y -qq nfs-common
+        mkdir -p ~/share ~/vlm_jax
+        mountpoint -q ~/share || sudo mount -t nfs '$SHARE' ~/share
+        tar -xzf ~/vlm_jax.tar.gz -C ~/vlm_jax
+        python3 -m pip install --quiet --user uv
+        [ -x ~/venv/bin/python ] || python3 -m uv venv --quiet --python 3.12 ~/venv
+        python3 -m uv pip install --quiet --python ~/venv/bin/python ~/vlm_jax'[tpu]'
     "
 }
 
@@ -58,7 +60,7 @@ train() {
     local arguments
     printf -v arguments ' %q' "$@"
     on all "
-        JAX_COMPILATION_CACHE_DIR=~/bucket/compiled setsid nohup \
+        JAX_COMPILATION_CACHE_DIR=~/share/compiled setsid nohup \
             ~/venv/bin/vlm-jax train$arguments >~/train.log 2>&1 </dev/null &
     "
 }

@@ -105,7 +105,7 @@ def under_signals(data: Path, output: Path, kills: int, terms: int, seconds: flo
     """Train with so many of each signal in random order; return whether each cost what it may."""
     pending = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     random.shuffle(pending)
-    good = True
+    good, sent = True, 0
     share = seconds / max(1, len(pending))
     for number, kind in enumerate(pending, start=1):
         before, running = logged(output), start(data, output)
@@ -113,6 +113,7 @@ def under_signals(data: Path, output: Path, kills: int, terms: int, seconds: flo
         while logged(output) <= before and running.poll() is None:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 1.6 * share))
+        sent += running.poll() is None
         running.send_signal(kind)
         code, reached, kept = running.wait(), logged(output), newest(output)
         lost = reached - kept
@@ -128,6 +129,8 @@ def under_signals(data: Path, output: Path, kills: int, terms: int, seconds: flo
         if reached >= STEPS and code == 0:
             print("The run ended before all signals were sent.")
             break
+    print(f"{sent} signals reached a run at work.")
+    good &= sent >= len(pending) // 2
     return start(data, output).wait() == 0 and good if logged(output) < STEPS else good
 
 

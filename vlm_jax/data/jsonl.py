@@ -48,6 +48,7 @@ class JsonLines:
     def __iter__(self) -> Iterator[Any]:
         index = 0
         with open(self.path, "rb") as file:
+            _check_utf8(os.pread(file.fileno(), 2, 0), str(self.path))
             for number, line in enumerate(file, start=1):
                 line = line.removeprefix(BOM) if number == 1 else line
                 if not line.strip(BLANK):

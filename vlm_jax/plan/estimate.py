@@ -100,6 +100,14 @@ def activations(model: Model, shape: Shape, rows: int, trains_tower: bool, decod
     kept = tokens * text.hidden_size * text.num_layers * size
     if trains_tower:
         kept += patches * vision.width * vision.depth * size
+    if model.remat == "offload":
+        kept = 0
+    if model.remat == "block_save_attention":
+        kept += tokens * text.num_heads * text.head_dim * text.num_layers * size
+    if model.remat == "dots":  # what each product gives
+        kept += (
+            tokens * (2 * text.intermediate_size + 5 * text.hidden_size) * (text.num_layers * size)
+        )
     if model.remat == "none":
         kept += inside * (text.num_layers - 1) + trains_tower * seen * (vision.depth - 1)
     head = 2 * min(tokens, CHUNK_POSITIONS) * text.vocab_size * 4

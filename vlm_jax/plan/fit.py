@@ -45,12 +45,12 @@ def settings(config: ConfigDict) -> Iterator[list[dict[str, Any]]]:
     training = config.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     sizes = [size for size in (2**n for n in range(rows.bit_length())) if rows % size == 0]
-    for recompute in (False, True):
+    for policy in ("none", "block"):
         yield [
             {
                 "training.per_device_train_batch_size": size,
                 "training.gradient_accumulation_steps": rows // size,
-                "training.gradient_checkpointing": recompute,
+                "training.remat_policy": policy,
             }
             for size in sizes
         ]

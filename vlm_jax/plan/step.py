@@ -125,6 +125,11 @@ def abstract_mesh(config: ConfigDict, count: int) -> AbstractMesh:
     m = config.mesh
     if m.devices > count:
         raise UserError(f"mesh.devices is {m.devices}, but there are {count} devices.")
+    if m.context != 1:
+        raise UserError(
+            f"mesh.context is {m.context}, of which an estimate from shapes knows nothing: plan "
+            f"for hardware that can be compiled for, as v5e-16 or h100:8."
+        )
     sizes = mesh_sizes(m.devices or count, m.data, m.fsdp, m.tensor)
     kinds = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)

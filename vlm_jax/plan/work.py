@@ -19,6 +19,10 @@ ORDER = ("vision", "projector", "embeddings", "language_model", "head")
 # The last product of a block: its result is only added, so it is not computed again.
 LAST = ("down_proj", "fc2")
 KERNELS = ("kernel", "lora_A", "lora_B", "added")
+# Remat policies under which a block's products with weights are computed again, and how much of
+# attention's two products is: with its result kept, the scores alone.
+PRODUCTS_AGAIN = ("block", "block_save_attention", "offload")
+ATTENTION_AGAIN = {"none": 0, "block": 1, "block_save_attention": 0.5, "dots": 1, "offload": 1}
 
 
 class Work(NamedTuple):
@@ -67,7 +71,7 @@ def count(
     # Whether gradients by activations are asked for at a component's input, and inside of it.
     enters = {name: bool(trains & set(ORDER[:i])) for i, name in enumerate(ORDER)}
     inside = {name: enters[name] or name in trains for name in ORDER}
-    again = model.remat != "none"
+    again = model.remat in PRODUCTS_AGAIN
     positions = {
         "vision": rows * patches,
         "projector": rows * patches // family.merged_patches(cfg),
@@ -117,7 +121,8 @@ def count(
         ("language_model", tokens, width),
     ):
         once = 4 * positions[name] * keys * wide * layers[name]
-        found[name].append(Work(once, 2 * once * inside[name], 0, once * (inside[name] and again)))
+        redone = int(once * ATTENTION_AGAIN[model.remat]) * inside[name]
+        found[name].append(Work(once, 2 * once * inside[name], 0, redone))
     return {name: total(works) for name, works in found.items()}
 
 

@@ -168,7 +168,8 @@ class Checkpoints:
                 if len(self.steps) < 2 or processes.count() > 1:
                     raise
                 newest, before = self.steps[-1], self.steps[-2]
-                aside = self.directory / f"damaged-{newest}"
+                names = (f"damaged-{newest}{end}" for end in ("", *(f".{n}" for n in range(1, 99))))
+                aside = next(p for n in names if not (p := self.directory / n).exists())
                 os.replace(self.directory / str(newest), aside)
                 self.manager.reload()
                 warn(
@@ -180,6 +181,12 @@ class Checkpoints:
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many unrelated types
+            if isinstance(error, OSError | MemoryError) and not isinstance(
+                error, FileNotFoundError
+            ):
+                raise  # the checkpoint may be whole
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
             where = self.directory / str(step)
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise Damaged(

@@ -105,6 +105,7 @@ def compile_largest_step(
 
     Raises `UserError` where that does not fit into memory; then none of the others fails so.
     """
+    check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
     compiled, jitted = compile_step(run, state, frozen, batch)
     _check_memory(compiled, shapes[-1], rows)
@@ -118,6 +119,7 @@ def compile_largest_loss(
 ) -> OnceAShape:
     """Return (trainable, frozen, batch) -> (loss_sum, tokens), compiled as the step is."""
     jitted = jax.jit(lambda trainable, frozen, batch: loss(model, trainable, frozen, batch))
+    check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
     with rows_over(batch.tokens.sharding):
         jitted.lower(state.trainable, frozen, batch).compile()

@@ -21,6 +21,12 @@ DATA_KEYS = (
     *("video_fps", "video_min_frames", "video_max_frames", "video_min_pixels", "video_max_pixels"),
 )
 
+# Where things lie, which may differ from host to host.
+PLACES = (
+    *("model.name_or_path", "model.adapter", "training.output_dir", "training.run_name"),
+    *("data.train_file", "data.eval_file", "data.image_folder"),
+)
+
 
 def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[str, Any]:
     """Return what must be the same when a run goes on, as JSON values.
@@ -53,6 +59,12 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
             "optim": configs.OPTIMIZERS[t.optim],
         },
     }
+
+
+def settings_of(config: ConfigDict) -> dict[str, str]:
+    """Return {"section.key": value in words} of a config, but for where things lie."""
+    flat = configs.flatten_config(config)
+    return {key: str(value) for key, value in flat.items() if key not in PLACES}
 
 
 def sources_identity(source: Any) -> Any:

@@ -30,7 +30,7 @@ from vlm_jax.train.compile import (
     out_of_memory_explained,
 )
 from vlm_jax.train.feed import Feed
-from vlm_jax.train.identity import identity
+from vlm_jax.train.identity import identity, settings_of
 from vlm_jax.train.metrics import (
     check_reporters,
     numbers,
@@ -85,6 +85,7 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
 
 def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) -> dict:
     t, start = config.training, time.perf_counter()
+    processes.check_same("configs", settings_of(config))
 
     # What is trained, and on what
     mesh = mesh_of(config)
@@ -141,6 +142,7 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
 
     # Where from
     same = identity(config, model, table, rows)
+    processes.check_same("data and base checkpoints", {**same, "shapes": data.shapes})
     place, step = {"epoch": 0, "step": 0}, 0
     if resume:
         checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit)
@@ -180,9 +182,9 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
         bar = progress_bar(console)
         batches: Any = data.batches(place, feed.bytes_only)
         with (
+            interruptible(mesh) as stop,  # until the last checkpoint is whole
             checkpoints,
             contextlib.closing(batches),
-            interruptible(mesh) as stop,
             bar,
             contextlib.closing(log),
         ):
