@@ -273,8 +273,8 @@ def check_same(what: str, value: dict[str, Any]) -> None:
 
     value: JSON-able values by name. All call it.
     """
-    first = gather(what, value)[0]
     own = json.loads(json.dumps(value))
+    first = gather(what, own)[0]
     for key in sorted(first.keys() | own.keys()):
         if first.get(key) != own.get(key):
             raise UserError(
