@@ -84,7 +84,10 @@ def test_the_step_is_the_runs_own(tiny, step):
         same = jax.tree.map(lambda a, b: a.sharding.spec == b.spec, mine, theirs)
         assert all(jax.tree.leaves(same))
     assert step.out_tree == jax.tree.structure((state, dict.fromkeys(metrics(model, state), 0)))
-    assert {x.spec for x in jax.tree.leaves(batch)} == {PartitionSpec(("data", "fsdp"))}
+    rows = ("data", "fsdp")
+    assert {x.spec for x in jax.tree.leaves(batch)} == {
+        PartitionSpec(rows), PartitionSpec(rows, "context"), PartitionSpec(rows, None, "context"),
+    }  # patches, tokens, and their positions in three axes  # fmt: skip
     assert step.args_info[0][2].tokens.shape == (4, 128)
     assert step.args_info[0][2].patches.shape[:2] == (4, 64)  # 12,544 pixels of 14 x 14
 

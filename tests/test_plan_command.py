@@ -327,7 +327,7 @@ def test_a_gpu_without_a_compiler_is_estimated_and_says_so(tiny, capsys):
     assert tree["basis"] == ESTIMATED
     assert tree["exchanges"] is tree["bytes_accessed"] is tree["compile_seconds"] is None
     assert tree["moments_host"] > 0 and tree["rows"] == 8 and tree["micro_batches"] == 4
-    assert tree["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert tree["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1, "context": 1}
     assert tree["peak"] == sum(tree["parts"].values())
     # float32 gradients of a micro-batch and of all so far, and bfloat16 copies.
     masters = tree["parts"]["LoRA"] + tree["parts"]["other trained weights"]
