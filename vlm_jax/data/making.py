@@ -76,7 +76,7 @@ def batches(source: "Steps", making: Making) -> Iterator[tuple[Batch, "Made"]]:
     iterator = iter(dataset)
     try:
         for arrays, made in iterator:
-            yield Batch(**arrays), made
+            yield Batch(**_padded(arrays) if making.workers else arrays), made
     finally:
         if making.workers:
             iterator.close()
@@ -164,6 +164,8 @@ class Steps:
         rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
         batch = self.planner.measurer.encoder.collate(rows, *step.shape, self.bytes_only)
         arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        if self.workers:  # padding is not brought through shared memory
+            arrays["patches"] = arrays["patches"][arrays["patch_segments"] > 0]
         return arrays, Made(ids, step, skipped)
 
     def _example(self, index: int) -> tuple[str, Example] | Skipped:
@@ -186,6 +188,14 @@ class Steps:
             if not measurer.allowed(error):
                 raise measurer.named(index, error) from error
             return Skipped(index, reason_of(error), f"In {measurer.records.place(index)}: {error}")
+
+
+def _padded(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a batch's arrays with its patches, which came without padding, in their slots."""
+    held, cut = arrays["patch_segments"] > 0, arrays["patches"]
+    patches = np.zeros((*held.shape, cut.shape[1]), cut.dtype)
+    patches[held] = cut
+    return {**arrays, "patches": patches}
 
 
 def sizes_of(example: Example) -> tuple[int, int]:
