@@ -71,18 +71,22 @@ def collate(
     like: Example,
     merge: int = 1,
     pixels: Any = np.float32,
+    padded: bool = True,
 ) -> Batch:
     """Return a numpy `Batch` of len(rows) rows of `length` tokens and `patches` patches.
 
     A row's examples are packed one after another; segments and images are numbered through the
     row. `like` is any example of the same family: it gives the shapes of an empty row. `merge` is
     how many patches make one image feature (`merged_patches` of the family's config). `pixels` is
-    the dtype of the examples' patches: uint8 before `vlm_jax.data.look_up`.
+    the dtype of the examples' patches: uint8 before `vlm_jax.data.look_up`. Without `padded` the
+    batch's patches are [N, C], those of all rows one after another, until `pad_patches`.
     Raises `ValueError` where a row does not fit: nothing is ever cut.
     """
     B = len(rows)
     axes = like["positions"].shape[:-1]  # () or (3,)
+    C = like["patches"].shape[1]
     place = like["patch_positions"].shape[1:]  # () or (2,)
+    held = sum(len(example["patches"]) for examples in rows for example in examples)
     batch = Batch(
         tokens=np.zeros((B, length), np.int32),
         targets=np.zeros((B, length), np.int32),
@@ -90,10 +94,11 @@ def collate(
         segments=np.zeros((B, length), np.int32),
         positions=np.zeros((B, *axes, length), np.int32),
         image_index=np.full((B, length), -1, np.int32),
-        patches=np.zeros((B, patches, like["patches"].shape[1]), pixels),
+        patches=np.zeros((B, patches, C), pixels) if padded else np.empty((held, C), pixels),
         patch_segments=np.zeros((B, patches), np.int32),
         patch_positions=np.zeros((B, patches, *place), np.int32),
     )
+    slots, taken = batch.patches.reshape(-1, C), 0
     for row, examples in enumerate(rows):
         t = p = images = 0
         for number, example in enumerate(examples, start=1):
@@ -114,9 +119,20 @@ def collate(
             batch.image_index[row, here] = np.where(index >= 0, index + p // merge, -1)
             if m and example["patches"].dtype != pixels:
                 raise ValueError(f"Patches are {example['patches'].dtype}, not {pixels}.")
-            batch.patches[row, there] = example["patches"]
+            start = row * patches + p if padded else taken
+            slots[start : start + m] = example["patches"]
             segments = example["patch_segments"]
             batch.patch_segments[row, there] = np.where(segments > 0, segments + images, 0)
             batch.patch_positions[row, there] = example["patch_positions"]
             t, p, images = t + n, p + m, images + int(segments.max(initial=0))
+            taken += m
     return batch
+
+
+def pad_patches(batch: Batch) -> Batch:
+    """Return a numpy batch that `collate` made without padding with its patches in their slots."""
+    patches = np.zeros((*batch.patch_segments.shape, batch.patches.shape[1]), batch.patches.dtype)
+    ends = np.cumsum((batch.patch_segments > 0).sum(1))
+    for row, cut in zip(patches, np.split(batch.patches, ends[:-1]), strict=True):
+        row[: len(cut)] = cut
+    return dataclasses.replace(batch, patches=patches)

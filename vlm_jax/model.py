@@ -122,10 +122,11 @@ class Model:
         length: int,
         patches: int,
         pixels: Any = np.float32,
+        padded: bool = True,
     ) -> Batch:
         """Return a numpy `Batch`, patches of dtype `pixels`; see `vlm_jax.batch.collate`."""
         merge = self.family.merged_patches(self.config)
-        return collate(rows, length, patches, self.empty_example, merge, pixels)
+        return collate(rows, length, patches, self.empty_example, merge, pixels, padded)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return random parameters of this architecture, to train from nothing."""

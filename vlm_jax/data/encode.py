@@ -306,9 +306,11 @@ class Encoder:
         length: int,
         patches: int,
         bytes_only: bool = False,
+        padded: bool = True,
     ) -> Batch:
         """Return the `Batch` of rows of examples; see `vlm_jax.batch.collate`."""
-        return self.model.collate(rows, length, patches, np.uint8 if bytes_only else np.float32)
+        pixels = np.uint8 if bytes_only else np.float32
+        return self.model.collate(rows, length, patches, pixels, padded)
 
     def image_settings(self) -> dict[str, Any] | None:
         """Return the preprocessor_config.json that serves images as they were trained on."""

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from vlm_jax.batch import Batch, Example
+from vlm_jax.batch import Batch, Example, pad_patches
 from vlm_jax.data.measuring import reason_of
 from vlm_jax.data.planner import Planner, State, Step
 from vlm_jax.data.records import BadExample, describe
@@ -76,7 +76,8 @@ def batches(source: "Steps", making: Making) -> Iterator[tuple[Batch, "Made"]]:
     iterator = iter(dataset)
     try:
         for arrays, made in iterator:
-            yield Batch(**_padded(arrays) if making.workers else arrays), made
+            batch = Batch(**arrays)
+            yield pad_patches(batch) if making.workers else batch, made
     finally:
         if making.workers:
             iterator.close()
@@ -162,10 +163,10 @@ class Steps:
                     examples.append(one[1])
             rows.append(examples)
         rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
-        batch = self.planner.measurer.encoder.collate(rows, *step.shape, self.bytes_only)
+        encoder = self.planner.measurer.encoder
+        # Padding is not brought through shared memory.
+        batch = encoder.collate(rows, *step.shape, self.bytes_only, padded=not self.workers)
         arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        if self.workers:  # padding is not brought through shared memory
-            arrays["patches"] = arrays["patches"][arrays["patch_segments"] > 0]
         return arrays, Made(ids, step, skipped)
 
     def _example(self, index: int) -> tuple[str, Example] | Skipped:
@@ -188,14 +189,6 @@ class Steps:
             if not measurer.allowed(error):
                 raise measurer.named(index, error) from error
             return Skipped(index, reason_of(error), f"In {measurer.records.place(index)}: {error}")
-
-
-def _padded(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a batch's arrays with its patches, which came without padding, in their slots."""
-    held, cut = arrays["patch_segments"] > 0, arrays["patches"]
-    patches = np.zeros((*held.shape, cut.shape[1]), cut.dtype)
-    patches[held] = cut
-    return {**arrays, "patches": patches}
 
 
 def sizes_of(example: Example) -> tuple[int, int]:

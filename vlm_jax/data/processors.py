@@ -120,7 +120,7 @@ def picture(pixels: Pixels) -> Image.Image:
 def resize(pixels: Pixels, size: tuple[int, int], resample: int) -> np.ndarray:
     """Return uint8 [height, width, 3] of the image resized by Pillow's filter number `resample`."""
     height, width = size
-    return np.array(picture(pixels).resize((width, height), resample=resample))
+    return np.asarray(picture(pixels).resize((width, height), resample=resample))
 
 
 @dataclasses.dataclass(frozen=True)
