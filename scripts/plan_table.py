@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from vlm_jax import UserError, config
+from vlm_jax.hardware import hardware
 from vlm_jax.plan import plan_step
-from vlm_jax.plan.hardware import hardware
 from vlm_jax.plan.report import COMPILED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "PERFORMANCE.md"

@@ -16,10 +16,10 @@ from test_plan import on_chip
 
 from vlm_jax import config, plan
 from vlm_jax.cli import main
+from vlm_jax.hardware import DEVICES, hardware, slice_shape
 from vlm_jax.models.known import KNOWN
 from vlm_jax.plan import leaves, work
 from vlm_jax.plan.fit import settings
-from vlm_jax.plan.hardware import DEVICES, hardware, slice_shape
 from vlm_jax.plan.program import Collective
 from vlm_jax.plan.report import ESTIMATED, plan_step, refused
 from vlm_jax.plan.show import flops, seconds, show, size
@@ -163,7 +163,9 @@ def dots(jaxpr):
 )
 def test_flops_are_those_of_the_program(tmp_path, family, changes):
     limit = ["data.max_pixels=none"] if family is llava else []
-    step = prepare(configured(family(tmp_path), "lora.r=4", *limit, *changes), 1, rows=2)
+    step = prepare(
+        configured(family(tmp_path), "lora.r=4", *limit, *changes), hardware("rtx4090"), rows=2
+    )
     counted = work.total(
         work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape).values()
     )
@@ -271,7 +273,7 @@ def test_the_table_shows_what_the_json_holds(report):
 
 
 def test_every_parameter_is_listed_with_its_place(report, tiny):
-    step = prepare(config.load(tiny), 1)
+    step = prepare(config.load(tiny), hardware("rtx4090"))
     paths = {*flatten(step.frozen), *flatten(step.state.trainable)}
     assert [leaf.path for leaf in report.parameters] == sorted(paths)
     by_path = {leaf.path: leaf for leaf in report.parameters}

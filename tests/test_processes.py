@@ -17,7 +17,8 @@ from several import OURS, Started, environment, free_port, started, wait_until, 
 
 from vlm_jax import UserError, processes
 from vlm_jax.sharding import share_of
-from vlm_jax.train.run import check_evaluation, mesh_of
+from vlm_jax.train.mesh import mesh_of
+from vlm_jax.train.run import check_evaluation
 
 NUMBERS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "epoch")
 LONG = ("--config.training.max_steps=40", "--config.training.save_steps=5",

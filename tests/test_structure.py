@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 # stand in the same row or lower. docs/DESIGN.md explains the order.
 LEVELS = [
     ("errors", "values", "config_tables"),
-    ("trees", "config", "processes"),
+    ("trees", "config", "hardware", "processes"),
     ("weights", "batch", "positions", "together"),
     ("layers",),
     ("models",),

@@ -19,6 +19,7 @@ from vlm_jax.config_tables import (
     OPTIMIZERS,
     RANGES,
     REPORTERS,
+    WORDS,
 )
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.values import VALUES, columns_value, plain, sources_value
@@ -150,6 +151,8 @@ def get_config() -> ConfigDict:
     e.batch_size = 16  # prompts that generate together
 
     m = c.mesh = ConfigDict()  # the devices of a run; the four sizes multiply to their number
+    # Pick data and fsdp so that memory suffices; also written `mesh: auto`.
+    m.auto = False
     m.devices = 0  # how many take part, the first ones; 0: all
     m.data = -1  # copies of the model that share the rows; -1: what is left
     m.fsdp = 1  # devices that share one copy's parameters, and rows too
@@ -234,6 +237,7 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
     seen: dict[str, str] = {}
     for given, value in values.items():
         key = ALIASES.get(given, given)
+        key, value = WORDS.get(f"{given}={value}", (key, value))
         if key not in types:
             raise UserError(
                 f"Unknown config key '{given}' in {where}{nearest(given, [*types, *ALIASES])}. "
@@ -387,9 +391,8 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
         else:
             raise UserError(f"The config file '{file}' must end in .py, .yaml, .yml or .json.")
         for section, values in tree.items():
-            if section in config and not isinstance(
-                values, Mapping | ConfigDict | FrozenConfigDict
-            ):
+            is_section = isinstance(values, Mapping | ConfigDict | FrozenConfigDict)
+            if section in config and not is_section and f"{section}={values}" not in WORDS:
                 raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
         _overlay(config, flatten_config(tree), f"'{file}'")
     if not isinstance(overrides, Mapping):

@@ -44,6 +44,9 @@ ALIASES = {
     "data.image_size": "data.image_resolution",
 }
 
+# A word that stands for a whole section -> the key and value that it means.
+WORDS = {"mesh=auto": ("mesh.auto", True)}
+
 # Every name of an optimizer, transformers' OptimizerNames among them, and the one that it means.
 OPTIMIZERS = {
     "adamw": "adamw",

@@ -11,10 +11,10 @@ from vlm_jax import config as configs
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.sources import is_list_of_sources
 from vlm_jax.errors import UserError
+from vlm_jax.hardware import GB, Hardware, hardware
 from vlm_jax.hub.load import resolve
-from vlm_jax.plan.estimate import Estimate, estimate
-from vlm_jax.plan.hardware import GB, Hardware, hardware
 from vlm_jax.survey import RowChoice, Sizes, choose_row, measure, pixel_limits
+from vlm_jax.train.estimate import Estimate, estimate
 from vlm_jax.values import sources_value
 
 

@@ -11,7 +11,7 @@ import re
 import jax
 
 from vlm_jax.errors import UserError
-from vlm_jax.plan.hardware import DEVICES
+from vlm_jax.hardware import DEVICES
 
 KIND = (
     "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vlm_jax.hardware import DEVICES, GB, GIB, Device, hardware
 from vlm_jax.plan import leaves, program, traffic, work
-from vlm_jax.plan.estimate import activations, largest
-from vlm_jax.plan.hardware import DEVICES, GB, GIB, Device, hardware
 from vlm_jax.plan.speed import Speed, sent, speed
 from vlm_jax.plan.step import Step, load, prepare
 from vlm_jax.plan.topologies import devices
+from vlm_jax.train.estimate import activations, largest
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 
@@ -115,7 +115,7 @@ def plan_step(
     """Return what a config's own training step needs on hardware, and how fast it would be.
 
     config, overrides, rows, tokens, patches: as for `vlm_jax.plan.compile_step`. topology: a name
-    of `vlm_jax.plan.hardware`: "v5e-4", "v5p:2x2x1", "h100:8", "rtx4090". parameters: list every
+    of `vlm_jax.hardware`: "v5e-4", "v5p:2x2x1", "h100:8", "rtx4090". parameters: list every
     leaf with its sharding. TPU slices and H100s are compiled for; other GPUs, for which no compiler
     can be had, are estimated from shapes, and the report says so. A step that does not fit is a
     report too. Raises `UserError` for what the config lacks, an unknown topology, a mesh that does
@@ -123,7 +123,7 @@ def plan_step(
     """
     machine = hardware(topology)
     device = DEVICES[machine.device]
-    where = devices(machine.topology) if device.compiles else machine.count
+    where = devices(machine.topology) if device.compiles else machine
     step = prepare(load(config, overrides or {}), where, rows=rows, tokens=tokens, patches=patches)
     own = leaves.parts(step)
     found = _compiled(step, device, own) if device.compiles else _estimated(step, device, own)

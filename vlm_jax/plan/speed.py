@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from vlm_jax.plan.hardware import Device
+from vlm_jax.hardware import Device
 from vlm_jax.plan.program import Collective
 
 COMPILER = "the TPU compiler's estimate of its own schedule, without waiting on other chips"

@@ -11,16 +11,15 @@ from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch
-from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
+from vlm_jax.hardware import Hardware
 from vlm_jax.model import Model
 from vlm_jax.plan.topologies import OPTIONS, devices
-from vlm_jax.sharding import mesh_sizes
 from vlm_jax.train.abstract import abstract_run
-from vlm_jax.train.base import base_name
 from vlm_jax.train.compile import abstract_batch, out_of_memory_explained
 from vlm_jax.train.compile import compile_step as compile_run
-from vlm_jax.train.run import mesh_of, rows_of
+from vlm_jax.train.estimate import image_patches
+from vlm_jax.train.mesh import mesh_of, rows_of, sizes_of
 from vlm_jax.train.step import TrainState, make_step
 
 
@@ -97,17 +96,18 @@ def load(config: str | Path | ConfigDict, changes: Mapping[str, Any]) -> ConfigD
 
 def prepare(
     config: ConfigDict,
-    found: Sequence[Any] | int,
+    found: Sequence[Any] | Hardware,
     *,
     rows: int | None = None,
     tokens: int | None = None,
     patches: int | None = None,
 ) -> Step:
-    """Return a config's step over devices, or over so many of a kind that cannot be compiled for.
+    """Return a config's step over devices, or over hardware that cannot be compiled for.
 
     See `compile_step` for sizes and errors.
     """
-    over: Any = abstract_mesh(config, found) if isinstance(found, int) else mesh_of(config, found)
+    over: Any
+    over = abstract_mesh(config, found) if isinstance(found, Hardware) else mesh_of(config, found)
     model, tx, state, frozen = abstract_run(config, over)
     parts = config.training.gradient_accumulation_steps
     shards = over.shape["data"] * over.shape["fsdp"]
@@ -120,9 +120,9 @@ def prepare(
     return Step(config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts)
 
 
-def abstract_mesh(config: ConfigDict, count: int) -> AbstractMesh:
-    """Return the mesh of a config's `mesh` section over so many devices that nobody describes."""
-    m = config.mesh
+def abstract_mesh(config: ConfigDict, machine: Hardware) -> AbstractMesh:
+    """Return the mesh of a config's `mesh` section over devices that nobody describes."""
+    m, count = config.mesh, machine.count
     if m.devices > count:
         raise UserError(f"mesh.devices is {m.devices}, but there are {count} devices.")
     if m.context != 1:
@@ -130,7 +130,7 @@ def abstract_mesh(config: ConfigDict, count: int) -> AbstractMesh:
             f"mesh.context is {m.context}, of which an estimate from shapes knows nothing: plan "
             f"for hardware that can be compiled for, as v5e-16 or h100:8."
         )
-    sizes = mesh_sizes(m.devices or count, m.data, m.fsdp, m.tensor)
+    sizes = sizes_of(config, m.devices or count, machine.usable)
     kinds = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
@@ -144,28 +144,3 @@ def _whole(name: str, given: int | None, default: int, unit: int = 1, least: int
             f"(rows divide among micro-batches and the devices of mesh.data x mesh.fsdp)."
         )
     return size
-
-
-def image_patches(config: ConfigDict, model: Model) -> int:
-    """Return the patches of a row that holds one image of the largest size."""
-    family, d = model.family, config.data
-    unit = family.patch_unit(model.config)
-    if not family.HAS_GRIDS:  # an image has one size
-        return unit
-    directory = Path(base_name(config)).expanduser()
-    settings = read_settings(directory) if directory.is_dir() else None
-    if settings is None and not (d.max_pixels or d.image_resolution):
-        raise UserError(
-            f"Nothing says how large an image may be: '{directory}' is no directory with image "
-            f"settings. Set data.max_pixels or data.image_resolution, or give the patches of a row."
-        )
-    vision = model.config.vision
-    own = {"image_processor_type": family.IMAGE_PROCESSOR, "merge_size": vision.merge}
-    processor = make_processor(
-        settings or {**own, "patch_size": vision.patch_shape[-1]},
-        min_pixels=d.min_pixels,
-        max_pixels=d.max_pixels,
-        image_resolution=d.image_resolution or None,
-    )
-    assert processor.largest is not None
-    return -(-processor.largest // unit) * unit

@@ -10,7 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.plan.hardware import DEVICES, hardware
+from vlm_jax.hardware import DEVICES, hardware
 
 INSTALL = 'Install the compilers for hardware that is not here: pip install "vlm_jax[plan]".'
 EXAMPLES = ("v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1", "h100:8")

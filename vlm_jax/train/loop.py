@@ -31,6 +31,7 @@ from vlm_jax.train.compile import (
 )
 from vlm_jax.train.feed import Feed
 from vlm_jax.train.identity import identity, settings_of
+from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import (
     check_reporters,
     numbers,
@@ -49,8 +50,6 @@ from vlm_jax.train.run import (
     check_evaluation,
     make_encoder,
     make_pipeline,
-    mesh_of,
-    rows_of,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import interruptible
@@ -273,7 +272,8 @@ def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:
         f"{report['examples']} kept (dropped: {dropped or 'none'}{fitted}); "
         f"{packed} of tokens x patches {shapes}, of which {report['padding']:.1%} of tokens and "
         f"{report['patch_padding']:.1%} of patches stay empty; {rows} rows a step on {mesh.size} "
-        f"devices; {data.steps_per_epoch or 'an unknown number of'} steps an epoch, {total} in all"
+        f"devices ({' x '.join(f'{name} {n}' for name, n in mesh.shape.items() if n > 1) or 'one'})"
+        f"; {data.steps_per_epoch or 'an unknown number of'} steps an epoch, {total} in all"
     )
 
 

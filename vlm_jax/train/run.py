@@ -1,7 +1,7 @@
 """What a run is built from, and how it is read back."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +31,6 @@ from vlm_jax.vocabulary import add_tokens, is_added
 from vlm_jax.weights import bnb
 
 
-def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Return the mesh that the config's `mesh` section asks for, over `devices` (default: all)."""
-    wanted = config.mesh.devices
-    if devices is None:
-        devices = jax.devices()
-        if jax.process_count() != processes.count():
-            raise UserError(
-                f"JAX sees {jax.process_count()} processes that were not connected: call "
-                f"vlm_jax.processes.start() before anything touches a device."
-            )
-        if processes.count() > 1 and 0 < wanted < len(devices):
-            raise UserError(
-                f"mesh.devices is {wanted}, but {processes.count()} processes bring "
-                f"{len(devices)} devices, and all of them take part. Leave mesh.devices out."
-            )
-    if wanted > len(devices):
-        raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
-    m = config.mesh
-    over = devices[:wanted] if wanted else devices
-    return make_mesh(m.data, m.fsdp, m.tensor, over, m.context)
-
-
 def check_evaluation(config: ConfigDict) -> None:
     """Raise `UserError` where several processes would have to generate answers."""
     if processes.count() > 1 and config.data.eval_file is not None and config.evaluation.accuracy:
@@ -61,13 +39,6 @@ def check_evaluation(config: ConfigDict) -> None:
             "they train. Set evaluation.accuracy=false: the loss on data.eval_file is still taken, "
             "and vlm-jax evaluate --run counts the answers afterwards."
         )
-
-
-def rows_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
-    """Return the rows of one step: of all micro-batches and all devices."""
-    t = config.training
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return t.per_device_train_batch_size * t.gradient_accumulation_steps * shards
 
 
 def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:

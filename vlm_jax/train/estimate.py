@@ -5,15 +5,19 @@ of the layers; a compiler may do better or worse: `vlm_jax.plan.compile_step` as
 """
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vlm_jax.data.image_settings import make_processor, read_settings
+from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.sharding import make_mesh
-from vlm_jax.train.abstract import abstract_run
+from vlm_jax.train.abstract import abstract_base, abstract_run
+from vlm_jax.train.base import base_name
 from vlm_jax.train.losses import CHUNK_POSITIONS
 from vlm_jax.weights import FourBit
 
@@ -46,7 +50,9 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
     """
     one = config.copy_and_resolve_references()
     with one.unlocked():
-        one.mesh.update({"devices": 1, "data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+        one.mesh.update(
+            {"auto": False, "devices": 1, "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+        )
     mesh = make_mesh(devices=jax.devices()[:1])
     model, _, state, frozen = abstract_run(one, mesh)
     masters = nbytes(state.trainable)
@@ -114,3 +120,44 @@ def activations(model: Model, shape: Shape, rows: int, trains_tower: bool, decod
     pixels = patches * getattr(vision, "patch_values", 0) * 4
     # Of the largest of them there are values and their gradients.
     return kept + pixels + max(2 * inside, (1 + trains_tower) * seen, head) + 2 * decoded * size
+
+
+def row_shape(config: ConfigDict) -> Shape:
+    """Return tokens and patches of a full row with one image of the largest size.
+
+    There are no more patches than those that data.max_seq_length tokens stand for, and so many
+    where nothing says how large an image is.
+    """
+    model, tokens = abstract_base(config)[0], config.data.max_seq_length
+    unit = model.family.patch_unit(model.config)
+    most = max(tokens * model.family.merged_patches(model.config) // unit * unit, unit)
+    most = min(most, config.data.max_patches or most)
+    try:
+        return tokens, min(image_patches(config, model), most)
+    except UserError:
+        return tokens, most
+
+
+def image_patches(config: ConfigDict, model: Model) -> int:
+    """Return the patches of a row that holds one image of the largest size."""
+    family, d = model.family, config.data
+    unit = family.patch_unit(model.config)
+    if not family.HAS_GRIDS:  # an image has one size
+        return unit
+    directory = Path(base_name(config)).expanduser()
+    settings = read_settings(directory) if directory.is_dir() else None
+    if settings is None and not (d.max_pixels or d.image_resolution):
+        raise UserError(
+            f"Nothing says how large an image may be: '{directory}' is no directory with image "
+            f"settings. Set data.max_pixels or data.image_resolution, or give the patches of a row."
+        )
+    vision = model.config.vision
+    own = {"image_processor_type": family.IMAGE_PROCESSOR, "merge_size": vision.merge}
+    processor = make_processor(
+        settings or {**own, "patch_size": vision.patch_shape[-1]},
+        min_pixels=d.min_pixels,
+        max_pixels=d.max_pixels,
+        image_resolution=d.image_resolution or None,
+    )
+    assert processor.largest is not None
+    return -(-processor.largest // unit) * unit

@@ -1,0 +1,99 @@
+"""The mesh of a run: as its config says, or as large a share of a copy as its memory asks for."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlm_jax import processes
+from vlm_jax.errors import UserError
+from vlm_jax.hardware import DEVICES
+from vlm_jax.sharding import make_mesh, mesh_sizes
+from vlm_jax.train.estimate import estimate, row_shape
+
+# An estimate from shapes was up to an eighth below what a compiler took.
+ROOM = 0.85
+
+
+def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Return the mesh that the config's `mesh` section asks for, over `devices` (default: all)."""
+    wanted = config.mesh.devices
+    if devices is None:
+        devices = jax.devices()
+        if jax.process_count() != processes.count():
+            raise UserError(
+                f"JAX sees {jax.process_count()} processes that were not connected: call "
+                f"vlm_jax.processes.start() before anything touches a device."
+            )
+        if processes.count() > 1 and 0 < wanted < len(devices):
+            raise UserError(
+                f"mesh.devices is {wanted}, but {processes.count()} processes bring "
+                f"{len(devices)} devices, and all of them take part. Leave mesh.devices out."
+            )
+    if wanted > len(devices):
+        raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
+    over = devices[:wanted] if wanted else devices
+    memory = memory_of(over[0]) if config.mesh.auto else 0
+    # Devices of one kind may still differ in what is free: one process decides.
+    sizes = processes.gather("mesh", sizes_of(config, len(over), memory))[0]
+    return make_mesh(**sizes, devices=over)
+
+
+def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
+    """Return the mesh's sizes over `count` devices with so many bytes each.
+
+    With mesh.auto the parameters are spread over as few devices as hold a copy by estimate, over
+    all where none do, and the rest are copies. Raises `UserError` where the sizes do not multiply
+    to `count`, and where both mesh.auto and one of the two that it picks are set.
+    """
+    m = config.mesh
+    if not m.auto:
+        return mesh_sizes(count, m.data, m.fsdp, m.tensor, m.context)
+    if (m.data, m.fsdp) != (-1, 1):
+        raise UserError(
+            f"mesh.auto picks mesh.data and mesh.fsdp, but they are set too, to {m.data} and "
+            f"{m.fsdp}. Leave them out, or mesh.auto."
+        )
+    shards = mesh_sizes(count, -1, 1, m.tensor, m.context)["data"]
+    one = config.copy_and_resolve_references()
+    with one.unlocked():
+        one.model.adapter = None  # it counts as the LoRA that the config describes
+    need = estimate(one, row_shape(one), config.training.per_device_train_batch_size)
+    fitting = (
+        fsdp
+        for fsdp in range(1, shards + 1)
+        if shards % fsdp == 0 and need.over(fsdp * m.tensor).total <= ROOM * memory
+    )
+    return mesh_sizes(count, -1, next(fitting, shards), m.tensor, m.context)
+
+
+def memory_of(device: Any) -> int:
+    """Return the bytes that a program may have of a device, here or only described.
+
+    Raises `UserError` where nothing says it.
+    """
+    if device.platform == "cpu":  # all of them share the machine's
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    try:
+        stats = device.memory_stats() or {}
+    except (NotImplementedError, RuntimeError, ValueError):  # no device is there
+        stats = {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    kind = device.device_kind.lower().replace(" ", "")
+    for name, known in DEVICES.items():
+        if known.kind == device.device_kind or (not known.kind and name in kind):
+            return known.usable
+    raise UserError(
+        f"mesh.auto cannot learn how much memory a '{device.device_kind}' has. Set mesh.fsdp, the "
+        f"devices that share one copy of the parameters."
+    )
+
+
+def rows_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
+    """Return the rows of one step: of all micro-batches and all devices."""
+    t = config.training
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return t.per_device_train_batch_size * t.gradient_accumulation_steps * shards
