@@ -11,6 +11,7 @@ from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.evals import accuracy as module
 from vlm_jax.evals.accuracy import accuracy, normalise
+from vlm_jax.generation import generate
 
 
 def test_normalisation():
@@ -42,6 +43,25 @@ def test_predictions_are_matched_with_their_records(place, monkeypatch):
     assert seen[-1] == (12, 12)
     found = accuracy(model, params, encoder, records, batch_size=5, max_examples=3)
     assert found.accuracy == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}])
+def test_on_a_mesh_rows_are_spread_and_answers_the_same(place, monkeypatch, sizes):
+    encoder, records = Encoder(place / "base"), read_records(place / "data/train.jsonl")
+    model, params = vlm_jax.load(place / "base")
+    alone = accuracy(model, params, encoder, records, batch_size=6)
+    rows = []
+
+    def counted(model, params, batch, new):
+        rows.append(len(batch.tokens))
+        return generate(model, params, batch, new)
+
+    monkeypatch.setattr(module, "generate", counted)
+    mesh = vlm_jax.make_mesh(**{"data": 1, **sizes})
+    model, params = vlm_jax.load(place / "base", mesh=mesh)
+    spread = accuracy(model, params, encoder, records, batch_size=6)
+    assert [p.prediction for p in spread.predictions] == [p.prediction for p in alone.predictions]
+    assert set(rows) == {8}  # so that four parts have equally many
 
 
 def test_records_without_an_answer_are_skipped_or_refused(place):

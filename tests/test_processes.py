@@ -18,7 +18,6 @@ from several import OURS, Started, environment, free_port, started, wait_until, 
 from vlm_jax import UserError, processes
 from vlm_jax.sharding import share_of
 from vlm_jax.train.mesh import mesh_of
-from vlm_jax.train.run import check_evaluation
 
 NUMBERS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "epoch")
 LONG = ("--config.training.max_steps=40", "--config.training.save_steps=5",
@@ -106,6 +105,7 @@ def test_several_processes_train_as_one_does(place, count, mesh):
     if len(mesh) == 3:  # and evaluates
         options.append(f"--config.data.eval_file={place / 'data/train.jsonl'}")
         options.append("--config.training.per_device_eval_batch_size=1")
+        options += ["--config.evaluation.accuracy=true", "--config.evaluation.batch_size=6"]
     name = "-".join(mesh)
     one = place / name
     if not one.exists():
@@ -117,6 +117,7 @@ def test_several_processes_train_as_one_does(place, count, mesh):
     assert [row["step"] for row in mine] == ([4] if len(mesh) == 3 else [])
     for one, other in zip(mine, its, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["accuracy"] == other["accuracy"] and one["examples"] == other["examples"] > 8
     names = {path.name for path in several.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "adapter"}
     assert "Wrote" not in (place / f"{name} in {count}.1.log").read_text()
@@ -284,12 +285,9 @@ def test_processes_with_different_settings_do_not_train_together(place):
 
 
 def test_what_several_processes_cannot_do_is_refused(place, monkeypatch):
-    evaluated = f"data.eval_file={place / 'data/train.jsonl'}"
     data = place / "data/train.jsonl"
-    made = make_config(place / "base", data, place / "x", evaluated, "mesh.devices=4")
+    made = make_config(place / "base", data, place / "x", "mesh.devices=4")
     monkeypatch.setattr(processes, "count", lambda: 2)
-    with pytest.raises(UserError, match=r"Set evaluation\.accuracy=false"):
-        check_evaluation(made)
     with pytest.raises(UserError, match=r"call\s+vlm_jax\.processes\.start"):
         mesh_of(made)
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -392,15 +392,13 @@ def test_merging_makes_dense_kernels_or_quantizes_again(quantized, tmp_path):
     merged = vlm_jax.merge(model, params)
     assert not kinds(merged) and len(kinds(params)) == 7
     np.testing.assert_allclose(our_logits(model, merged, inputs), logits, atol=1e-4, rtol=0)
-    of_weights, of_updates = requantization_error(model, params, merged)
-    assert of_weights < 1e-6 and of_updates < 1e-5
 
     again = vlm_jax.merge(model, params, requantize=True)
     assert kinds(again) == kinds(params)
     for path in kinds(again):
         exact = quantize(NF4, flatten(merged)[path], 64, True)
         jax.tree.map(np.testing.assert_array_equal, flatten(again)[path], exact)
-    of_weights, of_updates = requantization_error(model, params, again)
+    of_weights, of_updates = requantization_error(model, params)
     exact = np.concatenate([np.ravel(flatten(merged)[path]) for path in kinds(again)])
     rounded = np.concatenate([np.ravel(flatten(decoded(again))[path]) for path in kinds(again)])
     start = np.concatenate([np.ravel(flatten(decoded(params))[path]) for path in kinds(again)])

@@ -13,12 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from vlm_jax import processes
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.models.decoder import empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.sharding import BATCH, mesh_under, put, row_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,8 @@ def generate(
     Rows may differ in length and images and be padded on either side; one example a row. A row
     ends with its EOS token, then the pad id. temperature 0 is greedy. EOS and pad ids are those
     of the checkpoint's generation_config.json unless given. Compiled once for each shape.
+    On a mesh (that of the parameters) rows are spread over data x fsdp where they divide; several
+    processes all call it with the same rows, and get the same tokens.
     """
     eos, pad = end_tokens(model)
     if eos_token_id is not None:
@@ -155,9 +160,16 @@ def generate(
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
         raise UserError("Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
-    batch = jax.tree.map(jnp.asarray, left_padded(batch))
+    batch, key = left_padded(batch), jax.random.key(seed)
+    mesh = mesh_under(params)
+    if mesh is None:
+        batch = jax.tree.map(jnp.asarray, batch)
+    else:
+        spread = PartitionSpec(BATCH if len(batch.tokens) % row_parts(mesh) == 0 else None)
+        batch = jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, spread)), batch)
+        key = put(key, NamedSharding(mesh, PartitionSpec()))
     out = _generate(
-        dict(params), batch, jax.random.key(seed), module=model.module,
+        dict(params), batch, key, module=model.module,
         new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p, top_k), eos=eos, pad=pad,
     )  # fmt: skip
-    return np.asarray(out)
+    return processes.to_host(out)

@@ -292,27 +292,46 @@ def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> 
             "requantize=True makes merged kernels 4-bit again, but these parameters hold no 4-bit "
             "kernel. Load the base with quantize='nf4-dq', or merge without requantize."
         )
-    merged = {path: leaf for path, leaf in flat.items() if not is_lora(path)}
-    for path in flat:
-        if not path.endswith("/lora_A"):
-            continue
-        base = path.rsplit("/", 1)[0]
-        kernel = flat[f"{base}/kernel"]
-        summed: Any = _merged(model, base, kernel, flat[path], flat[f"{base}/lora_B"])
-        if not isinstance(kernel, FourBit):
-            summed = summed.astype(kernel.dtype)
-        elif requantize:
-            name = f"The merged kernel '{base}'"
-            summed = quantize(type(kernel), summed, kernel.block, kernel.double, name)
-            summed = dataclasses.replace(summed, dtype=kernel.dtype, used=kernel.used)
-            if isinstance(kernel.codes, jax.Array) and not isinstance(
-                kernel.codes, jax.core.Tracer
-            ):
-                summed = jax.device_put(summed, jax.tree.map(lambda x: x.sharding, kernel))
-        else:
-            summed = summed.astype(model.dtype)
-        merged[f"{base}/kernel"] = summed
-    return unflatten(merged)
+    return unflatten(
+        {
+            path: merged_kernel(model, flat, path, requantize=requantize)
+            for path in flat
+            if not is_lora(path)
+        }
+    )
+
+
+def merged_kernel(
+    model: Model,
+    flat: Mapping[str, Any],
+    path: str,
+    layer: int | None = None,
+    requantize: bool = False,
+) -> Any:
+    """Return one leaf of a flat tree as `merge` makes it, or one layer of its stack.
+
+    A leaf without LoRA is returned as it is.
+    """
+    base, kernel = path.rsplit("/", 1)[0], _one(flat[path], layer)
+    if not path.endswith("/kernel") or f"{base}/lora_A" not in flat:
+        return kernel
+    factors = (_one(flat[f"{base}/{name}"], layer) for name in ("lora_A", "lora_B"))
+    summed: Any = _merged(model, base, kernel, *factors)
+    if not isinstance(kernel, FourBit):
+        return summed.astype(kernel.dtype)
+    if not requantize:
+        return summed.astype(model.dtype)
+    name = f"The merged kernel '{base}'"
+    summed = quantize(type(kernel), summed, kernel.block, kernel.double, name)
+    summed = dataclasses.replace(summed, dtype=kernel.dtype, used=kernel.used)
+    if isinstance(kernel.codes, jax.Array) and not isinstance(kernel.codes, jax.core.Tracer):
+        summed = jax.device_put(summed, jax.tree.map(lambda x: x.sharding, kernel))
+    return summed
+
+
+def _one(leaf: Any, layer: int | None) -> Any:
+    """Return one layer of a stack, or what is none."""
+    return leaf if layer is None else jax.tree.map(lambda array: array[layer], leaf)
 
 
 def _merged(model: Model, base: str, kernel: Any, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -332,23 +351,27 @@ def _merged(model: Model, base: str, kernel: Any, a: jax.Array, b: jax.Array) ->
     return dense(kernel, jnp.float32) + model.lora.scale.scale(rank) * update
 
 
-def requantization_error(
-    model: Model, params: Mapping[str, Any], merged: Mapping[str, Any]
-) -> tuple[float, float]:
-    """Return how far kernels that were merged and quantized again lie from the exact sums.
+def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how far 4-bit kernels that are merged and quantized again lie from the exact sums.
 
     The first is the error's norm over the norm of the weights, the second over that of the
     updates: at 1 as much is lost as was learned.
     """
-    flat, again = flatten(params), flatten(merged)
+    flat = flatten(params)
     error = weight = update = 0.0
-    for path in flat:
-        if path.endswith("/lora_A"):
-            base = path.rsplit("/", 1)[0]
-            kernel = flat[f"{base}/kernel"]
-            exact = _merged(model, base, kernel, flat[path], flat[f"{base}/lora_B"])
-            error += float(jnp.sum((dense(again[f"{base}/kernel"], jnp.float32) - exact) ** 2))
+    for path, kernel in flat.items():
+        if not isinstance(kernel, FourBit):
+            continue
+        base, stack = path.rsplit("/", 1)[0], len(kernel.shape) > 2
+        if f"{base}/lora_A" not in flat:
+            continue
+        for layer in range(kernel.shape[0]) if stack else (None,):  # a stack may have no room
+            factors = (_one(flat[f"{base}/{name}"], layer) for name in ("lora_A", "lora_B"))
+            before = _one(kernel, layer)
+            exact = _merged(model, base, before, *factors)
+            after = dense(merged_kernel(model, flat, path, layer, requantize=True), jnp.float32)
+            error += float(jnp.sum((after - exact) ** 2))
             weight += float(jnp.sum(exact**2))
-            update += float(jnp.sum((exact - dense(kernel, jnp.float32)) ** 2))
+            update += float(jnp.sum((exact - dense(before, jnp.float32)) ** 2))
     root = math.sqrt
     return root(error / max(weight, 1e-30)), root(error / max(update, 1e-30))

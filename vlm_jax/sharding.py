@@ -187,6 +187,20 @@ def put(leaf: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def mesh_under(tree: Any) -> Mesh | None:
+    """Return the mesh that a tree's arrays lie on; None where no array is on one."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Return over how many parts a batch's rows are spread."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def row_share(mesh: Mesh) -> tuple[int, int]:
     """Return (index, count): which of `count` equal shares of a batch's rows this process gives.
 

@@ -98,7 +98,15 @@ def reference_rate(base: Path, data: Path, count: int) -> float:
 
     records = read_records(data)
     source: Any = Reference(base, [records[i] for i in range(count + 4 * ROWS)])
-    loader = iter(DataLoader(source, batch_size=None, num_workers=1, prefetch_factor=2))
+    loader = iter(
+        DataLoader(
+            source,
+            batch_size=None,
+            num_workers=1,
+            prefetch_factor=2,
+            multiprocessing_context="spawn",
+        )
+    )
     for _ in range(4):
         next(loader)
     start = time.perf_counter()

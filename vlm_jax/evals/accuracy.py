@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
@@ -19,6 +18,7 @@ from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.generation import generate
 from vlm_jax.model import Model
+from vlm_jax.sharding import mesh_under, row_parts
 
 # Shapes that prompts are padded to; each is one compilation.
 MAX_SHAPES = 3
@@ -158,6 +158,7 @@ def accuracy(
     A record counts if its last turn is the assistant's; what comes before is the prompt. Answer
     and prediction are compared after `normalise`. max_examples: only the first ones; 0 is all.
     on_batch(done, total) is called after each batch. Predictions are in the records' order.
+    On a mesh batch_size is rounded up so that every device has rows; several processes all call it.
     Raises `UserError` where no record has an answer, and for unreadable ones unless the encoder
     skips them; those are counted in `skipped`.
     """
@@ -166,6 +167,9 @@ def accuracy(
             f"max_new_tokens is {max_new_tokens}, batch_size {batch_size} and max_examples "
             f"{max_examples}; they must be at least 1, 1 and 0 (all)."
         )
+    mesh = mesh_under(params)
+    if mesh is not None:
+        batch_size = -(-batch_size // row_parts(mesh)) * row_parts(mesh)
     count = min(len(records), max_examples) if max_examples > 0 else len(records)
     batches, skipped = _plan(encoder, records, count, batch_size)
     tokenizer = load_tokenizer(encoder.directory)
@@ -180,7 +184,7 @@ def accuracy(
         if not records_now:
             on_batch(done, total)
             continue
-        new = np.asarray(jax.device_get(generate(model, params, batch, max_new_tokens)))
+        new = generate(model, params, batch, max_new_tokens)
         texts = tokenizer.batch_decode(new[: len(records_now)], skip_special_tokens=True)
         for record, text in zip(records_now, texts, strict=True):
             expected, text = str(final_answer(record)), text.strip()

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax import processes
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import read_tensor
-from vlm_jax.lora import is_lora
-from vlm_jax.lora import merge as merge_lora
+from vlm_jax.lora import is_lora, merged_kernel
 from vlm_jax.model import Model
-from vlm_jax.names import current_name, disk_places, is_unused, to_disk
+from vlm_jax.names import Place, current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten
 from vlm_jax.vocabulary import fold_added
 from vlm_jax.weights import FourBit, bnb, dense
@@ -47,6 +47,7 @@ def save_pretrained(
     quantized: bool | None = None,
     dtype: Any = None,
     processor: Mapping[str, Any] | None = None,
+    max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write a checkpoint that `transformers` loads with no missing and no unexpected key.
 
@@ -57,6 +58,8 @@ def save_pretrained(
     decoded. By default they stay in 4 bits unless there is LoRA to merge, of which requantizing
     would round much away. dtype: of all tensors that are computed with, instead of the base's.
     processor: settings that replace those in preprocessor_config.json, where training used others.
+    Weights are merged, gathered from their devices and written one after another: the host holds a
+    file of at most `max_shard_size` bytes at a time. All of several processes call it; one writes.
     Raises `UserError` where the base's own files are gone, or nothing is there in 4 bits to write.
     """
     flat = flatten(params)
@@ -74,12 +77,12 @@ def save_pretrained(
                 "These parameters hold LoRA matrices, which a plain checkpoint cannot. Pass "
                 "merge=True, or write an adapter with save_peft."
             )
-        flat = flatten(merge_lora(model, params, requantize=quantized))
     flat = fold_added(flat)
     if dtype is not None:  # codes stand for the dtype of what stands beside them
         four_bits = {path: leaf for path, leaf in flat.items() if isinstance(leaf, FourBit)}
         flat |= {p: dataclasses.replace(x, dtype=kind_of(dtype)) for p, x in four_bits.items()}
-    places = disk_places(model, {path: leaf.shape for path, leaf in flat.items()})
+    shapes = {path: leaf.shape for path, leaf in flat.items() if not is_lora(path)}
+    places = disk_places(model, shapes)
     source = model.source
     if source is None:
         names = {name: (name, str(jnp.dtype(dtype or model.dtype))) for name in places}
@@ -100,10 +103,18 @@ def save_pretrained(
     if source is not None and quantized:
         owners = {name: bnb.weight_of(name) for name in source.beside}
         beside = {name: weight for name, weight in owners.items() if weight in unread}
+    primary = processes.is_primary()
+
+    def leaf_of(place: Place) -> Any:
+        """Return a weight as it is written, on this host; all processes call it."""
+        merged = merged_kernel(model, flat, place.path, place.layer, bool(quantized))
+        leaf = processes.to_host(merged, primary)
+        return dataclasses.replace(leaf, used=None) if isinstance(leaf, FourBit) else leaf
+
     four_bit: dict[str, tuple[str, int]] = {}
     if quantized:
         currents = {name: current for name, (current, _) in names.items()}
-        four_bit, tensor_4bit = tensors_4bit(currents, places, flat)
+        four_bit, tensor_4bit = tensors_4bit(currents, places, flat, leaf_of)
 
     if source is not None and not Path(source.directory).is_dir():
         raise UserError(
@@ -129,12 +140,10 @@ def save_pretrained(
             return read_base(current)
         place = places[current]
         target = jnp.dtype(dtype or DTYPES.get(kind, kind))
-        leaf = flat[place.path]
+        leaf = leaf_of(place)
         if isinstance(leaf, FourBit):
-            leaf = dense(leaf.layer(place.layer), jnp.float32)
-        elif place.layer is not None:
-            leaf = leaf[place.layer]
-        return to_disk(place, np.asarray(jax.device_get(leaf)).astype(target))
+            leaf = dense(jax.tree.map(jnp.asarray, leaf), jnp.float32)
+        return to_disk(place, np.asarray(leaf).astype(target))
 
     sizes = dict.fromkeys(names, 0)
     for name, (current, kind) in names.items():
@@ -144,8 +153,15 @@ def save_pretrained(
     sizes = {name: size for name, size in sizes.items() if name not in four_bit}
     sizes |= {name: size for name, (_, size) in four_bit.items()}
     sizes |= dict.fromkeys(beside, 0)
+    if not primary:  # it helps to gather what the first one writes, in its order
+        for name in dict.fromkeys(
+            four_bit[name][0] if name in four_bit else name for name in sizes
+        ):
+            if name not in beside and names[name][0] in places:
+                leaf_of(places[names[name][0]])
+        return
     with whole_directory(directory) as folder:
-        write_shards(folder, sizes, tensor)
+        write_shards(folder, sizes, tensor, max_shard_size)
         config = dict(model.hf_config)
         config.pop("quantization_config", None)
         if four_bit:

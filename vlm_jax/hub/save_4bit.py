@@ -16,11 +16,15 @@ HEAD = "lm_head"  # a linear layer there even where it is tied
 
 
 def tensors_4bit(
-    names: Mapping[str, str], places: Mapping[str, Place], flat: Mapping[str, Any]
+    names: Mapping[str, str],
+    places: Mapping[str, Place],
+    flat: Mapping[str, Any],
+    leaf_of: Callable[[Place], Any],
 ) -> tuple[dict[str, tuple[str, int]], Callable[[str], np.ndarray]]:
     """Return ({tensor name: (name of its weight, bytes)}, name -> array) of all 4-bit weights.
 
     names: {name to write: its current name} of all weights; flat: {path: leaf}.
+    leaf_of: what of a leaf is written, quantized, of one layer.
     """
     owners: dict[str, tuple[str, int]] = {}
     for name, current in names.items():
@@ -34,8 +38,7 @@ def tensors_4bit(
 
     @functools.lru_cache(maxsize=1)  # the tensors of one weight follow one another
     def of(weight: str) -> dict[str, np.ndarray]:
-        place = places[names[weight]]
-        return bnb.to_tensors(flat[place.path], place.layer)
+        return bnb.to_tensors(leaf_of(places[names[weight]]), None)
 
     def tensor(name: str) -> np.ndarray:
         weight, _ = owners[name]

@@ -15,7 +15,6 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.load import load
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
-from vlm_jax.lora import merge as merge_lora
 from vlm_jax.lora import requantization_error
 from vlm_jax.model import Model
 from vlm_jax.train.base import load_base
@@ -91,16 +90,16 @@ def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = Fals
     into = lost = None
     if quantized and not merge:
         raise UserError("--quantized says how a merged checkpoint is stored: add --merge.")
+    before = _logits(model, params, batch)
     if merge:
         if model.lora is not None:
             four = any(is_quantized(leaf) for leaf in flatten(params).values())
             into = "the decoded 4-bit weights that it was trained on" if four else "the base"
-        result = params
         if quantized:
-            result = merge_lora(model, params, requantize=True)
-            lost = requantization_error(model, params, result)
+            lost = requantization_error(model, params)
         settings = encoder.image_settings()
-        save_pretrained(model, result, out, quantized=quantized, processor=settings)
+        save_pretrained(model, params, out, quantized=quantized, processor=settings)
+        del params  # two models may not have room
         again, read = load(str(out), str(model.dtype))
     else:
         if model.lora is None:
@@ -109,8 +108,9 @@ def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = Fals
                 f"export. Add --merge for a whole checkpoint."
             )
         write_adapter(model, params, out, encoder)
+        del params
         again, read = load_base(config)
         again, read = load_peft(again, read, out)
-    before, after = _logits(model, params, batch), _logits(again, read, batch)
+    after = _logits(again, read, batch)
     difference = float(np.abs(before - after).max())
     return Exported(str(out), into, difference, float(before.std()), lost)

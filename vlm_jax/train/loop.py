@@ -22,7 +22,7 @@ from vlm_jax.evals.accuracy import accuracy
 from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
 from vlm_jax.quantization import summary
-from vlm_jax.sharding import row_share
+from vlm_jax.sharding import row_parts, row_share
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     compile_largest_loss,
@@ -47,7 +47,6 @@ from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
     absolute_paths,
     build,
-    check_evaluation,
     make_encoder,
     make_pipeline,
 )
@@ -72,7 +71,6 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     """
     directory = Path(config.training.output_dir).expanduser()
     check_reporters(config.training.report_to)
-    check_evaluation(config)
     if not processes.is_primary():  # the first process speaks for all
         console = Console(quiet=True)
     console = console or Console()
@@ -90,9 +88,8 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
     mesh = mesh_of(config)
     model, params, table = build(config, mesh)
     encoder = make_encoder(config, model)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows, share = rows_of(config, mesh), row_share(mesh)
-    eval_rows = t.per_device_eval_batch_size * shards
+    eval_rows = t.per_device_eval_batch_size * row_parts(mesh)
     d = config.data
     data = make_pipeline(config, encoder, d.train_file, d.train_split, rows, "train_file", share)
     held_out = None

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vlm_jax import processes
 from vlm_jax.errors import UserError
 from vlm_jax.hardware import DEVICES
-from vlm_jax.sharding import make_mesh, mesh_sizes
+from vlm_jax.sharding import make_mesh, mesh_sizes, row_parts
 from vlm_jax.train.estimate import estimate, row_shape
 
 # An estimate from shapes was up to an eighth below what a compiler took.
@@ -95,5 +95,4 @@ def memory_of(device: Any) -> int:
 def rows_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
     """Return the rows of one step: of all micro-batches and all devices."""
     t = config.training
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return t.per_device_train_batch_size * t.gradient_accumulation_steps * shards
+    return t.per_device_train_batch_size * t.gradient_accumulation_steps * row_parts(mesh)

@@ -37,26 +37,25 @@ def write_result(
     It appears whole or not at all. Of several processes, which all call this, the first writes.
     """
     path = directory / ("model" if model.lora is None else "adapter")
-    params = _here(model, params)
-    if processes.is_primary():
-        if model.lora is not None:
+    if model.lora is None:
+        save_pretrained(model, params, path, processor=encoder.image_settings())
+    else:
+        params = _here(model, params)
+        if processes.is_primary():
             write_adapter(model, params, path, encoder)
-        else:
-            save_pretrained(model, params, path, processor=encoder.image_settings())
     processes.wait_for_all("the result is written")
     return path
 
 
 def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree with what a result is written from gathered from all processes' devices."""
+    """Return the tree with what its adapter holds gathered from all processes' devices."""
     if processes.count() == 1:
         return dict(params)
+    assert model.lora is not None
     flat = flatten(params)
-    written = list(flat)
-    if model.lora is not None:  # an adapter holds none of the base, which is not moved for it
-        added = [path.split("/")[-2] for path in flat if is_added(path)]
-        saved = saved_modules(model, params, (*model.lora.modules_to_save, *added)).leaves
-        written = [p for p in flat if is_lora(p) or is_added(p) or p in saved]
+    added = [path.split("/")[-2] for path in flat if is_added(path)]
+    saved = saved_modules(model, params, (*model.lora.modules_to_save, *added)).leaves
+    written = [p for p in flat if is_lora(p) or is_added(p) or p in saved]
     primary = processes.is_primary()
     gathered = {path: processes.to_host(flat[path], primary) for path in written}
     return unflatten({**flat, **gathered})

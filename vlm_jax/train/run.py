@@ -9,7 +9,6 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
-from vlm_jax import processes
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.stream import open_stream
 from vlm_jax.data.tokenizer import load_tokenizer
@@ -29,16 +28,6 @@ from vlm_jax.train.step import init_state
 from vlm_jax.trees import Table, flatten, join, split
 from vlm_jax.vocabulary import add_tokens, is_added
 from vlm_jax.weights import bnb
-
-
-def check_evaluation(config: ConfigDict) -> None:
-    """Raise `UserError` where several processes would have to generate answers."""
-    if processes.count() > 1 and config.data.eval_file is not None and config.evaluation.accuracy:
-        raise UserError(
-            "evaluation.accuracy generates answers, which several processes cannot yet do while "
-            "they train. Set evaluation.accuracy=false: the loss on data.eval_file is still taken, "
-            "and vlm-jax evaluate --run counts the answers afterwards."
-        )
 
 
 def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
