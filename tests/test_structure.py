@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 # stand in the same row or lower. docs/DESIGN.md explains the order.
 LEVELS = [
     ("errors", "values", "config_tables"),
-    ("trees", "config", "hardware", "processes"),
-    ("weights", "batch", "positions", "together"),
+    ("trees", "config_files", "cli_options", "hardware", "processes"),
+    ("config", "weights", "batch", "positions", "together"),
     ("layers",),
     ("models",),
     ("model", "nf4"),

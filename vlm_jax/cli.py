@@ -2,164 +2,16 @@
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.cli_options import parser, split_overrides
 from vlm_jax.errors import UserError
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vlm-jax", description="Fine-tune vision-language models with JAX.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False, **options
-        )
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
-        return command
-
-    train = add(
-        "train",
-        "Train as a config says.",
-        epilog="Any key can be set: --config.training.learning_rate=1e-4. Every key is listed with "
-        "its default and meaning in vlm_jax/config.py.",
-    )
-    train.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const="newest",
-        choices=("newest", "auto"),
-        help="go on from the newest checkpoint; --resume=auto: where there is one, else begin",
-    )
-
-    preview = add("preview", "Show what the model sees of a config's data, without its weights.")
-    preview.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
-    preview.add_argument("--examples", type=_number(int, 1), default=16, metavar="N")
-    preview.add_argument("--split", choices=("train", "eval"), default="train")
-    preview.add_argument("--out", metavar="FILE", help="the page; default: preview.html")
-    preview.add_argument(
-        "--text", action="store_true", help="print to the terminal instead; a page only with --out"
-    )
-
-    recommend = add("recommend", "Choose a method for your data and hardware, and write a config.")
-    recommend.add_argument("--data", required=True, metavar="FILE", help="as data.train_file")
-    recommend.add_argument("--model", required=True, metavar="DIR", help="directory or hub id")
-    recommend.add_argument("--hardware", metavar="NAME", help="as rtx4090, h100:8, v5e-4")
-    recommend.add_argument("--out", metavar="FILE", help="the config to write, .yaml or .py")
-    recommend.add_argument("--split", help="of a data set that has several")
-    recommend.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
-    recommend.add_argument(
-        "--allow-absolute-paths", action="store_true", help="read images outside that folder"
-    )
-
-    plan = add(
-        "plan",
-        "Compile a config's training step for hardware you do not have: does it fit, how fast?",
-        epilog="Exit codes: 0 it fits, 1 it does not, 2 bad input. Any key of the config can be "
-        "set: --config.training.per_device_train_batch_size=2.",
-    )
-    plan.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
-    plan.add_argument(
-        "--topology", required=True, metavar="NAME", help="as v5e-1, v5p:2x2x1, h100:8, rtx4090"
-    )
-    plan.add_argument("--rows", type=_number(int, 1), metavar="N", help="of a whole step")
-    plan.add_argument("--tokens", type=_number(int, 1), metavar="N", help="of a row")
-    plan.add_argument("--patches", type=_number(int, 0), metavar="N", help="of a row's images")
-    plan.add_argument("--shardings", action="store_true", help="list every parameter's place")
-    plan.add_argument(
-        "--fit",
-        action="store_true",
-        help="find the fastest batch size and remat policy that fit",
-    )
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
-
-    export = add(
-        "export", "Write a run's adapter or merged checkpoint, and compare it with the run."
-    )
-    export.add_argument("--run", required=True, metavar="DIR", help="output_dir of a run")
-    export.add_argument("--merge", action="store_true", help="a whole checkpoint, LoRA merged in")
-    export.add_argument(
-        "--quantized", action="store_true", help="with --merge: keep 4-bit kernels in 4 bits"
-    )
-    export.add_argument("--out", required=True, metavar="DIR")
-
-    evaluate = add("evaluate", "Count exact matches of generated answers.")
-    _add_model(evaluate)
-    evaluate.add_argument("--data", required=True, metavar="FILE", help="records with answers")
-    evaluate.add_argument("--split", help="of a data set that has several")
-    evaluate.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
-    evaluate.add_argument(
-        "--allow-absolute-paths", action="store_true", help="read images outside that folder"
-    )
-    evaluate.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N")
-    evaluate.add_argument("--batch-size", type=_number(int, 1), metavar="N")
-    evaluate.add_argument(
-        "--max-examples", type=_number(int, 0), default=0, metavar="N", help="0: all"
-    )
-    evaluate.add_argument("--predictions", metavar="FILE", help="write each answer as JSON lines")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-
-    generate = add("generate", "Answer a question about images.")
-    _add_model(generate)
-    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=_number(int, 1), default=128, metavar="N")
-    generate.add_argument(
-        "--temperature", type=_number(float, 0), default=0.0, help="0 (default): greedy"
-    )
-    generate.add_argument("--top-p", type=_number(float, 0, 1), default=1.0)
-    generate.add_argument("--top-k", type=_number(int, 0), default=0)
-    generate.add_argument("--seed", type=_number(int, 0, 2**31 - 1), default=0)
-    return parser
-
-
-def _number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
-    """Return what reads an option that is a number between two bounds."""
-    limits = f"of {least} or more" if most == math.inf else f"between {least} and {most}"
-    named = {int: "a whole number", float: "a number"}[kind]
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {named} {limits}")
-        return value
-
-    return read
-
-
-def _add_model(command: argparse.ArgumentParser) -> None:
-    which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", metavar="DIR", help="output_dir of a run")
-    which.add_argument("--model", metavar="DIR", help="checkpoint directory or hub id")
-    command.add_argument("--adapter", metavar="DIR", help="PEFT adapter for --model")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of --model")
-
-
-def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (other arguments, the `--config.section.key=value` ones as "section.key=value")."""
-    others: list[str] = []
-    overrides: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("--config."):
-            others.append(argument)
-            continue
-        key = argument.removeprefix("--config.")
-        overrides.append(key if "=" in key else f"{key}={next(rest, '')}")
-    return others, overrides
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -431,11 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # transformers advises to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    given, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    options = parser.parse_args(given)
+    given, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    known = parser()
+    options = known.parse_args(given)
     if overrides and options.command not in CONFIGURED:
-        parser.error(f"--config.{overrides[0]} belongs to the commands {', '.join(CONFIGURED)}")
+        known.error(f"--config.{overrides[0]} belongs to the commands {', '.join(CONFIGURED)}")
     try:
         if options.command in CONFIGURED:
             return CONFIGURED[options.command](options, overrides)

@@ -1,9 +1,6 @@
 """Every key of a run's config, with its default and meaning, and how files are read into it."""
 
-import importlib.util
-import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
+from vlm_jax.config_files import read_file
 from vlm_jax.config_tables import (
     ALIASES,
     CHOICES,
@@ -321,51 +319,6 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
-    """Return the sections of a YAML or JSON file."""
-    import yaml
-
-    kind = "JSON" if path.suffix == ".json" else "YAML"
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"'{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
-        ) from error
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"'{path}' is not valid {kind}: {error}") from error
-    if not isinstance(tree, Mapping):
-        raise UserError(f"'{path}' holds no sections; expected 'model:', 'lora:', 'training:' ...")
-    return tree
-
-
-def _read_python(path: Path, argument: str | None) -> Mapping[str, Any]:
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no caches beside configs
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"'{path}' defines no function get_config().")
-        tree = module.get_config() if argument is None else module.get_config(argument)
-    except UserError:
-        raise
-    except Exception as error:  # it is the user's own code; ml_collections names the nearest key
-        raise UserError(
-            f"The config file '{path}' raised {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        sys.dont_write_bytecode = write
-    if not isinstance(tree, Mapping | ConfigDict | FrozenConfigDict):
-        raise UserError(
-            f"get_config() in '{path}' returned {type(tree).__name__}; expected the config: a "
-            f"ConfigDict or a dict of sections."
-        )
-    return tree
-
-
 def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> ConfigDict:
     """Return the locked config of a Python or YAML file (or a run's config.json), checked.
 
@@ -377,19 +330,7 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
     """
     config = get_config()
     if path is not None:
-        text, _, argument = str(path).partition(".py:")
-        file = Path(f"{text}.py" if argument else text).expanduser()
-        if not file.is_file():
-            raise UserError(
-                f"There is no config file '{file}'. Expected a Python file with get_config() or a "
-                f"YAML file; ready ones are in configs/."
-            )
-        if file.suffix == ".py":
-            tree = _read_python(file, argument or None)
-        elif file.suffix in (".yaml", ".yml", ".json"):
-            tree = _read_file(file)
-        else:
-            raise UserError(f"The config file '{file}' must end in .py, .yaml, .yml or .json.")
+        file, tree = read_file(path)
         for section, values in tree.items():
             is_section = isinstance(values, Mapping | ConfigDict | FrozenConfigDict)
             if section in config and not is_section and f"{section}={values}" not in WORDS:
