@@ -66,11 +66,15 @@ def measure(cell: Cell) -> dict[str, Any]:
     """Return what the page says of a cell, or {"error": why} where it cannot be planned here."""
     changes: dict[str, Any] = {"model.name_or_path": MODELS[cell.model]}
     changes |= {**ROW, **METHODS[cell.method]}
-    changes |= {"mesh.data": 1, "mesh.fsdp": hardware(cell.hardware).count}
+    count = hardware(cell.hardware).count
+    changes |= {"mesh.data": 1, "mesh.fsdp": count}
     if "LLaVA" in cell.model:
         del changes["data.max_pixels"]  # its images have one size
     try:
         report = plan_step(config.load(None, changes), cell.hardware)
+        if not report.fits and count > 4 and report.peak < 2 * report.capacity:
+            changes |= {"mesh.fsdp": count // 4, "mesh.tensor": 4}
+            report = plan_step(config.load(None, changes), cell.hardware)
     except UserError as error:
         return {"error": str(error)}
     tree = report.to_json()
@@ -83,7 +87,8 @@ def words(found: dict[str, Any] | None) -> str:
     if found is None or "error" in found:
         return ""
     mark = "" if found["basis"] == COMPILED else "~"
-    memory = f"{mark}{found['peak'] / 1e9:.1f} GB"
+    tensor = " †" if found["mesh"]["tensor"] > 1 else ""
+    memory = f"{mark}{found['peak'] / 1e9:.1f} GB{tensor}"
     if found["verdict"] != "FITS":
         return f"no, {memory}"
     if found["tokens_per_second"] is None:
@@ -99,12 +104,12 @@ def page(known: dict[str, dict[str, Any]]) -> str:
         "",
         "Made by `scripts/plan_table.py`; nothing here was run on a device. A step has one",
         "row of 2,048 tokens and one image a device, AdamW in float32, every block computed",
-        "again, and one copy of the model over all devices (fsdp). A cell: memory of a",
-        "device, tokens a second of all devices, MFU. TPU and H100 programs are compiled;",
-        "\"no\" is the compiler's refusal, or more than 92 % of a GPU's memory. Seconds of",
-        'TPUs are their compiler\'s, without waiting on other chips; "≤" is a roofline;',
-        '"~" is estimated from shapes, not compiled. An empty cell has not been measured',
-        "yet.",
+        "again, and one copy of the model over all devices (fsdp; †: fsdp x tensor 4, where",
+        "that alone does not fit, and a quarter of the rows). A cell: memory of a device,",
+        'tokens a second of all devices, MFU. TPU and H100 programs are compiled; "no" is',
+        "the compiler's refusal, or more than 92 % of a GPU's memory. Seconds of TPUs are",
+        'their compiler\'s, without waiting on other chips; "≤" is a roofline; "~" is',
+        "estimated from shapes, not compiled. An empty cell has not been measured yet.",
         "",
         "| | | " + " | ".join(HARDWARE) + " |",
         "|" + "---|" * (len(HARDWARE) + 2),
