@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import orbax.checkpoint as ocp
 from vlm_jax import processes
 from vlm_jax.errors import UserError
 from vlm_jax.train.best import Best, kept
+from vlm_jax.train.output import SEEN_WITHIN
 from vlm_jax.train.step import TrainState
 
 SAMPLE_BYTES = 1 << 20
+META = ("meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())  # a name, and how it is read
 
 
 def base_identity(directory: str | Path) -> dict[str, str]:
@@ -106,8 +109,7 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
         self.evaluations: dict[int, Mapping[str, float]] = {}
-        if best is not None:
-            self._read_evaluations()
+        self._look()
 
     @property
     def steps(self) -> list[int]:
@@ -123,10 +125,29 @@ class Checkpoints:
         there = {step: self.evaluations[step] for step in steps if step in self.evaluations}
         return None if self.best is None else self.best.step(there)
 
-    def _read_evaluations(self) -> None:
-        for step in self.steps:
-            with contextlib.suppress(Damaged):  # who restores it will be told
-                self.evaluations[step] = self._read_meta(step).get("evaluation", {})
+    def _look(self) -> None:
+        """Read what the directory holds, until this process sees what the first one does.
+
+        Raises `UserError` where that takes more than `SEEN_WITHIN` seconds.
+        """
+        self.manager.reload()
+        found = {}
+        if self.best is not None and processes.is_primary():
+            for step in self.steps:
+                with contextlib.suppress(Damaged):  # who restores it will be told
+                    found[step] = self._read_here(step, *META).get("evaluation", {})
+        steps, values = processes.gather("checkpoints", [self.steps, list(found.items())])[0]
+        self.evaluations = dict(values)
+        end = time.monotonic() + SEEN_WITHIN
+        while self.steps != steps:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"Process {processes.number()} sees the checkpoints {self.steps} in "
+                    f"'{self.directory}' where process 0 sees {steps}. All hosts must share the "
+                    f"directory: look whether its file system is mounted everywhere."
+                )
+            time.sleep(0.2)
+            self.manager.reload()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Return which checkpoints stay: orbax asks this as its preservation policy."""
@@ -210,27 +231,34 @@ class Checkpoints:
         """Return `restore`'s of the newest checkpoint that can be read.
 
         A damaged one is renamed to `damaged-<step>`, so that its step can be saved again, and
-        `warn` is told. Raises `UserError` where there is none before it, and always with several
-        processes, which may not all see the damage.
+        `warn` is told. Raises `UserError` where there is none before it.
         """
         while True:
             try:
                 return self.restore(like)
             except Damaged as error:
-                if len(self.steps) < 2 or processes.count() > 1:
+                if len(self.steps) < 2:
                     raise
                 newest, before = self.steps[-1], self.steps[-2]
-                names = (f"damaged-{newest}{end}" for end in ("", *(f".{n}" for n in range(1, 99))))
-                aside = next(p for n in names if not (p := self.directory / n).exists())
-                os.replace(self.directory / str(newest), aside)
-                self.manager.reload()
+                aside = self._put_aside(newest)
                 warn(
-                    f"Warning: {error} It is now called '{aside.name}', and the run goes on from "
+                    f"Warning: {error} It is now called '{aside}', and the run goes on from "
                     f"the one before, step {before}."
                 )
 
+    def _put_aside(self, step: int) -> str:
+        """Rename a checkpoint and return its new name. All processes call it, the first does."""
+        aside = self.directory
+        if processes.is_primary():
+            names = (f"damaged-{step}{end}" for end in ("", *(f".{n}" for n in range(1, 99))))
+            aside = next(p for n in names if not (p := self.directory / n).exists())
+            os.replace(self.directory / str(step), aside)
+        name = processes.gather("damaged checkpoint", aside.name)[0]
+        self._look()
+        return name
+
     def _read_meta(self, step: int) -> dict[str, Any]:
-        return self._read(step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+        return self._read(step, *META)
 
     def _read_state(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Return the leaves of these names, in the shardings of the arrays that have them now."""
@@ -240,14 +268,31 @@ class Checkpoints:
         }
         placed = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.PyTreeRestore(targets, placed, partial_restore=True)
-        found = self._read(step, "state", ocp.PyTreeCheckpointHandler(), args)
+        found = self._read(step, "state", ocp.PyTreeCheckpointHandler, args)
         return {name: found[name] for name in wanted}
 
-    def _read(self, step: int, item: str, handler: Any, args: Any) -> Any:
+    def _read(self, step: int, *item: Any) -> Any:
+        """Return what `_read_here` does; where one process finds damage all raise `Damaged`."""
+        found, damage = None, None
+        try:
+            found = self._read_here(step, *item)
+        except Damaged as error:
+            damage = error
+        told = processes.gather("a checkpoint was read", None if damage is None else str(damage))
+        for words in filter(None, told):
+            raise Damaged(words) from damage
+        return found
+
+    def _read_here(self, step: int, item: str, handler: Callable[[], Any], args: Any) -> Any:
+        """Return what an orbax handler reads of a checkpoint.
+
+        By itself, not through the manager, whose `restore` ends with a collective: processes that
+        have read would wait in it for one that could not.
+        """
         where = self.directory / str(step)
         try:
-            with contextlib.closing(handler):
-                return handler.restore(self.manager.directory / str(step) / item, args=args)
+            with contextlib.closing(handler()) as reader:
+                return reader.restore(self.manager.directory / str(step) / item, args=args)
         except Exception as error:  # orbax and tensorstore raise many unrelated types
             if isinstance(error, OSError | MemoryError) and not isinstance(
                 error, FileNotFoundError
