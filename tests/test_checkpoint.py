@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import UserError
+from vlm_jax import UserError, processes
 from vlm_jax.train.checkpoint import Checkpoints, base_identity, flat_state
 
 TABLE = [(r"a/.*", "full"), (r".*", "full(0.5)")]
@@ -120,6 +120,28 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
     checkpoints.manager.reload()
     with pytest.raises(UserError, match="/1' is damaged"):  # nothing before it
         checkpoints.restore_newest(make_state(), said.append)
+    checkpoints.close()
+
+
+def test_damage_that_another_process_sees_counts_in_all(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, {})
+    for step in (1, 2):
+        checkpoints.save(step, make_state(seed=step), {"step": step})
+    checkpoints.finish()
+    gather, reads = processes.gather, []
+
+    def with_another(name, value):
+        told = gather(name, value)
+        if name == "a checkpoint was read":
+            reads.append(value)
+            told = [*told, "The other cannot read it." if len(reads) == 2 else None]
+        return told
+
+    monkeypatch.setattr(processes, "gather", with_another)
+    said = []
+    assert checkpoints.restore_newest(make_state(), said.append)[1] == {"step": 1}
+    assert reads == [None] * 4 and len(said) == 1 and "The other cannot read it." in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "damaged-2"]
     checkpoints.close()
 
 

@@ -149,8 +149,16 @@ def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, long):
     assert (directory / "checkpoints/10").exists() and not (directory / "adapter").exists()
     saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
     shutil.copytree(directory, place / "killed, then alone")
+    for path in (directory / f"checkpoints/{saved}/state").rglob("*"):  # and the disk was bad
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:1])
     go(place, "killed", 2, *LONG, "--resume")
     assert compare(long, directory)
+    said = [(place / f"killed.{number}.log").read_text() for number in range(2)]
+    assert f"It is now called 'damaged-{saved}'" in said[0] and "damaged" not in said[1]
+    assert {f"damaged-{saved}", f"{saved}"} <= {
+        p.name for p in (directory / "checkpoints").iterdir()
+    }
     # One process with as many devices goes on too, until rounding grows.
     go(place, "killed, then alone", 1, *LONG, "--resume")
     ours, theirs = (lines(d / "metrics.jsonl") for d in (place / "killed, then alone", long))

@@ -85,9 +85,14 @@ def get_config() -> ConfigDict:
     t.logging_steps = 10  # steps that one line of metrics.jsonl sums up
     t.save_strategy = "steps"  # no, steps, epoch; the last step is always saved
     t.save_steps = 500  # steps between checkpoints
-    t.save_total_limit = 2  # checkpoints kept; 0 or None: all
+    t.save_total_limit = 2  # checkpoints kept, the newest; 0 or None: all
     t.eval_strategy = "steps"  # no, steps, epoch; only where data.eval_file is set
     t.eval_steps = 500  # steps between evaluations
+    # Make the result of the best checkpoint, which is never deleted; else of the last step. Each
+    # checkpoint must be evaluated: strategies agree, save_steps is a multiple of eval_steps.
+    t.load_best_model_at_end = False
+    t.metric_for_best_model = placeholder(str)  # loss, accuracy; None: loss
+    t.greater_is_better = placeholder(bool)  # None: as the metric says
     t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
     t.gradient_checkpointing = True  # recompute each block in the backward pass

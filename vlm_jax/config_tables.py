@@ -74,6 +74,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "training.remat_policy": (None, "none", "block", "block_save_attention", "dots", "offload"),
     "training.save_strategy": ("no", "steps", "epoch"),
     "training.eval_strategy": ("no", "steps", "epoch"),
+    "training.metric_for_best_model": (None, "loss", "accuracy", "eval_loss", "eval_accuracy"),
     "data.train_on": ("all", "answers", "last"),
     "data.on_bad_example": ("raise", "skip"),
     "data.overlong": ("shrink_pixels", "drop_turns", "drop", "error"),

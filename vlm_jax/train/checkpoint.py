@@ -3,10 +3,12 @@
 The frozen base is not in them, so a checkpoint carries the base's identity and refuses another.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ import orbax.checkpoint as ocp
 
 from vlm_jax import processes
 from vlm_jax.errors import UserError
+from vlm_jax.train.best import Best, kept
+from vlm_jax.train.output import SEEN_WITHIN
 from vlm_jax.train.step import TrainState
 
 SAMPLE_BYTES = 1 << 20
+META = ("meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())  # a name, and how it is read
 
 
 def base_identity(directory: str | Path) -> dict[str, str]:
@@ -50,8 +55,8 @@ def file_identity(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def flat_state(state: TrainState) -> dict[str, Any]:
-    """Return {path: array} of a state's leaves; the rng as its key data.
+def flat_state(state: Any) -> dict[str, Any]:
+    """Return {path: array} of the leaves of a state, or of part of one; the rng as its key data.
 
     Flat, because orbax then needs to know nothing of optax's types, and a mismatch has a name.
     """
@@ -64,7 +69,8 @@ def flat_state(state: TrainState) -> dict[str, Any]:
     return flat
 
 
-def _unflat_state(flat: Mapping[str, Any], like: TrainState) -> TrainState:
+def _unflat(flat: Mapping[str, Any], like: Any) -> Any:
+    """Return a tree as `like` of the leaves of `flat_state`, which are in its order."""
     leaves, treedef = jax.tree.flatten(like)
     new = [
         jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
@@ -83,36 +89,93 @@ class Checkpoints:
     """The checkpoints of one run, in `directory/<step>`; each appears whole or not at all.
 
     identity: what must be equal when the run is resumed, as nested dicts of JSON values; any
-    difference is refused and named. keep: how many are kept, the newest; 0 keeps all.
+    difference is refused and named. keep: how many are kept, the newest; 0 keeps all. best: how
+    the one is found that stays whatever comes after it; None: there is none.
     A process alone writes while it goes on; several write together, and wait for each other.
     """
 
-    def __init__(self, directory: str | Path, identity: Mapping[str, Any], keep: int = 0):
+    def __init__(
+        self,
+        directory: str | Path,
+        identity: Mapping[str, Any],
+        keep: int = 0,
+        best: Best | None = None,
+    ):
         self.directory = Path(directory).expanduser().absolute()
         self.identity = json.loads(json.dumps(identity))
+        self.keep, self.best = keep, best
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, enable_async_checkpointing=processes.count() == 1
+            preservation_policy=self, enable_async_checkpointing=processes.count() == 1
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
+        self.evaluations: dict[int, Mapping[str, float]] = {}
+        self._look()
 
     @property
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, oldest first."""
         return sorted(self.manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data_state: Mapping[str, Any]) -> Path:
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint; None where none has a value, or none is asked for."""
+        return self._best_of(self.steps)
+
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        there = {step: self.evaluations[step] for step in steps if step in self.evaluations}
+        return None if self.best is None else self.best.step(there)
+
+    def _look(self) -> None:
+        """Read what the directory holds, until this process sees what the first one does.
+
+        Raises `UserError` where that takes more than `SEEN_WITHIN` seconds.
+        """
+        self.manager.reload()
+        found = {}
+        if self.best is not None and processes.is_primary():
+            for step in self.steps:
+                with contextlib.suppress(Damaged):  # who restores it will be told
+                    found[step] = self._read_here(step, *META).get("evaluation", {})
+        steps, values = processes.gather("checkpoints", [self.steps, list(found.items())])[0]
+        self.evaluations = dict(values)
+        end = time.monotonic() + SEEN_WITHIN
+        while self.steps != steps:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"Process {processes.number()} sees the checkpoints {self.steps} in "
+                    f"'{self.directory}' where process 0 sees {steps}. All hosts must share the "
+                    f"directory: look whether its file system is mounted everywhere."
+                )
+            time.sleep(0.2)
+            self.manager.reload()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return which checkpoints stay: orbax asks this as its preservation policy."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        stay = kept(steps, self.keep, self._best_of(steps))
+        return [step in stay for step in steps]
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data_state: Mapping[str, Any],
+        evaluation: Mapping[str, float] | None = None,
+    ) -> Path:
         """Begin the checkpoint of `step` unless it is there, and return its directory.
 
         The state is on the host when this returns, so that the next step may donate it. The
         directory appears when all of it is written, at the latest by `close`. Raises what went
-        wrong with the save before.
+        wrong with the save before. evaluation: of this state; without it it cannot be the best.
         """
         if step not in self.steps:
             meta = {
                 "data": dict(data_state),
                 "identity": self.identity,
                 "shapes": {name: _shape(leaf) for name, leaf in flat_state(state).items()},
+                "evaluation": dict(evaluation or {}),
             }
+            self.evaluations[step] = meta["evaluation"]
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -131,13 +194,29 @@ class Checkpoints:
         step = self.manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"There is no checkpoint in '{self.directory}'.")
-        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        wanted = flat_state(like)
+        meta = self._check(step, wanted)
+        return _unflat(self._read_state(step, wanted), like), meta["data"]
+
+    def restore_trainable(self, like: Any, step: int) -> Any:
+        """Return the trainable leaves of the checkpoint of `step` alone, as `restore` does."""
+        self.finish()
+        tree = {"trainable": like}
+        wanted = flat_state(tree)
+        self._check(step, wanted, "trainable.")
+        return _unflat(self._read_state(step, wanted), tree)["trainable"]
+
+    def _check(self, step: int, wanted: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Return a checkpoint's meta; raise `UserError` where it is not of this run's leaves.
+
+        wanted: arrays by name, all that begin with the prefix.
+        """
+        meta = self._read_meta(step)
         where = self.directory / str(step)
         for what, now in self.identity.items():
             _compare(what, meta["identity"].get(what), now, where)
-        wanted = flat_state(like)
         shapes = {name: _shape(leaf) for name, leaf in wanted.items()}
-        names = shapes.keys() | meta["shapes"].keys()
+        names = shapes.keys() | {name for name in meta["shapes"] if name.startswith(prefix)}
         for name in sorted(names, key=lambda name: (not name.startswith("trainable"), name)):
             old, new = meta["shapes"].get(name), shapes.get(name)
             if old != new:
@@ -146,40 +225,74 @@ class Checkpoints:
                     f"needs {new or 'nothing'}. It belongs to another model or training table; "
                     f"resume with the config it was made with, or take a new output_dir."
                 )
-        targets = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in wanted.items()
-        }
-        restored = self._read(step, state=ocp.args.StandardRestore(targets))
-        flat = {name: restored["state"][name] for name in wanted}
-        return _unflat_state(flat, like), meta["data"]
+        return meta
 
     def restore_newest(self, like: TrainState, warn: Callable[[str], None]) -> tuple:
         """Return `restore`'s of the newest checkpoint that can be read.
 
         A damaged one is renamed to `damaged-<step>`, so that its step can be saved again, and
-        `warn` is told. Raises `UserError` where there is none before it, and always with several
-        processes, which may not all see the damage.
+        `warn` is told. Raises `UserError` where there is none before it.
         """
         while True:
             try:
                 return self.restore(like)
             except Damaged as error:
-                if len(self.steps) < 2 or processes.count() > 1:
+                if len(self.steps) < 2:
                     raise
                 newest, before = self.steps[-1], self.steps[-2]
-                names = (f"damaged-{newest}{end}" for end in ("", *(f".{n}" for n in range(1, 99))))
-                aside = next(p for n in names if not (p := self.directory / n).exists())
-                os.replace(self.directory / str(newest), aside)
-                self.manager.reload()
+                aside = self._put_aside(newest)
                 warn(
-                    f"Warning: {error} It is now called '{aside.name}', and the run goes on from "
+                    f"Warning: {error} It is now called '{aside}', and the run goes on from "
                     f"the one before, step {before}."
                 )
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def _put_aside(self, step: int) -> str:
+        """Rename a checkpoint and return its new name. All processes call it, the first does."""
+        aside = self.directory
+        if processes.is_primary():
+            names = (f"damaged-{step}{end}" for end in ("", *(f".{n}" for n in range(1, 99))))
+            aside = next(p for n in names if not (p := self.directory / n).exists())
+            os.replace(self.directory / str(step), aside)
+        name = processes.gather("damaged checkpoint", aside.name)[0]
+        self._look()
+        return name
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        return self._read(step, *META)
+
+    def _read_state(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the leaves of these names, in the shardings of the arrays that have them now."""
+        targets = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in wanted.items()
+        }
+        placed = ocp.checkpoint_utils.construct_restore_args(targets)
+        args = ocp.args.PyTreeRestore(targets, placed, partial_restore=True)
+        found = self._read(step, "state", ocp.PyTreeCheckpointHandler, args)
+        return {name: found[name] for name in wanted}
+
+    def _read(self, step: int, *item: Any) -> Any:
+        """Return what `_read_here` does; where one process finds damage all raise `Damaged`."""
+        found, damage = None, None
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**items))
+            found = self._read_here(step, *item)
+        except Damaged as error:
+            damage = error
+        told = processes.gather("a checkpoint was read", None if damage is None else str(damage))
+        for words in filter(None, told):
+            raise Damaged(words) from damage
+        return found
+
+    def _read_here(self, step: int, item: str, handler: Callable[[], Any], args: Any) -> Any:
+        """Return what an orbax handler reads of a checkpoint.
+
+        By itself, not through the manager, whose `restore` ends with a collective: processes that
+        have read would wait in it for one that could not.
+        """
+        where = self.directory / str(step)
+        try:
+            with contextlib.closing(handler()) as reader:
+                return reader.restore(self.manager.directory / str(step) / item, args=args)
         except Exception as error:  # orbax and tensorstore raise many unrelated types
             if isinstance(error, OSError | MemoryError) and not isinstance(
                 error, FileNotFoundError
@@ -187,7 +300,6 @@ class Checkpoints:
                 raise  # the checkpoint may be whole
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            where = self.directory / str(step)
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise Damaged(
                 f"The checkpoint '{where}' is damaged and cannot be read ({reason}). Delete it to "

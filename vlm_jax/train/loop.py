@@ -23,6 +23,7 @@ from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
 from vlm_jax.quantization import summary
 from vlm_jax.sharding import row_parts, row_share
+from vlm_jax.train.best import Best, best_of
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     compile_largest_loss,
@@ -63,24 +64,27 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
 
     `training.output_dir` then holds config.json, metrics.jsonl (a line a logged step),
     evaluations.jsonl, tensorboard/, checkpoints/, and at the end adapter/ in PEFT's format, or
-    model/ where the language model trained in full. resume: go on from the newest checkpoint, to
-    the very numbers that a run without a stop gives; "auto": where there is a run. Ctrl-C or
-    SIGTERM saves a checkpoint.
+    model/ where the language model trained in full; with load_best_model_at_end also best.json,
+    which says of what step. resume: go on from the newest checkpoint, to the very numbers that a
+    run without a stop gives; "auto": where there is a run. Ctrl-C or SIGTERM saves a checkpoint.
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
     directory = Path(config.training.output_dir).expanduser()
     check_reporters(config.training.report_to)
+    best = best_of(config)
     if not processes.is_primary():  # the first process speaks for all
         console = Console(quiet=True)
     console = console or Console()
     with output_directory(directory, resume) as (resumes, warning):
         if warning is not None:
             console.print(warning, highlight=False, soft_wrap=True)
-        return _train(config, resumes, console, directory)
+        return _train(config, resumes, console, directory, best)
 
 
-def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) -> dict:
+def _train(
+    config: ConfigDict, resume: bool, console: Console, directory: Path, best: Best | None
+) -> dict:
     t, start = config.training, time.perf_counter()
     processes.check_same("configs", settings_of(config))
 
@@ -141,7 +145,7 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
     processes.check_same("data and base checkpoints", {**same, "shapes": data.shapes})
     place, step = {"epoch": 0, "step": 0}, 0
     if resume:
-        checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit)
+        checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit, best)
         if checkpoints.steps:
             state, place = checkpoints.restore_newest(
                 state, lambda words: console.print(words, highlight=False, soft_wrap=True)
@@ -163,7 +167,7 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
         if processes.is_primary():
             write_json(directory / "config.json", absolute_paths(config))
         if not resume:
-            checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit)
+            checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit, best)
         log = open_log(
             directory,
             t.report_to,
@@ -207,7 +211,7 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
                 evaluating = held_out is not None and (eval_at(step) or step == total)
                 if saving or evaluating or step == 1:
                     show(watch.flush())  # a broken step's checkpoint must not replace a good one
-                if saving:
+                if saving and best is None:  # before an evaluation, which may fail
                     checkpoints.save(step, state, place)
                 if evaluating and held_out is not None:
                     evaluation = _evaluate(
@@ -216,6 +220,10 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
                     log.write_evaluation(step, evaluation)
                     console.print(f"step {step}/{total}  {_words(evaluation)}", highlight=False)
                     watch.meter.leave_out(evaluation["seconds"])
+                if saving:
+                    # One out of turn is no candidate: a run that nobody stopped would lack it.
+                    due = save_at(step) or step == total
+                    checkpoints.save(step, state, place, evaluation if due else None)
             show(watch.flush())
             checkpoints.save(step, state, place)
 
@@ -239,7 +247,15 @@ def _train(config: ConfigDict, resume: bool, console: Console, directory: Path) 
             soft_wrap=True,
         )
         return outcome
-    result = write_result(model, join(state.trainable, frozen), directory, encoder)
+    trainable = state.trainable
+    del state  # the moments make room for what is read
+    if best is not None:
+        trainable, outcome["best"] = _best_trainable(best, checkpoints, trainable, step, console)
+        if processes.is_primary():
+            write_json(directory / "best.json", outcome["best"])
+    elif processes.is_primary():
+        (directory / "best.json").unlink(missing_ok=True)
+    result = write_result(model, join(trainable, frozen), directory, encoder)
     outcome["result"] = str(result)
     console.print(f"Wrote '{result}'.", highlight=False, soft_wrap=True)
     return outcome
@@ -276,6 +292,30 @@ def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:
 
 def _words(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def _best_trainable(
+    best: Best, checkpoints: Checkpoints, last: Any, step: int, console: Console
+) -> tuple[Any, dict[str, Any]]:
+    """Return (the best checkpoint's trainable leaves, {"step", "metric", "value"}), and say so.
+
+    last: those of the last step, `step`, which are taken where no checkpoint has a value.
+    """
+    chosen = checkpoints.best_step
+    if chosen is None:
+        words = f"Warning: no checkpoint has a finite {best.metric}: the result is the last step's."
+        console.print(words, highlight=False, soft_wrap=True)
+        return last, {"step": step, "metric": best.metric, "value": None}
+    value = checkpoints.evaluations[chosen][best.metric]
+    console.print(
+        f"The result is step {chosen}'s: its {best.metric} on data.eval_file, {value:.4f}, is the "
+        f"best of all checkpoints.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if chosen != step:
+        last = checkpoints.restore_trainable(last, chosen)
+    return last, {"step": chosen, "metric": best.metric, "value": value}
 
 
 def _evaluate(
