@@ -434,3 +434,21 @@ def test_the_known_figures_are_plausible():
         if device.clock is not None:  # a whole number of matrix units of 128 x 128
             units = device.flops / device.clock / (2 * 128 * 128)
             assert units == pytest.approx(round(units), rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_gathered_once_however_many_chunks_of_the_loss_there_are(tmp_path, tied):
+    raw = json.loads((qwen(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": tied}))
+    changes = {"model.quantize": "nf4-dq", "training.remat_policy": "block"}
+    made = config.load(None, [f"model.name_or_path={tmp_path}", "data.max_pixels=12544"])
+    compiled = plan.compile_step(
+        made, "v5e:2x2", mesh={"fsdp": 4, "data": 1}, overrides=changes, rows=8, tokens=2048
+    )  # 4,096 positions a device are four chunks
+    sizes = {(WIDTH, 512), (512, WIDTH)}
+    times = [
+        one.times
+        for one in plan.collectives(compiled)
+        if one.dtype == "bf16" and tuple(one.shape[-2:]) in sizes
+    ]
+    assert sum(times) <= 2, times  # and once for the lookup of a tied one

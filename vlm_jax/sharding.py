@@ -158,6 +158,27 @@ def used_on_mesh(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> dic
     )
 
 
+def gathered(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Return the tree, inside a program, with each leaf whole where fsdp had spread it.
+
+    For what a loop uses again and again: the compiler would gather it in each turn.
+    """
+
+    def gather(path: str, leaf: Any) -> Any:
+        where = shardings[path]
+        if isinstance(leaf, FourBit):
+            where = dataclasses.replace(where, used=leaf.used)
+        return jax.tree.map(whole, leaf, where)
+
+    def whole(array: Any, sharding: NamedSharding) -> Any:
+        names = (None if name == "fsdp" else name for name in sharding.spec)
+        where = NamedSharding(mesh, PartitionSpec(*names))
+        return jax.lax.with_sharding_constraint(array, where)
+
+    shardings = flatten(param_shardings(model, params, mesh))
+    return map_leaves(gather, params)
+
+
 def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the tree with every leaf placed on its shards."""
     shardings = param_shardings(model, params, mesh)

@@ -38,6 +38,21 @@ def _axes(sharding: NamedSharding) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(rows), tuple(tokens)
 
 
+def mesh() -> Any:
+    """Return the `Mesh` that rows are spread over; None outside `rows_over`."""
+    sharding = _rows.get()
+    return None if sharding is None else sharding.mesh
+
+
+def parts() -> int:
+    """Return over how many devices a batch's tokens are spread; 1 outside `rows_over`."""
+    sharding = _rows.get()
+    if sharding is None:
+        return 1
+    rows, tokens = _axes(sharding)
+    return math.prod(sharding.mesh.shape[name] for name in (*rows, *tokens))
+
+
 def constrain_rows(x: Any) -> Any:
     """Return x [rows, places, ...] spread by its rows and places; as it is outside `rows_over`.
 

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.batch import Batch
-from vlm_jax.layers.partition import constrain_rows
+from vlm_jax.layers import partition
 from vlm_jax.model import Model
-from vlm_jax.trees import join
+from vlm_jax.sharding import gathered
+from vlm_jax.trees import flatten, join, unflatten
+from vlm_jax.vocabulary import EMBEDDING, HEAD
 
-# Logits of about this many positions exist at a time.
+# Logits of about this many positions exist at a time on a device.
 CHUNK_POSITIONS = 1024
 
 
@@ -40,6 +42,17 @@ def _gather_weighted(x_BTD, targets_BT, weights_BT, chunk: int):
     )
 
 
+def _head_gathered(model: Model, params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters with those of the head whole on each device, for all chunks alike."""
+    mesh = partition.mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return params
+    head = EMBEDDING if model.config.text.tied else HEAD
+    flat = flatten(params)
+    own = {path: leaf for path, leaf in flat.items() if path.startswith(f"{head}/")}
+    return unflatten({**flat, **flatten(gathered(model, unflatten(own), mesh))})
+
+
 def loss(
     model: Model,
     trainable: Mapping[str, Any],
@@ -60,11 +73,12 @@ def loss(
     batch = jax.tree.map(jnp.asarray, batch)
     x_BTD, _ = module.apply(params, batch, method="hidden", rngs=rngs)
     B, T, _ = x_BTD.shape
-    chunk = min(T, max(16, CHUNK_POSITIONS // B))
+    chunk = min(T, max(16, CHUNK_POSITIONS * partition.parts() // B))
     chunks = _gather_weighted(x_BTD, batch.targets, batch.weights, chunk)
+    params = {"params": _head_gathered(model, params["params"])}
 
     def chunk_loss(x_BCD, targets_BC, weights_BC):
-        x_BCD = constrain_rows(x_BCD)
+        x_BCD = partition.constrain_rows(x_BCD)
         logits_BCV: Any = module.apply(params, x_BCD, method="logits", rngs=rngs)
         picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
         losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
