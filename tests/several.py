@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 PATIENCE = 400  # seconds; only a process that hangs uses them up
@@ -35,11 +36,11 @@ def environment(place: Path, devices: int, **more: str) -> dict[str, str]:
 class Started:
     """One process of a run; what it prints goes to files, since a pipe could fill or leak."""
 
-    def __init__(self, arguments: list[str], output: Path, env: dict[str, str]):
+    def __init__(self, arguments: Sequence[str], output: Path, env: dict[str, str]):
         self.output = output
         with open(output, "w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vlm_jax", *arguments], stdout=file, stderr=file, env=env
+                [sys.executable, *arguments], stdout=file, stderr=file, env=env
             )
 
     @property
@@ -58,10 +59,16 @@ class Started:
         return self.process.wait(PATIENCE)
 
 
-@contextlib.contextmanager
 def started(place: Path, config: Path, name: str, count: int, *options: str, devices=8, **env: str):
     """Start `vlm-jax train` in `count` processes of `devices` in all; kill what is left after."""
-    arguments = ["train", f"--config={config}", f"--config.training.output_dir={place / name}"]
+    output = f"--config.training.output_dir={place / name}"
+    train = ("-m", "vlm_jax", "train", f"--config={config}", output, *options)
+    return programs(place, train, name, count, devices=devices, **env)
+
+
+@contextlib.contextmanager
+def programs(place: Path, arguments: Sequence[str], name: str, count: int, devices=8, **env: str):
+    """Start Python with these arguments in `count` processes, as `started` does."""
     port, processes = free_port(), []
     try:
         for number in range(count):
@@ -70,7 +77,7 @@ def started(place: Path, config: Path, name: str, count: int, *options: str, dev
             ) if count > 1 else {}  # fmt: skip
             output = place / f"{name}.{number}.log"
             full = environment(place, devices // count, **own, **env)
-            processes.append(Started([*arguments, *options], output, full))
+            processes.append(Started(arguments, output, full))
         yield processes
     finally:
         for one in processes:

@@ -7,13 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from runs import lines, make_base, make_config, make_data, run
 from safetensors.numpy import load_file
-from several import OURS, Started, environment, free_port, started, wait_until, written
+from several import (
+    OURS,
+    Started,
+    environment,
+    free_port,
+    programs,
+    started,
+    wait_until,
+    written,
+)
 
 from vlm_jax import UserError, processes
 from vlm_jax.sharding import share_of
@@ -90,6 +100,11 @@ def compare(one, other):
     return all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+def saving(places):
+    """Return whether a checkpoint is being written."""
+    return any("tmp" in path.name for path in places.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "count, mesh",
@@ -102,10 +117,17 @@ def compare(one, other):
 )
 def test_several_processes_train_as_one_does(place, count, mesh):
     options = [f"--config.mesh.{size}" for size in mesh]
-    if len(mesh) == 3:  # and evaluates
-        options.append(f"--config.data.eval_file={place / 'data/train.jsonl'}")
-        options.append("--config.training.per_device_eval_batch_size=1")
-        options += ["--config.evaluation.accuracy=true", "--config.evaluation.batch_size=6"]
+    evaluated = len(mesh) == 3
+    if evaluated:  # and takes the step of the greater loss, which is not the last one
+        options += (
+            f"--config.data.eval_file={place / 'data/train.jsonl'}",
+            "--config.training.per_device_eval_batch_size=1",
+            "--config.training.eval_steps=2",
+            "--config.training.load_best_model_at_end=true",
+            "--config.training.greater_is_better=true",
+            "--config.evaluation.accuracy=true",
+            "--config.evaluation.batch_size=6",
+        )
     name = "-".join(mesh)
     one = place / name
     if not one.exists():
@@ -114,12 +136,15 @@ def test_several_processes_train_as_one_does(place, count, mesh):
     compare(one, several)
     mine, its = (lines(directory / "evaluations.jsonl") for directory in (one, several))
     assert [row["step"] for row in mine] == [row["step"] for row in its]
-    assert [row["step"] for row in mine] == ([4] if len(mesh) == 3 else [])
+    assert [row["step"] for row in mine] == ([2, 4] if evaluated else [])
     for one, other in zip(mine, its, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert one["accuracy"] == other["accuracy"] and one["examples"] == other["examples"] > 8
     names = {path.name for path in several.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "adapter"}
+    kept = {"config.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "adapter"}
+    assert names == (kept | {"best.json"} if evaluated else kept)
+    if evaluated:
+        assert json.loads((several / "best.json").read_text())["step"] == 2
     assert "Wrote" not in (place / f"{name} in {count}.1.log").read_text()
 
 
@@ -142,7 +167,8 @@ def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, long):
 def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, long):
     config, directory = place / "config.json", place / "killed"
     with started(place, config, "killed", 2, *LONG, VLM_JAX_HEARTBEAT_TIMEOUT="20") as group:
-        wait_until(lambda: (directory / "checkpoints/10").exists(), group)
+        places = directory / "checkpoints"
+        wait_until(lambda: (places / "10").exists() and saving(places), group)
         group[1].process.kill()
         assert group[0].ended() not in (0, None)
         group[0].wait_for("start all processes again, with --resume")
@@ -189,6 +215,39 @@ def test_what_one_process_cannot_do_ends_all_with_its_words(place):
     assert not (place / "early").exists()
 
 
+SAVES = """
+import sys
+from vlm_jax.together import together
+
+with together(lambda error: 2):
+    from test_checkpoint import make_state
+    from vlm_jax import processes
+    from vlm_jax.sharding import make_mesh
+    from vlm_jax.train.checkpoint import Checkpoints
+    from vlm_jax.train.place import on_mesh
+
+    state = on_mesh(make_state(), make_mesh())
+    with Checkpoints(sys.argv[1], {}) as checkpoints:
+        for step in (1, 2, 3):
+            if step == 2 and processes.is_primary():
+                checkpoints.save(step, state, {"what no JSON can hold": object()})
+            else:
+                checkpoints.save(step, state, {})
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_one_process_cannot_finish_ends_all(tmp_path):
+    """It fails in a thread, and the other process waits for it in one."""
+    arguments = ("-c", SAVES, str(tmp_path / "checkpoints"))
+    path = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    with programs(tmp_path, arguments, "saves", 2, PYTHONPATH=path) as group:
+        assert [one.ended() for one in group] == [1, 1], [one.text for one in group]
+        assert "not JSON serializable" in group[0].text
+        assert "process 0 of 2 stopped the run" in group[1].text
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
+
+
 @pytest.mark.slow
 def test_a_second_run_is_refused_and_a_kill_while_saving_leaves_the_save_before(place):
     config, directory = place / "config.json", place / "shared"
@@ -204,7 +263,7 @@ def test_a_second_run_is_refused_and_a_kill_while_saving_leaves_the_save_before(
         assert f"process {first[0].process.pid} on" in second.stderr
         assert first[0].process.poll() is None
         places = directory / "checkpoints"
-        wait_until(lambda: any("tmp" in path.name for path in places.iterdir()), first)
+        wait_until(lambda: saving(places), first)
         first[0].process.kill()
         first[0].ended()
     newest = max(int(path.name) for path in places.iterdir() if path.name.isdigit())
@@ -276,7 +335,7 @@ def test_processes_with_different_settings_do_not_train_together(place):
             values = (f"localhost:{port}", "2", str(number))
             own = dict(zip(OURS, values, strict=True))
             arguments = [
-                "train",
+                *("-m", "vlm_jax", "train"),
                 f"--config={file}",
                 f"--config.training.output_dir={place / 'odd'}",
             ]

@@ -147,7 +147,7 @@ def start(here: Seat | None = None) -> None:
         )
 
     try:
-        if not _wait(join, end):
+        if not returned(join, end):
             raise UserError(
                 f"Not all of {here.count} processes came to '{here.address}' within {timeout} "
                 f"seconds (this is number {here.number}). Start all of them, with the same "
@@ -200,7 +200,7 @@ def _reach(here: Seat, end: float, timeout: int) -> None:
         time.sleep(0.2)
 
 
-def _wait(call: Callable[[], None], end: float) -> bool:
+def returned(call: Callable[[], None], end: float) -> bool:
     """Return whether `call` came back before `end`; signals are handled meanwhile.
 
     It runs in a thread, since a main thread that waits inside JAX handles none.
@@ -254,7 +254,7 @@ def wait_for_all(name: str) -> None:
         return
     key = f"vlm_jax/{next(_calls)}/{name}"
     # However long it takes: the one waited for may write a model, and if it died all end.
-    _wait(lambda: client().wait_at_barrier(key, EVER * 1000), time.monotonic() + EVER)
+    returned(lambda: client().wait_at_barrier(key, EVER * 1000), time.monotonic() + EVER)
 
 
 def gather(name: str, value: Any) -> list[Any]:

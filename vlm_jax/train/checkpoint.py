@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from vlm_jax.train.output import SEEN_WITHIN
 from vlm_jax.train.step import TrainState
 
 SAMPLE_BYTES = 1 << 20
+PATIENCE = 10.0  # seconds that a failed process gives what is being written
 META = ("meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())  # a name, and how it is read
 
 
@@ -91,7 +93,8 @@ class Checkpoints:
     identity: what must be equal when the run is resumed, as nested dicts of JSON values; any
     difference is refused and named. keep: how many are kept, the newest; 0 keeps all. best: how
     the one is found that stays whatever comes after it; None: there is none.
-    A process alone writes while it goes on; several write together, and wait for each other.
+    They are written while the run goes on. Several processes write one together, which is there
+    when all have written their part; what fails is told when the next one begins, or by `close`.
     """
 
     def __init__(
@@ -105,7 +108,8 @@ class Checkpoints:
         self.identity = json.loads(json.dumps(identity))
         self.keep, self.best = keep, best
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self, enable_async_checkpointing=processes.count() == 1
+            preservation_policy=self,
+            async_options=ocp.AsyncOptions(timeout_secs=processes.EVER, barrier_sync_fn=_barrier),
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
         self.evaluations: dict[int, Mapping[str, float]] = {}
@@ -310,9 +314,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # Of several processes one that fails must not wait here for others, which wait for it.
         if error is None or processes.count() == 1:
             self.close()
+            return
+        # What was begun is finished by threads of all processes, whose programs may wait for this
+        # one meanwhile. If another one is dead it never is, and the error must be told.
+        with contextlib.suppress(Exception):
+            processes.returned(self.finish, time.monotonic() + PATIENCE)
 
     def finish(self) -> None:
         """Wait until what was begun is written."""
@@ -321,6 +329,16 @@ class Checkpoints:
     def close(self) -> None:
         """Finish what is being written."""
         self.manager.close()
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Wait until the saves of all processes have come to `key`, unless this one's has failed.
+
+    Orbax waits after a failure too, and would tell it when the others come: but these wait for
+    what failed. No program runs on a device for it, as one would beside the step's.
+    """
+    if processes.count() > 1 and sys.exception() is None:
+        processes.client().wait_at_barrier(key, timeout_ms)
 
 
 def _shape(leaf: Any) -> str:
