@@ -41,7 +41,7 @@ from vlm_jax.train.metrics import (
     progress_bar,
 )
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
-from vlm_jax.train.output import nothing_half_written, output_directory
+from vlm_jax.train.output import local_directory, nothing_half_written, output_directory
 from vlm_jax.train.place import on_mesh
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.result import write_result
@@ -70,7 +70,7 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
-    directory = Path(config.training.output_dir).expanduser()
+    directory = local_directory(config.training.output_dir)
     check_reporters(config.training.report_to)
     best = best_of(config)
     if not processes.is_primary():  # the first process speaks for all

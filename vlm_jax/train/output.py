@@ -26,6 +26,17 @@ LOCK = ".lock"  # there while a run lives; the system lets go of it where a run 
 SEEN_WITHIN = 60  # seconds: network file systems show a new file to other hosts late
 
 
+def local_directory(name: str) -> Path:
+    """Return the path of training.output_dir; raise `UserError` for an address, as gs://bucket."""
+    if "://" in name:
+        raise UserError(
+            f"training.output_dir is '{name}'. A run locks, renames and appends to what it writes, "
+            f"which a bucket does not do: give a directory, on several hosts one of a network file "
+            f"system (docs/PODS.md), and copy the result afterwards."
+        )
+    return Path(name).expanduser()
+
+
 @contextlib.contextmanager
 def output_directory(directory: Path, resume: bool | str) -> Iterator[tuple[bool, str | None]]:
     """Hold the directory for one run while a block lasts; yield whether to resume, and a warning.
