@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import UserError
+from vlm_jax import UserError, generation
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.evals import accuracy as module
 from vlm_jax.evals.accuracy import accuracy, normalise
-from vlm_jax.generation import generate
 
 
 def test_normalisation():
@@ -52,16 +51,17 @@ def test_on_a_mesh_rows_are_spread_and_answers_the_same(place, monkeypatch, size
     alone = accuracy(model, params, encoder, records, batch_size=6)
     rows = []
 
-    def counted(model, params, batch, new):
-        rows.append(len(batch.tokens))
-        return generate(model, params, batch, new)
+    def spied(params, batch, key, **options):
+        rows.append(batch.tokens.addressable_shards[0].data.shape[0])
+        return compiled(params, batch, key, **options)
 
-    monkeypatch.setattr(module, "generate", counted)
+    compiled = generation._generate
+    monkeypatch.setattr(generation, "_generate", spied)
     mesh = vlm_jax.make_mesh(**{"data": 1, **sizes})
     model, params = vlm_jax.load(place / "base", mesh=mesh)
     spread = accuracy(model, params, encoder, records, batch_size=6)
     assert [p.prediction for p in spread.predictions] == [p.prediction for p in alone.predictions]
-    assert set(rows) == {8}  # so that four parts have equally many
+    assert set(rows) == {2}  # 6 are made 8, so that four parts have equally many
 
 
 def test_records_without_an_answer_are_skipped_or_refused(place):

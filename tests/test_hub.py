@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from references import llava, qwen2_vl
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
+from vlm_jax import processes
 from vlm_jax.hub.files import whole_directory, write_shards
 
 
@@ -209,3 +211,24 @@ def test_tokens_beyond_the_vocabulary_are_refused(base):
     assert hash(model) and model == model
     with pytest.raises(vlm_jax.UserError, match="200 tokens"):
         model.batch([[1, 2, 200]])
+
+
+def test_an_export_gathers_one_weight_at_a_time_and_other_processes_the_same(
+    base, tmp_path, monkeypatch
+):
+    model, params = vlm_jax.load(base)
+    model, params = vlm_jax.add_lora(model, params, vlm_jax.LoRA(2, 4), jax.random.key(0))
+    calls: list[tuple[int, ...]] = []
+
+    def to_host(tree, here=True):
+        calls.append(tree.shape)
+        return np.asarray(tree) if here else None
+
+    monkeypatch.setattr(processes, "to_host", to_host)
+    vlm_jax.save_pretrained(model, params, tmp_path / "merged")
+    layers = model.config.text.num_layers
+    assert all(len(shape) < 3 or shape[0] != layers for shape in calls[2:]), calls
+    first, calls = calls, []
+    monkeypatch.setattr(processes, "is_primary", lambda: False)
+    vlm_jax.save_pretrained(model, params, tmp_path / "other")
+    assert calls == first and not (tmp_path / "other").exists()

@@ -8,6 +8,7 @@ import pytest
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.hardware import DEVICES, GB, hardware
+from vlm_jax.train import mesh
 from vlm_jax.train.mesh import memory_of, mesh_of, sizes_of
 
 LORA = {"mesh.auto": True, "lora.r": 16, "data.max_pixels": 200704}
@@ -57,11 +58,23 @@ def test_memory_is_asked_of_the_device_or_looked_up_by_its_kind():
     assert memory_of(device("TPU v5 lite", platform="tpu")) == DEVICES["v5e"].usable
     assert memory_of(device("NVIDIA H100 80GB HBM3")) == DEVICES["h100"].usable
     assert memory_of(device("NVIDIA H100 80GB HBM3", {"bytes_limit": 7 * GB})) == 7 * GB
+    assert memory_of(device("NVIDIA A100-SXM4-40GB")) == DEVICES["a100-40gb"].usable
+    assert memory_of(device("NVIDIA A100-SXM4-80GB")) == DEVICES["a100"].usable
+    assert memory_of(device("NVIDIA L40S")) == DEVICES["l40s"].usable
     with pytest.raises(UserError, match="how much memory a 'TPU v99' has"):
         memory_of(device("TPU v99", platform="tpu"))
 
 
-def test_the_devices_that_are_here_share_the_memory_of_the_machine():
+@pytest.mark.parametrize("memory, fsdp", [(80 * GB, 1), (6 * GB, 2), (GB, 4)])
+def test_the_mesh_over_devices_is_the_one_picked_by_their_memory(monkeypatch, memory, fsdp):
     made = config.load(None, {"model.name_or_path": "Qwen/Qwen2-VL-2B-Instruct", **LORA})
-    mesh = mesh_of(made, jax.devices()[:4])
-    assert mesh.size == 4 and mesh.shape["tensor"] == mesh.shape["context"] == 1
+    monkeypatch.setattr(mesh, "memory_of", lambda device: memory)
+    assert dict(mesh_of(made, jax.devices()[:4]).shape) == {
+        "data": 4 // fsdp, "fsdp": fsdp, "tensor": 1, "context": 1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [{"mesh.context": 2}, {"mesh.tensor": -1}])
+def test_what_cannot_be_estimated_is_refused(sizes):
+    with pytest.raises(UserError, match=r"of which it knows nothing with mesh\.context"):
+        picked("Qwen/Qwen2-VL-2B-Instruct", "v5e-4", **sizes)

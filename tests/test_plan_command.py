@@ -451,4 +451,4 @@ def test_the_head_is_gathered_once_however_many_chunks_of_the_loss_there_are(tmp
         for one in plan.collectives(compiled)
         if one.dtype == "bf16" and tuple(one.shape[-2:]) in sizes
     ]
-    assert sum(times) <= 2, times  # and once for the lookup of a tied one
+    assert 1 <= sum(times) <= 2, times  # and once for the lookup of a tied one

@@ -1,4 +1,4 @@
-"""Every key of a run's config, with its default and meaning, and how files are read into it."""
+"""Every key of a run's config, with its default and meaning; types, and checks of values."""
 
 import re
 from collections.abc import Iterable, Mapping

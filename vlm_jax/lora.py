@@ -294,14 +294,14 @@ def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> 
         )
     return unflatten(
         {
-            path: merged_kernel(model, flat, path, requantize=requantize)
+            path: merged_leaf(model, flat, path, requantize=requantize)
             for path in flat
             if not is_lora(path)
         }
     )
 
 
-def merged_kernel(
+def merged_leaf(
     model: Model,
     flat: Mapping[str, Any],
     path: str,
@@ -369,7 +369,7 @@ def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float
             factors = (_one(flat[f"{base}/{name}"], layer) for name in ("lora_A", "lora_B"))
             before = _one(kernel, layer)
             exact = _merged(model, base, before, *factors)
-            after = dense(merged_kernel(model, flat, path, layer, requantize=True), jnp.float32)
+            after = dense(merged_leaf(model, flat, path, layer, requantize=True), jnp.float32)
             error += float(jnp.sum((after - exact) ** 2))
             weight += float(jnp.sum(exact**2))
             update += float(jnp.sum((exact - dense(before, jnp.float32)) ** 2))

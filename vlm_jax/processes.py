@@ -288,6 +288,14 @@ def _listed(place: str) -> list[tuple[str, str]]:
     return client().key_value_dir_get(place)
 
 
+def _same(x: Any) -> Any:  # by name, so that what JAX has compiled for it is found again
+    return x
+
+
+def _layer(x: Any, i: Any) -> Any:
+    return x[i]
+
+
 def to_host(tree: Any, here: bool = True) -> Any:
     """Return the tree with arrays of numpy, whole ones, whatever devices hold parts of them.
 
@@ -305,9 +313,9 @@ def to_host(tree: Any, here: bool = True) -> Any:
             jax.sharding.PartitionSpec(),
         )
         if leaf.ndim < 3:
-            gathered = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
+            gathered = jax.jit(_same, out_shardings=everywhere)(leaf)
             return np.asarray(gathered) if here else None
-        layer = jax.jit(lambda x, i: x[i], out_shardings=everywhere)
+        layer = jax.jit(_layer, out_shardings=everywhere)
         array = np.empty(leaf.shape, leaf.dtype) if here else None
         for i in range(leaf.shape[0]):
             gathered = layer(leaf, i)

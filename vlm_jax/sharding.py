@@ -209,11 +209,11 @@ def put(leaf: Any, sharding: Any) -> jax.Array:
 
 
 def mesh_under(tree: Any) -> Mesh | None:
-    """Return the mesh that a tree's arrays lie on; None where no array is on one."""
+    """Return the mesh of `make_mesh` that a tree's arrays lie on; None where there is none."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-            return sharding.mesh
+            return sharding.mesh if sharding.mesh.axis_names == AXES else None
     return None
 
 

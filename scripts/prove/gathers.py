@@ -18,8 +18,11 @@ LINEARS, WHOLE = 0.27, 0.36  # the most that may be gathered of LoRA's bytes
 
 def gathered(cells: dict, method: str) -> dict[str, int]:
     """Return the bytes that a chip gathers in a step, by dtype."""
+    name = f"Qwen2-VL 7B / {method} / v5e-4"
+    if not cells.get(name, {}).get("exchanges"):
+        sys.exit(f"'{name}' has not been compiled yet: see this script's first command.")
     sums: dict[str, int] = {}
-    for one in cells[f"Qwen2-VL 7B / {method} / v5e-4"]["exchanges"]:
+    for one in cells[name]["exchanges"]:
         if one["kind"] in GATHERS:
             sums[one["dtype"]] = sums.get(one["dtype"], 0) + one["bytes"]
     return sums

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import processes
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.encode import Encoder
 from vlm_jax.data.measuring import ALWAYS_DROPPED, reason_of
@@ -172,6 +173,9 @@ def accuracy(
         batch_size = -(-batch_size // row_parts(mesh)) * row_parts(mesh)
     count = min(len(records), max_examples) if max_examples > 0 else len(records)
     batches, skipped = _plan(encoder, records, count, batch_size)
+    # Each process finds out for itself what it can read: all must come to the same.
+    readable = [record["index"] for planned, _ in batches for record in planned]
+    processes.check_same("readable records", {"records": readable})
     tokenizer = load_tokenizer(encoder.directory)
     total = sum(len(planned) for planned, _ in batches)
     predictions: list[Prediction] = []
@@ -179,6 +183,8 @@ def accuracy(
     for (planned_now, _), (records_now, batch) in _ahead(
         lambda planned: _collate(encoder, planned[0], planned[1], batch_size), batches
     ):
+        good = [record["index"] for record in records_now]
+        processes.check_same("readable images", {"of records": good})
         done += len(planned_now)
         skipped += len(planned_now) - len(records_now)
         if not records_now:

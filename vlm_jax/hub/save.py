@@ -17,7 +17,7 @@ from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import read_tensor
-from vlm_jax.lora import is_lora, merged_kernel
+from vlm_jax.lora import is_lora, merged_leaf
 from vlm_jax.model import Model
 from vlm_jax.names import Place, current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten
@@ -107,7 +107,7 @@ def save_pretrained(
 
     def leaf_of(place: Place) -> Any:
         """Return a weight as it is written, on this host; all processes call it."""
-        merged = merged_kernel(model, flat, place.path, place.layer, bool(quantized))
+        merged = merged_leaf(model, flat, place.path, place.layer, bool(quantized))
         leaf = processes.to_host(merged, primary)
         return dataclasses.replace(leaf, used=None) if isinstance(leaf, FourBit) else leaf
 
@@ -159,6 +159,7 @@ def save_pretrained(
         ):
             if name not in beside and names[name][0] in places:
                 leaf_of(places[names[name][0]])
+        processes.wait_for_all("the checkpoint is written")
         return
     with whole_directory(directory) as folder:
         write_shards(folder, sizes, tensor, max_shard_size)
@@ -177,6 +178,7 @@ def save_pretrained(
                 shutil.copyfile(path, folder / path.name)
         if processor:
             _write_processor(folder, processor)
+    processes.wait_for_all("the checkpoint is written")
 
 
 def _write_processor(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -44,13 +44,15 @@ def mesh() -> Any:
     return None if sharding is None else sharding.mesh
 
 
-def parts() -> int:
-    """Return over how many devices a batch's tokens are spread; 1 outside `rows_over`."""
+def parts() -> tuple[int, int]:
+    """Return over how many devices rows and a row's tokens are spread; 1 outside `rows_over`."""
     sharding = _rows.get()
     if sharding is None:
-        return 1
-    rows, tokens = _axes(sharding)
-    return math.prod(sharding.mesh.shape[name] for name in (*rows, *tokens))
+        return 1, 1
+    rows, tokens = (
+        math.prod(sharding.mesh.shape[name] for name in names) for names in _axes(sharding)
+    )
+    return rows, tokens
 
 
 def constrain_rows(x: Any) -> Any:

@@ -80,7 +80,8 @@ def compile_step(
     Neither data, tokenizer nor weights are read. Raises `UserError` for what the config lacks, for
     an unknown topology, and where a program does not fit its memory.
     """
-    changes = {**(overrides or {}), **{f"mesh.{name}": n for name, n in (mesh or {}).items()}}
+    sizes = {f"mesh.{name}": n for name, n in (mesh or {}).items()}
+    changes = {**(overrides or {}), **({"mesh.auto": False, **sizes} if sizes else {})}
     loaded = load(config, changes)
     step = prepare(loaded, devices(topology), rows=rows, tokens=tokens, patches=patches)
     with out_of_memory_explained():

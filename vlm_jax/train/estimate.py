@@ -18,7 +18,8 @@ from vlm_jax.model import Model
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.abstract import abstract_base, abstract_run
 from vlm_jax.train.base import base_name
-from vlm_jax.train.losses import CHUNK_POSITIONS
+from vlm_jax.train.losses import CHUNK_POSITIONS, head_of
+from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 
 Shape = tuple[int, int]  # tokens, patches of a row
@@ -31,15 +32,21 @@ class Estimate(NamedTuple):
     trained: int  # float32 masters, their gradients and copies in the compute dtype
     moments: int  # of the optimizer, on the device
     activations: int
+    head: int = 0  # a copy of it, and gradients where it trains: see `over`
 
     @property
     def total(self) -> int:
-        return sum(self)
+        return self.weights + self.trained + self.moments + self.activations
 
     def over(self, shards: int) -> "Estimate":
-        """Return the estimate where so many devices share the parameters (mesh.fsdp)."""
-        weights, trained, moments = (part // shards for part in self[:-1])
-        return Estimate(weights, trained, moments, self.activations)
+        """Return the estimate where so many devices share the parameters (mesh.fsdp).
+
+        The loss then gathers the head.
+        """
+        if shards == 1:
+            return self
+        weights, trained, moments = (part // shards for part in self[:3])
+        return Estimate(weights, trained, moments, self.activations + self.head)
 
 
 def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
@@ -59,12 +66,17 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
     copies = masters // jnp.dtype(jnp.float32).itemsize * model.dtype.itemsize
     paged = config.training.optim.startswith("paged")
     moments = 0 if paged else nbytes(state.opt_state)
+    own = f"{head_of(model)}/"
+    head = sum(nbytes(leaf) for path, leaf in flatten(frozen).items() if path.startswith(own))
+    learned = [leaf for path, leaf in flatten(state.trainable).items() if path.startswith(own)]
+    head += 3 * sum(math.prod(leaf.shape) for leaf in learned) * model.dtype.itemsize
     trains_tower = config.model.vision_encoder_lr_scale > 0
     return Estimate(
         weights=nbytes(frozen),
         trained=2 * masters + copies,
         moments=moments,
         activations=activations(model, shape, rows, trains_tower, largest(frozen)),
+        head=head,
     )
 
 

@@ -90,6 +90,11 @@ def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = Fals
     into = lost = None
     if quantized and not merge:
         raise UserError("--quantized says how a merged checkpoint is stored: add --merge.")
+    if not merge and model.lora is None:
+        raise UserError(
+            f"The run '{run}' trained the language model in full: there is no adapter to export. "
+            f"Add --merge for a whole checkpoint."
+        )
     before = _logits(model, params, batch)
     if merge:
         if model.lora is not None:
@@ -102,11 +107,6 @@ def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = Fals
         del params  # two models may not have room
         again, read = load(str(out), str(model.dtype))
     else:
-        if model.lora is None:
-            raise UserError(
-                f"The run '{run}' trained the language model in full: there is no adapter to "
-                f"export. Add --merge for a whole checkpoint."
-            )
         write_adapter(model, params, out, encoder)
         del params
         again, read = load_base(config)

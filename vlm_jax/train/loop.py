@@ -209,6 +209,8 @@ def _train(
                 show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
                 saving = save_at(step) or step == total or stop.now()
                 evaluating = held_out is not None and (eval_at(step) or step == total)
+                if best is not None and stop.now():  # who stops a run may not wait for both
+                    evaluating = False
                 if saving or evaluating or step == 1:
                     show(watch.flush())  # a broken step's checkpoint must not replace a good one
                 if saving and best is None:  # before an evaluation, which may fail
@@ -303,7 +305,10 @@ def _best_trainable(
     """
     chosen = checkpoints.best_step
     if chosen is None:
-        words = f"Warning: no checkpoint has a finite {best.metric}: the result is the last step's."
+        words = (
+            f"Warning: no checkpoint was saved with a finite {best.metric} on data.eval_file: the "
+            f"result is the last step's."
+        )
         console.print(words, highlight=False, soft_wrap=True)
         return last, {"step": step, "metric": best.metric, "value": None}
     value = checkpoints.evaluations[chosen][best.metric]
@@ -349,4 +354,5 @@ def _evaluate(
             max_examples=e.max_examples,
         )
         values["accuracy"], values["examples"] = found.accuracy, len(found.predictions)
-    return {**values, "seconds": time.perf_counter() - start}
+    # One process's word: what is chosen by it must be the same in all.
+    return processes.gather("evaluation", {**values, "seconds": time.perf_counter() - start})[0]

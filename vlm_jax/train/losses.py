@@ -42,14 +42,18 @@ def _gather_weighted(x_BTD, targets_BT, weights_BT, chunk: int):
     )
 
 
+def head_of(model: Model) -> str:
+    """Return the module that gives the logits: the embedding where the head is tied to it."""
+    return EMBEDDING if model.config.text.tied else HEAD
+
+
 def _head_gathered(model: Model, params: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters with those of the head whole on each device, for all chunks alike."""
     mesh = partition.mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
         return params
-    head = EMBEDDING if model.config.text.tied else HEAD
     flat = flatten(params)
-    own = {path: leaf for path, leaf in flat.items() if path.startswith(f"{head}/")}
+    own = {path: leaf for path, leaf in flat.items() if path.startswith(f"{head_of(model)}/")}
     return unflatten({**flat, **flatten(gathered(model, unflatten(own), mesh))})
 
 
@@ -73,7 +77,9 @@ def loss(
     batch = jax.tree.map(jnp.asarray, batch)
     x_BTD, _ = module.apply(params, batch, method="hidden", rngs=rngs)
     B, T, _ = x_BTD.shape
-    chunk = min(T, max(16, CHUNK_POSITIONS * partition.parts() // B))
+    over_rows, over_tokens = partition.parts()
+    chunk = max(16, CHUNK_POSITIONS * over_rows * over_tokens // B)
+    chunk = min(T, -(-chunk // over_tokens) * over_tokens)  # its positions are spread as tokens are
     chunks = _gather_weighted(x_BTD, batch.targets, batch.weights, chunk)
     params = {"params": _head_gathered(model, params["params"])}
 

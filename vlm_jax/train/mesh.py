@@ -35,9 +35,10 @@ def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sha
     if wanted > len(devices):
         raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
     over = devices[:wanted] if wanted else devices
-    memory = memory_of(over[0]) if config.mesh.auto else 0
-    # Devices of one kind may still differ in what is free: one process decides.
-    sizes = processes.gather("mesh", sizes_of(config, len(over), memory))[0]
+    sizes = None
+    if processes.is_primary():  # what is free may differ between devices: one process decides
+        sizes = sizes_of(config, len(over), memory_of(over[0]) if config.mesh.auto else 0)
+    sizes = processes.gather("mesh", sizes)[0]
     return make_mesh(**sizes, devices=over)
 
 
@@ -46,7 +47,7 @@ def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
 
     With mesh.auto the parameters are spread over as few devices as hold a copy by estimate, over
     all where none do, and the rest are copies. Raises `UserError` where the sizes do not multiply
-    to `count`, and where both mesh.auto and one of the two that it picks are set.
+    to `count`, and where mesh.auto meets sizes that it picks itself or cannot estimate.
     """
     m = config.mesh
     if not m.auto:
@@ -56,7 +57,13 @@ def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
             f"mesh.auto picks mesh.data and mesh.fsdp, but they are set too, to {m.data} and "
             f"{m.fsdp}. Leave them out, or mesh.auto."
         )
-    shards = mesh_sizes(count, -1, 1, m.tensor, m.context)["data"]
+    if m.context != 1 or m.tensor < 1:
+        raise UserError(
+            f"mesh.auto estimates what a device needs, of which it knows nothing with mesh.context "
+            f"= {m.context} and mesh.tensor = {m.tensor}: set all four sizes, or leave context out "
+            f"and tensor at 1 or more."
+        )
+    shards = mesh_sizes(count, -1, 1, m.tensor)["data"]
     one = config.copy_and_resolve_references()
     with one.unlocked():
         one.model.adapter = None  # it counts as the LoRA that the config describes
@@ -66,7 +73,7 @@ def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
         for fsdp in range(1, shards + 1)
         if shards % fsdp == 0 and need.over(fsdp * m.tensor).total <= ROOM * memory
     )
-    return mesh_sizes(count, -1, next(fitting, shards), m.tensor, m.context)
+    return mesh_sizes(count, -1, next(fitting, shards), m.tensor)
 
 
 def memory_of(device: Any) -> int:
@@ -83,8 +90,9 @@ def memory_of(device: Any) -> int:
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     kind = device.device_kind.lower().replace(" ", "")
-    for name, known in DEVICES.items():
-        if known.kind == device.device_kind or (not known.kind and name in kind):
+    for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
+        named = not known.kind and all(part in kind for part in name.split("-"))
+        if known.kind == device.device_kind or named:
             return known.usable
     raise UserError(
         f"mesh.auto cannot learn how much memory a '{device.device_kind}' has. Set mesh.fsdp, the "
