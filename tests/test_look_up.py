@@ -14,8 +14,8 @@ from vlm_jax.train.feed import Feed
 FAMILIES = {"qwen2_vl": qwen2_vl_files, "llava": llava_files}
 
 
-def make_rows(folder, films=False):
-    """Write 6 records: no, one or two images of several sizes; and a video each where asked."""
+def make_rows(folder, films=()):
+    """Write 6 records: no, one or two images of several sizes; and a video in those of `films`."""
     rows = []
     for i in range(6):
         images = [
@@ -24,7 +24,7 @@ def make_rows(folder, films=False):
         ]
         row = {"id": f"r{i}", "image": images}
         question = "<image>" * len(images) + "What color is the ball?"
-        if films:
+        if i in films:
             frames = [write_image(folder / f"{i}-f{k}.png", 16, 24, seed=k).name for k in range(4)]
             row["video"] = [frames]
             question = "<video>" + question
@@ -34,19 +34,32 @@ def make_rows(folder, films=False):
     return folder / "data.json"
 
 
-@pytest.mark.parametrize("name, films", [("qwen2_vl", False), ("qwen2_vl", True), ("llava", False)])
-def test_bytes_looked_up_on_the_mesh_are_the_values_made_on_the_host(tmp_path, name, films):
+@pytest.mark.parametrize(
+    "name, films, packing",
+    [
+        ("qwen2_vl", (), True),
+        ("qwen2_vl", range(6), True),
+        ("qwen2_vl", (2,), False),
+        ("llava", (), True),
+    ],
+)
+def test_bytes_looked_up_on_the_mesh_are_the_values_made_on_the_host(
+    tmp_path, name, films, packing
+):
     base = FAMILIES[name](tmp_path / "base")
     data = make_rows(tmp_path, films)
-    pipeline = Pipeline(base, data, rows=4, max_length=256, packing=True, seed=1)
+    pipeline = Pipeline(base, data, rows=4, max_length=256, packing=packing, seed=1)
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     feed = Feed(pipeline.encoder, mesh)
     assert feed.bytes_only
-    seen = 0
+    seen, stills = 0, set()
+    frames = 2 if name == "qwen2_vl" else 1
     pairs = zip(pipeline.batches(), pipeline.batches(None, bytes_only=True), strict=True)
     for (values, ids, _), (cut, same_ids, after) in pairs:
         assert ids == same_ids and cut.patches.dtype == np.uint8
-        assert cut.patches.nbytes * 4 == values.patches.nbytes
+        still = not any(int(name[1:]) in films for name in ids)  # one frame stands for all
+        assert cut.patches.nbytes * 4 * (frames if still else 1) == values.patches.nbytes
+        stills.add(still)
         got = feed(cut)
         for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(values), strict=True):
             assert leaf.dtype == wanted.dtype and len(leaf.sharding.device_set) == 4
@@ -55,6 +68,7 @@ def test_bytes_looked_up_on_the_mesh_are_the_values_made_on_the_host(tmp_path, n
         if after["epoch"]:
             break
     assert seen > 10  # patches that are no padding
+    assert stills == ({True, False} if len(films) == 1 else {not films})
 
 
 def test_images_and_videos_of_different_values_are_looked_up_where_they_are_made(tmp_path):
@@ -67,10 +81,41 @@ def test_images_and_videos_of_different_values_are_looked_up_where_they_are_made
     encoder = Encoder(base)
     assert encoder.look_up is None
     feed = Feed(encoder, make_mesh(devices=jax.devices()[:1]))
-    pipeline = Pipeline(encoder, make_rows(tmp_path, films=True), rows=2)
+    pipeline = Pipeline(encoder, make_rows(tmp_path, films=range(6)), rows=2)
     batch, _, _ = next(pipeline.batches(None, feed.bytes_only))
     assert batch.patches.dtype == np.float32
     np.testing.assert_array_equal(np.asarray(feed(batch).patches), batch.patches)
+
+
+def test_a_video_in_one_hosts_rows_gives_all_hosts_every_frame(tmp_path):
+    base = qwen2_vl_files(tmp_path / "base")
+    data = make_rows(tmp_path, films=(2,))
+    options = {"rows": 2, "max_length": 256, "process_count": 2}
+    hosts = [Pipeline(base, data, process_index=host, **options) for host in range(2)]
+    both = zip(*(host.batches(bytes_only=True) for host in hosts), strict=True)
+    widths = set()
+    for (first, ids, after), (second, others, _) in both:
+        assert first.patches.shape == second.patches.shape
+        if ids + others:
+            widths.add((first.patches.shape[2], "r2" in ids + others))
+        if after["epoch"]:
+            break
+    assert widths == {(48, False), (96, True)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_carries_one_frame_of_stills_too(tmp_path, workers):
+    base = qwen2_vl_files(tmp_path / "base")
+    data = make_rows(tmp_path, films=(2,))
+    pipeline = Pipeline(base, data, rows=2, max_length=256, workers=workers)
+    encoder = pipeline.encoder
+    look_up = jax.jit(lambda batch: encoder.look_up(batch).patches)
+    widths = set()
+    pairs = zip(pipeline.eval_batches(), pipeline.eval_batches(bytes_only=True), strict=True)
+    for (values, ids), (cut, _) in pairs:
+        widths.add((cut.patches.shape[2], "r2" in ids))
+        np.testing.assert_array_equal(look_up(cut), values.patches)
+    assert widths == {(48, False), (96, True)}
 
 
 def test_values_never_pass_for_bytes(tmp_path):

@@ -28,7 +28,7 @@ class Batch:
     positions int32 [B, T], or [B, 3, T] (time, height, width) for M-RoPE.
     image_index int32 [B, T]: which image feature of the row replaces this token; -1 for none.
     patches float32 [B, P, C]: pixels of each patch, flattened as the family's towers expect; on
-        their way to the device they may be uint8, see `vlm_jax.data.look_up`.
+        their way to the device they may be uint8 and of one frame, see `vlm_jax.data.look_up`.
     patch_segments int32 [B, P]: which image (or video frame) a patch belongs to; 0 is padding.
     patch_positions int32 [B, P] or [B, P, 2]: where in its image a patch lies.
     """
@@ -120,7 +120,8 @@ def collate(
             if m and example["patches"].dtype != pixels:
                 raise ValueError(f"Patches are {example['patches'].dtype}, not {pixels}.")
             start = row * patches + p if padded else taken
-            slots[start : start + m] = example["patches"]
+            if m:
+                slots[start : start + m] = example["patches"]
             segments = example["patch_segments"]
             batch.patch_segments[row, there] = np.where(segments > 0, segments + images, 0)
             batch.patch_positions[row, there] = example["patch_positions"]

@@ -123,10 +123,17 @@ class Model:
         patches: int,
         pixels: Any = np.float32,
         padded: bool = True,
+        still: bool = False,
     ) -> Batch:
-        """Return a numpy `Batch`, patches of dtype `pixels`; see `vlm_jax.batch.collate`."""
-        merge = self.family.merged_patches(self.config)
-        return collate(rows, length, patches, self.empty_example, merge, pixels, padded)
+        """Return a numpy `Batch`, patches of dtype `pixels`; see `vlm_jax.batch.collate`.
+
+        still: the examples' patches hold one frame, for all that they have.
+        """
+        merge, like = self.family.merged_patches(self.config), self.empty_example
+        if still:
+            channels, _, size = self.family.patch_axes(self.config)
+            like["patches"] = np.zeros((0, channels * size), pixels)
+        return collate(rows, length, patches, like, merge, pixels, padded)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return random parameters of this architecture, to train from nothing."""

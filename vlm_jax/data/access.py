@@ -1,6 +1,7 @@
 """From where images and videos may be read: files under the media root, others if allowed."""
 
 import dataclasses
+import os
 import re
 import urllib.request
 from pathlib import Path
@@ -52,8 +53,9 @@ def find(text: str, folder: str | Path | None, access: Access) -> Path | bytes |
         return None
     if folder is None or access.allow_absolute_paths:
         return path
-    root = Path(folder).expanduser().resolve()
-    if not path.resolve().is_relative_to(root):
+    # By os.path: pathlib takes several times as long, twice for every image.
+    root, real = os.path.realpath(Path(folder).expanduser()), os.path.realpath(path)
+    if os.path.commonpath((root, real)) != root:
         raise UserError(
             f"'{path}' lies outside the media root '{root}' (links followed), and files outside "
             f"are not read unless data.allow_absolute_paths is true. Set it if you trust the data "

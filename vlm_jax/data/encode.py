@@ -14,7 +14,7 @@ from vlm_jax.data.access import MAX_IMAGE_PIXELS, Access
 from vlm_jax.data.chat import TRAIN_ON, Chat
 from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.data.look_up import LookUp
-from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED, Size
+from vlm_jax.data.measures import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media import KINDS, Grids, Media
 from vlm_jax.data.overlong import POLICIES, Trial, fit, too_long
 from vlm_jax.data.processors import Grid, ImageProcessor, look_up
@@ -196,12 +196,15 @@ class Encoder:
         """
         return self._decode(self.fit(record))
 
-    def example(self, record: Record, bytes_only: bool = False) -> Example:
+    def example(self, record: Record, bytes_only: bool = False, still: bool = False) -> Example:
         """Return the record's `vlm_jax.batch.Example`, as `collate` takes it.
 
-        bytes_only: with patches in uint8, for `look_up` to give them their values.
+        bytes_only: with patches in uint8, for `look_up` to give them their values. still: of one
+        frame then, which stands for all, unless the example holds a video.
         """
-        return self._example(self._decode(self.fit(record), bytes_only))
+        fitted = self.fit(record)
+        still = still and not fitted.record["videos"]
+        return self._example(self._decode(fitted, bytes_only, still))
 
     @property
     def look_up(self) -> LookUp | None:
@@ -210,7 +213,8 @@ class Encoder:
         tables = list(self.media.tables().values()) or [np.zeros((3, 256), np.float32)]
         if any((table != tables[0]).any() for table in tables):
             return None
-        return LookUp(tables[0], functools.partial(family.holds_pixels, config))
+        holds_pixels = functools.partial(family.holds_pixels, config)
+        return LookUp(tables[0], family.patch_axes(config), holds_pixels)
 
     def prompt(self, record: Record) -> Example:
         """Return the example of a conversation up to where the assistant is to write; no weights.
@@ -282,6 +286,7 @@ class Encoder:
         if tokens is None:
             tokens, weights = self._encode_text(trial.record, self._all_features(grids))
         notes = SHRUNK * (trial.max_pixels is not None)
+        notes |= FILMED * bool(trial.record["videos"])
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
         return Fitted(trial.record, media, grids, tokens, weights, notes)
 
@@ -307,10 +312,11 @@ class Encoder:
         patches: int,
         bytes_only: bool = False,
         padded: bool = True,
+        still: bool = False,
     ) -> Batch:
-        """Return the `Batch` of rows of examples; see `vlm_jax.batch.collate`."""
+        """Return the `Batch` of rows of examples; see `vlm_jax.batch.collate`, and `example`."""
         pixels = np.uint8 if bytes_only else np.float32
-        return self.model.collate(rows, length, patches, pixels, padded)
+        return self.model.collate(rows, length, patches, pixels, padded, still)
 
     def image_settings(self) -> dict[str, Any] | None:
         """Return the preprocessor_config.json that serves images as they were trained on."""
@@ -321,8 +327,8 @@ class Encoder:
         video = self.media.video_processor
         return None if video is None else video.settings()
 
-    def _decode(self, fitted: Fitted, bytes_only: bool = False) -> dict[str, Any]:
-        values = fitted.media.cut(fitted.record, fitted.grids)
+    def _decode(self, fitted: Fitted, bytes_only: bool = False, still: bool = False) -> dict:
+        values = fitted.media.cut(fitted.record, fitted.grids, still)
         if not bytes_only:
             for kind, table in fitted.media.tables().items():
                 cut = values[kind]

@@ -1,7 +1,7 @@
 """Bytes to pixel values where they are used: what travels to the device is a quarter of them.
 
 A pixel is one of 256 values a channel, so normalising is a table (`processors.value_table`).
-Letters: B rows, P patches a row, C values a patch.
+Letters: B rows, P patches a row, C values a patch, c channels, f frames, v pixels of one frame.
 """
 
 import dataclasses
@@ -16,22 +16,25 @@ from vlm_jax.batch import Batch
 
 @dataclasses.dataclass(frozen=True)
 class LookUp:
-    """Called with a batch whose patches are uint8 [B, P, C], returns it with their float32 values.
+    """Called with a batch whose patches are uint8, returns it with their float32 values [B, P, C].
 
     They are bit for bit those that the processor gives, and 0 where no pixel is, as `collate`
-    leaves them. It can be compiled. table: float32 [channels, 256]. holds_pixels: patch positions
-    to whether such a slot of an image holds pixels; C begins with channels.
+    leaves them. It can be compiled. The bytes are [B, P, C] or, of still images alone,
+    [B, P, C / f]: a still image fills all frames of its patches, and travels as one.
+    table: float32 [c, 256]. patch: (c, f, v), C in its order. holds_pixels: patch positions to
+    whether such a slot of an image holds pixels.
     """
 
     table: np.ndarray
+    patch: tuple[int, int, int]
     holds_pixels: Callable[[jax.Array], jax.Array]
 
     def __call__(self, batch: Batch) -> Batch:
-        B, P, C = batch.patches.shape
-        channels = len(self.table)
-        bytes_BPcv = batch.patches.reshape(B, P, channels, C // channels).astype(jnp.int32)
-        entry_BPcv = bytes_BPcv + 256 * jnp.arange(channels, dtype=jnp.int32)[None, None, :, None]
-        values_BPcv = jnp.asarray(self.table.reshape(-1))[entry_BPcv]
+        (B, P), (c, f, v) = batch.patches.shape[:2], self.patch
+        bytes_BPcfv = batch.patches.reshape(B, P, c, -1, v).astype(jnp.int32)
+        first_cfv = 256 * jnp.arange(c, dtype=jnp.int32)[:, None, None]
+        values_BPcfv = jnp.asarray(self.table.reshape(-1))[bytes_BPcfv + first_cfv[None, None]]
+        values_BPcfv = jnp.broadcast_to(values_BPcfv, (B, P, c, f, v))
         held_BP = (batch.patch_segments > 0) & self.holds_pixels(batch.patch_positions)
-        patches = jnp.where(held_BP[:, :, None], values_BPcv.reshape(B, P, C), 0.0)
+        patches = jnp.where(held_BP[:, :, None], values_BPcfv.reshape(B, P, c * f * v), 0.0)
         return dataclasses.replace(batch, patches=patches)

@@ -151,7 +151,9 @@ class Steps:
         if self._pool is None and not self.workers:
             self._pool = ThreadPoolExecutor(self.threads)
         places = [index for row in mine for index in row]
-        found = iter((self._pool.map if self._pool else map)(self._example, places))
+        still = self.bytes_only and step.still
+        example = functools.partial(self._example, still=still)
+        found = iter((self._pool.map if self._pool else map)(example, places))
         ids, skipped, rows = [], [], []
         for row in mine:
             examples: list[Example] = []
@@ -164,17 +166,17 @@ class Steps:
             rows.append(examples)
         rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
         encoder = self.planner.measurer.encoder
-        # Padding is not brought through shared memory.
-        batch = encoder.collate(rows, *step.shape, self.bytes_only, padded=not self.workers)
+        # Neither padding nor further frames of the same are brought through shared memory.
+        batch = encoder.collate(rows, *step.shape, self.bytes_only, not self.workers, still)
         arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         return arrays, Made(ids, step, skipped)
 
-    def _example(self, index: int) -> tuple[str, Example] | Skipped:
+    def _example(self, index: int, still: bool) -> tuple[str, Example] | Skipped:
         """Return (id, example) of a record; what is wrong with it where it proves damaged."""
         measurer = self.planner.measurer
         try:
             record = measurer.records[index]
-            example = measurer.encoder.example(record, self.bytes_only)
+            example = measurer.encoder.example(record, self.bytes_only, still)
             planned = measurer.measures.sizes(np.array([index]))[0]
             if planned[0] >= 0 and tuple(planned[:2]) != sizes_of(example):
                 measurer.measures.forget(index)

@@ -18,10 +18,10 @@ import numpy as np
 from vlm_jax.data.cache import cache_directory
 from vlm_jax.errors import UserError
 
-VERSION = 1  # raise it when measuring changes: files of an older one are not read
+VERSION = 2  # raise it when measuring changes: files of an older one are not read
 COLUMNS = ("tokens", "patches", "answers", "notes", "check")
 CHECK = 0x56_4C_4D  # a row's check is this and the other columns xor-ed: no half-written row passes
-SHRUNK, TURNS_DROPPED = 1, 2  # bits of notes
+SHRUNK, TURNS_DROPPED, FILMED = 1, 2, 4  # bits of notes; FILMED: it holds a video
 # Why a record is left out, in the order of the codes that stand in for its tokens: -1, -2, ...
 REASONS = (
     "record",

@@ -91,19 +91,25 @@ class Media:
         both = {"image": self.processor, "video": self.video_processor}
         return {kind: one.table for kind, one in both.items() if one is not None}
 
-    def cut(self, record: Record, grids: Grids) -> dict[str, np.ndarray | None]:
+    def cut(
+        self, record: Record, grids: Grids, still: bool = False
+    ) -> dict[str, np.ndarray | None]:
         """Return the bytes of all images and of all videos, decoded; None: there is none.
 
-        They are laid out as pixel values are; `tables` says what each of them stands for. Raises
-        `BadExample` where pixels are not what the header promised.
+        They are laid out as pixel values are; `tables` says what each of them stands for. still:
+        an image's patches are given one frame, which stands for all. Raises `BadExample` where
+        pixels are not what the header promised.
         """
-        return {"image": self._images(record, grids["image"]), "video": self._videos(record, grids)}
+        return {
+            "image": self._images(record, grids["image"], still),
+            "video": self._videos(record, grids),
+        }
 
-    def _images(self, record: Record, grids: Sequence[Grid]) -> np.ndarray | None:
+    def _images(self, record: Record, grids: Sequence[Grid], still: bool) -> np.ndarray | None:
         processor = self.processor
         if not grids or processor is None:
             return None
-        cut, start = processor.empty(grids), 0
+        cut, start = processor.empty(grids, still), 0
         for number, grid in enumerate(grids):
             end = start + (1 if grid is None else int(np.prod(grid)))
             out = cut[start] if grid is None else cut[start:end]

@@ -44,8 +44,8 @@ def pack(sizes: np.ndarray, capacity: Shape) -> list[np.ndarray]:
 
 
 def row_sizes(rows: Sequence[np.ndarray], sizes: np.ndarray) -> np.ndarray:
-    """Return int [len(rows), 2]: the tokens and patches that each row's examples take."""
-    return np.array([sizes[row].sum(0) for row in rows], np.int64).reshape(-1, 2)
+    """Return int [len(rows), ...]: the sums of `sizes` [N, ...] over each row's examples."""
+    return np.array([sizes[row].sum(0) for row in rows], np.int64).reshape(-1, *sizes.shape[1:])
 
 
 def patch_capacity(sizes: np.ndarray, tokens: int, most: int, unit: int) -> int:

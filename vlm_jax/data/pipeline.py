@@ -15,6 +15,7 @@ from vlm_jax.batch import Batch
 from vlm_jax.data.encode import Encoder
 from vlm_jax.data.making import Made, Making, Skipped, Steps, batches
 from vlm_jax.data.measures import (
+    FILMED,
     SHRUNK,
     TURNS_DROPPED,
     Measures,
@@ -241,8 +242,8 @@ class Pipeline:
         JSON-able; `batches(next state)` goes on behind this batch, bit for bit, with any number of
         workers, without decoding or measuring what came before its window. Begin with None or
         {"epoch": 0, "step": 0}. Raises `UserError` where the state belongs to other records or
-        another batch size. bytes_only: with patches in uint8, for
-        `encoder.look_up` to give them their values where they are used.
+        another batch size. bytes_only: with patches in uint8, for `encoder.look_up` to give them
+        their values where they are used; of one frame where no row of the step holds a video.
         """
         next(iter(self.planner.steps(state)))  # a state that does not fit is told here and now
         steps = Steps(self.planner, self.mine, self.making, state, bytes_only=bytes_only)
@@ -270,9 +271,11 @@ class Pipeline:
         self._seen = self._bad = 0
         self._check_share(*self._sampled)
         kept = self.measures.kept(everything)
+        sizes = self.measures.sizes(kept)
+        still = sizes[:, 3] & FILMED == 0
         return [
-            Step([[int(index)] for index in kept[members]], shape, {})
-            for members, shape in group(self.measures.sizes(kept)[:, :2], self.rows, self.shapes)
+            Step([[int(index)] for index in kept[members]], shape, {}, bool(still[members].all()))
+            for members, shape in group(sizes[:, :2], self.rows, self.shapes)
         ]
 
     # Planning

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlm_jax.data.measures import FILMED
 from vlm_jax.data.measuring import Measurer
 from vlm_jax.data.packing import pack, row_sizes
 from vlm_jax.data.shapes import Shape, cost, fit
@@ -25,12 +26,13 @@ class Step(NamedTuple):
     """One planned step: the records of each of its rows, its shape, the state after it.
 
     seen, bad: how many records came up for the first time in this pass, and how many of them are
-    left out as bad.
+    left out as bad. still: no record of any host's rows holds a video.
     """
 
     rows: list[list[int]]
     shape: Shape
     after: State
+    still: bool
     seen: int = 0
     bad: int = 0
 
@@ -93,11 +95,13 @@ class Planner:
         def step(cursor: int, row: int, first: int, ended: bool) -> Step:
             nonlocal number, seen, bad
             number += 1
-            shape = self._shape(np.array([size for _, size in waiting]))
+            sizes = np.array([size for _, size in waiting])
+            shape, still = self._shape(sizes), not sizes[:, 2].any()
             place = {"epoch": epoch, "step": number, "cursor": cursor, "row": row, "first": first}
             if ended:
                 place = {"epoch": epoch + 1, "step": 0, "cursor": 0, "row": 0, "first": 0}
-            made = Step([r for r, _ in waiting], shape, {**place, **self._about()}, seen, bad)
+            after = {**place, **self._about()}
+            made = Step([r for r, _ in waiting], shape, after, still, seen, bad)
             waiting.clear()
             seen = bad = 0
             return made
@@ -130,11 +134,15 @@ class Planner:
             yield order[start : start + self.window], start + self.window >= len(order)
 
     def _rows(self, kept: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
-        """Return each row's records and the rows' sizes, in the order of their first record."""
-        sizes = self.measurer.measures.sizes(kept)[:, :2]
+        """Return each row's records, in the order of their first record, and the rows' sizes.
+
+        These are int [rows, 3]: tokens, patches, how many of the records hold a video.
+        """
+        sizes = self.measurer.measures.sizes(kept)
+        sizes = np.stack([sizes[:, 0], sizes[:, 1], sizes[:, 3] & FILMED > 0], axis=1)
         if self.capacity is None:
             return [[int(index)] for index in kept], sizes
-        rows = sorted(pack(sizes, self.capacity), key=lambda row: int(row[0]))
+        rows = sorted(pack(sizes[:, :2], self.capacity), key=lambda row: int(row[0]))
         return [kept[row].tolist() for row in rows], row_sizes(rows, sizes)
 
     def _arrange(self, sizes: np.ndarray, first: int, seed: list[int]) -> np.ndarray:

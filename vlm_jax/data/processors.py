@@ -43,8 +43,8 @@ class ImageProcessor(Protocol):
     def table(self) -> np.ndarray:
         """float32 [3, 256]: the value of each byte of each channel, see `value_table`."""
 
-    def empty(self, grids: Sequence[Grid]) -> np.ndarray:
-        """Return room for the bytes of images of these grids."""
+    def empty(self, grids: Sequence[Grid], still: bool = False) -> np.ndarray:
+        """Return room for the bytes of images of these grids; still: for one frame of each."""
 
     def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
         """Return (bytes uint8, grid) of an RGB image, laid out as its values are.
@@ -201,10 +201,10 @@ class Patches:
         new_height, new_width = self.size(height, width)
         return 1, new_height // self.raw["patch_size"], new_width // self.raw["patch_size"]
 
-    def empty(self, grids: Sequence[Grid]) -> np.ndarray:
+    def empty(self, grids: Sequence[Grid], still: bool = False) -> np.ndarray:
         count = sum(int(np.prod(grid)) for grid in grids if grid is not None)
-        values = 3 * self.raw["temporal_patch_size"] * self.raw["patch_size"] ** 2
-        return np.empty((count, values), np.uint8)
+        frames = 1 if still else self.raw["temporal_patch_size"]
+        return np.empty((count, 3 * frames * self.raw["patch_size"] ** 2), np.uint8)
 
     def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
         pixels = picture(pixels)
@@ -212,21 +212,28 @@ class Patches:
         grid = (1, height // self.raw["patch_size"], width // self.raw["patch_size"])
         out = self.empty([grid]) if out is None else out
         if len(out) == grid[1] * grid[2]:
-            blocks = self.frame(pixels, (height, width))
-            out.reshape(len(out), 3, -1, blocks.shape[2])[:] = blocks[:, :, None]
+            frames = out.reshape(len(out), 3, -1, self.raw["patch_size"] ** 2)
+            self.frame(pixels, (height, width), frames[:, :, 0])
+            frames[:, :, 1:] = frames[:, :, :1]
         return out, grid
 
     def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:
         cut, grid = self.cut(pixels)
         return look_up(self.table, cut), grid
 
-    def frame(self, pixels: Pixels, size: tuple[int, int]) -> np.ndarray:
-        """Return uint8 [P, 3, patch x patch] of an image resized to `size`, in merge blocks."""
+    def frame(self, pixels: Pixels, size: tuple[int, int], out: np.ndarray) -> None:
+        """Write an image resized to `size` into `out` uint8 [P, 3, patch x patch], in merge blocks.
+
+        The last axis of `out` is contiguous. A line of a patch moves as one item: numpy moves
+        single bytes several times slower.
+        """
         patch, merge = self.raw["patch_size"], self.raw["merge_size"]
-        array = resize(pixels, size, self.raw["resample"])
-        h, w = array.shape[0] // patch, array.shape[1] // patch
-        blocks = array.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
-        return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, patch * patch)
+        h, w = size[0] // patch // merge, size[1] // patch // merge
+        lines = out.view(f"V{patch}").reshape(h, w, merge, merge, 3, patch)
+        bands = picture(pixels).resize(size[::-1], resample=self.raw["resample"]).split()
+        for channel, band in enumerate(bands):
+            own = np.frombuffer(band.tobytes(), f"V{patch}").reshape(h, merge, patch, w, merge)
+            lines[:, :, :, :, channel] = own.transpose(0, 3, 1, 4, 2)
 
     def settings(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.raw.items() if value is not None}
@@ -309,7 +316,7 @@ class Fixed:
     def grid(self, height: int, width: int) -> Grid:
         return None
 
-    def empty(self, grids: Sequence[Grid]) -> np.ndarray:
+    def empty(self, grids: Sequence[Grid], still: bool = False) -> np.ndarray:
         return np.empty((len(grids), 3, *self.output), np.uint8)
 
     def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:

@@ -135,7 +135,7 @@ class VideoProcessor:
                 )
             if frame.shape[:2] != shape:
                 raise UserError(f"its frame {number} has another size: {frame.shape[:2]}, {shape}.")
-            cut[number // depth, :, :, number % depth] = self.patches.frame(frame, size)
+            self.patches.frame(frame, size, cut[number // depth, :, :, number % depth])
         if number + 1 != video.count:
             raise UserError(f"it has {number + 1} frames, but {video.count} were expected.")
         last = number % depth

@@ -185,6 +185,11 @@ def patch_unit(cfg: Config) -> int:
     return cfg.vision.slots
 
 
+def patch_axes(cfg: Config) -> tuple[int, int, int]:
+    """Return what the values of a patch are, outermost first: channels, frames, pixels of one."""
+    return cfg.vision.channels, 1, cfg.vision.patch_size**2
+
+
 def holds_pixels(cfg: Config, positions: Any) -> Any:
     """Return which patch slots of an image hold pixels, by their `patch_positions`: a class
     token's does not."""

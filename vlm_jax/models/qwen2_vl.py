@@ -272,10 +272,11 @@ def _media(cfg: Config, tokens, kind: str, values, grids, token_id: int):
     grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
     grids = grids.reshape(-1, 3)
     values = np.zeros((0, cfg.vision.patch_values), np.float32) if values is None else values
-    values = np.asarray(values)
-    if values.shape[1:] != (cfg.vision.patch_values,):
+    values, whole = np.asarray(values), cfg.vision.patch_values
+    one_frame = values.dtype == np.uint8 and (whole // cfg.vision.patch_shape[1],)
+    if values.shape[1:] not in ((whole,), one_frame):
         raise UserError(
-            f"The pixel values of {kind}s must be [patches, {cfg.vision.patch_values}]; they are "
+            f"The pixel values of {kind}s must be [patches, {whole}]; they are "
             f"{list(values.shape)}. Take them from the checkpoint's own processor."
         )
     slots = np.flatnonzero(tokens == token_id)
@@ -301,7 +302,8 @@ def layout(
     """Return one example's arrays of `Batch` beside its tokens; images first, then videos.
 
     tokens int [T] without padding; pixel_values [P, C] and grids [I, 3] as the reference's
-    processor gives them. Raises `UserError` where placeholders and patches disagree.
+    processor gives them, or bytes, of which one frame may stand for all. Raises `UserError` where
+    placeholders and patches disagree.
     """
     images, image_grids, image_slots = _media(
         cfg, tokens, "image", pixel_values, image_grid_thw, cfg.image_token_id
@@ -359,6 +361,12 @@ def merged_patches(cfg: Config) -> int:
 def patch_unit(cfg: Config) -> int:
     """Return what the number of patches of a row must be a multiple of."""
     return cfg.vision.merge**2
+
+
+def patch_axes(cfg: Config) -> tuple[int, int, int]:
+    """Return what the values of a patch are, outermost first: channels, frames, pixels of one."""
+    channels, frames, height, width = cfg.vision.patch_shape
+    return channels, frames, height * width
 
 
 def holds_pixels(cfg: Config, positions: Any) -> Any:
