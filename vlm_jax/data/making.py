@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -63,6 +64,7 @@ def batches(source: "Steps", making: Making) -> Iterator[tuple[Batch, "Made"]]:
     if making.workers:
         if not flags.FLAGS.is_parsed():  # Grain reads some, which no program here defines
             flags.FLAGS.mark_as_parsed()
+        _start_quiet_tracker()
         options = grain.MultiprocessingOptions(
             num_workers=making.workers, per_worker_buffer_size=making.prefetch
         )
@@ -196,6 +198,23 @@ class Steps:
 def sizes_of(example: Example) -> tuple[int, int]:
     """Return the tokens and patches of an example."""
     return len(example["tokens"]), len(example["patches"])
+
+
+def _start_quiet_tracker() -> None:
+    """Start Python's tracker of shared memory, which all processes share, without its warning.
+
+    What is on its way from a worker when a run ends is taken back by the tracker, as it should be,
+    but with a warning that some memory was leaked.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _quiet_worker(parent: int, number: int, count: int) -> None:
