@@ -98,7 +98,10 @@ def test_how_a_config_chooses(tmp_path):
         chosen("training.metric_for_best_model=bleu")
 
 
-def test_the_result_is_the_best_checkpoints_whether_or_not_the_run_was_stopped(place, monkeypatch):
+@pytest.mark.parametrize(("stopped", "kept"), [(5, ["4", "5"]), (4, ["4"])])
+def test_the_result_is_the_best_checkpoints_whether_or_not_the_run_was_stopped(
+    place, monkeypatch, stopped, kept
+):
     losses = {1: 0.1, 2: 1.0, 3: 0.1, 4: 0.5, 5: 0.1, 6: 0.7}  # odd steps are not saved, or stopped
     evaluate, push = loop._evaluate, loop.Watch.push
 
@@ -108,7 +111,7 @@ def test_the_result_is_the_best_checkpoints_whether_or_not_the_run_was_stopped(p
         return {**values, "loss": losses[int(arguments[5].step)]}
 
     def push_and_interrupt(self, step, *rest):
-        if step == 5:
+        if step == stopped:
             signal.raise_signal(signal.SIGINT)
         return push(self, step, *rest)
 
@@ -118,21 +121,24 @@ def test_the_result_is_the_best_checkpoints_whether_or_not_the_run_was_stopped(p
                 "training.eval_steps=1", "training.save_total_limit=1")  # fmt: skip
     monkeypatch.setattr(loop, "_evaluate", drawn)
     monkeypatch.setattr(loop.Watch, "push", push_and_interrupt)
-    outcome, directory, _ = run(place, "best", *choosing)
-    assert outcome["interrupted"] and outcome["steps"] == 5
-    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["4", "5"]
+    name = f"best {stopped}"
+    outcome, directory, _ = run(place, name, *choosing)
+    assert outcome["interrupted"] and outcome["steps"] == stopped
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == kept
     monkeypatch.setattr(loop.Watch, "push", push)
-    outcome, _, text = run(place, "best", *choosing, resume=True)
+    outcome, _, text = run(place, name, *choosing, resume=True)
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["4", "6"]
     facts = {"step": 4, "metric": "loss", "value": 0.5}
     assert outcome["best"] == json.loads((directory / "best.json").read_text()) == facts
     assert "The result is step 4's: its loss on data.eval_file, 0.5000" in text
     ours = load_file(directory / "adapter/adapter_model.safetensors")
-    four = load_file(run(place, "four", *options)[1] / "adapter/adapter_model.safetensors")
+    four = load_file(
+        run(place, f"four {stopped}", *options)[1] / "adapter/adapter_model.safetensors"
+    )
     assert ours.keys() == four.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], four[name], err_msg=name)
-    last, _, _ = run(place, "best", *choosing[:-3], resume=True)  # and the last step's without
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], four[path], err_msg=path)
+    last, _, _ = run(place, name, *choosing[:-3], resume=True)  # and the last step's without
     assert "best" not in last and not (directory / "best.json").exists()
     again = load_file(directory / "adapter/adapter_model.safetensors")
-    assert any(not np.array_equal(ours[name], again[name]) for name in ours)
+    assert any(not np.array_equal(ours[path], again[path]) for path in ours)

@@ -89,7 +89,8 @@ def get_config() -> ConfigDict:
     t.eval_strategy = "steps"  # no, steps, epoch; only where data.eval_file is set
     t.eval_steps = 500  # steps between evaluations
     # Make the result of the best checkpoint, which is never deleted; else of the last step. Each
-    # checkpoint must be evaluated: strategies agree, save_steps is a multiple of eval_steps.
+    # checkpoint must be evaluated, and is written after that: strategies agree, save_steps is a
+    # multiple of eval_steps.
     t.load_best_model_at_end = False
     t.metric_for_best_model = placeholder(str)  # loss, accuracy; None: loss
     t.greater_is_better = placeholder(bool)  # None: as the metric says

@@ -207,13 +207,15 @@ def _train(
                 step += 1
                 stop.step_done()
                 show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
-                saving = save_at(step) or step == total or stop.now()
+                due = save_at(step) or step == total
+                saving = due or stop.now()
                 evaluating = held_out is not None and (eval_at(step) or step == total)
-                if best is not None and stop.now():  # who stops a run may not wait for both
-                    evaluating = False
                 if saving or evaluating or step == 1:
                     show(watch.flush())  # a broken step's checkpoint must not replace a good one
-                if saving and best is None:  # before an evaluation, which may fail
+                # One that may be the best holds its value. One out of turn is no candidate, for a run
+                # that nobody stopped would lack it; like all others it comes before an evaluation,
+                # which takes time and may fail.
+                if saving and not (due and best is not None):
                     checkpoints.save(step, state, place)
                 if evaluating and held_out is not None:
                     evaluation = _evaluate(
@@ -222,10 +224,8 @@ def _train(
                     log.write_evaluation(step, evaluation)
                     console.print(f"step {step}/{total}  {_words(evaluation)}", highlight=False)
                     watch.meter.leave_out(evaluation["seconds"])
-                if saving:
-                    # One out of turn is no candidate: a run that nobody stopped would lack it.
-                    due = save_at(step) or step == total
-                    checkpoints.save(step, state, place, evaluation if due else None)
+                if due and best is not None:
+                    checkpoints.save(step, state, place, evaluation)
             show(watch.flush())
             checkpoints.save(step, state, place)
 
