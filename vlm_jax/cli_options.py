@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any key can be set: --config.training.learning_rate=1e-4. Every key is listed with "
         "its default and meaning in vlm_jax/config.py.",
     )
-    train.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    _add_config(train)
     train.add_argument(
         "--resume",
         nargs="?",
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     preview = add("preview", "Show what the model sees of a config's data, without its weights.")
-    preview.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    _add_config(preview)
     preview.add_argument("--examples", type=_number(int, 1), default=16, metavar="N")
     preview.add_argument("--split", choices=("train", "eval"), default="train")
     preview.add_argument("--out", metavar="FILE", help="the page; default: preview.html")
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 it fits, 1 it does not, 2 bad input. Any key of the config can be "
         "set: --config.training.per_device_train_batch_size=2.",
     )
-    plan.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    _add_config(plan)
     plan.add_argument(
         "--topology", required=True, metavar="NAME", help="as v5e-1, v5p:2x2x1, h100:8, rtx4090"
     )
@@ -131,6 +131,10 @@ def _number(kind: type, least: float, most: float = math.inf) -> Callable[[str],
         return value
 
     return read
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

@@ -3,8 +3,8 @@
     python scripts/prove/data_speed.py [--records 400]
 
 Three figures, each a ratio within one run:
-- one worker process against `transformers`' Qwen2VLProcessor on the same conversations and images,
-  with the same values out, each on one core;
+- one worker process against a worker of PyTorch's loader with `transformers`' processor, on the
+  same conversations and images, with the same pixels out;
 - two worker processes against one;
 - packed rows: fill, and useful tokens a second of a small model's training step against rows of one
   example, padded to the longest of their batch as most trainers do, and by our ladder of shapes.

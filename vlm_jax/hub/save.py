@@ -71,12 +71,11 @@ def save_pretrained(
         )
     if quantized is None:
         quantized = four and not any(is_lora(path) for path in flat)
-    if any(is_lora(path) for path in flat):
-        if not merge:
-            raise UserError(
-                "These parameters hold LoRA matrices, which a plain checkpoint cannot. Pass "
-                "merge=True, or write an adapter with save_peft."
-            )
+    if not merge and any(is_lora(path) for path in flat):
+        raise UserError(
+            "These parameters hold LoRA matrices, which a plain checkpoint cannot. Pass "
+            "merge=True, or write an adapter with save_peft."
+        )
     flat = fold_added(flat)
     if dtype is not None:  # codes stand for the dtype of what stands beside them
         four_bits = {path: leaf for path, leaf in flat.items() if isinstance(leaf, FourBit)}

@@ -212,9 +212,9 @@ def _train(
                 evaluating = held_out is not None and (eval_at(step) or step == total)
                 if saving or evaluating or step == 1:
                     show(watch.flush())  # a broken step's checkpoint must not replace a good one
-                # One that may be the best holds its value. One out of turn is no candidate, for a run
-                # that nobody stopped would lack it; like all others it comes before an evaluation,
-                # which takes time and may fail.
+                # One that may be the best holds its value. One out of turn is no candidate, for a
+                # run that nobody stopped would lack it; like all others it comes before an
+                # evaluation, which takes time and may fail.
                 if saving and not (due and best is not None):
                     checkpoints.save(step, state, place)
                 if evaluating and held_out is not None:
