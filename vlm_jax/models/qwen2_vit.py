@@ -1,0 +1,143 @@
+"""The vision tower of Qwen2-VL: a ViT with 2-D rotary positions, and a merger of its patches.
+
+https://arxiv.org/abs/2409.12191, section 2.1. Letters: B rows, P patches, C values a patch,
+D model, E tower width, F merged features.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from vlm_jax.layers.activations import ACTIVATIONS
+from vlm_jax.layers.attention import attention
+from vlm_jax.layers.linear import Linear, LoRAScale
+from vlm_jax.layers.norm import LayerNorm
+from vlm_jax.layers.rope import apply_rope, grid_angles
+from vlm_jax.layers.scan import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """Sizes of the vision tower; patch_values = channels x frames x size x size."""
+
+    depth: int
+    width: int
+    num_heads: int
+    intermediate_size: int
+    activation: str
+    theta: float
+    merge: int
+    patch_values: int
+    patch_shape: tuple[int, int, int, int]
+
+
+class TowerAttention(nn.Module):
+    vision: Tower
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x_BPE, cos, sin, segments_BP):
+        vision = self.vision
+        B, P, E = x_BPE.shape
+        qkv = Linear(3 * E, True, self.dtype, self.lora, name="qkv")(x_BPE)
+        qkv = qkv.reshape(B, P, 3, vision.num_heads, E // vision.num_heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        out = attention(q, k, v, segments_BP, segments_BP, causal=False)
+        return Linear(E, True, self.dtype, self.lora, name="proj")(out.reshape(B, P, E))
+
+
+class TowerMLP(nn.Module):
+    vision: Tower
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x_BPE):
+        hidden = Linear(self.vision.intermediate_size, True, self.dtype, self.lora, name="fc1")(
+            x_BPE
+        )
+        hidden = ACTIVATIONS[self.vision.activation](hidden)
+        return Linear(x_BPE.shape[-1], True, self.dtype, self.lora, name="fc2")(hidden)
+
+
+class TowerBlock(nn.Module):
+    vision: Tower
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x_BPE, context, layer):
+        cos, sin, segments_BP = context
+        normed = LayerNorm(1e-6, self.dtype, name="norm1")(x_BPE)
+        attn = TowerAttention(self.vision, self.dtype, self.lora, name="attn")
+        x_BPE = x_BPE + attn(normed, cos, sin, segments_BP)
+        normed = LayerNorm(1e-6, self.dtype, name="norm2")(x_BPE)
+        mlp = TowerMLP(self.vision, self.dtype, self.lora, name="mlp")
+        return x_BPE + mlp(normed), None
+
+
+class MergerMLP(nn.Module):
+    features: int
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x):
+        x = Linear(x.shape[-1], True, self.dtype, self.lora, name="0")(x)
+        return Linear(self.features, True, self.dtype, self.lora, name="2")(ACTIVATIONS["gelu"](x))
+
+
+class Merger(nn.Module):
+    """The projector: merge x merge neighbouring patches become one token."""
+
+    merge: int
+    features: int
+    dtype: Any
+    lora: LoRAScale | None
+
+    @nn.compact
+    def __call__(self, x_BPE):
+        x_BPE = LayerNorm(1e-6, self.dtype, name="ln_q")(x_BPE)
+        B, P, E = x_BPE.shape
+        x_BFE = x_BPE.reshape(B, P // self.merge**2, E * self.merge**2)
+        return MergerMLP(self.features, self.dtype, self.lora, name="mlp")(x_BFE)
+
+
+class PatchEmbed(nn.Module):
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, patches_BPC):
+        # The reference's 3-D convolution has stride = kernel: a matrix product over flat patches.
+        return Linear(self.width, False, self.dtype, name="proj")(patches_BPC)
+
+
+class Visual(nn.Module):
+    """The tower and the projector, named as in the checkpoint. features: the decoder's width."""
+
+    vision: Tower
+    features: int
+    dtype: Any
+    lora: LoRAScale | None
+    remat: str
+
+    def setup(self) -> None:
+        vision = self.vision
+        make_block = functools.partial(TowerBlock, vision, self.dtype, self.lora)
+        self.patch_embed = PatchEmbed(vision.width, self.dtype)
+        self.blocks = Stack(make_block, vision.depth, self.remat)
+        self.merger = Merger(vision.merge, self.features, self.dtype, self.lora)
+
+    def __call__(self, batch) -> jax.Array:
+        """Return image features [B, P / merge^2, D]."""
+        head_dim = self.vision.width // self.vision.num_heads
+        cos, sin = grid_angles(batch.patch_positions, head_dim, self.vision.theta)
+        x_BPE = self.patch_embed(batch.patches)
+        x_BPE, _ = self.blocks(x_BPE, (cos, sin, batch.patch_segments))
+        return self.merger(x_BPE)
