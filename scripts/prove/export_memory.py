@@ -21,23 +21,32 @@ FILE = 1_000_000_000  # bytes of one file
 MARGIN = 1_500_000_000  # float32 copies of the largest weight, pages of files, temporaries
 
 
+def forget_peak() -> None:
+    """Let `peak` count from what the process holds now: making the base took more than all else."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def main(directory: Path) -> int:
     base, out = directory / "base", directory / "merged"
     if not base.is_dir():
         write_checkpoint(base)
+    forget_peak()
     model, params = vlm_jax.load(str(base), "bfloat16")
+    loading = peak()
     lora = vlm_jax.LoRA(rank=64, alpha=64)
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    forget_peak()
     before = peak()
     start = time.perf_counter()
     vlm_jax.save_pretrained(model, params, out, max_shard_size=FILE)
     took, seconds = peak() - before, time.perf_counter() - start
     held = sum(leaf.nbytes for leaf in flatten(params).values())
     print(
-        f"{held / 1e9:.2f} GB of parameters, at most {before / 1e9:.2f} GB while they were loaded; "
-        f"merging and writing took {took / 1e9:.2f} GB more, in {seconds:.0f} s"
+        f"{held / 1e9:.2f} GB of parameters; loading them took at most {loading / 1e9:.2f} GB, and "
+        f"merging and writing {took / 1e9:.2f} GB more than the {before / 1e9:.2f} GB before, in "
+        f"{seconds:.0f} s"
     )
-    return int(before + took > max(before, held + FILE + MARGIN))
+    return int(took > FILE + MARGIN)
 
 
 if __name__ == "__main__":

@@ -116,17 +116,20 @@ def plan_step(
 
     config, overrides, rows, tokens, patches: as for `vlm_jax.plan.compile_step`. topology: a name
     of `vlm_jax.hardware`: "v5e-4", "v5p:2x2x1", "h100:8", "rtx4090". parameters: list every
-    leaf with its sharding. TPU slices and H100s are compiled for; other GPUs, for which no compiler
-    can be had, are estimated from shapes, and the report says so. A step that does not fit is a
-    report too. Raises `UserError` for what the config lacks, an unknown topology, a mesh that does
-    not cover its devices, and where the compiler is not installed.
+    leaf with its sharding. TPU slices and H100s are compiled for. Other GPUs, for which no compiler
+    can be had, are estimated from shapes, as is a step whose weights and moments alone are too
+    large, and the report says so. A step that does not fit is a report too. Raises `UserError` for
+    what the config lacks, an unknown topology, a mesh that does not cover its devices, and where
+    the compiler is not installed.
     """
     machine = hardware(topology)
     device = DEVICES[machine.device]
     where = devices(machine.topology) if device.compiles else machine
     step = prepare(load(config, overrides or {}), where, rows=rows, tokens=tokens, patches=patches)
     own = leaves.parts(step)
-    found = _compiled(step, device, own) if device.compiles else _estimated(step, device, own)
+    hopeless = own.device > device.usable  # a compiler would take minutes to say so
+    compiles = device.compiles and not hopeless
+    found = (_compiled if compiles else _estimated)(step, device, own)
     counted = work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape)
     total = work.total(counted.values())
     exchanges, accessed, cycles, seconds, out = None, None, None, None, None
@@ -235,6 +238,8 @@ def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Found:
     }
     peak, capacity = own.device + sum(beside.values()), device.usable
     said = f"{capacity / device.memory:.0%} of the memory are counted on"
+    if own.device > capacity:
+        said = f"weights and moments alone take {own.device / GIB:.2f} of {capacity / GIB:.2f} GiB"
     return _Found(ESTIMATED, peak, capacity, peak <= capacity, said, beside)
 
 
