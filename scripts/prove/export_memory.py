@@ -15,10 +15,11 @@ import jax
 from load_in_4bit import peak, write_checkpoint
 
 import vlm_jax
+from vlm_jax.lora import PRESETS
 from vlm_jax.trees import flatten
 
 FILE = 1_000_000_000  # bytes of one file
-MARGIN = 1_500_000_000  # float32 copies of the largest weight, pages of files, temporaries
+MARGIN = 1_000_000_000  # float32 copies of the largest weight, temporaries, what malloc keeps
 
 
 def forget_peak() -> None:
@@ -33,7 +34,7 @@ def main(directory: Path) -> int:
     forget_peak()
     model, params = vlm_jax.load(str(base), "bfloat16")
     loading = peak()
-    lora = vlm_jax.LoRA(rank=64, alpha=64)
+    lora = vlm_jax.LoRA(rank=64, alpha=64, targets=PRESETS["llama"])
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
     forget_peak()
     before = peak()

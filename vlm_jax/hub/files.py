@@ -92,6 +92,7 @@ def write_shards(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: np.ascontiguousarray(tensor(name)) for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        del tensors  # before those of the next one are made
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = {"total_size": sum(sizes.values())}
