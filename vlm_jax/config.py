@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
 
     t = c.training = ConfigDict()  # names and meanings of transformers' TrainingArguments
     t.output_dir = "outputs/run"  # what the run writes; must not hold another run
+    # Another directory for checkpoints, or a bucket as gs://bucket/run1, which needs no disk that
+    # all hosts share; None: output_dir/checkpoints.
+    t.checkpoint_dir = placeholder(str)
     t.run_name = placeholder(str)  # for wandb and trackio; None: output_dir's last part
     t.num_train_epochs = 1.0  # times that every example is seen
     t.max_steps = -1  # optimizer steps; above 0 it overrides num_train_epochs

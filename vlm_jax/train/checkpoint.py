@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from vlm_jax import processes
 from vlm_jax.errors import UserError
 from vlm_jax.train.best import Best, kept
 from vlm_jax.train.output import SEEN_WITHIN
+from vlm_jax.train.places import Claim
 from vlm_jax.train.step import TrainState
 
 SAMPLE_BYTES = 1 << 20
@@ -92,21 +94,23 @@ class Checkpoints:
 
     identity: what must be equal when the run is resumed, as nested dicts of JSON values; any
     difference is refused and named. keep: how many are kept, the newest; 0 keeps all. best: how
-    the one is found that stays whatever comes after it; None: there is none.
+    the one is found that stays whatever comes after it; None: there is none. directory: absolute,
+    or the address of a bucket; there `claim` is checked before each save.
     They are written while the run goes on. Several processes write one together, which is there
     when all have written their part; what fails is told when the next one begins, or by `close`.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         identity: Mapping[str, Any],
         keep: int = 0,
         best: Best | None = None,
     ):
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = epath.Path(directory)
         self.identity = json.loads(json.dumps(identity))
         self.keep, self.best = keep, best
+        self.claim: Claim | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
             async_options=ocp.AsyncOptions(timeout_secs=processes.EVER, barrier_sync_fn=_barrier),
@@ -165,7 +169,7 @@ class Checkpoints:
         state: TrainState,
         data_state: Mapping[str, Any],
         evaluation: Mapping[str, float] | None = None,
-    ) -> Path:
+    ) -> epath.Path:
         """Begin the checkpoint of `step` unless it is there, and return its directory.
 
         The state is on the host when this returns, so that the next step may donate it. The
@@ -173,6 +177,8 @@ class Checkpoints:
         wrong with the save before. evaluation: of this state; without it it cannot be the best.
         """
         if step not in self.steps:
+            if self.claim is not None:
+                self.claim.check()
             meta = {
                 "data": dict(data_state),
                 "identity": self.identity,
@@ -256,7 +262,7 @@ class Checkpoints:
         if processes.is_primary():
             names = (f"damaged-{step}{end}" for end in ("", *(f".{n}" for n in range(1, 99))))
             aside = next(p for n in names if not (p := self.directory / n).exists())
-            os.replace(self.directory / str(step), aside)
+            (self.directory / str(step)).rename(aside)
         name = processes.gather("damaged checkpoint", aside.name)[0]
         self._look()
         return name
@@ -345,7 +351,7 @@ def _shape(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _compare(what: str, saved: Any, now: Any, where: Path) -> None:
+def _compare(what: str, saved: Any, now: Any, where: epath.Path) -> None:
     if saved == now:
         return
     if isinstance(saved, Mapping) and isinstance(now, Mapping):

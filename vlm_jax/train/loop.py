@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,8 +40,9 @@ from vlm_jax.train.metrics import (
     progress_bar,
 )
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
-from vlm_jax.train.output import local_directory, nothing_half_written, output_directory
+from vlm_jax.train.output import nothing_half_written, output_directory
 from vlm_jax.train.place import on_mesh
+from vlm_jax.train.places import Places, places_of
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
@@ -70,21 +70,22 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
-    directory = local_directory(config.training.output_dir)
+    places = places_of(config)
     check_reporters(config.training.report_to)
     best = best_of(config)
     if not processes.is_primary():  # the first process speaks for all
         console = Console(quiet=True)
     console = console or Console()
-    with output_directory(directory, resume) as (resumes, warning):
+    with output_directory(places, resume) as (resumes, warning):
         if warning is not None:
             console.print(warning, highlight=False, soft_wrap=True)
-        return _train(config, resumes, console, directory, best)
+        return _train(config, resumes, console, places, best)
 
 
 def _train(
-    config: ConfigDict, resume: bool, console: Console, directory: Path, best: Best | None
+    config: ConfigDict, resume: bool, console: Console, places: Places, best: Best | None
 ) -> dict:
+    directory = places.directory
     t, start = config.training, time.perf_counter()
     processes.check_same("configs", settings_of(config))
 
@@ -145,7 +146,7 @@ def _train(
     processes.check_same("data and base checkpoints", {**same, "shapes": data.shapes})
     place, step = {"epoch": 0, "step": 0}, 0
     if resume:
-        checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit, best)
+        checkpoints = Checkpoints(places.checkpoints, same, t.save_total_limit, best)
         if checkpoints.steps:
             state, place = checkpoints.restore_newest(
                 state, lambda words: console.print(words, highlight=False, soft_wrap=True)
@@ -163,11 +164,13 @@ def _train(
 
     # From here on things are written
     evaluation: dict[str, float] = {}
-    with nothing_half_written(directory):
+    with nothing_half_written(places):
         if processes.is_primary():
             write_json(directory / "config.json", absolute_paths(config))
         if not resume:
-            checkpoints = Checkpoints(directory / "checkpoints", same, t.save_total_limit, best)
+            checkpoints = Checkpoints(places.checkpoints, same, t.save_total_limit, best)
+        if places.in_bucket and processes.is_primary():
+            checkpoints.claim = places.claim()
         log = open_log(
             directory,
             t.report_to,
@@ -242,7 +245,7 @@ def _train(
         first = outcome["data"]["first_dropped"][reason]
         console.print(f"Left out {count} ({reason}): {first}", highlight=False, soft_wrap=True)
     if outcome["interrupted"]:
-        where = directory / "checkpoints" / str(step)
+        where = places.checkpoints / str(step)
         console.print(
             f"Stopped after step {step} of {total}; saved '{where}'. Go on with --resume.",
             highlight=False,

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from vlm_jax import processes, together
 from vlm_jax.errors import UserError
+from vlm_jax.train.places import Places
 
 # What a run writes while it trains, and its result.
-LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "checkpoints")
+LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard")
 RESULTS = ("adapter", "model")
 # One of these in a directory means that it holds a run.
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", *RESULTS)
@@ -26,36 +27,26 @@ LOCK = ".lock"  # there while a run lives; the system lets go of it where a run 
 SEEN_WITHIN = 60  # seconds: network file systems show a new file to other hosts late
 
 
-def local_directory(name: str) -> Path:
-    """Return the path of training.output_dir; raise `UserError` for an address, as gs://bucket."""
-    if "://" in name:
-        raise UserError(
-            f"training.output_dir is '{name}'. A run locks, renames and appends to what it writes, "
-            f"which a bucket does not do: give a directory, on several hosts one of a network file "
-            f"system (docs/PODS.md), and copy the result afterwards."
-        )
-    return Path(name).expanduser()
-
-
 @contextlib.contextmanager
-def output_directory(directory: Path, resume: bool | str) -> Iterator[tuple[bool, str | None]]:
+def output_directory(places: Places, resume: bool | str) -> Iterator[tuple[bool, str | None]]:
     """Hold the directory for one run while a block lasts; yield whether to resume, and a warning.
 
-    resume: "auto" resumes where the directory holds a run. The warning may be None. All processes
-    enter it. Raises `UserError` as `check_output` does, where another run is at work
-    in the directory, and where processes do not all see one and the same.
+    resume: "auto" resumes where there is a run. The warning may be None. All processes enter it.
+    Raises `UserError` as `check_output` does, where another run is at work in the directory, and
+    where processes do not all see one and the same although they write their checkpoints there.
     """
+    directory = places.directory
     with contextlib.ExitStack() as stack:
         mark, warning = "", None
         if processes.is_primary():
             if resume == "auto":
-                resume = (directory / "config.json").exists()
-            check_output(directory, bool(resume))
+                resume = _holds_run(places)
+            check_output(places, bool(resume))
             mark = secrets.token_hex(8)
             warning = stack.enter_context(_locked(directory, mark))
-            check_output(directory, bool(resume))  # now that nobody else can change it
+            check_output(places, bool(resume))  # now that nobody else can change it
         mark, resumed = processes.gather("output directory", [mark, resume])[0]
-        if not processes.is_primary():
+        if not (processes.is_primary() or places.in_bucket):
             _check_shared(directory, mark)
         yield resumed, warning
 
@@ -133,7 +124,7 @@ def _check_shared(directory: Path, mark: str) -> None:
                 f"The output directory '{directory}' of process {processes.number()} is not that "
                 f"of process 0. Checkpoints are written by all processes into one directory: name "
                 f"one in training.output_dir that all hosts share, such as one on a network file "
-                f"system."
+                f"system, or a bucket in training.checkpoint_dir."
             )
         time.sleep(0.2)
 
@@ -145,11 +136,19 @@ def _cannot_be_made(directory: Path, error: OSError) -> UserError:
     )
 
 
-def check_output(directory: Path, resume: bool) -> None:
+def _holds_run(places: Places) -> bool:
+    """Return whether there is a run to resume; logs may be lost where checkpoints lie apart."""
+    return (places.directory / "config.json").exists() or (
+        places.apart and bool(places.saved_steps())
+    )
+
+
+def check_output(places: Places, resume: bool) -> None:
     """Raise `UserError` where a run could not write, would meet another's files, or finds none.
 
-    resume: the directory must hold a run; otherwise it must not.
+    resume: there must be a run; otherwise there must be none.
     """
+    directory = places.directory
     try:
         os.lstat(directory)
     except (FileNotFoundError, NotADirectoryError):
@@ -175,7 +174,12 @@ def check_output(directory: Path, resume: bool) -> None:
             f"The output directory '{directory}' already holds a run ({', '.join(held)}). Go on "
             f"with it by --resume, take another training.output_dir, or delete it."
         )
-    if resume and not (directory / "config.json").exists():
+    if not resume and places.apart and (steps := places.saved_steps()):
+        raise UserError(
+            f"'{places.checkpoints}' already holds checkpoints of a run, the newest of step "
+            f"{steps[-1]}. Go on with it by --resume, or take another training.checkpoint_dir."
+        )
+    if resume and not _holds_run(places):
         raise UserError(
             f"There is no run to resume in '{directory}': it has no config.json. Check "
             f"training.output_dir, or start without --resume."
@@ -183,18 +187,23 @@ def check_output(directory: Path, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def nothing_half_written(directory: Path) -> Iterator[None]:
+def nothing_half_written(places: Places) -> Iterator[None]:
     """Make the directory of a run for a block that writes it.
 
     Where the block fails before a checkpoint is saved, what it wrote is removed, so that the same
-    command can be given again; files that were there before stay. Where it fails later, everything
-    stays. A `UserError` then also says how to go on.
+    command can be given again; files that were there before stay, and so does what a bucket holds,
+    where a part of a checkpoint is in nobody's way. Where it fails later, everything stays. A
+    `UserError` then also says how to go on.
     """
+    directory = places.directory
     made = not directory.exists()
-    new = [directory / name for name in LOGS if not (directory / name).exists()]
+    written = [directory / name for name in LOGS]
+    if not places.in_bucket:
+        written.append(Path(places.checkpoints))
+    new = [path for path in written if not path.exists()]
 
     def clean() -> None:
-        if _saved_steps(directory):
+        if places.saved_steps():
             return
         for path in new:
             if path.is_dir():
@@ -215,7 +224,7 @@ def nothing_half_written(directory: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        saved = _saved_steps(directory)
+        saved = places.saved_steps()
         if primary:
             clean()
         told: BaseException = error
@@ -225,7 +234,7 @@ def nothing_half_written(directory: Path) -> Iterator[None]:
             raise
         how = "Nothing had been saved yet: once this is mended, give the same command again."
         if saved:
-            newest = directory / "checkpoints" / str(max(saved))
+            newest = places.checkpoints / str(saved[-1])
             how = f"The last good checkpoint is '{newest}': once this is mended, add --resume."
         raise UserError(f"{told} {how}") from error
     finally:
@@ -240,8 +249,3 @@ def _disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _saved_steps(directory: Path) -> list[int]:
-    """Return the steps with a whole checkpoint; one that is being written has another name."""
-    return [int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]

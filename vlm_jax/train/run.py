@@ -23,6 +23,7 @@ from vlm_jax.train.base import compute_dtype, load_base
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.identity import identity
 from vlm_jax.train.optim import optimizer
+from vlm_jax.train.places import places_of
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.train.step import init_state
 from vlm_jax.trees import Table, flatten, join, split
@@ -256,10 +257,11 @@ def absolute_paths(config: ConfigDict) -> dict[str, Any]:
     tree = configs.to_dict(config)
     for section, key in (
         *(("model", "name_or_path"), ("model", "adapter"), ("data", "train_file")),
-        *(("data", "eval_file"), ("data", "image_folder"), ("training", "output_dir")),
+        *(("data", "eval_file"), ("data", "image_folder")),
+        *(("training", "output_dir"), ("training", "checkpoint_dir")),
     ):
         value = tree[section][key]
-        if key == "output_dir":
+        if section == "training" and value is not None and "://" not in value:
             tree[section][key] = str(Path(value).expanduser().resolve())
         elif value is not None:
             tree[section][key] = _absolute(value)
@@ -300,7 +302,8 @@ def load_run(
         model, params = load_base(config)
         model, params = load_peft(model, params, directory / "adapter")
         return model, params, config
-    if not (directory / "checkpoints").is_dir():
+    places = places_of(config, directory)
+    if not places.saved_steps():
         raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
     mesh = make_mesh(devices=jax.devices()[:1])
     model, params, table = build(config, mesh)
@@ -309,7 +312,7 @@ def load_run(
     state = init_state(trainable, optimizer(trainable, table, training))
     same = identity(config, model, table, rows=0)
     same = {name: same[name] for name in ("base", "training table", "lora")}
-    checkpoints = Checkpoints(directory / "checkpoints", same)
+    checkpoints = Checkpoints(places.checkpoints, same)
     state, _ = checkpoints.restore(state)
     checkpoints.close()
     return model, join(state.trainable, frozen), config
