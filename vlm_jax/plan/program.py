@@ -7,6 +7,7 @@ branches and calls name other computations; how often each runs follows from the
 import dataclasses
 import math
 import re
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -138,27 +139,34 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     The parts that an asynchronous collective falls into are one.
     """
     program, entry = parse(compiled)
-    times = run_times(program, entry)
     found: list[Collective] = []
-    seen: set[tuple[str, str]] = set()
+    for kind, instruction, times in exchanges(program, run_times(program, entry)):
+        where = re.search(r'op_name="([^"]*)"', instruction.text)
+        words = where[1] if where else ""
+        for dtype, shape in _results(instruction):
+            size = math.prod(shape) * bits(dtype) // 8
+            found.append(Collective(kind, dtype, shape, size, times, words, _group(instruction)))
+    return found
+
+
+def exchanges(program: Program, times: Mapping[str, int]) -> Iterator[tuple[str, Instruction, int]]:
+    """Yield (kind, instruction, how often it runs) of what the devices exchange.
+
+    times: see `run_times`. Start, carriers and end of an asynchronous collective share their
+    channel and are one; carriers inside a loop that it is in flight for do not repeat it.
+    """
+    found: dict[tuple[str, str], tuple[Instruction, int]] = {}
     for name, instructions in program.items():
         for instruction in instructions:
             kind = re.fullmatch(rf"({KIND})(-start)?", instruction.opcode)
             if not kind or not times.get(name):
                 continue
-            # Start, carrier and end of an asynchronous collective share their channel.
             channel = re.search(r"channel_id=(\d+)", instruction.text)
             key = (kind[1], channel[1] if channel else f"{name}/{instruction.name}")
-            if key in seen:
-                continue
-            seen.add(key)
-            where = re.search(r'op_name="([^"]*)"', instruction.text)
-            for dtype, shape in _results(instruction):
-                size = math.prod(shape) * bits(dtype) // 8
-                words = where[1] if where else ""
-                group = _group(instruction)
-                found.append(Collective(kind[1], dtype, shape, size, times[name], words, group))
-    return found
+            first, least = found.get(key, (instruction, times[name]))
+            found[key] = first, min(least, times[name])
+    for (kind_, _), (instruction, count) in found.items():
+        yield kind_, instruction, count
 
 
 def parse(compiled: jax.stages.Compiled) -> tuple[Program, str]:

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 
 import jax
 
-from vlm_jax.plan.program import Instruction, Program, bits, called_by, parse, run_times
+from vlm_jax.plan.program import (
+    KIND,
+    Instruction,
+    Program,
+    bits,
+    called_by,
+    exchanges,
+    parse,
+    run_times,
+)
 
 # They name, order or pass on what lies in memory, or start what another instruction ends.
 FREE = frozenset(
@@ -43,6 +52,10 @@ def bytes_accessed(compiled: jax.stages.Compiled) -> int:
             continue
         made = {instruction.name: instruction for instruction in program[name]}
         whole += count * sum(_accessed(i, made, program) for i in program[name])
+    fused = {id(i): {j.name: j for j in program[name]} for name in inside for i in program[name]}
+    for _, instruction, count in exchanges(program, times):
+        if id(instruction) in fused:  # carried by what is computed meanwhile
+            whole += count * _accessed(instruction, fused[id(instruction)], program)
     return whole
 
 
@@ -82,7 +95,15 @@ def _fused(
     if root.opcode == "dynamic-update-slice":
         update = named.get(_operands(root)[1])
         written = min(written, _whole(update.result) if update else written)
+    if root.opcode == "tuple":  # of what is passed on, or is in flight, nothing is written here
+        results = [named[name] for name in _operands(root) if name in named]
+        written = sum(_size(i.result) for i in results if not _carried(i))
     return read + written
+
+
+def _carried(instruction: Instruction) -> bool:
+    """Return whether a fusion passes something on: a collective is counted once, by itself."""
+    return instruction.opcode == "parameter" or bool(re.fullmatch(KIND, instruction.opcode))
 
 
 def _taken(body: list[Instruction], name: str, most: int, program: Program) -> int:
@@ -96,6 +117,10 @@ def _taken(body: list[Instruction], name: str, most: int, program: Program) -> i
             continue
         if user.opcode in ("dynamic-slice", "slice", "gather"):
             part += _whole(user.result)
+        elif user is _root(body) and user.opcode == "tuple":
+            pass  # passed on
+        elif _carried(user):
+            pass
         elif user.opcode == "bitcast":
             part += _taken(body, user.name, most, program)
         elif user.opcode == "fusion":
