@@ -49,6 +49,19 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4"]
 
 
+def test_an_old_one_is_gone_at_once_and_removed_later(tmp_path):
+    """Killed while it removes files, a run must not leave a part of a checkpoint as one."""
+    checkpoints = Checkpoints(tmp_path, {"base": "a"}, keep=1)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(), {"step": step})
+        checkpoints.finish()
+        there = [] if step == 1 else [str(step - 1)]
+        assert sorted(path.name for path in tmp_path.glob("deleted/*")) == there
+        assert checkpoints.steps == [step]
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
 def test_another_base_shape_or_empty_directory_is_refused_by_name(tmp_path):
     checkpoints = Checkpoints(tmp_path, {"base": {"model.safetensors": "aa"}})
     with pytest.raises(UserError, match="no checkpoint"):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from vlm_jax.hardware import DEVICES, hardware, slice_shape
 from vlm_jax.models.known import KNOWN
 from vlm_jax.plan import leaves, work
 from vlm_jax.plan.fit import settings
-from vlm_jax.plan.program import Collective
+from vlm_jax.plan.program import Collective, collectives
 from vlm_jax.plan.report import ESTIMATED, plan_step, refused
 from vlm_jax.plan.show import flops, seconds, show, size
 from vlm_jax.plan.speed import sent, speed
@@ -192,6 +193,49 @@ def test_memory_traffic_counts_loops_as_often_as_they_run_and_of_a_stack_the_sli
     assert bytes_accessed(product) == product.cost_analysis()["bytes accessed"] == 3 * 2 * 8192**2
 
 
+IN_FLIGHT = """
+HloModule step
+
+%carried (p0: bf16[100,25], p1: bf16[100,100], p2: bf16[8,8]) -> (bf16[8,8], bf16[100,25], bf16[100,100]) {
+  %p0 = bf16[100,25]{1,0} parameter(0)
+  %p1 = bf16[100,100]{1,0} parameter(1)
+  %p2 = bf16[8,8]{1,0} parameter(2)
+  %gathered = bf16[100,100]{1,0} all-gather(%p0), channel_id=7, replica_groups={{0,1,2,3}}
+  %twice = bf16[8,8]{1,0} add(%p2, %p2)
+  ROOT %all = (bf16[8,8]{1,0}, bf16[100,25]{1,0}, bf16[100,100]{1,0}) tuple(%twice, %p0, %gathered)
+}
+
+%body (state: (bf16[8,8], bf16[100,25], bf16[100,100])) -> (bf16[8,8], bf16[100,25], bf16[100,100]) {
+  %state = (bf16[8,8]{1,0}, bf16[100,25]{1,0}, bf16[100,100]{1,0}) parameter(0)
+  %x = bf16[8,8]{1,0} get-tuple-element(%state), index=0
+  %part = bf16[100,25]{1,0} get-tuple-element(%state), index=1
+  %whole = bf16[100,100]{1,0} get-tuple-element(%state), index=2
+  ROOT %next = (bf16[8,8]{1,0}, bf16[100,25]{1,0}, bf16[100,100]{1,0}) fusion(%part, %whole, %x), kind=kLoop, calls=%carried
+}
+
+%start (q0: bf16[100,25]) -> bf16[100,100] {
+  %q0 = bf16[100,25]{1,0} parameter(0)
+  ROOT %begun = bf16[100,100]{1,0} all-gather(%q0), channel_id=7, replica_groups={{0,1,2,3}}
+}
+
+ENTRY %main (x: bf16[8,8], part: bf16[100,25]) -> bf16[100,100] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %part = bf16[100,25]{1,0} parameter(1)
+  %begin = bf16[100,100]{1,0} fusion(%part), kind=kCustom, calls=%start
+  %in = (bf16[8,8]{1,0}, bf16[100,25]{1,0}, bf16[100,100]{1,0}) tuple(%x, %part, %begin)
+  %loop = (bf16[8,8]{1,0}, bf16[100,25]{1,0}, bf16[100,100]{1,0}) while(%in), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"28"}}
+  ROOT %out = bf16[100,100]{1,0} get-tuple-element(%loop), index=2
+}
+"""  # noqa: E501
+
+
+def test_a_gather_in_flight_through_a_loop_counts_once():
+    compiled = SimpleNamespace(as_text=lambda: IN_FLIGHT)
+    (gather,) = collectives(compiled)
+    assert (gather.kind, gather.times, gather.bytes, gather.group) == ("all-gather", 1, 20_000, 4)
+    assert bytes_accessed(compiled) == 28 * 2 * 128 + (20_000 + 5_000)
+
+
 def test_what_is_sent_and_how_fast():
     def one(kind, group=0):
         return Collective(kind, "bf16", (8,), 1000, 3, "", group)
@@ -306,6 +350,15 @@ def test_a_step_too_large_is_a_report_and_one_just_below_fits(tmp_path, tiny, ca
         assert sum(tree["parts"].values()) == tree["peak"]
     assert said == {"9000": (0, "FITS", False), "13000": (1, "DOES NOT FIT", True)}
     assert "GiB of the 15.75 GiB" in tree["said"] and tree["speed"]["compiler"] is None
+
+
+def test_weights_that_are_too_large_alone_are_told_without_a_compiler(tiny, capsys):
+    command = ["plan", "--config", str(tiny), "--topology", "v5e-1", "--json"]
+    assert main([*command, "--config.model.name_or_path=Qwen/Qwen2-VL-72B-Instruct"]) == 1
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["basis"] == ESTIMATED and tree["compile_seconds"] is None
+    assert re.match(r"weights and moments alone take 1\d\d\.\d\d of 15\.75 GiB", tree["said"])
+    assert tree["peak"] == sum(tree["parts"].values()) > tree["capacity"]
 
 
 def test_what_compilers_say_of_memory():

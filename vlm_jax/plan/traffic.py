@@ -95,14 +95,19 @@ def _fused(
     if root.opcode == "dynamic-update-slice":
         update = named.get(_operands(root)[1])
         written = min(written, _whole(update.result) if update else written)
-    if root.opcode == "tuple":  # of what is passed on, or is in flight, nothing is written here
+    if root.opcode == "tuple":
         results = [named[name] for name in _operands(root) if name in named]
         written = sum(_size(i.result) for i in results if not _carried(i))
+    elif _carried(root):
+        written = 0
     return read + written
 
 
 def _carried(instruction: Instruction) -> bool:
-    """Return whether a fusion passes something on: a collective is counted once, by itself."""
+    """Return whether a fusion only passes on what this makes, or what of it is in flight.
+
+    Collectives are counted by themselves, once.
+    """
     return instruction.opcode == "parameter" or bool(re.fullmatch(KIND, instruction.opcode))
 
 

@@ -26,6 +26,7 @@ from vlm_jax.train.places import Claim
 from vlm_jax.train.step import TrainState
 
 SAMPLE_BYTES = 1 << 20
+TRASH = "deleted"  # where old checkpoints go first, at once: removing one takes a while
 PATIENCE = 10.0  # seconds that a failed process gives what is being written
 META = ("meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())  # a name, and how it is read
 
@@ -111,8 +112,10 @@ class Checkpoints:
         self.identity = json.loads(json.dumps(identity))
         self.keep, self.best = keep, best
         self.claim: Claim | None = None
+        self.wrote = False
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
+            todelete_subdir=TRASH,
             async_options=ocp.AsyncOptions(timeout_secs=processes.EVER, barrier_sync_fn=_barrier),
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
@@ -179,13 +182,15 @@ class Checkpoints:
         if step not in self.steps:
             if self.claim is not None:
                 self.claim.check()
+            self.finish()
+            self._empty_trash()
             meta = {
                 "data": dict(data_state),
                 "identity": self.identity,
                 "shapes": {name: _shape(leaf) for name, leaf in flat_state(state).items()},
                 "evaluation": dict(evaluation or {}),
             }
-            self.evaluations[step] = meta["evaluation"]
+            self.evaluations[step], self.wrote = meta["evaluation"], True
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -255,6 +260,12 @@ class Checkpoints:
                     f"Warning: {error} It is now called '{aside}', and the run goes on from "
                     f"the one before, step {before}."
                 )
+
+    def _empty_trash(self) -> None:
+        """Remove old checkpoints, of which a kill may leave a part. In a bucket there are none."""
+        trash = self.directory / TRASH
+        if processes.is_primary() and trash.is_dir():
+            trash.rmtree()
 
     def _put_aside(self, step: int) -> str:
         """Rename a checkpoint and return its new name. All processes call it, the first does."""
@@ -335,6 +346,8 @@ class Checkpoints:
     def close(self) -> None:
         """Finish what is being written."""
         self.manager.close()
+        if self.wrote:
+            self._empty_trash()
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
