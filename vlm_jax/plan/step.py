@@ -1,6 +1,7 @@
 """A config's own training step, compiled ahead of time; nothing of the model is allocated."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,25 @@ class Step:
         """Return the step, compiled; a compiler's error is passed on as it is."""
         assert isinstance(self.mesh, Mesh)
         options = OPTIONS[self.mesh.devices.flat[0].platform]
-        return compile_run(self.run, self.state, self.frozen, self.batch, options)[0]
+        with tempfile.TemporaryDirectory(prefix="vlm_jax.plan.") as dump:
+            options = {**options, "xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            compiled, _ = compile_run(self.run, self.state, self.frozen, self.batch, options)
+            return readable(compiled, Path(dump))
+
+
+def readable(compiled: jax.stages.Compiled, dump: Path) -> jax.stages.Compiled:
+    """Return a program whose `as_text` works; dump: where its compiler wrote files.
+
+    A libtpu may be newer than the jaxlib that reads its programs, which then fails on what it does
+    not know, such as the collectives that SparseCores of v5p and v6e carry.
+    """
+    try:
+        compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        (file,) = dump.glob("*.after_codegen.txt")
+        text = file.read_text(encoding="utf-8")
+        compiled.as_text = lambda: text  # type: ignore[method-assign]
+    return compiled
 
 
 def compile_step(
