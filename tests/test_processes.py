@@ -149,6 +149,20 @@ def test_several_processes_train_as_one_does(place, count, mesh):
 
 
 @pytest.mark.slow
+def test_a_model_trained_in_full_is_gathered_and_written_by_one_of_several(place):
+    full = ("--config.lora.enabled=false", "--config.training.max_steps=2")
+    alone, several = (go(place, f"full{count}", count, *full) / "model" for count in (1, 2))
+    assert {p.name for p in several.iterdir()} == {p.name for p in alone.iterdir()}
+    base = load_file(place / "base/model.safetensors")
+    ours, theirs = (load_file(model / "model.safetensors") for model in (several, alone))
+    assert ours.keys() == theirs.keys() == base.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6, err_msg=name)
+    (head,) = (name for name in ours if name.endswith("embed_tokens.weight"))
+    assert np.abs(ours[head] - base[head]).max() > 1e-3
+
+
+@pytest.mark.slow
 def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, long):
     config, directory = place / "config.json", place / "stopped"
     with started(place, config, "stopped", 2, *LONG) as group:
