@@ -41,23 +41,6 @@ def leaves(tree):
     return vlm_jax.trees.flatten(tree)
 
 
-@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup", "linear", "cosine"])
-@pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_schedule_equals_transformers_at_every_step(kind, warmup):
-    total, rate = 40, 3e-4
-    weight = torch.nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([weight], lr=rate)
-    scheduler = get_scheduler(kind, sgd, num_warmup_steps=warmup, num_training_steps=total)
-    settings = OptimizerSettings(
-        learning_rate=rate, lr_scheduler_type=kind, warmup_steps=warmup, max_steps=total
-    )
-    ours = learning_rate(settings)
-    for step in range(total + 3):
-        assert float(ours(step)) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=1e-11)
-        sgd.step()
-        scheduler.step()
-
-
 @pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
 def test_updates_equal_torch_adamw_with_clipping_and_groups(limit):
     params = make_params()

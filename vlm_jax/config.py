@@ -20,7 +20,7 @@ from vlm_jax.config_tables import (
     WORDS,
 )
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.values import VALUES, columns_value, plain, sources_value
+from vlm_jax.values import VALUES, plain
 
 
 def get_config() -> ConfigDict:
@@ -77,7 +77,8 @@ def get_config() -> ConfigDict:
     t.weight_decay = 0.0  # never on norms and biases
     t.warmup_ratio = 0.03  # share of all steps over which the learning rate rises from 0
     t.warmup_steps = 0  # above 0 it overrides warmup_ratio
-    t.lr_scheduler_type = "cosine"  # constant, constant_with_warmup, linear, cosine
+    t.lr_scheduler_type = "cosine"  # a key of train.schedules.SCHEDULES
+    t.lr_scheduler_kwargs = placeholder(object)  # its own options, {min_lr_rate: 0.1}
     # adamw; adamw_8bit: bitsandbytes' 8-bit moments, a quarter of the memory; paged_adamw,
     # paged_adamw_8bit: moments lie in host memory and pass through the device page by page.
     t.optim = "adamw"
@@ -206,7 +207,7 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
                 return ()
             raise ValueError
         if key in VALUES:
-            return columns_value(value) if key == "data.columns" else sources_value(value)
+            return VALUES[key](value)
         if key == "lora.target_modules" and isinstance(value, str):
             # One string is a preset or a regex, unless it plainly is a list.
             listed = value.startswith("[") or re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value)

@@ -69,7 +69,11 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.bnb_4bit_compute_dtype": (None, "float32", "bfloat16"),
     "lora.bias": ("none",),
     "lora.task_type": ("CAUSAL_LM",),
-    "training.lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
+    "training.lr_scheduler_type": (
+        *("constant", "constant_with_warmup", "linear", "polynomial", "inverse_sqrt"),
+        *("cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr"),
+        *("warmup_stable_decay", "wsd"),
+    ),
     "training.optim": tuple(OPTIMIZERS),
     "training.remat_policy": (None, "none", "block", "block_save_attention", "dots", "offload"),
     "training.save_strategy": ("no", "steps", "epoch"),

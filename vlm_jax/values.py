@@ -1,14 +1,14 @@
 """Values of config keys that are lists and maps: sources of data, names of columns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-VALUES = ("data.train_file", "data.eval_file", "data.columns")
 SOURCES = "a path, or a list of paths and of {path, weight, ...}"
 COLUMNS = "our names of columns with the data's own, {question: q_text}"
+OPTIONS = "the schedule's own options, {min_lr_rate: 0.1}"
 
 
 def plain(value: Any) -> Any:
@@ -31,12 +31,16 @@ def sources_value(value: Any) -> Any:
     return value
 
 
-def columns_value(value: Any) -> dict[str, Any]:
-    """Return a map of columns; raises `ValueError`, saying what it expects."""
-    value = _parsed(value, COLUMNS)
-    if not isinstance(value, dict):
-        raise ValueError(COLUMNS)
-    return value
+def map_value(expected: str) -> Callable[[Any], dict[str, Any]]:
+    """Return what reads a map, and raises `ValueError` with what is expected for all else."""
+
+    def read(value: Any) -> dict[str, Any]:
+        value = _parsed(value, expected)
+        if not isinstance(value, dict):
+            raise ValueError(expected)
+        return value
+
+    return read
 
 
 def _parsed(value: Any, expected: str) -> Any:
@@ -49,3 +53,12 @@ def _parsed(value: Any, expected: str) -> Any:
         except yaml.YAMLError:
             raise ValueError(f"{expected}, in YAML") from None
     return plain(value)
+
+
+# Key -> what reads its value.
+VALUES: dict[str, Callable[[Any], Any]] = {
+    "data.train_file": sources_value,
+    "data.eval_file": sources_value,
+    "data.columns": map_value(COLUMNS),
+    "training.lr_scheduler_kwargs": map_value(OPTIONS),
+}

@@ -26,7 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "assets" / "qwen2_vl_tiny_scenes"
-STEPS, SAVE = 120, 4  # of the run, and between checkpoints
+STEPS, SAVE = 240, 4  # of the run, and between checkpoints
 SAME = ("step", "loss", "learning_rate", "grad_norm", "tokens", "epoch")
 INTERRUPTED = 130
 
@@ -112,7 +112,7 @@ def under_signals(data: Path, output: Path, kills: int, terms: int, seconds: flo
         # From the first step on, so that each start gets on, and then at any moment.
         while logged(output) <= before and running.poll() is None:
             time.sleep(0.01)
-        time.sleep(random.uniform(0, 1.2 * share))
+        time.sleep(random.uniform(0, share))
         sent += running.poll() is None
         running.send_signal(kind)
         code, reached, kept = running.wait(), logged(output), newest(output)
@@ -178,7 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--terms", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     global STEPS

@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 from vlm_jax.config import coerce, get_config, optimizer_name
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.train.adam import scale_by_adam
+from vlm_jax.train.schedules import schedule
 from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match, parse_group
 from vlm_jax.weights import is_quantized
 
 # Decay pulls a weight towards zero; a norm's scale and a bias have no business there.
 DECAY: Table = [(r".*/(bias|scale)", False), (r"(bias|scale)", False), (r".*", True)]
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class OptimizerSettings:
     optim: str = "adamw"
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None
     warmup_ratio: float = 0.0
     warmup_steps: int = 0
     max_steps: int = -1
@@ -87,38 +88,11 @@ class OptimizerSettings:
 
 
 def learning_rate(settings: OptimizerSettings) -> Callable[[Any], jax.Array]:
-    """Return `step -> learning rate` of a group of scale 1; step 0 is the first.
-
-    The four schedules and their warm-up are those of transformers' `get_scheduler`.
-    Raises `UserError` for an unknown schedule or one that needs `max_steps` and has none.
-    """
-    kind, total = settings.lr_scheduler_type, settings.max_steps
-    if kind not in SCHEDULES:
-        raise UserError(
-            f"training.lr_scheduler_type is '{kind}', which is not supported"
-            f"{nearest(kind, SCHEDULES)}. Supported: {', '.join(SCHEDULES)}."
-        )
-    if kind in ("linear", "cosine") and total <= 0:
-        raise UserError(
-            f"The '{kind}' schedule ends at training.max_steps, which is {total}. Set it to the "
-            f"run's number of optimizer steps, or take lr_scheduler_type='constant'."
-        )
+    """Return `step -> learning rate` of a group of scale 1, see `schedule`."""
+    kind = settings.lr_scheduler_type
     warmup = 0 if kind == "constant" else settings.warmup
-
-    def schedule(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        left = (total - step) / max(1, total - warmup)  # share of the way down, 1 after warm-up
-        if kind == "linear":
-            factor = jnp.maximum(0.0, left)
-        elif kind == "cosine":
-            # (1 + cos(pi p)) / 2, written so that float32 keeps its digits near the end.
-            factor = jnp.sin(jnp.pi / 2 * left) ** 2
-        else:
-            factor = jnp.ones_like(step)
-        rising = step / max(1, warmup)
-        return settings.learning_rate * jnp.where(step < warmup, rising, factor)
-
-    return schedule
+    options = settings.lr_scheduler_kwargs or {}
+    return schedule(kind, settings.learning_rate, warmup, settings.max_steps, options)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
