@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     c.lora.target_modules = placeholder(tuple)
     c.lora.modules_to_save = ()  # further modules to train in full; the projector is added itself
     c.lora.use_rslora = False  # scale by alpha / sqrt(r)
+    c.lora.use_dora = False  # learn the norms of the sum's columns too
     c.lora.bias = "none"  # only "none": biases of adapted layers stay frozen
     c.lora.task_type = "CAUSAL_LM"  # only this; PEFT files ask for it
 

@@ -29,6 +29,7 @@ ALIASES = {
     "lora.lora_dropout": "lora.dropout",
     "lora.targets": "lora.target_modules",
     "lora.rslora": "lora.use_rslora",
+    "lora.dora": "lora.use_dora",
     "training.evaluation_strategy": "training.eval_strategy",
     "training.num_epochs": "training.num_train_epochs",
     "training.epochs": "training.num_train_epochs",

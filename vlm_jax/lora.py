@@ -36,8 +36,8 @@ PROJECTOR_NAMES = ("projector", "mm_projector", "multi_modal_projector", "merger
 
 
 def is_lora(path: str) -> bool:
-    """Return whether a leaf is a LoRA matrix."""
-    return path.endswith(("/lora_A", "/lora_B"))
+    """Return whether a leaf is a LoRA matrix, or DoRA's norms of columns."""
+    return path.endswith(("/lora_A", "/lora_B", "/lora_magnitude"))
 
 
 def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[str]:
@@ -255,7 +255,8 @@ def add_lora(
 
     A is kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(in), and B zero, as in
     PEFT: the adapted model starts equal to the base. Both are float32; scanned layers lead with
-    the layer axis. The old tree stays as it was. Raises `UserError` for a target or module that
+    the layer axis. lora.dora adds `lora_magnitude` [out], the norms of the kernel's columns. The
+    old tree stays as it was. Raises `UserError` for a target or module that
     matches nothing, or where LoRA is there already.
     """
     flat = flatten(params)
@@ -274,11 +275,15 @@ def add_lora(
         shape = (*layers, inputs, lora.rank)
         flat[f"{base}/lora_A"] = jax.random.uniform(one, shape, jnp.float32, -bound, bound)
         flat[f"{base}/lora_B"] = jnp.zeros((*layers, lora.rank, outputs), jnp.float32)
+        if lora.dora:
+            flat[f"{base}/lora_magnitude"] = _norms(flat[path])
     return dataclasses.replace(model, lora=lora), unflatten(flat)
 
 
 def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> dict[str, Any]:
     """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
+
+    Of DoRA the columns of that have the learned norms.
 
     The sum is formed in float32 and stored in the kernel's dtype. A quantized kernel is decoded and
     becomes dense in the model's dtype; requantize: it becomes a quantized one of the same format
@@ -315,8 +320,7 @@ def merged_leaf(
     base, kernel = path.rsplit("/", 1)[0], _one(flat[path], layer)
     if not path.endswith("/kernel") or f"{base}/lora_A" not in flat:
         return kernel
-    factors = (_one(flat[f"{base}/{name}"], layer) for name in ("lora_A", "lora_B"))
-    summed: Any = _merged(model, base, kernel, *factors)
+    summed: Any = _merged(model, flat, base, kernel, layer)
     if not isinstance(kernel, FourBit):
         return summed.astype(kernel.dtype)
     if not requantize:
@@ -334,9 +338,19 @@ def _one(leaf: Any, layer: int | None) -> Any:
     return leaf if layer is None else jax.tree.map(lambda array: array[layer], leaf)
 
 
-def _merged(model: Model, base: str, kernel: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the float32 sum of a kernel and its adapter."""
+def _norms(kernel: Any) -> jax.Array:
+    """Return the norms of a kernel's columns, float32 [..., out], a layer of a stack at a time."""
+    if len(kernel.shape) > 2:
+        return jax.lax.map(_norms, kernel)
+    return jnp.linalg.norm(dense(kernel, jnp.float32), axis=-2)
+
+
+def _merged(
+    model: Model, flat: Mapping[str, Any], base: str, kernel: Any, layer: int | None
+) -> jax.Array:
+    """Return a kernel with its adapter in it, in float32: their sum, or DoRA's."""
     assert model.lora is not None
+    a, b = (_one(flat[f"{base}/{name}"], layer) for name in ("lora_A", "lora_B"))
     *layers, inputs, outputs = kernel.shape
     rank = a.shape[-1]
     if a.shape != (*layers, inputs, rank) or b.shape != (*layers, rank, outputs):
@@ -348,7 +362,11 @@ def _merged(model: Model, base: str, kernel: Any, a: jax.Array, b: jax.Array) ->
     update = jnp.matmul(
         a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    return dense(kernel, jnp.float32) + model.lora.scale.scale(rank) * update
+    summed = dense(kernel, jnp.float32) + model.lora.scale.scale(rank) * update
+    if f"{base}/lora_magnitude" not in flat:
+        return summed
+    magnitude = _one(flat[f"{base}/lora_magnitude"], layer)
+    return summed * (magnitude / jnp.linalg.norm(summed, axis=-2))[..., None, :]
 
 
 def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float, float]:
@@ -366,9 +384,8 @@ def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float
         if f"{base}/lora_A" not in flat:
             continue
         for layer in range(kernel.shape[0]) if stack else (None,):  # a stack may have no room
-            factors = (_one(flat[f"{base}/{name}"], layer) for name in ("lora_A", "lora_B"))
             before = _one(kernel, layer)
-            exact = _merged(model, base, before, *factors)
+            exact = _merged(model, flat, base, before, layer)
             after = dense(merged_leaf(model, flat, path, layer, requantize=True), jnp.float32)
             error += float(jnp.sum((after - exact) ** 2))
             weight += float(jnp.sum(exact**2))

@@ -28,6 +28,8 @@ class LoRA:
         regex reaches outside `components`.
     modules_to_save: modules trained in full beside the matrices and saved with them: "projector",
         or Hugging Face's names ("merger", "multi_modal_projector", "lm_head", "embed_tokens").
+    rslora: the update is alpha/sqrt(rank). dora: columns of the sum have norms that are learned
+        (https://arxiv.org/abs/2402.09353).
     components: where suffixes, presets and "all-linear" look, of "vision", "projector",
         "language_model" and "head"; "all-linear" leaves the head out.
     """
@@ -39,6 +41,7 @@ class LoRA:
     modules_to_save: tuple[str, ...] = ()
     rslora: bool = False
     components: tuple[str, ...] = ("language_model", "head")
+    dora: bool = False
 
     @property
     def scale(self) -> LoRAScale:

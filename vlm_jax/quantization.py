@@ -302,7 +302,7 @@ def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
             tensors += layers
             kinds[leaf.NAME + ("-dq" if leaf.double else "")] = None
             continue
-        if path.endswith(("/lora_A", "/lora_B", "/added")):
+        if path.endswith(("/lora_A", "/lora_B", "/lora_magnitude", "/added")):
             continue
         component = model.component(path)
         if path.endswith("/embedding"):

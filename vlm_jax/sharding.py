@@ -7,6 +7,7 @@ a row over context.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,8 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
     """Return each leaf's logical axes; LoRA's follow from the kernel they stand beside."""
 
     def kernel_of(path: str) -> str:
-        return path.rsplit("/", 1)[0] + "/kernel" if path.endswith(("/lora_A", "/lora_B")) else path
+        lora = re.fullmatch(r"(.*)/lora_(A|B|magnitude)", path)
+        return f"{lora[1]}/kernel" if lora else path
 
     tables = match(
         model.family.AXES, [kernel_of(path) for path in flat], "sharding table", unused="allow"
@@ -87,6 +89,8 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
             own = (own[0], None)
         elif path.endswith("/lora_B"):
             own = (None, own[1])
+        elif path.endswith("/lora_magnitude"):
+            own = (own[1],)
         axes[path] = own
     return axes
 

@@ -133,7 +133,8 @@ def under_signals(data: Path, output: Path, kills: int, terms: int, seconds: flo
     print(f"{sent} signals reached a run at work.")
     good &= sent >= len(pending) // 2
     done = (output / "adapter").is_dir() and logged(output) >= STEPS
-    return good and (done or start(data, output).wait() == 0)
+    ended = done or start(data, output).wait() == 0
+    return good and ended
 
 
 def on_a_full_disk(data: Path, place: Path, straight: tuple) -> bool:

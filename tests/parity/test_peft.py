@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from vlm_jax.names import current_name, disk_places, to_tree
 from vlm_jax.trees import flatten, unflatten
 
 FAMILIES = ["qwen2_vl", "llava"]
+KINDS = {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}}
 PROJECTOR = {"qwen2_vl": "merger", "llava": "multi_modal_projector"}
 
 
@@ -79,13 +81,36 @@ def test_our_adapter_in_peft(tmp_path, family, targets):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["current", "legacy"])
+def test_our_dora_in_peft(tmp_path, family):
+    reference, model, params, inputs = build(family, tmp_path / "base")
+    plain = our_logits(model, params, inputs)
+    targets = TARGETS["regex into the tower"]
+    lora = vlm_jax.LoRA(3, 5, targets=targets, modules_to_save=("projector",), dora=True)
+    model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    np.testing.assert_allclose(our_logits(model, params, inputs), plain, atol=1e-4)
+    flat = flatten(shaken(params))
+    flat |= {path: 1.1 * leaf for path, leaf in flat.items() if path.endswith("magnitude")}
+    params = unflatten(flat)
+    vlm_jax.save_peft(model, params, tmp_path / "adapter")
+    with quiet():
+        adapted = PeftModel.from_pretrained(reference, tmp_path / "adapter")
+    assert_equal_logits(adapted, model, params, inputs)
+    again, read = vlm_jax.load_peft(*vlm_jax.load(tmp_path / "base"), tmp_path / "adapter")
+    assert again.lora.dora
+    jax.tree.map(np.testing.assert_array_equal, dict(read), dict(params))
+    merged = our_logits(model, vlm_jax.merge(model, params), inputs)
+    np.testing.assert_allclose(merged, our_logits(model, params, inputs), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["current", "legacy", "DoRA"])
 def test_peft_adapter_here(tmp_path, family, layout):
     reference, model, params, inputs = build(family, tmp_path / "base")
     config = LoraConfig(
         r=4,
         lora_alpha=7,
         use_rslora=True,
+        use_dora=layout == "DoRA",
         target_modules=r".*language_model.*(q_proj|down_proj)",
         modules_to_save=[PROJECTOR[family]],
     )
@@ -93,7 +118,7 @@ def test_peft_adapter_here(tmp_path, family, layout):
         adapted = get_peft_model(reference, config)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
-                if "lora_B" in name or "modules_to_save" in name:
+                if re.search("lora_B|lora_magnitude|modules_to_save", name):
                     parameter.add_(0.1 * torch.randn_like(parameter))
         adapted.save_pretrained(tmp_path / "adapter")
     if layout == "legacy":
@@ -169,7 +194,7 @@ def our_tree(model, params, named):
         if ".lora_" in name:
             module, matrix = name.removesuffix(".weight").rsplit(".", 1)
             place = places[current_name(model, f"{module}.weight")]
-            path = f"{place.path.rsplit('/', 1)[0]}/{matrix}"
+            path = f"{place.path.rsplit('/', 1)[0]}/{matrix.removesuffix('_vector')}"
             value = tensor.T
         else:
             place = places[current_name(model, name)]
@@ -188,9 +213,9 @@ def relative(ours, theirs):
     return (difference / sum(float(np.sum(theirs[p] ** 2)) for p in ours)) ** 0.5
 
 
-def adapted_pair(family, tmp_path, factor):
+def adapted_pair(family, tmp_path, factor, **kind):
     reference, model, params, inputs = build(family, tmp_path / "base", factor)
-    lora = vlm_jax.LoRA(rank=3, alpha=5, targets="llama", modules_to_save=("projector",))
+    lora = vlm_jax.LoRA(rank=3, alpha=5, targets="llama", modules_to_save=("projector",), **kind)
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
     params = shaken(params)
     vlm_jax.save_peft(model, params, tmp_path / "adapter")
@@ -202,7 +227,7 @@ def adapted_pair(family, tmp_path, factor):
 
 def split(model, params):
     rows = [
-        (r".*/lora_[AB]", "lora"),
+        (r".*/lora_.*", "lora"),
         (rf".*/{model.family.PROJECTOR}/.*", "full"),
         (".*", "frozen"),
     ]
@@ -214,9 +239,10 @@ def torch_loss(twin, inputs, labels):
     return twin(**tensors(inputs), labels=torch.from_numpy(labels)).loss
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients(tmp_path, family):
-    twin, model, params, inputs, labels = adapted_pair(family, tmp_path, 6.0)
+def test_gradients(tmp_path, family, kind):
+    twin, model, params, inputs, labels = adapted_pair(family, tmp_path, 6.0, **KINDS[kind])
     with quiet():
         expected = torch_loss(twin, inputs, labels)
         expected.backward()
@@ -270,9 +296,10 @@ def assert_twenty_equal_steps(twin, model, params, inputs, labels):
     assert isinstance(tx, optax.GradientTransformation)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_twenty_steps(tmp_path, family):
-    assert_twenty_equal_steps(*adapted_pair(family, tmp_path, 3.0))
+def test_twenty_steps(tmp_path, family, kind):
+    assert_twenty_equal_steps(*adapted_pair(family, tmp_path, 3.0, **KINDS[kind]))
 
 
 def test_a_projector_alone_is_an_adapter_too(tmp_path):

@@ -1,7 +1,8 @@
 """Writes PEFT adapter directories: adapter_config.json + adapter_model.safetensors.
 
-A key is `base_model.model.<module>.lora_A.weight` of shape [R, in] (ours transposed), or for
-modules_to_save the plain tensor name behind the same prefix.
+A key is `base_model.model.<module>.lora_A.weight` of shape [R, in] (ours transposed), or
+`.lora_magnitude_vector` of shape [out], or for modules_to_save the plain tensor name behind the
+same prefix.
 """
 
 import re
@@ -69,8 +70,16 @@ def _targets(model: Model, modules: set[str], adapted: set[str]) -> dict[str, An
     return {"target_modules": sorted(adapted), "exclude_modules": None}
 
 
-def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return {module: (A [in, R], B [R, out])} of every adapted layer.
+# A leaf -> the end of its tensor's name in PEFT's files.
+MATRICES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude": "lora_magnitude_vector",
+}
+
+
+def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Return {module: {"lora_A": [in, R], "lora_B": [R, out], ...}} of every adapted layer.
 
     A layer of a stack whose A and B are zero is one that a loaded adapter had left out: fresh
     matrices are never zero, and zero ones never train.
@@ -78,10 +87,14 @@ def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[np.ndarr
     found = {}
     for path in [path for path in flat if path.endswith("/lora_A")]:
         base = path.rsplit("/", 1)[0]
-        a, b = (np.asarray(jax.device_get(flat[f"{base}/{name}"])) for name in ("lora_A", "lora_B"))
+        held = {
+            name: np.asarray(jax.device_get(flat[f"{base}/{name}"]))
+            for name in MATRICES
+            if f"{base}/{name}" in flat
+        }
         for module, (_, layer) in layer_modules(model, [path]).items():
-            one = (a, b) if layer is None else (a[layer], b[layer])
-            if layer is None or one[0].any() or one[1].any():
+            one = {name: leaf if layer is None else leaf[layer] for name, leaf in held.items()}
+            if layer is None or one["lora_A"].any() or one["lora_B"].any():
                 found[module] = one
     return found
 
@@ -164,9 +177,9 @@ def save_peft(
         left = {name: place for name, place in places.items() if name not in saved.places}
         _check_left_out(model, flat, left)
     tensors: dict[str, np.ndarray] = {}
-    for module, pair in matrices.items():
-        for matrix, leaf in zip(("lora_A", "lora_B"), pair, strict=True):
-            tensors[f"{PREFIX}{module}.{matrix}.weight"] = np.ascontiguousarray(leaf.T)
+    for module, leaves in matrices.items():
+        for name, leaf in leaves.items():
+            tensors[f"{PREFIX}{module}.{MATRICES[name]}"] = np.ascontiguousarray(leaf.T)
     flat = fold_added(flat)
     whole = disk_places(model, {path: flat[path].shape for path in saved.leaves})
     held = _tensors(flat, {name: whole[name] for name in saved.places})
@@ -198,7 +211,7 @@ def save_peft(
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": lora.rslora,
-        "use_dora": False,
+        "use_dora": lora.dora,
     }
     if model.config.text.tied and EMBEDDING_TENSOR in held:
         # Or peft would replace the embedding and leave the head at the base's values.

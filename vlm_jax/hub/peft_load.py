@@ -30,7 +30,7 @@ from vlm_jax.vocabulary import HEAD, add_tokens
 # Fields of adapter_config.json that are read, or that change nothing here.
 READ = frozenset(
     """peft_type r lora_alpha lora_dropout target_modules exclude_modules modules_to_save
-    use_rslora base_model_name_or_path revision ensure_weight_tying""".split()
+    use_rslora use_dora base_model_name_or_path revision ensure_weight_tying""".split()
 )
 HARMLESS = frozenset(
     """task_type auto_mapping peft_version inference_mode layers_to_transform
@@ -42,6 +42,12 @@ HARMLESS_VALUES: dict[str, tuple] = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
+
+
+# A module, and A or B of its matrices; none of them: its norms of columns.
+LORA_KEY = re.compile(
+    r"(.*)\.lora_(?:(A|B)(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
+)
 
 
 def _is_number(value: Any, least: float) -> bool:
@@ -124,14 +130,15 @@ def load_peft(
             tensor = handle.get_tensor(key)
             name = key.removeprefix(PREFIX)
             _check_kind(model, directory, key, current_name(model, name))
-            lora_key = re.fullmatch(r"(.*)\.lora_(A|B)(?:\.default)?\.weight", name)
+            lora_key = LORA_KEY.fullmatch(name)
             if lora_key:
-                module, matrix = current_name(model, lora_key[1]), lora_key[2]
+                module = current_name(model, lora_key[1])
+                matrix = f"lora_{lora_key[2] or 'magnitude'}"
                 if module not in kernels:
                     raise _homeless(directory, key, module, kernels)
                 path, layer = kernels[module]
                 base = path.rsplit("/", 1)[0]
-                matrices.setdefault(f"{base}/lora_{matrix}", {})[layer] = tensor.T
+                matrices.setdefault(f"{base}/{matrix}", {})[layer] = tensor.T
                 continue
             plain = current_name(model, re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name))
             copy_of = current_name(model, re.sub(r"\.(base_layer|original_module)(?=\.)", "", name))
@@ -177,6 +184,8 @@ def load_peft(
             )
     rank = config["r"]
     new = {**flat, **{path: jnp.asarray(leaf) for path, leaf in fresh.items()}}
+    if config.get("use_dora"):
+        _check_norms(flat, matrices, file)
     for path, layers in matrices.items():
         new[path] = jnp.asarray(_stacked(model, flat, path, layers, matrices, rank, file))
     targets = config.get("target_modules") or ()
@@ -189,6 +198,7 @@ def load_peft(
         targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
         modules_to_save=names,
         rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
     )
     ordered = {path: new[path] for path in sorted(new)}
     unused = {**model.unused, **unused}
@@ -290,17 +300,37 @@ def _homeless(directory: Path, key: str, name: str, known: Mapping[str, Any]) ->
     )
 
 
+def _check_norms(flat: Mapping[str, Any], matrices: Mapping[str, Any], file: Path) -> None:
+    """Raise for DoRA without the norms of some layer, or with a part of a stack's layers."""
+    for path in [path for path in matrices if path.endswith("/lora_A")]:
+        base = path.removesuffix("/lora_A")
+        norms = matrices.get(f"{base}/lora_magnitude", {})
+        if norms.keys() != matrices[path].keys():
+            raise UserError(
+                f"'{file}' is DoRA's (use_dora), but some layer of '{base}' lacks its "
+                f"lora_magnitude_vector."
+            )
+        *stack, _, _ = flat[f"{base}/kernel"].shape
+        if stack and len(norms) < stack[0]:
+            raise UserError(
+                f"'{file}' is DoRA's and adapts {len(norms)} of {stack[0]} layers of '{base}'. "
+                f"Layers are stacked here, and norms of the others would train: merge it with peft."
+            )
+
+
 def _stacked(
     model: Model, flat: Mapping[str, Any], path: str, layers: dict[int | None, np.ndarray],
     matrices: Mapping[str, Any], rank: int, file: Path,
 ) -> np.ndarray:  # fmt: skip
-    """Return one lora_A or lora_B leaf of the given layers, checked against the base's kernel."""
+    """Return one leaf of the given layers, checked against the base's kernel."""
     base, matrix = path.rsplit("/", 1)
     partner = f"{base}/{'lora_B' if matrix == 'lora_A' else 'lora_A'}"
     if matrices.get(partner, {}).keys() != layers.keys():
         raise UserError(f"'{file}' holds {matrix} of '{base}' without its partner in some layer.")
     *stack, inputs, outputs = flat[f"{base}/kernel"].shape
-    shape = (inputs, rank) if matrix == "lora_A" else (rank, outputs)
+    shape = {"lora_A": (inputs, rank), "lora_B": (rank, outputs), "lora_magnitude": (outputs,)}[
+        matrix
+    ]
     leaf = np.zeros((*stack, *shape), np.float32)
     for layer, tensor in layers.items():
         if tensor.shape != shape:

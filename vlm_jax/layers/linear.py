@@ -1,6 +1,7 @@
 """Linear layers that carry LoRA where the tree has it: nothing else multiplies by a weight.
 
 LoRA: https://arxiv.org/abs/2106.09685, section 4.1: y = x W + alpha/r (x A) B.
+DoRA: https://arxiv.org/abs/2402.09353, section 4: of the sum, the norms of columns are learned too.
 Letters: R rank.
 """
 
@@ -86,8 +87,35 @@ def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora:
     return matmul(x, kernel) + matmul(low, dense(b, dtype))
 
 
+def column_norms(kernel: Any, a: Any, b: Any, scale: float) -> jax.Array:
+    """Return float32 [..., out], the norms of the columns of kernel + scale a @ b."""
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return jnp.linalg.norm(dense(kernel, jnp.float32) + scale * update, axis=-2)
+
+
+def dora_matmul(
+    x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora: Any, magnitude: Any
+) -> jax.Array:
+    """Return x @ (kernel + scale a @ b) with columns of norm `magnitude` [out], in x's dtype.
+
+    As PEFT has it: dropout acts on all that the adapter changes, x_lora @ (this - kernel), and the
+    norms of the columns count as constants in the backward pass (section 4.3 of the paper).
+    """
+    norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
+    ratio = along_last((jnp.asarray(magnitude, jnp.float32) / norms).astype(x.dtype), x)
+    low = matmul(x_lora, dense(a, x.dtype)) * jnp.asarray(scale, x.dtype)
+    update = matmul(low, dense(b, x.dtype))
+    if x_lora is x:
+        return ratio * (matmul(x, kernel) + update)
+    return matmul(x, kernel) + (ratio - 1) * matmul(x_lora, kernel) + ratio * update
+
+
 class Linear(nn.Module):
-    """[..., in] to [..., features]; kernel [in, out], lora_A [in, R], lora_B [R, out]."""
+    """[..., in] to [..., features]; kernel [in, out], lora_A [in, R], lora_B [R, out].
+
+    With lora_magnitude [out] too it is DoRA's.
+    """
 
     features: int
     use_bias: bool
@@ -109,7 +137,11 @@ class Linear(nn.Module):
                 keep = 1.0 - self.lora.dropout
                 mask = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
                 x_lora = jnp.where(mask, x / keep, 0).astype(x.dtype)
-            y = lora_matmul(x, kernel, a, b, self.lora.scale(a.shape[-1]), x_lora)
+            factors = (kernel, a, b, self.lora.scale(a.shape[-1]), x_lora)
+            if self.has_variable("params", "lora_magnitude"):
+                y = dora_matmul(x, *factors, self.get_variable("params", "lora_magnitude"))
+            else:
+                y = lora_matmul(x, *factors)
         else:
             y = matmul(x, kernel)
         if self.has_variable("params", "added"):  # outputs of new tokens: see vocabulary.py

@@ -202,6 +202,8 @@ def _train(
                         )
 
             while step < total and not stop.now():
+                if save_at(step + 1):  # or a kill in that step would cost the steps of two saves
+                    checkpoints.finish()
                 asked = time.perf_counter()
                 batch, ids, place = next(batches)
                 watch.meter.wait(time.perf_counter() - asked)

@@ -57,12 +57,14 @@ def training_table(
                 f"it. Set the scale above 0 or take the {component} out of lora.target_modules."
             )
 
+    dora = any(path.endswith("/lora_magnitude") for path in paths)
+    leaves = r"lora_(A|B|magnitude)" if dora else r"lora_[AB]"
     rows: list[tuple[str, str]] = []
     for pattern, component in model.family.COMPONENTS:
         if component in adapted:
-            rows.append((f"(?={pattern}$).*/lora_[AB]", _group("lora", scale_of(component))))
+            rows.append((f"(?={pattern}$).*/{leaves}", _group("lora", scale_of(component))))
     if len({group for _, group in rows}) == 1:  # the usual case reads better as one row
-        rows = [(r".*/lora_[AB]", rows[0][1])]
+        rows = [(rf".*/{leaves}", rows[0][1])]
     if any(is_added(path) for path in paths):
         rows.append((r".*/added", _group("full", language_model_lr_scale)))
     modules = module_names(model, params)

@@ -81,7 +81,9 @@ def adapt_base(
     }
     alpha = int(adapt.alpha) if adapt.alpha == int(adapt.alpha) else adapt.alpha
     targets = adapt.target_modules or PRESETS["llama"]
-    lora = LoRA(adapt.r, alpha, adapt.dropout, targets, rslora=adapt.use_rslora)
+    lora = LoRA(
+        adapt.r, alpha, adapt.dropout, targets, rslora=adapt.use_rslora, dora=adapt.use_dora
+    )
     kernels = adapted
     if adapt.enabled and not adapted:
         kernels = target_kernels(model, params, lora)
@@ -137,7 +139,7 @@ def _continue_lora(
             f"The adapter '{config.model.adapter}' holds LoRA matrices, but lora.enabled is false. "
             f"Merge it first (vlm-jax export --merge) and train from the result."
         )
-    for name in ("rank", "alpha", "rslora"):
+    for name in ("rank", "alpha", "rslora", "dora"):
         if getattr(own, name) != getattr(lora, name):
             raise UserError(
                 f"The adapter '{config.model.adapter}' has {name}={getattr(own, name)}, but the "
