@@ -25,7 +25,7 @@ from vlm_jax.plan.program import Collective, collectives
 from vlm_jax.plan.report import ESTIMATED, plan_step, refused
 from vlm_jax.plan.show import flops, seconds, show, size
 from vlm_jax.plan.speed import sent, speed
-from vlm_jax.plan.step import prepare
+from vlm_jax.plan.step import prepare, readable
 from vlm_jax.plan.traffic import bytes_accessed
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.losses import loss
@@ -236,6 +236,18 @@ def test_a_gather_in_flight_through_a_loop_counts_once():
     assert bytes_accessed(compiled) == 28 * 2 * 128 + (20_000 + 5_000)
 
 
+def test_a_program_that_jaxlib_cannot_read_is_read_from_the_compilers_file(tmp_path):
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        readable(Unreadable(), tmp_path)
+    (tmp_path / "module_0000.jit_step.after_codegen.txt").write_text(IN_FLIGHT)
+    compiled = readable(Unreadable(), tmp_path)
+    assert compiled.as_text() == IN_FLIGHT and len(collectives(compiled)) == 1
+
+
 def test_what_is_sent_and_how_fast():
     def one(kind, group=0):
         return Collective(kind, "bf16", (8,), 1000, 3, "", group)
@@ -335,7 +347,7 @@ def test_every_parameter_is_listed_with_its_place(report, tiny):
 @pytest.mark.slow
 def test_a_step_too_large_is_a_report_and_one_just_below_fits(tmp_path, tiny, capsys):
     """Layers of a stack change its arrays and not the program: 16 GB compile as fast as few."""
-    deep = {str(n): str(qwen(tmp_path / str(n), n)) for n in (9_000, 13_000)}
+    deep = {str(n): str(qwen(tmp_path / str(n), n)) for n in (9_000, 12_500)}
     said = {}
     for layers, base in deep.items():
         arguments = ["plan", "--config", str(tiny), "--topology", "v5e-1", "--json"]
@@ -346,9 +358,10 @@ def test_a_step_too_large_is_a_report_and_one_just_below_fits(tmp_path, tiny, ca
         ]
         code = main(arguments)
         tree = json.loads(capsys.readouterr().out)
+        assert tree["basis"] == "compiled"
         said[layers] = code, tree["verdict"], tree["peak"] > tree["capacity"]
         assert sum(tree["parts"].values()) == tree["peak"]
-    assert said == {"9000": (0, "FITS", False), "13000": (1, "DOES NOT FIT", True)}
+    assert said == {"9000": (0, "FITS", False), "12500": (1, "DOES NOT FIT", True)}
     assert "GiB of the 15.75 GiB" in tree["said"] and tree["speed"]["compiler"] is None
 
 
@@ -398,6 +411,8 @@ def test_bad_input_is_told_with_code_2(tiny, capsys, monkeypatch):
     told = refusal("--topology", "v5x-4")
     assert "Known are v4, v5e" in told and "did you mean" in told
     assert "does not cover 4 devices" in refusal("--topology", "v5e-4", "--config.mesh.fsdp=3")
+    seven = refusal("--topology", "rtx4090:7", "--config.mesh.tensor=7")
+    assert "mesh.tensor is 7, which divides no dimension" in seven
     assert "could not be described" in refusal("--topology", "v5e-3")
     assert "multiple of 4" in refusal("--topology", "v5e-1", "--patches", "30")
     monkeypatch.setattr("vlm_jax.plan.topologies.find_spec", lambda name: None)

@@ -60,13 +60,14 @@ def get_config() -> ConfigDict:
     c.lora.modules_to_save = ()  # further modules to train in full; the projector is added itself
     c.lora.use_rslora = False  # scale by alpha / sqrt(r)
     c.lora.use_dora = False  # learn the norms of the sum's columns too
+    c.lora.loraplus_lr_ratio = 1.0  # LoRA+: the learning rate of B over that of A; 16 is usual
     c.lora.bias = "none"  # only "none": biases of adapted layers stay frozen
     c.lora.task_type = "CAUSAL_LM"  # only this; PEFT files ask for it
 
     t = c.training = ConfigDict()  # names and meanings of transformers' TrainingArguments
     t.output_dir = "outputs/run"  # what the run writes; must not hold another run
-    # Another directory for checkpoints, or a bucket as gs://bucket/run1, which needs no disk that
-    # all hosts share; None: output_dir/checkpoints.
+    # A bucket for checkpoints, as gs://bucket/run1: then hosts need share no disk; None: they lie
+    # in output_dir/checkpoints.
     t.checkpoint_dir = placeholder(str)
     t.run_name = placeholder(str)  # for wandb and trackio; None: output_dir's last part
     t.num_train_epochs = 1.0  # times that every example is seen

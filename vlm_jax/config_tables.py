@@ -92,6 +92,7 @@ RANGES: list[tuple[str, float, float]] = [
     (r"lora\.r", 1, 65536),
     (r"lora\.alpha", 0, 1e9),
     (r"lora\.dropout", 0, 0.999),
+    (r"lora\.loraplus_lr_ratio", 1e-3, 1e6),
     (r"training\.(per_device_.*|gradient_accumulation_steps|logging_steps)", 1, 1e9),
     (r"training\.(save_steps|eval_steps)", 1, 1e9),
     (r"training\.dataloader_num_workers", 0, 1e9),

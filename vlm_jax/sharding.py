@@ -110,6 +110,22 @@ def param_shardings(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict
     )
 
 
+def check_spread(shardings: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raise `UserError` where an axis of the mesh that is to spread parameters spreads none.
+
+    shardings: of `param_shardings`, of a whole model.
+    """
+    leaves = jax.tree.leaves(shardings, is_leaf=lambda leaf: isinstance(leaf, NamedSharding))
+    used = {name for leaf in leaves for name in leaf.spec}
+    for axis in ("fsdp", "tensor"):
+        if mesh.shape[axis] > 1 and axis not in used:
+            raise UserError(
+                f"mesh.{axis} is {mesh.shape[axis]}, which divides no dimension of this model's "
+                f"parameters: each device would hold all of them. Take a divisor of its sizes, as "
+                f"2, 4 or 8, and mesh.data for the rest."
+            )
+
+
 def _spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
     """Return how the last dimensions spread over these mesh axes, where they divide."""
     names = (None,) * (len(shape) - len(names)) + names

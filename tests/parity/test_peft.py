@@ -14,6 +14,7 @@ from references import llava, llava_inputs, our_logits, quiet, qwen2_vl, qwen2_v
 
 import vlm_jax
 from vlm_jax.names import current_name, disk_places, to_tree
+from vlm_jax.train.recipe import training_table
 from vlm_jax.trees import flatten, unflatten
 
 FAMILIES = ["qwen2_vl", "llava"]
@@ -259,23 +260,28 @@ def test_gradients(tmp_path, family, kind):
     assert relative(flatten(grads), our_tree(model, params, theirs)) < 1e-4
 
 
-def assert_twenty_equal_steps(twin, model, params, inputs, labels):
+def assert_twenty_equal_steps(twin, model, params, inputs, labels, ratio=1):
     """Train 20 steps here and in torch: the loss of each and the last weights must agree."""
     training = dict(
         learning_rate=3e-3, weight_decay=0.01, max_grad_norm=0.5, max_steps=20, warmup_steps=4,
         lr_scheduler_type="cosine",
     )  # fmt: skip
     rows, trainable, frozen = split(model, params)
+    if ratio != 1:
+        rows = training_table(model, params, loraplus_lr_ratio=ratio)
+        assert rows[0] == (".*/lora_B", f"lora({ratio})")
     tx = vlm_jax.optimizer(trainable, rows, training)
     step = jax.jit(vlm_jax.make_step(model, tx), donate_argnums=0)
     state = vlm_jax.init_state(trainable, tx)
     batch = model.batch(**inputs, labels=labels)
 
     trained = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
-    plain = [p for n, p in trained if n.endswith("bias") or "ln_q" in n]
-    decayed = [p for n, p in trained if not (n.endswith("bias") or "ln_q" in n)]
-    groups = [dict(params=decayed, weight_decay=0.01), dict(params=plain, weight_decay=0.0)]
-    adam = torch.optim.AdamW(groups, lr=3e-3)
+    groups = [
+        dict(params=[p], weight_decay=0.0 if n.endswith("bias") or "ln_q" in n else 0.01,
+             lr=3e-3 * (ratio if "lora_B" in n else 1))
+        for n, p in trained
+    ]  # fmt: skip
+    adam = torch.optim.AdamW(groups)
     from transformers import get_cosine_schedule_with_warmup
 
     schedule = get_cosine_schedule_with_warmup(adam, 4, 20)
@@ -300,6 +306,10 @@ def assert_twenty_equal_steps(twin, model, params, inputs, labels):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_twenty_steps(tmp_path, family, kind):
     assert_twenty_equal_steps(*adapted_pair(family, tmp_path, 3.0, **KINDS[kind]))
+
+
+def test_twenty_steps_of_lora_plus(tmp_path):
+    assert_twenty_equal_steps(*adapted_pair("qwen2_vl", tmp_path, 3.0), ratio=4.0)
 
 
 def test_a_projector_alone_is_an_adapter_too(tmp_path):

@@ -72,8 +72,10 @@ def readable(compiled: jax.stages.Compiled, dump: Path) -> jax.stages.Compiled:
     try:
         compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        (file,) = dump.glob("*.after_codegen.txt")
-        text = file.read_text(encoding="utf-8")
+        files = list(dump.glob("*.after_codegen.txt"))
+        if len(files) != 1:
+            raise
+        text = files[0].read_text(encoding="utf-8")
         compiled.as_text = lambda: text  # type: ignore[method-assign]
     return compiled
 

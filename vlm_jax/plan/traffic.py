@@ -66,7 +66,9 @@ def _accessed(instruction: Instruction, made: Mapping[str, Instruction], program
     operands = [made[name] for name in _operands(instruction) if name in made]
     written = _size(instruction.result)
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return written + (written if operands and _size(operands[0].result) else 0)
+        from_memory = bool(operands) and _size(operands[0].result) > 0
+        # What is taken may go to the chip's own memory: read it is all the same.
+        return written + from_memory * _whole(instruction.result)
     if opcode == "dynamic-update-slice":
         part = _size(operands[1].result) if len(operands) > 1 else 0
         return part + min(part, written)

@@ -13,7 +13,7 @@ from vlm_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.hub.sizes import read_hf_config
 from vlm_jax.model import Model, from_config
-from vlm_jax.sharding import param_shardings, used_on_mesh
+from vlm_jax.sharding import check_spread, param_shardings, used_on_mesh
 from vlm_jax.train.base import (
     base_name,
     check_type,
@@ -65,6 +65,7 @@ def abstract_run(
     params = jax.eval_shape(build, shapes)
     model, table = made["model"], made["table"]
     shardings = param_shardings(model, params, mesh)
+    check_spread(shardings, mesh)
     trainable, frozen = split(abstract(used_on_mesh(params, shardings), shardings), table)
     training = {**config.training, "max_steps": max(1, config.training.max_steps)}
     tx = optimizer(trainable, table, OptimizerSettings.of(training))

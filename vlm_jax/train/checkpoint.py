@@ -265,7 +265,8 @@ class Checkpoints:
         """Remove old checkpoints, of which a kill may leave a part. In a bucket there are none."""
         trash = self.directory / TRASH
         if processes.is_primary() and trash.is_dir():
-            trash.rmtree()
+            with contextlib.suppress(OSError):  # NFS keeps files that are open: the next time
+                trash.rmtree()
 
     def _put_aside(self, step: int) -> str:
         """Rename a checkpoint and return its new name. All processes call it, the first does."""

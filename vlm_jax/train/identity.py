@@ -23,8 +23,7 @@ DATA_KEYS = (
 
 # Where things lie, which may differ from host to host.
 PLACES = (
-    *("model.name_or_path", "model.adapter", "training.output_dir", "training.checkpoint_dir"),
-    "training.run_name",
+    *("model.name_or_path", "model.adapter", "training.output_dir", "training.run_name"),
     *("data.train_file", "data.eval_file", "data.image_folder"),
 )
 

@@ -42,7 +42,7 @@ from vlm_jax.train.metrics import (
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.output import nothing_half_written, output_directory
 from vlm_jax.train.place import on_mesh
-from vlm_jax.train.places import Places, places_of
+from vlm_jax.train.places import Claim, Places, places_of
 from vlm_jax.train.recipe import report, trainable_line
 from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
@@ -79,11 +79,17 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     with output_directory(places, resume) as (resumes, warning):
         if warning is not None:
             console.print(warning, highlight=False, soft_wrap=True)
-        return _train(config, resumes, console, places, best)
+        claim = places.claim() if places.in_bucket and processes.is_primary() else None
+        return _train(config, resumes, console, places, best, claim)
 
 
 def _train(
-    config: ConfigDict, resume: bool, console: Console, places: Places, best: Best | None
+    config: ConfigDict,
+    resume: bool,
+    console: Console,
+    places: Places,
+    best: Best | None,
+    claim: Claim | None,
 ) -> dict:
     directory = places.directory
     t, start = config.training, time.perf_counter()
@@ -169,8 +175,7 @@ def _train(
             write_json(directory / "config.json", absolute_paths(config))
         if not resume:
             checkpoints = Checkpoints(places.checkpoints, same, t.save_total_limit, best)
-        if places.in_bucket and processes.is_primary():
-            checkpoints.claim = places.claim()
+        checkpoints.claim = claim
         log = open_log(
             directory,
             t.report_to,

@@ -137,10 +137,8 @@ def _cannot_be_made(directory: Path, error: OSError) -> UserError:
 
 
 def _holds_run(places: Places) -> bool:
-    """Return whether there is a run to resume; logs may be lost where checkpoints lie apart."""
-    return (places.directory / "config.json").exists() or (
-        places.apart and bool(places.saved_steps())
-    )
+    """Return whether there is a run to resume; of one in a bucket the logs may be lost."""
+    return (places.directory / "config.json").exists() or places.claimed() is not None
 
 
 def check_output(places: Places, resume: bool) -> None:
@@ -174,10 +172,10 @@ def check_output(places: Places, resume: bool) -> None:
             f"The output directory '{directory}' already holds a run ({', '.join(held)}). Go on "
             f"with it by --resume, take another training.output_dir, or delete it."
         )
-    if not resume and places.apart and (steps := places.saved_steps()):
+    if not resume and (owner := places.claimed()):
         raise UserError(
-            f"'{places.checkpoints}' already holds checkpoints of a run, the newest of step "
-            f"{steps[-1]}. Go on with it by --resume, or take another training.checkpoint_dir."
+            f"'{places.checkpoints}' is already a run's ({owner}). Go on with it by --resume, "
+            f"which ends that run if it is still at work, or take another training.checkpoint_dir."
         )
     if resume and not _holds_run(places):
         raise UserError(
@@ -191,19 +189,17 @@ def nothing_half_written(places: Places) -> Iterator[None]:
     """Make the directory of a run for a block that writes it.
 
     Where the block fails before a checkpoint is saved, what it wrote is removed, so that the same
-    command can be given again; files that were there before stay, and so does what a bucket holds,
-    where a part of a checkpoint is in nobody's way. Where it fails later, everything stays. A
-    `UserError` then also says how to go on.
+    command can be given again; files that were there before stay, and so does everything of a run
+    whose checkpoints go to a bucket, which may not be there any more. Where it fails later,
+    everything stays. A `UserError` then also says how to go on.
     """
     directory = places.directory
     made = not directory.exists()
-    written = [directory / name for name in LOGS]
-    if not places.in_bucket:
-        written.append(Path(places.checkpoints))
+    written = [directory / name for name in (*LOGS, "checkpoints")]
     new = [path for path in written if not path.exists()]
 
     def clean() -> None:
-        if places.saved_steps():
+        if places.in_bucket or places.saved_steps():
             return
         for path in new:
             if path.is_dir():
@@ -224,7 +220,7 @@ def nothing_half_written(places: Places) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        saved = places.saved_steps()
+        saved = [] if places.in_bucket else places.saved_steps()
         if primary:
             clean()
         told: BaseException = error
@@ -233,6 +229,8 @@ def nothing_half_written(places: Places) -> Iterator[None]:
         if not isinstance(told, UserError):
             raise
         how = "Nothing had been saved yet: once this is mended, give the same command again."
+        if places.in_bucket:
+            how = "Once this is mended, go on by --resume from the last checkpoint that is whole."
         if saved:
             newest = places.checkpoints / str(saved[-1])
             how = f"The last good checkpoint is '{newest}': once this is mended, add --resume."

@@ -20,7 +20,7 @@ OWNER = "owner.txt"  # beside checkpoints in a bucket: the run that may write th
 
 
 class Places(NamedTuple):
-    """directory: of logs and results. checkpoints: of checkpoints, on a disk or in a bucket."""
+    """directory: of logs and results. checkpoints: in it, or in a bucket."""
 
     directory: Path
     checkpoints: epath.Path
@@ -30,19 +30,12 @@ class Places(NamedTuple):
         """Whether checkpoints lie in a bucket, so that only one process needs the directory."""
         return str(self.checkpoints).startswith(BUCKET)
 
-    @property
-    def apart(self) -> bool:
-        """Whether checkpoints lie outside the directory."""
-        return self.directory / "checkpoints" != self.checkpoints
-
     def saved_steps(self) -> list[int]:
         """Return the steps with a whole checkpoint, oldest first.
 
-        Raises `UserError` where a bucket is not there or cannot be read.
+        Raises `UserError` where a bucket cannot be read.
         """
         with self._bucket_errors():
-            if self.in_bucket and not epath.Path(_bucket_of(self.checkpoints)).exists():
-                raise FileNotFoundError("there is no such bucket, or it may not be seen")
             found = list(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
             return sorted(
                 int(path.name)
@@ -54,6 +47,12 @@ class Places(NamedTuple):
         """Return a new claim of the bucket; raise `UserError` where it cannot be written."""
         with self._bucket_errors():
             return Claim(self.checkpoints)
+
+    def claimed(self) -> str | None:
+        """Return which run claimed the bucket last, in words; None: none, or there is no bucket."""
+        with self._bucket_errors():
+            file = self.checkpoints / OWNER
+            return file.read_text().split(",")[0] if self.in_bucket and file.exists() else None
 
     @contextlib.contextmanager
     def _bucket_errors(self) -> Iterator[None]:
@@ -70,15 +69,11 @@ class Places(NamedTuple):
             ) from error
 
 
-def _bucket_of(path: epath.Path) -> str:
-    return BUCKET + str(path).removeprefix(BUCKET).split("/")[0]
-
-
 def places_of(config: ConfigDict, directory: Path | None = None) -> Places:
     """Return where a run of this config writes; directory: instead of training.output_dir.
 
-    Raises `UserError` for an address where a directory must be, one that is none of a bucket which
-    orbax takes, and where the package for it is missing.
+    Raises `UserError` for an address where a directory must be, for a checkpoint_dir that is no
+    bucket which orbax takes, and where the package for it is missing.
     """
     output, apart = config.training.output_dir, config.training.checkpoint_dir
     if directory is None and "://" in output:
@@ -90,12 +85,11 @@ def places_of(config: ConfigDict, directory: Path | None = None) -> Places:
     directory = directory or Path(output).expanduser()
     if apart is None:
         return Places(directory, epath.Path(directory.absolute()) / "checkpoints")
-    if "://" not in apart:
-        return Places(directory, epath.Path(Path(apart).expanduser().absolute()))
     if not apart.startswith(BUCKET):
         raise UserError(
-            f"training.checkpoint_dir is '{apart}'; checkpoints are written to a directory or to "
-            f"{BUCKET}bucket/path, for which orbax is made."
+            f"training.checkpoint_dir is '{apart}'; expected the address of a bucket that orbax "
+            f"takes, as {BUCKET}bucket/run1. On a disk checkpoints lie in training.output_dir: "
+            f"leave checkpoint_dir out."
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(
@@ -109,7 +103,7 @@ class Claim:
     """The right to write checkpoints to a bucket, which knows no locks: the last run has it.
 
     A run that another one has taken the place of, as after a restart that it slept through, learns
-    of it before it would write.
+    of it before it would write. The mark stays when a run ends: whoever goes on claims anew.
     """
 
     def __init__(self, directory: Any):

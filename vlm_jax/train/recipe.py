@@ -28,6 +28,7 @@ def training_table(
     projector_lr_scale: float = 1.0,
     language_model_lr_scale: float = 1.0,
     lora_enabled: bool = True,
+    loraplus_lr_ratio: float = 1.0,
     modules_to_save: Iterable[str] | None = None,
 ) -> list[tuple[str, str]]:
     """Return the ordered (regex, group) rows of the usual VLM recipe for these parameters.
@@ -35,7 +36,8 @@ def training_table(
     Each component trains at its scale of the learning rate; 0.0 freezes it. Where it holds LoRA
     matrices these train and its other leaves are frozen, otherwise it trains in full; but the
     language model, its embeddings and its head are frozen where `lora_enabled`, except for
-    `modules_to_save` (default: those of the model's LoRA). Every row matches a leaf; arrays are
+    `modules_to_save` (default: those of the model's LoRA). loraplus_lr_ratio: how much faster B
+    learns than A, LoRA+ (https://arxiv.org/abs/2402.12354). Every row matches a leaf; arrays are
     not read, so `params` may be shapes.
     Raises `UserError` for contradictions and where nothing is left to train.
     """
@@ -58,13 +60,16 @@ def training_table(
             )
 
     dora = any(path.endswith("/lora_magnitude") for path in paths)
-    leaves = r"lora_(A|B|magnitude)" if dora else r"lora_[AB]"
+    kinds = {r"lora_(A|B|magnitude)" if dora else r"lora_[AB]": 1.0}
+    if loraplus_lr_ratio != 1:
+        kinds = {"lora_B": loraplus_lr_ratio, r"lora_(A|magnitude)" if dora else "lora_A": 1.0}
     rows: list[tuple[str, str]] = []
-    for pattern, component in model.family.COMPONENTS:
-        if component in adapted:
-            rows.append((f"(?={pattern}$).*/{leaves}", _group("lora", scale_of(component))))
-    if len({group for _, group in rows}) == 1:  # the usual case reads better as one row
-        rows = [(rf".*/{leaves}", rows[0][1])]
+    for leaves, ratio in kinds.items():
+        own = {p: ratio * scale_of(name) for p, name in model.family.COMPONENTS if name in adapted}
+        if len(set(own.values())) == 1:  # the usual case reads better as one row
+            rows.append((rf".*/{leaves}", _group("lora", next(iter(own.values())))))
+        else:
+            rows += [(f"(?={p}$).*/{leaves}", _group("lora", scale)) for p, scale in own.items()]
     if any(is_added(path) for path in paths):
         rows.append((r".*/added", _group("full", language_model_lr_scale)))
     modules = module_names(model, params)

@@ -18,7 +18,7 @@ from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
-from vlm_jax.sharding import make_mesh, shard_params
+from vlm_jax.sharding import check_spread, make_mesh, param_shardings, shard_params
 from vlm_jax.train.base import compute_dtype, load_base
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.identity import identity
@@ -37,6 +37,7 @@ def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tu
     assert model.source is not None
     tokens = len(load_tokenizer(model.source.directory))
     model, params, table = adapt(config, model, params, tokens)
+    check_spread(param_shardings(model, params, mesh), mesh)
     return model, shard_params(model, params, mesh), table
 
 
@@ -105,6 +106,7 @@ def adapt_base(
         params,
         language_model_lr_scale=m.language_model_lr_scale,
         lora_enabled=adapt.enabled or m.language_model_lr_scale == 0,
+        loraplus_lr_ratio=adapt.loraplus_lr_ratio,
         modules_to_save=saved if brought else None,
         **scales,
     )
@@ -259,11 +261,10 @@ def absolute_paths(config: ConfigDict) -> dict[str, Any]:
     tree = configs.to_dict(config)
     for section, key in (
         *(("model", "name_or_path"), ("model", "adapter"), ("data", "train_file")),
-        *(("data", "eval_file"), ("data", "image_folder")),
-        *(("training", "output_dir"), ("training", "checkpoint_dir")),
+        *(("data", "eval_file"), ("data", "image_folder"), ("training", "output_dir")),
     ):
         value = tree[section][key]
-        if section == "training" and value is not None and "://" not in value:
+        if key == "output_dir":
             tree[section][key] = str(Path(value).expanduser().resolve())
         elif value is not None:
             tree[section][key] = _absolute(value)
