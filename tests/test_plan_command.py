@@ -411,8 +411,8 @@ def test_bad_input_is_told_with_code_2(tiny, capsys, monkeypatch):
     told = refusal("--topology", "v5x-4")
     assert "Known are v4, v5e" in told and "did you mean" in told
     assert "does not cover 4 devices" in refusal("--topology", "v5e-4", "--config.mesh.fsdp=3")
-    seven = refusal("--topology", "rtx4090:7", "--config.mesh.tensor=7")
-    assert "mesh.tensor is 7, which divides no dimension" in seven
+    eleven = refusal("--topology", "rtx4090:11", "--config.mesh.tensor=11")
+    assert "mesh.tensor is 11, which divides no dimension" in eleven
     assert "could not be described" in refusal("--topology", "v5e-3")
     assert "multiple of 4" in refusal("--topology", "v5e-1", "--patches", "30")
     monkeypatch.setattr("vlm_jax.plan.topologies.find_spec", lambda name: None)
