@@ -142,8 +142,11 @@ def test_every_host_gets_the_same_command_quoted(commands):
 def test_what_is_missing_is_said(commands, monkeypatch):
     assert tpu_vm("creat").returncode == 2 and "tpu_vm.sh create" in tpu_vm("creat").stderr
     monkeypatch.delenv("SHARE")
+    assert tpu_vm("setup").returncode == 0 and "if [ -n '' ] && " in commands()  # no share
+    monkeypatch.delenv("NAME")
+    before = commands()
     done = tpu_vm("create")
-    assert done.returncode != 0 and "set SHARE" in done.stderr and commands() == ""
+    assert done.returncode != 0 and "set NAME" in done.stderr and commands() == before
 
 
 def test_a_job_whose_time_is_up_is_stopped_and_goes_back_to_the_queue(commands, tmp_path):

@@ -3,18 +3,19 @@
 #
 #   export NAME=vlm ZONE=us-west4-a SHARE=10.0.0.2:/share
 #   bash scripts/launch/tpu_vm.sh create             # asks for the slice; state: tpu_vm.sh state
-#   bash scripts/launch/tpu_vm.sh setup              # installs, mounts the share at ~/share
+#   bash scripts/launch/tpu_vm.sh setup              # installs, mounts the share at ~/share if SHARE is set
 #   bash scripts/launch/tpu_vm.sh train --config share/run.yaml --resume=auto
 #   bash scripts/launch/tpu_vm.sh log                # of the first host; Ctrl-C leaves it running
 #   bash scripts/launch/tpu_vm.sh stop               # saves a checkpoint, then ends
 #   bash scripts/launch/tpu_vm.sh delete             # gives the slice back
 #
-# TYPE (v5litepod-16), RUNTIME (v2-alpha-tpuv5-lite) and SPOT (1; 0: on demand) may be set too.
+# TYPE (v5litepod-16), RUNTIME (v2-alpha-tpuv5-lite) and SPOT (1; 0: on demand) may be set too. SHARE
+# is an NFS share of data, base checkpoint and results; without it training.checkpoint_dir must be set.
 # The hosts get what is committed in this checkout. docs/PODS.md goes through it from nothing.
 set -euo pipefail
 
 : "${NAME:?set NAME, what the slice is called}" "${ZONE:?set ZONE, as us-west4-a}"
-: "${SHARE:?set SHARE, the NFS share of data, base checkpoint and results, as 10.0.0.2:/share}"
+SHARE=${SHARE:-}
 TYPE=${TYPE:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
 SPOT=${SPOT:-1}
@@ -45,13 +46,15 @@ setup() {
     # uv brings a Python that is new enough.
     on all "
         set -eu
-        command -v mount.nfs >/dev/null || sudo apt-get install -y -qq nfs-common
         mkdir -p ~/share ~/vlm_jax
-        mountpoint -q ~/share || sudo mount -t nfs '$SHARE' ~/share
+        if [ -n '$SHARE' ] && ! mountpoint -q ~/share; then
+            command -v mount.nfs >/dev/null || sudo apt-get install -y -qq nfs-common
+            sudo mount -t nfs '$SHARE' ~/share
+        fi
         tar -xzf ~/vlm_jax.tar.gz -C ~/vlm_jax
         python3 -m pip install --quiet --user uv
         [ -x ~/venv/bin/python ] || python3 -m uv venv --quiet --python 3.12 ~/venv
-        python3 -m uv pip install --quiet --python ~/venv/bin/python ~/vlm_jax'[tpu]'
+        python3 -m uv pip install --quiet --python ~/venv/bin/python ~/vlm_jax'[tpu,gcs]'
     "
 }
 
