@@ -19,7 +19,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.train.places import Places
 
 # What a run writes while it trains, and its result.
-LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard")
+LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "checkpoints")
 RESULTS = ("adapter", "model")
 # One of these in a directory means that it holds a run.
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", *RESULTS)
@@ -195,8 +195,7 @@ def nothing_half_written(places: Places) -> Iterator[None]:
     """
     directory = places.directory
     made = not directory.exists()
-    written = [directory / name for name in (*LOGS, "checkpoints")]
-    new = [path for path in written if not path.exists()]
+    new = [directory / name for name in LOGS if not (directory / name).exists()]
 
     def clean() -> None:
         if places.in_bucket or places.saved_steps():
