@@ -6,6 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Adapter": "model",
     "Batch": "batch",
     "LoRA": "model",
     "NF4": "weights",
@@ -13,23 +14,29 @@ _HOMES = {
     "TrainState": "train.step",
     "Quantization": "quantization",
     "UserError": "errors",
+    "adapter_leaves": "adapters",
+    "add_adapter": "adapters",
     "add_lora": "lora",
     "add_tokens": "vocabulary",
+    "average_adapters": "adapters",
     "from_config": "model",
     "generate": "generation",
     "init_state": "train.step",
     "join": "trees",
     "load": "hub.load",
+    "load_adapter": "hub.adapter_files",
     "load_peft": "hub.peft_load",
     "loss": "train.losses",
     "make_mesh": "sharding",
     "make_step": "train.step",
     "merge": "lora",
     "optimizer": "train.optim",
+    "save_adapter": "hub.adapter_files",
     "save_peft": "hub.peft",
     "save_pretrained": "hub.save",
     "split": "trees",
     "training_table": "train.recipe",
+    "with_adapter": "adapters",
 }
 _MODULES = ("data", "nf4", "plan", "sharding")
 

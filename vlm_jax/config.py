@@ -64,6 +64,20 @@ def get_config() -> ConfigDict:
     c.lora.bias = "none"  # only "none": biases of adapted layers stay frozen
     c.lora.task_type = "CAUSAL_LM"  # only this; PEFT files ask for it
 
+    a = c.adapter = ConfigDict()  # bottleneck adapters, instead of LoRA: see model.Adapter
+    # houlsby, pfeiffer or parallel, or the `adapters` library's names; None: none.
+    a.type = placeholder(str)
+    a.reduction_factor = placeholder(
+        float
+    )  # a block's width over the bottleneck's; None: 16, 16, 2
+    a.non_linearity = placeholder(str)  # None: swish, relu, relu
+    a.scaling = placeholder(float)  # of what an adapter adds; None: 1, 1, 4
+    a.norm = False  # a LayerNorm on what an adapter reads
+    a.dropout = 0.0  # on what it adds, while training
+    a.init_weights = "mam_adapter"  # starts equal to the base; bert, houlsby: nearly so
+    a.components = ("language_model",)  # also vision
+    a.modules_to_save = ()  # further modules to train in full; the projector is added itself
+
     t = c.training = ConfigDict()  # names and meanings of transformers' TrainingArguments
     t.output_dir = "outputs/run"  # what the run writes; must not hold another run
     # A bucket for checkpoints, as gs://bucket/run1: then hosts need share no disk; None: they lie
@@ -303,6 +317,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "'lora.target_modules' is empty, so LoRA would adapt nothing. Name the layers, for "
             "instance 'all-linear', or set lora.enabled=false."
+        )
+    if config.lora.enabled and config.adapter.type is not None:
+        raise UserError(
+            f"adapter.type is '{config.adapter.type}' and lora.enabled is true: a run trains one "
+            f"of the two. Set lora.enabled=false for adapters, or leave adapter.type out."
         )
     m = config.model
     if m.quantize is not None and m.load_in_4bit:

@@ -30,6 +30,7 @@ ALIASES = {
     "lora.targets": "lora.target_modules",
     "lora.rslora": "lora.use_rslora",
     "lora.dora": "lora.use_dora",
+    "adapter.kind": "adapter.type",
     "training.evaluation_strategy": "training.eval_strategy",
     "training.num_epochs": "training.num_train_epochs",
     "training.epochs": "training.num_train_epochs",
@@ -63,6 +64,9 @@ OPTIMIZERS = {
     "paged_adamw_32bit": "paged_adamw",
 }
 
+# Kinds of bottleneck adapters, and the `adapters` library's names of them.
+ADAPTERS = ("houlsby", "pfeiffer", "parallel", "double_seq_bn", "seq_bn", "par_bn")
+
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
@@ -70,6 +74,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.bnb_4bit_compute_dtype": (None, "float32", "bfloat16"),
     "lora.bias": ("none",),
     "lora.task_type": ("CAUSAL_LM",),
+    "adapter.type": (None, *ADAPTERS),
+    "adapter.init_weights": ("mam_adapter", "bert", "houlsby"),
     "training.lr_scheduler_type": (
         *("constant", "constant_with_warmup", "linear", "polynomial", "inverse_sqrt"),
         *("cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr"),
@@ -93,6 +99,8 @@ RANGES: list[tuple[str, float, float]] = [
     (r"lora\.alpha", 0, 1e9),
     (r"lora\.dropout", 0, 0.999),
     (r"lora\.loraplus_lr_ratio", 1e-3, 1e6),
+    (r"adapter\.reduction_factor", 1e-3, 1e6),
+    (r"adapter\.dropout", 0, 0.999),
     (r"training\.(per_device_.*|gradient_accumulation_steps|logging_steps)", 1, 1e9),
     (r"training\.(save_steps|eval_steps)", 1, 1e9),
     (r"training\.dataloader_num_workers", 0, 1e9),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
@@ -141,7 +142,8 @@ def owners(tensor: str) -> list[str]:
 def base_places(model: Model, params: Mapping[str, Any]) -> dict[str, Place]:
     """Return {tensor name: its place} of all leaves that a base checkpoint has too."""
     flat = flatten(params)
-    own = {path: x.shape for path, x in flat.items() if not is_lora(path) and not is_added(path)}
+    kinds = (is_lora, is_added, is_adapter)
+    own = {path: x.shape for path, x in flat.items() if not any(kind(path) for kind in kinds)}
     return disk_places(model, own)
 
 
@@ -262,6 +264,7 @@ def add_lora(
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
         raise UserError("These parameters hold LoRA matrices already; merge them first.")
+    check_no_adapter(flat, "LoRA goes on a base without")
     if lora.rank < 1:
         raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
     if not 0 <= lora.dropout < 1:
@@ -280,6 +283,15 @@ def add_lora(
     return dataclasses.replace(model, lora=lora), unflatten(flat)
 
 
+def check_no_adapter(flat: Iterable[str], why: str) -> None:
+    """Raise `UserError` where a flat tree holds bottleneck adapters."""
+    if any(map(is_adapter, flat)):
+        raise UserError(
+            f"These parameters hold bottleneck adapters, which no weight can stand for: between "
+            f"their two layers is a non-linearity. {why} them: save them with save_adapter."
+        )
+
+
 def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> dict[str, Any]:
     """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
 
@@ -292,6 +304,7 @@ def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> 
     another shape, and where requantize finds nothing in 4 bits.
     """
     flat = flatten(params)
+    check_no_adapter(flat, "A merged model is one without")
     if requantize and not any(isinstance(leaf, FourBit) for leaf in flat.values()):
         raise UserError(
             "requantize=True makes merged kernels 4-bit again, but these parameters hold no 4-bit "

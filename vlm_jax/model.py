@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example, collate
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.layers.bottleneck import KINDS, LIBRARY_NAMES, Bottleneck
 from vlm_jax.layers.linear import LoRAScale
 from vlm_jax.layers.scan import REMAT
 from vlm_jax.models import MODELS
@@ -49,6 +50,52 @@ class LoRA:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Bottleneck adapters: small MLPs beside a frozen block's sums.
+
+    x goes into a block's attention or MLP (before its norm), h comes out, and A is
+    scaling * up(f(down(.))) with down [D, D / reduction_factor], both with biases:
+    kind: "houlsby": x + h + A(h), after attention and MLP (https://arxiv.org/abs/1902.00751);
+        "pfeiffer": x + h + A(x + h), after the MLP (https://arxiv.org/abs/2005.00247);
+        "parallel": x + h + A(x), beside the MLP (https://arxiv.org/abs/2110.04366).
+    These are the `adapters` library's formulas of double_seq_bn, seq_bn and par_bn in pre-norm
+    models, which names stand for the same.
+    reduction_factor, non_linearity, scaling: None: the kind's own (16, swish, 1; 16, relu, 1;
+        2, relu, 4). norm: a LayerNorm on what A reads. dropout: on what A gives, in training.
+    init_weights: "mam_adapter" (up is zero: the model starts equal to the base), or "bert" or
+        "houlsby", small random numbers, as in the library.
+    components: of "language_model" and "vision". modules_to_save: as LoRA's.
+    """
+
+    kind: str = "pfeiffer"
+    reduction_factor: float | None = None
+    non_linearity: str | None = None
+    scaling: float | None = None
+    norm: bool = False
+    dropout: float = 0.0
+    init_weights: str = "mam_adapter"
+    components: tuple[str, ...] = ("language_model",)
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        kind = LIBRARY_NAMES.get(self.kind, self.kind)
+        if kind not in KINDS:
+            raise UserError(
+                f"There is no adapter of kind '{self.kind}'{nearest(self.kind, KINDS)}. Known are "
+                f"{', '.join(KINDS)}, or {', '.join(LIBRARY_NAMES)}."
+            )
+        object.__setattr__(self, "kind", kind)
+        for name in ("reduction_factor", "non_linearity", "scaling"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(KINDS[kind], name))
+
+    @property
+    def form(self) -> Bottleneck:
+        reads = KINDS[self.kind].reads
+        return Bottleneck(reads, str(self.non_linearity), float(self.scaling or 0), self.dropout)
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """The checkpoint that a model was read from: what an export needs to be its like.
 
@@ -80,12 +127,20 @@ class Model:
     lora: LoRA | None = None
     remat: str = "none"
     unused: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    adapter: Adapter | None = None
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """The modules that are trained in full and saved beside LoRA's or an adapter's leaves."""
+        own = self.adapter or self.lora
+        return () if own is None else own.modules_to_save
 
     @property
     def module(self) -> VisionLanguageModel:
         """The Linen module: `module.apply` with `method=` reaches its parts."""
         scale = None if self.lora is None else self.lora.scale
-        return self.family.Module(self.config, self.dtype, scale, self.remat)
+        form = None if self.adapter is None else self.adapter.form
+        return self.family.Module(self.config, self.dtype, scale, self.remat, form)
 
     def apply(
         self,
@@ -98,11 +153,11 @@ class Model:
     ) -> Any:
         """Return float32 logits [B, T, V], meaningful where `batch.segments` is not 0.
 
-        train: apply LoRA's dropout, with `rngs={"dropout": key}`.
+        train: apply the dropout of LoRA or adapters, with `rngs={"dropout": key}`.
         """
         batch = jax.tree.map(jnp.asarray, batch)
-        if train and self.lora is not None and self.lora.dropout > 0 and not rngs:
-            raise ValueError('Training with LoRA dropout needs rngs={"dropout": key}.')
+        if train and not rngs and any(own and own.dropout > 0 for own in (self.lora, self.adapter)):
+            raise ValueError('Training with dropout needs rngs={"dropout": key}.')
         return self.module.apply(variables, batch, rngs=rngs if train else None, method=method)
 
     @property

@@ -32,6 +32,12 @@ RULES: dict[str | None, str | None] = {
     "vocab": "tensor",
     None: None,
 }
+# Bottlenecks are narrow: only the side of the block's width is worth spreading.
+ADAPTER_AXES = [
+    (r".*/adapter_down/kernel", ("embed", None)),
+    (r".*/adapter_up/kernel", (None, "embed")),
+    (r".*/adapter_(down|up|norm_before)/(bias|scale)", (None,)),
+]
 
 
 def make_mesh(
@@ -79,9 +85,8 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
         lora = re.fullmatch(r"(.*)/lora_(A|B|magnitude)", path)
         return f"{lora[1]}/kernel" if lora else path
 
-    tables = match(
-        model.family.AXES, [kernel_of(path) for path in flat], "sharding table", unused="allow"
-    )
+    rows = [*ADAPTER_AXES, *model.family.AXES]
+    tables = match(rows, [kernel_of(path) for path in flat], "sharding table", unused="allow")
     axes = {}
     for path in flat:
         own = tables[kernel_of(path)]

@@ -90,11 +90,11 @@ FROZEN = "frozen"
 
 
 def parse_group(group: str) -> tuple[str, float]:
-    """Return (method, learning-rate scale) of "frozen", "full", "lora" or e.g. "full(0.1)".
+    """Return (method, learning-rate scale) of "frozen", "full", "lora", "adapter", "full(0.1)".
 
     Raises `UserError` for anything else.
     """
-    found = re.fullmatch(r"(frozen|full|lora)(?:\(([^)]*)\))?", str(group))
+    found = re.fullmatch(r"(frozen|full|lora|adapter)(?:\(([^)]*)\))?", str(group))
     try:
         assert found is not None
         method, scale = found[1], 1.0 if found[2] is None else float(found[2])
@@ -102,8 +102,9 @@ def parse_group(group: str) -> tuple[str, float]:
         assert scale > 0 and math.isfinite(scale)
     except (AssertionError, ValueError):
         raise UserError(
-            f"The training table has the group {group!r}; expected 'frozen', 'full', 'lora', or "
-            f"one of the last two with a positive learning-rate scale, as in 'full(0.1)'."
+            f"The training table has the group {group!r}; expected 'frozen', 'full', 'lora', "
+            f"'adapter', or one of the last three with a positive learning-rate scale, as in "
+            f"'full(0.1)'."
         ) from None
     return method, scale
 
@@ -111,9 +112,10 @@ def parse_group(group: str) -> tuple[str, float]:
 def split(params: Tree, table: Table) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `(trainable, frozen)`: two trees that together hold every leaf of `params` once.
 
-    `table` is ordered `(regex, group)` rows; the group "frozen" goes to the second tree, "full" and
-    "lora", with or without a scale as in "full(0.1)", to the first. Leaves are not copied. `join`
-    undoes it. Raises `UserError` for an unknown group, naming its row, and as `match` does.
+    `table` is ordered `(regex, group)` rows; the group "frozen" goes to the second tree, "full",
+    "lora" and "adapter", with or without a scale as in "full(0.1)", to the first. Leaves are not
+    copied. `join` undoes it. Raises `UserError` for an unknown group, naming its row, and as
+    `match` does.
     """
     for pattern, group in table:
         try:

@@ -36,7 +36,8 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.iterdir():  # some writers leave them readable by their owner alone
-            path.chmod(0o666 & ~_umask())
+            if not path.is_dir():
+                path.chmod(0o666 & ~_umask())
         if target.exists():
             fresh = {path.name for path in temporary.iterdir()}
             if "model.safetensors" in fresh or "model.safetensors.index.json" in fresh:
@@ -45,6 +46,8 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
                     if old.name not in fresh:
                         stale.append(old)
             for path in sorted(temporary.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(target / path.name, ignore_errors=True)
                 os.replace(path, target / path.name)
             for old in stale:
                 old.unlink()

@@ -110,7 +110,7 @@ def _tensors(flat: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, 
     return {n: np.ascontiguousarray(to_disk(places[n], leaf)) for n, leaf in slices.items()}
 
 
-def _check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, Place]) -> None:
+def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, Place]) -> None:
     """Raise where a leaf that the adapter leaves out is not what the base's files hold.
 
     places: the tensors left out, by name. Quantized leaves never train.
@@ -175,7 +175,7 @@ def save_peft(
     places = base_places(model, params)
     if compare_base and base_is_here(model):
         left = {name: place for name, place in places.items() if name not in saved.places}
-        _check_left_out(model, flat, left)
+        check_left_out(model, flat, left)
     tensors: dict[str, np.ndarray] = {}
     for module, leaves in matrices.items():
         for name, leaf in leaves.items():

@@ -17,7 +17,7 @@ from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import read_tensor
-from vlm_jax.lora import is_lora, merged_leaf
+from vlm_jax.lora import check_no_adapter, is_lora, merged_leaf
 from vlm_jax.model import Model
 from vlm_jax.names import Place, current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten
@@ -63,6 +63,7 @@ def save_pretrained(
     Raises `UserError` where the base's own files are gone, or nothing is there in 4 bits to write.
     """
     flat = flatten(params)
+    check_no_adapter(flat, "A checkpoint is one without")
     four = any(isinstance(leaf, FourBit) for leaf in flat.values())
     if quantized and not four:
         raise UserError(

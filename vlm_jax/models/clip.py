@@ -17,6 +17,7 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.layers.activations import ACTIVATIONS
 from vlm_jax.layers.attention import attention
+from vlm_jax.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
 from vlm_jax.layers.linear import Linear, LoRAScale, parameter
 from vlm_jax.layers.norm import LayerNorm
 from vlm_jax.layers.scan import Stack
@@ -150,14 +151,17 @@ class TowerBlock(nn.Module):
     dtype: Any
     lora: LoRAScale | None
     keep_all: bool
+    adapter: Bottleneck | None = None
 
     @nn.compact
     def __call__(self, x_ISE, context, layer):
-        epsilon = self.vision.epsilon
-        normed = LayerNorm(epsilon, self.dtype, name="layer_norm1")(x_ISE)
-        x_ISE = x_ISE + TowerAttention(self.vision, self.dtype, self.lora, name="self_attn")(normed)
-        normed = LayerNorm(epsilon, self.dtype, name="layer_norm2")(x_ISE)
-        x_ISE = x_ISE + TowerMLP(self.vision, self.dtype, self.lora, name="mlp")(normed)
+        epsilon, dtype = self.vision.epsilon, self.dtype
+        normed = LayerNorm(epsilon, dtype, name="layer_norm1")(x_ISE)
+        attended = TowerAttention(self.vision, dtype, self.lora, name="self_attn")(normed)
+        x_ISE = Residual(self.adapter, dtype, name=ATTENTION)(x_ISE, attended)
+        normed = LayerNorm(epsilon, dtype, name="layer_norm2")(x_ISE)
+        out = TowerMLP(self.vision, dtype, self.lora, name="mlp")(normed)
+        x_ISE = Residual(self.adapter, dtype, name=OUTPUT)(x_ISE, out)
         return x_ISE, (x_ISE if self.keep_all else None)
 
 
@@ -199,10 +203,13 @@ class Encoder(nn.Module):
     lora: LoRAScale | None
     remat: str
     wanted: tuple[int, ...]
+    adapter: Bottleneck | None = None
 
     def setup(self) -> None:
         keep_all = len(self.wanted) > 1
-        make = functools.partial(TowerBlock, self.vision, self.dtype, self.lora, keep_all)
+        make = functools.partial(
+            TowerBlock, self.vision, self.dtype, self.lora, keep_all, self.adapter
+        )
         self.layers = Stack(make, self.vision.depth, self.remat)
 
     def __call__(self, x_ISE):
@@ -225,13 +232,14 @@ class VisionTower(nn.Module):
     lora: LoRAScale | None
     remat: str
     wanted: tuple[int, ...]
+    adapter: Bottleneck | None = None
 
     def setup(self) -> None:
         vision = self.vision
         self.embeddings = Embeddings(vision, self.dtype)
         if vision.kind.pre_norm:
             self.pre_layrnorm = LayerNorm(vision.epsilon, self.dtype)  # the checkpoints' spelling
-        self.encoder = Encoder(vision, self.dtype, self.lora, self.remat, self.wanted)
+        self.encoder = Encoder(vision, self.dtype, self.lora, self.remat, self.wanted, self.adapter)
 
     def __call__(self, patches_BPC, positions_BP) -> jax.Array:
         x_BPE = self.embeddings(patches_BPC, positions_BP)

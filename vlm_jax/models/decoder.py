@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import UserError
 from vlm_jax.layers.activations import ACTIVATIONS
 from vlm_jax.layers.attention import attention
+from vlm_jax.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
 from vlm_jax.layers.linear import Embed, Linear, LoRAScale
 from vlm_jax.layers.norm import RMSNorm
 from vlm_jax.layers.rope import Rope, apply_rope, rope_angles, rope_from_hf
@@ -232,6 +233,7 @@ class DecoderLayer(nn.Module):
     cfg: DecoderConfig
     dtype: Any
     lora: LoRAScale | None
+    adapter: Bottleneck | None = None
 
     @nn.compact
     def __call__(self, x_BTD, context, layer):
@@ -241,9 +243,10 @@ class DecoderLayer(nn.Module):
         attended, cache = SelfAttention(cfg, dtype, self.lora, name="self_attn")(
             normed, context, window, layer.get("cache")
         )
-        x_BTD = x_BTD + attended
+        x_BTD = Residual(self.adapter, dtype, name=ATTENTION)(x_BTD, attended)
         normed = RMSNorm(cfg.epsilon, dtype, name="post_attention_layernorm")(x_BTD)
-        return x_BTD + GatedMLP(cfg, dtype, self.lora, name="mlp")(normed), cache
+        out = GatedMLP(cfg, dtype, self.lora, name="mlp")(normed)
+        return Residual(self.adapter, dtype, name=OUTPUT)(x_BTD, out), cache
 
 
 class Decoder(nn.Module):
@@ -253,11 +256,12 @@ class Decoder(nn.Module):
     dtype: Any
     lora: LoRAScale | None
     remat: str
+    adapter: Bottleneck | None = None
 
     def setup(self) -> None:
         cfg = self.cfg
         self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
-        make_layer = functools.partial(DecoderLayer, cfg, self.dtype, self.lora)
+        make_layer = functools.partial(DecoderLayer, cfg, self.dtype, self.lora, self.adapter)
         self.layers = Stack(make_layer, cfg.num_layers, self.remat)
         self.norm = RMSNorm(cfg.epsilon, self.dtype)
 

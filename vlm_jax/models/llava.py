@@ -12,6 +12,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.layers.activations import ACTIVATIONS
+from vlm_jax.layers.bottleneck import Bottleneck
 from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.models.clip import Tower, VisionTower, cut_patches, tower_from_hf
 from vlm_jax.models.decoder import AXES as DECODER_AXES
@@ -90,12 +91,15 @@ class Body(nn.Module):
     dtype: Any
     lora: LoRAScale | None
     remat: str
+    adapter: Bottleneck | None
 
     def setup(self) -> None:
-        cfg = self.cfg
-        self.vision_tower = VisionTower(cfg.vision, self.dtype, self.lora, self.remat, cfg.layers)
+        cfg, form = self.cfg, self.adapter
+        self.vision_tower = VisionTower(
+            cfg.vision, self.dtype, self.lora, self.remat, cfg.layers, form
+        )
         self.multi_modal_projector = Projector(cfg, self.dtype, self.lora)
-        self.language_model = Decoder(cfg.text, self.dtype, self.lora, self.remat)
+        self.language_model = Decoder(cfg.text, self.dtype, self.lora, self.remat, form)
 
     def features(self, batch) -> jax.Array:
         states = self.vision_tower(batch.patches, batch.patch_positions)
@@ -106,7 +110,7 @@ class Module(VisionLanguageModel):
     """`apply({"params": params}, batch)` gives float32 logits [B, T, V]."""
 
     def make_body(self) -> nn.Module:
-        return Body(self.cfg, self.dtype, self.lora, self.remat)
+        return Body(self.cfg, self.dtype, self.lora, self.remat, self.adapter)
 
 
 def image_tokens(cfg: Config, grid_thw: tuple[int, int, int] | None = None) -> int:

@@ -13,6 +13,7 @@ import jax
 
 from vlm_jax.layers.activations import ACTIVATIONS
 from vlm_jax.layers.attention import attention
+from vlm_jax.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
 from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.layers.norm import LayerNorm
 from vlm_jax.layers.rope import apply_rope, grid_angles
@@ -69,16 +70,18 @@ class TowerBlock(nn.Module):
     vision: Tower
     dtype: Any
     lora: LoRAScale | None
+    adapter: Bottleneck | None = None
 
     @nn.compact
     def __call__(self, x_BPE, context, layer):
         cos, sin, segments_BP = context
         normed = LayerNorm(1e-6, self.dtype, name="norm1")(x_BPE)
         attn = TowerAttention(self.vision, self.dtype, self.lora, name="attn")
-        x_BPE = x_BPE + attn(normed, cos, sin, segments_BP)
+        attended = attn(normed, cos, sin, segments_BP)
+        x_BPE = Residual(self.adapter, self.dtype, name=ATTENTION)(x_BPE, attended)
         normed = LayerNorm(1e-6, self.dtype, name="norm2")(x_BPE)
         mlp = TowerMLP(self.vision, self.dtype, self.lora, name="mlp")
-        return x_BPE + mlp(normed), None
+        return Residual(self.adapter, self.dtype, name=OUTPUT)(x_BPE, mlp(normed)), None
 
 
 class MergerMLP(nn.Module):
@@ -126,10 +129,11 @@ class Visual(nn.Module):
     dtype: Any
     lora: LoRAScale | None
     remat: str
+    adapter: Bottleneck | None = None
 
     def setup(self) -> None:
         vision = self.vision
-        make_block = functools.partial(TowerBlock, vision, self.dtype, self.lora)
+        make_block = functools.partial(TowerBlock, vision, self.dtype, self.lora, self.adapter)
         self.patch_embed = PatchEmbed(vision.width, self.dtype)
         self.blocks = Stack(make_block, vision.depth, self.remat)
         self.merger = Merger(vision.merge, self.features, self.dtype, self.lora)

@@ -13,6 +13,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.layers.activations import ACTIVATIONS
+from vlm_jax.layers.bottleneck import Bottleneck
 from vlm_jax.layers.linear import LoRAScale
 from vlm_jax.models.decoder import AXES as DECODER_AXES
 from vlm_jax.models.decoder import Decoder, DecoderConfig, decoder_from_hf
@@ -119,12 +120,12 @@ class Body(nn.Module):
     dtype: Any
     lora: LoRAScale | None
     remat: str
+    adapter: Bottleneck | None
 
     def setup(self) -> None:
-        self.visual = Visual(
-            self.cfg.vision, self.cfg.text.hidden_size, self.dtype, self.lora, self.remat
-        )
-        self.language_model = Decoder(self.cfg.text, self.dtype, self.lora, self.remat)
+        how = (self.dtype, self.lora, self.remat, self.adapter)
+        self.visual = Visual(self.cfg.vision, self.cfg.text.hidden_size, *how)
+        self.language_model = Decoder(self.cfg.text, *how)
 
     def features(self, batch) -> jax.Array:
         return self.visual(batch)
@@ -134,7 +135,7 @@ class Module(VisionLanguageModel):
     """`apply({"params": params}, batch)` gives float32 logits [B, T, V]."""
 
     def make_body(self) -> nn.Module:
-        return Body(self.cfg, self.dtype, self.lora, self.remat)
+        return Body(self.cfg, self.dtype, self.lora, self.remat, self.adapter)
 
 
 def image_tokens(cfg: Config, grid_thw: tuple[int, int, int] | None) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.batch import Batch
+from vlm_jax.layers.bottleneck import Bottleneck
 from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.layers.partition import gather_places
 
@@ -28,13 +29,14 @@ class VisionLanguageModel(nn.Module):
     """A tower, a projector, a decoder and a head over one `Batch`.
 
     cfg: the family's `Config`. dtype: compute dtype. lora: alpha and dropout where the tree holds
-    LoRA leaves. remat: a key of `layers.scan.REMAT`.
+    LoRA leaves. remat: a key of `layers.scan.REMAT`. adapter: how bottleneck adapters compute.
     """
 
     cfg: Any
     dtype: Any = jnp.float32
     lora: LoRAScale | None = None
     remat: str = "none"
+    adapter: Bottleneck | None = None
 
     def make_body(self) -> nn.Module:
         raise TypeError("A family defines make_body.")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.lora import is_lora
 from vlm_jax.plan.step import Step
 from vlm_jax.train.moments import HOST
@@ -32,9 +33,9 @@ class Leaf(NamedTuple):
 class Parts:
     """Bytes a device of a step's arguments, before the compiler aligns them.
 
-    base: what is frozen, as it is stored. lora, masters: float32 copies of what trains, LoRA's and
-    others. moments: of the optimizer; moments_host: those in pages in the host's memory, a device.
-    batch: of all micro-batches. rest: counters and keys.
+    base: what is frozen, as it is stored. lora, masters: float32 copies of what trains, LoRA's or
+    adapters', and others. moments: of the optimizer; moments_host: those in pages in the host's
+    memory, a device. batch: of all micro-batches. rest: counters and keys.
     """
 
     base: int
@@ -55,13 +56,17 @@ def parts(step: Step) -> Parts:
     """Return what a step's arguments take of each device's memory."""
     state = step.state
     trained = flatten(state.trainable)
+
+    def small(path: str) -> bool:
+        return is_lora(path) or is_adapter(path)
+
     moments = jax.tree.leaves(state.opt_state)
     on_host = [leaf for leaf in moments if leaf.sharding.memory_kind == HOST]
     here = [leaf for leaf in moments if leaf.sharding.memory_kind != HOST]
     return Parts(
         base=nbytes(step.frozen),
-        lora=sum(nbytes(leaf) for path, leaf in trained.items() if is_lora(path)),
-        masters=sum(nbytes(leaf) for path, leaf in trained.items() if not is_lora(path)),
+        lora=sum(nbytes(leaf) for path, leaf in trained.items() if small(path)),
+        masters=sum(nbytes(leaf) for path, leaf in trained.items() if not small(path)),
         moments=nbytes(here),
         moments_host=nbytes(on_host),
         batch=nbytes(step.batch),

@@ -12,6 +12,7 @@ from PIL import Image
 from vlm_jax.batch import Batch
 from vlm_jax.data import Encoder
 from vlm_jax.errors import UserError
+from vlm_jax.hub.adapter_files import load_adapter
 from vlm_jax.hub.load import load
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
@@ -90,7 +91,12 @@ def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = Fals
     into = lost = None
     if quantized and not merge:
         raise UserError("--quantized says how a merged checkpoint is stored: add --merge.")
-    if not merge and model.lora is None:
+    if merge and model.adapter is not None:
+        raise UserError(
+            f"The run '{run}' trained bottleneck adapters, which no weight can stand for: they "
+            f"cannot be merged. Leave --merge out for the adapter's own files."
+        )
+    if not merge and model.lora is None and model.adapter is None:
         raise UserError(
             f"The run '{run}' trained the language model in full: there is no adapter to export. "
             f"Add --merge for a whole checkpoint."
@@ -110,7 +116,8 @@ def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = Fals
         write_adapter(model, params, out, encoder)
         del params
         again, read = load_base(config)
-        again, read = load_peft(again, read, out)
+        read_adapter = load_peft if model.adapter is None else load_adapter
+        again, read = read_adapter(again, read, out)
     after = _logits(again, read, batch)
     difference = float(np.abs(before - after).max())
     return Exported(str(out), into, difference, float(before.std()), lost)

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
+from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
 from vlm_jax.model import Model
 from vlm_jax.train.base import compute_dtype, quantization_of
 from vlm_jax.train.checkpoint import base_identity, file_identity
@@ -37,6 +38,8 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
     assert model.source is not None
     d, t, quantized = config.data, config.training, quantization_of(config)
     adapter = Path(config.model.adapter or "", "adapter_model.safetensors")
+    if config.model.adapter and is_adapter_directory(config.model.adapter):
+        adapter = Path(config.model.adapter, WEIGHTS)
     return {
         "base": base_identity(model.source.directory),
         "model": {
@@ -46,6 +49,7 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
         },
         "training table": [list(row) for row in table],
         "lora": None if model.lora is None else dataclasses.asdict(model.lora),
+        "adapter": None if model.adapter is None else dataclasses.asdict(model.adapter),
         "data": {
             "train_file": sources_identity(configs.plain(d.train_file)),
             **{key: d[key] for key in DATA_KEYS},

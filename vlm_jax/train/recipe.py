@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.lora import PROJECTOR_NAMES, is_lora, module_names, peft_module, saved_leaves
 from vlm_jax.model import Model
 from vlm_jax.trees import FROZEN, Table, flatten, match, parse_group
@@ -34,19 +35,19 @@ def training_table(
     """Return the ordered (regex, group) rows of the usual VLM recipe for these parameters.
 
     Each component trains at its scale of the learning rate; 0.0 freezes it. Where it holds LoRA
-    matrices these train and its other leaves are frozen, otherwise it trains in full; but the
-    language model, its embeddings and its head are frozen where `lora_enabled`, except for
-    `modules_to_save` (default: those of the model's LoRA). loraplus_lr_ratio: how much faster B
-    learns than A, LoRA+ (https://arxiv.org/abs/2402.12354). Every row matches a leaf; arrays are
-    not read, so `params` may be shapes.
+    matrices or bottleneck adapters these train and its other leaves are frozen, otherwise it trains
+    in full; but the language model, its embeddings and its head are frozen where `lora_enabled` or
+    there are adapters, except for `modules_to_save` (default: the model's own). loraplus_lr_ratio:
+    how much faster B learns than A, LoRA+ (https://arxiv.org/abs/2402.12354). Every row matches a
+    leaf; arrays are not read, so `params` may be shapes.
     Raises `UserError` for contradictions and where nothing is left to train.
     """
     paths = list(flatten(params))
     scales = {"vision": vision_encoder_lr_scale, "projector": projector_lr_scale}
     keys = {"vision": "vision_encoder_lr_scale", "projector": "projector_lr_scale"}
-    adapted = {model.component(path) for path in paths if is_lora(path)}
+    adapted = {model.component(path) for path in paths if is_lora(path) or is_adapter(path)}
     if modules_to_save is None:
-        modules_to_save = model.lora.modules_to_save if model.lora is not None else ()
+        modules_to_save = model.modules_to_save
 
     def scale_of(component: str) -> float:
         return scales.get(component, language_model_lr_scale)
@@ -55,21 +56,25 @@ def training_table(
         if scale_of(component) == 0:
             key = keys.get(component, "language_model_lr_scale")
             raise UserError(
-                f"LoRA targets layers of the {component}, but model.{key} is 0.0, which freezes "
-                f"it. Set the scale above 0 or take the {component} out of lora.target_modules."
+                f"LoRA targets layers of the {component}, or adapters stand in it, but model.{key} "
+                f"is 0.0, which freezes it. Set the scale above 0, or take the {component} out of "
+                f"lora.target_modules or adapter.components."
             )
 
     dora = any(path.endswith("/lora_magnitude") for path in paths)
     kinds = {r"lora_(A|B|magnitude)" if dora else r"lora_[AB]": 1.0}
     if loraplus_lr_ratio != 1:
         kinds = {"lora_B": loraplus_lr_ratio, r"lora_(A|magnitude)" if dora else "lora_A": 1.0}
+    method = "lora"
+    if any(map(is_adapter, paths)):
+        method, kinds = "adapter", {r"adapter_(down|up|norm_before)/.*": 1.0}
     rows: list[tuple[str, str]] = []
     for leaves, ratio in kinds.items():
         own = {p: ratio * scale_of(name) for p, name in model.family.COMPONENTS if name in adapted}
         if len(set(own.values())) == 1:  # the usual case reads better as one row
-            rows.append((rf".*/{leaves}", _group("lora", next(iter(own.values())))))
+            rows.append((rf".*/{leaves}", _group(method, next(iter(own.values())))))
         else:
-            rows += [(f"(?={p}$).*/{leaves}", _group("lora", scale)) for p, scale in own.items()]
+            rows += [(f"(?={p}$).*/{leaves}", _group(method, scale)) for p, scale in own.items()]
     if any(is_added(path) for path in paths):
         rows.append((r".*/added", _group("full", language_model_lr_scale)))
     modules = module_names(model, params)
@@ -92,7 +97,7 @@ def training_table(
                 rows.append((row, _group("full", scale_of(component))))
     for pattern, component in model.family.COMPONENTS:
         language = component not in scales
-        if component in adapted or (language and lora_enabled):
+        if component in adapted or (language and (lora_enabled or method == "adapter")):
             rows.append((pattern, FROZEN))
         else:
             rows.append((pattern, _group("full", scale_of(component))))
@@ -125,8 +130,8 @@ def lora_modules_to_save(
 ) -> tuple[str, ...]:
     """Return the modules an adapter must hold beside its matrices: all that trains in full.
 
-    kernels: the paths that get LoRA matrices (`vlm_jax.lora.target_kernels`); a component that
-    holds one trains through its matrices alone.
+    kernels: the paths that get LoRA matrices (`vlm_jax.lora.target_kernels`), or those of adapters;
+    a component that holds one trains through these alone.
     """
     names = list(modules_to_save)
     adapted = {model.component(path) for path in kernels}
@@ -160,6 +165,7 @@ def report(
     for (component, group), count in sorted(counts.items(), key=lambda i: order.index(i[0][0])):
         method, scale = parse_group(group)
         names = {"frozen": "nothing (frozen)", "full": "all weights", "lora": "LoRA"}
+        names["adapter"] = "adapters"
         rate = None if method == FROZEN else learning_rate * scale
         rows.append(
             {

@@ -6,9 +6,11 @@ from typing import Any
 
 from vlm_jax import processes
 from vlm_jax.data import Encoder
+from vlm_jax.hub.adapter_files import save_adapter
 from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.save import save_pretrained
+from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.lora import is_lora, saved_modules
 from vlm_jax.model import Model
 from vlm_jax.trees import flatten, unflatten
@@ -18,9 +20,13 @@ from vlm_jax.vocabulary import is_added
 def write_adapter(
     model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
 ) -> None:
-    """Write an adapter in PEFT's format with its image settings; it appears whole or not at all."""
+    """Write an adapter with its image settings; it appears whole or not at all.
+
+    LoRA is in PEFT's format, a bottleneck adapter in the `adapters` library's.
+    """
+    save = save_peft if model.adapter is None else save_adapter
     with whole_directory(directory) as folder:
-        save_peft(model, params, folder, compare_base=False)  # see check_kept
+        save(model, params, folder, compare_base=False)  # see check_kept
         settings = encoder.image_settings()
         if settings is not None:  # served images must be cut as the trained ones were
             write_json(folder / "preprocessor_config.json", settings)
@@ -32,12 +38,13 @@ def write_adapter(
 def write_result(
     model: Model, params: Mapping[str, Any], directory: Path, encoder: Encoder
 ) -> Path:
-    """Write `adapter/` in PEFT's format, or `model/` after full training, and return its path.
+    """Write `adapter/`, or `model/` after full training, and return its path.
 
     It appears whole or not at all. Of several processes, which all call this, the first writes.
     """
-    path = directory / ("model" if model.lora is None else "adapter")
-    if model.lora is None:
+    in_full = model.lora is None and model.adapter is None
+    path = directory / ("model" if in_full else "adapter")
+    if in_full:
         save_pretrained(model, params, path, processor=encoder.image_settings())
     else:
         params = _here(model, params)
@@ -51,11 +58,11 @@ def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree with what its adapter holds gathered from all processes' devices."""
     if processes.count() == 1:
         return dict(params)
-    assert model.lora is not None
     flat = flatten(params)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
-    saved = saved_modules(model, params, (*model.lora.modules_to_save, *added)).leaves
-    written = [p for p in flat if is_lora(p) or is_added(p) or p in saved]
+    saved = saved_modules(model, params, (*model.modules_to_save, *added)).leaves
+    kinds = (is_lora, is_adapter, is_added)
+    written = [p for p in flat if p in saved or any(kind(p) for kind in kinds)]
     primary = processes.is_primary()
     gathered = {path: processes.to_host(flat[path], primary) for path in written}
     return unflatten({**flat, **gathered})

@@ -13,13 +13,16 @@ from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.stream import open_stream
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
+from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
 from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import dtypes, tensor_files
+from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import check_spread, make_mesh, param_shardings, shard_params
 from vlm_jax.train.base import compute_dtype, load_base
+from vlm_jax.train.bottlenecks import adapt_bottlenecks
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.identity import identity
 from vlm_jax.train.optim import optimizer
@@ -71,6 +74,10 @@ def adapt_base(
     """
     m, adapt = config.model, config.lora
     params = dict(params)
+    if config.adapter.type is not None:
+        model, params, table = adapt_bottlenecks(config, model, params)
+        check_kept(model, params, table)
+        return model, params, table
     if m.adapter is not None:
         model, params = load_peft(model, params, m.adapter)
     adapted = [  # what a loaded adapter reaches
@@ -116,14 +123,14 @@ def adapt_base(
 
 def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
     """Raise before a run whose adapter would leave out a leaf that it trains."""
-    if model.lora is None:
+    if model.lora is None and model.adapter is None:
         return
-    kept = saved_modules(model, params, model.lora.modules_to_save).leaves
+    kept = saved_modules(model, params, model.modules_to_save).leaves
     for path in flatten(split(params, table)[0]):
-        if not (is_lora(path) or is_added(path) or path in kept):
+        if not (is_lora(path) or is_adapter(path) or is_added(path) or path in kept):
             raise UserError(
                 f"The training table trains '{path}', but the adapter would not hold it: add its "
-                f"module, '{path.split('/')[-2]}', to lora.modules_to_save, or freeze it."
+                f"module, '{path.split('/')[-2]}', to modules_to_save, or freeze it."
             )
 
 
@@ -303,7 +310,8 @@ def load_run(
         return model, params, config
     if (directory / "adapter").is_dir():
         model, params = load_base(config)
-        model, params = load_peft(model, params, directory / "adapter")
+        read = load_adapter if is_adapter_directory(directory / "adapter") else load_peft
+        model, params = read(model, params, directory / "adapter")
         return model, params, config
     places = places_of(config, directory)
     if not places.saved_steps():
@@ -314,7 +322,7 @@ def load_run(
     training = {**config.training, "max_steps": max(1, config.training.max_steps)}
     state = init_state(trainable, optimizer(trainable, table, training))
     same = identity(config, model, table, rows=0)
-    same = {name: same[name] for name in ("base", "training table", "lora")}
+    same = {name: same[name] for name in ("base", "training table", "lora", "adapter")}
     checkpoints = Checkpoints(places.checkpoints, same)
     state, _ = checkpoints.restore(state)
     checkpoints.close()

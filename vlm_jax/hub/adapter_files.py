@@ -1,0 +1,256 @@
+"""Bottleneck adapters as files, in the layout of the `adapters` library.
+
+adapter_config.json and adapter.safetensors, whose names are the block's with the adapter's own:
+`model.language_model.layers.3.output_adapters.adapters.default.adapter_down.0.weight` [W, D]. That
+library has no vision-language models, so other programs read such files only for their decoder.
+What trains beside it (modules_to_save, rows of new tokens) is a PEFT adapter without matrices in
+the directory `modules`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from vlm_jax.adapters import shapes, with_adapter
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.hub.base import base_is_here
+from vlm_jax.hub.files import whole_directory, write_json
+from vlm_jax.hub.peft import check_left_out, save_peft
+from vlm_jax.hub.peft_load import load_peft
+from vlm_jax.hub.tensors import open_tensors, read_json
+from vlm_jax.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
+from vlm_jax.lora import base_places, is_lora
+from vlm_jax.model import Adapter, LoRA, Model
+from vlm_jax.names import current_name, disk_places, to_disk, to_tree
+from vlm_jax.trees import flatten, unflatten
+from vlm_jax.vocabulary import is_added
+
+CONFIG, WEIGHTS, MODULES = "adapter_config.json", "adapter.safetensors", "modules"
+# Fields of the library's BnConfig that say which kind an adapter is.
+FLAGS = ("mh_adapter", "output_adapter", "is_parallel", "original_ln_before")
+# Fields that change what is computed -> the values that mean what is computed here.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "original_ln_after": (True,),
+    "residual_before_ln": (True,),
+    "ln_after": (False,),
+    "use_gating": (False,),
+    "inv_adapter": (None,),
+    "cross_adapter": (False,),
+    "leave_out": ([], None),
+    "phm_layer": (False,),
+    "stochastic_depth": (0.0, None),
+}
+KEY = re.compile(
+    rf"(.*\.(?:{ATTENTION}|{OUTPUT}))\.adapters\.([^.]+)\."
+    r"(adapter_down|adapter_up|adapter_norm_before)(?:\.(\d))?\.(weight|bias)"
+)
+
+
+def _flags(kind: str) -> dict[str, bool]:
+    places, reads = KINDS[kind].places, KINDS[kind].reads
+    values = (ATTENTION in places, OUTPUT in places, reads == "input", reads == "sum")
+    return dict(zip(FLAGS, values, strict=True))
+
+
+def _on_disk(name: str, adapter: str, norm: bool) -> list[str]:
+    """Return the library's names of a tensor; a norm stands before the layer down, and in it."""
+    name = re.sub(rf"\.({ATTENTION}|{OUTPUT})\.", rf".\1.adapters.{adapter}.", name)
+    if ".adapter_norm_before." in name:
+        return [name, name.replace("adapter_norm_before", "adapter_down.0")]
+    return [name.replace("adapter_down", f"adapter_down.{int(norm)}")]
+
+
+def save_adapter(
+    model: Model,
+    params: Mapping[str, Any],
+    directory: str | Path,
+    name: str = "default",
+    *,
+    compare_base: bool = True,
+) -> None:
+    """Write the bottleneck adapter of a tree, and what else of it was trained.
+
+    name: the adapter's, as the `adapters` library calls it. compare_base: as for `save_peft`. The
+    directory appears whole or not at all. `load_adapter` gives the same tree again, to the bit.
+    Raises `UserError` where the tree holds no adapter, and for a leaf that was trained but would be
+    left out.
+    """
+    adapter, flat = model.adapter, flatten(params)
+    held = {path: leaf for path, leaf in flat.items() if is_adapter(path)}
+    if adapter is None or not held:
+        raise UserError(
+            "There is no bottleneck adapter to save. LoRA is saved by save_peft, a model that was "
+            "trained in full by save_pretrained."
+        )
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(
+            f"The adapter's name {name!r} stands in tensors' names: take letters, _, -."
+        )
+    others = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+    rest = unflatten(others)
+    whole = dataclasses.replace(
+        model, adapter=None, lora=LoRA(targets=(), modules_to_save=adapter.modules_to_save)
+    )
+    tensors: dict[str, np.ndarray] = {}
+    for tensor, place in disk_places(model, {p: leaf.shape for p, leaf in held.items()}).items():
+        leaf = np.asarray(jax.device_get(held[place.path]))
+        value = np.ascontiguousarray(
+            to_disk(place, leaf[... if place.layer is None else place.layer])
+        )
+        tensors |= dict.fromkeys(_on_disk(tensor, name, adapter.norm), value)
+    source = model.source
+    config = {
+        "config": {
+            "architecture": None,
+            **_flags(adapter.kind),
+            **{field: values[0] for field, values in ONLY.items()},
+            "reduction_factor": adapter.reduction_factor,
+            "non_linearity": adapter.non_linearity,
+            "scaling": float(adapter.scaling or 0),
+            "ln_before": adapter.norm,
+            "dropout": adapter.dropout,
+            "init_weights": adapter.init_weights,
+            "adapter_residual_before_ln": False,
+        },
+        "hidden_size": model.config.text.hidden_size,
+        "model_class": None,
+        "model_name": source.repo if source else None,
+        "model_type": model.hf_config["model_type"],
+        "name": name,
+        "version": "adapters.1.3.0",  # the release whose layout this is
+    }
+    with whole_directory(directory) as folder:
+        if adapter.modules_to_save or any(is_added(path) for path in flat):
+            save_peft(whole, rest, folder / MODULES, compare_base=compare_base)
+        elif compare_base and base_is_here(model):
+            check_left_out(whole, others, base_places(model, rest))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / CONFIG, config)
+
+
+def is_adapter_directory(directory: str | Path) -> bool:
+    """Return whether a directory holds a bottleneck adapter rather than PEFT's."""
+    return (Path(directory).expanduser() / WEIGHTS).is_file()
+
+
+def _adapter_of(config: Mapping[str, Any], directory: Path) -> Adapter:
+    """Return what an adapter_config.json describes, or raise `UserError` naming what it is not."""
+    fields = config.get("config")
+    if not isinstance(fields, Mapping) or fields.get("architecture") is not None:
+        raise UserError(
+            f"The {CONFIG} in '{directory}' describes no bottleneck adapter. PEFT's adapters are "
+            f"read by load_peft; of the `adapters` library only BnConfig is read."
+        )
+    for name, values in ONLY.items():
+        if name in fields and fields[name] not in values:
+            raise UserError(
+                f"The adapter in '{directory}' sets {name}={fields[name]!r}, which is not "
+                f"supported: its logits would differ. Train one without."
+            )
+    flags = {name: bool(fields.get(name)) for name in FLAGS}
+    kinds = [kind for kind in KINDS if _flags(kind) == flags]
+    factor, scaling = fields.get("reduction_factor"), fields.get("scaling", 1.0)
+    numbers = all(
+        isinstance(value, int | float) and not isinstance(value, bool)
+        for value in (factor, scaling)
+    )
+    if not kinds or not numbers:
+        said = flags if not kinds else {"reduction_factor": factor, "scaling": scaling}
+        raise UserError(
+            f"The adapter in '{directory}' has {said}, which is none of the kinds "
+            f"{', '.join(KINDS)} with one number each for reduction_factor and scaling."
+        )
+    return Adapter(
+        kinds[0],
+        factor,
+        fields.get("non_linearity"),
+        scaling,
+        bool(fields.get("ln_before")),
+        float(fields.get("dropout") or 0.0),
+        fields.get("init_weights") or "bert",
+    )
+
+
+def load_adapter(
+    model: Model, params: Mapping[str, Any], directory: str | Path
+) -> tuple[Model, dict[str, Any]]:
+    """Return the model and a new tree with a bottleneck adapter's files in place.
+
+    Where the tree holds an adapter of the same kind and sizes already, its leaves are replaced, and
+    nothing is compiled anew. Raises `UserError` for what is not supported, another base's adapter,
+    and for a tensor that is missing or has no place.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"There is no adapter directory '{directory}'.")
+    if not is_adapter_directory(directory):
+        raise UserError(
+            f"'{directory}' holds no {WEIGHTS}. PEFT's adapters are read by load_peft; a pickle "
+            f"(pytorch_adapter.bin) is not read: save it with use_safetensors=True."
+        )
+    adapter = _adapter_of(read_json(directory / CONFIG), directory)
+    file = directory / WEIGHTS
+    found: dict[str, np.ndarray] = {}
+    with open_tensors(file) as handle:
+        for key in handle.keys():
+            parts = KEY.fullmatch(key)
+            if parts is None:
+                raise UserError(f"'{file}' holds '{key}', which is no bottleneck adapter's tensor.")
+            module, _, part, number, leaf = parts.groups()
+            if part == "adapter_down" and number == "0" and adapter.norm:
+                continue  # the norm once more
+            found[current_name(model, f"{module}.{part}.{leaf}")] = handle.get_tensor(key)
+    stacks = {
+        model.component(f"{stack}/kernel"): stack for stack in model.family.stacks(model.config)
+    }
+    names = {component: stack.replace("/", ".") for component, stack in stacks.items()}
+    components = tuple(
+        component
+        for component, stack in names.items()
+        if any(name.startswith(f"{stack}.") for name in found)
+    )
+    adapter = dataclasses.replace(adapter, components=components or adapter.components)
+    wanted = shapes(model, adapter)
+    places = disk_places(model, wanted)
+    odd = sorted(found.keys() - places.keys()) or sorted(places.keys() - found.keys())
+    if odd:
+        what = "has no place in this model" if odd[0] in found else "is missing"
+        raise UserError(
+            f"In '{file}' the tensor of '{odd[0]}' {what}{nearest(odd[0], places)} ({len(odd)} "
+            f"differ). It is an adapter of another base, or not whole; nothing was loaded."
+        )
+    leaves = {path: np.zeros(shape, np.float32) for path, shape in wanted.items()}
+    for name, place in places.items():
+        if found[name].shape != place.shape:
+            raise UserError(
+                f"'{file}' holds '{name}' with the shape {list(found[name].shape)}; this model and "
+                f"the adapter's reduction_factor ask for {list(place.shape)}. It was made for "
+                f"another base."
+            )
+        leaves[place.path][... if place.layer is None else place.layer] = to_tree(
+            place.path, found[name]
+        )
+    flat = flatten(params)
+    if any(is_lora(path) for path in flat):
+        raise UserError("These parameters hold LoRA matrices; merge them before an adapter.")
+    switched = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+    if any(is_adapter(path) for path in flat):
+        params = with_adapter(params, switched)
+    else:
+        params = unflatten({**flat, **switched})
+    unused = model.unused
+    if (directory / MODULES).is_dir():
+        other, params = load_peft(
+            dataclasses.replace(model, lora=None), params, directory / MODULES
+        )
+        adapter = dataclasses.replace(adapter, modules_to_save=other.modules_to_save)
+        model, unused = dataclasses.replace(model, hf_config=other.hf_config), other.unused
+        model = dataclasses.replace(model, config=other.config)
+    return dataclasses.replace(model, adapter=adapter, unused=unused, lora=None), dict(params)
