@@ -54,10 +54,12 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(options.config, overrides)
     # Nothing runs here: this machine's own chips are left to whoever uses them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from vlm_jax.hardware import DEVICES, hardware
     from vlm_jax.plan.report import plan_step
     from vlm_jax.plan.show import show
 
-    print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
+    if DEVICES[hardware(options.topology).device].compiles:
+        print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
     sizes: dict[str, Any] = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
         return _fit(options, config, sizes)

@@ -1,7 +1,7 @@
 """The fastest setting of a config that fits some hardware: rows at a time, and recomputation."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -36,8 +36,15 @@ class Trial:
         }
 
 
-def settings(config: ConfigDict) -> Iterator[list[dict[str, Any]]]:
-    """Yield the settings without and with recomputation, those that need less memory first.
+# Each keeps more than the one before, and computes less again; all are of layers.scan.REMAT.
+POLICIES = ("block", "block_save_attention", "dots", "none")
+LAST_RESORT = (
+    "offload"  # keeps less than any, for a way to the host and back: where block is too much
+)
+
+
+def settings(config: ConfigDict, policy: str) -> list[dict[str, Any]]:
+    """Return a policy's settings, those that need less memory first.
 
     Each has the config's own number of rows a step, in more or fewer micro-batches: what is learned
     does not change.
@@ -45,15 +52,14 @@ def settings(config: ConfigDict) -> Iterator[list[dict[str, Any]]]:
     training = config.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     sizes = [size for size in (2**n for n in range(rows.bit_length())) if rows % size == 0]
-    for policy in ("none", "block"):
-        yield [
-            {
-                "training.per_device_train_batch_size": size,
-                "training.gradient_accumulation_steps": rows // size,
-                "training.remat_policy": policy,
-            }
-            for size in sizes
-        ]
+    return [
+        {
+            "training.per_device_train_batch_size": size,
+            "training.gradient_accumulation_steps": rows // size,
+            "training.remat_policy": policy,
+        }
+        for size in sizes
+    ]
 
 
 def fit(
@@ -67,20 +73,32 @@ def fit(
 ) -> tuple[Trial | None, list[Trial]]:
     """Return (the fastest setting that fits or None, all that were tried).
 
-    Each is planned by `plan_step`, which see for the arguments and errors; rows at a time double
-    until they do not fit. Of equally fast ones it is the one that needs less memory.
+    Each is planned by `plan_step`, which see for the arguments and errors. Of each policy rows at a
+    time double until they do not fit, and what does not fit one policy is not tried with another
+    that keeps more. Of equally fast settings it is the one that needs less memory.
     """
     tried: list[Trial] = []
-    for ascending in settings(config):
-        for setting in ascending:
+
+    def fitting(candidates: list[dict[str, Any]]) -> int:
+        """Try settings in turn and return how many fit before one does not."""
+        for number, setting in enumerate(candidates):
             changes = {**(overrides or {}), **setting}
             report = plan_step(config, topology, overrides=changes, tokens=tokens, patches=patches)
             tried.append(Trial(setting, report))
             on_trial(tried[-1])
             if not report.fits:
-                break
-    fitting = [trial for trial in tried if trial.report.fits]
-    return max(fitting, key=_worth, default=None), tried
+                return number
+        return len(candidates)
+
+    most = len(settings(config, LAST_RESORT))
+    rest = fitting(settings(config, POLICIES[0]))
+    room = rest
+    for policy in POLICIES[1:]:
+        room = fitting(settings(config, policy)[:room])
+    if rest < most:
+        fitting(settings(config, LAST_RESORT)[rest:])
+    good = [trial for trial in tried if trial.report.fits]
+    return max(good, key=_worth, default=None), tried
 
 
 def _worth(trial: Trial) -> tuple[float, int]:
