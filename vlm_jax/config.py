@@ -12,6 +12,7 @@ from vlm_jax.config_files import read_file
 from vlm_jax.config_tables import (
     ALIASES,
     CHOICES,
+    METHODS,
     NONE_MEANS,
     NONE_WORDS,
     OPTIMIZERS,
@@ -24,7 +25,11 @@ from vlm_jax.values import VALUES, plain
 
 
 def get_config() -> ConfigDict:
-    """Return a new, locked config of all keys at their defaults. `None` means: not set."""
+    """Return a new, locked config of all keys at their defaults. `None` means: not set.
+
+    A file or an override may also say `method`, a key of config_tables.METHODS, as "dora": it
+    stands for the keys by which that differs from plain LoRA.
+    """
     c = ConfigDict()
 
     c.model = ConfigDict()
@@ -254,11 +259,23 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
         ) from None
 
 
+def _with_method(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return flat values with the keys that `method` stands for, where they are not given too."""
+    if "method" not in values:
+        return values
+    _check_choice("method", values["method"], METHODS)
+    given = {key: value for key, value in values.items() if key != "method"}
+    known = {ALIASES.get(key, key) for key in given}
+    stands_for = METHODS[values["method"]]
+    return {**{key: value for key, value in stands_for.items() if key not in known}, **given}
+
+
 def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
     """Set flat `values` in `config`, with their aliases, types and names checked."""
     types = _types()
     optional = {key for key, value in flatten_config(get_config()).items() if value is None}
     seen: dict[str, str] = {}
+    values = _with_method(values)
     for given, value in values.items():
         key = ALIASES.get(given, given)
         key, value = WORDS.get(f"{given}={value}", (key, value))

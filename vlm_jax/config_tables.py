@@ -1,5 +1,7 @@
 """What else people call the keys of a config, and which values each may have."""
 
+from typing import Any
+
 # What else people call a key. A value moves over as it is.
 ALIASES = {
     "model.name": "model.name_or_path",
@@ -66,6 +68,28 @@ OPTIMIZERS = {
 
 # Kinds of bottleneck adapters, and the `adapters` library's names of them.
 ADAPTERS = ("houlsby", "pfeiffer", "parallel", "double_seq_bn", "seq_bn", "par_bn")
+
+# The keys by which methods differ, as plain LoRA has them.
+PLAIN_LORA: dict[str, Any] = {
+    "lora.enabled": True,
+    "lora.use_rslora": False,
+    "lora.use_dora": False,
+    "lora.loraplus_lr_ratio": 1.0,
+    "adapter.type": None,
+}
+# The one word of a config's key `method`, and what it changes of plain LoRA.
+CHANGES: dict[str, dict[str, Any]] = {
+    "full": {"lora.enabled": False},
+    "lora": {},
+    "qlora": {"model.quantize": "nf4-dq"},
+    "rslora": {"lora.use_rslora": True},
+    "dora": {"lora.use_dora": True},
+    "loraplus": {"lora.loraplus_lr_ratio": 16.0},
+    "houlsby": {"lora.enabled": False, "adapter.type": "houlsby"},
+    "pfeiffer": {"lora.enabled": False, "adapter.type": "pfeiffer"},
+    "parallel": {"lora.enabled": False, "adapter.type": "parallel"},
+}
+METHODS = {name: {**PLAIN_LORA, **changes} for name, changes in CHANGES.items()}
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
