@@ -18,9 +18,9 @@ from test_plan import on_chip
 from vlm_jax import config, plan
 from vlm_jax.cli import main
 from vlm_jax.hardware import DEVICES, hardware, slice_shape
+from vlm_jax.layers.scan import REMAT
 from vlm_jax.models.known import KNOWN
 from vlm_jax.plan import leaves, work
-from vlm_jax.layers.scan import REMAT
 from vlm_jax.plan.fit import LAST_RESORT, POLICIES, settings
 from vlm_jax.plan.program import Collective, collectives
 from vlm_jax.plan.report import ESTIMATED, plan_step, refused

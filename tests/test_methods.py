@@ -1,0 +1,174 @@
+"""What every method promises, on packed rows of text and images of several sizes."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from references import quiet, wide
+from test_meshes import packed_batch
+
+import vlm_jax
+from vlm_jax import UserError
+from vlm_jax import config as configs
+from vlm_jax.config_tables import METHODS
+from vlm_jax.layers.bottleneck import is_adapter
+from vlm_jax.layers.partition import rows_over
+from vlm_jax.lora import is_lora
+from vlm_jax.sharding import make_mesh, shard_batch, shard_params
+from vlm_jax.train.run import adapt_base
+from vlm_jax.trees import flatten, unflatten
+
+# Compiling takes longer than running here.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("methods")
+    with quiet():
+        wide("qwen2_vl", directory, factor=3.0)
+    model, params = vlm_jax.load(directory)
+    batch = jax.tree.map(lambda leaf: leaf[:4], packed_batch(model))
+    return SimpleNamespace(
+        directory=directory,
+        model=model,
+        params=params,
+        batch=batch,
+        plain=logits(model, params, batch),
+    )
+
+
+def logits(model, params, batch):
+    run = jit(lambda params, batch: model.apply({"params": params}, batch))
+    return np.asarray(run(params, batch))[batch.segments > 0]
+
+
+def built(base, method, quantize=None):
+    """Return (model, params, training table) as a run of the method builds them."""
+    given = {"method": method, "lora.r": 4, "lora.dropout": 0.0, "adapter.reduction_factor": 4}
+    config = configs.load(None, given)
+    quantize = quantize or config.model.quantize
+    loaded = vlm_jax.load(base.directory, quantize=quantize)
+    return adapt_base(config, *loaded)
+
+
+def moved(params, table, seed=5):
+    """Return the tree with all that trains away from its start."""
+    trainable, frozen = vlm_jax.split(params, table)
+    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+    made = {
+        path: leaf + 0.05 * jax.random.normal(next(keys), leaf.shape)
+        for path, leaf in flatten(trainable).items()
+    }
+    return vlm_jax.join(unflatten(made), frozen)
+
+
+def value_and_grad(model, params, table, batch):
+    """Return the mean loss and {path: gradient} of what trains."""
+    trainable, frozen = vlm_jax.split(params, table)
+
+    def mean(trainable, frozen, batch):
+        total, tokens = vlm_jax.loss(model, trainable, frozen, batch)
+        return total / tokens
+
+    value, grads = jit(jax.value_and_grad(mean))(trainable, frozen, batch)
+    return float(value), {path: np.asarray(leaf) for path, leaf in flatten(grads).items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_contract(base, tmp_path, method):
+    model, params, table = built(base, method)
+    batch = base.batch
+    held = vlm_jax.load(base.directory, quantize="nf4-dq")[1] if method == "qlora" else base.params
+    plain = logits(base.model, held, batch)
+
+    # It starts as the base.
+    np.testing.assert_allclose(logits(model, params, batch), plain, atol=1e-5)
+
+    # Gradients reach all that trains, which is the method's and the projector, and nothing else.
+    params = moved(params, table)
+    loss, grads = value_and_grad(model, params, table, batch)
+    own = {path for path in grads if is_lora(path) or is_adapter(path)}
+    base_leaves = {path for path in grads if path in flatten(base.params)}
+    assert own | base_leaves == grads.keys()
+    components = {model.component(path) for path in base_leaves}
+    if method == "full":
+        assert not own and components == {"projector", "language_model", "embeddings", "head"}
+    else:
+        assert own and components == {"projector"}
+    dead = [path for path, grad in grads.items() if not np.abs(grad).max() > 0]
+    assert not dead
+
+    # Layers computed again, or without a scan, are the same.
+    again = dataclasses.replace(model, remat="block")
+    value, recomputed = value_and_grad(again, params, table, batch)
+    assert value == pytest.approx(loss, rel=1e-6)
+    for path, grad in grads.items():
+        np.testing.assert_allclose(recomputed[path], grad, atol=1e-5 * np.abs(grad).max())
+    after = logits(model, params, batch)
+    assert np.abs(after - plain).max() > 0.01
+    with jax.disable_jit():
+        unrolled = np.asarray(model.apply({"params": params}, batch))[batch.segments > 0]
+    np.testing.assert_allclose(unrolled, after, atol=1e-4)
+
+    # Several devices compute what one does.
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    rows = shard_batch(batch, mesh)
+    with rows_over(rows.tokens.sharding):
+        spread, shared = value_and_grad(model, shard_params(model, params, mesh), table, rows)
+    assert spread == pytest.approx(loss, rel=1e-5)
+    for path, grad in grads.items():
+        np.testing.assert_allclose(shared[path], grad, atol=1e-4 * np.abs(grad).max())
+
+    # Steps compile once, move what trains, and leave all else as it was.
+    trainable, frozen = vlm_jax.split(params, table)
+    settings = {"learning_rate": 1e-3, "max_steps": 3}
+    tx = vlm_jax.optimizer(trainable, table, settings)
+    step = jit(vlm_jax.make_step(model, tx))
+    state = vlm_jax.init_state(trainable, tx)
+    before = jax.tree.map(np.array, frozen)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1 and losses[0] > losses[1] > losses[2]
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    trained = vlm_jax.join(state.trainable, frozen)
+
+    # Files give the same model again.
+    out, after = tmp_path / "out", logits(model, trained, batch)
+    if model.adapter is not None:
+        vlm_jax.save_adapter(model, trained, out)
+        read = vlm_jax.load_adapter(base.model, held, out)
+    elif model.lora is not None:
+        vlm_jax.save_peft(model, trained, out)
+        read = vlm_jax.load_peft(base.model, held, out)
+    else:
+        vlm_jax.save_pretrained(model, trained, out)
+        read = vlm_jax.load(out)
+    np.testing.assert_allclose(logits(*read, batch), after, atol=1e-5)
+
+    # Merged weights give the same model, where weights can.
+    if model.adapter is not None:
+        with pytest.raises(UserError, match="no weight can stand for"):
+            vlm_jax.merge(model, trained)
+    else:
+        merged = vlm_jax.merge(model, trained)
+        assert flatten(merged).keys() == flatten(base.params).keys()
+        np.testing.assert_allclose(logits(base.model, merged, batch), after, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_works_on_a_4_bit_base(base, method):
+    if method == "full":
+        with pytest.raises(UserError, match="stored in 4 bits"):
+            built(base, method, "nf4-dq")
+        return
+    model, params, table = built(base, method, "nf4-dq")
+    plain = logits(*vlm_jax.load(base.directory, quantize="nf4-dq"), base.batch)
+    np.testing.assert_allclose(logits(model, params, base.batch), plain, atol=1e-5)
+    value, grads = value_and_grad(model, moved(params, table), table, base.batch)
+    assert np.isfinite(value) and all(np.abs(grad).max() > 0 for grad in grads.values())
