@@ -17,6 +17,7 @@ LEVELS = [
     ("names", "sharding", "vocabulary"),
     ("quantization",),
     ("lora",),
+    ("adapters",),
     ("hub", "data", "generation"),
     ("evals", "survey"),
     ("train",),
