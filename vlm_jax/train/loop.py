@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,6 +51,7 @@ from vlm_jax.train.run import (
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import interruptible
+from vlm_jax.train.turns import every, total_steps
 from vlm_jax.train.watch import Watch, added_only, idle_components
 from vlm_jax.trees import flatten, join, split
 from vlm_jax.weights import is_quantized
@@ -110,13 +109,8 @@ def _train(
         )
 
     # How
-    if data.steps_per_epoch is None and t.max_steps <= 0:
-        raise UserError(
-            "Nobody knows how long a stream is, so num_train_epochs says nothing: set "
-            "training.max_steps, or leave data.streaming out."
-        )
-    epoch = data.steps_per_epoch or t.max_steps
-    total = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * epoch)
+    total = total_steps(t.max_steps, t.num_train_epochs, data.steps_per_epoch)
+    epoch = data.steps_per_epoch or total
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=total)
     rate = learning_rate(settings)
     print_report(
@@ -271,12 +265,6 @@ def _train(
     outcome["result"] = str(result)
     console.print(f"Wrote '{result}'.", highlight=False, soft_wrap=True)
     return outcome
-
-
-def every(strategy: str, interval: int, steps_per_epoch: int) -> Callable[[int], bool]:
-    """Return whether a step is due: each `interval` steps, each epoch, or never."""
-    period = {"no": 0, "steps": interval, "epoch": steps_per_epoch}[strategy]
-    return lambda step: period > 0 and step % period == 0
 
 
 def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:

@@ -220,6 +220,7 @@ def make_pipeline(
         encoder,
         records,
         rows=rows,
+        micro_batches=config.training.gradient_accumulation_steps if training else 1,
         process_index=index,
         process_count=count,
         max_shapes=d.max_shapes,
