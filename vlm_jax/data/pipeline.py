@@ -34,6 +34,7 @@ from vlm_jax.errors import UserError
 
 SAMPLE = 2000  # records that are measured before the first step
 WINDOW = 512  # records that are planned together, at least; and at least 8 steps
+MEGABATCH = 50  # steps whose examples are sorted by length together, as in transformers
 
 
 class Pipeline:
@@ -49,7 +50,10 @@ class Pipeline:
     max_shapes: how many (tokens, patches) shapes there may be, each of them one compilation. The
         last one is the largest there is, so memory runs out at the start or never: a record that
         was not measured and takes more is treated by the encoder's `overlong` policy.
-    shuffle: a new order each epoch and like-sized rows together; False keeps the records' order.
+    shuffle: a new order each epoch; False keeps the records' order.
+    sampling: which examples make a step: "random", "sequential" (as without shuffle) or
+        "group_by_length", transformers' train_sampling_strategy, whose megabatches of 50 steps
+        come each from its longest example to its shortest; None: like-sized ones.
     drop_last: leave out an epoch's last rows that do not fill a micro-batch (others each epoch).
         Otherwise every example comes once an epoch. Either way a last batch with too few rows is
         filled with empty ones, whose weights are 0.
@@ -81,6 +85,7 @@ class Pipeline:
         max_shapes: int = 4,
         seed: int = 0,
         shuffle: bool = True,
+        sampling: str | None = None,
         drop_last: bool = False,
         on_bad_example: str | None = None,
         max_bad_share: float = 0.01,
@@ -151,6 +156,13 @@ class Pipeline:
             self._limit(self.shapes[-1][1], sample)
         packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
         density = len(kept) / packed  # examples a row
+        shuffle = shuffle and sampling != "sequential"
+        window = max(WINDOW, int(8 * rows * density))
+        if sampling == "group_by_length":
+            steps = MEGABATCH
+            if not isinstance(self.records, StreamRecords):
+                steps = min(steps, len(self.records.order(seed, 0, shuffle)) // (4 * rows))
+            window = rows * max(1, steps)
         self.planner = Planner(
             measurer=self.measurer,
             rows=rows,
@@ -160,7 +172,8 @@ class Pipeline:
             drop_last=drop_last,
             shapes=self.shapes,
             capacity=capacity,
-            window=max(WINDOW, int(8 * rows * density)),
+            window=window,
+            sampling=sampling,
         )
         self.steps_per_epoch: int | None = None
         if isinstance(self.records, StreamRecords):

@@ -41,6 +41,8 @@ class Step(NamedTuple):
 class Planner:
     """Plans steps of `rows` rows; picklable, so that each worker process plans for itself.
 
+    sampling: None: rows of like size make a step; "random": any; "group_by_length": those of a
+    window from the longest to the shortest. Only where there is `shuffle`.
     capacity: tokens and patches of a packed row; None: a row holds one example. shapes: the
     ladder, whose last one holds whatever may come. window: records that are planned together.
     drop_last: leave out an epoch's last rows that fill no micro-batch of `micro` rows; the others
@@ -56,6 +58,7 @@ class Planner:
     shapes: list[Shape]
     capacity: Shape | None
     window: int
+    sampling: str | None = None
     share: float = 0.0  # where in a window this process begins to measure
 
     def steps(self, state: State | None = None) -> Iterator[Step]:
@@ -156,10 +159,13 @@ class Planner:
         Rows of like size make a step together, steps in random order; the `first` rows, which
         fill the step that the window before began, and those that begin the next window's are the
         cheapest. Those that `drop_last` leaves out of the last window come at the end: they are
-        drawn, or it would be the same cheapest ones in each epoch.
+        drawn, or it would be the same cheapest ones in each epoch. With another `sampling` the
+        order is its own.
         """
-        if not self.shuffle or len(sizes) == 0:
+        if not self.shuffle or self.sampling == "random" or len(sizes) == 0:
             return np.arange(len(sizes))
+        if self.sampling == "group_by_length":
+            return np.argsort(-sizes[:, 0], stable=True)
         rng = np.random.default_rng(seed)
         needs = np.array([fit(size, self.shapes) for size in sizes], np.int64)
         order = np.lexsort((cost(sizes), needs))

@@ -137,7 +137,7 @@ def prepare(
     unit = model.family.patch_unit(model.config)
     patches = _whole("patches", patches, image_patches(config, model), unit, least=0)
     rows = _whole("rows", rows, rows_of(config, over), shards * parts)
-    run = make_step(model, tx, parts)
+    run = make_step(model, tx, parts, label_smoothing=config.training.label_smoothing_factor)
     batch = abstract_batch(model, rows, (tokens, patches), over)
     return Step(config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts)
 

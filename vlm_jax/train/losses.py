@@ -63,12 +63,15 @@ def loss(
     frozen: Mapping[str, Any],
     batch: Batch,
     rngs: dict[str, jax.Array] | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Return `(loss_sum, tokens)`: the weighted sum of cross-entropies and the sum of weights.
 
     Differentiable in `trainable`; divide by the tokens of the whole global batch. `rngs={"dropout":
-    key}` turns LoRA's dropout on. Positions without weight cost no logits: each row's weighted
-    positions are gathered first, and chunks that hold none are skipped.
+    key}` turns LoRA's dropout on. label_smoothing: the share of each target that is spread over the
+    whole vocabulary, transformers' label_smoothing_factor. Positions without weight cost no
+    logits: each row's weighted positions are gathered first, and chunks that hold none are skipped.
     """
     # Float32 masters are cast once, not at every use.
     trainable = jax.tree.map(lambda leaf: leaf.astype(model.dtype), dict(trainable))
@@ -87,6 +90,9 @@ def loss(
         x_BCD = partition.constrain_rows(x_BCD)
         logits_BCV: Any = module.apply(params, x_BCD, method="logits", rngs=rngs)
         picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
+        if label_smoothing:
+            everywhere_BC = jnp.mean(logits_BCV, axis=-1)
+            picked_BC = (1 - label_smoothing) * picked_BC + label_smoothing * everywhere_BC
         losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
         return jnp.sum(losses_BC * weights_BC)
 

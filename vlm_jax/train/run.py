@@ -224,13 +224,20 @@ def make_pipeline(
         process_index=index,
         process_count=count,
         max_shapes=d.max_shapes,
-        seed=config.training.seed,
+        seed=data_seed(config),
         shuffle=d.shuffle,
+        sampling=config.training.train_sampling_strategy if training else None,
         packing=d.packing and training,
         drop_last=config.training.dataloader_drop_last and training,
         max_bad_share=d.max_bad_share,
         workers=config.training.dataloader_num_workers if training else 0,
     )
+
+
+def data_seed(config: ConfigDict) -> int:
+    """Return the seed of the order of the data."""
+    t = config.training
+    return t.seed if t.data_seed is None else t.data_seed
 
 
 def stored_dtype(directory: Path) -> str:

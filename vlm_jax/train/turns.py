@@ -1,4 +1,4 @@
-"""How many steps a run has, and at which of them something is due: TrainingArguments' arithmetic."""
+"""How many steps a run has, and at which of them something is due, by TrainingArguments' rules."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,16 @@ def total_steps(max_steps: int, epochs: float, steps_per_epoch: int | None) -> i
     return math.ceil(epochs * steps_per_epoch)
 
 
-def every(strategy: str, interval: int, steps_per_epoch: int) -> Callable[[int], bool]:
-    """Return whether a step is due: each `interval` steps, each epoch, or never."""
+def every(
+    strategy: str, interval: float, steps_per_epoch: int, total: int, delay: float = 0.0
+) -> Callable[[int], bool]:
+    """Return whether a step is due: each `interval` steps, each epoch, or never.
+
+    interval: below 1 it is a share of all `total` steps. delay: nothing is due before so many
+    steps, or epochs with strategy "epoch".
+    """
+    if interval < 1:
+        interval = math.ceil(total * interval)
     period = {"no": 0, "steps": interval, "epoch": steps_per_epoch}[strategy]
-    return lambda step: period > 0 and step % period == 0
+    first = delay * steps_per_epoch if strategy == "epoch" else delay
+    return lambda step: period > 0 and step % period == 0 and step >= first
