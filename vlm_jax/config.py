@@ -20,6 +20,7 @@ from vlm_jax.config_tables import (
     WORDS,
 )
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.from_pytorch import told
 from vlm_jax.values import VALUES, plain
 
 
@@ -70,6 +71,7 @@ def get_config() -> ConfigDict:
     # in output_dir/checkpoints.
     t.checkpoint_dir = placeholder(str)
     t.run_name = placeholder(str)  # for wandb and trackio; None: output_dir's last part
+    t.project = "vlm_jax"  # where wandb and trackio keep the run
     t.num_train_epochs = 1.0  # times that every example is seen
     t.max_steps = -1  # optimizer steps; above 0 it overrides num_train_epochs
     t.per_device_train_batch_size = 1  # rows a device and micro-batch
@@ -108,6 +110,7 @@ def get_config() -> ConfigDict:
     # than early_stopping_threshold: transformers' EarlyStoppingCallback. 0: never.
     t.early_stopping_patience = 0
     t.early_stopping_threshold = 0.0  # of the metric's own unit
+    t.neftune_noise_alpha = placeholder(float)  # NEFTune: noise on text embeddings, 5 is usual
     t.label_smoothing_factor = 0.0  # share of a target that all tokens of the vocabulary divide
     t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
@@ -263,6 +266,9 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
         key = ALIASES.get(given, given)
         key, value = WORDS.get(f"{given}={value}", (key, value))
         if key not in types:
+            theirs = told(*given.split(".")[:2]) if "." in given else None
+            if theirs is not None:
+                raise UserError(f"In {where}, {theirs} docs/FROM_PYTORCH.md lists all of its keys.")
             raise UserError(
                 f"Unknown config key '{given}' in {where}{nearest(given, [*types, *ALIASES])}. "
                 f"Every key is listed with its meaning in vlm_jax/config.py; the sections are "

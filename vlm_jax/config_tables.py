@@ -113,6 +113,7 @@ RANGES: list[tuple[str, float, float]] = [
     (r"training\.(logging_steps|save_steps|eval_steps)", 1e-30, 1e9),
     (r"training\.(eval_delay|early_stopping_patience|early_stopping_threshold)", 0, 1e12),
     (r"training\.label_smoothing_factor", 0, 1),
+    (r"training\.neftune_noise_alpha", 0, 1e6),
     (r"training\.dataloader_num_workers", 0, 1e9),
     (r"training\.(save_total_limit|warmup_steps|weight_decay|max_grad_norm)", 0, 1e9),
     (r"training\.(num_train_epochs|learning_rate|adam_epsilon)", 1e-30, 1e9),

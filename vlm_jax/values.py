@@ -1,5 +1,6 @@
 """Values of config keys that are lists and maps: sources of data, names of columns."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,15 @@ def map_value(expected: str) -> Callable[[Any], dict[str, Any]]:
 
 def steps_value(value: Any) -> int | float:
     """Return a whole number of steps, or a share of all of them above 0 and below 1."""
-    number = float(value)
-    if isinstance(value, bool) or number < 0 or (number >= 1 and number != int(number)):
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except ValueError:
+        number = math.nan
+    if 0 < number < 1:
+        return number
+    if not number >= 0 or number != round(number):
         raise ValueError(STEPS)
-    return number if 0 < number < 1 else int(number)
+    return int(number)
 
 
 def _parsed(value: Any, expected: str) -> Any:

@@ -48,6 +48,7 @@ from vlm_jax.train.run import (
     build,
     make_encoder,
     make_pipeline,
+    step_options,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import interruptible
@@ -158,9 +159,7 @@ def _train(
         console.print(f"Resuming '{directory}' from step {step}.", highlight=False)
 
     # The largest shapes are compiled first, so that what cannot run fails now
-    run = make_step(
-        model, tx, t.gradient_accumulation_steps, label_smoothing=t.label_smoothing_factor
-    )
+    run = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
     run_step = compile_largest_step(run, model, state, frozen, data.shapes, rows, mesh)
     losses = None
     if held_out is not None:
@@ -181,6 +180,7 @@ def _train(
             directory,
             t.report_to,
             run_name=t.run_name,
+            project=t.project,
             config=absolute_paths(config),
             resume_step=step if resume else None,
         )

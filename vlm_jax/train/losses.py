@@ -19,6 +19,7 @@ from vlm_jax.vocabulary import EMBEDDING, HEAD
 
 # Logits of about this many positions exist at a time on a device.
 CHUNK_POSITIONS = 1024
+NOISE = 0x6E6F  # sets the key of embeddings' noise apart from dropout's
 
 
 def _gather_weighted(x_BTD, targets_BT, weights_BT, chunk: int):
@@ -65,12 +66,14 @@ def loss(
     rngs: dict[str, jax.Array] | None = None,
     *,
     label_smoothing: float = 0.0,
+    neftune_alpha: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Return `(loss_sum, tokens)`: the weighted sum of cross-entropies and the sum of weights.
 
     Differentiable in `trainable`; divide by the tokens of the whole global batch. `rngs={"dropout":
     key}` turns LoRA's dropout on. label_smoothing: the share of each target that is spread over the
-    whole vocabulary, transformers' label_smoothing_factor. Positions without weight cost no
+    whole vocabulary, transformers' label_smoothing_factor. neftune_alpha: above 0, noise of the
+    same key on the embeddings of text, its neftune_noise_alpha. Positions without weight cost no
     logits: each row's weighted positions are gathered first, and chunks that hold none are skipped.
     """
     # Float32 masters are cast once, not at every use.
@@ -78,7 +81,11 @@ def loss(
     params = {"params": join(trainable, frozen)}
     module = model.module
     batch = jax.tree.map(jnp.asarray, batch)
-    x_BTD, _ = module.apply(params, batch, method="hidden", rngs=rngs)
+    if neftune_alpha > 0:
+        if not rngs:
+            raise ValueError('Noise on embeddings needs rngs={"dropout": key}.')
+        rngs = {**rngs, "noise": jax.random.fold_in(rngs["dropout"], NOISE)}
+    x_BTD, _ = module.apply(params, batch, None, neftune_alpha, method="hidden", rngs=rngs)
     B, T, _ = x_BTD.shape
     over_rows, over_tokens = partition.parts()
     chunk = max(16, CHUNK_POSITIONS * over_rows * over_tokens // B)

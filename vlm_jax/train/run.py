@@ -234,6 +234,15 @@ def make_pipeline(
     )
 
 
+def step_options(config: ConfigDict) -> dict[str, Any]:
+    """Return the options of `make_step` that the config's training section sets."""
+    t = config.training
+    return {
+        "label_smoothing": t.label_smoothing_factor,
+        "neftune_alpha": t.neftune_noise_alpha or 0.0,
+    }
+
+
 def data_seed(config: ConfigDict) -> int:
     """Return the seed of the order of the data."""
     t = config.training
