@@ -201,7 +201,7 @@ def test_drop_last_leaves_out_what_does_not_fill_a_batch(qwen, folder):
     assert pipeline.steps_per_epoch == 12
     assert all(len(names) == 4 for _, names, _ in steps)
     assert steps[-1][2]["epoch"] == 1
-    with pytest.raises(UserError, match="do not fill one batch"):
+    with pytest.raises(UserError, match="do not fill one micro-batch of 64 rows"):
         Pipeline(qwen, folder / "data.json", rows=64, drop_last=True)
 
 

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 # Lowest first; a module may import from strictly lower rows and from its own folder's files that
 # stand in the same row or lower. docs/DESIGN.md explains the order.
 LEVELS = [
-    ("errors", "values", "config_tables"),
+    ("errors", "values", "config_tables", "from_pytorch"),
     ("trees", "config_files", "cli_options", "hardware", "processes"),
     ("config", "weights", "batch", "positions", "together"),
     ("layers",),

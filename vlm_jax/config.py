@@ -21,6 +21,7 @@ from vlm_jax.config_tables import (
     WORDS,
 )
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.from_pytorch import told
 from vlm_jax.values import VALUES, plain
 
 
@@ -89,6 +90,7 @@ def get_config() -> ConfigDict:
     # in output_dir/checkpoints.
     t.checkpoint_dir = placeholder(str)
     t.run_name = placeholder(str)  # for wandb and trackio; None: output_dir's last part
+    t.project = "vlm_jax"  # where wandb and trackio keep the run
     t.num_train_epochs = 1.0  # times that every example is seen
     t.max_steps = -1  # optimizer steps; above 0 it overrides num_train_epochs
     t.per_device_train_batch_size = 1  # rows a device and micro-batch
@@ -97,7 +99,7 @@ def get_config() -> ConfigDict:
     t.learning_rate = 2e-4  # its peak, of a component whose scale is 1.0
     t.weight_decay = 0.0  # never on norms and biases
     t.warmup_ratio = 0.03  # share of all steps over which the learning rate rises from 0
-    t.warmup_steps = 0  # above 0 it overrides warmup_ratio
+    t.warmup_steps = 0  # above 0 it overrides warmup_ratio; below 1 it is such a share itself
     t.lr_scheduler_type = "cosine"  # a key of train.schedules.SCHEDULES
     t.lr_scheduler_kwargs = placeholder(object)  # its own options, {min_lr_rate: 0.1}
     # adamw; adamw_8bit: bitsandbytes' 8-bit moments, a quarter of the memory; paged_adamw,
@@ -107,18 +109,28 @@ def get_config() -> ConfigDict:
     t.adam_beta2 = 0.999  # decay of the mean of squared gradients
     t.adam_epsilon = 1e-8  # added to the root of the latter
     t.max_grad_norm = 1.0  # global norm over the trained leaves; 0: no clipping
-    t.logging_steps = 10  # steps that one line of metrics.jsonl sums up
+    t.logging_strategy = "steps"  # no, steps, epoch: when a line of metrics.jsonl is written
+    t.logging_steps = 10  # steps that one line sums up; this and the next two may be shares of all
+    t.logging_first_step = False  # the first step has a line too
     t.save_strategy = "steps"  # no, steps, epoch; the last step is always saved
     t.save_steps = 500  # steps between checkpoints
     t.save_total_limit = 2  # checkpoints kept, the newest; 0 or None: all
     t.eval_strategy = "steps"  # no, steps, epoch; only where data.eval_file is set
     t.eval_steps = 500  # steps between evaluations
+    t.eval_on_start = False  # evaluate before the first step too
+    t.eval_delay = 0.0  # no evaluation before so many steps, or epochs, as eval_strategy counts
     # Make the result of the best checkpoint, which is never deleted; else of the last step. Each
     # checkpoint must be evaluated, and is written after that: strategies agree, save_steps is a
     # multiple of eval_steps.
     t.load_best_model_at_end = False
     t.metric_for_best_model = placeholder(str)  # loss, accuracy; None: loss
     t.greater_is_better = placeholder(bool)  # None: as the metric says
+    # Stop after so many evaluations in a row that do not better the best value before them by more
+    # than early_stopping_threshold: transformers' EarlyStoppingCallback. 0: never.
+    t.early_stopping_patience = 0
+    t.early_stopping_threshold = 0.0  # of the metric's own unit
+    t.neftune_noise_alpha = placeholder(float)  # NEFTune: noise on text embeddings, 5 is usual
+    t.label_smoothing_factor = 0.0  # share of a target that all tokens of the vocabulary divide
     t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
     t.gradient_checkpointing = True  # recompute each block in the backward pass
@@ -129,6 +141,11 @@ def get_config() -> ConfigDict:
     t.dataloader_drop_last = False  # leave out an epoch's last rows that fill no batch
     t.report_to = ("tensorboard",)  # tensorboard, wandb, trackio, none; metrics.jsonl is always
     t.seed = 42  # of LoRA's A, dropout and the order of the data
+    t.data_seed = placeholder(int)  # of the order of the data alone; None: seed
+    # Which examples make a step: random; sequential: as they lie; group_by_length: of megabatches
+    # of 50 steps, each from its longest example to its shortest. None: those of one shape, steps in
+    # random order, which pads least.
+    t.train_sampling_strategy = placeholder(str)
 
     d = c.data = ConfigDict()
     # A .json, .jsonl (or .gz, .zst of them), .parquet or .arrow file, a gs://, s3:// or hf://
@@ -280,6 +297,9 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
         key = ALIASES.get(given, given)
         key, value = WORDS.get(f"{given}={value}", (key, value))
         if key not in types:
+            theirs = told(*given.split(".")[:2]) if "." in given else None
+            if theirs is not None:
+                raise UserError(f"In {where}, {theirs} docs/FROM_PYTORCH.md lists all of its keys.")
             raise UserError(
                 f"Unknown config key '{given}' in {where}{nearest(given, [*types, *ALIASES])}. "
                 f"Every key is listed with its meaning in vlm_jax/config.py; the sections are "
@@ -357,6 +377,17 @@ def check(config: ConfigDict) -> None:
                 f"'training.report_to' names '{name}', which is not supported"
                 f"{nearest(name, REPORTERS)}. Supported: {', '.join(REPORTERS)}."
             )
+    order, packed = config.training.train_sampling_strategy, config.data.packing
+    if order == "group_by_length" and packed:
+        raise UserError(
+            "'training.train_sampling_strategy' is group_by_length and 'data.packing' is true: "
+            "packed rows all have one length. Leave one of them out."
+        )
+    if order in ("random", "group_by_length") and not config.data.shuffle:
+        raise UserError(
+            f"'training.train_sampling_strategy' is {order}, but 'data.shuffle' is false, which "
+            f"keeps the order of the records. Leave one of them out."
+        )
     both = flat["data.min_pixels"], flat["data.max_pixels"]
     if None not in both and both[0] > both[1]:
         raise UserError(f"data.min_pixels {both[0]} is above data.max_pixels {both[1]}.")

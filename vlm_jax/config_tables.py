@@ -33,6 +33,8 @@ ALIASES = {
     "lora.rslora": "lora.use_rslora",
     "lora.dora": "lora.use_dora",
     "adapter.kind": "adapter.type",
+    "training.optimizer": "training.optim",
+    "training.label_smoothing": "training.label_smoothing_factor",
     "training.evaluation_strategy": "training.eval_strategy",
     "training.num_epochs": "training.num_train_epochs",
     "training.epochs": "training.num_train_epochs",
@@ -48,8 +50,18 @@ ALIASES = {
     "data.image_size": "data.image_resolution",
 }
 
-# A word that stands for a whole section -> the key and value that it means.
-WORDS = {"mesh=auto": ("mesh.auto", True)}
+# A key with a word for its value -> the key and value that they mean.
+WORDS: dict[str, tuple[str, Any]] = {
+    "mesh=auto": ("mesh.auto", True),
+    # transformers 4's key of what version 5 calls train_sampling_strategy.
+    **{
+        f"training.group_by_length={word}": ("training.train_sampling_strategy", order)
+        for word, order in (
+            *((word, "group_by_length") for word in ("True", "true", "yes", "1")),
+            *((word, "random") for word in ("False", "false", "no", "0")),
+        )
+    },
+}
 
 # Every name of an optimizer, transformers' OptimizerNames among them, and the one that it means.
 OPTIMIZERS = {
@@ -107,6 +119,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     ),
     "training.optim": tuple(OPTIMIZERS),
     "training.remat_policy": (None, "none", "block", "block_save_attention", "dots", "offload"),
+    "training.logging_strategy": ("no", "steps", "epoch"),
+    "training.train_sampling_strategy": (None, "random", "sequential", "group_by_length"),
     "training.save_strategy": ("no", "steps", "epoch"),
     "training.eval_strategy": ("no", "steps", "epoch"),
     "training.metric_for_best_model": (None, "loss", "accuracy", "eval_loss", "eval_accuracy"),
@@ -127,13 +141,18 @@ RANGES: list[tuple[str, float, float]] = [
     (r"adapter\.dropout", 0, 0.999),
     (r"training\.(per_device_.*|gradient_accumulation_steps|logging_steps)", 1, 1e9),
     (r"training\.(save_steps|eval_steps)", 1, 1e9),
+    (r"training\.(per_device_.*|gradient_accumulation_steps)", 1, 1e9),
+    (r"training\.(logging_steps|save_steps|eval_steps)", 1e-30, 1e9),
+    (r"training\.(eval_delay|early_stopping_patience|early_stopping_threshold)", 0, 1e12),
+    (r"training\.label_smoothing_factor", 0, 1),
+    (r"training\.neftune_noise_alpha", 0, 1e6),
     (r"training\.dataloader_num_workers", 0, 1e9),
     (r"training\.(save_total_limit|warmup_steps|weight_decay|max_grad_norm)", 0, 1e9),
     (r"training\.(num_train_epochs|learning_rate|adam_epsilon)", 1e-30, 1e9),
     (r"training\.max_steps", -1, 1e12),
     (r"training\.(adam_beta1|adam_beta2)", 0, 1 - 1e-9),  # at 1 a mean would never move
     (r"training\.warmup_ratio", 0, 1),
-    (r"training\.seed", 0, 2**31 - 1),
+    (r"training\.(seed|data_seed)", 0, 2**31 - 1),
     (r"data\.(max_seq_length|max_patches|max_shapes)", 1, 1e9),
     (r"data\.max_bad_share", 0, 1),
     (r"data\.(video_)?(min_pixels|max_pixels)", 1, 1e12),

@@ -1,5 +1,6 @@
 """Values of config keys that are lists and maps: sources of data, names of columns."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 SOURCES = "a path, or a list of paths and of {path, weight, ...}"
 COLUMNS = "our names of columns with the data's own, {question: q_text}"
+STEPS = "a number of steps, or a share of all steps below 1"
 OPTIONS = "the schedule's own options, {min_lr_rate: 0.1}"
 
 
@@ -43,6 +45,19 @@ def map_value(expected: str) -> Callable[[Any], dict[str, Any]]:
     return read
 
 
+def steps_value(value: Any) -> int | float:
+    """Return a whole number of steps, or a share of all of them above 0 and below 1."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except ValueError:
+        number = math.nan
+    if 0 < number < 1:
+        return number
+    if not number >= 0 or number != round(number):
+        raise ValueError(STEPS)
+    return int(number)
+
+
 def _parsed(value: Any, expected: str) -> Any:
     """Return a value as JSON has it; text in brackets, as on the command line, is read as YAML."""
     import yaml
@@ -61,4 +76,8 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "data.eval_file": sources_value,
     "data.columns": map_value(COLUMNS),
     "training.lr_scheduler_kwargs": map_value(OPTIONS),
+    **{
+        f"training.{name}": steps_value
+        for name in ("warmup_steps", "logging_steps", "save_steps", "eval_steps")
+    },
 }

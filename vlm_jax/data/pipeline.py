@@ -34,6 +34,7 @@ from vlm_jax.errors import UserError
 
 SAMPLE = 2000  # records that are measured before the first step
 WINDOW = 512  # records that are planned together, at least; and at least 8 steps
+MEGABATCH = 50  # steps whose examples are sorted by length together, as in transformers
 
 
 class Pipeline:
@@ -41,7 +42,7 @@ class Pipeline:
 
     encoder: an `Encoder`, or a checkpoint directory with `options` for one.
     records: what `read_records` takes.
-    rows: rows of the global batch.
+    rows: rows of the global batch. micro_batches: into how many of them a step cuts it.
     max_length: tokens of a row at most. Needed for packing, and where there are more than 2,000
         records. What is longer is treated by the encoder's `overlong` policy, never cut.
     max_patches: likewise of patches; by default what the sample asks for.
@@ -49,10 +50,13 @@ class Pipeline:
     max_shapes: how many (tokens, patches) shapes there may be, each of them one compilation. The
         last one is the largest there is, so memory runs out at the start or never: a record that
         was not measured and takes more is treated by the encoder's `overlong` policy.
-    shuffle: a new order each epoch and like-sized rows together; False keeps the records' order.
-    drop_last: leave out an epoch's last rows that do not fill a batch (others each epoch).
-        Otherwise the last batch is filled with empty rows, whose weights are 0: every example
-        comes once an epoch.
+    shuffle: a new order each epoch; False keeps the records' order.
+    sampling: which examples make a step: "random", "sequential" (as without shuffle) or
+        "group_by_length", transformers' train_sampling_strategy, whose megabatches of 50 steps
+        come each from its longest example to its shortest; None: like-sized ones.
+    drop_last: leave out an epoch's last rows that do not fill a micro-batch (others each epoch).
+        Otherwise every example comes once an epoch. Either way a last batch with too few rows is
+        filled with empty ones, whose weights are 0.
     on_bad_example: "raise" or "skip"; by default the encoder's. One whose pixels turn out damaged
         only when decoded leaves its place empty. Skipped ones are counted in `report`.
     max_bad_share: the run stops where more than this share of the records is bad.
@@ -74,12 +78,14 @@ class Pipeline:
         records: Any,
         *,
         rows: int,
+        micro_batches: int = 1,
         max_length: int | None = None,
         max_patches: int | None = None,
         packing: bool = False,
         max_shapes: int = 4,
         seed: int = 0,
         shuffle: bool = True,
+        sampling: str | None = None,
         drop_last: bool = False,
         on_bad_example: str | None = None,
         max_bad_share: float = 0.01,
@@ -101,6 +107,8 @@ class Pipeline:
                 f"A global batch of {rows} rows does not divide among {process_count} processes "
                 f"(this is number {process_index}): make it a multiple."
             )
+        if micro_batches < 1 or rows % micro_batches:
+            raise UserError(f"{rows} rows do not divide into {micro_batches} micro-batches.")
         length = _least(max_length, encoder.max_seq_length)
         if packing and length is None:
             raise UserError(
@@ -148,26 +156,37 @@ class Pipeline:
             self._limit(self.shapes[-1][1], sample)
         packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
         density = len(kept) / packed  # examples a row
+        shuffle = shuffle and sampling != "sequential"
+        window = max(WINDOW, int(8 * rows * density))
+        if sampling == "group_by_length":
+            steps = MEGABATCH
+            if not isinstance(self.records, StreamRecords):
+                steps = min(steps, len(self.records.order(seed, 0, shuffle)) // (4 * rows))
+            window = rows * max(1, steps)
         self.planner = Planner(
             measurer=self.measurer,
             rows=rows,
+            micro=rows // micro_batches,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
             shapes=self.shapes,
             capacity=capacity,
-            window=max(WINDOW, int(8 * rows * density)),
+            window=window,
+            sampling=sampling,
         )
         self.steps_per_epoch: int | None = None
         if isinstance(self.records, StreamRecords):
             return
         order = self.records.order(seed, 0, shuffle)  # a mixture may visit a record twice, or not
         expected = len(order) / len(sample) * packed  # rows an epoch
-        self.steps_per_epoch = int(expected // rows if drop_last else -(-expected // rows))
+        micro = self.planner.micro
+        expected = expected // micro * micro if drop_last else expected
+        self.steps_per_epoch = int(-(-expected // rows))
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"{packed} rows do not fill one batch of {rows} rows, and drop_last leaves out "
-                f"what does not: make the batch smaller or set drop_last to false."
+                f"{packed} rows do not fill one micro-batch of {micro} rows, and drop_last leaves "
+                f"out what does not: make the batch smaller or set drop_last to false."
             )
         if self.all_measured:
             self.steps_per_epoch = sum(1 for _ in self.planner.epoch({"epoch": 0, "step": 0}))

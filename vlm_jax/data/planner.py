@@ -41,18 +41,24 @@ class Step(NamedTuple):
 class Planner:
     """Plans steps of `rows` rows; picklable, so that each worker process plans for itself.
 
+    sampling: None: rows of like size make a step; "random": any; "group_by_length": those of a
+    window from the longest to the shortest. Only where there is `shuffle`.
     capacity: tokens and patches of a packed row; None: a row holds one example. shapes: the
     ladder, whose last one holds whatever may come. window: records that are planned together.
+    drop_last: leave out an epoch's last rows that fill no micro-batch of `micro` rows; the others
+    make a step, filled up with empty rows.
     """
 
     measurer: Measurer
     rows: int
+    micro: int
     seed: int
     shuffle: bool
     drop_last: bool
     shapes: list[Shape]
     capacity: Shape | None
     window: int
+    sampling: str | None = None
     share: float = 0.0  # where in a window this process begins to measure
 
     def steps(self, state: State | None = None) -> Iterator[Step]:
@@ -111,16 +117,18 @@ class Planner:
             after = cursor + len(members)
             seen, bad = seen + len(members), bad + self._bad(members)
             rows, sizes = self._rows(self.measurer.measures.kept(members))
-            sequence = self._arrange(sizes, first, [self.seed, epoch, cursor])
+            sequence = self._arrange(sizes, first, [self.seed, epoch, cursor], last)
             for i in range(done, len(rows)):
                 waiting.append((rows[sequence[i]], sizes[sequence[i]]))
                 if len(waiting) == self.rows:
                     left = len(rows) - (i + 1)
                     place = (after, 0, 0) if left == 0 else (cursor, i + 1, first)
-                    too_few = left < self.rows if self.drop_last else left == 0
+                    too_few = left < (self.micro if self.drop_last else 1)
                     yield step(*place, ended=too_few and last)
             first, cursor, done = -len(waiting) % self.rows, after, 0
-        if waiting and not self.drop_last:
+        if self.drop_last:
+            del waiting[len(waiting) // self.micro * self.micro :]
+        if waiting:
             yield step(0, 0, 0, ended=True)
 
     def _windows(self, epoch: int, cursor: int) -> Iterator[tuple[np.ndarray, bool]]:
@@ -145,22 +153,32 @@ class Planner:
         rows = sorted(pack(sizes[:, :2], self.capacity), key=lambda row: int(row[0]))
         return [kept[row].tolist() for row in rows], row_sizes(rows, sizes)
 
-    def _arrange(self, sizes: np.ndarray, first: int, seed: list[int]) -> np.ndarray:
+    def _arrange(self, sizes: np.ndarray, first: int, seed: list[int], last: bool) -> np.ndarray:
         """Return the order in which a window's rows come.
 
         Rows of like size make a step together, steps in random order; the `first` rows, which
         fill the step that the window before began, and those that begin the next window's are the
-        cheapest.
+        cheapest. Those that `drop_last` leaves out of the last window come at the end: they are
+        drawn, or it would be the same cheapest ones in each epoch. With another `sampling` the
+        order is its own.
         """
-        if not self.shuffle or len(sizes) == 0:
+        if not self.shuffle or self.sampling == "random" or len(sizes) == 0:
             return np.arange(len(sizes))
+        if self.sampling == "group_by_length":
+            return np.argsort(-sizes[:, 0], stable=True)
+        rng = np.random.default_rng(seed)
         needs = np.array([fit(size, self.shapes) for size in sizes], np.int64)
         order = np.lexsort((cost(sizes), needs))
+        dropped = np.arange(0)
+        if self.drop_last and last:
+            count = (len(sizes) - first) % self.micro  # what waits is all rows of a step but these
+            dropped = rng.choice(len(sizes), min(count, len(sizes)), replace=False)
+            order = order[~np.isin(order, dropped)]
         head, rest = order[:first], order[first:]
         over = len(rest) % self.rows
         groups = rest[over:].reshape(-1, self.rows)
-        groups = groups[np.random.default_rng(seed).permutation(len(groups))]
-        return np.concatenate([head, groups.reshape(-1), rest[:over]])
+        groups = groups[rng.permutation(len(groups))]
+        return np.concatenate([head, groups.reshape(-1), rest[:over], dropped])
 
     def _shape(self, sizes: np.ndarray) -> Shape:
         index = fit(sizes.max(0), self.shapes)

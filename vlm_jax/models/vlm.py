@@ -25,6 +25,17 @@ def place_features(x_BTD: jax.Array, features_BFD: jax.Array, image_index_BT: ja
     return jnp.where((image_index_BT >= 0)[:, :, None], picked_BTD, x_BTD)
 
 
+def noise_size(segments_BT: jax.Array, width: int, alpha: float) -> jax.Array:
+    """Return [B, T]: how large a token's NEFTune noise may be, alpha / sqrt(tokens * width).
+
+    tokens: of the example that it belongs to (https://arxiv.org/abs/2310.05914, section 2). Rows
+    of transformers count padding too; here it must not matter.
+    """
+    T = segments_BT.shape[1]
+    count = jax.vmap(lambda segments: jnp.zeros(T + 1).at[segments].add(1.0)[segments])
+    return alpha * jax.lax.rsqrt(count(segments_BT) * width)
+
+
 class VisionLanguageModel(nn.Module):
     """A tower, a projector, a decoder and a head over one `Batch`.
 
@@ -50,17 +61,27 @@ class VisionLanguageModel(nn.Module):
         """Return the projected image features [B, F, D]."""
         return self.model.features(batch)
 
-    def embed(self, batch: Batch) -> jax.Array:
-        """Return [B, T, D]: token embeddings with the image features in their places."""
+    def embed(self, batch: Batch, noise: float = 0.0) -> jax.Array:
+        """Return [B, T, D]: token embeddings with the image features in their places.
+
+        noise: NEFTune's alpha; above 0 the embeddings of text get uniform noise of rng "noise".
+        """
         x_BTD = self.model.language_model.embed_tokens(batch.tokens)
+        if noise > 0:
+            size_BT = noise_size(batch.segments, x_BTD.shape[-1], noise)
+            drawn_BTD = jax.random.uniform(self.make_rng("noise"), x_BTD.shape, minval=-1.0)
+            x_BTD += (size_BT[:, :, None] * drawn_BTD).astype(x_BTD.dtype)
         if batch.patches.shape[1] == 0 and not self.is_initializing():
             return x_BTD
         return place_features(x_BTD, self.model.features(batch), batch.image_index)
 
-    def hidden(self, batch: Batch, cache: Any = None) -> tuple[jax.Array, Any]:
-        """Return final hidden states [B, T, D] and the cache, filled where one is given."""
+    def hidden(self, batch: Batch, cache: Any = None, noise: float = 0.0) -> tuple[jax.Array, Any]:
+        """Return final hidden states [B, T, D] and the cache, filled where one is given.
+
+        noise: see `embed`.
+        """
         decoder = self.model.language_model
-        return decoder(self.embed(batch), batch.positions, batch.segments, cache)
+        return decoder(self.embed(batch, noise), batch.positions, batch.segments, cache)
 
     def decode(self, tokens_BT, positions, segments_BT, cache) -> tuple[jax.Array, Any]:
         """Return hidden states [B, T, D] of text that follows what the cache holds."""

@@ -21,6 +21,7 @@ from vlm_jax.train.compile import abstract_batch, out_of_memory_explained
 from vlm_jax.train.compile import compile_step as compile_run
 from vlm_jax.train.estimate import image_patches
 from vlm_jax.train.mesh import mesh_of, rows_of, sizes_of
+from vlm_jax.train.run import step_options
 from vlm_jax.train.step import TrainState, make_step
 
 
@@ -137,7 +138,7 @@ def prepare(
     unit = model.family.patch_unit(model.config)
     patches = _whole("patches", patches, image_patches(config, model), unit, least=0)
     rows = _whole("rows", rows, rows_of(config, over), shards * parts)
-    run = make_step(model, tx, parts)
+    run = make_step(model, tx, parts, **step_options(config))
     batch = abstract_batch(model, rows, (tokens, patches), over)
     return Step(config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts)
 

@@ -21,7 +21,7 @@ from vlm_jax.model import Source, from_config
 from vlm_jax.preview.example import Example, Picture, Reader
 from vlm_jax.sharding import mesh_sizes
 from vlm_jax.train.base import base_name, check_type
-from vlm_jax.train.run import make_encoder, make_pipeline
+from vlm_jax.train.run import data_seed, make_encoder, make_pipeline
 
 SPLITS = ("train", "eval")
 BARS = 24  # of a histogram, at most
@@ -272,7 +272,7 @@ def _round_width(least: float) -> int:
 
 def settings(config: ConfigDict, pipeline: Pipeline, films: bool = False) -> list[Setting]:
     """Return what decides how examples look, as it came out; films: whether there are videos."""
-    d, t, encoder = config.data, config.training, pipeline.encoder
+    t, encoder = config.training, pipeline.encoder
     media = encoder.media
     packed = pipeline.planner.capacity
     found = [
@@ -296,7 +296,13 @@ def settings(config: ConfigDict, pipeline: Pipeline, films: bool = False) -> lis
             ", ".join(f"{T:,} × {P:,}" for T, P in pipeline.shapes),
             "tokens × patches of a row; each is one compilation",
         ),
-        Setting("order", f"shuffled, seed {t.seed}" if d.shuffle else "as in the file"),
+        Setting(
+            "order",
+            f"shuffled, seed {data_seed(config)}"
+            if pipeline.planner.shuffle
+            else "as in the file",
+            t.train_sampling_strategy or "",
+        ),
         Setting("on_bad_example", encoder.on_bad_example),
     ]  # fmt: skip
     if media.video_processor is not None and films:

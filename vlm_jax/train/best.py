@@ -43,8 +43,36 @@ def best_of(config: ConfigDict) -> Best | None:
     t = config.training
     if not t.load_best_model_at_end:
         return None
-    metric = (t.metric_for_best_model or "loss").removeprefix("eval_")
     asked = "training.load_best_model_at_end is true, but"
+    best = metric_of(config, asked)
+    if t.eval_strategy == "no" or t.save_strategy != t.eval_strategy:
+        raise UserError(
+            f"{asked} training.save_strategy is {t.save_strategy} and training.eval_strategy is "
+            f"{t.eval_strategy}, so not every checkpoint would be evaluated. Set both to steps, or "
+            f"both to epoch."
+        )
+    shares = (t.save_steps < 1) or (t.eval_steps < 1)  # each rounds up for itself
+    if t.save_strategy == "steps" and shares and t.save_steps != t.eval_steps:
+        raise UserError(
+            f"{asked} training.save_steps is {t.save_steps} and training.eval_steps is "
+            f"{t.eval_steps}: as shares of all steps they must be equal."
+        )
+    if t.save_strategy == "steps" and not shares and t.save_steps % t.eval_steps:
+        raise UserError(
+            f"{asked} training.save_steps is {t.save_steps}, which is no multiple of "
+            f"training.eval_steps, {t.eval_steps}, so not every checkpoint would be evaluated. "
+            f"Make it one, for instance training.eval_steps={t.save_steps}."
+        )
+    return best
+
+
+def metric_of(config: ConfigDict, asked: str) -> Best:
+    """Return what a run of this config compares evaluations by.
+
+    asked: the first words of the `UserError` where there is nothing to compare.
+    """
+    t = config.training
+    metric = (t.metric_for_best_model or "loss").removeprefix("eval_")
     if config.data.eval_file is None:
         raise UserError(
             f"{asked} there is nothing to evaluate on: set data.eval_file, or leave it out."
@@ -53,18 +81,6 @@ def best_of(config: ConfigDict) -> Best | None:
         raise UserError(
             f"{asked} training.metric_for_best_model is accuracy and evaluation.accuracy is "
             f"false, so none is taken. Set evaluation.accuracy=true, or take the loss."
-        )
-    if t.eval_strategy == "no" or t.save_strategy != t.eval_strategy:
-        raise UserError(
-            f"{asked} training.save_strategy is {t.save_strategy} and training.eval_strategy is "
-            f"{t.eval_strategy}, so not every checkpoint would be evaluated. Set both to steps, or "
-            f"both to epoch."
-        )
-    if t.save_strategy == "steps" and t.save_steps % t.eval_steps:
-        raise UserError(
-            f"{asked} training.save_steps is {t.save_steps}, which is no multiple of "
-            f"training.eval_steps, {t.eval_steps}, so not every checkpoint would be evaluated. "
-            f"Make it one, for instance training.eval_steps={t.save_steps}."
         )
     greater = METRICS[metric] if t.greater_is_better is None else t.greater_is_better
     return Best(metric, greater)

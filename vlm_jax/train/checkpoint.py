@@ -172,12 +172,14 @@ class Checkpoints:
         state: TrainState,
         data_state: Mapping[str, Any],
         evaluation: Mapping[str, float] | None = None,
+        patience: Mapping[str, Any] | None = None,
     ) -> epath.Path:
         """Begin the checkpoint of `step` unless it is there, and return its directory.
 
         The state is on the host when this returns, so that the next step may donate it. The
         directory appears when all of it is written, at the latest by `close`. Raises what went
         wrong with the save before. evaluation: of this state; without it it cannot be the best.
+        patience: what all evaluations so far say about stopping early, see `patience`.
         """
         if step not in self.steps:
             if self.claim is not None:
@@ -189,6 +191,7 @@ class Checkpoints:
                 "identity": self.identity,
                 "shapes": {name: _shape(leaf) for name, leaf in flat_state(state).items()},
                 "evaluation": dict(evaluation or {}),
+                "patience": dict(patience or {}),
             }
             self.evaluations[step], self.wrote = meta["evaluation"], True
             self.manager.save(
@@ -220,6 +223,10 @@ class Checkpoints:
         wanted = flat_state(tree)
         self._check(step, wanted, "trainable.")
         return _unflat(self._read_state(step, wanted), tree)["trainable"]
+
+    def patience(self, step: int) -> dict[str, Any]:
+        """Return what `save` was told of stopping early; {} where that was nothing."""
+        return self._read_meta(step).get("patience", {})
 
     def _check(self, step: int, wanted: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         """Return a checkpoint's meta; raise `UserError` where it is not of this run's leaves.

@@ -115,10 +115,20 @@ def compile_largest_step(
 
 
 def compile_largest_loss(
-    model: Model, state: TrainState, frozen: Any, shapes: Sequence[Shape], rows: int, mesh: Any
+    model: Model,
+    state: TrainState,
+    frozen: Any,
+    shapes: Sequence[Shape],
+    rows: int,
+    mesh: Any,
+    label_smoothing: float = 0.0,
 ) -> OnceAShape:
     """Return (trainable, frozen, batch) -> (loss_sum, tokens), compiled as the step is."""
-    jitted = jax.jit(lambda trainable, frozen, batch: loss(model, trainable, frozen, batch))
+    jitted = jax.jit(
+        lambda trainable, frozen, batch: loss(
+            model, trainable, frozen, batch, label_smoothing=label_smoothing
+        )
+    )
     check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
     with rows_over(batch.tokens.sharding):

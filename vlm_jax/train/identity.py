@@ -60,6 +60,12 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
             "gradient_accumulation_steps": t.gradient_accumulation_steps,
             "seed": t.seed,
             "dataloader_drop_last": t.dataloader_drop_last,
+            # Absent where unset, as in checkpoints that are older than these keys.
+            **{
+                key: t[key]
+                for key in ("data_seed", "train_sampling_strategy")
+                if t[key] is not None
+            },
             "optim": configs.OPTIMIZERS[t.optim],
         },
     }

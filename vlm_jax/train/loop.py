@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +14,6 @@ from rich.console import Console
 from vlm_jax import processes
 from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.data.stream import StreamRecords
-from vlm_jax.errors import UserError
 from vlm_jax.evals.accuracy import accuracy
 from vlm_jax.hub.files import write_json
 from vlm_jax.model import Model
@@ -41,6 +38,7 @@ from vlm_jax.train.metrics import (
 )
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.output import nothing_half_written, output_directory
+from vlm_jax.train.patience import Patience, patience_of
 from vlm_jax.train.place import on_mesh
 from vlm_jax.train.places import Claim, Places, places_of
 from vlm_jax.train.recipe import report, trainable_line
@@ -50,9 +48,11 @@ from vlm_jax.train.run import (
     build,
     make_encoder,
     make_pipeline,
+    step_options,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import interruptible
+from vlm_jax.train.turns import every, total_steps
 from vlm_jax.train.watch import Watch, added_only, idle_components
 from vlm_jax.trees import flatten, join, split
 from vlm_jax.weights import is_quantized
@@ -72,7 +72,7 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     """
     places = places_of(config)
     check_reporters(config.training.report_to)
-    best = best_of(config)
+    best, patience = best_of(config), patience_of(config)
     if not processes.is_primary():  # the first process speaks for all
         console = Console(quiet=True)
     console = console or Console()
@@ -80,7 +80,7 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
         if warning is not None:
             console.print(warning, highlight=False, soft_wrap=True)
         claim = places.claim() if places.in_bucket and processes.is_primary() else None
-        return _train(config, resumes, console, places, best, claim)
+        return _train(config, resumes, console, places, best, patience, claim)
 
 
 def _train(
@@ -89,6 +89,7 @@ def _train(
     console: Console,
     places: Places,
     best: Best | None,
+    patience: Patience | None,
     claim: Claim | None,
 ) -> dict:
     directory = places.directory
@@ -110,13 +111,8 @@ def _train(
         )
 
     # How
-    if data.steps_per_epoch is None and t.max_steps <= 0:
-        raise UserError(
-            "Nobody knows how long a stream is, so num_train_epochs says nothing: set "
-            "training.max_steps, or leave data.streaming out."
-        )
-    epoch = data.steps_per_epoch or t.max_steps
-    total = t.max_steps if t.max_steps > 0 else math.ceil(t.num_train_epochs * epoch)
+    total = total_steps(t.max_steps, t.num_train_epochs, data.steps_per_epoch)
+    epoch = data.steps_per_epoch or total
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=total)
     rate = learning_rate(settings)
     print_report(
@@ -158,14 +154,18 @@ def _train(
                 state, lambda words: console.print(words, highlight=False, soft_wrap=True)
             )
             step = int(state.step)
+            if patience is not None:
+                patience = patience.at(checkpoints.patience(step))
         console.print(f"Resuming '{directory}' from step {step}.", highlight=False)
 
     # The largest shapes are compiled first, so that what cannot run fails now
-    run = make_step(model, tx, t.gradient_accumulation_steps)
+    run = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
     run_step = compile_largest_step(run, model, state, frozen, data.shapes, rows, mesh)
     losses = None
     if held_out is not None:
-        losses = compile_largest_loss(model, state, frozen, held_out.shapes, eval_rows, mesh)
+        losses = compile_largest_loss(
+            model, state, frozen, held_out.shapes, eval_rows, mesh, t.label_smoothing_factor
+        )
     feed = Feed(encoder, mesh)
 
     # From here on things are written
@@ -180,13 +180,16 @@ def _train(
             directory,
             t.report_to,
             run_name=t.run_name,
+            project=t.project,
             config=absolute_paths(config),
             resume_step=step if resume else None,
         )
         rare = added_only(trained, model.component)
-        watch = Watch(log, rate, epoch, t.logging_steps, rare)
-        save_at = every(t.save_strategy, t.save_steps, epoch)
-        eval_at = every(t.eval_strategy, t.eval_steps, epoch)
+        log_at = every(t.logging_strategy, t.logging_steps, epoch, total)
+        first = 1 if t.logging_first_step else 0
+        watch = Watch(log, rate, epoch, lambda step: step == first or log_at(step), rare)
+        save_at = every(t.save_strategy, t.save_steps, epoch, total)
+        eval_at = every(t.eval_strategy, t.eval_steps, epoch, total, t.eval_delay)
         bar = progress_bar(console)
         batches: Any = data.batches(place, feed.bytes_only)
         with (
@@ -206,7 +209,21 @@ def _train(
                             f"step {line['step']}/{total}  {numbers(line)}", highlight=False
                         )
 
-            while step < total and not stop.now():
+            def evaluate(step: int, state: TrainState) -> dict[str, float]:
+                assert held_out is not None
+                found = _evaluate(config, model, encoder, held_out, losses, state, frozen, feed)
+                log.write_evaluation(step, found)
+                console.print(f"step {step}/{total}  {_words(found)}", highlight=False)
+                watch.meter.leave_out(found["seconds"])
+                return found
+
+            def save(state: TrainState, found: dict[str, float] | None = None) -> None:
+                note = None if patience is None else patience.note
+                checkpoints.save(step, state, place, found, note)
+
+            if t.eval_on_start and held_out is not None and step == 0:
+                evaluate(0, state)
+            while step < total and not stop.now() and not (patience and patience.over):
                 if save_at(step + 1):  # or a kill in that step would cost the steps of two saves
                     checkpoints.finish()
                 asked = time.perf_counter()
@@ -219,28 +236,28 @@ def _train(
                 show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
                 due = save_at(step) or step == total
                 saving = due or stop.now()
-                evaluating = held_out is not None and (eval_at(step) or step == total)
+                ends = step == total and (t.eval_strategy != "steps" or t.eval_delay <= step)
+                evaluating = held_out is not None and (eval_at(step) or ends)
                 if saving or evaluating or step == 1:
                     show(watch.flush())  # a broken step's checkpoint must not replace a good one
-                # One that may be the best holds its value. One out of turn is no candidate, for a
-                # run that nobody stopped would lack it; like all others it comes before an
-                # evaluation, which takes time and may fail.
-                if saving and not (due and best is not None):
-                    checkpoints.save(step, state, place)
-                if evaluating and held_out is not None:
-                    evaluation = _evaluate(
-                        config, model, encoder, held_out, losses, state, frozen, feed
-                    )
-                    log.write_evaluation(step, evaluation)
-                    console.print(f"step {step}/{total}  {_words(evaluation)}", highlight=False)
-                    watch.meter.leave_out(evaluation["seconds"])
-                if due and best is not None:
-                    checkpoints.save(step, state, place, evaluation)
+                # One that may be the best holds its value, and all hold what decides whether the
+                # run stops early. One out of turn is no candidate, for a run that nobody stopped
+                # would lack it. Others come before an evaluation, which takes time and may fail.
+                candidate = due and best is not None
+                told = evaluating and (candidate or patience is not None)
+                if saving and not told:
+                    save(state)
+                if evaluating:
+                    evaluation = evaluate(step, state)
+                    patience = patience and patience.after(evaluation)
+                if saving and told:
+                    save(state, evaluation if candidate else None)
             show(watch.flush())
-            checkpoints.save(step, state, place)
+            save(state)
 
     outcome: dict[str, Any] = {"steps": step, "output": str(directory), "evaluation": evaluation}
-    outcome["interrupted"] = step < total
+    outcome["stopped_early"] = patience is not None and patience.over and step < total
+    outcome["interrupted"] = step < total and not outcome["stopped_early"]
     outcome["seconds"] = time.perf_counter() - start
     outcome["data"] = data.report
     known = processes.gather("skipped", [dataclasses.asdict(one) for one in data.skipped()])
@@ -259,6 +276,14 @@ def _train(
             soft_wrap=True,
         )
         return outcome
+    if patience is not None and outcome["stopped_early"]:
+        console.print(
+            f"Stopped early, after step {step} of {total}: {patience.waited} evaluations in a row "
+            f"did not better the {patience.measure.metric}, {patience.best:.4f}, by more than "
+            f"{patience.threshold:g}.",
+            highlight=False,
+            soft_wrap=True,
+        )
     trainable = state.trainable
     del state  # the moments make room for what is read
     if best is not None:
@@ -271,12 +296,6 @@ def _train(
     outcome["result"] = str(result)
     console.print(f"Wrote '{result}'.", highlight=False, soft_wrap=True)
     return outcome
-
-
-def every(strategy: str, interval: int, steps_per_epoch: int) -> Callable[[int], bool]:
-    """Return whether a step is due: each `interval` steps, each epoch, or never."""
-    period = {"no": 0, "steps": interval, "epoch": steps_per_epoch}[strategy]
-    return lambda step: period > 0 and step % period == 0
 
 
 def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:

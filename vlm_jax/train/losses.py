@@ -19,6 +19,7 @@ from vlm_jax.vocabulary import EMBEDDING, HEAD
 
 # Logits of about this many positions exist at a time on a device.
 CHUNK_POSITIONS = 1024
+NOISE = 0x6E6F  # sets the key of embeddings' noise apart from dropout's
 
 
 def _gather_weighted(x_BTD, targets_BT, weights_BT, chunk: int):
@@ -63,19 +64,28 @@ def loss(
     frozen: Mapping[str, Any],
     batch: Batch,
     rngs: dict[str, jax.Array] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    neftune_alpha: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Return `(loss_sum, tokens)`: the weighted sum of cross-entropies and the sum of weights.
 
     Differentiable in `trainable`; divide by the tokens of the whole global batch. `rngs={"dropout":
-    key}` turns LoRA's dropout on. Positions without weight cost no logits: each row's weighted
-    positions are gathered first, and chunks that hold none are skipped.
+    key}` turns LoRA's dropout on. label_smoothing: the share of each target that is spread over the
+    whole vocabulary, transformers' label_smoothing_factor. neftune_alpha: above 0, noise of the
+    same key on the embeddings of text, its neftune_noise_alpha. Positions without weight cost no
+    logits: each row's weighted positions are gathered first, and chunks that hold none are skipped.
     """
     # Float32 masters are cast once, not at every use.
     trainable = jax.tree.map(lambda leaf: leaf.astype(model.dtype), dict(trainable))
     params = {"params": join(trainable, frozen)}
     module = model.module
     batch = jax.tree.map(jnp.asarray, batch)
-    x_BTD, _ = module.apply(params, batch, method="hidden", rngs=rngs)
+    if neftune_alpha > 0:
+        if not rngs:
+            raise ValueError('Noise on embeddings needs rngs={"dropout": key}.')
+        rngs = {**rngs, "noise": jax.random.fold_in(rngs["dropout"], NOISE)}
+    x_BTD, _ = module.apply(params, batch, None, neftune_alpha, method="hidden", rngs=rngs)
     B, T, _ = x_BTD.shape
     over_rows, over_tokens = partition.parts()
     chunk = max(16, CHUNK_POSITIONS * over_rows * over_tokens // B)
@@ -87,6 +97,9 @@ def loss(
         x_BCD = partition.constrain_rows(x_BCD)
         logits_BCV: Any = module.apply(params, x_BCD, method="logits", rngs=rngs)
         picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
+        if label_smoothing:
+            everywhere_BC = jnp.mean(logits_BCV, axis=-1)
+            picked_BC = (1 - label_smoothing) * picked_BC + label_smoothing * everywhere_BC
         losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
         return jnp.sum(losses_BC * weights_BC)
 

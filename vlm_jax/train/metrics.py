@@ -105,6 +105,7 @@ class Log:
         report_to: Sequence[str],
         *,
         run_name: str | None = None,
+        project: str = "vlm_jax",
         config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
     ):
@@ -116,7 +117,7 @@ class Log:
             if name == "tensorboard":
                 self._tensorboard(directory, resume_step)
             elif name in HOSTED:
-                self._hosted(name, directory, run_name, config or {})
+                self._hosted(name, directory, run_name, project, config or {})
 
     def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
         from tensorboardX import SummaryWriter
@@ -132,10 +133,15 @@ class Log:
         self.closers.append(board.close)
 
     def _hosted(
-        self, name: str, directory: Path, run_name: str | None, config: Mapping[str, Any]
+        self,
+        name: str,
+        directory: Path,
+        run_name: str | None,
+        project: str,
+        config: Mapping[str, Any],
     ) -> None:
         module: Any = importlib.import_module(name)
-        module.init(project="vlm_jax", name=run_name or directory.name, config=dict(config))
+        module.init(project=project, name=run_name or directory.name, config=dict(config))
         self.writers.append(lambda step, values: module.log(dict(values), step=step))
         self.closers.append(module.finish)
 

@@ -27,7 +27,8 @@ class OptimizerSettings:
 
     optim: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or another name of theirs.
     max_steps: all optimizer steps of the run, above 0 wherever the schedule depends on it.
-    warmup_steps: above 0 it overrides warmup_ratio. max_grad_norm: 0 turns clipping off.
+    warmup_steps: above 0 it overrides warmup_ratio; below 1 it is a share of max_steps itself.
+    max_grad_norm: 0 turns clipping off.
     """
 
     learning_rate: float = 2e-4
@@ -40,7 +41,7 @@ class OptimizerSettings:
     lr_scheduler_type: str = "cosine"
     lr_scheduler_kwargs: Mapping[str, Any] | None = None
     warmup_ratio: float = 0.0
-    warmup_steps: int = 0
+    warmup_steps: float = 0
     max_steps: int = -1
 
     @classmethod
@@ -65,9 +66,6 @@ class OptimizerSettings:
             given = {name: getattr(training, name, None) for name in types}
         for name in ("lr_scheduler_type", "optim"):  # TrainingArguments holds enumerations
             given[name] = getattr(given.get(name), "value", given.get(name))
-        warmup = given.get("warmup_steps")
-        if isinstance(warmup, float) and 0 < warmup < 1:  # transformers 5: a share of all steps
-            given |= {"warmup_steps": None, "warmup_ratio": warmup}
         values = {
             name: coerce(f"training.{name}", value, types[name], False, "the training settings")
             for name, value in given.items()
@@ -80,11 +78,12 @@ class OptimizerSettings:
     @property
     def warmup(self) -> int:
         """Steps over which the learning rate rises linearly from 0."""
-        if self.warmup_steps > 0:
+        if self.warmup_steps >= 1:
             return int(self.warmup_steps)
-        if self.warmup_ratio > 0 and self.max_steps <= 0:
+        share = self.warmup_steps or self.warmup_ratio
+        if share > 0 and self.max_steps <= 0:
             raise UserError("training.warmup_ratio is a share of training.max_steps: set it too.")
-        return math.ceil(max(self.max_steps, 0) * self.warmup_ratio)
+        return math.ceil(max(self.max_steps, 0) * share)
 
 
 def learning_rate(settings: OptimizerSettings) -> Callable[[Any], jax.Array]:

@@ -227,16 +227,33 @@ def make_pipeline(
         encoder,
         records,
         rows=rows,
+        micro_batches=config.training.gradient_accumulation_steps if training else 1,
         process_index=index,
         process_count=count,
         max_shapes=d.max_shapes,
-        seed=config.training.seed,
+        seed=data_seed(config),
         shuffle=d.shuffle,
+        sampling=config.training.train_sampling_strategy if training else None,
         packing=d.packing and training,
         drop_last=config.training.dataloader_drop_last and training,
         max_bad_share=d.max_bad_share,
         workers=config.training.dataloader_num_workers if training else 0,
     )
+
+
+def step_options(config: ConfigDict) -> dict[str, Any]:
+    """Return the options of `make_step` that the config's training section sets."""
+    t = config.training
+    return {
+        "label_smoothing": t.label_smoothing_factor,
+        "neftune_alpha": t.neftune_noise_alpha or 0.0,
+    }
+
+
+def data_seed(config: ConfigDict) -> int:
+    """Return the seed of the order of the data."""
+    t = config.training
+    return t.seed if t.data_seed is None else t.data_seed
 
 
 def stored_dtype(directory: Path) -> str:

@@ -50,11 +50,23 @@ def split_rows(batch: Batch, micro_batches: int) -> Batch:
     return jax.tree.map(regroup, batch)
 
 
-def _gradients(model: Model, state: TrainState, frozen: Any, batch: Batch, micro_batches: int):
-    """Return (loss_sum, tokens, gradients of loss_sum), summed over the micro-batches."""
+def _gradients(
+    model: Model,
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    micro_batches: int,
+    options: Mapping[str, float],
+):
+    """Return (loss_sum, tokens, gradients of loss_sum), summed over the micro-batches.
+
+    options: of `loss`.
+    """
     keys = jax.random.split(jax.random.fold_in(state.rng, state.step), micro_batches)
     grad = jax.value_and_grad(
-        lambda trainable, rows, key: loss(model, trainable, frozen, rows, {"dropout": key}),
+        lambda trainable, rows, key: loss(
+            model, trainable, frozen, rows, {"dropout": key}, **options
+        ),
         has_aux=True,
     )
     if micro_batches == 1:
@@ -71,17 +83,25 @@ def _gradients(model: Model, state: TrainState, frozen: Any, batch: Batch, micro
 
 
 def make_step(
-    model: Model, tx: optax.GradientTransformation, micro_batches: int = 1
+    model: Model,
+    tx: optax.GradientTransformation,
+    micro_batches: int = 1,
+    *,
+    label_smoothing: float = 0.0,
+    neftune_alpha: float = 0.0,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`: pure, jittable, donatable.
 
     The loss is the sum over all micro-batches divided by all their answer tokens, so that the
-    gradient does not depend on how rows are split. metrics: float32 scalars: loss, tokens,
-    grad_norm (before clipping) and grad_norm/<component> of each component that trains.
+    gradient does not depend on how rows are split. label_smoothing, neftune_alpha: see `loss`.
+    metrics: float32 scalars: loss, tokens, grad_norm (before clipping) and grad_norm/<component>
+    of each component that trains.
     """
 
+    options = {"label_smoothing": label_smoothing, "neftune_alpha": neftune_alpha}
+
     def step(state: TrainState, frozen: Any, batch: Batch):
-        loss_sum, tokens, grads = _gradients(model, state, frozen, batch, micro_batches)
+        loss_sum, tokens, grads = _gradients(model, state, frozen, batch, micro_batches, options)
         # A batch without an answer token (all rows padding) must not turn into NaN.
         scale = 1.0 / jnp.maximum(tokens, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)

@@ -49,11 +49,11 @@ class Watch:
         log: Reporter,
         rate: Callable[[int], Any],
         steps_per_epoch: int,
-        logging_steps: int,
+        log_at: Callable[[int], bool],
         rare: Collection[str] = (),
     ):
         self.log, self.rate, self.steps_per_epoch = log, rate, steps_per_epoch
-        self.logging_steps = logging_steps
+        self.log_at = log_at
         self.rare = rare
         self.meter = Meter()
         self.waiting: tuple | None = None
@@ -80,7 +80,7 @@ class Watch:
             raise self._not_finite(step, ids, values)
         self._check_gradients(step, values, images)
         self.meter.add(values["loss"], values["tokens"])
-        if step % self.logging_steps:
+        if not self.log_at(step):
             return None
         line = {
             **self.meter.read(),
