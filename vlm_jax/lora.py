@@ -1,8 +1,13 @@
-"""LoRA on a parameter tree: which layers, fresh matrices, merging."""
+"""LoRA on a parameter tree: fresh matrices, modules saved in full, merging.
+
+Layers of a stack may differ in rank and scale. Their matrices are then of the largest rank, and
+what a layer has less of it are columns of A and rows of B that are zero: each is the other's
+gradient, so they stay zero under any optimizer. `lora_scale` [L], float32 and never trained, holds
+the scales where they are not all the one that `LoRA` says; 0 is a layer without matrices.
+"""
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,100 +24,25 @@ from vlm_jax.names import (
     layer_names,
     stacked_layers,
 )
+from vlm_jax.targets import (
+    EMBEDDING_LEAF,
+    PROJECTOR_NAMES,
+    Slot,
+    is_uniform,
+    slots,
+    target_modules,
+)
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import quantize
 
-PRESETS: dict[str, tuple[str, ...]] = {
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "qwen": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "gpt": ("c_attn", "c_proj"),
-    "bert": ("query", "value"),
-    "vit": ("qkv", "proj"),
-}
-# The projector by our name, by LLaVA's old one, and by what families call it.
-PROJECTOR_NAMES = ("projector", "mm_projector", "multi_modal_projector", "merger")
+MATRICES = ("lora_A", "lora_B", "lora_magnitude")  # what of an adapter's leaves trains
 
 
 def is_lora(path: str) -> bool:
-    """Return whether a leaf is a LoRA matrix, or DoRA's norms of columns."""
-    return path.endswith(("/lora_A", "/lora_B", "/lora_magnitude"))
-
-
-def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[str]:
-    """Return the paths of the kernels that `lora.targets` names, in the tree's order.
-
-    A suffix matches whole dotted parts at the end of a module's name and looks only into
-    `lora.components`, so that a vision tower with submodules of the same names is left alone; a
-    regex matches a module's whole name, layer number included, as PEFT does.
-    Raises `UserError` for a target that matches nothing or only some layers of a stack.
-    """
-    convolutions = model.family.disk_shapes(model.config)  # PEFT gives those another kind of LoRA
-    kernels = [
-        path for path in flatten(params) if path.endswith("/kernel") and path not in convolutions
-    ]
-    inside = [path for path in kernels if model.component(path) in lora.components]
-    targets = lora.targets
-    if isinstance(targets, str):
-        if targets == "all-linear":  # PEFT's leaves the output layer alone
-            inner = [path for path in inside if model.component(path) != "head"]
-            if not inner:
-                holding = sorted({model.component(path) for path in kernels} - {"head"})
-                raise UserError(
-                    f"The LoRA target 'all-linear' finds no linear layer in the components "
-                    f"{list(lora.components)}; those that hold some are {', '.join(holding)}. The "
-                    f"head is left out, as in PEFT: name it, as 'lm_head', to adapt it."
-                )
-            return inner
-        if targets in PRESETS:
-            targets = PRESETS[targets]
-        else:
-            return _regex_kernels(model, kernels, targets)
-    chosen: set[str] = set()
-    for target in targets:
-        if target in PROJECTOR_NAMES:
-            hits = [path for path in kernels if model.component(path) == "projector"]
-        else:
-            suffix = "/" + target.replace(".", "/") + "/kernel"
-            hits = [path for path in inside if f"/{path}".endswith(suffix)]
-        if not hits:
-            known = sorted({path.split("/")[-2] for path in inside})
-            raise UserError(
-                f"The LoRA target '{target}' matches no linear layer of the "
-                f"{' or '.join(lora.components)}{nearest(target, known)}. Layers there: "
-                f"{', '.join(known)}. Name suffixes, a preset ({', '.join(PRESETS)}), "
-                f"'all-linear', or one regex over whole module names."
-            )
-        chosen.update(hits)
-    return [path for path in kernels if path in chosen]
-
-
-def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> list[str]:
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"The LoRA target {pattern!r} is no regular expression: {error}."
-        ) from error
-    chosen = []
-    for path in kernels:
-        hits = [bool(regex.fullmatch(name)) for name in layer_names(model, path)]
-        if any(hits) and not all(hits):
-            raise UserError(
-                f"The LoRA target {pattern!r} matches only layers "
-                f"{[i for i, hit in enumerate(hits) if hit][:8]} of '{path}'. Layers are stacked "
-                f"here, so a target must match all of them or none."
-            )
-        if hits[0]:
-            chosen.append(path)
-    if not chosen:
-        raise UserError(
-            f"The LoRA target {pattern!r} matches no linear layer. A string is a regex over whole "
-            f"module names such as '{layer_names(model, kernels[0])[0]}'; for name suffixes "
-            f"pass a list, e.g. ['q_proj', 'v_proj']."
-        )
-    return chosen
+    """Return whether a leaf is an adapter's: LoRA's matrices, DoRA's norms, scales of layers."""
+    return path.endswith(("/lora_A", "/lora_B", "/lora_magnitude", "/lora_scale"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +160,8 @@ def saved_leaves(model: Model, params: Mapping[str, Any], names: Iterable[str]) 
 
 def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels: list[str]) -> None:
     in_full = set(saved_leaves(model, params, lora.modules_to_save))
-    in_full |= {path.replace("/added", "/kernel") for path in flatten(params) if is_added(path)}
+    for path in (path for path in flatten(params) if is_added(path)):
+        in_full |= {path.replace("/added", leaf) for leaf in ("/kernel", "/embedding")}
     codes = [path for path in in_full if isinstance(flatten(params).get(path), FourBit)]
     if codes:
         raise UserError(
@@ -255,7 +186,8 @@ def add_lora(
 
     A is kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(in), and B zero, as in
     PEFT: the adapted model starts equal to the base. Both are float32; scanned layers lead with
-    the layer axis. lora.dora adds `lora_magnitude` [out], the norms of the kernel's columns. The
+    the layer axis. lora.dora adds `lora_magnitude` [out], the norms of the kernel's columns. Of
+    the embedding A is zero and B normal. Layers that differ: see the top of this file. The
     old tree stays as it was. Raises `UserError` for a target or module that
     matches nothing, or where LoRA is there already.
     """
@@ -266,18 +198,57 @@ def add_lora(
         raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
     if not 0 <= lora.dropout < 1:
         raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
-    kernels = target_kernels(model, params, lora)
+    hits = target_modules(model, params, lora)
+    kernels = list(hits)
     _check_overlap(model, params, lora, kernels)
+    if lora.dora and EMBEDDING_LEAF in kernels:
+        raise UserError(
+            "DoRA is asked for on 'embed_tokens', but an embedding has no columns whose norms "
+            "DoRA's learned ones could replace here. Take it out of the targets, or set dora=False."
+        )
+    lora = dataclasses.replace(lora, left_out=left_out(model, hits))
     for path, one in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
+        held = slots(model, lora, path)
         *layers, inputs, outputs = flat[path].shape
-        bound = 1 / math.sqrt(inputs)
+        rank = max(slot.rank for slot in held)
         base = path.rsplit("/", 1)[0]
-        shape = (*layers, inputs, lora.rank)
-        flat[f"{base}/lora_A"] = jax.random.uniform(one, shape, jnp.float32, -bound, bound)
-        flat[f"{base}/lora_B"] = jnp.zeros((*layers, lora.rank, outputs), jnp.float32)
+        shape_a, shape_b = (*layers, inputs, rank), (*layers, rank, outputs)
+        if path == EMBEDDING_LEAF:
+            a, b = jnp.zeros(shape_a, jnp.float32), jax.random.normal(one, shape_b, jnp.float32)
+        else:
+            bound = 1 / math.sqrt(inputs)
+            a = jax.random.uniform(one, shape_a, jnp.float32, -bound, bound)
+            b = jnp.zeros(shape_b, jnp.float32)
+        flat[f"{base}/lora_A"] = a * _mask(held)[..., None, :] if layers else a
+        flat[f"{base}/lora_B"] = b
         if lora.dora:
-            flat[f"{base}/lora_magnitude"] = _norms(flat[path])
+            norms, some = _norms(flat[path]), _mask(held)[:, :1]  # none of a layer left out
+            flat[f"{base}/lora_magnitude"] = norms * some if layers else norms
+        if not is_uniform(lora, held):
+            flat[f"{base}/lora_scale"] = scales(held)
     return dataclasses.replace(model, lora=lora), unflatten(flat)
+
+
+def left_out(model: Model, hits: Mapping[str, list[bool]]) -> tuple[str, ...]:
+    """Return `LoRA.left_out` of {kernel: for each of its layers whether it is adapted}."""
+    return tuple(
+        module
+        for path, flags in hits.items()
+        for module, hit in zip(layer_names(model, path), flags, strict=True)
+        if not hit
+    )
+
+
+def scales(held: list[Slot]) -> jax.Array:
+    """Return the leaf `lora_scale`, [L] of a stack and [] of what is none."""
+    found = [slot.scale for slot in held]
+    return jnp.asarray(found if held[0].layer is not None else found[0], jnp.float32)
+
+
+def _mask(held: list[Slot]) -> jax.Array:
+    """Return [L, R], 1 where a layer of a stack has that much rank."""
+    ranks = jnp.asarray([slot.rank for slot in held])
+    return (jnp.arange(max(slot.rank for slot in held))[None] < ranks[:, None]).astype(jnp.float32)
 
 
 def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> dict[str, Any]:
@@ -318,8 +289,14 @@ def merged_leaf(
     A leaf without LoRA is returned as it is.
     """
     base, kernel = path.rsplit("/", 1)[0], _one(flat[path], layer)
-    if not path.endswith("/kernel") or f"{base}/lora_A" not in flat:
+    if not path.endswith(("/kernel", "/embedding")) or f"{base}/lora_A" not in flat:
         return kernel
+    if path == EMBEDDING_LEAF and model.config.text.tied:
+        raise UserError(
+            "The embedding has LoRA matrices and this model's head is tied to it: the matrices "
+            "change the embedding alone, as in PEFT, so merging would untie them. Keep the "
+            "adapter (save_peft), or merge it with peft, which unties the head."
+        )
     summed: Any = _merged(model, flat, base, kernel, layer)
     if not isinstance(kernel, FourBit):
         return summed.astype(kernel.dtype)
@@ -362,11 +339,15 @@ def _merged(
     update = jnp.matmul(
         a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    summed = dense(kernel, jnp.float32) + model.lora.scale.scale(rank) * update
+    scale: Any = model.lora.scale.scale(rank)
+    if f"{base}/lora_scale" in flat:
+        scale = _one(flat[f"{base}/lora_scale"], layer)[..., None, None]
+    summed = dense(kernel, jnp.float32) + scale * update
     if f"{base}/lora_magnitude" not in flat:
         return summed
     magnitude = _one(flat[f"{base}/lora_magnitude"], layer)
-    return summed * (magnitude / jnp.linalg.norm(summed, axis=-2))[..., None, :]
+    learned = summed * (magnitude / jnp.linalg.norm(summed, axis=-2))[..., None, :]
+    return jnp.where(jnp.asarray(scale) == 0, summed, learned)  # a layer without matrices
 
 
 def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float, float]:

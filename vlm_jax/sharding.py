@@ -76,8 +76,11 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
     """Return each leaf's logical axes; LoRA's follow from the kernel they stand beside."""
 
     def kernel_of(path: str) -> str:
-        lora = re.fullmatch(r"(.*)/lora_(A|B|magnitude)", path)
-        return f"{lora[1]}/kernel" if lora else path
+        lora = re.fullmatch(r"(.*)/lora_(A|B|magnitude|scale)", path)
+        if lora is None:
+            return path
+        kernel = f"{lora[1]}/kernel"
+        return kernel if kernel in flat else f"{lora[1]}/embedding"
 
     tables = match(
         model.family.AXES, [kernel_of(path) for path in flat], "sharding table", unused="allow"
@@ -91,6 +94,8 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
             own = (None, own[1])
         elif path.endswith("/lora_magnitude"):
             own = (own[1],)
+        elif path.endswith("/lora_scale"):
+            own = ()
         axes[path] = own
     return axes
 

@@ -1,8 +1,8 @@
 """Writes PEFT adapter directories: adapter_config.json + adapter_model.safetensors.
 
 A key is `base_model.model.<module>.lora_A.weight` of shape [R, in] (ours transposed), or
-`.lora_magnitude_vector` of shape [out], or for modules_to_save the plain tensor name behind the
-same prefix.
+`.lora_magnitude_vector` of shape [out], of an embedding `.lora_embedding_A`, or for modules_to_save
+the plain tensor name behind the same prefix. Of layers that differ in rank each has its own.
 """
 
 import re
@@ -27,8 +27,9 @@ from vlm_jax.names import (
     to_disk,
     to_tree,
 )
+from vlm_jax.targets import layer_number, slots
 from vlm_jax.trees import flatten
-from vlm_jax.vocabulary import HEAD, fold_added, is_added
+from vlm_jax.vocabulary import EMBEDDING, HEAD, fold_added, is_added
 
 PREFIX = "base_model.model."
 EMBEDDING_TENSOR = "model.language_model.embed_tokens.weight"
@@ -52,50 +53,75 @@ def _suffix(module: str) -> str:
 
 
 def _targets(model: Model, modules: set[str], adapted: set[str]) -> dict[str, Any]:
-    """Return target_modules and exclude_modules under which PEFT adapts exactly `adapted`.
+    """Return the fields under which PEFT adapts exactly `adapted`.
 
     A list of suffixes where it can be, because that works in either layout of module names and
-    in vLLM, with the vision side excluded by a regex; full module names otherwise. modules: all
-    that the reference has.
+    in vLLM, with the vision side excluded by a regex and layers by their numbers; full module names
+    otherwise. modules: all that the reference has.
     """
+    fields: dict[str, Any] = {
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
     if not adapted:  # modules_to_save alone; an empty list is an error to peft
-        return {"target_modules": NO_TARGETS, "exclude_modules": None}
+        return {"target_modules": NO_TARGETS, **fields}
     suffixes = sorted({_suffix(module) for module in adapted})
-    exclude = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
+    regex = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
     hit = {m for m in modules if f".{m}".endswith(tuple(f".{suffix}" for suffix in suffixes))}
-    if hit == adapted:
-        return {"target_modules": suffixes, "exclude_modules": None}
-    if {module for module in hit if not re.fullmatch(exclude, module)} == adapted:
-        return {"target_modules": suffixes, "exclude_modules": exclude}
-    return {"target_modules": sorted(adapted), "exclude_modules": None}
+    numbers = {layer_number(module, ()) for module in adapted}
+    some = None if None in numbers else sorted(n for n in numbers if n is not None)
+    for layers in (None, some):
+        for exclude in (None, regex):
+            left = {module for module in hit if not (exclude and re.fullmatch(exclude, module))}
+            if layers is not None:
+                left = {module for module in left if layer_number(module, ()) in layers}
+            if left == adapted:
+                fields |= {"exclude_modules": exclude, "layers_to_transform": layers}
+                return {"target_modules": suffixes, **fields}
+    return {"target_modules": sorted(adapted), **fields}
 
 
-# A leaf -> the end of its tensor's name in PEFT's files.
+# A leaf -> the end of its tensor's name in PEFT's files, of a layer and of an embedding.
 MATRICES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
     "lora_magnitude": "lora_magnitude_vector",
 }
+OF_EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
 
 def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Return {module: {"lora_A": [in, R], "lora_B": [R, out], ...}} of every adapted layer.
 
-    A layer of a stack whose A and B are zero is one that a loaded adapter had left out: fresh
-    matrices are never zero, and zero ones never train.
+    Each has its own rank, without the zeros that fill up its stack. Raises `UserError` where the
+    leaves have another rank or scale than the model's `LoRA` says.
     """
+    assert model.lora is not None
     found = {}
     for path in [path for path in flat if path.endswith("/lora_A")]:
-        base = path.rsplit("/", 1)[0]
-        held = {
+        base, held = path.rsplit("/", 1)[0], slots(model, model.lora, path)
+        leaves = {
             name: np.asarray(jax.device_get(flat[f"{base}/{name}"]))
             for name in MATRICES
             if f"{base}/{name}" in flat
         }
-        for module, (_, layer) in layer_modules(model, [path]).items():
-            one = {name: leaf if layer is None else leaf[layer] for name, leaf in held.items()}
-            if layer is None or one["lora_A"].any() or one["lora_B"].any():
-                found[module] = one
+        rank = leaves["lora_A"].shape[-1]
+        scale = np.asarray(flat.get(f"{base}/lora_scale", model.lora.scale.scale(rank)), np.float32)
+        said = np.asarray([slot.scale for slot in held], np.float32)
+        if rank != max(slot.rank for slot in held) or not np.all(scale == said):
+            raise UserError(
+                f"The LoRA matrices of '{base}' are of rank {rank} and of other scales than the "
+                f"model's LoRA says (rank {model.lora.rank}, alpha {model.lora.alpha}), so the "
+                f"file would mean other logits. Save with the model that add_lora, load_peft or "
+                f"combine_adapters returned beside these parameters."
+            )
+        for slot in held:
+            if slot.rank:
+                own = {n: x if slot.layer is None else x[slot.layer] for n, x in leaves.items()}
+                own["lora_A"] = own["lora_A"][:, : slot.rank]
+                own["lora_B"] = own["lora_B"][: slot.rank]
+                found[slot.module] = own
     return found
 
 
@@ -156,7 +182,7 @@ def save_peft(
     """
     flat = flatten(params)
     lora = model.lora
-    matrices = _matrices(model, flat)
+    matrices = {} if lora is None else _matrices(model, flat)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     if lora is None or not (matrices or lora.modules_to_save or added):
         raise UserError(
@@ -179,7 +205,8 @@ def save_peft(
     tensors: dict[str, np.ndarray] = {}
     for module, leaves in matrices.items():
         for name, leaf in leaves.items():
-            tensors[f"{PREFIX}{module}.{MATRICES[name]}"] = np.ascontiguousarray(leaf.T)
+            ends = OF_EMBEDDING if module == EMBEDDING.replace("/", ".") else MATRICES
+            tensors[f"{PREFIX}{module}.{ends[name]}"] = np.ascontiguousarray(leaf.T)
     flat = fold_added(flat)
     whole = disk_places(model, {path: flat[path].shape for path in saved.leaves})
     held = _tensors(flat, {name: whole[name] for name in saved.places})
@@ -206,10 +233,8 @@ def save_peft(
         "init_lora_weights": True,
         **_targets(model, modules, set(matrices)),
         "modules_to_save": list(saved.names) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
     }

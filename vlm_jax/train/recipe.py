@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.lora import PROJECTOR_NAMES, is_lora, module_names, peft_module, saved_leaves
+from vlm_jax.lora import is_lora, module_names, peft_module, saved_leaves
 from vlm_jax.model import Model
+from vlm_jax.targets import PROJECTOR_NAMES
 from vlm_jax.trees import FROZEN, Table, flatten, match, parse_group
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import is_quantized

@@ -16,9 +16,10 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import dtypes, tensor_files
-from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
+from vlm_jax.lora import add_lora, is_lora, saved_modules
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import check_spread, make_mesh, param_shardings, shard_params
+from vlm_jax.targets import PRESETS, target_kernels
 from vlm_jax.train.base import compute_dtype, load_base
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.identity import identity
@@ -141,7 +142,7 @@ def _continue_lora(
             f"The adapter '{config.model.adapter}' holds LoRA matrices, but lora.enabled is false. "
             f"Merge it first (vlm-jax export --merge) and train from the result."
         )
-    for name in ("rank", "alpha", "rslora", "dora"):
+    for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern"):
         if getattr(own, name) != getattr(lora, name):
             raise UserError(
                 f"The adapter '{config.model.adapter}' has {name}={getattr(own, name)}, but the "
