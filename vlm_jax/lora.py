@@ -37,7 +37,7 @@ from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import quantize
 
-MATRICES = ("lora_A", "lora_B", "lora_magnitude")  # what of an adapter's leaves trains
+BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
 
 
 def is_lora(path: str) -> bool:
@@ -158,6 +158,39 @@ def saved_leaves(model: Model, params: Mapping[str, Any], names: Iterable[str]) 
     return saved.leaves
 
 
+def bias_places(model: Model, params: Mapping[str, Any]) -> dict[str, Place]:
+    """Return {tensor name: its place} of the biases that `LoRA.bias` says an adapter holds."""
+    if model.lora is None or model.lora.bias == "none":
+        return {}
+    flat, out = flatten(params), {f"{module}.bias" for module in model.lora.left_out}
+    return {
+        name: place
+        for name, place in base_places(model, params).items()
+        if place.path.endswith("/bias")
+        and (model.lora.bias == "all" or place.path.replace("/bias", "/lora_A") in flat)
+        and (model.lora.bias == "all" or name not in out)
+    }
+
+
+def bias_leaves(model: Model, params: Mapping[str, Any]) -> list[str]:
+    """Return the leaves of `bias_places`, which train whole.
+
+    Raises `UserError` where some layers of a stack are not adapted, whose biases "lora_only" would
+    leave frozen.
+    """
+    held: dict[str, int] = {}
+    for place in bias_places(model, params).values():
+        held[place.path] = held.get(place.path, 0) + 1
+    for path, count in held.items():
+        if count < (stacked_layers(model, path) or 1):
+            raise UserError(
+                f"bias='lora_only' would train {count} of the {stacked_layers(model, path)} layers "
+                f"of '{path}', those that have matrices. Layers are stacked here, so a bias trains "
+                f"in all of them or in none: adapt all layers, or set bias to 'all' or 'none'."
+            )
+    return list(held)
+
+
 def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels: list[str]) -> None:
     in_full = set(saved_leaves(model, params, lora.modules_to_save))
     for path in (path for path in flatten(params) if is_added(path)):
@@ -198,6 +231,8 @@ def add_lora(
         raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
     if not 0 <= lora.dropout < 1:
         raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
+    if lora.bias not in BIASES:
+        raise UserError(f"LoRA.bias is {lora.bias!r}; it must be one of {', '.join(BIASES)}.")
     hits = target_modules(model, params, lora)
     kernels = list(hits)
     _check_overlap(model, params, lora, kernels)
@@ -226,7 +261,9 @@ def add_lora(
             flat[f"{base}/lora_magnitude"] = norms * some if layers else norms
         if not is_uniform(lora, held):
             flat[f"{base}/lora_scale"] = scales(held)
-    return dataclasses.replace(model, lora=lora), unflatten(flat)
+    model, params = dataclasses.replace(model, lora=lora), unflatten(flat)
+    bias_leaves(model, params)
+    return model, params
 
 
 def left_out(model: Model, hits: Mapping[str, list[bool]]) -> tuple[str, ...]:

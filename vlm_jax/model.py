@@ -37,6 +37,8 @@ class LoRA:
     layers_to_transform: the only layers that are adapted, () for all. layers_pattern: what stands
         before such a number in names, ("layers",); () for the first number.
     exclude_modules: name suffixes, or one regex over whole names, of what is not adapted.
+    bias: which biases train beside the matrices and are saved with them: "none", "all", or
+        "lora_only", those of adapted modules.
     left_out: set by `add_lora` and `load_peft`: modules without matrices of stacks that have some.
     """
 
@@ -53,6 +55,7 @@ class LoRA:
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
+    bias: str = "none"
     left_out: tuple[str, ...] = ()
 
     @property

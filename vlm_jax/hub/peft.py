@@ -2,7 +2,8 @@
 
 A key is `base_model.model.<module>.lora_A.weight` of shape [R, in] (ours transposed), or
 `.lora_magnitude_vector` of shape [out], of an embedding `.lora_embedding_A`, or for modules_to_save
-the plain tensor name behind the same prefix. Of layers that differ in rank each has its own.
+the plain tensor name behind the same prefix; a bias of an adapted module is `.base_layer.bias`.
+Of layers that differ in rank each has its own.
 """
 
 import re
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_is_here, base_tensors
 from vlm_jax.hub.files import whole_directory, write_json
-from vlm_jax.lora import base_places, module_names, saved_modules
+from vlm_jax.lora import base_places, bias_places, module_names, saved_modules
 from vlm_jax.model import Model
 from vlm_jax.names import (
     Place,
@@ -198,9 +199,11 @@ def save_peft(
             f"or rows of added tokens), which PEFT cannot hold. Merge the matrices first, or take "
             f"the module out of modules_to_save."
         )
-    places = base_places(model, params)
+    places, biases = base_places(model, params), bias_places(model, params)
     if compare_base and base_is_here(model):
-        left = {name: place for name, place in places.items() if name not in saved.places}
+        left = {
+            name: place for name, place in places.items() if name not in {**saved.places, **biases}
+        }
         _check_left_out(model, flat, left)
     tensors: dict[str, np.ndarray] = {}
     for module, leaves in matrices.items():
@@ -210,6 +213,10 @@ def save_peft(
     flat = fold_added(flat)
     whole = disk_places(model, {path: flat[path].shape for path in saved.leaves})
     held = _tensors(flat, {name: whole[name] for name in saved.places})
+    for name, bias in _tensors(flat, biases).items():
+        if name not in saved.places:
+            module = name.removesuffix(".bias")
+            tensors[f"{PREFIX}{module}{'.base_layer' * (module in matrices)}.bias"] = bias
     held |= {name: model.unused[name] for name in saved.unused if name in model.unused}
     missing = [name for name in saved.unused if name not in held]
     if missing:
@@ -228,7 +235,7 @@ def save_peft(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "bias": "none",
+        "bias": lora.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         **_targets(model, modules, set(matrices)),

@@ -13,6 +13,7 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
 from vlm_jax.hub.tensors import open_tensors, read_json
 from vlm_jax.lora import (
+    BIASES,
     base_places,
     is_lora,
     module_names,
@@ -49,7 +50,7 @@ HARMLESS = frozenset(  # which layers are adapted is read off the keys
 
 # Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ change them.
 HARMLESS_VALUES: dict[str, tuple] = {
-    "bias": ("none",),
+    "bias": BIASES,
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
 
@@ -153,7 +154,9 @@ def load_peft(
     matrices: dict[str, dict[int | None, np.ndarray]] = {}
     called: dict[str, str] = {}  # adapted modules -> what the file calls them
     full: dict[str, np.ndarray] = {}  # whole tensors, by their name in the current layout
+    biases: dict[str, np.ndarray] = {}
     unused: dict[str, np.ndarray] = {}
+    keeps_biases = (config.get("bias") or "none") != "none"
     tying = bool(config.get("ensure_weight_tying"))
     with open_tensors(file) as handle:
         for key in handle.keys():
@@ -173,7 +176,9 @@ def load_peft(
                 continue
             plain = current_name(model, re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name))
             copy_of = current_name(model, re.sub(r"\.(base_layer|original_module)(?=\.)", "", name))
-            if copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
+            if copy_of.endswith(".bias") and copy_of in places and keeps_biases:
+                biases[copy_of] = tensor  # an adapted module's lies below it, as base_layer.bias
+            elif copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
                 if copy_of not in places:
                     raise _homeless(directory, key, copy_of, places)
                 if not _same(tensor, flat, places[copy_of]):
@@ -191,7 +196,8 @@ def load_peft(
                 raise _homeless(directory, key, plain, places)
     _check_tied(model, flat, places, full, config, directory)
     names = _saved_names(model, params, full, config)
-    held = saved_modules(model, params, names).places
+    held = {**saved_modules(model, params, names).places, **{n: places[n] for n in biases}}
+    full |= biases
     fresh: dict[str, np.ndarray] = {}
     for name, tensor in full.items():
         if name not in places:
@@ -228,6 +234,7 @@ def load_peft(
         dora=bool(config.get("use_dora")),
         rank_pattern=_pattern(config, "rank_pattern", called),
         alpha_pattern=_pattern(config, "alpha_pattern", called),
+        bias=config.get("bias") or "none",
         left_out=tuple(
             module
             for module, (path, _) in kernels.items()

@@ -9,7 +9,7 @@ from vlm_jax.data import Encoder
 from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.save import save_pretrained
-from vlm_jax.lora import is_lora, saved_modules
+from vlm_jax.lora import bias_leaves, is_lora, saved_modules
 from vlm_jax.model import Model
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
@@ -55,6 +55,7 @@ def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(params)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     saved = saved_modules(model, params, (*model.lora.modules_to_save, *added)).leaves
+    saved += bias_leaves(model, params)
     written = [p for p in flat if is_lora(p) or is_added(p) or p in saved]
     primary = processes.is_primary()
     gathered = {path: processes.to_host(flat[path], primary) for path in written}

@@ -16,7 +16,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import dtypes, tensor_files
-from vlm_jax.lora import add_lora, is_lora, saved_modules
+from vlm_jax.lora import add_lora, bias_leaves, is_lora, saved_modules
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import check_spread, make_mesh, param_shardings, shard_params
 from vlm_jax.targets import PRESETS, target_kernels
@@ -120,6 +120,7 @@ def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
     if model.lora is None:
         return
     kept = saved_modules(model, params, model.lora.modules_to_save).leaves
+    kept += bias_leaves(model, params)
     for path in flatten(split(params, table)[0]):
         if not (is_lora(path) or is_added(path) or path in kept):
             raise UserError(
