@@ -15,7 +15,7 @@ LEVELS = [
     ("models",),
     ("model", "nf4"),
     ("names", "sharding", "vocabulary"),
-    ("quantization", "targets"),
+    ("quantization", "targets", "starts"),
     ("lora",),
     ("hub", "data", "generation"),
     ("evals", "survey"),

@@ -8,13 +8,15 @@ the scales where they are not all the one that `LoRA` says; 0 is a layer without
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vlm_jax import processes, starts
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.layers.linear import less_start
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
@@ -23,6 +25,7 @@ from vlm_jax.names import (
     is_unused,
     layer_names,
     stacked_layers,
+    to_tree,
 )
 from vlm_jax.targets import (
     EMBEDDING_LEAF,
@@ -37,12 +40,13 @@ from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import quantize
 
+LEAVES = ("lora_A", "lora_B", "lora_magnitude", "lora_scale", "start_A", "start_B")
 BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
 
 
 def is_lora(path: str) -> bool:
-    """Return whether a leaf is an adapter's: LoRA's matrices, DoRA's norms, scales of layers."""
-    return path.endswith(("/lora_A", "/lora_B", "/lora_magnitude", "/lora_scale"))
+    """Return whether a leaf is an adapter's: matrices, DoRA's norms, scales, where they started."""
+    return path.rsplit("/", 1)[-1] in LEAVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +237,7 @@ def add_lora(
         raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
     if lora.bias not in BIASES:
         raise UserError(f"LoRA.bias is {lora.bias!r}; it must be one of {', '.join(BIASES)}.")
+    name, _ = starts.kind_of(lora.init)
     hits = target_modules(model, params, lora)
     kernels = list(hits)
     _check_overlap(model, params, lora, kernels)
@@ -249,7 +254,16 @@ def add_lora(
         base = path.rsplit("/", 1)[0]
         shape_a, shape_b = (*layers, inputs, rank), (*layers, rank, outputs)
         if path == EMBEDDING_LEAF:
+            if name not in ("true", "gaussian"):
+                raise UserError(
+                    f"init_lora_weights={lora.init!r} is not defined for an embedding, in PEFT "
+                    f"neither: take 'embed_tokens' out of the targets, or start at random (true)."
+                )
             a, b = jnp.zeros(shape_a, jnp.float32), jax.random.normal(one, shape_b, jnp.float32)
+        elif name != "true":
+            start = _start(model, lora, path, flat[path], one)
+            flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
+            a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
         else:
             bound = 1 / math.sqrt(inputs)
             a = jax.random.uniform(one, shape_a, jnp.float32, -bound, bound)
@@ -264,6 +278,74 @@ def add_lora(
     model, params = dataclasses.replace(model, lora=lora), unflatten(flat)
     bias_leaves(model, params)
     return model, params
+
+
+def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> dict[str, Any]:
+    """Return the leaves of a start that is not the usual one, the kernel among them if it changes.
+
+    See starts.py. Layer by layer, on the device where the kernel is.
+    """
+    name, iterations = starts.kind_of(lora.init)
+    held, four = slots(model, lora, path), isinstance(kernel, FourBit)
+    if name in starts.FROM_LOSS and not four:
+        raise UserError(
+            f"init_lora_weights={lora.init!r} fills up what 4 bits lost, and '{path}' is dense: "
+            f"quantize the base (model.quantize=nf4), or take 'pissa'."
+        )
+    takes = name in starts.FROM_KERNEL
+    read = _originals(model, path, kernel) if takes or name in starts.FROM_LOSS else None
+    *_, inputs, outputs = kernel.shape
+    rank = max(slot.rank for slot in held)
+    made = []
+    for slot, one in zip(held, jax.random.split(key, len(held)), strict=True):
+        old = _one(kernel, slot.layer)
+        if slot.rank == 0:
+            a, b = jnp.zeros((inputs, rank)), jnp.zeros((rank, outputs))
+        elif read is None:
+            a, b = starts.random_start(name, one, inputs, slot.rank, outputs)
+        elif slot.scale == 0:
+            raise UserError(f"init_lora_weights={lora.init!r} needs an alpha above 0.")
+        else:
+            whole = read(slot)
+            left = whole if takes else whole - dense(old, jnp.float32)
+            a, b = starts.factors(name, left, slot.rank, slot.scale, iterations, one)
+            if takes and four:
+                old = _requantized(old, whole - slot.scale * a @ b, f"'{path}' after its start")
+        lacking = rank - a.shape[1]
+        a, b = jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
+        made.append({"lora_A": a, "lora_B": b} | ({"kernel": old} if takes and four else {}))
+    leaves = made[0]
+    if held[0].layer is not None:
+        leaves = jax.tree.map(lambda *layers: jnp.stack(layers), *made)
+    if "kernel" in leaves:
+        leaves["kernel"] = _lying_as(leaves["kernel"], kernel)
+    elif takes:
+        leaves |= {"start_A": leaves["lora_A"], "start_B": leaves["lora_B"]}
+    return leaves
+
+
+def _originals(model: Model, path: str, kernel: Any) -> Callable[[Slot], jax.Array]:
+    """Return a function to a kernel's layers in float32, before they were put in 4 bits."""
+    if not isinstance(kernel, FourBit) or isinstance(kernel.codes, jax.core.Tracer):
+        return lambda slot: dense(_one(kernel, slot.layer), jnp.float32)
+    from vlm_jax.hub.base import base_tensors  # as this is above, and files are read for it alone
+
+    source = model.source
+    names = {current_name(model, name): name for name in source.tensors} if source else {}
+    first = names.get(f"{layer_names(model, path)[0]}.weight")
+    if source is None or first is None or any(n.startswith(first) for n in source.beside):
+        raise UserError(
+            f"'{path}' is stored in 4 bits, and its weights before that, from which this start "
+            f"(init_lora_weights) is made, are not in the base's files. Load a base in 16 or 32 "
+            f"bits with model.quantize, or start at random (true)."
+        )
+    if processes.count() > 1:
+        raise UserError(
+            "A start that is made of 4-bit kernels (init_lora_weights) reads the base's files in "
+            "one process. Make it there and save it, or start at random (true)."
+        )
+    read = base_tensors(model)
+    return lambda slot: jnp.asarray(to_tree(path, read(f"{slot.module}.weight")), jnp.float32)
 
 
 def left_out(model: Model, hits: Mapping[str, list[bool]]) -> tuple[str, ...]:
@@ -339,12 +421,20 @@ def merged_leaf(
         return summed.astype(kernel.dtype)
     if not requantize:
         return summed.astype(model.dtype)
-    name = f"The merged kernel '{base}'"
-    summed = quantize(type(kernel), summed, kernel.block, kernel.double, name)
-    summed = dataclasses.replace(summed, dtype=kernel.dtype, used=kernel.used)
-    if isinstance(kernel.codes, jax.Array) and not isinstance(kernel.codes, jax.core.Tracer):
-        summed = jax.device_put(summed, jax.tree.map(lambda x: x.sharding, kernel))
-    return summed
+    return _lying_as(_requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
+
+
+def _requantized(kernel: FourBit, dense_kernel: jax.Array, name: str) -> FourBit:
+    """Return a dense kernel [in, out] in the format of a 4-bit one."""
+    made = quantize(type(kernel), dense_kernel, kernel.block, kernel.double, name)
+    return dataclasses.replace(made, dtype=kernel.dtype, used=kernel.used)
+
+
+def _lying_as(leaf: FourBit, kernel: FourBit) -> FourBit:
+    """Return a 4-bit leaf on the devices where another one lies."""
+    if isinstance(kernel.codes, jax.core.Tracer) or not isinstance(kernel.codes, jax.Array):
+        return leaf
+    return jax.device_put(leaf, jax.tree.map(lambda x: x.sharding, kernel))
 
 
 def _one(leaf: Any, layer: int | None) -> Any:
@@ -373,6 +463,9 @@ def _merged(
             f"another shape than its kernel's, {list(kernel.shape)}. Take the adapter that was "
             f"trained on this base."
         )
+    if f"{base}/start_A" in flat:
+        start = (_one(flat[f"{base}/{name}"], layer) for name in ("start_A", "start_B"))
+        a, b = less_start(a, b, *start)
     update = jnp.matmul(
         a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )

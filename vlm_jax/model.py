@@ -39,6 +39,8 @@ class LoRA:
     exclude_modules: name suffixes, or one regex over whole names, of what is not adapted.
     bias: which biases train beside the matrices and are saved with them: "none", "all", or
         "lora_only", those of adapted modules.
+    init: how matrices start, PEFT's `init_lora_weights`: True, "gaussian", "orthogonal", "pissa",
+        "pissa_niter_16", "olora", "loftq"; see `vlm_jax.starts`.
     left_out: set by `add_lora` and `load_peft`: modules without matrices of stacks that have some.
     """
 
@@ -56,6 +58,7 @@ class LoRA:
     layers_pattern: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
     bias: str = "none"
+    init: bool | str = True
     left_out: tuple[str, ...] = ()
 
     @property

@@ -76,7 +76,7 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
     """Return each leaf's logical axes; LoRA's follow from the kernel they stand beside."""
 
     def kernel_of(path: str) -> str:
-        lora = re.fullmatch(r"(.*)/lora_(A|B|magnitude|scale)", path)
+        lora = re.fullmatch(r"(.*)/(?:lora_(?:A|B|magnitude|scale)|start_[AB])", path)
         if lora is None:
             return path
         kernel = f"{lora[1]}/kernel"
@@ -88,9 +88,9 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
     axes = {}
     for path in flat:
         own = tables[kernel_of(path)]
-        if path.endswith("/lora_A"):
+        if path.endswith(("/lora_A", "/start_A")):
             own = (own[0], None)
-        elif path.endswith("/lora_B"):
+        elif path.endswith(("/lora_B", "/start_B")):
             own = (None, own[1])
         elif path.endswith("/lora_magnitude"):
             own = (own[1],)

@@ -260,15 +260,15 @@ def test_gradients(tmp_path, family, kind):
     assert relative(flatten(grads), our_tree(model, params, theirs)) < 1e-4
 
 
-def assert_twenty_equal_steps(twin, model, params, inputs, labels, ratio=1, recipe=False, steps=20):
-    """Train `steps` of 20 steps here and in torch: the loss of each and the last weights must agree."""
+def assert_twenty_equal_steps(twin, model, params, inputs, labels, ratio=1, recipe=None, steps=20):
+    """Train some of 20 steps here and in torch: each loss and the last weights must agree."""
     training = dict(
         learning_rate=3e-3, weight_decay=0.01, max_grad_norm=0.5, max_steps=20, warmup_steps=4,
         lr_scheduler_type="cosine",
     )  # fmt: skip
     rows, trainable, frozen = split(model, params)
-    if recipe:
-        rows = training_table(model, params)
+    if recipe is not None:
+        rows = training_table(model, params, **recipe)
         trainable, frozen = vlm_jax.split(params, rows)
     if ratio != 1:
         rows = training_table(model, params, loraplus_lr_ratio=ratio)

@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_is_here, base_tensors
 from vlm_jax.hub.files import whole_directory, write_json
+from vlm_jax.layers.linear import less_start
 from vlm_jax.lora import base_places, bias_places, module_names, saved_modules
-from vlm_jax.model import Model
+from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
     disk_places,
@@ -28,9 +29,11 @@ from vlm_jax.names import (
     to_disk,
     to_tree,
 )
+from vlm_jax.starts import FROM_KERNEL, kind_of
 from vlm_jax.targets import layer_number, slots
 from vlm_jax.trees import flatten
 from vlm_jax.vocabulary import EMBEDDING, HEAD, fold_added, is_added
+from vlm_jax.weights import FourBit
 
 PREFIX = "base_model.model."
 EMBEDDING_TENSOR = "model.language_model.embed_tokens.weight"
@@ -92,6 +95,11 @@ MATRICES = {
 OF_EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
 
+def starts_from_kernel(lora: LoRA) -> bool:
+    """Return whether matrices start with a part of their kernel, which these are left without."""
+    return kind_of(lora.init)[0] in FROM_KERNEL
+
+
 def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Return {module: {"lora_A": [in, R], "lora_B": [R, out], ...}} of every adapted layer.
 
@@ -104,9 +112,16 @@ def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.n
         base, held = path.rsplit("/", 1)[0], slots(model, model.lora, path)
         leaves = {
             name: np.asarray(jax.device_get(flat[f"{base}/{name}"]))
-            for name in MATRICES
+            for name in (*MATRICES, "start_A", "start_B")
             if f"{base}/{name}" in flat
         }
+        if isinstance(flat.get(f"{base}/kernel"), FourBit) and starts_from_kernel(model.lora):
+            raise UserError(
+                f"The 4-bit kernel '{base}' was made anew when its matrices started "
+                f"(init_lora_weights={model.lora.init!r}), and an adapter is for the base as it "
+                f"is: no file could mean these logits. Write a whole checkpoint with "
+                f"save_pretrained(merge=True); 'loftq' leaves the codes as they are."
+            )
         rank = leaves["lora_A"].shape[-1]
         scale = np.asarray(flat.get(f"{base}/lora_scale", model.lora.scale.scale(rank)), np.float32)
         said = np.asarray([slot.scale for slot in held], np.float32)
@@ -122,6 +137,12 @@ def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.n
                 own = {n: x if slot.layer is None else x[slot.layer] for n, x in leaves.items()}
                 own["lora_A"] = own["lora_A"][:, : slot.rank]
                 own["lora_B"] = own["lora_B"][: slot.rank]
+                if "start_A" in own:  # for the base as it is in its files: see starts.py
+                    start_a, start_b = own.pop("start_A"), own.pop("start_B")
+                    start = start_a[:, : slot.rank], start_b[: slot.rank]
+                    own["lora_A"], own["lora_B"] = map(
+                        np.asarray, less_start(own["lora_A"], own["lora_B"], *start)
+                    )
                 found[slot.module] = own
     return found
 
@@ -183,6 +204,7 @@ def save_peft(
     """
     flat = flatten(params)
     lora = model.lora
+    doubled = any(path.endswith("/start_A") for path in flat)
     matrices = {} if lora is None else _matrices(model, flat)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     if lora is None or not (matrices or lora.modules_to_save or added):
@@ -224,6 +246,8 @@ def save_peft(
         held |= {name: read(name) for name in missing}
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in held.items()}
     modules = module_names(model, params)
+    times = 2 if doubled else 1  # and alphas by as much as keeps the scales
+    by = 2**0.5 if doubled and lora.rslora else times
     # Only long-standing fields: older releases of peft refuse those they do not know.
     config = {
         "peft_type": "LORA",
@@ -232,16 +256,16 @@ def save_peft(
         "base_model_name_or_path": model.source.repo if model.source else None,
         "revision": model.source.revision if model.source else None,
         "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": lora.rank * times,
+        "lora_alpha": lora.alpha * by,
         "lora_dropout": lora.dropout,
         "bias": lora.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         **_targets(model, modules, set(matrices)),
         "modules_to_save": list(saved.names) or None,
-        "rank_pattern": dict(lora.rank_pattern),
-        "alpha_pattern": dict(lora.alpha_pattern),
+        "rank_pattern": {key: rank * times for key, rank in lora.rank_pattern.items()},
+        "alpha_pattern": {key: alpha * by for key, alpha in lora.alpha_pattern.items()},
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
     }

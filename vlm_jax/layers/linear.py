@@ -124,10 +124,16 @@ def scale_of(module: nn.Module, lora: LoRAScale | None, rank: int) -> Any:
     return lora.scale(rank)
 
 
+def less_start(a: Any, b: Any, start_a: Any, start_b: Any) -> tuple[jax.Array, jax.Array]:
+    """Return factors of a @ b - start_a @ start_b: what an adapter that took it has changed."""
+    return jnp.concatenate([a, start_a], axis=-1), jnp.concatenate([b, -start_b], axis=-2)
+
+
 class Linear(nn.Module):
     """[..., in] to [..., features]; kernel [in, out], lora_A [in, R], lora_B [R, out].
 
     With lora_magnitude [out] too it is DoRA's. lora_scale [] is this layer's own scale.
+    start_A and start_B, shaped as A and B, are what these took of the kernel (see starts.py).
     """
 
     features: int
@@ -150,6 +156,10 @@ class Linear(nn.Module):
                 keep = 1.0 - self.lora.dropout
                 mask = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
                 x_lora = jnp.where(mask, x / keep, 0).astype(x.dtype)
+            if self.has_variable("params", "start_A"):
+                start_a: Any = self.get_variable("params", "start_A")
+                start_b: Any = self.get_variable("params", "start_B")
+                a, b = less_start(a, b, start_a, start_b)
             factors = (kernel, a, b, scale, x_lora)
             if self.has_variable("params", "lora_magnitude"):
                 y = dora_matmul(x, *factors, self.get_variable("params", "lora_magnitude"))
