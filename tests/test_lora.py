@@ -8,7 +8,7 @@ import pytest
 from references import llava, our_logits, qwen2_vl, qwen2_vl_inputs
 
 import vlm_jax
-from vlm_jax.lora import PRESETS, target_kernels
+from vlm_jax.targets import PRESETS, target_kernels
 from vlm_jax.trees import flatten, unflatten
 
 LLAVA_7B = {
@@ -55,7 +55,18 @@ def test_the_language_model_only_by_default(tmp_path):
     [
         (dict(targets=("q_projj",)), "did you mean 'q_proj'"),
         (dict(targets=r"layers\.0\..*q_proj"), "matches no linear layer"),
-        (dict(targets=r".*layers\.0\..*q_proj"), "all of them or none"),
+        (dict(exclude_modules=("lm_head",)), "exclude_modules.*matches none"),
+        (dict(exclude_modules=("q_proj", "v_proj")), "No layer is left"),
+        (dict(layers_to_transform=(0, 7)), "names the layer 7.*layers 0 to 1"),
+        (dict(layers_to_transform=(0,), layers_pattern=("h",)), "no numbered layer"),
+        (dict(layers_pattern=("layers",)), "which is not set"),
+        (dict(targets=r".*q_proj", layers_to_transform=(0,)), "target is a regex"),
+        (dict(rank_pattern={"k_proj": 4}), "'k_proj' of lora.rank_pattern matches no layer"),
+        (dict(alpha_pattern={"proj": 4}), "'proj' of lora.alpha_pattern matches no layer"),
+        (dict(rank_pattern={"q_proj": 0}), "1 or more"),
+        (dict(rank_pattern={"(": 4}), "no regular expression"),
+        (dict(targets=("embed_tokens",), dora=True), "DoRA.*embed_tokens"),
+        (dict(targets=("embed_tokens",), modules_to_save=("embed_tokens",)), "not both"),
         (dict(targets=r".*("), "no regular expression"),
         (dict(rank=0), "1 or more"),
         (dict(dropout=1.0), "dropout"),

@@ -15,7 +15,7 @@ LEVELS = [
     ("models",),
     ("model", "nf4"),
     ("names", "sharding", "vocabulary"),
-    ("quantization",),
+    ("quantization", "targets", "starts"),
     ("lora",),
     ("adapters",),
     ("hub", "data", "generation"),

@@ -73,9 +73,8 @@ def get_config() -> ConfigDict:
     a = c.adapter = ConfigDict()  # bottleneck adapters, instead of LoRA: see model.Adapter
     # houlsby, pfeiffer or parallel, or the `adapters` library's names; None: none.
     a.type = placeholder(str)
-    a.reduction_factor = placeholder(
-        float
-    )  # a block's width over the bottleneck's; None: 16, 16, 2
+    # The width of a block over that of its bottleneck; None: 16, 16, 2.
+    a.reduction_factor = placeholder(float)
     a.non_linearity = placeholder(str)  # None: swish, relu, relu
     a.scaling = placeholder(float)  # of what an adapter adds; None: 1, 1, 4
     a.norm = False  # a LayerNorm on what an adapter reads

@@ -1,16 +1,23 @@
-"""LoRA on a parameter tree: which layers, fresh matrices, merging."""
+"""LoRA on a parameter tree: fresh matrices, modules saved in full, merging.
+
+Layers of a stack may differ in rank and scale. Their matrices are then of the largest rank, and
+what a layer has less of it are columns of A and rows of B that are zero: each is the other's
+gradient, so they stay zero under any optimizer. `lora_scale` [L], float32 and never trained, holds
+the scales where they are not all the one that `LoRA` says; 0 is a layer without matrices.
+"""
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vlm_jax import processes, starts
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.bottleneck import is_adapter
+from vlm_jax.layers.linear import less_start
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
@@ -19,101 +26,28 @@ from vlm_jax.names import (
     is_unused,
     layer_names,
     stacked_layers,
+    to_tree,
+)
+from vlm_jax.targets import (
+    EMBEDDING_LEAF,
+    PROJECTOR_NAMES,
+    Slot,
+    is_uniform,
+    slots,
+    target_modules,
 )
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import quantize
 
-PRESETS: dict[str, tuple[str, ...]] = {
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "qwen": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "gpt": ("c_attn", "c_proj"),
-    "bert": ("query", "value"),
-    "vit": ("qkv", "proj"),
-}
-# The projector by our name, by LLaVA's old one, and by what families call it.
-PROJECTOR_NAMES = ("projector", "mm_projector", "multi_modal_projector", "merger")
+LEAVES = ("lora_A", "lora_B", "lora_magnitude", "lora_scale", "start_A", "start_B")
+BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
 
 
 def is_lora(path: str) -> bool:
-    """Return whether a leaf is a LoRA matrix, or DoRA's norms of columns."""
-    return path.endswith(("/lora_A", "/lora_B", "/lora_magnitude"))
-
-
-def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[str]:
-    """Return the paths of the kernels that `lora.targets` names, in the tree's order.
-
-    A suffix matches whole dotted parts at the end of a module's name and looks only into
-    `lora.components`, so that a vision tower with submodules of the same names is left alone; a
-    regex matches a module's whole name, layer number included, as PEFT does.
-    Raises `UserError` for a target that matches nothing or only some layers of a stack.
-    """
-    convolutions = model.family.disk_shapes(model.config)  # PEFT gives those another kind of LoRA
-    kernels = [
-        path for path in flatten(params) if path.endswith("/kernel") and path not in convolutions
-    ]
-    inside = [path for path in kernels if model.component(path) in lora.components]
-    targets = lora.targets
-    if isinstance(targets, str):
-        if targets == "all-linear":  # PEFT's leaves the output layer alone
-            inner = [path for path in inside if model.component(path) != "head"]
-            if not inner:
-                holding = sorted({model.component(path) for path in kernels} - {"head"})
-                raise UserError(
-                    f"The LoRA target 'all-linear' finds no linear layer in the components "
-                    f"{list(lora.components)}; those that hold some are {', '.join(holding)}. The "
-                    f"head is left out, as in PEFT: name it, as 'lm_head', to adapt it."
-                )
-            return inner
-        if targets in PRESETS:
-            targets = PRESETS[targets]
-        else:
-            return _regex_kernels(model, kernels, targets)
-    chosen: set[str] = set()
-    for target in targets:
-        if target in PROJECTOR_NAMES:
-            hits = [path for path in kernels if model.component(path) == "projector"]
-        else:
-            suffix = "/" + target.replace(".", "/") + "/kernel"
-            hits = [path for path in inside if f"/{path}".endswith(suffix)]
-        if not hits:
-            known = sorted({path.split("/")[-2] for path in inside})
-            raise UserError(
-                f"The LoRA target '{target}' matches no linear layer of the "
-                f"{' or '.join(lora.components)}{nearest(target, known)}. Layers there: "
-                f"{', '.join(known)}. Name suffixes, a preset ({', '.join(PRESETS)}), "
-                f"'all-linear', or one regex over whole module names."
-            )
-        chosen.update(hits)
-    return [path for path in kernels if path in chosen]
-
-
-def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> list[str]:
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"The LoRA target {pattern!r} is no regular expression: {error}."
-        ) from error
-    chosen = []
-    for path in kernels:
-        hits = [bool(regex.fullmatch(name)) for name in layer_names(model, path)]
-        if any(hits) and not all(hits):
-            raise UserError(
-                f"The LoRA target {pattern!r} matches only layers "
-                f"{[i for i, hit in enumerate(hits) if hit][:8]} of '{path}'. Layers are stacked "
-                f"here, so a target must match all of them or none."
-            )
-        if hits[0]:
-            chosen.append(path)
-    if not chosen:
-        raise UserError(
-            f"The LoRA target {pattern!r} matches no linear layer. A string is a regex over whole "
-            f"module names such as '{layer_names(model, kernels[0])[0]}'; for name suffixes "
-            f"pass a list, e.g. ['q_proj', 'v_proj']."
-        )
-    return chosen
+    """Return whether a leaf is an adapter's: matrices, DoRA's norms, scales, where they started."""
+    return path.rsplit("/", 1)[-1] in LEAVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +164,43 @@ def saved_leaves(model: Model, params: Mapping[str, Any], names: Iterable[str]) 
     return saved.leaves
 
 
+def bias_places(model: Model, params: Mapping[str, Any]) -> dict[str, Place]:
+    """Return {tensor name: its place} of the biases that `LoRA.bias` says an adapter holds."""
+    if model.lora is None or model.lora.bias == "none":
+        return {}
+    flat, out = flatten(params), {f"{module}.bias" for module in model.lora.left_out}
+    return {
+        name: place
+        for name, place in base_places(model, params).items()
+        if place.path.endswith("/bias")
+        and (model.lora.bias == "all" or place.path.replace("/bias", "/lora_A") in flat)
+        and (model.lora.bias == "all" or name not in out)
+    }
+
+
+def bias_leaves(model: Model, params: Mapping[str, Any]) -> list[str]:
+    """Return the leaves of `bias_places`, which train whole.
+
+    Raises `UserError` where some layers of a stack are not adapted, whose biases "lora_only" would
+    leave frozen.
+    """
+    held: dict[str, int] = {}
+    for place in bias_places(model, params).values():
+        held[place.path] = held.get(place.path, 0) + 1
+    for path, count in held.items():
+        if count < (stacked_layers(model, path) or 1):
+            raise UserError(
+                f"bias='lora_only' would train {count} of the {stacked_layers(model, path)} layers "
+                f"of '{path}', those that have matrices. Layers are stacked here, so a bias trains "
+                f"in all of them or in none: adapt all layers, or set bias to 'all' or 'none'."
+            )
+    return list(held)
+
+
 def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels: list[str]) -> None:
     in_full = set(saved_leaves(model, params, lora.modules_to_save))
-    in_full |= {path.replace("/added", "/kernel") for path in flatten(params) if is_added(path)}
+    for path in (path for path in flatten(params) if is_added(path)):
+        in_full |= {path.replace("/added", leaf) for leaf in ("/kernel", "/embedding")}
     codes = [path for path in in_full if isinstance(flatten(params).get(path), FourBit)]
     if codes:
         raise UserError(
@@ -257,7 +225,8 @@ def add_lora(
 
     A is kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(in), and B zero, as in
     PEFT: the adapted model starts equal to the base. Both are float32; scanned layers lead with
-    the layer axis. lora.dora adds `lora_magnitude` [out], the norms of the kernel's columns. The
+    the layer axis. lora.dora adds `lora_magnitude` [out], the norms of the kernel's columns. Of
+    the embedding A is zero and B normal. Layers that differ: see the top of this file. The
     old tree stays as it was. Raises `UserError` for a target or module that
     matches nothing, or where LoRA is there already.
     """
@@ -269,18 +238,139 @@ def add_lora(
         raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
     if not 0 <= lora.dropout < 1:
         raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
-    kernels = target_kernels(model, params, lora)
+    if lora.bias not in BIASES:
+        raise UserError(f"LoRA.bias is {lora.bias!r}; it must be one of {', '.join(BIASES)}.")
+    name, _ = starts.kind_of(lora.init)
+    hits = target_modules(model, params, lora)
+    kernels = list(hits)
     _check_overlap(model, params, lora, kernels)
+    if lora.dora and EMBEDDING_LEAF in kernels:
+        raise UserError(
+            "DoRA is asked for on 'embed_tokens', but an embedding has no columns whose norms "
+            "DoRA's learned ones could replace here. Take it out of the targets, or set dora=False."
+        )
+    lora = dataclasses.replace(lora, left_out=left_out(model, hits))
     for path, one in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
+        held = slots(model, lora, path)
         *layers, inputs, outputs = flat[path].shape
-        bound = 1 / math.sqrt(inputs)
+        rank = max(slot.rank for slot in held)
         base = path.rsplit("/", 1)[0]
-        shape = (*layers, inputs, lora.rank)
-        flat[f"{base}/lora_A"] = jax.random.uniform(one, shape, jnp.float32, -bound, bound)
-        flat[f"{base}/lora_B"] = jnp.zeros((*layers, lora.rank, outputs), jnp.float32)
+        shape_a, shape_b = (*layers, inputs, rank), (*layers, rank, outputs)
+        if path == EMBEDDING_LEAF:
+            if name not in ("true", "gaussian"):
+                raise UserError(
+                    f"init_lora_weights={lora.init!r} is not defined for an embedding, in PEFT "
+                    f"neither: take 'embed_tokens' out of the targets, or start at random (true)."
+                )
+            a, b = jnp.zeros(shape_a, jnp.float32), jax.random.normal(one, shape_b, jnp.float32)
+        elif name != "true":
+            start = _start(model, lora, path, flat[path], one)
+            flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
+            a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
+        else:
+            bound = 1 / math.sqrt(inputs)
+            a = jax.random.uniform(one, shape_a, jnp.float32, -bound, bound)
+            b = jnp.zeros(shape_b, jnp.float32)
+        flat[f"{base}/lora_A"] = a * _mask(held)[..., None, :] if layers else a
+        flat[f"{base}/lora_B"] = b
         if lora.dora:
-            flat[f"{base}/lora_magnitude"] = _norms(flat[path])
-    return dataclasses.replace(model, lora=lora), unflatten(flat)
+            norms, some = _norms(flat[path]), _mask(held)[:, :1]  # none of a layer left out
+            flat[f"{base}/lora_magnitude"] = norms * some if layers else norms
+        if not is_uniform(lora, held):
+            flat[f"{base}/lora_scale"] = scales(held)
+    model, params = dataclasses.replace(model, lora=lora), unflatten(flat)
+    bias_leaves(model, params)
+    return model, params
+
+
+def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> dict[str, Any]:
+    """Return the leaves of a start that is not the usual one, the kernel among them if it changes.
+
+    See starts.py. Layer by layer, on the device where the kernel is.
+    """
+    name, iterations = starts.kind_of(lora.init)
+    held, four = slots(model, lora, path), isinstance(kernel, FourBit)
+    if name in starts.FROM_LOSS and not four:
+        raise UserError(
+            f"init_lora_weights={lora.init!r} fills up what 4 bits lost, and '{path}' is dense: "
+            f"quantize the base (model.quantize=nf4), or take 'pissa'."
+        )
+    takes = name in starts.FROM_KERNEL
+    read = _originals(model, path, kernel) if takes or name in starts.FROM_LOSS else None
+    *_, inputs, outputs = kernel.shape
+    rank = max(slot.rank for slot in held)
+    made = []
+    for slot, one in zip(held, jax.random.split(key, len(held)), strict=True):
+        old = _one(kernel, slot.layer)
+        if slot.rank == 0:
+            a, b = jnp.zeros((inputs, rank)), jnp.zeros((rank, outputs))
+        elif read is None:
+            a, b = starts.random_start(name, one, inputs, slot.rank, outputs)
+        elif slot.scale == 0:
+            raise UserError(f"init_lora_weights={lora.init!r} needs an alpha above 0.")
+        else:
+            whole = read(slot)
+            left = whole if takes else whole - dense(old, jnp.float32)
+            a, b = starts.factors(name, left, slot.rank, slot.scale, iterations, one)
+            if takes and four:
+                old = _requantized(old, whole - slot.scale * a @ b, f"'{path}' after its start")
+        lacking = rank - a.shape[1]
+        a, b = jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
+        made.append({"lora_A": a, "lora_B": b} | ({"kernel": old} if takes and four else {}))
+    leaves = made[0]
+    if held[0].layer is not None:
+        leaves = jax.tree.map(lambda *layers: jnp.stack(layers), *made)
+    if "kernel" in leaves:
+        leaves["kernel"] = _lying_as(leaves["kernel"], kernel)
+    elif takes:
+        leaves |= {"start_A": leaves["lora_A"], "start_B": leaves["lora_B"]}
+    return leaves
+
+
+def _originals(model: Model, path: str, kernel: Any) -> Callable[[Slot], jax.Array]:
+    """Return a function to a kernel's layers in float32, before they were put in 4 bits."""
+    if not isinstance(kernel, FourBit) or isinstance(kernel.codes, jax.core.Tracer):
+        return lambda slot: dense(_one(kernel, slot.layer), jnp.float32)
+    from vlm_jax.hub.base import base_tensors  # as this is above, and files are read for it alone
+
+    source = model.source
+    names = {current_name(model, name): name for name in source.tensors} if source else {}
+    first = names.get(f"{layer_names(model, path)[0]}.weight")
+    if source is None or first is None or any(n.startswith(first) for n in source.beside):
+        raise UserError(
+            f"'{path}' is stored in 4 bits, and its weights before that, from which this start "
+            f"(init_lora_weights) is made, are not in the base's files. Load a base in 16 or 32 "
+            f"bits with model.quantize, or start at random (true)."
+        )
+    if processes.count() > 1:
+        raise UserError(
+            "A start that is made of 4-bit kernels (init_lora_weights) reads the base's files in "
+            "one process. Make it there and save it, or start at random (true)."
+        )
+    read = base_tensors(model)
+    return lambda slot: jnp.asarray(to_tree(path, read(f"{slot.module}.weight")), jnp.float32)
+
+
+def left_out(model: Model, hits: Mapping[str, list[bool]]) -> tuple[str, ...]:
+    """Return `LoRA.left_out` of {kernel: for each of its layers whether it is adapted}."""
+    return tuple(
+        module
+        for path, flags in hits.items()
+        for module, hit in zip(layer_names(model, path), flags, strict=True)
+        if not hit
+    )
+
+
+def scales(held: list[Slot]) -> jax.Array:
+    """Return the leaf `lora_scale`, [L] of a stack and [] of what is none."""
+    found = [slot.scale for slot in held]
+    return jnp.asarray(found if held[0].layer is not None else found[0], jnp.float32)
+
+
+def _mask(held: list[Slot]) -> jax.Array:
+    """Return [L, R], 1 where a layer of a stack has that much rank."""
+    ranks = jnp.asarray([slot.rank for slot in held])
+    return (jnp.arange(max(slot.rank for slot in held))[None] < ranks[:, None]).astype(jnp.float32)
 
 
 def check_no_adapter(flat: Iterable[str], why: str) -> None:
@@ -331,19 +421,33 @@ def merged_leaf(
     A leaf without LoRA is returned as it is.
     """
     base, kernel = path.rsplit("/", 1)[0], _one(flat[path], layer)
-    if not path.endswith("/kernel") or f"{base}/lora_A" not in flat:
+    if not path.endswith(("/kernel", "/embedding")) or f"{base}/lora_A" not in flat:
         return kernel
+    if path == EMBEDDING_LEAF and model.config.text.tied:
+        raise UserError(
+            "The embedding has LoRA matrices and this model's head is tied to it: the matrices "
+            "change the embedding alone, as in PEFT, so merging would untie them. Keep the "
+            "adapter (save_peft), or merge it with peft, which unties the head."
+        )
     summed: Any = _merged(model, flat, base, kernel, layer)
     if not isinstance(kernel, FourBit):
         return summed.astype(kernel.dtype)
     if not requantize:
         return summed.astype(model.dtype)
-    name = f"The merged kernel '{base}'"
-    summed = quantize(type(kernel), summed, kernel.block, kernel.double, name)
-    summed = dataclasses.replace(summed, dtype=kernel.dtype, used=kernel.used)
-    if isinstance(kernel.codes, jax.Array) and not isinstance(kernel.codes, jax.core.Tracer):
-        summed = jax.device_put(summed, jax.tree.map(lambda x: x.sharding, kernel))
-    return summed
+    return _lying_as(_requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
+
+
+def _requantized(kernel: FourBit, dense_kernel: jax.Array, name: str) -> FourBit:
+    """Return a dense kernel [in, out] in the format of a 4-bit one."""
+    made = quantize(type(kernel), dense_kernel, kernel.block, kernel.double, name)
+    return dataclasses.replace(made, dtype=kernel.dtype, used=kernel.used)
+
+
+def _lying_as(leaf: FourBit, kernel: FourBit) -> FourBit:
+    """Return a 4-bit leaf on the devices where another one lies."""
+    if isinstance(kernel.codes, jax.core.Tracer) or not isinstance(kernel.codes, jax.Array):
+        return leaf
+    return jax.device_put(leaf, jax.tree.map(lambda x: x.sharding, kernel))
 
 
 def _one(leaf: Any, layer: int | None) -> Any:
@@ -372,14 +476,21 @@ def _merged(
             f"another shape than its kernel's, {list(kernel.shape)}. Take the adapter that was "
             f"trained on this base."
         )
+    if f"{base}/start_A" in flat:
+        start = (_one(flat[f"{base}/{name}"], layer) for name in ("start_A", "start_B"))
+        a, b = less_start(a, b, *start)
     update = jnp.matmul(
         a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    summed = dense(kernel, jnp.float32) + model.lora.scale.scale(rank) * update
+    scale: Any = model.lora.scale.scale(rank)
+    if f"{base}/lora_scale" in flat:
+        scale = _one(flat[f"{base}/lora_scale"], layer)[..., None, None]
+    summed = dense(kernel, jnp.float32) + scale * update
     if f"{base}/lora_magnitude" not in flat:
         return summed
     magnitude = _one(flat[f"{base}/lora_magnitude"], layer)
-    return summed * (magnitude / jnp.linalg.norm(summed, axis=-2))[..., None, :]
+    learned = summed * (magnitude / jnp.linalg.norm(summed, axis=-2))[..., None, :]
+    return jnp.where(jnp.asarray(scale) == 0, summed, learned)  # a layer without matrices
 
 
 def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float, float]:

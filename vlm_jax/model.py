@@ -25,14 +25,24 @@ class LoRA:
 
     rank, alpha: the update is alpha/rank (x A) B; dropout acts on the input of A while training.
     targets: name suffixes ("q_proj", "mlp.up_proj"), one regex over a module's whole name (a
-        string that is not a preset), "all-linear", or a preset of `vlm_jax.lora.PRESETS`. Only a
-        regex reaches outside `components`.
+        string that is not a preset), "all-linear", or a preset of `vlm_jax.targets.PRESETS`. Only a
+        regex reaches outside `components`, but for "embed_tokens", which must be named.
     modules_to_save: modules trained in full beside the matrices and saved with them: "projector",
         or Hugging Face's names ("merger", "multi_modal_projector", "lm_head", "embed_tokens").
     rslora: the update is alpha/sqrt(rank). dora: columns of the sum have norms that are learned
         (https://arxiv.org/abs/2402.09353).
     components: where suffixes, presets and "all-linear" look, of "vision", "projector",
         "language_model" and "head"; "all-linear" leaves the head out.
+    rank_pattern, alpha_pattern: other ranks and alphas by regex, {"layers.0.*q_proj": 32}, matched
+        against the end of a module's name from a dot on; the first that matches counts.
+    layers_to_transform: the only layers that are adapted, () for all. layers_pattern: what stands
+        before such a number in names, ("layers",); () for the first number.
+    exclude_modules: name suffixes, or one regex over whole names, of what is not adapted.
+    bias: which biases train beside the matrices and are saved with them: "none", "all", or
+        "lora_only", those of adapted modules.
+    init: how matrices start, PEFT's `init_lora_weights`: True, "gaussian", "orthogonal", "pissa",
+        "pissa_niter_16", "olora", "loftq"; see `vlm_jax.starts`.
+    left_out: set by `add_lora` and `load_peft`: modules without matrices of stacks that have some.
     """
 
     rank: int = 16
@@ -43,6 +53,14 @@ class LoRA:
     rslora: bool = False
     components: tuple[str, ...] = ("language_model", "head")
     dora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
+    bias: str = "none"
+    init: bool | str = True
+    left_out: tuple[str, ...] = ()
 
     @property
     def scale(self) -> LoRAScale:

@@ -82,20 +82,25 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
     """Return each leaf's logical axes; LoRA's follow from the kernel they stand beside."""
 
     def kernel_of(path: str) -> str:
-        lora = re.fullmatch(r"(.*)/lora_(A|B|magnitude)", path)
-        return f"{lora[1]}/kernel" if lora else path
+        lora = re.fullmatch(r"(.*)/(?:lora_(?:A|B|magnitude|scale)|start_[AB])", path)
+        if lora is None:
+            return path
+        kernel = f"{lora[1]}/kernel"
+        return kernel if kernel in flat else f"{lora[1]}/embedding"
 
     rows = [*ADAPTER_AXES, *model.family.AXES]
     tables = match(rows, [kernel_of(path) for path in flat], "sharding table", unused="allow")
     axes = {}
     for path in flat:
         own = tables[kernel_of(path)]
-        if path.endswith("/lora_A"):
+        if path.endswith(("/lora_A", "/start_A")):
             own = (own[0], None)
-        elif path.endswith("/lora_B"):
+        elif path.endswith(("/lora_B", "/start_B")):
             own = (None, own[1])
         elif path.endswith("/lora_magnitude"):
             own = (own[1],)
+        elif path.endswith("/lora_scale"):
+            own = ()
         axes[path] = own
     return axes
 

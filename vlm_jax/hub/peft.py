@@ -1,8 +1,9 @@
 """Writes PEFT adapter directories: adapter_config.json + adapter_model.safetensors.
 
 A key is `base_model.model.<module>.lora_A.weight` of shape [R, in] (ours transposed), or
-`.lora_magnitude_vector` of shape [out], or for modules_to_save the plain tensor name behind the
-same prefix.
+`.lora_magnitude_vector` of shape [out], of an embedding `.lora_embedding_A`, or for modules_to_save
+the plain tensor name behind the same prefix; a bias of an adapted module is `.base_layer.bias`.
+Of layers that differ in rank each has its own.
 """
 
 import re
@@ -17,8 +18,9 @@ from safetensors.numpy import save_file
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_is_here, base_tensors
 from vlm_jax.hub.files import whole_directory, write_json
-from vlm_jax.lora import base_places, module_names, saved_modules
-from vlm_jax.model import Model
+from vlm_jax.layers.linear import less_start
+from vlm_jax.lora import base_places, bias_places, module_names, saved_modules
+from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
     disk_places,
@@ -27,8 +29,11 @@ from vlm_jax.names import (
     to_disk,
     to_tree,
 )
+from vlm_jax.starts import FROM_KERNEL, kind_of
+from vlm_jax.targets import layer_number, slots
 from vlm_jax.trees import flatten
-from vlm_jax.vocabulary import HEAD, fold_added, is_added
+from vlm_jax.vocabulary import EMBEDDING, HEAD, fold_added, is_added
+from vlm_jax.weights import FourBit
 
 PREFIX = "base_model.model."
 EMBEDDING_TENSOR = "model.language_model.embed_tokens.weight"
@@ -52,50 +57,93 @@ def _suffix(module: str) -> str:
 
 
 def _targets(model: Model, modules: set[str], adapted: set[str]) -> dict[str, Any]:
-    """Return target_modules and exclude_modules under which PEFT adapts exactly `adapted`.
+    """Return the fields under which PEFT adapts exactly `adapted`.
 
     A list of suffixes where it can be, because that works in either layout of module names and
-    in vLLM, with the vision side excluded by a regex; full module names otherwise. modules: all
-    that the reference has.
+    in vLLM, with the vision side excluded by a regex and layers by their numbers; full module names
+    otherwise. modules: all that the reference has.
     """
+    fields: dict[str, Any] = {
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
     if not adapted:  # modules_to_save alone; an empty list is an error to peft
-        return {"target_modules": NO_TARGETS, "exclude_modules": None}
+        return {"target_modules": NO_TARGETS, **fields}
     suffixes = sorted({_suffix(module) for module in adapted})
-    exclude = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
+    regex = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
     hit = {m for m in modules if f".{m}".endswith(tuple(f".{suffix}" for suffix in suffixes))}
-    if hit == adapted:
-        return {"target_modules": suffixes, "exclude_modules": None}
-    if {module for module in hit if not re.fullmatch(exclude, module)} == adapted:
-        return {"target_modules": suffixes, "exclude_modules": exclude}
-    return {"target_modules": sorted(adapted), "exclude_modules": None}
+    numbers = {layer_number(module, ()) for module in adapted}
+    some = None if None in numbers else sorted(n for n in numbers if n is not None)
+    for layers in (None, some):
+        for exclude in (None, regex):
+            left = {module for module in hit if not (exclude and re.fullmatch(exclude, module))}
+            if layers is not None:
+                left = {module for module in left if layer_number(module, ()) in layers}
+            if left == adapted:
+                fields |= {"exclude_modules": exclude, "layers_to_transform": layers}
+                return {"target_modules": suffixes, **fields}
+    return {"target_modules": sorted(adapted), **fields}
 
 
-# A leaf -> the end of its tensor's name in PEFT's files.
+# A leaf -> the end of its tensor's name in PEFT's files, of a layer and of an embedding.
 MATRICES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
     "lora_magnitude": "lora_magnitude_vector",
 }
+OF_EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
+
+def starts_from_kernel(lora: LoRA) -> bool:
+    """Return whether matrices start with a part of their kernel, which these are left without."""
+    return kind_of(lora.init)[0] in FROM_KERNEL
 
 
 def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Return {module: {"lora_A": [in, R], "lora_B": [R, out], ...}} of every adapted layer.
 
-    A layer of a stack whose A and B are zero is one that a loaded adapter had left out: fresh
-    matrices are never zero, and zero ones never train.
+    Each has its own rank, without the zeros that fill up its stack. Raises `UserError` where the
+    leaves have another rank or scale than the model's `LoRA` says.
     """
+    assert model.lora is not None
     found = {}
     for path in [path for path in flat if path.endswith("/lora_A")]:
-        base = path.rsplit("/", 1)[0]
-        held = {
+        base, held = path.rsplit("/", 1)[0], slots(model, model.lora, path)
+        leaves = {
             name: np.asarray(jax.device_get(flat[f"{base}/{name}"]))
-            for name in MATRICES
+            for name in (*MATRICES, "start_A", "start_B")
             if f"{base}/{name}" in flat
         }
-        for module, (_, layer) in layer_modules(model, [path]).items():
-            one = {name: leaf if layer is None else leaf[layer] for name, leaf in held.items()}
-            if layer is None or one["lora_A"].any() or one["lora_B"].any():
-                found[module] = one
+        if isinstance(flat.get(f"{base}/kernel"), FourBit) and starts_from_kernel(model.lora):
+            raise UserError(
+                f"The 4-bit kernel '{base}' was made anew when its matrices started "
+                f"(init_lora_weights={model.lora.init!r}), and an adapter is for the base as it "
+                f"is: no file could mean these logits. Write a whole checkpoint with "
+                f"save_pretrained(merge=True); 'loftq' leaves the codes as they are."
+            )
+        rank = leaves["lora_A"].shape[-1]
+        scale = np.asarray(flat.get(f"{base}/lora_scale", model.lora.scale.scale(rank)), np.float32)
+        said = np.asarray([slot.scale for slot in held], np.float32)
+        if rank != max(slot.rank for slot in held) or not np.all(scale == said):
+            raise UserError(
+                f"The LoRA matrices of '{base}' are of rank {rank} and of other scales than the "
+                f"model's LoRA says (rank {model.lora.rank}, alpha {model.lora.alpha}), so the "
+                f"file would mean other logits. Save with the model that add_lora, load_peft or "
+                f"combine_adapters returned beside these parameters."
+            )
+        for slot in held:
+            if slot.rank:
+                own = {n: x if slot.layer is None else x[slot.layer] for n, x in leaves.items()}
+                own["lora_A"] = own["lora_A"][:, : slot.rank]
+                own["lora_B"] = own["lora_B"][: slot.rank]
+                if "start_A" in own:  # for the base as it is in its files: see starts.py
+                    start_a, start_b = own.pop("start_A"), own.pop("start_B")
+                    start = start_a[:, : slot.rank], start_b[: slot.rank]
+                    own["lora_A"], own["lora_B"] = map(
+                        np.asarray, less_start(own["lora_A"], own["lora_B"], *start)
+                    )
+                found[slot.module] = own
     return found
 
 
@@ -156,7 +204,8 @@ def save_peft(
     """
     flat = flatten(params)
     lora = model.lora
-    matrices = _matrices(model, flat)
+    doubled = any(path.endswith("/start_A") for path in flat)
+    matrices = {} if lora is None else _matrices(model, flat)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     if lora is None or not (matrices or lora.modules_to_save or added):
         raise UserError(
@@ -172,17 +221,23 @@ def save_peft(
             f"or rows of added tokens), which PEFT cannot hold. Merge the matrices first, or take "
             f"the module out of modules_to_save."
         )
-    places = base_places(model, params)
+    places, biases = base_places(model, params), bias_places(model, params)
     if compare_base and base_is_here(model):
-        left = {name: place for name, place in places.items() if name not in saved.places}
+        inside = saved.places.keys() | biases.keys()
+        left = {name: place for name, place in places.items() if name not in inside}
         check_left_out(model, flat, left)
     tensors: dict[str, np.ndarray] = {}
     for module, leaves in matrices.items():
         for name, leaf in leaves.items():
-            tensors[f"{PREFIX}{module}.{MATRICES[name]}"] = np.ascontiguousarray(leaf.T)
+            ends = OF_EMBEDDING if module == EMBEDDING.replace("/", ".") else MATRICES
+            tensors[f"{PREFIX}{module}.{ends[name]}"] = np.ascontiguousarray(leaf.T)
     flat = fold_added(flat)
     whole = disk_places(model, {path: flat[path].shape for path in saved.leaves})
     held = _tensors(flat, {name: whole[name] for name in saved.places})
+    for name, bias in _tensors(flat, biases).items():
+        if name not in saved.places:
+            module = name.removesuffix(".bias")
+            tensors[f"{PREFIX}{module}{'.base_layer' * (module in matrices)}.bias"] = bias
     held |= {name: model.unused[name] for name in saved.unused if name in model.unused}
     missing = [name for name in saved.unused if name not in held]
     if missing:
@@ -190,6 +245,8 @@ def save_peft(
         held |= {name: read(name) for name in missing}
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in held.items()}
     modules = module_names(model, params)
+    times = 2 if doubled else 1  # and alphas by as much as keeps the scales
+    by = 2**0.5 if doubled and lora.rslora else times
     # Only long-standing fields: older releases of peft refuse those they do not know.
     config = {
         "peft_type": "LORA",
@@ -198,18 +255,16 @@ def save_peft(
         "base_model_name_or_path": model.source.repo if model.source else None,
         "revision": model.source.revision if model.source else None,
         "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": lora.rank * times,
+        "lora_alpha": lora.alpha * by,
         "lora_dropout": lora.dropout,
-        "bias": "none",
+        "bias": lora.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         **_targets(model, modules, set(matrices)),
         "modules_to_save": list(saved.names) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": {key: rank * times for key, rank in lora.rank_pattern.items()},
+        "alpha_pattern": {key: alpha * by for key, alpha in lora.alpha_pattern.items()},
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
     }

@@ -13,40 +13,52 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
 from vlm_jax.hub.tensors import open_tensors, read_json
 from vlm_jax.lora import (
-    PROJECTOR_NAMES,
+    BIASES,
     base_places,
     is_lora,
     module_names,
     owners,
     peft_module,
     saved_modules,
+    scales,
 )
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import Place, current_name, is_unused, to_tree
 from vlm_jax.processes import to_host
+from vlm_jax.targets import (
+    EMBEDDING_LEAF,
+    PROJECTOR_NAMES,
+    Slot,
+    adaptable,
+    is_uniform,
+    pattern_key,
+    slots,
+)
 from vlm_jax.trees import flatten, unflatten
-from vlm_jax.vocabulary import HEAD, add_tokens
+from vlm_jax.vocabulary import EMBEDDING, HEAD, add_tokens
 
 # Fields of adapter_config.json that are read, or that change nothing here.
 READ = frozenset(
     """peft_type r lora_alpha lora_dropout target_modules exclude_modules modules_to_save
-    use_rslora use_dora base_model_name_or_path revision ensure_weight_tying""".split()
+    use_rslora use_dora base_model_name_or_path revision ensure_weight_tying rank_pattern
+    alpha_pattern""".split()
 )
-HARMLESS = frozenset(
+HARMLESS = frozenset(  # which layers are adapted is read off the keys
     """task_type auto_mapping peft_version inference_mode layers_to_transform
     layers_pattern megatron_core qalora_group_size runtime_config ephemeral_gpu_offload""".split()
 )
 
 # Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ change them.
 HARMLESS_VALUES: dict[str, tuple] = {
-    "bias": ("none",),
+    "bias": BIASES,
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
 
 
 # A module, and A or B of its matrices; none of them: its norms of columns.
 LORA_KEY = re.compile(
-    r"(.*)\.lora_(?:(A|B)(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
+    r"(.*)\.lora_(?:(A|B)(?:\.default)?\.weight|embedding_(A|B)(?:\.default)?"
+    r"|magnitude_vector(?:\.default)?(?:\.weight)?)"
 )
 
 
@@ -58,11 +70,30 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _is_pattern(value: Any, fits: Callable[[Any], bool]) -> bool:
+    try:
+        for key in value or {}:
+            re.compile(key)
+    except (re.error, TypeError):
+        return False
+    return not value or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value, 1)
+
+
 KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("r", lambda v: isinstance(v, int) and _is_number(v, 1), "a whole number of 1 or more"),
+    ("r", _is_rank, "a whole number of 1 or more"),
     ("lora_alpha", lambda v: _is_number(v, 0), "a number"),
     ("lora_dropout", lambda v: v is None or _is_number(v, 0), "a number or null"),
     ("target_modules", lambda v: not v or isinstance(v, str) or _are_names(v), "names or a regex"),
+    ("rank_pattern", lambda v: _is_pattern(v, _is_rank), "ranks by regex"),
+    (
+        "alpha_pattern",
+        lambda v: _is_pattern(v, lambda alpha: _is_number(alpha, 0)),
+        "numbers by regex",
+    ),
     ("modules_to_save", lambda v: not v or _are_names(v), "a list of names or null"),
 )
 
@@ -98,7 +129,8 @@ def load_peft(
     Key names of every transformers layout are read. A key without a home in the model is an
     error, never a warning, and so is a matrix without its partner, or a copy of a base's weight
     that differs from the base's; layers of a stack that the adapter leaves out get zero matrices,
-    which stay zero. Loaded leaves are float32. `save_peft` writes the same tensors again.
+    which stay zero, as what a layer's rank lacks of the largest of its stack. Loaded leaves are
+    float32. `save_peft` writes the same tensors again.
     """
     directory = Path(directory).expanduser()
     flat = flatten(params)
@@ -117,32 +149,36 @@ def load_peft(
     if new_tokens:  # the adapter was trained with more tokens than the base has
         model, params = add_tokens(model, params, new_tokens)
         flat = flatten(params)
-    convolutions = model.family.disk_shapes(model.config)
-    kernels = layer_modules(
-        model, [path for path in flat if path.endswith("/kernel") and path not in convolutions]
-    )
+    kernels = layer_modules(model, adaptable(model, params))
     places = base_places(model, params)
     matrices: dict[str, dict[int | None, np.ndarray]] = {}
+    called: dict[str, str] = {}  # adapted modules -> what the file calls them
     full: dict[str, np.ndarray] = {}  # whole tensors, by their name in the current layout
+    biases: dict[str, np.ndarray] = {}
     unused: dict[str, np.ndarray] = {}
+    keeps_biases = (config.get("bias") or "none") != "none"
+    tying = bool(config.get("ensure_weight_tying"))
     with open_tensors(file) as handle:
         for key in handle.keys():
             tensor = handle.get_tensor(key)
             name = key.removeprefix(PREFIX)
-            _check_kind(model, directory, key, current_name(model, name))
+            _check_kind(model, directory, key, current_name(model, name), tying)
             lora_key = LORA_KEY.fullmatch(name)
             if lora_key:
                 module = current_name(model, lora_key[1])
-                matrix = f"lora_{lora_key[2] or 'magnitude'}"
+                matrix = f"lora_{lora_key[2] or lora_key[3] or 'magnitude'}"
                 if module not in kernels:
                     raise _homeless(directory, key, module, kernels)
                 path, layer = kernels[module]
+                called[module] = lora_key[1]
                 base = path.rsplit("/", 1)[0]
                 matrices.setdefault(f"{base}/{matrix}", {})[layer] = tensor.T
                 continue
             plain = current_name(model, re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name))
             copy_of = current_name(model, re.sub(r"\.(base_layer|original_module)(?=\.)", "", name))
-            if copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
+            if copy_of.endswith(".bias") and copy_of in places and keeps_biases:
+                biases[copy_of] = tensor  # an adapted module's lies below it, as base_layer.bias
+            elif copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
                 if copy_of not in places:
                     raise _homeless(directory, key, copy_of, places)
                 if not _same(tensor, flat, places[copy_of]):
@@ -160,7 +196,8 @@ def load_peft(
                 raise _homeless(directory, key, plain, places)
     _check_tied(model, flat, places, full, config, directory)
     names = _saved_names(model, params, full, config)
-    held = saved_modules(model, params, names).places
+    held = {**saved_modules(model, params, names).places, **{n: places[n] for n in biases}}
+    full |= biases
     fresh: dict[str, np.ndarray] = {}
     for name, tensor in full.items():
         if name not in places:
@@ -182,27 +219,50 @@ def load_peft(
             fresh[place.path][... if place.layer is None else place.layer] = to_tree(
                 place.path, tensor
             )
-    rank = config["r"]
     new = {**flat, **{path: jnp.asarray(leaf) for path, leaf in fresh.items()}}
-    if config.get("use_dora"):
-        _check_norms(flat, matrices, file)
-    for path, layers in matrices.items():
-        new[path] = jnp.asarray(_stacked(model, flat, path, layers, matrices, rank, file))
     targets = config.get("target_modules") or ()
     if targets == NO_TARGETS:
         targets = ()
+    bases = {path.rsplit("/", 1)[0] for path in matrices}
     lora = LoRA(
-        rank=rank,
+        rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
         targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
         modules_to_save=names,
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
+        rank_pattern=_pattern(config, "rank_pattern", called),
+        alpha_pattern=_pattern(config, "alpha_pattern", called),
+        bias=config.get("bias") or "none",
+        left_out=tuple(
+            module
+            for module, (path, _) in kernels.items()
+            if path.rsplit("/", 1)[0] in bases and module not in called
+        ),
     )
+    if lora.dora:
+        _check_norms(matrices, file)
+    for path, layers in matrices.items():
+        own = slots(model, lora, path)
+        new[path] = jnp.asarray(_stacked(flat, path, layers, matrices, own, file))
+        if not is_uniform(lora, own):
+            new[f"{path.rsplit('/', 1)[0]}/lora_scale"] = scales(own)
     ordered = {path: new[path] for path in sorted(new)}
     unused = {**model.unused, **unused}
     return dataclasses.replace(model, lora=lora, unused=unused), unflatten(ordered)
+
+
+def _pattern(config: Mapping, name: str, called: Mapping[str, str]) -> dict[str, Any]:
+    """Return a rank_pattern or alpha_pattern that means for our names what it means for the file's.
+
+    called: adapted modules -> what the file calls them, which may be an older layout of names.
+    """
+    pattern = config.get(name) or {}
+    keys = {module: pattern_key(pattern, file_name) for module, file_name in called.items()}
+    if all(pattern_key(pattern, module) == key for module, key in keys.items()):
+        return dict(pattern)
+    return {module: pattern[key] for module, key in keys.items() if key is not None}
 
 
 def _saved_names(
@@ -241,11 +301,14 @@ def _same(tensor: np.ndarray, flat: Mapping[str, Any], place: Place) -> bool:
     return np.array_equal(leaf.astype(kind), other.astype(kind))
 
 
-def _check_kind(model: Model, directory: Path, key: str, name: str) -> None:
-    """Raise for LoRA on an embedding or on a head that is tied to it: none is held here."""
+def _check_kind(model: Model, directory: Path, key: str, name: str, tying: bool) -> None:
+    """Raise for DoRA on an embedding and LoRA on a head tied to it: none is held here."""
     what = None
-    if ".lora_embedding_" in name:
-        what = "LoRA on an embedding"
+    embedding = EMBEDDING_TENSOR.removesuffix(".weight")
+    if name.startswith(f"{embedding}.lora_magnitude"):
+        what = "DoRA on an embedding"
+    elif tying and name.startswith(f"{embedding}.lora_") and model.config.text.tied:
+        what = "LoRA on an embedding and a head that are tied to each other (ensure_weight_tying)"
     elif re.match(rf"{HEAD}\.(lora_|base_layer\.)", name) and model.config.text.tied:
         what = "LoRA on a head that is tied to the embedding"
     if what is not None:
@@ -300,43 +363,41 @@ def _homeless(directory: Path, key: str, name: str, known: Mapping[str, Any]) ->
     )
 
 
-def _check_norms(flat: Mapping[str, Any], matrices: Mapping[str, Any], file: Path) -> None:
-    """Raise for DoRA without the norms of some layer, or with a part of a stack's layers."""
+def _check_norms(matrices: Mapping[str, Any], file: Path) -> None:
+    """Raise for DoRA without the norms of some layer."""
     for path in [path for path in matrices if path.endswith("/lora_A")]:
         base = path.removesuffix("/lora_A")
-        norms = matrices.get(f"{base}/lora_magnitude", {})
-        if norms.keys() != matrices[path].keys():
+        if matrices.get(f"{base}/lora_magnitude", {}).keys() != matrices[path].keys():
             raise UserError(
                 f"'{file}' is DoRA's (use_dora), but some layer of '{base}' lacks its "
                 f"lora_magnitude_vector."
             )
-        *stack, _, _ = flat[f"{base}/kernel"].shape
-        if stack and len(norms) < stack[0]:
-            raise UserError(
-                f"'{file}' is DoRA's and adapts {len(norms)} of {stack[0]} layers of '{base}'. "
-                f"Layers are stacked here, and norms of the others would train: merge it with peft."
-            )
 
 
 def _stacked(
-    model: Model, flat: Mapping[str, Any], path: str, layers: dict[int | None, np.ndarray],
-    matrices: Mapping[str, Any], rank: int, file: Path,
+    flat: Mapping[str, Any], path: str, layers: dict[int | None, np.ndarray],
+    matrices: Mapping[str, Any], held: list[Slot], file: Path,
 ) -> np.ndarray:  # fmt: skip
     """Return one leaf of the given layers, checked against the base's kernel."""
     base, matrix = path.rsplit("/", 1)
     partner = f"{base}/{'lora_B' if matrix == 'lora_A' else 'lora_A'}"
     if matrices.get(partner, {}).keys() != layers.keys():
         raise UserError(f"'{file}' holds {matrix} of '{base}' without its partner in some layer.")
-    *stack, inputs, outputs = flat[f"{base}/kernel"].shape
-    shape = {"lora_A": (inputs, rank), "lora_B": (rank, outputs), "lora_magnitude": (outputs,)}[
-        matrix
-    ]
-    leaf = np.zeros((*stack, *shape), np.float32)
+    kernel = flat[EMBEDDING_LEAF if base == EMBEDDING else f"{base}/kernel"]
+    *stack, inputs, outputs = kernel.shape
+
+    def shape(rank: int) -> tuple[int, ...]:
+        return {"lora_A": (inputs, rank), "lora_B": (rank, outputs)}.get(matrix, (outputs,))
+
+    leaf = np.zeros((*stack, *shape(max(slot.rank for slot in held))), np.float32)
+    ranks = {slot.layer: slot.rank for slot in held}
     for layer, tensor in layers.items():
-        if tensor.shape != shape:
+        if tensor.shape != shape(ranks[layer]):
             raise UserError(
                 f"'{file}' holds {matrix} of '{base}' with the shape {list(tensor.shape[::-1])}; "
-                f"rank {rank} and the base's kernel ask for {list(shape[::-1])}."
+                f"rank {ranks[layer]} and the base's kernel ask for "
+                f"{list(shape(ranks[layer])[::-1])}."
             )
-        leaf[... if layer is None else layer] = tensor
+        own = () if layer is None else (layer,)
+        leaf[(*own, *(slice(size) for size in tensor.shape))] = tensor
     return leaf

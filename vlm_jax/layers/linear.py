@@ -76,10 +76,11 @@ _quantized_matmul.defvjp(
 )
 
 
-def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora: Any) -> jax.Array:
+def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: Any, x_lora: Any) -> jax.Array:
     """Return x @ kernel + scale (x_lora @ a) @ b, in x's dtype.
 
     x, x_lora: [..., in], the latter after dropout. kernel: [in, out] leaf. a: [in, R]. b: [R, out].
+    scale: a number, or an array of none.
     The one place where a frozen weight meets an adapter.
     """
     dtype = x.dtype
@@ -87,7 +88,7 @@ def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora:
     return matmul(x, kernel) + matmul(low, dense(b, dtype))
 
 
-def column_norms(kernel: Any, a: Any, b: Any, scale: float) -> jax.Array:
+def column_norms(kernel: Any, a: Any, b: Any, scale: Any) -> jax.Array:
     """Return float32 [..., out], the norms of the columns of kernel + scale a @ b."""
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
@@ -95,7 +96,7 @@ def column_norms(kernel: Any, a: Any, b: Any, scale: float) -> jax.Array:
 
 
 def dora_matmul(
-    x: jax.Array, kernel: Any, a: Any, b: Any, scale: float, x_lora: Any, magnitude: Any
+    x: jax.Array, kernel: Any, a: Any, b: Any, scale: Any, x_lora: Any, magnitude: Any
 ) -> jax.Array:
     """Return x @ (kernel + scale a @ b) with columns of norm `magnitude` [out], in x's dtype.
 
@@ -103,7 +104,10 @@ def dora_matmul(
     norms of the columns count as constants in the backward pass (section 4.3 of the paper).
     """
     norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
-    ratio = along_last((jnp.asarray(magnitude, jnp.float32) / norms).astype(x.dtype), x)
+    ratio_O = jnp.asarray(magnitude, jnp.float32) / norms
+    if not isinstance(scale, float):  # of a layer: 0 where it has no matrices, and so no norms
+        ratio_O = jnp.where(scale == 0, 1, ratio_O)
+    ratio = along_last(ratio_O.astype(x.dtype), x)
     low = matmul(x_lora, dense(a, x.dtype)) * jnp.asarray(scale, x.dtype)
     update = matmul(low, dense(b, x.dtype))
     if x_lora is x:
@@ -111,10 +115,25 @@ def dora_matmul(
     return matmul(x, kernel) + (ratio - 1) * matmul(x_lora, kernel) + ratio * update
 
 
+def scale_of(module: nn.Module, lora: LoRAScale | None, rank: int) -> Any:
+    """Return what an adapter's product is multiplied by: the leaf `lora_scale`, or the model's."""
+    if lora is None:
+        raise ValueError(f"{module.path} has LoRA leaves, but the model was built without.")
+    if module.has_variable("params", "lora_scale"):
+        return module.get_variable("params", "lora_scale")
+    return lora.scale(rank)
+
+
+def less_start(a: Any, b: Any, start_a: Any, start_b: Any) -> tuple[jax.Array, jax.Array]:
+    """Return factors of a @ b - start_a @ start_b: what an adapter that took it has changed."""
+    return jnp.concatenate([a, start_a], axis=-1), jnp.concatenate([b, -start_b], axis=-2)
+
+
 class Linear(nn.Module):
     """[..., in] to [..., features]; kernel [in, out], lora_A [in, R], lora_B [R, out].
 
-    With lora_magnitude [out] too it is DoRA's.
+    With lora_magnitude [out] too it is DoRA's. lora_scale [] is this layer's own scale.
+    start_A and start_B, shaped as A and B, are what these took of the kernel (see starts.py).
     """
 
     features: int
@@ -128,16 +147,20 @@ class Linear(nn.Module):
         kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         if self.has_variable("params", "lora_A"):
-            if self.lora is None:
-                raise ValueError(f"{self.path} has LoRA leaves, but the model was built without.")
             a: Any = self.get_variable("params", "lora_A")
             b: Any = self.get_variable("params", "lora_B")
+            scale = scale_of(self, self.lora, a.shape[-1])
+            assert self.lora is not None
             x_lora = x
             if self.lora.dropout > 0 and self.has_rng("dropout"):
                 keep = 1.0 - self.lora.dropout
                 mask = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
                 x_lora = jnp.where(mask, x / keep, 0).astype(x.dtype)
-            factors = (kernel, a, b, self.lora.scale(a.shape[-1]), x_lora)
+            if self.has_variable("params", "start_A"):
+                start_a: Any = self.get_variable("params", "start_A")
+                start_b: Any = self.get_variable("params", "start_B")
+                a, b = less_start(a, b, start_a, start_b)
+            factors = (kernel, a, b, scale, x_lora)
             if self.has_variable("params", "lora_magnitude"):
                 y = dora_matmul(x, *factors, self.get_variable("params", "lora_magnitude"))
             else:
@@ -156,21 +179,33 @@ class Linear(nn.Module):
 class Embed(nn.Module):
     """int [B, T] to [B, T, D]; embedding [V, D]; `attend` is the tied head.
 
-    Rows of new tokens, where there are any, are a leaf of their own (see vocabulary.py).
+    Rows of new tokens, where there are any, are a leaf of their own (see vocabulary.py). LoRA's
+    matrices, lora_A [V, R] and lora_B [R, D], have no dropout and leave the tied head alone, as in
+    PEFT.
     """
 
     vocabulary: int
     features: int
     dtype: Any
+    lora: LoRAScale | None = None
 
     def setup(self) -> None:
         shape = (self.vocabulary, self.features)
         self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape)
         has_added = self.has_variable("params", "added")
         self.added = self.get_variable("params", "added") if has_added else None
+        self.low = None
+        if self.has_variable("params", "lora_A"):
+            a: Any = self.get_variable("params", "lora_A")
+            b: Any = self.get_variable("params", "lora_B")
+            self.low = a, b, scale_of(self, self.lora, a.shape[-1])
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = dense(self.embedding, self.dtype)[tokens_BT]
+        if self.low is not None:
+            a, b, scale = self.low
+            low_BTR = dense(a, self.dtype)[tokens_BT] * jnp.asarray(scale, self.dtype)
+            x_BTD = x_BTD + matmul(low_BTR, dense(b, self.dtype))
         if self.added is not None:
             new_BT = tokens_BT - self.vocabulary  # out-of-range indices are clamped either way
             added_BTD = dense(self.added, self.dtype)[jnp.maximum(new_BT, 0)]

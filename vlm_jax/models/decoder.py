@@ -260,7 +260,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
+        self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype, self.lora)
         make_layer = functools.partial(DecoderLayer, cfg, self.dtype, self.lora, self.adapter)
         self.layers = Stack(make_layer, cfg.num_layers, self.remat)
         self.norm = RMSNorm(cfg.epsilon, self.dtype)

@@ -8,8 +8,9 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.lora import PROJECTOR_NAMES, is_lora, module_names, peft_module, saved_leaves
+from vlm_jax.lora import bias_leaves, is_lora, module_names, peft_module, saved_leaves
 from vlm_jax.model import Model
+from vlm_jax.targets import PROJECTOR_NAMES
 from vlm_jax.trees import FROZEN, Table, flatten, match, parse_group
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import is_quantized
@@ -95,6 +96,15 @@ def training_table(
             if component in owners:
                 row = regex if len(owners) == 1 else f"(?={pattern}$){regex}"
                 rows.append((row, _group("full", scale_of(component))))
+    rows += _bias_rows(
+        model,
+        params,
+        {
+            component: scale_of(component)
+            for _, component in model.family.COMPONENTS
+            if component in adapted or (component not in scales and lora_enabled)
+        },
+    )
     for pattern, component in model.family.COMPONENTS:
         language = component not in scales
         if component in adapted or (language and (lora_enabled or method == "adapter")):
@@ -117,6 +127,22 @@ def training_table(
             "model.vision_encoder_lr_scale, model.projector_lr_scale and "
             "model.language_model_lr_scale above 0."
         )
+    return rows
+
+
+def _bias_rows(
+    model: Model, params: Mapping[str, Any], scales: Mapping[str, float]
+) -> list[tuple[str, str]]:
+    """Return the rows of the biases that `LoRA.bias` trains. scales: of components not in full.
+
+    A component whose scale is 0 stays frozen, and so do its biases.
+    """
+    owner = {path: model.component(path) for path in bias_leaves(model, params)}
+    rows = []
+    for component, scale in scales.items():
+        modules = [path.rsplit("/", 1)[0] for path, name in owner.items() if name == component]
+        if modules and scale != 0:
+            rows.append((f"(?:{'|'.join(map(re.escape, modules))})/bias", _group("lora", scale)))
     return rows
 
 

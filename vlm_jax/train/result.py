@@ -11,7 +11,7 @@ from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.lora import is_lora, saved_modules
+from vlm_jax.lora import bias_leaves, is_lora, saved_modules
 from vlm_jax.model import Model
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
@@ -61,6 +61,7 @@ def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(params)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     saved = saved_modules(model, params, (*model.modules_to_save, *added)).leaves
+    saved += bias_leaves(model, params)
     kinds = (is_lora, is_adapter, is_added)
     written = [p for p in flat if p in saved or any(kind(p) for kind in kinds)]
     primary = processes.is_primary()

@@ -18,9 +18,10 @@ from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.lora import PRESETS, add_lora, is_lora, saved_modules, target_kernels
+from vlm_jax.lora import add_lora, bias_leaves, is_lora, saved_modules
 from vlm_jax.model import LoRA, Model
 from vlm_jax.sharding import check_spread, make_mesh, param_shardings, shard_params
+from vlm_jax.targets import PRESETS, target_kernels
 from vlm_jax.train.base import compute_dtype, load_base
 from vlm_jax.train.bottlenecks import adapt_bottlenecks
 from vlm_jax.train.checkpoint import Checkpoints
@@ -126,6 +127,7 @@ def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
     if model.lora is None and model.adapter is None:
         return
     kept = saved_modules(model, params, model.modules_to_save).leaves
+    kept += bias_leaves(model, params)
     for path in flatten(split(params, table)[0]):
         if not (is_lora(path) or is_adapter(path) or is_added(path) or path in kept):
             raise UserError(
@@ -148,7 +150,7 @@ def _continue_lora(
             f"The adapter '{config.model.adapter}' holds LoRA matrices, but lora.enabled is false. "
             f"Merge it first (vlm-jax export --merge) and train from the result."
         )
-    for name in ("rank", "alpha", "rslora", "dora"):
+    for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern"):
         if getattr(own, name) != getattr(lora, name):
             raise UserError(
                 f"The adapter '{config.model.adapter}' has {name}={getattr(own, name)}, but the "
