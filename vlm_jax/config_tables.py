@@ -28,6 +28,7 @@ ALIASES = {
     "lora.lora_alpha": "lora.alpha",
     "lora.lora_dropout": "lora.dropout",
     "lora.targets": "lora.target_modules",
+    "lora.init": "lora.init_lora_weights",
     "lora.rslora": "lora.use_rslora",
     "lora.dora": "lora.use_dora",
     "training.evaluation_strategy": "training.eval_strategy",
@@ -68,7 +69,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
     "model.bnb_4bit_quant_type": ("fp4", "nf4"),
     "model.bnb_4bit_compute_dtype": (None, "float32", "bfloat16"),
-    "lora.bias": ("none",),
+    "lora.bias": ("none", "all", "lora_only"),
     "lora.task_type": ("CAUSAL_LM",),
     "training.lr_scheduler_type": (
         *("constant", "constant_with_warmup", "linear", "polynomial", "inverse_sqrt"),
