@@ -119,7 +119,7 @@ def test_names_that_others_use_are_known():
         ("training.report_to=tensorbord", "did you mean 'tensorboard'"),
         ("training.optim=lion", "not supported.*adamw"),
         ("training.gradient_accumulation_steps=0", "between 1 and"),
-        ("lora.bias=all", "Supported: none"),
+        ("lora.bias=some", "Supported: none"),
         ("lora.dropout=1.0", "between 0 and 0.999"),
         ("data.on_bad_example=ignore", "raise, skip"),
         ("training.seed", "has no value"),

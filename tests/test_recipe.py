@@ -13,8 +13,9 @@ from vlm_jax import UserError, config
 from vlm_jax.models.known import KNOWN
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.compile import abstract_batch
+from vlm_jax.train.counts import trainable_line
 from vlm_jax.train.place import abstract, abstract_state
-from vlm_jax.train.recipe import report, trainable_line
+from vlm_jax.train.recipe import report
 from vlm_jax.train.run import adapt_base, check_kept
 from vlm_jax.trees import flatten, match
 
@@ -157,7 +158,8 @@ def test_the_usual_recipe(tiny):
     table = vlm_jax.training_table(model, params)
     trainable, _ = vlm_jax.split(params, table)
     size = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    assert trainable_line(params, table).startswith(f"trainable params: {size:,d} || all params: ")
+    line = trainable_line(model, params, table)
+    assert line.startswith(f"trainable params: {size:,d} || all params: ")
 
 
 def test_scales_and_full_training(tiny):

@@ -67,7 +67,17 @@ def get_config() -> ConfigDict:
     c.lora.use_rslora = False  # scale by alpha / sqrt(r)
     c.lora.use_dora = False  # learn the norms of the sum's columns too
     c.lora.loraplus_lr_ratio = 1.0  # LoRA+: the learning rate of B over that of A; 16 is usual
-    c.lora.bias = "none"  # only "none": biases of adapted layers stay frozen
+    c.lora.rank_pattern = placeholder(object)  # other ranks: {regex over a name's end: rank}
+    c.lora.alpha_pattern = placeholder(object)  # other alphas, likewise
+    c.lora.layers_to_transform = placeholder(object)  # the only layers adapted, [0, 1]; None: all
+    c.lora.layers_pattern = ()  # what stands before such a number in names; (): the first number
+    c.lora.exclude_modules = placeholder(tuple)  # suffixes, or one regex, of what is not adapted
+    # Which biases train too: none, all, lora_only (of adapted layers). A component whose
+    # learning-rate scale is 0.0 stays frozen, biases and all.
+    c.lora.bias = "none"
+    # How matrices start: true (A at random, B zero), gaussian, orthogonal; pissa, pissa_niter_16
+    # (fast), olora: with the kernel's own largest part; loftq: with what 4 bits lost of it.
+    c.lora.init_lora_weights = "true"
     c.lora.task_type = "CAUSAL_LM"  # only this; PEFT files ask for it
 
     a = c.adapter = ConfigDict()  # bottleneck adapters, instead of LoRA: see model.Adapter
@@ -245,7 +255,7 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
             raise ValueError
         if key in VALUES:
             return VALUES[key](value)
-        if key == "lora.target_modules" and isinstance(value, str):
+        if key in ("lora.target_modules", "lora.exclude_modules") and isinstance(value, str):
             # One string is a preset or a regex, unless it plainly is a list.
             listed = value.startswith("[") or re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value)
             return _words(value) if listed else value

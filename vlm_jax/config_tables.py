@@ -30,6 +30,7 @@ ALIASES = {
     "lora.lora_alpha": "lora.alpha",
     "lora.lora_dropout": "lora.dropout",
     "lora.targets": "lora.target_modules",
+    "lora.init": "lora.init_lora_weights",
     "lora.rslora": "lora.use_rslora",
     "lora.dora": "lora.use_dora",
     "adapter.kind": "adapter.type",
@@ -87,6 +88,7 @@ PLAIN_LORA: dict[str, Any] = {
     "lora.use_rslora": False,
     "lora.use_dora": False,
     "lora.loraplus_lr_ratio": 1.0,
+    "lora.init_lora_weights": "true",
     "adapter.type": None,
 }
 # The one word of a config's key `method`, and what it changes of plain LoRA.
@@ -97,6 +99,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rslora": {"lora.use_rslora": True},
     "dora": {"lora.use_dora": True},
     "loraplus": {"lora.loraplus_lr_ratio": 16.0},
+    "pissa": {"lora.init_lora_weights": "pissa"},
+    "loftq": {"model.quantize": "nf4", "lora.init_lora_weights": "loftq"},
     "houlsby": {"lora.enabled": False, "adapter.type": "houlsby"},
     "pfeiffer": {"lora.enabled": False, "adapter.type": "pfeiffer"},
     "parallel": {"lora.enabled": False, "adapter.type": "parallel"},
@@ -108,7 +112,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
     "model.bnb_4bit_quant_type": ("fp4", "nf4"),
     "model.bnb_4bit_compute_dtype": (None, "float32", "bfloat16"),
-    "lora.bias": ("none",),
+    "lora.bias": ("none", "all", "lora_only"),
     "lora.task_type": ("CAUSAL_LM",),
     "adapter.type": (None, *ADAPTERS),
     "adapter.init_weights": ("mam_adapter", "bert", "houlsby"),

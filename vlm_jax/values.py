@@ -8,6 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 SOURCES = "a path, or a list of paths and of {path, weight, ...}"
+RANKS = "ranks by regex, {layers.0.*q_proj: 32}"
+ALPHAS = "alphas by regex, {layers.0.*q_proj: 64}"
+LAYERS = "numbers of layers, [0, 1, 2]"
+START = "true, or a word such as gaussian, pissa, loftq"
 COLUMNS = "our names of columns with the data's own, {question: q_text}"
 STEPS = "a number of steps, or a share of all steps below 1"
 OPTIONS = "the schedule's own options, {min_lr_rate: 0.1}"
@@ -58,6 +62,27 @@ def steps_value(value: Any) -> int | float:
     return int(number)
 
 
+def layers_value(value: Any) -> list[int]:
+    """Return numbers of layers; raises `ValueError`, saying what it expects, for all else."""
+    value = _parsed(value, LAYERS)
+    if isinstance(value, str):
+        value = value.split(",")
+    try:
+        numbers = [int(str(one)) for one in (value if isinstance(value, list) else [value])]
+    except ValueError:
+        raise ValueError(LAYERS) from None
+    if isinstance(value, bool) or any(number < 0 for number in numbers):
+        raise ValueError(LAYERS)
+    return numbers
+
+
+def start_value(value: Any) -> str:
+    """Return a value of init_lora_weights as a word."""
+    if not isinstance(value, bool | str) or not str(value).strip():
+        raise ValueError(START)
+    return str(value).strip().lower()
+
+
 def _parsed(value: Any, expected: str) -> Any:
     """Return a value as JSON has it; text in brackets, as on the command line, is read as YAML."""
     import yaml
@@ -74,6 +99,10 @@ def _parsed(value: Any, expected: str) -> Any:
 VALUES: dict[str, Callable[[Any], Any]] = {
     "data.train_file": sources_value,
     "data.eval_file": sources_value,
+    "lora.rank_pattern": map_value(RANKS),
+    "lora.alpha_pattern": map_value(ALPHAS),
+    "lora.layers_to_transform": layers_value,
+    "lora.init_lora_weights": start_value,
     "data.columns": map_value(COLUMNS),
     "training.lr_scheduler_kwargs": map_value(OPTIONS),
     **{

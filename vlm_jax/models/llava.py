@@ -215,6 +215,17 @@ def disk_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {"model/vision_tower/embeddings/patch_embedding/kernel": shape}
 
 
+def unused_parameters(cfg: Config) -> int:
+    """Return how many parameters the reference has in the tensors of `UNUSED`."""
+    width, wide = cfg.vision.width, cfg.vision.intermediate_size
+    norm = 2 * width
+    if cfg.vision.kind.has_class_token:
+        return norm
+    attention = 4 * width * width + 4 * width  # SigLIP's pooling: q, k, v in one, and the output
+    mlp = 2 * width * wide + wide + width
+    return norm + width + attention + norm + mlp  # the last norm, the query, and the head's
+
+
 HAS_GRIDS = False  # every image has the tower's own size
 ARCHITECTURE = "LlavaForConditionalGeneration"
 # Parameter path -> component; first match wins.

@@ -265,6 +265,11 @@ def disk_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {"model/visual/patch_embed/proj/kernel": (cfg.vision.width, *cfg.vision.patch_shape)}
 
 
+def unused_parameters(cfg: Config) -> int:
+    """Return how many parameters the reference has in the tensors of `UNUSED`: buffers are none."""
+    return 0
+
+
 HAS_GRIDS = True  # each image has its own size
 IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # what cuts it, in the reference
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"

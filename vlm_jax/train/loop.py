@@ -26,6 +26,7 @@ from vlm_jax.train.compile import (
     compile_largest_step,
     out_of_memory_explained,
 )
+from vlm_jax.train.counts import trainable_line
 from vlm_jax.train.feed import Feed
 from vlm_jax.train.identity import identity, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
@@ -41,7 +42,7 @@ from vlm_jax.train.output import nothing_half_written, output_directory
 from vlm_jax.train.patience import Patience, patience_of
 from vlm_jax.train.place import on_mesh
 from vlm_jax.train.places import Claim, Places, places_of
-from vlm_jax.train.recipe import report, trainable_line
+from vlm_jax.train.recipe import report
 from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
     absolute_paths,
@@ -116,7 +117,7 @@ def _train(
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=total)
     rate = learning_rate(settings)
     print_report(
-        console, report(model, params, table, t.learning_rate), trainable_line(params, table)
+        console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
     four = any(is_quantized(leaf) for leaf in flatten(params).values())
     for line in summary(model, params) if four else []:

@@ -4,13 +4,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from vlm_jax.errors import UserError
 from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.lora import bias_leaves, is_lora, module_names, peft_module, saved_leaves
 from vlm_jax.model import Model
 from vlm_jax.targets import PROJECTOR_NAMES
+from vlm_jax.train.counts import leaf_sizes
 from vlm_jax.trees import FROZEN, Table, flatten, match, parse_group
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import is_quantized
@@ -183,9 +182,9 @@ def report(
     flat = flatten(params)
     groups = match(table, flat, "training table")
     counts: dict[tuple[str, str], int] = {}
-    for path, leaf in flat.items():
+    for path, size in leaf_sizes(model, params).items():
         key = (model.component(path), groups[path])
-        counts[key] = counts.get(key, 0) + int(np.prod(leaf.shape))
+        counts[key] = counts.get(key, 0) + size
     order = ["vision", "projector", "embeddings", "language_model", "head"]
     rows = []
     for (component, group), count in sorted(counts.items(), key=lambda i: order.index(i[0][0])):
@@ -202,16 +201,3 @@ def report(
             }
         )
     return rows
-
-
-def trainable_line(params: Mapping[str, Any], table: Table) -> str:
-    """Return PEFT's line: trainable params: … || all params: … || trainable%: …"""
-    flat = flatten(params)
-    groups = match(table, flat, "training table")
-    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flat.items()}
-    every = sum(sizes.values())
-    trained = sum(size for path, size in sizes.items() if groups[path] != FROZEN)
-    return (
-        f"trainable params: {trained:,d} || all params: {every:,d} || "
-        f"trainable%: {100 * trained / every:.4f}"
-    )

@@ -15,13 +15,16 @@ from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
 from vlm_jax.hub.load import load, resolve
+from vlm_jax.hub.peft import starts_from_kernel
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.lora import add_lora, bias_leaves, is_lora, saved_modules
 from vlm_jax.model import LoRA, Model
+from vlm_jax.names import layer_names
 from vlm_jax.sharding import check_spread, make_mesh, param_shardings, shard_params
-from vlm_jax.targets import PRESETS, target_kernels
+from vlm_jax.starts import kind_of
+from vlm_jax.targets import PRESETS, slots, target_kernels, target_modules
 from vlm_jax.train.base import compute_dtype, load_base
 from vlm_jax.train.bottlenecks import adapt_bottlenecks
 from vlm_jax.train.checkpoint import Checkpoints
@@ -31,12 +34,13 @@ from vlm_jax.train.places import places_of
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.train.step import init_state
 from vlm_jax.trees import Table, flatten, join, split
-from vlm_jax.vocabulary import add_tokens, is_added
-from vlm_jax.weights import bnb
+from vlm_jax.vocabulary import EMBEDDING, add_tokens, is_added
+from vlm_jax.weights import bnb, is_quantized
 
 
 def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
     """Return (model, params, training table): the base with what the config adds to train."""
+    kind_of(config.lora.init_lora_weights)  # before weights are read
     model, params = load_base(config, mesh)
     assert model.source is not None
     tokens = len(load_tokenizer(model.source.directory))
@@ -82,7 +86,9 @@ def adapt_base(
     if m.adapter is not None:
         model, params = load_peft(model, params, m.adapter)
     adapted = [  # what a loaded adapter reaches
-        path.replace("/lora_A", "/kernel") for path in flatten(params) if path.endswith("/lora_A")
+        path.replace("/lora_A", "/embedding" if path.startswith(EMBEDDING) else "/kernel")
+        for path in flatten(params)
+        if path.endswith("/lora_A")
     ]
     scales = {
         "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
@@ -91,7 +97,19 @@ def adapt_base(
     alpha = int(adapt.alpha) if adapt.alpha == int(adapt.alpha) else adapt.alpha
     targets = adapt.target_modules or PRESETS["llama"]
     lora = LoRA(
-        adapt.r, alpha, adapt.dropout, targets, rslora=adapt.use_rslora, dora=adapt.use_dora
+        adapt.r,
+        alpha,
+        adapt.dropout,
+        targets,
+        rslora=adapt.use_rslora,
+        dora=adapt.use_dora,
+        rank_pattern=configs.plain(adapt.rank_pattern) or {},
+        alpha_pattern=configs.plain(adapt.alpha_pattern) or {},
+        layers_to_transform=tuple(configs.plain(adapt.layers_to_transform) or ()),
+        layers_pattern=tuple(adapt.layers_pattern),
+        exclude_modules=adapt.exclude_modules or (),
+        bias=adapt.bias,
+        init=adapt.init_lora_weights,
     )
     kernels = adapted
     if adapt.enabled and not adapted:
@@ -103,6 +121,7 @@ def adapt_base(
     if adapted:
         model = _continue_lora(model, params, lora, config, adapted)
     elif adapt.enabled:
+        _check_start(lora, params, kernels)
         key = jax.random.key(config.training.seed)
         model, params = add_lora(model, params, lora, key)
     elif m.language_model_lr_scale == 0:  # LLaVA's first stage: an adapter without matrices
@@ -120,6 +139,17 @@ def adapt_base(
     )
     check_kept(model, params, table)
     return model, params, table
+
+
+def _check_start(lora: LoRA, params: Mapping[str, Any], kernels: list[str]) -> None:
+    """Raise before a run whose adapter would be for other codes than its base's."""
+    flat = flatten(params)
+    if starts_from_kernel(lora) and any(is_quantized(flat[path]) for path in kernels):
+        raise UserError(
+            f"lora.init_lora_weights is {lora.init!r}, which makes the codes of a 4-bit base anew, "
+            f"and the run's adapter could not hold them. Take 'loftq', which leaves the codes as "
+            f"they are and fills up what they lost, or a base that is not quantized."
+        )
 
 
 def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
@@ -150,23 +180,36 @@ def _continue_lora(
             f"The adapter '{config.model.adapter}' holds LoRA matrices, but lora.enabled is false. "
             f"Merge it first (vlm-jax export --merge) and train from the result."
         )
-    for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern"):
+    if lora.init != "true":
+        raise UserError(
+            f"lora.init_lora_weights is {lora.init!r}, but the adapter '{config.model.adapter}' "
+            f"brings its matrices: they do not start anew. Take one of the two out."
+        )
+    for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern", "bias"):
         if getattr(own, name) != getattr(lora, name):
             raise UserError(
                 f"The adapter '{config.model.adapter}' has {name}={getattr(own, name)}, but the "
                 f"config's lora section says {getattr(lora, name)}. Set the adapter's own value."
             )
     asked = config.lora.target_modules
-    if asked is not None:
-        wanted = set(target_kernels(model, params, lora))
-        differ = sorted(wanted ^ set(adapted))
+    if asked is not None or lora.layers_to_transform or lora.exclude_modules:
+        hits = target_modules(model, params, lora)
+        wanted = {
+            module
+            for path, flags in hits.items()
+            for module, hit in zip(layer_names(model, path), flags, strict=True)
+            if hit
+        }
+        held = {s.module for path in adapted for s in slots(model, own, path) if s.rank}
+        differ = sorted(wanted ^ held)
         if differ:
             which = "does not adapt" if differ[0] in wanted else "also adapts"
             raise UserError(
-                f"lora.target_modules is {asked!r}, but the adapter '{config.model.adapter}' "
-                f"{which} '{differ[0]}' ({len(differ)} layers differ). A loaded adapter goes on "
-                f"with its own layers: take lora.target_modules out of the config, or merge the "
-                f"adapter first (vlm-jax export --merge) and train from the result."
+                f"lora.target_modules is {lora.targets!r}, but the adapter "
+                f"'{config.model.adapter}' {which} '{differ[0]}' ({len(differ)} modules differ). A "
+                f"loaded adapter goes on with its own layers: take lora.target_modules, "
+                f"layers_to_transform and exclude_modules out of the config, or merge the adapter "
+                f"first (vlm-jax export --merge) and train from the result."
             )
     saved = tuple(dict.fromkeys((*own.modules_to_save, *lora.modules_to_save)))
     return dataclasses.replace(

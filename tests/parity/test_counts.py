@@ -1,0 +1,116 @@
+"""Counts of parameters, equal to peft's on models of full size that hold no numbers."""
+
+import jax
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from references import llava, quiet
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
+
+import vlm_jax
+from vlm_jax.models.known import KNOWN
+from vlm_jax.targets import PRESETS
+from vlm_jax.train.counts import leaf_sizes
+
+SEVEN = "|".join(PRESETS["llama"])
+LM = rf".*language_model.*({SEVEN})"
+BASES = {
+    "llava": ("llava-hf/llava-1.5-7b-hf", LlavaForConditionalGeneration),
+    "qwen": ("Qwen/Qwen2-VL-7B-Instruct", Qwen2VLForConditionalGeneration),
+}
+# Family, our LoRA, peft's LoraConfig.
+CASES = {
+    "llava 16": ("llava", dict(rank=16, targets="llama"), dict(r=16, target_modules=LM)),
+    "llava 4, projector, DoRA": (
+        "llava",
+        dict(rank=4, targets="llama", dora=True, modules_to_save=("projector",)),
+        dict(r=4, target_modules=LM, use_dora=True, modules_to_save=["multi_modal_projector"]),
+    ),
+    "qwen 16": ("qwen", dict(rank=16, targets="qwen"), dict(r=16, target_modules=LM)),
+    "qwen 8, some layers, biases": (
+        "qwen",
+        dict(
+            rank=8, targets=("q_proj", "v_proj"), layers_to_transform=(0, 5, 6), bias="all",
+            rank_pattern={r"layers\.5\..*q_proj": 32},
+        ),
+        dict(
+            r=8, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 5, 6], bias="all",
+            rank_pattern={r"layers\.5\..*q_proj": 32},
+        ),
+    ),
+}  # fmt: skip
+
+
+def adapted_shapes(model, lora):
+    """Return the model with an adapter, and its parameters as shapes."""
+    made = []
+
+    def add(params):
+        model_, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+        made.append(model_)
+        return params
+
+    params = jax.eval_shape(add, model.abstract())
+    return made[0], params
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return {family: vlm_jax.from_config(KNOWN[name]) for family, (name, _) in BASES.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_counts_are_pefts(ours, case):
+    family, lora, config = CASES[case]
+    made = dict(KNOWN[BASES[family][0]])
+    kind = made.pop("model_type")
+    with torch.device("meta"), quiet():
+        reference = BASES[family][1](AutoConfig.for_model(kind, **made))
+        expected = get_peft_model(reference, LoraConfig(**config)).get_nb_trainable_parameters()
+    model, params = adapted_shapes(ours[family], vlm_jax.LoRA(**lora))
+    assert vlm_jax.count_parameters(model, params) == expected
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16, 32])
+def test_llama_2_7b(ours, rank):
+    """The language model of LLaVA-1.5-7B with Llama's own vocabulary."""
+    with torch.device("meta"), quiet():
+        llama = LlamaForCausalLM(LlamaConfig())
+        config = LoraConfig(r=rank, target_modules=list(PRESETS["llama"]))
+        expected = get_peft_model(llama, config).get_nb_trainable_parameters()
+    if rank == 16:
+        assert expected == (39_976_960, 6_778_392_576)
+    made = dict(KNOWN[BASES["llava"][0]])
+    made["text_config"] = {**made["text_config"], "vocab_size": 32000}
+    base = vlm_jax.from_config(made)
+    model, params = adapted_shapes(base, vlm_jax.LoRA(rank, targets="llama"))
+    trained, every = vlm_jax.count_parameters(model, params)
+    vision = sum(
+        size
+        for path, size in leaf_sizes(model, params).items()
+        if model.component(path) in ("vision", "projector")
+    )
+    vision += model.family.unused_parameters(model.config)
+    assert (trained, every - vision) == expected
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_4_bits_count_dense_and_unused_tensors_count(tmp_path, capsys, tower):
+    reference = llava(tmp_path, tower, "mistral")
+    model, params = vlm_jax.load(tmp_path, quantize="nf4-dq")
+    size = sum(parameter.numel() for parameter in reference.parameters())
+    assert vlm_jax.count_parameters(model, params)[1] == size
+    model, params = vlm_jax.add_lora(model, params, vlm_jax.LoRA(2), jax.random.key(0))
+    with quiet():
+        config = LoraConfig(r=2, target_modules=r".*language_model.*(q|v)_proj")
+        adapted = get_peft_model(reference, config)
+        adapted.print_trainable_parameters()
+    vlm_jax.print_trainable_parameters(model, params)
+    theirs, ours = capsys.readouterr().out.strip().splitlines()
+    assert ours == theirs

@@ -1,0 +1,212 @@
+"""Several PEFT adapters on one base: switching between them, and sums of them.
+
+All of them get one shape: the leaves that any adapter has, of the largest rank, each with its
+scales as the leaf `lora_scale`; what an adapter lacks is zero. A jitted function that takes
+parameters as an argument thus serves all of them with one program, and leaves of the base are the
+same arrays in each.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.hub.peft_load import load_peft
+from vlm_jax.lora import is_lora, left_out, scales
+from vlm_jax.model import LoRA, Model
+from vlm_jax.names import layer_names
+from vlm_jax.targets import slots
+from vlm_jax.trees import flatten, unflatten
+
+
+def load_loras(
+    model: Model, params: Mapping[str, Any], directories: Mapping[str, str | Path]
+) -> tuple[Model, dict[str, dict[str, Any]]]:
+    """Return the model and {name: the base's parameters with that adapter}, all of one shape.
+
+    directories: {name: PEFT directory}. `model.apply({"params": adapters[name]}, batch)` has the
+    logits that `load_peft` gives of that directory alone. Adapters may differ in rank, targets,
+    scales and modules_to_save. Raises `UserError` where some are DoRA's and some are not, where one
+    brings new tokens, and as `load_peft` does.
+    """
+    if not directories:
+        raise UserError("load_loras was given no adapter: pass {name: PEFT directory}.")
+    base = flatten(params)
+    loras: dict[str, LoRA] = {}
+    trees: dict[str, dict[str, Any]] = {}
+    for name, directory in directories.items():
+        adapted, tree = load_peft(model, params, directory)
+        flat = flatten(tree)
+        added = [path for path in flat if path.endswith("/added")]
+        if added and added[0] not in base:
+            raise UserError(
+                f"The adapter '{name}' in '{directory}' has more tokens than the base ('"
+                f"{added[0]}'), so it cannot share one shape with others. Load it by load_peft."
+            )
+        assert adapted.lora is not None
+        loras[name] = adapted.lora
+        trees[name] = _with_scales(adapted, flat)
+    first = next(iter(loras))
+    for name, lora in loras.items():
+        if lora.dora != loras[first].dora:
+            raise UserError(
+                f"Of the adapters '{first}' and '{name}' one is DoRA's and the other is not: they "
+                f"have different programs. Load them apart, or merge one into the base."
+            )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tree in trees.values():
+        for path, leaf in tree.items():
+            if is_lora(path):
+                shapes[path] = tuple(map(max, leaf.shape, shapes.get(path, leaf.shape)))
+    own = {
+        path
+        for tree in trees.values()
+        for path, leaf in tree.items()
+        if not is_lora(path) and leaf is not base[path]
+    }
+    whole = {path: jnp.asarray(base[path], jnp.float32) for path in own}
+    adapters = {
+        name: unflatten(
+            {
+                **{path: whole.get(path, leaf) for path, leaf in base.items()},
+                **{path: tree[path] for path in own if tree[path] is not base[path]},
+                **{path: _filled(tree.get(path), shape) for path, shape in shapes.items()},
+            }
+        )
+        for name, tree in trees.items()
+    }
+    rank = max(shape[-1] for path, shape in shapes.items() if path.endswith("/lora_A"))
+    together = LoRA(rank, rank, targets=(), dora=loras[first].dora)
+    return dataclasses.replace(model, lora=together), adapters
+
+
+def _with_scales(model: Model, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat parameters in which every adapted leaf has its scales beside it."""
+    assert model.lora is not None
+    found = dict(flat)
+    for path in [path for path in flat if path.endswith("/lora_A")]:
+        found[path.replace("/lora_A", "/lora_scale")] = scales(slots(model, model.lora, path))
+    return found
+
+
+def _filled(leaf: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Return a leaf with zeros up to a shape, all zeros where there is none."""
+    if leaf is None:
+        return jnp.zeros(shape, jnp.float32)
+    if leaf.shape == shape:
+        return leaf
+    return jnp.pad(leaf, [(0, want - have) for want, have in zip(shape, leaf.shape, strict=True)])
+
+
+def combine_loras(
+    model: Model,
+    adapters: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, float],
+    kind: str = "cat",
+    rank: int | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Return the model and parameters of a weighted sum of adapters, as one LoRA.
+
+    model, adapters: of `load_loras`. weights: {name: weight}, of either sign. kind, as in PEFT's
+    add_weighted_adapter: "cat" is the exact sum, of as much rank as all together; "svd" the best
+    one of `rank` (default: the largest); "linear" adds A to A and B to B, roots of the weights on
+    each, which is cheap and another function. `save_peft` writes the result. Raises `UserError`
+    for DoRA, for modules that adapters hold in full, and for unknown names and kinds.
+    """
+    if kind not in COMBINATIONS:
+        raise UserError(
+            f"Adapters cannot be combined by '{kind}'{nearest(kind, COMBINATIONS)}. Known: "
+            f"{', '.join(COMBINATIONS)}."
+        )
+    for name in weights:
+        if name not in adapters:
+            raise UserError(
+                f"There is no adapter '{name}' to combine{nearest(name, adapters)}. Loaded: "
+                f"{', '.join(adapters)}."
+            )
+    if not weights:
+        raise UserError("No adapter is named to be combined: pass {name: weight}.")
+    trees = [flatten(adapters[name]) for name in weights]
+    first = trees[0]
+    if any(path.endswith("/lora_magnitude") for path in first):
+        raise UserError(
+            "DoRA's adapters are no sums: their norms stand beside the matrices. Combine adapters "
+            "without DoRA."
+        )
+    for tree in trees[1:]:
+        for path, leaf in first.items():
+            if not is_lora(path) and tree[path] is not leaf:
+                raise UserError(
+                    f"The adapters {', '.join(map(repr, weights))} differ in '{path}', which one "
+                    f"of them holds in full (modules_to_save, bias): only matrices are combined."
+                )
+    combined = {path: leaf for path, leaf in first.items() if not is_lora(path)}
+    hits: dict[str, list[bool]] = {}
+    largest = 0
+    for path in [path for path in first if path.endswith("/lora_A")]:
+        module = path.rsplit("/", 1)[0]
+        parts = [
+            (tree[path], tree[f"{module}/lora_B"], weight * tree[f"{module}/lora_scale"])
+            for tree, weight in zip(trees, weights.values(), strict=True)
+        ]
+        a, b = COMBINATIONS[kind](parts, rank or parts[0][0].shape[-1])
+        on = sum(part[2] != 0 for part in parts) > 0
+        combined |= {f"{module}/lora_A": a, f"{module}/lora_B": b}
+        hits[path] = [bool(one) for one in jnp.atleast_1d(on)]
+        if not all(hits[path]):
+            combined[f"{module}/lora_scale"] = on.astype(jnp.float32)
+        largest = max(largest, a.shape[-1])
+    for path in [path for path in combined if path.endswith(("/lora_A", "/lora_B"))]:
+        shape = list(combined[path].shape)
+        shape[-1 if path.endswith("A") else -2] = largest
+        combined[path] = _filled(combined[path], tuple(shape))
+    hits = {path: flags for path, flags in hits.items() if any(flags)}
+    combined = {
+        path: leaf
+        for path, leaf in combined.items()
+        if not is_lora(path) or f"{path.rsplit('/', 1)[0]}/lora_A" in hits
+    }
+    modules = [name for path in hits for name in layer_names(model, path)]
+    lora = LoRA(
+        largest,
+        largest,
+        targets=tuple(sorted({module.split(".")[-1] for module in modules})),
+        left_out=left_out(model, hits),
+    )
+    return dataclasses.replace(model, lora=lora), unflatten(combined)
+
+
+Part = tuple[jax.Array, jax.Array, jax.Array]  # A [.., in, R], B [.., R, out], weight x scale [..]
+
+
+def _cat(parts: list[Part], rank: int) -> tuple[jax.Array, jax.Array]:
+    a = jnp.concatenate([a * scale[..., None, None] for a, _, scale in parts], axis=-1)
+    return a, jnp.concatenate([b for _, b, _ in parts], axis=-2)
+
+
+def _linear(parts: list[Part], rank: int) -> tuple[jax.Array, jax.Array]:
+    roots = [jnp.sqrt(jnp.abs(scale))[..., None, None] for *_, scale in parts]
+    signs = [jnp.sign(scale)[..., None, None] for *_, scale in parts]  # on one side alone
+    a = sum(a * root * sign for (a, *_), root, sign in zip(parts, roots, signs, strict=True))
+    return jnp.asarray(a), jnp.asarray(
+        sum(p[1] * root for p, root in zip(parts, roots, strict=True))
+    )
+
+
+def _svd(parts: list[Part], rank: int) -> tuple[jax.Array, jax.Array]:
+    """The sum's largest singular vectors, found in the small space of all ranks together."""
+    a, b = _cat(parts, rank)
+    left, small_a = jnp.linalg.qr(a)
+    right, small_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
+    core = jnp.matmul(small_a, jnp.swapaxes(small_b, -1, -2), precision=jax.lax.Precision.HIGHEST)
+    u, values, v = jnp.linalg.svd(core, full_matrices=False)
+    a = jnp.matmul(left, u, precision=jax.lax.Precision.HIGHEST)[..., :rank]
+    b = jnp.matmul(v, jnp.swapaxes(right, -1, -2), precision=jax.lax.Precision.HIGHEST)
+    return a, (values[..., :, None] * b)[..., :rank, :]
+
+
+COMBINATIONS = {"cat": _cat, "linear": _linear, "svd": _svd}
