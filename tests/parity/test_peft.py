@@ -334,9 +334,11 @@ OTHER = [
     dict(init_lora_weights="pissa"),
     dict(use_dora=True),
     dict(rank_pattern={"q_proj": 4}),
-    dict(alpha_pattern={"q_proj": 4}),
-    dict(bias="all"),
+    dict(ensure_weight_tying=True, trainable_token_indices=[1]),
     # damaged
+    dict(bias="some"),
+    *(dict(rank_pattern=value) for value in ("x", {"q_proj": 0}, {"(": 2}, [2])),
+    *(dict(alpha_pattern=value) for value in ("x", {"q_proj": "y"})),
     *(dict(r=value) for value in ("x", None, 0, 2.5)),
     *(dict(lora_alpha=value) for value in ("x", None)),
     dict(target_modules=3),
@@ -351,5 +353,5 @@ def test_adapters_that_mean_something_else_are_refused(tmp_path, field):
     vlm_jax.save_peft(*adapted, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **field}))
-    with pytest.raises(vlm_jax.UserError, match=next(iter(field))):
+    with pytest.raises(vlm_jax.UserError, match=list(field)[-1]):
         vlm_jax.load_peft(model, params, tmp_path / "adapter")

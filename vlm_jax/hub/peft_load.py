@@ -395,8 +395,9 @@ def _stacked(
         if tensor.shape != shape(ranks[layer]):
             raise UserError(
                 f"'{file}' holds {matrix} of '{base}' with the shape {list(tensor.shape[::-1])}; "
-                f"rank {ranks[layer]} and the base's kernel ask for "
-                f"{list(shape(ranks[layer])[::-1])}."
+                f"rank {ranks[layer]}, by r and rank_pattern in adapter_config.json, and the "
+                f"base's kernel ask for {list(shape(ranks[layer])[::-1])}. It was made for another "
+                f"rank or base, or one of the two files is another adapter's."
             )
         own = () if layer is None else (layer,)
         leaf[(*own, *(slice(size) for size in tensor.shape))] = tensor
