@@ -18,7 +18,7 @@ LEVELS = [
     ("quantization",),
     ("lora",),
     ("hub", "data", "generation"),
-    ("evals", "survey"),
+    ("evals", "survey", "linen"),
     ("train",),
     ("plan",),
     ("preview", "recommend"),

@@ -4,12 +4,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.layers.linear import fresh_a, weight_update
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
@@ -23,6 +24,9 @@ from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import quantize
+
+if TYPE_CHECKING:
+    from vlm_jax.linen.adapt import Adapted
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -248,6 +252,14 @@ def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels:
         )
 
 
+def check_numbers(lora: LoRA) -> None:
+    """Raise `UserError` for a rank or dropout that means nothing."""
+    if lora.rank < 1:
+        raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
+
+
 def add_lora(
     model: Model, params: Mapping[str, Any], lora: LoRA, key: jax.Array
 ) -> tuple[Model, dict[str, Any]]:
@@ -262,25 +274,22 @@ def add_lora(
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
         raise UserError("These parameters hold LoRA matrices already; merge them first.")
-    if lora.rank < 1:
-        raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
-    if not 0 <= lora.dropout < 1:
-        raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
+    check_numbers(lora)
     kernels = target_kernels(model, params, lora)
     _check_overlap(model, params, lora, kernels)
     for path, one in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
         *layers, inputs, outputs = flat[path].shape
-        bound = 1 / math.sqrt(inputs)
         base = path.rsplit("/", 1)[0]
-        shape = (*layers, inputs, lora.rank)
-        flat[f"{base}/lora_A"] = jax.random.uniform(one, shape, jnp.float32, -bound, bound)
+        flat[f"{base}/lora_A"] = fresh_a(one, (*layers, inputs, lora.rank))
         flat[f"{base}/lora_B"] = jnp.zeros((*layers, lora.rank, outputs), jnp.float32)
         if lora.dora:
             flat[f"{base}/lora_magnitude"] = _norms(flat[path])
     return dataclasses.replace(model, lora=lora), unflatten(flat)
 
 
-def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> dict[str, Any]:
+def merge(
+    model: "Model | Adapted", params: Mapping[str, Any], requantize: bool = False
+) -> dict[str, Any]:
     """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
 
     Of DoRA the columns of that have the learned norms.
@@ -288,9 +297,14 @@ def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> 
     The sum is formed in float32 and stored in the kernel's dtype. A quantized kernel is decoded and
     becomes dense in the model's dtype; requantize: it becomes a quantized one of the same format
     again, on the same devices, which rounds most of a small update away (`requantization_error`
-    measures it). The old tree is untouched. Raises `UserError` for matrices that were made for
-    another shape, and where requantize finds nothing in 4 bits.
+    measures it). The old tree is untouched. Of a foreign module that `adapt` returned, `params` are
+    its variables, and the result is its own "params", all dense. Raises `UserError` for matrices
+    that were made for another shape, and where requantize finds nothing in 4 bits.
     """
+    if not isinstance(model, Model):
+        from vlm_jax.linen.adapt import merge_adapted  # a higher level: it takes what is above
+
+        return merge_adapted(model, params, requantize)
     flat = flatten(params)
     if requantize and not any(isinstance(leaf, FourBit) for leaf in flat.values()):
         raise UserError(
@@ -359,10 +373,7 @@ def _merged(
             f"another shape than its kernel's, {list(kernel.shape)}. Take the adapter that was "
             f"trained on this base."
         )
-    update = jnp.matmul(
-        a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-    summed = dense(kernel, jnp.float32) + model.lora.scale.scale(rank) * update
+    summed = dense(kernel, jnp.float32) + weight_update(a, b, model.lora.scale.scale(rank))
     if f"{base}/lora_magnitude" not in flat:
         return summed
     magnitude = _one(flat[f"{base}/lora_magnitude"], layer)

@@ -1,0 +1,256 @@
+"""PEFT adapter directories of foreign modules: adapter_config.json + adapter_model.safetensors.
+
+A key is `base_model.model.<module>.lora_A.weight` of shape [R, in], or `.lora_B.weight` [out, R],
+or of an embedding `.lora_embedding_A` [R, V] and `.lora_embedding_B` [D, R]: ours transposed,
+whatever the order of axes in the reference's own weight.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.hub.files import whole_directory, write_json
+from vlm_jax.hub.peft import PREFIX
+from vlm_jax.hub.peft_load import read_config
+from vlm_jax.hub.tensors import open_tensors
+from vlm_jax.linen.adapt import LORA, Adapted, check_module, check_supported
+from vlm_jax.linen.find import Layer, joined, layers_of, unboxed
+from vlm_jax.model import LoRA
+from vlm_jax.trees import flatten, match, unflatten
+from vlm_jax.weights import FourBit, dense
+
+# Dotted names of the module -> those in a file: rows of (regex, replacement), of which the first
+# that matches a whole name counts, or a function.
+Names = Callable[[str], str] | Sequence[tuple[str, str]] | None
+
+KEY = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+COPY = re.compile(r"(.*)\.base_layer\.weight")
+TIED = "embed_tokens"  # the only name under which peft gives a tied head an embedding's LoRA
+
+
+def _named(layers: Sequence[Layer], names: Names) -> dict[str, tuple[Layer, int | None]]:
+    """Return {name in a file: (layer, its number in a stack)}.
+
+    The module's own name of a stack's layer has its number behind the stack's: layers.0.mlp.fc.
+    """
+    own: dict[str, tuple[Layer, int | None]] = {}
+    for layer in layers:
+        if layer.stacked is None:
+            own[layer.name] = layer, None
+            continue
+        head = layer.stacked.replace("/", ".")
+        for i in range(layer.count):
+            own[f"{head}.{i}{layer.name[len(head) :]}".strip(".")] = layer, i
+    if names is None:
+        return own
+    if callable(names):
+        new = {name: names(name) for name in own}
+    else:
+        table = [(pattern, (pattern, text)) for pattern, text in names]
+        rows = match(table, own, "table of names", unused="allow")
+        new = {name: re.sub(row[0], row[1], name, count=1) for name, row in rows.items()}
+    named: dict[str, tuple[Layer, int | None]] = {}
+    for name, given in new.items():
+        if given in named:
+            raise UserError(
+                f"The names give '{given}' to two layers, '{name}' among them: the file could hold "
+                f"only one. Make each row keep what tells layers apart, their numbers for one."
+            )
+        named[given] = own[name]
+    return named
+
+
+def save_lora(
+    adapted: Adapted,
+    variables: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    names: Names = None,
+    base: str | None = None,
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Write the LoRA of a foreign module as a PEFT adapter.
+
+    variables: {"params": ..., "lora": ...}. names: what its layers are called in the model that
+    peft shall load the adapter into: rows of (regex, replacement) over the whole dotted name, or a
+    function; without, they keep their own. base: written as base_model_name_or_path.
+    fan_in_fan_out: whether those layers hold weights [in, out], as GPT-2's do; the matrices are the
+    same either way. The directory appears whole or not at all.
+    Raises `UserError` where there is no LoRA, and for an embedding that is a head too under a name
+    by which peft leaves the head alone.
+    """
+    lora = adapted.lora
+    if lora is None:
+        raise UserError("There is no LoRA to save: this module was adapted without.")
+    params = flatten(variables["params"])
+    pairs = {layer: pair for layer, pair in adapted.pairs(params, variables)}
+    named = _named(adapted.layers, names)
+    tensors: dict[str, np.ndarray] = {}
+    tied = False
+    for name, (layer, index) in named.items():
+        embedding = layer.weight == "embedding"
+        if layer.attended:
+            tied = True
+            if name.rsplit(".", 1)[-1] != TIED:
+                raise UserError(
+                    f"The embedding '{layer.name}' has LoRA and is the head too (`attend`). Under "
+                    f"the name '{name}' peft would leave the head without it, and give other "
+                    f"logits; it ties the two by the name '{TIED}' alone. Name it so by `names`, "
+                    f"or write merged weights: vlm_jax.merge(adapted, variables)."
+                )
+        for letter, leaf in zip("AB", pairs[layer], strict=True):
+            one = np.asarray(jax.device_get(leaf), np.float32)
+            end = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
+            matrix = one if index is None else one[index]
+            tensors[f"{PREFIX}{name}.{end}"] = np.ascontiguousarray(matrix.T)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "init_lora_weights": True,
+        "target_modules": sorted(named),
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": lora.rslora,
+        "use_dora": False,
+    }
+    if tied:
+        config["ensure_weight_tying"] = True
+    with whole_directory(directory) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "adapter_config.json", config)
+
+
+def load_lora(
+    module: nn.Module,
+    params: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    names: Names = None,
+    inputs: Any = None,
+) -> tuple[Adapted, dict[str, Any]]:
+    """Return the adapted module and its variables, as `adapt` does, from a PEFT adapter.
+
+    names: as for `save_lora`; inputs: as for `adapt`. Layers of a stack that the file leaves out
+    get zero matrices. Raises `UserError` for a key without a home in the module, a matrix without
+    its partner, another shape or rank, and whatever of PEFT's kinds is not supported here.
+    """
+    check_module(module)
+    directory = Path(directory).expanduser()
+    file = directory / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(
+            f"There is no '{file}'. An adapter directory has it, beside adapter_config.json; a "
+            f"pickle (adapter_model.bin) is not read: load it with peft and save it again."
+        )
+    config = read_config(directory, also=("fan_in_fan_out",))
+    flat = flatten(params)
+    found = layers_of(module, params, flat, inputs)
+    layers = [one for one in found if isinstance(one, Layer)]
+    named = _named(layers, names)
+    matrices: dict[Layer, dict[int | None, dict[str, np.ndarray]]] = {}
+    with open_tensors(file) as handle:
+        for key in handle.keys():
+            tensor, name = handle.get_tensor(key), key.removeprefix(PREFIX)
+            copy, lora_key = COPY.fullmatch(name), KEY.fullmatch(name)
+            if copy and copy[1] in named and named[copy[1]][0].weight == "embedding":
+                _check_copy(named[copy[1]][0], flat, tensor, key, directory)
+            elif lora_key and lora_key[1] in named:
+                layer, index = named[lora_key[1]]
+                if bool(lora_key[2]) != (layer.weight == "embedding"):
+                    raise UserError(f"'{key}' in '{file}' is of another kind than '{layer.name}'.")
+                held = matrices.setdefault(layer, {}).setdefault(index, {})
+                held[lora_key[3]] = tensor.T
+            else:
+                why = {one.name: one.why for one in found if not isinstance(one, Layer)}
+                because = "".join(f" '{name}': {text}." for name, text in list(why.items())[:2])
+                raise UserError(
+                    f"The adapter in '{directory}' holds '{key}', for which the module has no "
+                    f"place{nearest(lora_key[1] if lora_key else name, named)}. It belongs to "
+                    f"another base, or layers are called otherwise there: give `names`, rows of "
+                    f"(regex, replacement) from this module's names, such as "
+                    f"'{next(iter(named), '')}', to those in the file.{because}"
+                )
+    if not matrices:
+        raise UserError(f"'{file}' holds no LoRA matrices.")
+    lora = LoRA(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout") or 0.0,
+        targets=tuple(layer.name for layer in layers if layer in matrices),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+    )
+    check_supported(lora)
+    adapted_layers = tuple(layer for layer in layers if layer in matrices)
+    tied = [layer.name for layer in adapted_layers if layer.attended]
+    if tied and not config.get("ensure_weight_tying"):
+        raise UserError(
+            f"The adapter in '{directory}' has LoRA on the embedding '{tied[0]}' but not "
+            f"ensure_weight_tying, so peft leaves the head without it; here the head is the same "
+            f"weight (`attend`). Merge it with peft into a checkpoint with a head of its own."
+        )
+    made = {}
+    for layer in adapted_layers:
+        for letter in "AB":
+            made[joined(layer.path, f"lora_{letter}")] = jnp.asarray(
+                _stacked(layer, letter, matrices[layer], lora.rank, file)
+            )
+    quantized = tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit))
+    variables = {"params": unflatten(flat), LORA: unflatten(made)}
+    return Adapted(module, lora, adapted_layers, quantized), variables
+
+
+def _stacked(
+    layer: Layer, letter: str, held: Mapping[int | None, Mapping[str, np.ndarray]],
+    rank: int, file: Path,
+) -> np.ndarray:  # fmt: skip
+    """Return A or B of a layer, or of its stack, checked against its weight."""
+    inside, outside = layer.size
+    shape = {"A": (inside, rank), "B": (rank, outside)}[letter]
+    leaf = np.zeros((*layer.layers, *shape), np.float32)
+    for index, pair in held.items():
+        if len(pair) < 2:
+            raise UserError(
+                f"'{file}' holds lora_{next(iter(pair))} of '{layer.name}' without its partner."
+            )
+        if pair[letter].shape != shape:
+            raise UserError(
+                f"'{file}' holds lora_{letter} of '{layer.name}' with the shape "
+                f"{list(pair[letter].shape[::-1])}; rank {rank} and the module's weight ask for "
+                f"{list(shape[::-1])}. It was made for another base or rank."
+            )
+        leaf[... if index is None else index] = pair[letter]
+    return leaf
+
+
+def _check_copy(
+    layer: Layer, flat: Mapping[str, Any], tensor: np.ndarray, key: str, directory: Path
+) -> None:
+    """Raise where a copy of the embedding, as peft writes it, is not the base's own."""
+    own = np.asarray(dense(unboxed(flat[layer.leaf]), jnp.float32))
+    if own.shape != tensor.shape or not np.allclose(own, tensor, atol=1e-6):
+        raise UserError(
+            f"The adapter in '{directory}' holds '{key}', a copy of the base's weight that is not "
+            f"that of '{layer.name}' here: it was made for another base."
+        )
