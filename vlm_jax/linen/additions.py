@@ -118,49 +118,45 @@ def interceptor() -> Callable[..., Any]:
     Raises `UserError` where a layer with an addition, or with a 4-bit kernel, is none that is
     known: nothing is left out silently.
     """
-    running: dict[int, bool] = {}  # a module that waits for its addition -> whether it was made
+    running: dict[int, bool] = {}  # a module at work -> whether its weights were seen to be used
+
+    def run(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module, method = context.module, context.orig_method.func
+        addition: Addition | None = own(module, LEAF)
+        if method in CALLS and isinstance(own(module, "kernel"), FourBit):
+            y = _decoded(module, CALLS[method], args, kwargs)
+            running[id(module)] = True
+        else:
+            y = next_method(*args, **kwargs)
+        changed = None if addition is None else addition.change(context, args, kwargs, y)
+        if changed is None:
+            return y
+        running[id(module)] = True
+        return changed
 
     def intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module, method = context.module, context.orig_method.func
+        module = context.module
         if context.method_name == "setup":
             return next_method(*args, **kwargs)
         if type(module).__module__.startswith(NNX):
             _check_bridge(module)
-        addition: Addition | None = own(module, LEAF)
-        quantized = isinstance(own(module, "kernel"), FourBit)
-        if addition is None and not quantized:
+        if own(module, LEAF) is None and not isinstance(own(module, "kernel"), FourBit):
             return next_method(*args, **kwargs)
-        known = method in CALLS
-        if known and quantized:
-            y = _decoded(module, CALLS[method], args, kwargs)
-        elif known or method in (EMBED, ATTEND):
-            y = next_method(*args, **kwargs)
-        else:
-            return _other(next_method, args, kwargs, context)
-        if addition is not None:
-            y = addition.change(context, args, kwargs, y)
-        if id(module) in running:
-            running[id(module)] = True
-        return y
-
-    def _other(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        """Run another method of such a module, in which a known one must be met."""
-        module = context.module
-        if id(module) in running:
-            return next_method(*args, **kwargs)
+        if id(module) in running:  # a method that another one of the same module calls
+            return run(next_method, args, kwargs, context)
         running[id(module)] = False
         try:
-            y = next_method(*args, **kwargs)
-            made = running[id(module)]
+            y = run(next_method, args, kwargs, context)
+            used = running[id(module)]
         finally:
             del running[id(module)]
-        if not made:
+        if not used:
             raise UserError(
-                f"'{name_of(module)}' is a {type(module).__name__}, whose "
-                f"{context.method_name} uses its weights in a way that is not known here, so that "
-                f"LoRA or 4-bit weights would do nothing. They go on nn.Dense, nn.DenseGeneral, "
-                f"nn.Einsum and nn.Embed, and on subclasses that call super(). Leave it out of "
-                f"the targets, or build it of these."
+                f"'{name_of(module)}' is a {type(module).__name__}, whose {context.method_name} "
+                f"uses its weights in a way that is not known here, so that LoRA or 4-bit weights "
+                f"would do nothing. They go on nn.Dense, nn.DenseGeneral, nn.Einsum and nn.Embed, "
+                f"and on subclasses that call super(). Leave it out of the targets, or build it of "
+                f"these."
             )
         return y
 
