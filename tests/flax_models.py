@@ -190,7 +190,7 @@ class ViTBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        B, T, D = x.shape
+        D = x.shape[-1]
         y = nn.LayerNorm(1e-6, name="norm1")(x)
         # Fused, by an einsum whose kernel is [3, N, H, D]: output axes first.
         shape = (3, self.heads, D // self.heads, D)

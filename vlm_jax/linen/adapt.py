@@ -1,6 +1,7 @@
 """`adapt`: LoRA and 4-bit weights on any Linen module, without a change to it."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax.core import meta
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.linear import fresh_a, weight_update
-from vlm_jax.linen.additions import LEAF, LowRank, interceptor, nnx_text
+from vlm_jax.linen.additions import GIVE_RNG, LEAF, NO_DROPOUT, LowRank, interceptor, nnx_text
 from vlm_jax.linen.find import Layer, Other, joined, layers_of, unboxed
 from vlm_jax.linen.targets import chosen
 from vlm_jax.lora import check_numbers
@@ -64,10 +65,11 @@ class Adapted:
     ) -> dict[str, LowRank]:
         """Return {path: addition} to lie beside the kernels, checked against these."""
         made = {}
-        scale, rate = lora.scale.scale(lora.rank), float(lora.dropout) if dropout else 0.0
+        scale = lora.scale.scale(lora.rank)
         for layer, (a, b) in self.pairs(params, variables):
             if layer.stack is not None:  # sliced along the same axis as the kernel
                 a, b = (jnp.moveaxis(leaf, 0, layer.stack) for leaf in (a, b))
+            rate = float(lora.dropout) if dropout and layer.hears else 0.0  # else `adapt` told it
             made[joined(layer.path, LEAF)] = LowRank(a, b, scale, rate)
         return made
 
@@ -160,6 +162,7 @@ def adapt(
     if lora is not None:
         check_supported(lora)
         layers = tuple(chosen(found, lora.targets))
+        tell_dropout(layers, lora)
     before = {one.path: one for one in found if isinstance(one, Layer)}
     quantized = [one for one in before.values() if isinstance(flat[one.leaf], FourBit)]
     for method in methods:
@@ -209,6 +212,16 @@ def check_supported(lora: LoRA) -> None:
                 f"LoRA has {name}={getattr(lora, name)!r}, but {what} is not supported by adapt. "
                 f"Leave it out."
             )
+
+
+def tell_dropout(layers: tuple[Layer, ...], lora: LoRA) -> None:
+    """Warn of layers on which dropout cannot act."""
+    deaf = [layer.name for layer in layers if not layer.hears]
+    if lora.dropout > 0 and deaf:
+        warnings.warn(
+            f"The LoRA dropout of {lora.dropout} {NO_DROPOUT}: {', '.join(deaf)}. {GIVE_RNG}",
+            stacklevel=3,
+        )
 
 
 def _fresh(layers: tuple[Layer, ...], rank: int, key: jax.Array) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from vlm_jax.weights import FourBit, dense
 
 LEAF = "vlm_jax_addition"  # the leaf's name; no module of anybody's has one such
 NNX = "flax.nnx."
+NO_DROPOUT = "does not act on layers in an nn.scan or nn.vmap that passes no 'dropout' rng on"
+GIVE_RNG = "Give that one split_rngs={'dropout': True}, or take dropout=0."
 
 
 class Addition(Protocol):
@@ -59,9 +61,7 @@ class LowRank:
     def _say_without_dropout(self, module: nn.Module) -> None:
         if self.dropout > 0 and not module.has_rng("dropout"):
             warnings.warn(
-                f"The LoRA dropout of {self.dropout} does not act on '{name_of(module)}': the "
-                f"layer lies in an nn.scan or nn.vmap that passes no 'dropout' rng on. Give that "
-                f"one split_rngs={{'dropout': True}}, or take dropout=0.",
+                f"The LoRA dropout of {self.dropout} {NO_DROPOUT}: {name_of(module)}. {GIVE_RNG}",
                 stacklevel=2,
             )
 

@@ -21,7 +21,7 @@ from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.peft import PREFIX
 from vlm_jax.hub.peft_load import read_config
 from vlm_jax.hub.tensors import open_tensors
-from vlm_jax.linen.adapt import LORA, Adapted, check_module, check_supported
+from vlm_jax.linen.adapt import LORA, Adapted, check_module, check_supported, tell_dropout
 from vlm_jax.linen.find import Layer, joined, layers_of, unboxed
 from vlm_jax.model import LoRA
 from vlm_jax.trees import flatten, match, unflatten
@@ -36,10 +36,13 @@ COPY = re.compile(r"(.*)\.base_layer\.weight")
 TIED = "embed_tokens"  # the only name under which peft gives a tied head an embedding's LoRA
 
 
-def _named(layers: Sequence[Layer], names: Names) -> dict[str, tuple[Layer, int | None]]:
+def named_layers(
+    layers: Sequence[Layer], names: Names, every: bool = True
+) -> dict[str, tuple[Layer, int | None]]:
     """Return {name in a file: (layer, its number in a stack)}.
 
     The module's own name of a stack's layer has its number behind the stack's: layers.0.mlp.fc.
+    every: whether each layer needs a row of `names`; otherwise those without have no name.
     """
     own: dict[str, tuple[Layer, int | None]] = {}
     for layer in layers:
@@ -55,8 +58,9 @@ def _named(layers: Sequence[Layer], names: Names) -> dict[str, tuple[Layer, int 
         new = {name: names(name) for name in own}
     else:
         table = [(pattern, (pattern, text)) for pattern, text in names]
-        rows = match(table, own, "table of names", unused="allow")
-        new = {name: re.sub(row[0], row[1], name, count=1) for name, row in rows.items()}
+        last = [] if every else [(".*", None)]
+        rows = match([*table, *last], own, "table of names", unused="allow")
+        new = {n: re.sub(row[0], row[1], n, count=1) for n, row in rows.items() if row}
     named: dict[str, tuple[Layer, int | None]] = {}
     for name, given in new.items():
         if given in named:
@@ -92,7 +96,7 @@ def save_lora(
         raise UserError("There is no LoRA to save: this module was adapted without.")
     params = flatten(variables["params"])
     pairs = {layer: pair for layer, pair in adapted.pairs(params, variables)}
-    named = _named(adapted.layers, names)
+    named = named_layers(adapted.layers, names)
     tensors: dict[str, np.ndarray] = {}
     tied = False
     for name, (layer, index) in named.items():
@@ -166,7 +170,7 @@ def load_lora(
     flat = flatten(params)
     found = layers_of(module, params, flat, inputs)
     layers = [one for one in found if isinstance(one, Layer)]
-    named = _named(layers, names)
+    named = named_layers(layers, names, every=False)
     matrices: dict[Layer, dict[int | None, dict[str, np.ndarray]]] = {}
     with open_tensors(file) as handle:
         for key in handle.keys():
@@ -203,6 +207,7 @@ def load_lora(
     )
     check_supported(lora)
     adapted_layers = tuple(layer for layer in layers if layer in matrices)
+    tell_dropout(adapted_layers, lora)
     tied = [layer.name for layer in adapted_layers if layer.attended]
     if tied and not config.get("ensure_weight_tying"):
         raise UserError(

@@ -26,7 +26,8 @@ class Layer:
     path: of the module, joined by "/". weight: the leaf's name. shape: one layer's own weight's.
     inputs, outputs: its axes that make `in` and `out`. stack: the axis of the leaf along which
     layers are stacked, or None; stacked: the module that is (its first parts of the path).
-    attended: an embedding that is a head too, by `attend`.
+    attended: an embedding that is a head too, by `attend`. hears: whether a "dropout" rng that
+    `apply` is given reaches the layer, as far as a trace saw it.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Layer:
     count: int = 1
     stacked: str | None = None
     attended: bool = False
+    hears: bool = True
 
     @property
     def name(self) -> str:
@@ -209,12 +211,13 @@ def _trace(
         elif method in CALLS:
             how = product(CALLS[method], context.module, args, kwargs)
             if how.fault is None:
-                seen.layers[path] = Layer(path, name, how.shape, how.inputs, how.outputs)
+                hears = context.module.has_rng("dropout")
+                layer = Layer(path, name, how.shape, how.inputs, how.outputs, hears=hears)
+                seen.layers[path] = layer
             else:
                 seen.layers[path] = Other(path, f"as an nn.Einsum or nn.DenseGeneral {how.fault}")
         elif method in (EMBED, ATTEND):
-            layer = context.module
-            size = (layer.num_embeddings, layer.features)
+            size = (context.module.num_embeddings, context.module.features)
             before = seen.layers.get(path)
             attended = method is ATTEND or (isinstance(before, Layer) and before.attended)
             seen.layers[path] = Layer(path, name, size, (0,), (1,), attended=attended)
