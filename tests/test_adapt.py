@@ -64,14 +64,10 @@ def run(adapted, variables, x, **options):
 
 def moved(lora, size=0.1):
     """Return matrices of which none is zero."""
-    flat = flatten(lora)
-    keys = jax.random.split(jax.random.key(9), len(flat))
-    return unflatten(
-        {
-            path: leaf + size * jax.random.normal(key, leaf.shape)
-            for (path, leaf), key in zip(flat.items(), keys, strict=True)
-        }
-    )
+    rng = np.random.default_rng(9)
+    flat = flatten(jax.device_get(lora))
+    drawn = {path: leaf + size * rng.normal(size=leaf.shape) for path, leaf in flat.items()}
+    return unflatten({path: leaf.astype(np.float32) for path, leaf in drawn.items()})
 
 
 def gpt2():
@@ -241,15 +237,14 @@ def test_gradients_and_five_steps_are_peft_s(pair, tmp_path):
 
 def test_it_starts_as_the_base_and_merges(pair):
     base = run(pair.module, {"params": pair.params}, pair.x)
-    for targets in (pair.preset, "all-linear"):
-        adapted, variables = vlm_jax.adapt(pair.module, pair.params, LoRA(targets=targets))
-        np.testing.assert_allclose(run(adapted, variables, pair.x), base, atol=2e-6)
-        variables["lora"] = moved(variables["lora"])
-        after = run(adapted, variables, pair.x)
-        merged = vlm_jax.merge(adapted, variables)
-        assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, pair.params)
-        np.testing.assert_allclose(run(pair.module, {"params": merged}, pair.x), after, atol=1e-4)
-        assert np.abs(after - base).max() > 0.05
+    adapted, variables = vlm_jax.adapt(pair.module, pair.params, LoRA(targets="all-linear"))
+    np.testing.assert_allclose(run(adapted, variables, pair.x), base, atol=2e-6)
+    variables["lora"] = moved(variables["lora"])
+    after = run(adapted, variables, pair.x)
+    merged = vlm_jax.merge(adapted, variables)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, pair.params)
+    np.testing.assert_allclose(run(pair.module, {"params": merged}, pair.x), after, atol=1e-4)
+    assert np.abs(after - base).max() > 0.05
 
 
 def test_what_each_layer_is_needs_no_inputs(pair):
@@ -261,7 +256,7 @@ def test_what_each_layer_is_needs_no_inputs(pair):
     assert named.layers == without.layers
 
 
-def test_remat_jit_and_scan_are_the_plain_module(gpt, tmp_path):
+def test_remat_and_scan_are_the_plain_module(gpt, tmp_path):
     adapted, variables = gpt.adapted()
 
     def outcome(adapted, variables):
@@ -274,8 +269,6 @@ def test_remat_jit_and_scan_are_the_plain_module(gpt, tmp_path):
         return jax.device_get((logits, gradient))
 
     plain = outcome(adapted, variables)
-    plainly = adapted.apply(variables, TOKENS)  # not compiled
-    np.testing.assert_allclose(plain[0], plainly, atol=1e-5)
     remat = dataclasses.replace(adapted, module=flax_models.GPT2(form="remat"))
     scanned = flax_models.GPT2(form="scan")
     params = flax_models.stacked(gpt.params, 2)
@@ -305,61 +298,6 @@ def test_remat_jit_and_scan_are_the_plain_module(gpt, tmp_path):
         np.testing.assert_array_equal(files[0][key], files[1][key])
     again, read = vlm_jax.load_lora(scanned, params, tmp_path / "loop", names=names)
     np.testing.assert_array_equal(run(again, read, TOKENS), run(scan, scan_variables, TOKENS))
-
-
-def test_dropout_acts_where_there_is_an_rng(gpt):
-    adapted, variables = gpt.adapted(dropout=0.5)
-    still, _ = gpt.adapted()
-    still_out = run(adapted, variables, TOKENS)
-    np.testing.assert_array_equal(still_out, run(still, variables, TOKENS))
-    dropped = jax.jit(lambda key: adapted.apply(variables, TOKENS, rngs={"dropout": key}))
-    one, two = dropped(jax.random.key(0)), dropped(jax.random.key(1))
-    assert np.abs(one - two).max() > 0.01 and np.abs(one - still_out).max() > 0.01
-    bare = run(adapted, variables, TOKENS, rngs=jax.random.key(0))  # Linen takes one for all
-    assert np.abs(bare - still_out).max() > 0.01
-    fresh = vlm_jax.adapt(gpt.module, gpt.params, adapted.lora)[1]  # B is zero: nothing to drop
-    np.testing.assert_array_equal(
-        run(adapted, fresh, TOKENS, rngs={"dropout": jax.random.key(0)}),
-        run(gpt.module, {"params": gpt.params}, TOKENS),
-    )
-
-
-def test_dropout_is_that_of_peft():
-    """On the input of A alone, scaled up: the mean over many masks is the output without."""
-    import flax.linen as nn
-
-    x = jax.random.normal(jax.random.key(0), (1, 6))
-    params = nn.Dense(5).init(jax.random.key(1), x)["params"]
-    lora = LoRA(2, 4, dropout=0.25, targets="all-linear")
-    adapted, variables = vlm_jax.adapt(nn.Dense(5), params, lora)
-    variables["lora"] = moved(variables["lora"])
-    a, b = variables["lora"]["lora_A"], variables["lora"]["lora_B"]
-    keys = jax.random.split(jax.random.key(2), 64)
-    outs = jax.vmap(lambda key: adapted.apply(variables, x, rngs={"dropout": key}))
-    outs = jax.jit(outs)(keys)
-    # Each is x W + 2 (mask x / 0.75) A B with a mask of zeros and ones.
-    masks = (np.arange(64)[:, None] >> np.arange(6)[None]) & 1
-    base = nn.Dense(5).apply({"params": params}, x)
-    possible = np.asarray(base + 2 * ((masks * x / 0.75) @ a) @ b)
-    nearest = np.abs(np.asarray(outs)[:, 0, None] - possible[None]).max(-1)
-    assert nearest.min(1).max() < 1e-5
-    kept = masks[nearest.argmin(1)].mean()
-    assert 0.65 < kept < 0.85
-
-
-def test_dropout_in_a_scan_is_told_or_acts(gpt):
-    params = flax_models.stacked(gpt.params, 2)
-    lora = LoRA(4, 12, dropout=0.5, targets="gpt")
-    rngs = {"dropout": jax.random.key(0)}
-    deaf = flax_models.GPT2(form="scan")
-    with pytest.warns(UserWarning, match="does not act.*h.attn.c_attn.*split_rngs.*dropout=0"):
-        adapted, variables = vlm_jax.adapt(deaf, params, lora)
-    variables["lora"] = moved(variables["lora"])
-    out = run(adapted, variables, TOKENS, rngs=rngs)
-    np.testing.assert_array_equal(out, run(adapted, variables, TOKENS))
-    hearing = flax_models.GPT2(form="scan with dropout's rng")
-    adapted, _ = vlm_jax.adapt(hearing, params, lora)  # warns of nothing
-    assert np.abs(run(adapted, variables, TOKENS, rngs=rngs) - out).max() > 0.01
 
 
 def test_a_mesh_changes_nothing(gpt):
