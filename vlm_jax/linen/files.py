@@ -22,7 +22,7 @@ from vlm_jax.hub.peft import PREFIX
 from vlm_jax.hub.peft_load import read_config
 from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.linen.adapt import LORA, Adapted, check_module, check_supported, tell_dropout
-from vlm_jax.linen.find import Layer, joined, layers_of, unboxed
+from vlm_jax.linen.find import Layer, Other, joined, layers_of, unboxed
 from vlm_jax.model import LoRA
 from vlm_jax.trees import flatten, match, unflatten
 from vlm_jax.weights import FourBit, dense
@@ -172,6 +172,7 @@ def load_lora(
     layers = [one for one in found if isinstance(one, Layer)]
     named = named_layers(layers, names, every=False)
     matrices: dict[Layer, dict[int | None, dict[str, np.ndarray]]] = {}
+    tying, of_head = bool(config.get("ensure_weight_tying")), {}
     with open_tensors(file) as handle:
         for key in handle.keys():
             tensor, name = handle.get_tensor(key), key.removeprefix(PREFIX)
@@ -184,18 +185,24 @@ def load_lora(
                     raise UserError(f"'{key}' in '{file}' is of another kind than '{layer.name}'.")
                 held = matrices.setdefault(layer, {}).setdefault(index, {})
                 held[lora_key[3]] = tensor.T
+            elif tying and lora_key and not lora_key[2]:  # peft writes the tied head's once more
+                of_head[key] = lora_key[3], tensor
+            elif tying and copy:
+                of_head[key] = "", tensor
             else:
-                why = {one.name: one.why for one in found if not isinstance(one, Layer)}
-                because = "".join(f" '{name}': {text}." for name, text in list(why.items())[:2])
-                raise UserError(
-                    f"The adapter in '{directory}' holds '{key}', for which the module has no "
-                    f"place{nearest(lora_key[1] if lora_key else name, named)}. It belongs to "
-                    f"another base, or layers are called otherwise there: give `names`, rows of "
-                    f"(regex, replacement) from this module's names, such as "
-                    f"'{next(iter(named), '')}', to those in the file.{because}"
-                )
+                raise _homeless(directory, key, found, named)
     if not matrices:
         raise UserError(f"'{file}' holds no LoRA matrices.")
+    tied = [layer for layer in matrices if layer.attended]
+    for key, (letter, tensor) in of_head.items():
+        if not any(_is_tied(layer, flat, matrices[layer], letter, tensor) for layer in tied):
+            raise _homeless(directory, key, found, named)
+    if tied and not tying:
+        raise UserError(
+            f"The adapter in '{directory}' has LoRA on the embedding '{tied[0].name}' but not "
+            f"ensure_weight_tying, so peft leaves the head without it; here the head is the same "
+            f"weight (`attend`). Merge it with peft into a checkpoint with a head of its own."
+        )
     lora = LoRA(
         rank=config["r"],
         alpha=config["lora_alpha"],
@@ -208,13 +215,6 @@ def load_lora(
     check_supported(lora)
     adapted_layers = tuple(layer for layer in layers if layer in matrices)
     tell_dropout(adapted_layers, lora)
-    tied = [layer.name for layer in adapted_layers if layer.attended]
-    if tied and not config.get("ensure_weight_tying"):
-        raise UserError(
-            f"The adapter in '{directory}' has LoRA on the embedding '{tied[0]}' but not "
-            f"ensure_weight_tying, so peft leaves the head without it; here the head is the same "
-            f"weight (`attend`). Merge it with peft into a checkpoint with a head of its own."
-        )
     made = {}
     for layer in adapted_layers:
         for letter in "AB":
@@ -249,13 +249,42 @@ def _stacked(
     return leaf
 
 
+def _same(layer: Layer, flat: Mapping[str, Any], tensor: np.ndarray) -> bool:
+    """Return whether a tensor is the layer's own weight."""
+    own = np.asarray(dense(unboxed(flat[layer.leaf]), jnp.float32))
+    return own.shape == tensor.shape and np.allclose(own, tensor, atol=1e-6)
+
+
 def _check_copy(
     layer: Layer, flat: Mapping[str, Any], tensor: np.ndarray, key: str, directory: Path
 ) -> None:
     """Raise where a copy of the embedding, as peft writes it, is not the base's own."""
-    own = np.asarray(dense(unboxed(flat[layer.leaf]), jnp.float32))
-    if own.shape != tensor.shape or not np.allclose(own, tensor, atol=1e-6):
+    if not _same(layer, flat, tensor):
         raise UserError(
             f"The adapter in '{directory}' holds '{key}', a copy of the base's weight that is not "
             f"that of '{layer.name}' here: it was made for another base."
         )
+
+
+def _is_tied(
+    layer: Layer, flat: Mapping[str, Any], held: Mapping[int | None, Mapping[str, np.ndarray]],
+    letter: str, tensor: np.ndarray,
+) -> bool:  # fmt: skip
+    """Return whether a tensor is the head's side of an embedding: its weight, or B and A turned."""
+    if not letter:
+        return _same(layer, flat, tensor)
+    partner = {"A": "B", "B": "A"}[letter]
+    return np.array_equal(held.get(None, {}).get(partner, np.empty(0)), tensor)
+
+
+def _homeless(
+    directory: Path, key: str, found: Sequence[Layer | Other], named: Mapping[str, Any]
+) -> UserError:
+    others = [one for one in found if isinstance(one, Other) and one.unknown][:2]
+    because = "".join(f" '{one.name}' could be none: {one.why}." for one in others)
+    return UserError(
+        f"The adapter in '{directory}' holds '{key}', for which the module has no place"
+        f"{nearest(key.removeprefix(PREFIX), named)}. It belongs to another base, or layers are "
+        f"called otherwise there: give `names`, rows of (regex, replacement) from this module's "
+        f"names, such as '{next(iter(named), '')}', to those in the file.{because}"
+    )

@@ -172,7 +172,8 @@ def guesses(flat: Mapping[str, Any]) -> Iterator[tuple]:
         for side in (*sides, 8):
             image = (1, side * height, side * width, channels)
             yield (jax.ShapeDtypeStruct(image, jnp.float32),)
-    for width in dict.fromkeys(shape[0] for shape in kernels.values()):
+    firsts = [shape[0] for shape in kernels.values()]  # a stack's is the number of its layers
+    for width in dict.fromkeys((*firsts, *(shape[1] for shape in kernels.values()))):
         yield (jax.ShapeDtypeStruct((1, 4, width), jnp.float32),)
         yield (jax.ShapeDtypeStruct((1, width), jnp.float32),)
 

@@ -77,8 +77,9 @@ def _dense_general(module: nn.DenseGeneral, x: jax.Array) -> Product:
     features = as_tuple(module.features)
     axes = string.ascii_letters[: x.ndim]
     made = string.ascii_letters[x.ndim : x.ndim + len(features)]
-    batch, summed = (
-        [axis % x.ndim for axis in as_tuple(given)] for given in (module.batch_dims, module.axis)
+    batch, summed = (  # the kernel has them sorted, whatever order they are given in
+        sorted(axis % x.ndim for axis in as_tuple(given))
+        for given in (module.batch_dims, module.axis)
     )
     lead = "".join(axes[i] for i in batch)
     rest = "".join(axes[i] for i in range(x.ndim) if i not in batch and i not in summed)
