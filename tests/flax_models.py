@@ -83,7 +83,7 @@ def _tree(tensors, rename):
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(found[1])
+        node[last] = found[1]
     return tree
 
 
@@ -107,7 +107,7 @@ def stacked(params, count, prefix="h_", name="h"):
     """Return the parameters of layers prefix0, prefix1, ... as one stack, as nn.scan holds them."""
     layers = [params[f"{prefix}{i}"] for i in range(count)]
     rest = {key: value for key, value in params.items() if not key.startswith(prefix)}
-    return {**rest, name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+    return {**rest, name: jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
 
 
 class BertLayer(nn.Module):
