@@ -1,4 +1,4 @@
-"""The loop of docs/FUNCTIONAL.md runs as it stands there."""
+"""The code of docs/FUNCTIONAL.md and docs/ANY_FLAX_MODEL.md runs as it stands there."""
 
 import json
 import re
@@ -29,3 +29,15 @@ def test_the_documented_loop(tmp_path, monkeypatch, capsys):
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 20 and np.mean(losses[-4:]) < 0.5 * losses[0]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_documented_foreign_module(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "ANY_FLAX_MODEL.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.S)[0]
+    monkeypatch.chdir(tmp_path)
+    held: dict = {}
+    exec(compile(code, "docs/ANY_FLAX_MODEL.md", "exec"), held)
+    losses = [float(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 20 and losses[-1] < 0.5 * losses[0]
+    names = {layer.name for layer in held["adapted"].layers}
+    assert names == {"fc", *(f"attention.{part}" for part in ("query", "key", "value", "out"))}

@@ -19,7 +19,7 @@ LEVELS = [
     ("lora",),
     ("adapters",),
     ("hub", "data", "generation"),
-    ("evals", "survey"),
+    ("evals", "survey", "linen"),
     ("train",),
     ("plan",),
     ("preview", "recommend"),

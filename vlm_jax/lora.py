@@ -9,7 +9,7 @@ the scales where they are not all the one that `LoRA` says; 0 is a layer without
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vlm_jax import processes, starts
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.layers.linear import less_start
+from vlm_jax.layers.linear import fresh_a, less_start, weight_update
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
@@ -40,6 +40,9 @@ from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import quantize
+
+if TYPE_CHECKING:
+    from vlm_jax.linen.adapt import Adapted
 
 LEAVES = ("lora_A", "lora_B", "lora_magnitude", "lora_scale", "start_A", "start_B")
 BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
@@ -218,6 +221,16 @@ def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels:
         )
 
 
+def check_numbers(lora: LoRA) -> None:
+    """Raise `UserError` for a rank, dropout or word that means nothing."""
+    if lora.rank < 1:
+        raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
+    if lora.bias not in BIASES:
+        raise UserError(f"LoRA.bias is {lora.bias!r}; it must be one of {', '.join(BIASES)}.")
+
+
 def add_lora(
     model: Model, params: Mapping[str, Any], lora: LoRA, key: jax.Array
 ) -> tuple[Model, dict[str, Any]]:
@@ -234,12 +247,7 @@ def add_lora(
     if any(is_lora(path) for path in flat):
         raise UserError("These parameters hold LoRA matrices already; merge them first.")
     check_no_adapter(flat, "LoRA goes on a base without")
-    if lora.rank < 1:
-        raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
-    if not 0 <= lora.dropout < 1:
-        raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
-    if lora.bias not in BIASES:
-        raise UserError(f"LoRA.bias is {lora.bias!r}; it must be one of {', '.join(BIASES)}.")
+    check_numbers(lora)
     name, _ = starts.kind_of(lora.init)
     hits = target_modules(model, params, lora)
     kernels = list(hits)
@@ -268,9 +276,7 @@ def add_lora(
             flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
             a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
         else:
-            bound = 1 / math.sqrt(inputs)
-            a = jax.random.uniform(one, shape_a, jnp.float32, -bound, bound)
-            b = jnp.zeros(shape_b, jnp.float32)
+            a, b = fresh_a(one, shape_a), jnp.zeros(shape_b, jnp.float32)
         flat[f"{base}/lora_A"] = a * _mask(held)[..., None, :] if layers else a
         flat[f"{base}/lora_B"] = b
         if lora.dora:
@@ -382,7 +388,9 @@ def check_no_adapter(flat: Iterable[str], why: str) -> None:
         )
 
 
-def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> dict[str, Any]:
+def merge(
+    model: "Model | Adapted", params: Mapping[str, Any], requantize: bool = False
+) -> dict[str, Any]:
     """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
 
     Of DoRA the columns of that have the learned norms.
@@ -390,9 +398,14 @@ def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> 
     The sum is formed in float32 and stored in the kernel's dtype. A quantized kernel is decoded and
     becomes dense in the model's dtype; requantize: it becomes a quantized one of the same format
     again, on the same devices, which rounds most of a small update away (`requantization_error`
-    measures it). The old tree is untouched. Raises `UserError` for matrices that were made for
-    another shape, and where requantize finds nothing in 4 bits.
+    measures it). The old tree is untouched. Of a foreign module that `adapt` returned, `params` are
+    its variables, and the result is its own "params", all dense. Raises `UserError` for matrices
+    that were made for another shape, and where requantize finds nothing in 4 bits.
     """
+    if not isinstance(model, Model):
+        from vlm_jax.linen.adapt import merge_adapted  # a higher level: it takes what is above
+
+        return merge_adapted(model, params, requantize)
     flat = flatten(params)
     check_no_adapter(flat, "A merged model is one without")
     if requantize and not any(isinstance(leaf, FourBit) for leaf in flat.values()):
@@ -479,13 +492,10 @@ def _merged(
     if f"{base}/start_A" in flat:
         start = (_one(flat[f"{base}/{name}"], layer) for name in ("start_A", "start_B"))
         a, b = less_start(a, b, *start)
-    update = jnp.matmul(
-        a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
     scale: Any = model.lora.scale.scale(rank)
     if f"{base}/lora_scale" in flat:
         scale = _one(flat[f"{base}/lora_scale"], layer)[..., None, None]
-    summed = dense(kernel, jnp.float32) + scale * update
+    summed = dense(kernel, jnp.float32) + weight_update(a, b, scale)
     if f"{base}/lora_magnitude" not in flat:
         return summed
     magnitude = _one(flat[f"{base}/lora_magnitude"], layer)

@@ -130,7 +130,7 @@ def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.n
                 f"The LoRA matrices of '{base}' are of rank {rank} and of other scales than the "
                 f"model's LoRA says (rank {model.lora.rank}, alpha {model.lora.alpha}), so the "
                 f"file would mean other logits. Save with the model that add_lora, load_peft or "
-                f"combine_loras returned beside these parameters."
+                f"combine_peft_adapters returned beside these parameters."
             )
         for slot in held:
             if slot.rank:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,11 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, also: Sequence[str] = ()) -> dict[str, Any]:
+    """Return an adapter_config.json whose every field is known to be read or to change nothing.
+
+    also: further fields that the caller reads. Raises `UserError` for any other that is set.
+    """
     config = read_json(directory / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise UserError(
@@ -112,7 +116,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 f"expected {expected}. It is damaged: take the file that the adapter came with."
             )
     for name, value in config.items():
-        if name in READ | HARMLESS or not value or value in HARMLESS_VALUES.get(name, ()):
+        known = name in READ | HARMLESS or name in also
+        if known or not value or value in HARMLESS_VALUES.get(name, ()):
             continue
         raise UserError(
             f"The adapter in '{directory}' sets {name}={value!r} in adapter_config.json, which is "
@@ -138,7 +143,7 @@ def load_peft(
         raise UserError("These parameters hold LoRA matrices already; merge them first.")
     if not directory.is_dir():
         raise UserError(f"There is no adapter directory '{directory}'.")
-    config = _read_config(directory)
+    config = read_config(directory)
     file = directory / "adapter_model.safetensors"
     if not file.exists():
         raise UserError(

@@ -6,6 +6,7 @@ Letters: R rank.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,23 +77,48 @@ _quantized_matmul.defvjp(
 )
 
 
+def fresh_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return a new float32 A [..., in, R]: kaiming-uniform with a = sqrt(5), within 1/sqrt(in)."""
+    bound = 1 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def lora_input(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """Return what A multiplies: x, with dropout where the module has an rng for it."""
+    if rate == 0 or not module.has_rng("dropout"):
+        return x
+    mask = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
+    return jnp.where(mask, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def lora_update(x_lora: jax.Array, a: Any, b: Any, scale: Any) -> jax.Array:
+    """Return scale (x_lora @ a) @ b, in x_lora's dtype: [..., in] to [..., out].
+
+    scale: a number, or an array of none.
+    """
+    dtype = x_lora.dtype
+    low = matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)
+    return matmul(low, dense(b, dtype))
+
+
 def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: Any, x_lora: Any) -> jax.Array:
     """Return x @ kernel + scale (x_lora @ a) @ b, in x's dtype.
 
     x, x_lora: [..., in], the latter after dropout. kernel: [in, out] leaf. a: [in, R]. b: [R, out].
-    scale: a number, or an array of none.
-    The one place where a frozen weight meets an adapter.
+    The one place where a frozen weight of our models meets an adapter.
     """
-    dtype = x.dtype
-    low = matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)
-    return matmul(x, kernel) + matmul(low, dense(b, dtype))
+    return matmul(x, kernel) + lora_update(x_lora, a, b, scale)
+
+
+def weight_update(a: Any, b: Any, scale: Any) -> jax.Array:
+    """Return float32 scale a @ b [..., in, out]: what LoRA adds to a kernel."""
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    return scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def column_norms(kernel: Any, a: Any, b: Any, scale: Any) -> jax.Array:
     """Return float32 [..., out], the norms of the columns of kernel + scale a @ b."""
-    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return jnp.linalg.norm(dense(kernel, jnp.float32) + scale * update, axis=-2)
+    return jnp.linalg.norm(dense(kernel, jnp.float32) + weight_update(a, b, scale), axis=-2)
 
 
 def dora_matmul(
@@ -108,8 +134,7 @@ def dora_matmul(
     if not isinstance(scale, float):  # of a layer: 0 where it has no matrices, and so no norms
         ratio_O = jnp.where(scale == 0, 1, ratio_O)
     ratio = along_last(ratio_O.astype(x.dtype), x)
-    low = matmul(x_lora, dense(a, x.dtype)) * jnp.asarray(scale, x.dtype)
-    update = matmul(low, dense(b, x.dtype))
+    update = lora_update(x_lora, a, b, scale)
     if x_lora is x:
         return ratio * (matmul(x, kernel) + update)
     return matmul(x, kernel) + (ratio - 1) * matmul(x_lora, kernel) + ratio * update
@@ -151,11 +176,7 @@ class Linear(nn.Module):
             b: Any = self.get_variable("params", "lora_B")
             scale = scale_of(self, self.lora, a.shape[-1])
             assert self.lora is not None
-            x_lora = x
-            if self.lora.dropout > 0 and self.has_rng("dropout"):
-                keep = 1.0 - self.lora.dropout
-                mask = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
-                x_lora = jnp.where(mask, x / keep, 0).astype(x.dtype)
+            x_lora = lora_input(self, x, self.lora.dropout)
             if self.has_variable("params", "start_A"):
                 start_a: Any = self.get_variable("params", "start_A")
                 start_b: Any = self.get_variable("params", "start_B")

@@ -23,7 +23,7 @@ from vlm_jax.targets import slots
 from vlm_jax.trees import flatten, unflatten
 
 
-def load_loras(
+def load_peft_adapters(
     model: Model, params: Mapping[str, Any], directories: Mapping[str, str | Path]
 ) -> tuple[Model, dict[str, dict[str, Any]]]:
     """Return the model and {name: the base's parameters with that adapter}, all of one shape.
@@ -34,7 +34,7 @@ def load_loras(
     brings new tokens, and as `load_peft` does.
     """
     if not directories:
-        raise UserError("load_loras was given no adapter: pass {name: PEFT directory}.")
+        raise UserError("load_peft_adapters was given no adapter: pass {name: PEFT directory}.")
     base = flatten(params)
     loras: dict[str, LoRA] = {}
     trees: dict[str, dict[str, Any]] = {}
@@ -102,7 +102,7 @@ def _filled(leaf: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(leaf, [(0, want - have) for want, have in zip(shape, leaf.shape, strict=True)])
 
 
-def combine_loras(
+def combine_peft_adapters(
     model: Model,
     adapters: Mapping[str, Mapping[str, Any]],
     weights: Mapping[str, float],
@@ -111,8 +111,8 @@ def combine_loras(
 ) -> tuple[Model, dict[str, Any]]:
     """Return the model and parameters of a weighted sum of adapters, as one LoRA.
 
-    model, adapters: of `load_loras`. weights: {name: weight}, of either sign. kind, as in PEFT's
-    add_weighted_adapter: "cat" is the exact sum, of as much rank as all together; "svd" the best
+    model, adapters: of `load_peft_adapters`. weights: {name: weight}, of either sign. kind, as in
+    PEFT's add_weighted_adapter: "cat" is the exact sum, of as much rank as all together; "svd" the best
     one of `rank` (default: the largest); "linear" adds A to A and B to B, roots of the weights on
     each, which is cheap and another function. `save_peft` writes the result. Raises `UserError`
     for DoRA, for modules that adapters hold in full, and for unknown names and kinds.

@@ -50,7 +50,7 @@ def place(tmp_path_factory):
 
 def test_switching_among_eight_compiles_once(place):
     reference, base, params, inputs, directories = place
-    model, adapters = vlm_jax.load_loras(base, params, directories)
+    model, adapters = vlm_jax.load_peft_adapters(base, params, directories)
     batch = model.batch(**inputs)
     traces = []
 
@@ -92,10 +92,10 @@ def test_sums_as_pefts(tmp_path, place, kind, weights):
     with quiet():
         reference.add_weighted_adapter(list(weights), list(weights.values()), name, kind)
         reference.set_adapter(name)
-    model, adapters = vlm_jax.load_loras(
+    model, adapters = vlm_jax.load_peft_adapters(
         base, params, {name: directories[name] for name in weights}
     )
-    model, summed = vlm_jax.combine_loras(model, adapters, weights, kind)
+    model, summed = vlm_jax.combine_peft_adapters(model, adapters, weights, kind)
     assert_equal_logits(reference, model, summed, inputs)
     if kind != "linear":
         vlm_jax.save_peft(model, summed, tmp_path / "summed")
@@ -110,16 +110,16 @@ def test_refused(tmp_path, place):
     dora = vlm_jax.add_lora(base, params, vlm_jax.LoRA(2, 2, dora=True), jax.random.key(0))
     vlm_jax.save_peft(*dora, tmp_path / "dora")
     with pytest.raises(vlm_jax.UserError, match="one is DoRA's"):
-        vlm_jax.load_loras(base, params, {"a": directories["0"], "b": tmp_path / "dora"})
+        vlm_jax.load_peft_adapters(base, params, {"a": directories["0"], "b": tmp_path / "dora"})
     with pytest.raises(vlm_jax.UserError, match="no adapter"):
-        vlm_jax.load_loras(base, params, {})
+        vlm_jax.load_peft_adapters(base, params, {})
     some = {"a": directories["0"], "b": directories["7"]}
-    model, adapters = vlm_jax.load_loras(base, params, some)
+    model, adapters = vlm_jax.load_peft_adapters(base, params, some)
     with pytest.raises(vlm_jax.UserError, match="modules_to_save"):
-        vlm_jax.combine_loras(model, adapters, {"a": 1, "b": 1})
+        vlm_jax.combine_peft_adapters(model, adapters, {"a": 1, "b": 1})
     with pytest.raises(vlm_jax.UserError, match="'lin'; did you mean 'linear'|'lin'.*linear"):
-        vlm_jax.combine_loras(model, adapters, {"a": 1}, "lin")
+        vlm_jax.combine_peft_adapters(model, adapters, {"a": 1}, "lin")
     with pytest.raises(vlm_jax.UserError, match="no adapter 'c'"):
-        vlm_jax.combine_loras(model, adapters, {"c": 1})
+        vlm_jax.combine_peft_adapters(model, adapters, {"c": 1})
     with pytest.raises(vlm_jax.UserError, match="another rank|other scales"):
         vlm_jax.save_peft(model, adapters["b"], tmp_path / "no")
