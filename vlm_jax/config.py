@@ -85,6 +85,8 @@ def get_config() -> ConfigDict:
     t.lr_scheduler_kwargs = placeholder(object)  # its own options, {min_lr_rate: 0.1}
     # adamw; adamw_8bit: bitsandbytes' 8-bit moments, a quarter of the memory; paged_adamw,
     # paged_adamw_8bit: moments lie in host memory and pass through the device page by page.
+    # adafactor: a row and a column for a matrix of squares; lion: one moment; muon: orthogonal
+    # updates of hidden matrices from one moment, adamw for the rest.
     t.optim = "adamw"
     t.adam_beta1 = 0.9  # decay of the mean of gradients
     t.adam_beta2 = 0.999  # decay of the mean of squared gradients
@@ -294,7 +296,7 @@ def _check_choice(key: str, value: Any, allowed: Iterable[str | None]) -> None:
 
 
 def optimizer_name(name: str) -> str:
-    """Return adamw, adamw_8bit, paged_adamw or paged_adamw_8bit for any of their names.
+    """Return the name by which this program knows the optimizer of any of its names.
 
     Raises `UserError` for another optimizer.
     """

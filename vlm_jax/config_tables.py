@@ -75,6 +75,10 @@ OPTIMIZERS = {
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw_32bit": "paged_adamw",
+    "adafactor": "adafactor",
+    "lion": "lion",
+    "lion_32bit": "lion",
+    "muon": "muon",
 }
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
