@@ -33,7 +33,8 @@ class Parts:
     """Bytes a device of a step's arguments, before the compiler aligns them.
 
     base: what is frozen, as it is stored. lora, masters: float32 copies of what trains, LoRA's and
-    others. moments: of the optimizer; moments_host: those in pages in the host's memory, a device.
+    others. moments: of the optimizer, and the moving average; moments_host: those
+    in pages in the host's memory, a device.
     batch: of all micro-batches. rest: counters and keys.
     """
 
@@ -55,7 +56,7 @@ def parts(step: Step) -> Parts:
     """Return what a step's arguments take of each device's memory."""
     state = step.state
     trained = flatten(state.trainable)
-    moments = jax.tree.leaves(state.opt_state)
+    moments = jax.tree.leaves((state.opt_state, state.ema))
     on_host = [leaf for leaf in moments if leaf.sharding.memory_kind == HOST]
     here = [leaf for leaf in moments if leaf.sharding.memory_kind != HOST]
     return Parts(

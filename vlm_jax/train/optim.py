@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vlm_jax.config import coerce, get_config, optimizer_name
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.train.adam import scale_by_adam
+from vlm_jax.train.layers import any_layers, check_layers, frozen_layers, scaled
 from vlm_jax.train.rules import RULES, each_tensor, takes
 from vlm_jax.train.schedules import schedule
 from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match, parse_group
@@ -146,11 +147,12 @@ def optimizer(
     """Return the optax transformation that trains each leaf as its row of the table says.
 
     trainable: the first tree of `vlm_jax.split(params, table)`. table: ordered (regex, group)
-    rows; the number in "full(0.1)" or "lora(2)" scales the learning rate. training: a mapping or
-    object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped by their
-    global norm over all trained leaves, then go to one optimizer a group; its state exists for
-    trained leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says. Norms
-    and biases do not decay. What Muon does not take, see `rules.MUON`, AdamW does.
+    rows; the number in "full(0.1)" or "lora(2)" scales the learning rate, those of
+    "full(1; layers 0*8, 1*24)" each layer's: 0 freezes it, though it has a state. training: a
+    mapping or object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped
+    by their global norm over all that trains, then go to one optimizer a group; its state exists
+    for trained leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says.
+    Norms and biases do not decay. What Muon does not take, see `rules.MUON`, AdamW does.
     Raises `UserError` where nothing trains, or a group or the optimizer is unknown.
     """
     settings = OptimizerSettings.of(training)
@@ -181,6 +183,7 @@ def optimizer(
         path: None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
         for path, leaf in flatten(trainable).items()
     }
+    check_layers(groups, {path: leaf.shape for path, leaf in flatten(trainable).items()})
     kind = optimizer_name(settings.optim)
     own = {path: takes(kind, path) for path in groups}
     # A group that two optimizers share has two names; checkpoints know the others by their own.
@@ -199,4 +202,14 @@ def optimizer(
     groups_tx = optax.multi_transform(transforms, labels)
     # Without a limit it is infinite: the state keeps one structure whatever the settings.
     limit = settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf
-    return optax.chain(clip_by_global_norm(limit), groups_tx)
+    clip = clip_by_global_norm(limit)
+    if any_layers(groups):  # neither of these has a state, so checkpoints keep their names
+        clip = optax.chain(frozen_layers(groups), clip)
+        inner, layers = groups_tx, scaled(groups)
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            updates, state = inner.update(updates, state, params)
+            return layers.update(updates, optax.EmptyState(), params)[0], state
+
+        groups_tx = optax.GradientTransformation(inner.init, update)
+    return optax.chain(clip, groups_tx)
