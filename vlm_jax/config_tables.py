@@ -117,7 +117,7 @@ RANGES: list[tuple[str, float, float]] = [
     (r"lora\.dropout", 0, 0.999),
     (r"lora\.loraplus_lr_ratio", 1e-3, 1e6),
     (r"training\.(per_device_.*|gradient_accumulation_steps)", 1, 1e9),
-    (r"training\.(logging_steps|save_steps|eval_steps)", 1e-30, 1e9),
+    (r"training\.(logging_steps|save_steps|eval_steps)", 1e-9, 1e9),
     (r"training\.(eval_delay|early_stopping_patience|early_stopping_threshold)", 0, 1e12),
     (r"training\.label_smoothing_factor", 0, 1),
     (r"training\.ema_decay", 0, 1 - 1e-9),
