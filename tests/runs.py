@@ -17,10 +17,15 @@ from vlm_jax.train.loop import train
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 
 
-def make_base(directory: Path, seed: int = 0) -> Path:
-    """Write a tiny random Qwen2-VL, weights included."""
+def make_base(directory: Path, seed: int = 0, layers: int = 1) -> Path:
+    """Write a tiny random Qwen2-VL of so many layers, weights included."""
     directory.mkdir(parents=True)
     qwen2_vl_files(directory)
+    file = directory / "config.json"
+    settings = json.loads(file.read_text())
+    kinds = ["full_attention"] * layers
+    settings["text_config"] |= {"num_hidden_layers": layers, "layer_types": kinds}
+    file.write_text(json.dumps(settings))
     model = vlm_jax.from_config(json.loads((directory / "config.json").read_text()))
     params = jax.jit(model.init)(jax.random.key(seed))
     # At this width the default scale leaves gradients of 1e-6: make each layer count.

@@ -53,6 +53,10 @@ def get_config() -> ConfigDict:
     c.model.vision_encoder_lr_scale = 0.0  # of the vision tower
     c.model.projector_lr_scale = 1.0  # of the layers between tower and language model
     c.model.language_model_lr_scale = 1.0  # of LoRA's matrices, or of all weights without LoRA
+    # Blocks of the language model that do not train, from the lowest on. Their moments are kept.
+    c.model.freeze_layers = 0
+    # What each block of the vision tower learns slower by than the one above it; 1.0: alike.
+    c.model.vision_layer_decay = 1.0
 
     c.lora = ConfigDict()
     c.lora.enabled = True  # False trains the language model in full
@@ -113,6 +117,8 @@ def get_config() -> ConfigDict:
     t.lr_scheduler_kwargs = placeholder(object)  # its own options, {min_lr_rate: 0.1}
     # adamw; adamw_8bit: bitsandbytes' 8-bit moments, a quarter of the memory; paged_adamw,
     # paged_adamw_8bit: moments lie in host memory and pass through the device page by page.
+    # adafactor: a row and a column for a matrix of squares; lion: one moment; muon: orthogonal
+    # updates of hidden matrices from one moment, adamw for the rest.
     t.optim = "adamw"
     t.adam_beta1 = 0.9  # decay of the mean of gradients
     t.adam_beta2 = 0.999  # decay of the mean of squared gradients
@@ -140,7 +146,10 @@ def get_config() -> ConfigDict:
     t.early_stopping_threshold = 0.0  # of the metric's own unit
     t.neftune_noise_alpha = placeholder(float)  # NEFTune: noise on text embeddings, 5 is usual
     t.label_smoothing_factor = 0.0  # share of a target that all tokens of the vocabulary divide
-    t.bf16 = True  # compute in bfloat16; trained weights and moments stay float32
+    t.bf16 = True  # compute in bfloat16; trained weights are as param_dtype says, moments float32
+    # float32: masters; bfloat16: half of their memory, each update rounded by chance.
+    t.param_dtype = "float32"
+    t.ema_decay = 0.0  # of a moving average of trained weights, which is evaluated and exported
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
     t.gradient_checkpointing = True  # recompute each block in the backward pass
     t.remat_policy = placeholder(str)  # what of it is kept: a key of layers.scan.REMAT
@@ -334,7 +343,7 @@ def _check_choice(key: str, value: Any, allowed: Iterable[str | None]) -> None:
 
 
 def optimizer_name(name: str) -> str:
-    """Return adamw, adamw_8bit, paged_adamw or paged_adamw_8bit for any of their names.
+    """Return the name by which this program knows the optimizer of any of its names.
 
     Raises `UserError` for another optimizer.
     """

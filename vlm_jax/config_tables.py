@@ -77,6 +77,10 @@ OPTIMIZERS = {
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw_32bit": "paged_adamw",
+    "adafactor": "adafactor",
+    "lion": "lion",
+    "lion_32bit": "lion",
+    "muon": "muon",
 }
 
 # Kinds of bottleneck adapters, and the `adapters` library's names of them.
@@ -125,6 +129,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "training.remat_policy": (None, "none", "block", "block_save_attention", "dots", "offload"),
     "training.logging_strategy": ("no", "steps", "epoch"),
     "training.train_sampling_strategy": (None, "random", "sequential", "group_by_length"),
+    "training.param_dtype": ("float32", "bfloat16"),
     "training.save_strategy": ("no", "steps", "epoch"),
     "training.eval_strategy": ("no", "steps", "epoch"),
     "training.metric_for_best_model": (None, "loss", "accuracy", "eval_loss", "eval_accuracy"),
@@ -137,6 +142,8 @@ REPORTERS = ("tensorboard", "wandb", "trackio", "none")
 # (keys, smallest, largest allowed value)
 RANGES: list[tuple[str, float, float]] = [
     (r"model\..*_lr_scale", 0, 1000),
+    (r"model\.freeze_layers", 0, 1e6),
+    (r"model\.vision_layer_decay", 1e-6, 1),
     (r"lora\.r", 1, 65536),
     (r"lora\.alpha", 0, 1e9),
     (r"lora\.dropout", 0, 0.999),
@@ -146,9 +153,10 @@ RANGES: list[tuple[str, float, float]] = [
     (r"training\.(per_device_.*|gradient_accumulation_steps|logging_steps)", 1, 1e9),
     (r"training\.(save_steps|eval_steps)", 1, 1e9),
     (r"training\.(per_device_.*|gradient_accumulation_steps)", 1, 1e9),
-    (r"training\.(logging_steps|save_steps|eval_steps)", 1e-30, 1e9),
+    (r"training\.(logging_steps|save_steps|eval_steps)", 1e-9, 1e9),
     (r"training\.(eval_delay|early_stopping_patience|early_stopping_threshold)", 0, 1e12),
     (r"training\.label_smoothing_factor", 0, 1),
+    (r"training\.ema_decay", 0, 1 - 1e-9),
     (r"training\.neftune_noise_alpha", 0, 1e6),
     (r"training\.dataloader_num_workers", 0, 1e9),
     (r"training\.(save_total_limit|warmup_steps|weight_decay|max_grad_norm)", 0, 1e9),

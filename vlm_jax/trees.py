@@ -5,6 +5,7 @@ is its keys joined by "/". A table is an ordered sequence of `(regex, value)` ro
 match a whole path, and the first row that does gives the value.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -89,12 +90,33 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
 FROZEN = "frozen"
 
 
+def layer_words(factors: Iterable[float]) -> str:
+    """Return the numbers of a stack's layers, lowest first, as a group writes them: "0*8, 1*24"."""
+    runs = [(value, len(list(same))) for value, same in itertools.groupby(factors)]
+    return ", ".join(f"{value:g}*{count}" if count > 1 else f"{value:g}" for value, count in runs)
+
+
+def layer_factors(group: str) -> tuple[float, ...] | None:
+    """Return what the rate of each layer is multiplied by, of "full(0.1; layers 0*8, 1*24)".
+
+    Layers of factor 0 are frozen. None: the group has no such numbers.
+    """
+    parse_group(group)
+    _, words, listed = group.rstrip(")").partition("; layers ")
+    parts = [part.partition("*") for part in listed.split(",")] if words else []
+    numbers = [float(value) for value, _, count in parts for _ in range(int(count or 1))]
+    return tuple(numbers) or None
+
+
 def parse_group(group: str) -> tuple[str, float]:
     """Return (method, learning-rate scale) of "frozen", "full", "lora", "adapter", "full(0.1)".
 
-    Raises `UserError` for anything else.
+    The latter two may have numbers of layers too, see `layer_factors`. Raises `UserError` for
+    anything else.
     """
-    found = re.fullmatch(r"(frozen|full|lora|adapter)(?:\(([^)]*)\))?", str(group))
+    number = r"\s*[\d.e+-]+(?:\*\d+)?\s*"
+    layers = rf"(?:; layers {number}(?:,{number})*)?"
+    found = re.fullmatch(rf"(frozen|full|lora|adapter)(?:\(([^;)]*){layers}\))?", str(group))
     try:
         assert found is not None
         method, scale = found[1], 1.0 if found[2] is None else float(found[2])
@@ -104,7 +126,8 @@ def parse_group(group: str) -> tuple[str, float]:
         raise UserError(
             f"The training table has the group {group!r}; expected 'frozen', 'full', 'lora', "
             f"'adapter', or one of the last three with a positive learning-rate scale, as in "
-            f"'full(0.1)'."
+            f"'full(0.1)', and maybe a factor for each layer of a stack, as in "
+            f"'full(0.1; layers 0*8, 1*24)'."
         ) from None
     return method, scale
 

@@ -112,9 +112,9 @@ def combine_peft_adapters(
     """Return the model and parameters of a weighted sum of adapters, as one LoRA.
 
     model, adapters: of `load_peft_adapters`. weights: {name: weight}, of either sign. kind, as in
-    PEFT's add_weighted_adapter: "cat" is the exact sum, of as much rank as all together; "svd" the best
-    one of `rank` (default: the largest); "linear" adds A to A and B to B, roots of the weights on
-    each, which is cheap and another function. `save_peft` writes the result. Raises `UserError`
+    PEFT's add_weighted_adapter: "cat" is the exact sum, of as much rank as all together; "svd" the
+    best one of `rank` (default: the largest); "linear" adds A to A and B to B, roots of the weights
+    on each, which is cheap and another function. `save_peft` writes the result. Raises `UserError`
     for DoRA, for modules that adapters hold in full, and for unknown names and kinds.
     """
     if kind not in COMBINATIONS:

@@ -33,9 +33,9 @@ class Leaf(NamedTuple):
 class Parts:
     """Bytes a device of a step's arguments, before the compiler aligns them.
 
-    base: what is frozen, as it is stored. lora, masters: float32 copies of what trains, LoRA's or
-    adapters', and others. moments: of the optimizer; moments_host: those in pages in the host's
-    memory, a device. batch: of all micro-batches. rest: counters and keys.
+    base: what is frozen, as it is stored. lora, masters: copies of what trains, of LoRA or adapters
+    and of others. moments: of the optimizer, and the moving average; moments_host: those in pages in
+    the host's memory, a device. batch: of all micro-batches. rest: counters and keys.
     """
 
     base: int
@@ -60,7 +60,7 @@ def parts(step: Step) -> Parts:
     def small(path: str) -> bool:
         return is_lora(path) or is_adapter(path)
 
-    moments = jax.tree.leaves(state.opt_state)
+    moments = jax.tree.leaves((state.opt_state, state.ema))
     on_host = [leaf for leaf in moments if leaf.sharding.memory_kind == HOST]
     here = [leaf for leaf in moments if leaf.sharding.memory_kind != HOST]
     return Parts(

@@ -23,7 +23,7 @@ from vlm_jax.train.base import (
 )
 from vlm_jax.train.optim import OptimizerSettings, optimizer
 from vlm_jax.train.place import abstract, abstract_state
-from vlm_jax.train.run import adapt
+from vlm_jax.train.run import adapt, state_options
 from vlm_jax.train.step import TrainState
 from vlm_jax.trees import split
 
@@ -69,4 +69,4 @@ def abstract_run(
     trainable, frozen = split(abstract(used_on_mesh(params, shardings), shardings), table)
     training = {**config.training, "max_steps": max(1, config.training.max_steps)}
     tx = optimizer(trainable, table, OptimizerSettings.of(training))
-    return model, tx, abstract_state(trainable, tx, mesh), frozen
+    return model, tx, abstract_state(trainable, tx, mesh, **state_options(config)), frozen

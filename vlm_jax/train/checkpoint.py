@@ -216,13 +216,16 @@ class Checkpoints:
         meta = self._check(step, wanted)
         return _unflat(self._read_state(step, wanted), like), meta["data"]
 
-    def restore_trainable(self, like: Any, step: int) -> Any:
-        """Return the trainable leaves of the checkpoint of `step` alone, as `restore` does."""
+    def restore_trainable(self, like: Any, step: int, kept: str = "trainable") -> Any:
+        """Return the trainable leaves of the checkpoint of `step` alone, as `restore` does.
+
+        kept: "ema" for their average.
+        """
         self.finish()
-        tree = {"trainable": like}
+        tree = {kept: like}
         wanted = flat_state(tree)
-        self._check(step, wanted, "trainable.")
-        return _unflat(self._read_state(step, wanted), tree)["trainable"]
+        self._check(step, wanted, f"{kept}.")
+        return _unflat(self._read_state(step, wanted), tree)[kept]
 
     def patience(self, step: int) -> dict[str, Any]:
         """Return what `save` was told of stopping early; {} where that was nothing."""

@@ -132,7 +132,7 @@ def compile_largest_loss(
     check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
     with rows_over(batch.tokens.sharding):
-        jitted.lower(state.trainable, frozen, batch).compile()
+        jitted.lower(state.result, frozen, batch).compile()
     return OnceAShape(jitted, ((rows, *shape) for shape in shapes))
 
 

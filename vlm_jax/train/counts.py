@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.lora import bias_leaves, is_lora, saved_modules
 from vlm_jax.model import Model
+from vlm_jax.names import stacked_layers
 from vlm_jax.targets import slots
-from vlm_jax.trees import FROZEN, Table, flatten, match
+from vlm_jax.trees import FROZEN, Table, flatten, layer_factors, match, parse_group
 
 
 def leaf_sizes(model: Model, params: Mapping[str, Any]) -> dict[str, int]:
@@ -17,19 +19,36 @@ def leaf_sizes(model: Model, params: Mapping[str, Any]) -> dict[str, int]:
     layers differ, nor scales and copies of where matrices started. `params` may be shapes.
     """
     flat = flatten(params)
-    return {path: _size(model, flat, path) for path in flat}
+    return {path: sum(_sizes(model, flat, path)) for path in flat}
 
 
-def _size(model: Model, flat: Mapping[str, Any], path: str) -> int:
+def trained_sizes(
+    model: Model, params: Mapping[str, Any], groups: Mapping[str, str]
+) -> dict[str, int]:
+    """Return {path: those of its parameters that train}. groups: of a training table, by path."""
+    flat, found = flatten(params), {}
+    for path in flat:
+        sizes, factors = _sizes(model, flat, path), layer_factors(groups[path])
+        if parse_group(groups[path])[0] == FROZEN:
+            found[path] = 0
+        else:
+            moves = [1.0] * len(sizes) if factors is None else factors
+            found[path] = sum(size for size, f in zip(sizes, moves, strict=True) if f)
+    return found
+
+
+def _sizes(model: Model, flat: Mapping[str, Any], path: str) -> list[int]:
+    """Return the parameters of each layer of a leaf."""
     if not is_lora(path) or model.lora is None:
-        return math.prod(flat[path].shape)
+        layers = stacked_layers(model, path) or 1
+        return [math.prod(flat[path].shape) // layers] * layers
     base, name = path.rsplit("/", 1)
     ranks = [slot.rank for slot in slots(model, model.lora, path)]
     inputs, outputs = flat[f"{base}/lora_A"].shape[-2], flat[f"{base}/lora_B"].shape[-1]
     each = {"lora_A": inputs, "lora_B": outputs}
     if name in each:
-        return each[name] * sum(ranks)
-    return outputs * sum(rank > 0 for rank in ranks) if name == "lora_magnitude" else 0
+        return [each[name] * rank for rank in ranks]
+    return [outputs * (rank > 0) * (name == "lora_magnitude") for rank in ranks]
 
 
 def count_parameters(
@@ -43,20 +62,18 @@ def count_parameters(
     `params` may be shapes, as of `model.abstract()`.
     """
     sizes = leaf_sizes(model, params)
-    copied: list[str] = []
-    if model.lora is not None:
-        copied = saved_modules(model, params, model.lora.modules_to_save).leaves
+    copied = saved_modules(model, params, model.modules_to_save).leaves
     if table is not None:
-        groups = match(table, sizes, "training table")
-        trained = [path for path in sizes if groups[path] != FROZEN]
-    elif model.lora is not None:
+        trained = trained_sizes(model, params, match(table, sizes, "training table"))
+    elif model.lora is not None or model.adapter is not None:
         held = {*copied, *bias_leaves(model, params)}
-        trained = [path for path in sizes if is_lora(path) or path in held]
+        own = [path for path in sizes if is_lora(path) or is_adapter(path) or path in held]
+        trained = {path: sizes[path] for path in own}
     else:
-        trained = list(sizes)
+        trained = sizes
     every = sum(sizes.values()) + model.family.unused_parameters(model.config)
     every += sum(sizes[path] for path in copied)
-    return sum(sizes[path] for path in trained), every
+    return sum(trained.values()), every
 
 
 def trainable_line(model: Model, params: Mapping[str, Any], table: Table | None = None) -> str:

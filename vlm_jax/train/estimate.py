@@ -29,8 +29,8 @@ class Estimate(NamedTuple):
     """Bytes a device."""
 
     weights: int  # frozen, as they are stored
-    trained: int  # float32 masters, their gradients and copies in the compute dtype
-    moments: int  # of the optimizer, on the device
+    trained: int  # masters, their float32 gradients and copies in the compute dtype
+    moments: int  # of the optimizer, on the device; and the moving average
     activations: int
     head: int = 0  # a copy of it, and gradients where it trains: see `over`
 
@@ -63,9 +63,12 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
     mesh = make_mesh(devices=jax.devices()[:1])
     model, _, state, frozen = abstract_run(one, mesh)
     masters = nbytes(state.trainable)
-    copies = masters // jnp.dtype(jnp.float32).itemsize * model.dtype.itemsize
+    elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.trainable))
+    gradients, copies = elements * 4, elements * model.dtype.itemsize
+    if config.training.param_dtype == "bfloat16" and model.dtype == jnp.bfloat16:
+        copies = 0  # they are what is computed with
     paged = config.training.optim.startswith("paged")
-    moments = 0 if paged else nbytes(state.opt_state)
+    moments = (0 if paged else nbytes(state.opt_state)) + nbytes(state.ema)
     own = f"{head_of(model)}/"
     head = sum(nbytes(leaf) for path, leaf in flatten(frozen).items() if path.startswith(own))
     learned = [leaf for path, leaf in flatten(state.trainable).items() if path.startswith(own)]
@@ -73,7 +76,7 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
     trains_tower = config.model.vision_encoder_lr_scale > 0
     return Estimate(
         weights=nbytes(frozen),
-        trained=2 * masters + copies,
+        trained=masters + gradients + copies,
         moments=moments,
         activations=activations(model, shape, rows, trains_tower, largest(frozen)),
         head=head,

@@ -49,6 +49,7 @@ from vlm_jax.train.run import (
     build,
     make_encoder,
     make_pipeline,
+    state_options,
     step_options,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
@@ -141,7 +142,7 @@ def _train(
             soft_wrap=True,
         )
     tx = optimizer(trainable, table, settings)
-    state = on_mesh(init_state(trainable, tx, t.seed), mesh)
+    state = on_mesh(init_state(trainable, tx, t.seed, **state_options(config)), mesh)
     del params, trainable
 
     # Where from
@@ -285,10 +286,12 @@ def _train(
             highlight=False,
             soft_wrap=True,
         )
-    trainable = state.trainable
+    trainable, kept = state.result, "trainable" if state.ema is None else "ema"
     del state  # the moments make room for what is read
     if best is not None:
-        trainable, outcome["best"] = _best_trainable(best, checkpoints, trainable, step, console)
+        trainable, outcome["best"] = _best_trainable(
+            best, checkpoints, trainable, step, console, kept
+        )
         if processes.is_primary():
             write_json(directory / "best.json", outcome["best"])
     elif processes.is_primary():
@@ -327,11 +330,12 @@ def _words(values: dict[str, float]) -> str:
 
 
 def _best_trainable(
-    best: Best, checkpoints: Checkpoints, last: Any, step: int, console: Console
+    best: Best, checkpoints: Checkpoints, last: Any, step: int, console: Console, kept: str
 ) -> tuple[Any, dict[str, Any]]:
     """Return (the best checkpoint's trainable leaves, {"step", "metric", "value"}), and say so.
 
-    last: those of the last step, `step`, which are taken where no checkpoint has a value.
+    last: those of the last step, `step`, which are taken where no checkpoint has a value. kept:
+    which leaves of a state they are, trainable or ema.
     """
     chosen = checkpoints.best_step
     if chosen is None:
@@ -349,7 +353,7 @@ def _best_trainable(
         soft_wrap=True,
     )
     if chosen != step:
-        last = checkpoints.restore_trainable(last, chosen)
+        last = checkpoints.restore_trainable(last, chosen, kept)
     return last, {"step": chosen, "metric": best.metric, "value": value}
 
 
@@ -366,7 +370,7 @@ def _evaluate(
     """Return the loss over all of data.eval_file and the accuracy of generated answers."""
     start = time.perf_counter()
     sums = [
-        losses(state.trainable, frozen, feed(batch))
+        losses(state.result, frozen, feed(batch))
         for batch, _ in held_out.eval_batches(feed.bytes_only)
     ]
     total, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
@@ -376,7 +380,7 @@ def _evaluate(
         assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
         found = accuracy(
             model,
-            join(state.trainable, frozen),
+            join(state.result, frozen),
             encoder,
             held_out.records,
             max_new_tokens=e.max_new_tokens,

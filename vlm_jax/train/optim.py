@@ -1,4 +1,4 @@
-"""AdamW over the groups of a training table, equal to torch's or bitsandbytes' step by step."""
+"""The optimizer over the groups of a training table: AdamW equal to torch's, and others by name."""
 
 import dataclasses
 import math
@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from vlm_jax.config import coerce, get_config, optimizer_name
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.train.adam import scale_by_adam
+from vlm_jax.train.layers import any_layers, check_layers, frozen_layers, scaled
+from vlm_jax.train.rules import RULES, each_tensor, takes
 from vlm_jax.train.schedules import schedule
 from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match, parse_group
 from vlm_jax.weights import is_quantized
@@ -25,7 +27,7 @@ DECAY: Table = [(r".*/(bias|scale)", False), (r"(bias|scale)", False), (r".*", T
 class OptimizerSettings:
     """What `optimizer` reads of a run's `training` section, under TrainingArguments' names.
 
-    optim: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or another name of theirs.
+    optim: a key of `config_tables.OPTIMIZERS`.
     max_steps: all optimizer steps of the run, above 0 wherever the schedule depends on it.
     warmup_steps: above 0 it overrides warmup_ratio; below 1 it is a share of max_steps itself.
     max_grad_norm: 0 turns clipping off.
@@ -108,27 +110,32 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def adamw(
+def one_group(
     settings: OptimizerSettings,
+    kind: str,
     scale: float,
     decay_mask: Callable[[Any], Any],
     shardings: Mapping[str, Any],
 ) -> optax.GradientTransformation:
-    """Return AdamW (https://arxiv.org/abs/1711.05101) of one group, with torch's update.
+    """Return the optimizer of one group, with decay beside it (https://arxiv.org/abs/1711.05101).
 
-    Its moments are kept as settings.optim says, see `scale_by_adam`.
+    kind: a key of `RULES`, or one of AdamW's names, which say how its moments are kept.
     """
     schedule = learning_rate(settings)
-    kind = optimizer_name(settings.optim)
-    return optax.chain(
-        scale_by_adam(
-            settings.adam_beta1,
-            settings.adam_beta2,
+    beta1, beta2 = settings.adam_beta1, settings.adam_beta2
+    if kind in RULES:
+        rule = each_tensor(RULES[kind](beta1, beta2))
+    else:
+        rule = scale_by_adam(
+            beta1,
+            beta2,
             settings.adam_epsilon,
             eight_bit=kind.endswith("_8bit"),
             paged=kind.startswith("paged_"),
             shardings=shardings,
-        ),
+        )
+    return optax.chain(
+        rule,
         optax.add_decayed_weights(settings.weight_decay, decay_mask),
         optax.scale_by_learning_rate(lambda step: scale * schedule(step)),
     )
@@ -140,11 +147,12 @@ def optimizer(
     """Return the optax transformation that trains each leaf as its row of the table says.
 
     trainable: the first tree of `vlm_jax.split(params, table)`. table: ordered (regex, group)
-    rows; the number in "full(0.1)" or "lora(2)" scales the learning rate. training: a mapping or
-    object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped by their
-    global norm over all trained leaves, then go to one AdamW a group; moments exist for trained
-    leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says. Norms and
-    biases do not decay.
+    rows; the number in "full(0.1)" or "lora(2)" scales the learning rate, those of
+    "full(1; layers 0*8, 1*24)" each layer's: 0 freezes it, though it has a state. training: a
+    mapping or object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped
+    by their global norm over all that trains, then go to one optimizer a group; its state exists
+    for trained leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says.
+    Norms and biases do not decay. What Muon does not take, see `rules.MUON`, AdamW does.
     Raises `UserError` where nothing trains, or a group or the optimizer is unknown.
     """
     settings = OptimizerSettings.of(training)
@@ -175,11 +183,33 @@ def optimizer(
         path: None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
         for path, leaf in flatten(trainable).items()
     }
+    check_layers(groups, {path: leaf.shape for path, leaf in flatten(trainable).items()})
+    kind = optimizer_name(settings.optim)
+    own = {path: takes(kind, path) for path in groups}
+    # A group that two optimizers share has two names; checkpoints know the others by their own.
+    names = {path: group if own[path] else f"{group} adamw" for path, group in groups.items()}
     transforms = {
-        g: adamw(settings, parse_group(g)[1], decay_mask, shardings) for g in groups.values()
+        name: one_group(
+            settings,
+            kind if own[path] else "adamw",
+            parse_group(groups[path])[1],
+            decay_mask,
+            shardings,
+        )
+        for path, name in names.items()
     }
-    labels = map_leaves(lambda path, _: groups[path], trainable)
+    labels = map_leaves(lambda path, _: names[path], trainable)
     groups_tx = optax.multi_transform(transforms, labels)
     # Without a limit it is infinite: the state keeps one structure whatever the settings.
     limit = settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf
-    return optax.chain(clip_by_global_norm(limit), groups_tx)
+    clip = clip_by_global_norm(limit)
+    if any_layers(groups):  # neither of these has a state, so checkpoints keep their names
+        clip = optax.chain(frozen_layers(groups), clip)
+        inner, layers = groups_tx, scaled(groups)
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            updates, state = inner.update(updates, state, params)
+            return layers.update(updates, optax.EmptyState(), params)[0], state
+
+        groups_tx = optax.GradientTransformation(inner.init, update)
+    return optax.chain(clip, groups_tx)

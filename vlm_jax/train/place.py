@@ -32,7 +32,11 @@ def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def abstract_state(
-    trainable: Mapping[str, Any], tx: optax.GradientTransformation, mesh: Mesh
+    trainable: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    param_dtype: Any = jnp.float32,
+    ema: bool = False,
 ) -> TrainState:
     """Return the state before the first step as shapes: `init_state`'s, laid out by `on_mesh`.
 
@@ -45,12 +49,16 @@ def abstract_state(
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    masters = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding),
-        dict(trainable),
-    )
-    step, rng = jnp.zeros((), jnp.int32), jax.random.key(0)
-    return jax.tree.map(place, TrainState(step, masters, tx.init(masters), rng))
+    def of(dtype: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+            dict(trainable),
+        )
+
+    masters = of(jnp.float32)
+    step, rng, average = jnp.zeros((), jnp.int32), jax.random.key(0), masters if ema else None
+    state = TrainState(step, of(param_dtype), tx.init(masters), rng, average)
+    return jax.tree.map(place, state)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

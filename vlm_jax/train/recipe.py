@@ -9,8 +9,9 @@ from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.lora import bias_leaves, is_lora, module_names, peft_module, saved_leaves
 from vlm_jax.model import Model
 from vlm_jax.targets import PROJECTOR_NAMES
-from vlm_jax.train.counts import leaf_sizes
-from vlm_jax.trees import FROZEN, Table, flatten, match, parse_group
+from vlm_jax.train.counts import leaf_sizes, trained_sizes
+from vlm_jax.train.layers import rates_of_layers, with_rates
+from vlm_jax.trees import FROZEN, Table, flatten, layer_factors, match, parse_group
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import is_quantized
 
@@ -30,6 +31,8 @@ def training_table(
     language_model_lr_scale: float = 1.0,
     lora_enabled: bool = True,
     loraplus_lr_ratio: float = 1.0,
+    freeze_layers: int = 0,
+    vision_layer_decay: float = 1.0,
     modules_to_save: Iterable[str] | None = None,
 ) -> list[tuple[str, str]]:
     """Return the ordered (regex, group) rows of the usual VLM recipe for these parameters.
@@ -38,8 +41,9 @@ def training_table(
     matrices or bottleneck adapters these train and its other leaves are frozen, otherwise it trains
     in full; but the language model, its embeddings and its head are frozen where `lora_enabled` or
     there are adapters, except for `modules_to_save` (default: the model's own). loraplus_lr_ratio:
-    how much faster B learns than A, LoRA+ (https://arxiv.org/abs/2402.12354). Every row matches a
-    leaf; arrays are not read, so `params` may be shapes.
+    how much faster B learns than A, LoRA+ (https://arxiv.org/abs/2402.12354). freeze_layers,
+    vision_layer_decay: see `rates_of_layers`. Every row matches a leaf; arrays are not read, so
+    `params` may be shapes.
     Raises `UserError` for contradictions and where nothing is left to train.
     """
     paths = list(flatten(params))
@@ -111,6 +115,8 @@ def training_table(
         else:
             rows.append((pattern, _group("full", scale_of(component))))
 
+    rates = rates_of_layers(model, paths, freeze_layers, vision_layer_decay)
+    rows = with_rates(rows, rates, paths)
     rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
     groups = match(rows, paths, "training table")
     for path, leaf in flatten(params).items():
@@ -178,20 +184,27 @@ def lora_modules_to_save(
 def report(
     model: Model, params: Mapping[str, Any], table: Table, learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Return a row for each component and group: component, trains, parameters, learning_rate."""
+    """Return a row for each component and group: component, trains, parameters, learning_rate.
+
+    Of layers that differ it is the highest.
+    """
     flat = flatten(params)
     groups = match(table, flat, "training table")
     counts: dict[tuple[str, str], int] = {}
+    trains = trained_sizes(model, params, groups)
     for path, size in leaf_sizes(model, params).items():
-        key = (model.component(path), groups[path])
-        counts[key] = counts.get(key, 0) + size
+        for group, count in ((groups[path], trains[path]), (FROZEN, size - trains[path])):
+            key = (model.component(path), group)
+            counts[key] = counts.get(key, 0) + count
+    counts = {key: count for key, count in counts.items() if count}
     order = ["vision", "projector", "embeddings", "language_model", "head"]
     rows = []
     for (component, group), count in sorted(counts.items(), key=lambda i: order.index(i[0][0])):
         method, scale = parse_group(group)
         names = {"frozen": "nothing (frozen)", "full": "all weights", "lora": "LoRA"}
         names["adapter"] = "adapters"
-        rate = None if method == FROZEN else learning_rate * scale
+        fastest = max(layer_factors(group) or (1.0,))
+        rate = None if method == FROZEN else learning_rate * scale * fastest
         rows.append(
             {
                 "component": component,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
@@ -134,6 +135,8 @@ def adapt_base(
         language_model_lr_scale=m.language_model_lr_scale,
         lora_enabled=adapt.enabled or m.language_model_lr_scale == 0,
         loraplus_lr_ratio=adapt.loraplus_lr_ratio,
+        freeze_layers=m.freeze_layers,
+        vision_layer_decay=m.vision_layer_decay,
         modules_to_save=saved if brought else None,
         **scales,
     )
@@ -292,7 +295,14 @@ def step_options(config: ConfigDict) -> dict[str, Any]:
     return {
         "label_smoothing": t.label_smoothing_factor,
         "neftune_alpha": t.neftune_noise_alpha or 0.0,
+        "ema_decay": t.ema_decay,
     }
+
+
+def state_options(config: ConfigDict) -> dict[str, Any]:
+    """Return the options of `init_state` that the config's training section sets."""
+    t = config.training
+    return {"param_dtype": jnp.dtype(t.param_dtype), "ema": t.ema_decay > 0}
 
 
 def data_seed(config: ConfigDict) -> int:
@@ -382,10 +392,11 @@ def load_run(
     model, params, table = build(config, mesh)
     trainable, frozen = split(params, table)
     training = {**config.training, "max_steps": max(1, config.training.max_steps)}
-    state = init_state(trainable, optimizer(trainable, table, training))
+    tx = optimizer(trainable, table, training)
+    state = init_state(trainable, tx, **state_options(config))
     same = identity(config, model, table, rows=0)
     same = {name: same[name] for name in ("base", "training table", "lora", "adapter")}
     checkpoints = Checkpoints(places.checkpoints, same)
     state, _ = checkpoints.restore(state)
     checkpoints.close()
-    return model, join(state.trainable, frozen), config
+    return model, join(state.result, frozen), config

@@ -11,27 +11,51 @@ import optax
 from vlm_jax.batch import Batch
 from vlm_jax.model import Model
 from vlm_jax.train.losses import loss
+from vlm_jax.train.rounding import stored
 from vlm_jax.trees import flatten
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. step: int32, steps done. trainable: float32 masters."""
+    """Everything that a step changes.
+
+    step: int32, steps done. trainable: masters, float32 or bfloat16. ema: the float32 moving
+    average of what trains, None where there is none.
+    """
 
     step: jax.Array
     trainable: Any
     opt_state: Any
     rng: jax.Array
+    ema: Any = None
+
+    @property
+    def result(self) -> Any:
+        """The trainable leaves to evaluate and to keep: their average where there is one."""
+        return self.trainable if self.ema is None else self.ema
 
 
 def init_state(
-    trainable: Mapping[str, Any], tx: optax.GradientTransformation, seed: int = 0
+    trainable: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    seed: int = 0,
+    param_dtype: Any = jnp.float32,
+    ema: bool = False,
 ) -> TrainState:
-    """Return the state before the first step; trainable leaves become float32 masters."""
+    """Return the state before the first step; trainable leaves become masters of param_dtype.
+
+    The optimizer's state is float32 in any case. ema: keep a moving average too.
+    """
     # A copy even of float32 leaves: the step donates its state, and the caller keeps the tree.
-    masters = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), dict(trainable))
-    return TrainState(jnp.zeros((), jnp.int32), masters, tx.init(masters), jax.random.key(seed))
+    copied = lambda tree, dtype: jax.tree.map(  # noqa: E731
+        lambda leaf: jnp.array(leaf, dtype, copy=True), dict(tree)
+    )
+    masters = copied(trainable, jnp.float32)
+    opt_state, average = tx.init(masters), copied(trainable, jnp.float32) if ema else None
+    if param_dtype != jnp.float32:
+        masters = copied(masters, param_dtype)
+    return TrainState(jnp.zeros((), jnp.int32), masters, opt_state, jax.random.key(seed), average)
 
 
 def split_rows(batch: Batch, micro_batches: int) -> Batch:
@@ -50,8 +74,15 @@ def split_rows(batch: Batch, micro_batches: int) -> Batch:
     return jax.tree.map(regroup, batch)
 
 
+def averaged(ema: Any, new: Any, decay: float, step: jax.Array) -> Any:
+    """Return decay * ema + (1 - decay) * new; after the first step `new`, as torch's swa_utils."""
+    keep = jnp.where(step == 0, 0.0, decay)
+    return jax.tree.map(lambda old, leaf: leaf + keep * (old - leaf), ema, new)
+
+
 def _gradients(
     model: Model,
+    masters: Any,
     state: TrainState,
     frozen: Any,
     batch: Batch,
@@ -70,14 +101,14 @@ def _gradients(
         has_aux=True,
     )
     if micro_batches == 1:
-        (loss_sum, tokens), grads = grad(state.trainable, batch, keys[0])
+        (loss_sum, tokens), grads = grad(masters, batch, keys[0])
         return loss_sum, tokens, grads
 
     def body(total, inputs):
-        (loss_sum, tokens), grads = grad(state.trainable, *inputs)
+        (loss_sum, tokens), grads = grad(masters, *inputs)
         return jax.tree.map(jnp.add, total, (loss_sum, tokens, grads)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+    zeros = jax.tree.map(jnp.zeros_like, masters)
     start = (jnp.float32(0.0), jnp.float32(0.0), zeros)
     return jax.lax.scan(body, start, (split_rows(batch, micro_batches), keys))[0]
 
@@ -89,11 +120,14 @@ def make_step(
     *,
     label_smoothing: float = 0.0,
     neftune_alpha: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`: pure, jittable, donatable.
 
     The loss is the sum over all micro-batches divided by all their answer tokens, so that the
     gradient does not depend on how rows are split. label_smoothing, neftune_alpha: see `loss`.
+    ema_decay: of the state's moving average, where it has one. Masters of 16 bits are computed with
+    in float32 and then rounded by chance, see `stored`.
     metrics: float32 scalars: loss, tokens, grad_norm (before clipping) and grad_norm/<component>
     of each component that trains.
     """
@@ -101,11 +135,14 @@ def make_step(
     options = {"label_smoothing": label_smoothing, "neftune_alpha": neftune_alpha}
 
     def step(state: TrainState, frozen: Any, batch: Batch):
-        loss_sum, tokens, grads = _gradients(model, state, frozen, batch, micro_batches, options)
+        masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.trainable)
+        loss_sum, tokens, grads = _gradients(
+            model, masters, state, frozen, batch, micro_batches, options
+        )
         # A batch without an answer token (all rows padding) must not turn into NaN.
         scale = 1.0 / jnp.maximum(tokens, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = tx.update(grads, state.opt_state, masters)
         metrics = {"loss": loss_sum * scale, "tokens": tokens}
         metrics["grad_norm"] = optax.tree.norm(grads)
         parts: dict[str, dict[str, Any]] = {}
@@ -113,7 +150,11 @@ def make_step(
             parts.setdefault(model.component(path), {})[path] = leaf
         for component, leaves in parts.items():
             metrics[f"grad_norm/{component}"] = optax.tree.norm(leaves)
-        trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
+        masters = optax.apply_updates(masters, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = averaged(ema, masters, ema_decay, state.step)
+        trainable = stored(masters, state.trainable, state.rng, state.step)
+        return TrainState(state.step + 1, trainable, opt_state, state.rng, ema), metrics
 
     return step
