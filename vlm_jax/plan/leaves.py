@@ -33,9 +33,9 @@ class Leaf(NamedTuple):
 class Parts:
     """Bytes a device of a step's arguments, before the compiler aligns them.
 
-    base: what is frozen, as it is stored. lora, masters: copies of what trains, of LoRA or adapters
-    and of others. moments: of the optimizer, and the moving average; moments_host: those in pages in
-    the host's memory, a device. batch: of all micro-batches. rest: counters and keys.
+    base: what is frozen, as it is stored. lora, masters: copies of what trains, of LoRA or of
+    adapters, and others. moments: of the optimizer, and the moving average; moments_host: those in
+    pages in the host's memory, a device. batch: of all micro-batches. rest: counters and keys.
     """
 
     base: int
