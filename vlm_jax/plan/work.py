@@ -18,7 +18,7 @@ from vlm_jax.trees import flatten
 ORDER = ("vision", "projector", "embeddings", "language_model", "head")
 # The last product of a block: its result is only added, so it is not computed again.
 LAST = ("down_proj", "fc2")
-KERNELS = ("kernel", "lora_A", "lora_B", "added")
+KERNELS = ("kernel", "lora_A", "lora_B", "added", "start_A", "start_B")
 # Remat policies under which a block's products with weights are computed again, and how much of
 # attention's two products is: with its result kept, the scores alone.
 PRODUCTS_AGAIN = ("block", "block_save_attention", "offload")
@@ -84,7 +84,9 @@ def count(
     stacks = tuple(f"{prefix}/" for prefix in family.stacks(cfg))
 
     def product(path: str) -> Work:
-        name, in_stack = path.rsplit("/", 1)[1], path.startswith(stacks)
+        # Where matrices started is one product with them, gradients included (see starts.py).
+        name = path.rsplit("/", 1)[1].replace("start_", "lora_")
+        learns, in_stack = path in trained or "/start_" in path, path.startswith(stacks)
         component = "head" if owner[path] == "embeddings" else owner[path]  # a tied one
         once = 2 * positions[component] * math.prod(leaves[path].shape[-2:])
         once *= layers[component] if in_stack else 1
@@ -103,7 +105,7 @@ def count(
             if component == "vision":  # it sees pixels, by which nothing asks for a gradient
                 back = inside[component] and name == "lora_B"
             redone = False
-        return Work(once, once * back, once * (path in trained), once * redone)
+        return Work(once, once * back, once * learns, once * redone)
 
     found: dict[str, list[Work]] = {name: [] for name in ORDER if name != "embeddings"}
     for path in leaves:
