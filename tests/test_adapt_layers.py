@@ -14,6 +14,7 @@ import vlm_jax
 from vlm_jax import LoRA, Quantization, UserError
 from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.linen.find import Layer
+from vlm_jax.lora import PRESETS
 from vlm_jax.trees import flatten, unflatten
 
 ALL = LoRA(3, 6, targets="all-linear")
@@ -380,6 +381,21 @@ def named():
 def test_targets(named, targets, expected):
     adapted, _ = vlm_jax.adapt(*named, LoRA(2, targets=targets))
     assert sorted(layer.name for layer in adapted.layers) == expected
+
+
+@pytest.mark.parametrize("preset", ["llama", "qwen"])
+def test_presets_of_decoders(preset):
+    class Decoder(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name in PRESETS["llama"]:
+                x = nn.Dense(8, use_bias=False, name=name)(x)
+            return nn.Dense(3, name="lm_head")(x)
+
+    adapted, _ = vlm_jax.adapt(Decoder(), drawn(Decoder(), X), LoRA(2, targets=preset))
+    assert sorted(layer.name for layer in adapted.layers) == sorted(
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    )
 
 
 @pytest.mark.parametrize(
