@@ -202,7 +202,8 @@ def test_a_run_of_all_of_them_resumes_to_the_bit(place, monkeypatch):
     moved = set()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, again[name], err_msg=name)
-        if not np.array_equal(value, base[name].astype(value.dtype)):
+        # The base has 32 bits here, and weights of which any trains have 16, frozen layers too.
+        if not np.array_equal(value, base[name].astype(jnp.bfloat16).astype(value.dtype)):
             moved.add(name)
     layers = {n for n in ours if ".layers.0." in n and "visual" not in n}
     assert layers and not layers & moved

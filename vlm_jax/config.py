@@ -147,7 +147,8 @@ def get_config() -> ConfigDict:
     t.neftune_noise_alpha = placeholder(float)  # NEFTune: noise on text embeddings, 5 is usual
     t.label_smoothing_factor = 0.0  # share of a target that all tokens of the vocabulary divide
     t.bf16 = True  # compute in bfloat16; trained weights are as param_dtype says, moments float32
-    # float32: masters; bfloat16: half of their memory, each update rounded by chance.
+    # float32: masters; bfloat16: half of their memory, each update rounded by chance. A base of 32
+    # bits is rounded to 16 once then, in layers that model.freeze_layers freezes too.
     t.param_dtype = "float32"
     t.ema_decay = 0.0  # of a moving average of trained weights, which is evaluated and exported
     t.fp16 = False  # not supported: bfloat16 needs no loss scaling
