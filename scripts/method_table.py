@@ -39,6 +39,8 @@ NAMES = {
     "rslora": "rsLoRA",
     "dora": "DoRA",
     "loraplus": "LoRA+ (B at 16 x the rate)",
+    "pissa": "LoRA, PiSSA start",
+    "loftq": "LoftQ (nf4)",
     "houlsby": "Houlsby adapters",
     "pfeiffer": "Pfeiffer adapters",
     "parallel": "parallel adapters",
