@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vlm_jax import processes, starts
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.layers.linear import fresh_a, less_start, weight_update
+from vlm_jax.layers.linear import column_norms, fresh_a, less_start, weight_update
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
@@ -33,13 +33,15 @@ from vlm_jax.targets import (
     PROJECTOR_NAMES,
     Slot,
     is_uniform,
+    rank_mask,
+    scales,
     slots,
     target_modules,
 )
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
-from vlm_jax.weights.quantize import quantize
+from vlm_jax.weights.quantize import lying_as, requantized
 
 if TYPE_CHECKING:
     from vlm_jax.linen.adapt import Adapted
@@ -263,6 +265,7 @@ def add_lora(
         *layers, inputs, outputs = flat[path].shape
         rank = max(slot.rank for slot in held)
         base = path.rsplit("/", 1)[0]
+        start: dict[str, Any] = {}
         shape_a, shape_b = (*layers, inputs, rank), (*layers, rank, outputs)
         if path == EMBEDDING_LEAF:
             if name not in ("true", "gaussian"):
@@ -277,10 +280,12 @@ def add_lora(
             a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
         else:
             a, b = fresh_a(one, shape_a), jnp.zeros(shape_b, jnp.float32)
-        flat[f"{base}/lora_A"] = a * _mask(held)[..., None, :] if layers else a
+        flat[f"{base}/lora_A"] = a * rank_mask(held)[..., None, :] if layers else a
         flat[f"{base}/lora_B"] = b
         if lora.dora:
-            norms, some = _norms(flat[path]), _mask(held)[:, :1]  # none of a layer left out
+            filled = name in starts.FROM_LOSS or "kernel" in start  # it starts at the sum's norms
+            norms = _sum_norms(flat, base, held) if filled else _norms(flat[path])
+            some = rank_mask(held)[:, :1]  # none of a layer left out
             flat[f"{base}/lora_magnitude"] = norms * some if layers else norms
         if not is_uniform(lora, held):
             flat[f"{base}/lora_scale"] = scales(held)
@@ -319,7 +324,7 @@ def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> 
             left = whole if takes else whole - dense(old, jnp.float32)
             a, b = starts.factors(name, left, slot.rank, slot.scale, iterations, one)
             if takes and four:
-                old = _requantized(old, whole - slot.scale * a @ b, f"'{path}' after its start")
+                old = requantized(old, whole - slot.scale * a @ b, f"'{path}' after its start")
         lacking = rank - a.shape[1]
         a, b = jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
         made.append({"lora_A": a, "lora_B": b} | ({"kernel": old} if takes and four else {}))
@@ -327,7 +332,7 @@ def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> 
     if held[0].layer is not None:
         leaves = jax.tree.map(lambda *layers: jnp.stack(layers), *made)
     if "kernel" in leaves:
-        leaves["kernel"] = _lying_as(leaves["kernel"], kernel)
+        leaves["kernel"] = lying_as(leaves["kernel"], kernel)
     elif takes:
         leaves |= {"start_A": leaves["lora_A"], "start_B": leaves["lora_B"]}
     return leaves
@@ -365,18 +370,6 @@ def left_out(model: Model, hits: Mapping[str, list[bool]]) -> tuple[str, ...]:
         for module, hit in zip(layer_names(model, path), flags, strict=True)
         if not hit
     )
-
-
-def scales(held: list[Slot]) -> jax.Array:
-    """Return the leaf `lora_scale`, [L] of a stack and [] of what is none."""
-    found = [slot.scale for slot in held]
-    return jnp.asarray(found if held[0].layer is not None else found[0], jnp.float32)
-
-
-def _mask(held: list[Slot]) -> jax.Array:
-    """Return [L, R], 1 where a layer of a stack has that much rank."""
-    ranks = jnp.asarray([slot.rank for slot in held])
-    return (jnp.arange(max(slot.rank for slot in held))[None] < ranks[:, None]).astype(jnp.float32)
 
 
 def check_no_adapter(flat: Iterable[str], why: str) -> None:
@@ -447,20 +440,7 @@ def merged_leaf(
         return summed.astype(kernel.dtype)
     if not requantize:
         return summed.astype(model.dtype)
-    return _lying_as(_requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
-
-
-def _requantized(kernel: FourBit, dense_kernel: jax.Array, name: str) -> FourBit:
-    """Return a dense kernel [in, out] in the format of a 4-bit one."""
-    made = quantize(type(kernel), dense_kernel, kernel.block, kernel.double, name)
-    return dataclasses.replace(made, dtype=kernel.dtype, used=kernel.used)
-
-
-def _lying_as(leaf: FourBit, kernel: FourBit) -> FourBit:
-    """Return a 4-bit leaf on the devices where another one lies."""
-    if isinstance(kernel.codes, jax.core.Tracer) or not isinstance(kernel.codes, jax.Array):
-        return leaf
-    return jax.device_put(leaf, jax.tree.map(lambda x: x.sharding, kernel))
+    return lying_as(requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
 
 
 def _one(leaf: Any, layer: int | None) -> Any:
@@ -473,6 +453,18 @@ def _norms(kernel: Any) -> jax.Array:
     if len(kernel.shape) > 2:
         return jax.lax.map(_norms, kernel)
     return jnp.linalg.norm(dense(kernel, jnp.float32), axis=-2)
+
+
+def _sum_norms(flat: Mapping[str, Any], base: str, held: list[Slot]) -> jax.Array:
+    """Return the norms of the columns of a kernel and what its matrices add, float32 [..., out]."""
+
+    def leaf(name: str, slot: Slot) -> Any:
+        return _one(flat[f"{base}/{name}"], slot.layer)
+
+    norms = [
+        column_norms(leaf("kernel", s), leaf("lora_A", s), leaf("lora_B", s), s.scale) for s in held
+    ]
+    return norms[0] if held[0].layer is None else jnp.stack(norms)
 
 
 def _merged(

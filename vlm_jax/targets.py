@@ -4,6 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.linear import LoRAScale
 from vlm_jax.model import LoRA, Model
@@ -93,6 +96,18 @@ def is_uniform(lora: LoRA, held: list[Slot]) -> bool:
     """Return whether one scale, that of the largest rank, holds for all layers of a leaf."""
     scale = lora.scale.scale(max(slot.rank for slot in held))
     return all(slot.scale == scale for slot in held)
+
+
+def scales(held: list[Slot]) -> jax.Array:
+    """Return the leaf `lora_scale`, [L] of a stack and [] of what is none."""
+    found = [slot.scale for slot in held]
+    return jnp.asarray(found if held[0].layer is not None else found[0], jnp.float32)
+
+
+def rank_mask(held: list[Slot]) -> jax.Array:
+    """Return [L, R], 1 where a layer of a stack has that much rank."""
+    ranks = jnp.asarray([slot.rank for slot in held])
+    return (jnp.arange(max(slot.rank for slot in held))[None] < ranks[:, None]).astype(jnp.float32)
 
 
 def target_modules(model: Model, params: Mapping[str, Any], lora: LoRA) -> dict[str, list[bool]]:

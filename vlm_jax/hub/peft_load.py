@@ -20,7 +20,6 @@ from vlm_jax.lora import (
     owners,
     peft_module,
     saved_modules,
-    scales,
 )
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import Place, current_name, is_unused, to_tree
@@ -32,6 +31,7 @@ from vlm_jax.targets import (
     adaptable,
     is_uniform,
     pattern_key,
+    scales,
     slots,
 )
 from vlm_jax.trees import flatten, unflatten

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.lora import is_lora, left_out, scales
+from vlm_jax.lora import is_lora, left_out
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import layer_names
-from vlm_jax.targets import slots
+from vlm_jax.targets import scales, slots
 from vlm_jax.trees import flatten, unflatten
 
 

@@ -1,5 +1,6 @@
 """Kernels made 4-bit, exactly as bitsandbytes does on the CPU, and on the device under `jit`."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -54,6 +55,19 @@ def quantize(
     codes = unpack_codes(jnp.asarray(packed.codes), kernel.shape[1])
     absmax, nested, offset = (None if a is None else jnp.asarray(a) for a in packed[1:])
     return format(codes, absmax, nested, offset, block=block, dtype=kind(kernel.dtype))
+
+
+def requantized(like: FourBit, kernel: jax.Array, name: str) -> FourBit:
+    """Return a dense kernel [in, out] in the format of a 4-bit one."""
+    made = quantize(type(like), kernel, like.block, like.double, name)
+    return dataclasses.replace(made, dtype=like.dtype, used=like.used)
+
+
+def lying_as(leaf: FourBit, like: FourBit) -> FourBit:
+    """Return a 4-bit leaf on the devices where another one lies."""
+    if isinstance(like.codes, jax.core.Tracer) or not isinstance(like.codes, jax.Array):
+        return leaf
+    return jax.device_put(leaf, jax.tree.map(lambda x: x.sharding, like))
 
 
 def check(shape: tuple[int, ...], block: int, dtype: Any, name: str) -> None:
