@@ -14,7 +14,7 @@ import vlm_jax
 from vlm_jax import LoRA, Quantization, UserError
 from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.linen.find import Layer
-from vlm_jax.lora import PRESETS
+from vlm_jax.targets import PRESETS
 from vlm_jax.trees import flatten, unflatten
 
 ALL = LoRA(3, 6, targets="all-linear")

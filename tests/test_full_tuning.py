@@ -17,7 +17,8 @@ import vlm_jax
 from vlm_jax import UserError
 from vlm_jax.train import watch
 from vlm_jax.train.checkpoint import flat_state
-from vlm_jax.train.recipe import report, trainable_line, training_table
+from vlm_jax.train.counts import trainable_line
+from vlm_jax.train.recipe import report, training_table
 from vlm_jax.train.rounding import stochastic_round
 from vlm_jax.train.run import load_run
 from vlm_jax.train.step import averaged
@@ -150,7 +151,7 @@ def test_the_table_freezes_the_lowest_blocks_and_slows_the_tower(tmp_path):
     flat = flatten(params)
     half = sum(x.size for p, x in flat.items() if p.startswith(f"{decoder}layers/")) // 2
     every = sum(x.size for x in flat.values())
-    assert trainable_line(params, table).startswith(f"trainable params: {every - half:,d} ||")
+    assert trainable_line(model, params, table).startswith(f"trainable params: {every - half:,d} ||")
     rows = report(model, params, table, 1.0)
     frozen = [r["parameters"] for r in rows if r["trains"] == "nothing (frozen)"]
     assert frozen == [half]
