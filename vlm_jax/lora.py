@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,6 @@ from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import quantize
-
-if TYPE_CHECKING:
-    from vlm_jax.linen.adapt import Adapted
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -288,7 +285,7 @@ def add_lora(
 
 
 def merge(
-    model: "Model | Adapted", params: Mapping[str, Any], requantize: bool = False
+    model: Model | Any, params: Mapping[str, Any], requantize: bool = False
 ) -> dict[str, Any]:
     """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
 
