@@ -151,7 +151,9 @@ def test_the_table_freezes_the_lowest_blocks_and_slows_the_tower(tmp_path):
     flat = flatten(params)
     half = sum(x.size for p, x in flat.items() if p.startswith(f"{decoder}layers/")) // 2
     every = sum(x.size for x in flat.values())
-    assert trainable_line(model, params, table).startswith(f"trainable params: {every - half:,d} ||")
+    assert trainable_line(model, params, table).startswith(
+        f"trainable params: {every - half:,d} ||"
+    )
     rows = report(model, params, table, 1.0)
     frozen = [r["parameters"] for r in rows if r["trains"] == "nothing (frozen)"]
     assert frozen == [half]

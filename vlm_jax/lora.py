@@ -9,7 +9,7 @@ the scales where they are not all the one that `LoRA` says; 0 is a layer without
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,6 @@ from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import lying_as, requantized
-
-if TYPE_CHECKING:
-    from vlm_jax.linen.adapt import Adapted
 
 LEAVES = ("lora_A", "lora_B", "lora_magnitude", "lora_scale", "start_A", "start_B")
 BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
@@ -382,7 +379,7 @@ def check_no_adapter(flat: Iterable[str], why: str) -> None:
 
 
 def merge(
-    model: "Model | Adapted", params: Mapping[str, Any], requantize: bool = False
+    model: Model | Any, params: Mapping[str, Any], requantize: bool = False
 ) -> dict[str, Any]:
     """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
 

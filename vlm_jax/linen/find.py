@@ -207,8 +207,8 @@ def _trace(
             for inner in weights:
                 if not path or f"{inner}/".startswith(f"{path}/"):
                     seen.layers[inner] = Other(inner, "it belongs to an NNX module")
-        elif name is None:
-            pass
+        elif name is None or (method in CALLS and isinstance(seen.layers.get(path), Layer)):
+            pass  # met before: a 4-bit layer calls a copy of itself, which knows no rngs
         elif method in CALLS:
             how = product(CALLS[method], context.module, args, kwargs)
             if how.fault is None:
