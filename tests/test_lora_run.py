@@ -25,8 +25,8 @@ def place(tmp_path_factory):
 KIND = (
     "lora.target_modules=q_proj,down_proj,embed_tokens",
     "lora.rank_pattern={q_proj: 4}",
-    "lora.alpha_pattern={layers.1.*: 3}",
-    "lora.layers_to_transform=1",
+    "lora.alpha_pattern={layers.0.*: 3}",
+    "lora.layers_to_transform=0",
     "lora.bias=all",
 )
 
@@ -37,13 +37,13 @@ def test_a_run_and_its_exports(place):
         run(place, "refused", *KIND[:-2], "lora.layers_to_transform=9")
     _, directory, text = run(place, "run", *KIND, "lora.init_lora_weights=gaussian")
     config = json.loads((directory / "adapter/adapter_config.json").read_text())
-    assert config["layers_to_transform"] == [1] and config["bias"] == "all"
+    assert config["target_modules"] == ["down_proj", "q_proj"] and config["bias"] == "all"
     assert config["rank_pattern"] == {"q_proj": 4} and config["alpha_pattern"]
     held = load_file(directory / "adapter/adapter_model.safetensors")
     shapes = {n.split(".layers.")[1]: x.shape for n, x in held.items() if ".lora_A" in n}
     assert {name: shape[0] for name, shape in shapes.items()} == {
-        "1.self_attn.q_proj.lora_A.weight": 4,
-        "1.mlp.down_proj.lora_A.weight": 2,
+        "0.self_attn.q_proj.lora_A.weight": 4,
+        "0.mlp.down_proj.lora_A.weight": 2,
     }
     base = load_file(place / "base/model.safetensors")
     biases = {n.removeprefix("base_model.model."): x for n, x in held.items() if "k_proj.bias" in n}
