@@ -85,8 +85,8 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
         lora = re.fullmatch(r"(.*)/(?:lora_(?:A|B|magnitude|scale)|start_[AB])", path)
         if lora is None:
             return path
-        kernel = f"{lora[1]}/kernel"
-        return kernel if kernel in flat else f"{lora[1]}/embedding"
+        leaf = "embedding" if lora[1].endswith("/embed_tokens") else "kernel"
+        return f"{lora[1]}/{leaf}"  # which may be in another part of the tree
 
     rows = [*ADAPTER_AXES, *model.family.AXES]
     tables = match(rows, [kernel_of(path) for path in flat], "sharding table", unused="allow")
