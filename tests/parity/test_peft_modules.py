@@ -167,7 +167,14 @@ HEADS = {
         dict(target_modules=LM, modules_to_save=["embed_tokens"]),
         "ensure_weight_tying",
     ),
-    "embedding's matrices": (dict(target_modules=["embed_tokens"]), "LoRA on an embedding"),
+    "matrices on both": (
+        dict(target_modules=["embed_tokens"], ensure_weight_tying=True),
+        "tied to each other|tied to the embedding",
+    ),
+    "DoRA on the embedding": (
+        dict(target_modules=["embed_tokens"], use_dora=True),
+        "DoRA on an embedding",
+    ),
 }
 
 
@@ -178,6 +185,19 @@ def test_a_tied_head_that_peft_unties_is_refused(tmp_path, case):
     peft_adapter(reference, tmp_path / "theirs", **options)
     with pytest.raises(vlm_jax.UserError, match=message):
         vlm_jax.load_peft(model, params, tmp_path / "theirs")
+
+
+def test_matrices_on_the_embedding_leave_a_tied_head_alone(tmp_path):
+    reference, model, params, inputs = make("qwen", tmp_path / "base", **TIED)
+    adapted = peft_adapter(reference, tmp_path / "theirs", target_modules=["embed_tokens"])
+    ours, read = vlm_jax.load_peft(model, params, tmp_path / "theirs")
+    assert_equal_logits(adapted, ours, read, inputs)
+    vlm_jax.save_peft(ours, read, tmp_path / "ours")
+    assert_equal_logits(in_peft("qwen", tmp_path / "base", tmp_path / "ours"), ours, read, inputs)
+    with pytest.raises(vlm_jax.UserError, match="untie"):
+        vlm_jax.merge(ours, read)
+    with pytest.raises(vlm_jax.UserError, match="'lm_head' is tied to the embedding"):
+        vlm_jax.add_lora(model, params, vlm_jax.LoRA(targets=("lm_head",)), jax.random.key(0))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
