@@ -117,7 +117,7 @@ def test_names_that_others_use_are_known():
         ("training.lr_scheduler_type=cosin", "did you mean 'cosine'"),
         ("training.fp16=true", "float16 needs loss scaling"),
         ("training.report_to=tensorbord", "did you mean 'tensorboard'"),
-        ("training.optim=lion", "not supported.*adamw"),
+        ("training.optim=ademamix", "not supported.*adamw"),
         ("training.gradient_accumulation_steps=0", "between 1 and"),
         ("lora.bias=all", "Supported: none"),
         ("lora.dropout=1.0", "between 0 and 0.999"),
