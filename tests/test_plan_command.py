@@ -149,6 +149,8 @@ def dots(jaxpr):
         ["lora.enabled=false", "model.language_model_lr_scale=0"],
         ["model.projector_lr_scale=0", "lora.modules_to_save=lm_head"],
         ["lora.target_modules=.*", "model.vision_encoder_lr_scale=1"],
+        ["method=pfeiffer"],
+        ["method=parallel"],
     ],
     ids=[
         "lora",
@@ -161,6 +163,8 @@ def dots(jaxpr):
         "projector",
         "head",
         "lora everywhere",
+        "adapters",
+        "parallel adapters",
     ],
 )
 def test_flops_are_those_of_the_program(tmp_path, family, changes):

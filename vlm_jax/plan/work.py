@@ -16,8 +16,9 @@ from vlm_jax.trees import flatten
 
 # Components in the order in which values flow through them, and so gradients back.
 ORDER = ("vision", "projector", "embeddings", "language_model", "head")
-# The last product of a block: its result is only added, so it is not computed again.
-LAST = ("down_proj", "fc2")
+# The last product of a block or of an adapter: its result is only added, so it is not computed
+# again, unless an adapter reads it.
+LAST = ("down_proj", "fc2", "adapter_up")
 KERNELS = ("kernel", "lora_A", "lora_B", "added", "start_A", "start_B")
 # Remat policies under which a block's products with weights are computed again, and how much of
 # attention's two products is: with its result kept, the scores alone.
@@ -82,6 +83,9 @@ def count(
     layers = {"vision": used, "language_model": cfg.text.num_layers}
     firsts = {name: _first(name, leaves, owner) for name in ORDER}
     stacks = tuple(f"{prefix}/" for prefix in family.stacks(cfg))
+    read = () if model.adapter is None else model.adapter.components
+    if model.adapter is not None and model.adapter.form.reads == "input":
+        read = ()
 
     def product(path: str) -> Work:
         # Where matrices started is one product with them, gradients included (see starts.py).
@@ -96,7 +100,10 @@ def count(
             back, redone = enters["head"], True
         elif in_stack:
             back = inside[component]
-            redone = back and again and not (module in LAST and name != "lora_A")
+            last = module in LAST and name != "lora_A"
+            if module != "adapter_up" and component in read:
+                last = False
+            redone = back and again and not last
         else:
             # Before a component's first product there may be a norm that trains.
             is_first = path.rsplit("/", 1)[0] == firsts[component] and name != "lora_B"
@@ -113,6 +120,9 @@ def count(
         if owner[path] == "embeddings":
             if cfg.text.tied and name in ("embedding", "added"):
                 found["head"].append(product(path))
+            if name == "lora_B":  # of A rows are looked up
+                once = 2 * rows * tokens * math.prod(leaves[path].shape)
+                found["language_model"].append(Work(once, once, once))
         elif name in KERNELS:
             found[owner[path]].append(product(path))
     # An image of one size attends to itself; patches of other images, in a row, are masked.
