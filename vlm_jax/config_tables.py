@@ -150,8 +150,6 @@ RANGES: list[tuple[str, float, float]] = [
     (r"lora\.loraplus_lr_ratio", 1e-3, 1e6),
     (r"adapter\.reduction_factor", 1e-3, 1e6),
     (r"adapter\.dropout", 0, 0.999),
-    (r"training\.(per_device_.*|gradient_accumulation_steps|logging_steps)", 1, 1e9),
-    (r"training\.(save_steps|eval_steps)", 1, 1e9),
     (r"training\.(per_device_.*|gradient_accumulation_steps)", 1, 1e9),
     (r"training\.(logging_steps|save_steps|eval_steps)", 1e-9, 1e9),
     (r"training\.(eval_delay|early_stopping_patience|early_stopping_threshold)", 0, 1e12),
