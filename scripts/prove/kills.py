@@ -11,6 +11,7 @@ Exit code 0 where all of it holds.
 """
 
 import argparse
+import errno
 import json
 import os
 import random
@@ -154,8 +155,7 @@ def on_a_full_disk(data: Path, place: Path, straight: tuple) -> bool:
         running = start(data, output, log)
         while newest_name(output) < 2 * SAVE and running.poll() is None:
             time.sleep(0.05)
-        free = os.statvfs(place)
-        (place / "other").write_bytes(b"\0" * (free.f_bavail * free.f_frsize - 8192))
+        _fill(place / "other")
         code = running.wait()
         kept = newest(output)
         (place / "other").unlink()
@@ -167,6 +167,17 @@ def on_a_full_disk(data: Path, place: Path, straight: tuple) -> bool:
         return code == 2 and bool(told) and kept >= SAVE and same
     finally:
         subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def _fill(file: Path) -> None:
+    """Write into a file until its disk is full; the run writes too, so what is free may change."""
+    free = os.statvfs(file.parent)
+    with open(file, "wb", buffering=0) as other:
+        try:
+            other.write(b"\0" * max(0, free.f_bavail * free.f_frsize - 8192))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
 
 
 def newest_name(output: Path) -> int:
