@@ -1,5 +1,6 @@
 """Bottleneck adapters: files, several on one base, whole runs, and what is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -53,7 +54,7 @@ def moved(params, seed=1):
 @pytest.mark.parametrize("norm", [False, True])
 def test_files_go_out_and_in_unchanged(place, base, tmp_path, norm):
     adapter = vlm_jax.Adapter("houlsby", 3, norm=norm, components=("vision", "language_model"))
-    adapter = vlm_jax.model.dataclasses.replace(adapter, modules_to_save=("projector",))
+    adapter = dataclasses.replace(adapter, modules_to_save=("projector",))
     model, params = vlm_jax.add_adapter(*base, adapter, jax.random.key(0))
     params = moved(params)
     flat = flatten(params)
@@ -75,27 +76,45 @@ def test_files_go_out_and_in_unchanged(place, base, tmp_path, norm):
 
 
 def test_eight_are_switched_without_compiling(base):
-    model, params = vlm_jax.add_adapter(*base, vlm_jax.Adapter("pfeiffer", 2), jax.random.key(0))
-    several = [vlm_jax.adapter_leaves(moved(params, seed)) for seed in range(8)]
+    adapter = vlm_jax.Adapter("pfeiffer", 2, modules_to_save=("projector",))
+    model, params = vlm_jax.add_adapter(*base, adapter, jax.random.key(0))
+    several = []
+    for seed in range(8):
+        flat = flatten(moved(params, seed))  # each with a projector of its own
+        flat |= {path: leaf + 0.1 * seed for path, leaf in flat.items() if "merger" in path}
+        several.append(vlm_jax.take_adapter(model, unflatten(flat)))
     batch = tokens(model)
     apply = jax.jit(lambda params: model.apply({"params": params}, batch))
-    outs = [np.asarray(apply(vlm_jax.with_adapter(params, one))) for one in several]
+    trees = [vlm_jax.with_adapter(model, params, one) for one in several]
+    outs = [np.asarray(apply(tree)) for tree in trees]
     assert apply._cache_size() == 1
     assert all(np.abs(outs[0] - out).max() > 1e-3 for out in outs[1:])
-    # The base's own arrays are in every tree.
-    path = "model/language_model/layers/mlp/up_proj/kernel"
-    assert flatten(vlm_jax.with_adapter(params, several[3]))[path] is flatten(params)[path]
+    # The base's own arrays are in every tree, and each has its own projector.
+    held, merger = "model/language_model/layers/mlp/up_proj/kernel", "model/visual/merger/ln_q/bias"
+    assert flatten(trees[3])[held] is flatten(params)[held]
+    np.testing.assert_allclose(flatten(trees[3])[merger] - flatten(params)[merger], 0.3, atol=1e-6)
     mean = vlm_jax.average_adapters(several[:2], [3, 1])
-    for leaf, one in mean.items():
-        expected = 0.75 * several[0][leaf] + 0.25 * several[1][leaf]
-        np.testing.assert_allclose(one, expected, atol=1e-6)
-    _, other = vlm_jax.add_adapter(*base, vlm_jax.Adapter("pfeiffer", 4), jax.random.key(0))
-    with pytest.raises(UserError, match="does not fit"):
-        vlm_jax.with_adapter(params, vlm_jax.adapter_leaves(other))
-    with pytest.raises(UserError, match="no average|have an average"):
-        vlm_jax.average_adapters([several[0], vlm_jax.adapter_leaves(other)])
+    for path, leaf in mean.leaves.items():
+        expected = 0.75 * several[0].leaves[path] + 0.25 * several[1].leaves[path]
+        np.testing.assert_allclose(leaf, expected, atol=1e-6)
+    np.testing.assert_array_equal(
+        flatten(vlm_jax.with_adapter(model, params, mean))[merger], mean.leaves[merger]
+    )
+    for other, said in (
+        (vlm_jax.Adapter("pfeiffer", 4, modules_to_save=("projector",)), "leaves differ"),
+        (vlm_jax.Adapter("pfeiffer", 2), "leaves differ"),
+        (vlm_jax.Adapter("parallel", 2, modules_to_save=("projector",)), "reads is 'sum'"),
+        (dataclasses.replace(adapter, scaling=2.0), "scaling is 1.0"),
+    ):
+        taken = vlm_jax.take_adapter(*vlm_jax.add_adapter(*base, other, jax.random.key(0)))
+        with pytest.raises(UserError, match=said):
+            vlm_jax.with_adapter(model, params, taken)
+        with pytest.raises(UserError, match=said):
+            vlm_jax.average_adapters([several[0], taken])
     with pytest.raises(UserError, match="sum is not 0"):
         vlm_jax.average_adapters(several[:2], [1, -1])
+    with pytest.raises(UserError, match="no bottleneck adapter"):
+        vlm_jax.take_adapter(*base)
 
 
 def test_dropout_acts_in_training_alone(base):
@@ -120,7 +139,7 @@ def test_a_run_trains_saves_exports_and_is_gone_on_from(place, tmp_path, quantiz
     model, params, _ = load_run(tmp_path / "run")
     assert (tmp_path / "run" / "adapter" / "modules" / "adapter_model.safetensors").is_file()
     assert model.modules_to_save == ("projector",)
-    leaves = vlm_jax.adapter_leaves(params)
+    leaves = vlm_jax.take_adapter(model, params).leaves
     assert any(np.abs(leaf).max() > 0 for path, leaf in leaves.items() if "adapter_up" in path)
     report = export(tmp_path / "run", tmp_path / "out", merge=False)
     assert report.difference < 1e-6
@@ -129,8 +148,8 @@ def test_a_run_trains_saves_exports_and_is_gone_on_from(place, tmp_path, quantiz
     if quantize == "none":
         more = (*asked, f"model.adapter={tmp_path / 'out'}", "training.learning_rate=1e-30")
         run(place, tmp_path / "second", *more)
-        _, after, _ = load_run(tmp_path / "second")
-        for path, leaf in vlm_jax.adapter_leaves(after).items():
+        second, after, _ = load_run(tmp_path / "second")
+        for path, leaf in vlm_jax.take_adapter(second, after).leaves.items():
             np.testing.assert_allclose(leaf, leaves[path], atol=1e-6)
         with pytest.raises(UserError, match="Set the adapter's own value"):
             run(place, tmp_path / "third", *more, "adapter.reduction_factor=2")
@@ -194,5 +213,8 @@ def test_files_of_another_are_refused(base, tmp_path):
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, file)
         with pytest.raises(UserError, match=match):
             vlm_jax.load_adapter(*base, tmp_path / "out")
+    vlm_jax.save_adapter(model, params, tmp_path / "out")
+    with pytest.raises(UserError, match="an adapter already"):
+        vlm_jax.load_adapter(model, params, tmp_path / "out")
     with pytest.raises(UserError, match="holds no adapter.safetensors"):
         vlm_jax.load_adapter(*base, tmp_path)

@@ -15,10 +15,10 @@ from vlm_jax import UserError
 from vlm_jax import config as configs
 from vlm_jax.config_tables import METHODS
 from vlm_jax.layers.bottleneck import is_adapter
+from vlm_jax.layers.linear import is_lora
 from vlm_jax.layers.partition import rows_over
-from vlm_jax.lora import is_lora
 from vlm_jax.sharding import make_mesh, shard_batch, shard_params
-from vlm_jax.train.run import adapt_base
+from vlm_jax.train.adapt import adapt_base
 from vlm_jax.trees import flatten, unflatten
 
 # Compiling takes longer than running here.
@@ -46,10 +46,10 @@ def logits(model, params, batch):
     return np.asarray(run(params, batch))[batch.segments > 0]
 
 
-def built(base, method, quantize=None):
+def built(base, method, quantize=None, **more):
     """Return (model, params, training table) as a run of the method builds them."""
     given = {"method": method, "lora.r": 4, "lora.dropout": 0.0, "adapter.reduction_factor": 4}
-    config = configs.load(None, given)
+    config = configs.load(None, {**given, **more})
     quantize = quantize or config.model.quantize
     loaded = vlm_jax.load(base.directory, quantize=quantize)
     return adapt_base(config, *loaded)
@@ -164,6 +164,21 @@ def test_the_contract(base, tmp_path, method):
         merged = vlm_jax.merge(model, trained)
         assert flatten(merged).keys() == flatten(base.params).keys()
         np.testing.assert_allclose(logits(base.model, merged, batch), after, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_layers_do_not_move(base, method):
+    model, params, table = built(base, method, **{"model.freeze_layers": 1})
+    trainable, frozen = vlm_jax.split(moved(params, table), table)
+    tx = vlm_jax.optimizer(trainable, table, {"learning_rate": 1e-2, "max_steps": 1})
+    step = jit(vlm_jax.make_step(model, tx))
+    state, _ = step(vlm_jax.init_state(trainable, tx), frozen, base.batch)
+    before, after = flatten(trainable), flatten(state.trainable)
+    stacked = [path for path in before if "/language_model/layers/" in path]
+    assert stacked
+    for path in stacked:
+        np.testing.assert_array_equal(after[path][0], before[path][0])
+        assert np.abs(after[path][1] - before[path][1]).max() > 0
 
 
 @pytest.mark.parametrize("method", METHODS)

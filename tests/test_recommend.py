@@ -16,10 +16,10 @@ from vlm_jax.data import Encoder
 from vlm_jax.hardware import DEVICES, hardware
 from vlm_jax.recommend import METHODS, recommend
 from vlm_jax.survey import choose_row
+from vlm_jax.train.adapt import adapt
 from vlm_jax.train.base import load_base
 from vlm_jax.train.estimate import estimate, nbytes
 from vlm_jax.train.loop import train
-from vlm_jax.train.run import adapt
 from vlm_jax.trees import split
 
 

@@ -14,7 +14,6 @@ _HOMES = {
     "TrainState": "train.step",
     "Quantization": "quantization",
     "UserError": "errors",
-    "adapter_leaves": "adapters",
     "add_adapter": "adapters",
     "adapt": "linen.adapt",
     "add_lora": "lora",
@@ -42,6 +41,7 @@ _HOMES = {
     "save_peft": "hub.peft",
     "save_pretrained": "hub.save",
     "split": "trees",
+    "take_adapter": "adapters",
     "training_table": "train.recipe",
     "with_adapter": "adapters",
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.activations import ACTIVATIONS
 from vlm_jax.layers.bottleneck import KINDS, is_adapter
-from vlm_jax.lora import is_lora
+from vlm_jax.layers.linear import is_lora
 from vlm_jax.model import Adapter, Model
+from vlm_jax.saved import saved_modules
 from vlm_jax.trees import flatten, unflatten
-
-Leaves = dict[str, jax.Array]
+from vlm_jax.vocabulary import is_added
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -118,37 +118,55 @@ def add_adapter(
     return dataclasses.replace(model, adapter=adapter), unflatten(flat)
 
 
-def adapter_leaves(params: Mapping[str, Any]) -> Leaves:
-    """Return {path: leaf} of the adapter that a tree holds: all that differs from its base's."""
-    return {path: leaf for path, leaf in flatten(params).items() if is_adapter(path)}
+def check_no_adapter(flat: Iterable[str], why: str) -> None:
+    """Raise `UserError` where a flat tree holds bottleneck adapters."""
+    if any(map(is_adapter, flat)):
+        raise UserError(
+            f"These parameters hold bottleneck adapters, which no weight can stand for: between "
+            f"their two layers is a non-linearity. {why} them: save them with save_adapter."
+        )
 
 
-def with_adapter(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree with another adapter's leaves in the place of its own.
+@dataclasses.dataclass(frozen=True)
+class TakenAdapter:
+    """An adapter apart from its base. leaves: {path: array}, of what trained beside it too."""
 
-    leaves: of `adapter_leaves`, of an adapter of the same kind and sizes: whatever was compiled for
-    the one runs the other. Base arrays are shared. Raises `UserError` where they do not fit.
+    adapter: Adapter
+    leaves: dict[str, Any]
+
+
+def take_adapter(model: Model, params: Mapping[str, Any]) -> TakenAdapter:
+    """Return the adapter that a tree holds: all by which it differs from its base's.
+
+    That is the bottlenecks, the modules of `modules_to_save`, such as the projector, and rows of
+    new tokens. Raises `UserError` where there is none.
     """
     flat = flatten(params)
-    own = {path: leaf.shape for path, leaf in flat.items() if is_adapter(path)}
-    given = {path: leaf.shape for path, leaf in leaves.items()}
-    if own != given:
-        differ = sorted(p for p in own.keys() | given.keys() if own.get(p) != given.get(p))
-        raise UserError(
-            f"The adapter does not fit: '{differ[0]}' is {given.get(differ[0])} in it and "
-            f"{own.get(differ[0])} in these parameters ({len(differ)} leaves differ). Adapters "
-            f"that are switched are of one kind, with one reduction_factor."
-        )
-    return unflatten({**flat, **leaves})
+    if model.adapter is None or not any(map(is_adapter, flat)):
+        raise UserError("These parameters hold no bottleneck adapter: add or load one first.")
+    held = set(saved_modules(model, params, model.modules_to_save).leaves)
+    held |= {path for path in flat if is_adapter(path) or is_added(path)}
+    return TakenAdapter(model.adapter, {path: flat[path] for path in flat if path in held})
+
+
+def with_adapter(model: Model, params: Mapping[str, Any], other: TakenAdapter) -> dict[str, Any]:
+    """Return the tree with another adapter in the place of its own.
+
+    other: of `take_adapter`, of the same kind and sizes, with the same modules beside it: whatever
+    was compiled for the one runs the other. Base arrays are shared. Raises `UserError` where it
+    does not fit.
+    """
+    _check_alike(take_adapter(model, params), other)
+    return unflatten({**flatten(params), **other.leaves})
 
 
 def average_adapters(
-    adapters: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None
-) -> Leaves:
+    adapters: Sequence[TakenAdapter], weights: Sequence[float] | None = None
+) -> TakenAdapter:
     """Return the weighted mean of adapters' leaves (https://arxiv.org/abs/2302.07027).
 
     weights: one for each, divided by their sum; default: all alike. Raises `UserError` where the
-    adapters differ in their leaves.
+    adapters differ in more than their values.
     """
     weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
     total = sum(weights)
@@ -157,15 +175,30 @@ def average_adapters(
             f"Averaging takes as many weights as adapters, whose sum is not 0; given are "
             f"{len(adapters)} adapters and the weights {weights}."
         )
-    first = {path: leaf.shape for path, leaf in adapters[0].items()}
-    for number, other in enumerate(adapters):
-        if {path: leaf.shape for path, leaf in other.items()} != first:
-            raise UserError(
-                f"Adapter {number} differs from the first in its leaves or their shapes: only "
-                f"adapters of one kind and one reduction_factor have an average."
-            )
+    for other in adapters[1:]:
+        _check_alike(adapters[0], other)
     shares = jnp.asarray(weights, jnp.float32) / total
-    return {
-        path: jnp.einsum("a...,a->...", jnp.stack([one[path] for one in adapters]), shares)
-        for path in first
+    mean = {
+        path: jnp.einsum("a...,a->...", jnp.stack([one.leaves[path] for one in adapters]), shares)
+        for path in adapters[0].leaves
     }
+    return TakenAdapter(adapters[0].adapter, mean)
+
+
+def _check_alike(first: TakenAdapter, second: TakenAdapter) -> None:
+    """Raise `UserError` where two adapters do not compute alike, or differ in their leaves."""
+    for name in ("reads", "non_linearity", "scaling"):
+        one, two = (getattr(taken.adapter.form, name) for taken in (first, second))
+        if one != two:
+            raise UserError(
+                f"The adapters differ: {name} is {one!r} in one and {two!r} in the other. Adapters "
+                f"that are switched or averaged are of one kind."
+            )
+    one, two = ({p: x.shape for p, x in taken.leaves.items()} for taken in (first, second))
+    if one != two:
+        differ = sorted(p for p in one.keys() | two.keys() if one.get(p) != two.get(p))
+        raise UserError(
+            f"The adapters differ: '{differ[0]}' is {one.get(differ[0])} in one and "
+            f"{two.get(differ[0])} in the other ({len(differ)} leaves differ). Those that are "
+            f"switched or averaged have one reduction_factor and the same modules_to_save."
+        )

@@ -1,4 +1,4 @@
-"""LoRA on a parameter tree: fresh matrices, modules saved in full, merging.
+"""LoRA on a parameter tree: fresh matrices, merging.
 
 Layers of a stack may differ in rank and scale. Their matrices are then of the largest rank, and
 what a layer has less of it are columns of A and rows of B that are zero: each is the other's
@@ -8,29 +8,25 @@ the scales where they are not all the one that `LoRA` says; 0 is a layer without
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vlm_jax import processes, starts
-from vlm_jax.errors import UserError, nearest
-from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.layers.linear import column_norms, fresh_a, less_start, weight_update
+from vlm_jax.adapters import check_no_adapter
+from vlm_jax.errors import UserError
+from vlm_jax.layers.linear import column_norms, fresh_a, is_lora, less_start, weight_update
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
-    Place,
     current_name,
-    disk_places,
-    is_unused,
     layer_names,
-    stacked_layers,
     to_tree,
 )
+from vlm_jax.saved import bias_leaves, saved_leaves
 from vlm_jax.targets import (
     EMBEDDING_LEAF,
-    PROJECTOR_NAMES,
     Slot,
     is_uniform,
     rank_mask,
@@ -43,160 +39,7 @@ from vlm_jax.vocabulary import is_added
 from vlm_jax.weights import FourBit, dense
 from vlm_jax.weights.quantize import lying_as, requantized
 
-LEAVES = ("lora_A", "lora_B", "lora_magnitude", "lora_scale", "start_A", "start_B")
 BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
-
-
-def is_lora(path: str) -> bool:
-    """Return whether a leaf is an adapter's: matrices, DoRA's norms, scales, where they started."""
-    return path.rsplit("/", 1)[-1] in LEAVES
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedModules:
-    """The modules that an adapter holds in full.
-
-    names: those that PEFT must be told. places: the tensors in them, by their name in the current
-    layout. unused: names of further tensors in them, which nothing here reads but PEFT wants.
-    """
-
-    names: tuple[str, ...]
-    places: dict[str, Place]
-    unused: tuple[str, ...]
-
-    @property
-    def leaves(self) -> list[str]:
-        return list(dict.fromkeys(place.path for place in self.places.values()))
-
-
-def owners(tensor: str) -> list[str]:
-    """Return the names of the modules that a tensor lies in, the outermost first."""
-    parts = tensor.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def base_places(model: Model, params: Mapping[str, Any]) -> dict[str, Place]:
-    """Return {tensor name: its place} of all leaves that a base checkpoint has too."""
-    flat = flatten(params)
-    kinds = (is_lora, is_added, is_adapter)
-    own = {path: x.shape for path, x in flat.items() if not any(kind(path) for kind in kinds)}
-    return disk_places(model, own)
-
-
-def unused_names(model: Model) -> list[str]:
-    """Return the tensors of the base and of a loaded adapter that nothing here reads."""
-    held = [] if model.source is None else [current_name(model, n) for n in model.source.tensors]
-    return [name for name in dict.fromkeys((*held, *model.unused)) if is_unused(model, name)]
-
-
-def module_names(model: Model, params: Mapping[str, Any]) -> set[str]:
-    """Return the full names of the reference's modules that hold tensors."""
-    tensors = (*base_places(model, params), *unused_names(model))
-    return {module for tensor in tensors for module in owners(tensor)}
-
-
-def peft_module(model: Model, modules: Iterable[str], name: str) -> str | None:
-    """Return a name of modules_to_save as PEFT knows it, or None where it means no module.
-
-    modules: those of `module_names`. The projector goes by several names, and full names come in
-    several layouts.
-    """
-    if name in PROJECTOR_NAMES:
-        return model.family.PROJECTOR
-    for known in (name, current_name(model, f"{name}.").removesuffix(".")):
-        if known and any(module.endswith(known) for module in modules):
-            return known
-    return None
-
-
-def saved_modules(model: Model, params: Mapping[str, Any], names: Iterable[str]) -> SavedModules:
-    """Return what `modules_to_save` means, exactly as PEFT reads it.
-
-    A name means every module whose full dotted name ends with it, whole parts or not, a layer's
-    number included: "norm" is also each input_layernorm, and "layers.0.mlp" one of many. Where one
-    such module lies within another, which PEFT cannot save, the full names of the outer ones stand
-    for all. `params` may be shapes. Raises `UserError` for a name that no module ends with.
-    """
-    places, unused = base_places(model, params), unused_names(model)
-    modules = module_names(model, params)
-    known = []
-    for name in names:
-        found = peft_module(model, modules, name)
-        if found is None:
-            parts = sorted({module.rsplit(".", 1)[-1] for module in modules})
-            if name == "lm_head" and model.config.text.tied:
-                raise UserError(
-                    "modules_to_save names 'lm_head', but this model's head is tied to its "
-                    "embedding: name 'embed_tokens' alone, which trains both."
-                )
-            raise UserError(
-                f"modules_to_save names '{name}', but the model has no such module"
-                f"{nearest(name, parts)}. Use 'projector', 'embed_tokens', 'lm_head' or another "
-                f"module's name."
-            )
-        known.append(found)
-    hits = {
-        tensor: [module for module in owners(tensor) if module.endswith(tuple(known))]
-        for tensor in (*places, *unused)
-    }
-    if any(len(found) > 1 for found in hits.values()):
-        known = [found[0] for found in hits.values() if found]
-    return SavedModules(
-        names=tuple(sorted(set(known))),
-        places={tensor: place for tensor, place in places.items() if hits[tensor]},
-        unused=tuple(tensor for tensor in unused if hits[tensor]),
-    )
-
-
-def saved_leaves(model: Model, params: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Return the leaves that `modules_to_save` trains in full.
-
-    Raises `UserError` for a name that matches nothing or only some layers of a stack.
-    """
-    saved = saved_modules(model, params, names)
-    for path in saved.leaves:
-        count = stacked_layers(model, path)
-        held = [place.layer for place in saved.places.values() if place.path == path]
-        if count is not None and len(held) < count:
-            raise UserError(
-                f"modules_to_save, {list(names)}, means only layers {held[:8]} of '{path}'. Layers "
-                f"are stacked here, so to train one in full name a module that all of them have, "
-                f"without a layer's number."
-            )
-    return saved.leaves
-
-
-def bias_places(model: Model, params: Mapping[str, Any]) -> dict[str, Place]:
-    """Return {tensor name: its place} of the biases that `LoRA.bias` says an adapter holds."""
-    if model.lora is None or model.lora.bias == "none":
-        return {}
-    flat, out = flatten(params), {f"{module}.bias" for module in model.lora.left_out}
-    return {
-        name: place
-        for name, place in base_places(model, params).items()
-        if place.path.endswith("/bias")
-        and (model.lora.bias == "all" or place.path.replace("/bias", "/lora_A") in flat)
-        and (model.lora.bias == "all" or name not in out)
-    }
-
-
-def bias_leaves(model: Model, params: Mapping[str, Any]) -> list[str]:
-    """Return the leaves of `bias_places`, which train whole.
-
-    Raises `UserError` where some layers of a stack are not adapted, whose biases "lora_only" would
-    leave frozen.
-    """
-    held: dict[str, int] = {}
-    for place in bias_places(model, params).values():
-        held[place.path] = held.get(place.path, 0) + 1
-    for path, count in held.items():
-        if count < (stacked_layers(model, path) or 1):
-            raise UserError(
-                f"bias='lora_only' would train {count} of the {stacked_layers(model, path)} layers "
-                f"of '{path}', those that have matrices. Layers are stacked here, so a bias trains "
-                f"in all of them or in none: adapt all layers, or set bias to 'all' or 'none'."
-            )
-    return list(held)
 
 
 def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels: list[str]) -> None:
@@ -367,15 +210,6 @@ def left_out(model: Model, hits: Mapping[str, list[bool]]) -> tuple[str, ...]:
         for module, hit in zip(layer_names(model, path), flags, strict=True)
         if not hit
     )
-
-
-def check_no_adapter(flat: Iterable[str], why: str) -> None:
-    """Raise `UserError` where a flat tree holds bottleneck adapters."""
-    if any(map(is_adapter, flat)):
-        raise UserError(
-            f"These parameters hold bottleneck adapters, which no weight can stand for: between "
-            f"their two layers is a non-linearity. {why} them: save them with save_adapter."
-        )
 
 
 def merge(

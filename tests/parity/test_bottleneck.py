@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from references import llava, llava_inputs, our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors
+from references import our_logits, quiet, tensors
+from test_peft import build
 
 import vlm_jax
 from vlm_jax.layers.bottleneck import is_adapter
@@ -27,16 +28,6 @@ PARTS = {
     "model.vision_tower.encoder.layers": ("self_attn", "layer_norm2", "mlp"),
 }
 FUNCTIONS = {"swish": torch.nn.functional.silu, "relu": torch.relu}
-
-
-def build(family, directory, factor=6.0):
-    """Return (reference, model, params, inputs) of one family."""
-    if family == "qwen2_vl":
-        reference = qwen2_vl(directory, factor=factor)
-        return reference, *vlm_jax.load(directory), qwen2_vl_inputs("mixed")
-    reference = llava(directory, "clip", "llama", factor=factor)
-    model, params = vlm_jax.load(directory)
-    return reference, model, params, llava_inputs(model.family.image_tokens(model.config))
 
 
 def shaken(params, seed=3):

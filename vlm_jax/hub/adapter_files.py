@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_jax.adapters import shapes, with_adapter
+from vlm_jax.adapters import shapes
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.base import base_is_here
 from vlm_jax.hub.files import whole_directory, write_json
@@ -26,9 +26,10 @@ from vlm_jax.hub.peft import check_left_out, save_peft
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import open_tensors, read_json
 from vlm_jax.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
-from vlm_jax.lora import base_places, is_lora
+from vlm_jax.layers.linear import is_lora
 from vlm_jax.model import Adapter, LoRA, Model
 from vlm_jax.names import current_name, disk_places, to_disk, to_tree
+from vlm_jax.saved import base_places
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 
@@ -183,9 +184,9 @@ def load_adapter(
 ) -> tuple[Model, dict[str, Any]]:
     """Return the model and a new tree with a bottleneck adapter's files in place.
 
-    Where the tree holds an adapter of the same kind and sizes already, its leaves are replaced, and
-    nothing is compiled anew. Raises `UserError` for what is not supported, another base's adapter,
-    and for a tensor that is missing or has no place.
+    Several go onto one base each by itself: see `with_adapter`. Raises `UserError` for what is not
+    supported, another base's adapter, a tensor that is missing or has no place, and for a tree that
+    holds an adapter or LoRA already.
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
@@ -238,13 +239,12 @@ def load_adapter(
             place.path, found[name]
         )
     flat = flatten(params)
-    if any(is_lora(path) for path in flat):
-        raise UserError("These parameters hold LoRA matrices; merge them before an adapter.")
-    switched = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
-    if any(is_adapter(path) for path in flat):
-        params = with_adapter(params, switched)
-    else:
-        params = unflatten({**flat, **switched})
+    if any(is_lora(path) or is_adapter(path) for path in flat):
+        raise UserError(
+            "These parameters hold LoRA matrices or an adapter already. Merge LoRA first; load "
+            "each adapter onto the base, and switch by with_adapter."
+        )
+    params = unflatten({**flat, **{path: jnp.asarray(leaf) for path, leaf in leaves.items()}})
     unused = model.unused
     if (directory / MODULES).is_dir():
         other, params = load_peft(

@@ -19,7 +19,6 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_is_here, base_tensors
 from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.layers.linear import less_start
-from vlm_jax.lora import base_places, bias_places, module_names, saved_modules
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import (
     Place,
@@ -29,6 +28,7 @@ from vlm_jax.names import (
     to_disk,
     to_tree,
 )
+from vlm_jax.saved import base_places, bias_places, module_names, saved_modules
 from vlm_jax.starts import FROM_KERNEL, kind_of
 from vlm_jax.targets import layer_number, slots
 from vlm_jax.trees import flatten

@@ -12,18 +12,12 @@ import numpy as np
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
 from vlm_jax.hub.tensors import open_tensors, read_json
-from vlm_jax.lora import (
-    BIASES,
-    base_places,
-    is_lora,
-    module_names,
-    owners,
-    peft_module,
-    saved_modules,
-)
+from vlm_jax.layers.linear import is_lora
+from vlm_jax.lora import BIASES
 from vlm_jax.model import LoRA, Model
 from vlm_jax.names import Place, current_name, is_unused, to_tree
 from vlm_jax.processes import to_host
+from vlm_jax.saved import base_places, module_names, owners, peft_module, saved_modules
 from vlm_jax.targets import (
     EMBEDDING_LEAF,
     PROJECTOR_NAMES,

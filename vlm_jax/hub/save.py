@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import processes
+from vlm_jax.adapters import check_no_adapter
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import read_tensor
-from vlm_jax.lora import check_no_adapter, is_lora, merged_leaf
+from vlm_jax.layers.linear import is_lora
+from vlm_jax.lora import merged_leaf
 from vlm_jax.model import Model
 from vlm_jax.names import Place, current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten

@@ -17,6 +17,13 @@ import jax.numpy as jnp
 from vlm_jax.layers.partition import places_are_spread
 from vlm_jax.weights import dense, is_quantized
 
+LORA_LEAVES = ("lora_A", "lora_B", "lora_magnitude", "lora_scale", "start_A", "start_B")
+
+
+def is_lora(path: str) -> bool:
+    """Return whether a leaf is LoRA's: matrices, DoRA's norms, scales, where they started."""
+    return path.rsplit("/", 1)[-1] in LORA_LEAVES
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRAScale:

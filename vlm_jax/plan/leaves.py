@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.lora import is_lora
+from vlm_jax.layers.linear import is_lora
 from vlm_jax.plan.step import Step
 from vlm_jax.train.moments import HOST
 from vlm_jax.trees import flatten

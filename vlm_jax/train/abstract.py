@@ -14,6 +14,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.sizes import read_hf_config
 from vlm_jax.model import Model, from_config
 from vlm_jax.sharding import check_spread, param_shardings, used_on_mesh
+from vlm_jax.train.adapt import adapt
 from vlm_jax.train.base import (
     base_name,
     check_type,
@@ -23,7 +24,7 @@ from vlm_jax.train.base import (
 )
 from vlm_jax.train.optim import OptimizerSettings, optimizer
 from vlm_jax.train.place import abstract, abstract_state
-from vlm_jax.train.run import adapt, state_options
+from vlm_jax.train.run import state_options
 from vlm_jax.train.step import TrainState
 from vlm_jax.trees import split
 

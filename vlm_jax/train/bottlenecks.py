@@ -11,7 +11,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.lora import is_lora
+from vlm_jax.layers.linear import is_lora
 from vlm_jax.model import Adapter, Model
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.trees import flatten
@@ -59,6 +59,8 @@ def adapt_bottlenecks(
         model,
         params,
         language_model_lr_scale=m.language_model_lr_scale,
+        freeze_layers=m.freeze_layers,
+        vision_layer_decay=m.vision_layer_decay,
         modules_to_save=saved,
         **scales,
     )

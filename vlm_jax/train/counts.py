@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.lora import bias_leaves, is_lora, saved_modules
+from vlm_jax.layers.linear import is_lora
 from vlm_jax.model import Model
 from vlm_jax.names import stacked_layers
+from vlm_jax.saved import bias_leaves, saved_modules
 from vlm_jax.targets import slots
 from vlm_jax.trees import FROZEN, Table, flatten, layer_factors, match, parse_group
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from vlm_jax.errors import UserError
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.lora import bias_leaves, is_lora, module_names, peft_module, saved_leaves
+from vlm_jax.layers.linear import is_lora
 from vlm_jax.model import Model
+from vlm_jax.saved import bias_leaves, module_names, peft_module, saved_leaves
 from vlm_jax.targets import PROJECTOR_NAMES
 from vlm_jax.train.counts import leaf_sizes, trained_sizes
 from vlm_jax.train.layers import rates_of_layers, with_rates

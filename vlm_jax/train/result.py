@@ -11,8 +11,9 @@ from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.lora import bias_leaves, is_lora, saved_modules
+from vlm_jax.layers.linear import is_lora
 from vlm_jax.model import Model
+from vlm_jax.saved import bias_leaves, saved_modules
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added
 

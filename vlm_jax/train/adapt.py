@@ -1,0 +1,195 @@
+"""What a config adds to a base to train: LoRA, adapters or rows of tokens, and their table."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlm_jax import config as configs
+from vlm_jax.errors import UserError
+from vlm_jax.hub.peft import starts_from_kernel
+from vlm_jax.hub.peft_load import load_peft
+from vlm_jax.layers.bottleneck import is_adapter
+from vlm_jax.layers.linear import is_lora
+from vlm_jax.lora import add_lora
+from vlm_jax.model import LoRA, Model
+from vlm_jax.names import layer_names
+from vlm_jax.saved import bias_leaves, saved_modules
+from vlm_jax.targets import PRESETS, slots, target_kernels, target_modules
+from vlm_jax.train.bottlenecks import adapt_bottlenecks
+from vlm_jax.train.recipe import lora_modules_to_save, training_table
+from vlm_jax.trees import Table, flatten, split
+from vlm_jax.vocabulary import EMBEDDING, add_tokens, is_added
+from vlm_jax.weights import is_quantized
+
+
+def adapt(
+    config: ConfigDict, model: Model, params: Mapping[str, Any], tokens: int
+) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
+    """Return (model, params, training table) of a base and its tokenizer of `tokens` tokens.
+
+    Where the tokenizer has more tokens than the embedding, rows for them are added and trained;
+    a loaded adapter must bring them itself, else `UserError`.
+    """
+    if tokens > model.config.text.vocab_size and config.model.adapter is None:
+        model, params = add_tokens(model, params, tokens - model.config.text.vocab_size)
+    model, params, table = adapt_base(config, model, params)
+    if tokens > model.config.text.vocab_size:
+        raise UserError(
+            f"The tokenizer of '{config.model.name_or_path}' has {tokens} tokens, but with the "
+            f"adapter '{config.model.adapter}' the embedding has {model.config.text.vocab_size} "
+            f"rows. Rows are not added to a loaded adapter: give the tokenizer that it was "
+            f"trained with, or merge it first (vlm-jax export --merge) and train from the result."
+        )
+    return model, params, table
+
+
+def adapt_base(
+    config: ConfigDict, model: Model, params: Mapping[str, Any]
+) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
+    """Return (model, params, training table) of a base: what `adapt` adds beside tokens.
+
+    Runs under `jax.eval_shape` too, unless an adapter of model.adapter has rows of an embedding.
+    """
+    m, adapt = config.model, config.lora
+    params = dict(params)
+    if config.adapter.type is not None:
+        model, params, table = adapt_bottlenecks(config, model, params)
+        check_kept(model, params, table)
+        return model, params, table
+    if m.adapter is not None:
+        model, params = load_peft(model, params, m.adapter)
+    adapted = [  # what a loaded adapter reaches
+        path.replace("/lora_A", "/embedding" if path.startswith(EMBEDDING) else "/kernel")
+        for path in flatten(params)
+        if path.endswith("/lora_A")
+    ]
+    scales = {
+        "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
+        "projector_lr_scale": m.projector_lr_scale,
+    }
+    alpha = int(adapt.alpha) if adapt.alpha == int(adapt.alpha) else adapt.alpha
+    targets = adapt.target_modules or PRESETS["llama"]
+    lora = LoRA(
+        adapt.r,
+        alpha,
+        adapt.dropout,
+        targets,
+        rslora=adapt.use_rslora,
+        dora=adapt.use_dora,
+        rank_pattern=configs.plain(adapt.rank_pattern) or {},
+        alpha_pattern=configs.plain(adapt.alpha_pattern) or {},
+        layers_to_transform=tuple(configs.plain(adapt.layers_to_transform) or ()),
+        layers_pattern=tuple(adapt.layers_pattern),
+        exclude_modules=adapt.exclude_modules or (),
+        bias=adapt.bias,
+        init=adapt.init_lora_weights,
+    )
+    kernels = adapted
+    if adapt.enabled and not adapted:
+        kernels = target_kernels(model, params, lora)
+    saved = lora_modules_to_save(model, kernels, modules_to_save=adapt.modules_to_save, **scales)
+    # What a loaded adapter without matrices brings stays in this one, trained further or not.
+    brought = () if adapted or model.lora is None else model.lora.modules_to_save
+    lora = dataclasses.replace(lora, modules_to_save=tuple(dict.fromkeys((*brought, *saved))))
+    if adapted:
+        model = _continue_lora(model, params, lora, config, adapted)
+    elif adapt.enabled:
+        _check_start(lora, params, kernels)
+        key = jax.random.key(config.training.seed)
+        model, params = add_lora(model, params, lora, key)
+    elif m.language_model_lr_scale == 0:  # LLaVA's first stage: an adapter without matrices
+        model = dataclasses.replace(model, lora=dataclasses.replace(lora, targets=()))
+    else:  # trained in full: the result is a whole checkpoint, whatever adapter it started from
+        model = dataclasses.replace(model, lora=None)
+    table = training_table(
+        model,
+        params,
+        language_model_lr_scale=m.language_model_lr_scale,
+        lora_enabled=adapt.enabled or m.language_model_lr_scale == 0,
+        loraplus_lr_ratio=adapt.loraplus_lr_ratio,
+        freeze_layers=m.freeze_layers,
+        vision_layer_decay=m.vision_layer_decay,
+        modules_to_save=saved if brought else None,
+        **scales,
+    )
+    check_kept(model, params, table)
+    return model, params, table
+
+
+def _check_start(lora: LoRA, params: Mapping[str, Any], kernels: list[str]) -> None:
+    """Raise before a run whose adapter would be for other codes than its base's."""
+    flat = flatten(params)
+    if starts_from_kernel(lora) and any(is_quantized(flat[path]) for path in kernels):
+        raise UserError(
+            f"lora.init_lora_weights is {lora.init!r}, which makes the codes of a 4-bit base anew, "
+            f"and the run's adapter could not hold them. Take 'loftq', which leaves the codes as "
+            f"they are and fills up what they lost, or a base that is not quantized."
+        )
+
+
+def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
+    """Raise before a run whose adapter would leave out a leaf that it trains."""
+    if model.lora is None and model.adapter is None:
+        return
+    kept = saved_modules(model, params, model.modules_to_save).leaves
+    kept += bias_leaves(model, params)
+    for path in flatten(split(params, table)[0]):
+        if not (is_lora(path) or is_adapter(path) or is_added(path) or path in kept):
+            raise UserError(
+                f"The training table trains '{path}', but the adapter would not hold it: add its "
+                f"module, '{path.split('/')[-2]}', to modules_to_save, or freeze it."
+            )
+
+
+def _continue_lora(
+    model: Model, params: Mapping[str, Any], lora: LoRA, config: ConfigDict, adapted: list[str]
+) -> Model:
+    """Return the model whose loaded LoRA goes on training, with this run's dropout.
+
+    adapted: the kernels that have matrices. Raises `UserError` where the config asks for others.
+    """
+    own = model.lora
+    assert own is not None
+    if not config.lora.enabled:
+        raise UserError(
+            f"The adapter '{config.model.adapter}' holds LoRA matrices, but lora.enabled is false. "
+            f"Merge it first (vlm-jax export --merge) and train from the result."
+        )
+    if lora.init != "true":
+        raise UserError(
+            f"lora.init_lora_weights is {lora.init!r}, but the adapter '{config.model.adapter}' "
+            f"brings its matrices: they do not start anew. Take one of the two out."
+        )
+    for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern", "bias"):
+        if getattr(own, name) != getattr(lora, name):
+            raise UserError(
+                f"The adapter '{config.model.adapter}' has {name}={getattr(own, name)}, but the "
+                f"config's lora section says {getattr(lora, name)}. Set the adapter's own value."
+            )
+    asked = config.lora.target_modules
+    if asked is not None or lora.layers_to_transform or lora.exclude_modules:
+        hits = target_modules(model, params, lora)
+        wanted = {
+            module
+            for path, flags in hits.items()
+            for module, hit in zip(layer_names(model, path), flags, strict=True)
+            if hit
+        }
+        held = {s.module for path in adapted for s in slots(model, own, path) if s.rank}
+        differ = sorted(wanted ^ held)
+        if differ:
+            which = "does not adapt" if differ[0] in wanted else "also adapts"
+            raise UserError(
+                f"lora.target_modules is {lora.targets!r}, but the adapter "
+                f"'{config.model.adapter}' {which} '{differ[0]}' ({len(differ)} modules differ). A "
+                f"loaded adapter goes on with its own layers: take lora.target_modules, "
+                f"layers_to_transform and exclude_modules out of the config, or merge the adapter "
+                f"first (vlm-jax export --merge) and train from the result."
+            )
+    saved = tuple(dict.fromkeys((*own.modules_to_save, *lora.modules_to_save)))
+    return dataclasses.replace(
+        model, lora=dataclasses.replace(own, dropout=lora.dropout, modules_to_save=saved)
+    )
