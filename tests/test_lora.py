@@ -192,3 +192,23 @@ def test_causality_by_gradients(qwen):
     influence = np.abs(np.asarray(jacobian)).max(-1)
     assert np.all(np.triu(influence, 1) == 0)
     assert np.all(np.diag(influence) > 0)
+
+
+def test_scales_of_layers_do_not_train(qwen):
+    """Whatever a table that was written by hand says, decay included."""
+    model, params = qwen
+    lora = vlm_jax.LoRA(2, 4, targets=("q_proj",), rank_pattern={r"layers\.1\..*q_proj": 1})
+    model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    table = [(r".*/lora_.*", "lora"), (".*", "frozen")]
+    trainable, frozen = vlm_jax.split(params, table)
+    tx = vlm_jax.optimizer(trainable, table, {"learning_rate": 0.1, "weight_decay": 0.5})
+    batch = model.batch(**qwen2_vl_inputs("mixed"))
+    state, _ = jax.jit(vlm_jax.make_step(model, tx))(
+        vlm_jax.init_state(trainable, tx), frozen, batch
+    )
+    after, before = flatten(state.trainable), flatten(trainable)
+    [scales] = [path for path in before if path.endswith("lora_scale")]
+    np.testing.assert_array_equal(before[scales], [2, 4])
+    np.testing.assert_array_equal(after[scales], before[scales])
+    moved = scales.replace("lora_scale", "lora_B")
+    assert np.abs(after[moved] - before[moved]).max() > 0

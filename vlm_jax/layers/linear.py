@@ -152,7 +152,8 @@ def scale_of(module: nn.Module, lora: LoRAScale | None, rank: int) -> Any:
     if lora is None:
         raise ValueError(f"{module.path} has LoRA leaves, but the model was built without.")
     if module.has_variable("params", "lora_scale"):
-        return module.get_variable("params", "lora_scale")
+        # A number of the adapter's, whatever a training table says of "lora_.*".
+        return jax.lax.stop_gradient(module.get_variable("params", "lora_scale"))
     return lora.scale(rank)
 
 

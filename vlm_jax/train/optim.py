@@ -20,7 +20,7 @@ from vlm_jax.trees import FROZEN, Table, flatten, map_leaves, match, parse_group
 from vlm_jax.weights import is_quantized
 
 # Decay pulls a weight towards zero; a norm's scale and a bias have no business there.
-DECAY: Table = [(r".*/(bias|scale)", False), (r"(bias|scale)", False), (r".*", True)]
+DECAY: Table = [(r"(.*/)?(bias|scale|lora_scale)", False), (r".*", True)]
 
 
 @dataclasses.dataclass(frozen=True)
