@@ -264,7 +264,7 @@ def test_an_adapter_that_the_config_contradicts_is_refused(place, straight, monk
         run(place, "other_targets", adapter, "lora.target_modules=q_proj,v_proj")
     few = run(place, "few", "lora.target_modules=q_proj,v_proj", "training.max_steps=1")[1]
     few = f"model.adapter={few / 'adapter'}"
-    with pytest.raises(UserError, match="does not adapt .*5 layers differ"):
+    with pytest.raises(UserError, match="does not adapt .*5 modules differ"):
         run(place, "all_named", few, "lora.target_modules=llama")
     unnamed = make_config(place / "base", place / "data/train.jsonl", place / "x", few)
     assert build(unnamed, make_mesh(devices=jax.devices()[:1]))[0].lora.targets == (

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from transformers import TrainingArguments
 
 import vlm_jax
-from vlm_jax import UserError, config
+from vlm_jax import UserError, config, config_tables
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train import moments
 from vlm_jax.train.checkpoint import Checkpoints, flat_state
@@ -201,7 +201,7 @@ def test_a_device_without_host_memory_is_refused(monkeypatch):
 
 def test_names_of_optimizers(tmp_path):
     trainable = drawn()
-    for name, same in config.OPTIMIZERS.items():
+    for name, same in config_tables.OPTIMIZERS.items():
         assert config.load(None, [f"training.optim={name}"]).training.optim == name
         state = vlm_jax.optimizer(trainable, TABLE, {"optim": name}).init(trainable)
         other = vlm_jax.optimizer(trainable, TABLE, {"optim": same}).init(trainable)
@@ -209,7 +209,7 @@ def test_names_of_optimizers(tmp_path):
     args = TrainingArguments(str(tmp_path), optim="paged_adamw_32bit", use_cpu=True, max_steps=3)
     assert OptimizerSettings.of(args).optim == "paged_adamw_32bit"
     assert OptimizerSettings.of(TrainingArguments(str(tmp_path), use_cpu=True)).optim in (
-        config.OPTIMIZERS
+        config_tables.OPTIMIZERS
     )
     with pytest.raises(UserError, match="did you mean 'paged_adamw'"):
         vlm_jax.optimizer(trainable, TABLE, {"optim": "pagd_adamw"})

@@ -149,6 +149,27 @@ def test_several_processes_train_as_one_does(place, count, mesh):
 
 
 @pytest.mark.slow
+def test_noise_averages_and_an_early_stop_are_those_of_one_process(place):
+    options = (
+        "--config.lora.dropout=0.1",
+        "--config.training.neftune_noise_alpha=5",
+        "--config.training.label_smoothing_factor=0.1",
+        "--config.training.ema_decay=0.5",
+        f"--config.data.eval_file={place / 'data/train.jsonl'}",
+        "--config.training.per_device_eval_batch_size=1",
+        "--config.training.eval_steps=1",
+        "--config.training.greater_is_better=true",  # so that a loss that falls is none the better
+        "--config.training.load_best_model_at_end=true",
+        "--config.training.early_stopping_patience=2",
+        "--config.training.save_steps=1",
+    )
+    one, two = go(place, "noise", 1, *options), go(place, "noise in 2", 2, *options)
+    compare(one, two)
+    assert [row["step"] for row in lines(two / "metrics.jsonl")] == [1, 2, 3]
+    assert json.loads((two / "best.json").read_text())["step"] == 1
+
+
+@pytest.mark.slow
 def test_a_model_trained_in_full_is_gathered_and_written_by_one_of_several(place):
     full = ("--config.lora.enabled=false", "--config.training.max_steps=2")
     alone, several = (go(place, f"full{count}", count, *full) / "model" for count in (1, 2))

@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 # stand in the same row or lower. docs/DESIGN.md explains the order.
 LEVELS = [
     ("errors", "values", "config_tables", "from_pytorch"),
-    ("trees", "config_files", "cli_options", "hardware", "processes"),
+    ("trees", "config_files", "config_checks", "cli_options", "hardware", "processes"),
     ("config", "weights", "batch", "positions", "together"),
     ("layers",),
-    ("models",),
+    ("models", "methods"),
     ("model", "nf4"),
     ("names", "sharding", "vocabulary"),
     ("quantization", "targets", "starts"),

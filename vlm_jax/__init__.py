@@ -6,9 +6,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adapter": "model",
+    "Adapter": "methods",
     "Batch": "batch",
-    "LoRA": "model",
+    "LoRA": "methods",
     "NF4": "weights",
     "Model": "model",
     "TrainState": "train.step",

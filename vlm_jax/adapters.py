@@ -12,7 +12,8 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.activations import ACTIVATIONS
 from vlm_jax.layers.bottleneck import KINDS, is_adapter
 from vlm_jax.layers.linear import is_lora
-from vlm_jax.model import Adapter, Model
+from vlm_jax.methods import Adapter
+from vlm_jax.model import Model
 from vlm_jax.saved import saved_modules
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import is_added

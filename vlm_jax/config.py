@@ -1,4 +1,4 @@
-"""Every key of a run's config, with its default and meaning; types, and checks of values."""
+"""Every key of a run's config, with its default and meaning; how files and words fill them in."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,18 +8,9 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
+from vlm_jax.config_checks import check, check_choice
 from vlm_jax.config_files import read_file
-from vlm_jax.config_tables import (
-    ALIASES,
-    CHOICES,
-    METHODS,
-    NONE_MEANS,
-    NONE_WORDS,
-    OPTIMIZERS,
-    RANGES,
-    REPORTERS,
-    WORDS,
-)
+from vlm_jax.config_tables import ALIASES, CHOICES, METHODS, NONE_MEANS, NONE_WORDS, WORDS
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.from_pytorch import told
 from vlm_jax.values import VALUES, plain
@@ -84,7 +75,7 @@ def get_config() -> ConfigDict:
     c.lora.init_lora_weights = "true"
     c.lora.task_type = "CAUSAL_LM"  # only this; PEFT files ask for it
 
-    a = c.adapter = ConfigDict()  # bottleneck adapters, instead of LoRA: see model.Adapter
+    a = c.adapter = ConfigDict()  # bottleneck adapters, instead of LoRA: see methods.Adapter
     # houlsby, pfeiffer or parallel, or the `adapters` library's names; None: none.
     a.type = placeholder(str)
     # The width of a block over that of its bottleneck; None: 16, 16, 2.
@@ -299,7 +290,7 @@ def _with_method(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return flat values with the keys that `method` stands for, where they are not given too."""
     if "method" not in values:
         return values
-    _check_choice("method", values["method"], METHODS)
+    check_choice("method", values["method"], METHODS)
     given = {key: value for key, value in values.items() if key != "method"}
     known = {ALIASES.get(key, key) for key in given}
     stands_for = METHODS[values["method"]]
@@ -334,89 +325,6 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
             config[section][name] = coerce(key, value, types[key], key in optional, where)
 
 
-def _check_choice(key: str, value: Any, allowed: Iterable[str | None]) -> None:
-    if value not in allowed:
-        named = [choice for choice in allowed if choice is not None]
-        raise UserError(
-            f"'{key}' is {value!r}, which is not supported{nearest(value, named)}. "
-            f"Supported: {', '.join(named)}."
-        )
-
-
-def optimizer_name(name: str) -> str:
-    """Return the name by which this program knows the optimizer of any of its names.
-
-    Raises `UserError` for another optimizer.
-    """
-    _check_choice("training.optim", name, OPTIMIZERS)
-    return OPTIMIZERS[name]
-
-
-def check(config: ConfigDict) -> None:
-    """Raise `UserError` for values that no part of the program supports."""
-    flat = flatten_config(config)
-    if flat["model.bnb_4bit_compute_dtype"] == "float16":
-        raise UserError(
-            "'model.bnb_4bit_compute_dtype' is float16, which is not supported: float16 needs loss "
-            "scaling. Take bfloat16 (any GPU since Ampere, any TPU) or float32."
-        )
-    for key, allowed in CHOICES.items():
-        _check_choice(key, flat[key], allowed)
-    for pattern, low, high in RANGES:
-        for key, value in flat.items():
-            if re.fullmatch(pattern, key) and value is not None and not low <= value <= high:
-                raise UserError(f"'{key}' is {value}; it must be between {low:g} and {high:g}.")
-    if not config.training.output_dir.strip():
-        raise UserError("'training.output_dir' is empty; name the directory that the run writes.")
-    targets = config.lora.target_modules
-    if config.lora.enabled and targets is not None and not targets:
-        raise UserError(
-            "'lora.target_modules' is empty, so LoRA would adapt nothing. Name the layers, for "
-            "instance 'all-linear', or set lora.enabled=false."
-        )
-    if config.lora.enabled and config.adapter.type is not None:
-        raise UserError(
-            f"adapter.type is '{config.adapter.type}' and lora.enabled is true: a run trains one "
-            f"of the two. Set lora.enabled=false for adapters, or leave adapter.type out."
-        )
-    m = config.model
-    if m.quantize is not None and m.load_in_4bit:
-        raise UserError(
-            f"model.quantize={m.quantize!r} and model.load_in_4bit=true both say how weights are "
-            f"stored: keep one."
-        )
-    if config.training.fp16:
-        raise UserError(
-            "'training.fp16' is true, which is not supported: float16 needs loss scaling. Set "
-            "training.bf16=true (any GPU since Ampere, any TPU) or neither, for float32."
-        )
-    for name in config.training.report_to:
-        if name not in REPORTERS:
-            raise UserError(
-                f"'training.report_to' names '{name}', which is not supported"
-                f"{nearest(name, REPORTERS)}. Supported: {', '.join(REPORTERS)}."
-            )
-    order, packed = config.training.train_sampling_strategy, config.data.packing
-    if order == "group_by_length" and packed:
-        raise UserError(
-            "'training.train_sampling_strategy' is group_by_length and 'data.packing' is true: "
-            "packed rows all have one length. Leave one of them out."
-        )
-    if order in ("random", "group_by_length") and not config.data.shuffle:
-        raise UserError(
-            f"'training.train_sampling_strategy' is {order}, but 'data.shuffle' is false, which "
-            f"keeps the order of the records. Leave one of them out."
-        )
-    both = flat["data.min_pixels"], flat["data.max_pixels"]
-    if None not in both and both[0] > both[1]:
-        raise UserError(f"data.min_pixels {both[0]} is above data.max_pixels {both[1]}.")
-    if flat["data.image_resolution"] and both != (None, None):
-        raise UserError(
-            "data.image_resolution sets data.min_pixels and data.max_pixels both, to the area of "
-            "its square: set one or the other."
-        )
-
-
 def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> ConfigDict:
     """Return the locked config of a Python or YAML file (or a run's config.json), checked.
 
@@ -443,7 +351,7 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
             pairs[name] = value
         overrides = pairs
     _overlay(config, overrides, "the overrides")
-    check(config)
+    check(flatten_config(config))
     return config.lock()
 
 

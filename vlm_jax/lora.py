@@ -18,7 +18,8 @@ from vlm_jax import processes, starts
 from vlm_jax.adapters import check_no_adapter
 from vlm_jax.errors import UserError
 from vlm_jax.layers.linear import column_norms, fresh_a, is_lora, less_start, weight_update
-from vlm_jax.model import LoRA, Model
+from vlm_jax.methods import LoRA
+from vlm_jax.model import Model
 from vlm_jax.names import (
     current_name,
     layer_names,

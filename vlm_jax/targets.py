@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.linear import LoRAScale
-from vlm_jax.model import LoRA, Model
+from vlm_jax.methods import LoRA
+from vlm_jax.model import Model
 from vlm_jax.names import layer_names, stacked_layers
 from vlm_jax.trees import flatten
 from vlm_jax.vocabulary import EMBEDDING, HEAD

@@ -27,7 +27,8 @@ from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import open_tensors, read_json
 from vlm_jax.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
 from vlm_jax.layers.linear import is_lora
-from vlm_jax.model import Adapter, LoRA, Model
+from vlm_jax.methods import Adapter, LoRA
+from vlm_jax.model import Model
 from vlm_jax.names import current_name, disk_places, to_disk, to_tree
 from vlm_jax.saved import base_places
 from vlm_jax.trees import flatten, unflatten

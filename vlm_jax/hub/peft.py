@@ -19,7 +19,8 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_is_here, base_tensors
 from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.layers.linear import less_start
-from vlm_jax.model import LoRA, Model
+from vlm_jax.methods import LoRA
+from vlm_jax.model import Model
 from vlm_jax.names import (
     Place,
     disk_places,

@@ -14,7 +14,8 @@ from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
 from vlm_jax.hub.tensors import open_tensors, read_json
 from vlm_jax.layers.linear import is_lora
 from vlm_jax.lora import BIASES
-from vlm_jax.model import LoRA, Model
+from vlm_jax.methods import LoRA
+from vlm_jax.model import Model
 from vlm_jax.names import Place, current_name, is_unused, to_tree
 from vlm_jax.processes import to_host
 from vlm_jax.saved import base_places, module_names, owners, peft_module, saved_modules

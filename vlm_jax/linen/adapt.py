@@ -16,7 +16,7 @@ from vlm_jax.linen.additions import GIVE_RNG, LEAF, NO_DROPOUT, LowRank, interce
 from vlm_jax.linen.find import Layer, Other, joined, layers_of, unboxed
 from vlm_jax.linen.targets import chosen
 from vlm_jax.lora import check_numbers
-from vlm_jax.model import LoRA
+from vlm_jax.methods import LoRA
 from vlm_jax.quantization import NAMES, Quantization
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights import FourBit, dense

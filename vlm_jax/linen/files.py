@@ -23,7 +23,7 @@ from vlm_jax.hub.peft_load import read_config
 from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.linen.adapt import LORA, Adapted, check_module, check_supported, tell_dropout
 from vlm_jax.linen.find import Layer, Other, joined, layers_of, unboxed
-from vlm_jax.model import LoRA
+from vlm_jax.methods import LoRA
 from vlm_jax.trees import flatten, match, unflatten
 from vlm_jax.weights import FourBit, dense
 

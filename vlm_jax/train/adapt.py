@@ -14,7 +14,8 @@ from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.layers.linear import is_lora
 from vlm_jax.lora import add_lora
-from vlm_jax.model import LoRA, Model
+from vlm_jax.methods import LoRA
+from vlm_jax.model import Model
 from vlm_jax.names import layer_names
 from vlm_jax.saved import bias_leaves, saved_modules
 from vlm_jax.targets import PRESETS, slots, target_kernels, target_modules

@@ -12,7 +12,8 @@ from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.layers.linear import is_lora
-from vlm_jax.model import Adapter, Model
+from vlm_jax.methods import Adapter
+from vlm_jax.model import Model
 from vlm_jax.train.recipe import lora_modules_to_save, training_table
 from vlm_jax.trees import flatten
 

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
+from vlm_jax.config_checks import optimizer_name
 from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
 from vlm_jax.model import Model
 from vlm_jax.train.base import compute_dtype, quantization_of
@@ -66,7 +67,7 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
                 for key in ("data_seed", "train_sampling_strategy")
                 if t[key] is not None
             },
-            "optim": configs.OPTIMIZERS[t.optim],
+            "optim": optimizer_name(t.optim),
         },
     }
 

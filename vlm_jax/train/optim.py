@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from vlm_jax.config import coerce, get_config, optimizer_name
+from vlm_jax.config import coerce, get_config
+from vlm_jax.config_checks import optimizer_name
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.train.adam import scale_by_adam
 from vlm_jax.train.layers import any_layers, check_layers, frozen_layers, scaled
