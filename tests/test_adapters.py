@@ -134,6 +134,8 @@ def test_dropout_acts_in_training_alone(base):
 def test_a_run_trains_saves_exports_and_is_gone_on_from(place, tmp_path, quantize):
     asked = ("lora.enabled=false", "adapter.type=seq_bn", "adapter.reduction_factor=4")
     asked = (*asked, f"model.quantize={quantize}")
+    if quantize == "none":  # the tower too, in another order than files have it
+        asked += ("adapter.components=language_model,vision", "model.vision_encoder_lr_scale=0.1")
     *_, text = run(place, tmp_path / "run", *asked)
     assert "adapters" in text
     model, params, _ = load_run(tmp_path / "run")
@@ -153,6 +155,20 @@ def test_a_run_trains_saves_exports_and_is_gone_on_from(place, tmp_path, quantiz
             np.testing.assert_allclose(leaf, leaves[path], atol=1e-6)
         with pytest.raises(UserError, match="Set the adapter's own value"):
             run(place, tmp_path / "third", *more, "adapter.reduction_factor=2")
+
+
+def test_a_directory_holds_one_adapter(base, tmp_path):
+    """What an earlier save left there is not read with the next one."""
+    saving = vlm_jax.Adapter("pfeiffer", 2, modules_to_save=("projector",))
+    with_modules = vlm_jax.add_adapter(*base, saving, jax.random.key(0))
+    alone = vlm_jax.add_adapter(*base, vlm_jax.Adapter("pfeiffer", 2), jax.random.key(0))
+    vlm_jax.save_adapter(*with_modules, tmp_path)
+    (tmp_path / "README.md").write_text("kept")
+    vlm_jax.save_adapter(*alone, tmp_path)
+    assert vlm_jax.load_adapter(*base, tmp_path)[0].modules_to_save == ()
+    vlm_jax.save_peft(*vlm_jax.add_lora(*base, vlm_jax.LoRA(2), jax.random.key(0)), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_what_is_refused(place, base, tmp_path):

@@ -183,3 +183,34 @@ def test_every_key_has_a_comment():
             described.add(found[1])
     names = {key.split(".")[1] for key in config.flatten_config(config.get_config())}
     assert names == described
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("", [], ("steps", 500, 0.03, 0)),
+        ("eval_strategy: steps, logging_steps: 50", [], ("steps", 50, 0.03, 0)),
+        ("eval_steps: 70", ["training.eval_strategy=steps"], ("steps", 70, 0.03, 0)),
+        ("eval_strategy: epoch", [], ("epoch", 10, 0.03, 0)),
+        ("warmup_steps: 0", [], ("steps", 500, 0.0, 0)),
+        ("warmup_steps: 0, warmup_ratio: 0.1", [], ("steps", 500, 0.1, 0)),
+        ("warmup_ratio: 0.1", ["training.warmup_steps=0"], ("steps", 500, 0.0, 0)),
+        ("warmup_steps: 7", ["training.eval_strategy=none"], ("no", 10, 0.0, 7)),
+    ],
+)
+def test_defaults_that_other_keys_decide(tmp_path, text, overrides, expected):
+    t = config.load(write(tmp_path / "a.yaml", f"training: {{{text}}}"), overrides).training
+    assert (t.eval_strategy, t.eval_steps, t.warmup_ratio, t.warmup_steps) == expected
+    whole = config.to_dict(config.load(tmp_path / "a.yaml", overrides))
+    again = config.load(write(tmp_path / "b.json", json.dumps(whole)))
+    assert config.to_dict(again) == whole
+
+
+def test_another_method_takes_the_place_of_the_files(tmp_path):
+    path = write(tmp_path / "a.yaml", "method: loftq\nlora: {r: 4}")
+    c = config.load(path)
+    assert (c.model.quantize, c.lora.init_lora_weights) == ("nf4", "loftq")
+    c = config.load(path, ["method=pissa"])
+    assert (c.model.quantize, c.lora.init_lora_weights, c.lora.r) == (None, "pissa", 4)
+    path = write(tmp_path / "b.yaml", "model: {quantize: nf4-dq}")  # not of a method: it stays
+    assert config.load(path, ["method=dora"]).model.quantize == "nf4-dq"

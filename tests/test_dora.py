@@ -70,7 +70,7 @@ def test_dropout_acts_on_all_that_the_adapter_changes():
     magnitude = jnp.linspace(1, 2, 8)
     summed = kernel + 0.5 * a @ b
     other = summed * (magnitude / jnp.linalg.norm(summed, axis=0))[None]
-    got = dora_matmul(x, kernel, a, b, 0.5, dropped, magnitude)
+    got = dora_matmul(x, kernel, a, b, 0.5, dropped, None, magnitude)
     np.testing.assert_allclose(got, matmul(x, kernel) + dropped @ (other - kernel), atol=1e-4)
 
 

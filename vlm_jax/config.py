@@ -10,7 +10,15 @@ from ml_collections.config_dict import placeholder
 
 from vlm_jax.config_checks import check, check_choice
 from vlm_jax.config_files import read_file
-from vlm_jax.config_tables import ALIASES, CHOICES, METHODS, NONE_MEANS, NONE_WORDS, WORDS
+from vlm_jax.config_tables import (
+    ALIASES,
+    CHOICES,
+    IMPLIED,
+    METHODS,
+    NONE_MEANS,
+    NONE_WORDS,
+    WORDS,
+)
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.from_pytorch import told
 from vlm_jax.values import VALUES, plain
@@ -103,7 +111,9 @@ def get_config() -> ConfigDict:
     t.learning_rate = 2e-4  # its peak, of a component whose scale is 1.0
     t.weight_decay = 0.0  # never on norms and biases
     t.warmup_ratio = 0.03  # share of all steps over which the learning rate rises from 0
-    t.warmup_steps = 0  # above 0 it overrides warmup_ratio; below 1 it is such a share itself
+    # Above 0 it overrides warmup_ratio; below 1 it is such a share itself. Where it is given alone,
+    # 0 too, warmup_ratio is 0.
+    t.warmup_steps = 0
     t.lr_scheduler_type = "cosine"  # a key of train.schedules.SCHEDULES
     t.lr_scheduler_kwargs = placeholder(object)  # its own options, {min_lr_rate: 0.1}
     # adamw; adamw_8bit: bitsandbytes' 8-bit moments, a quarter of the memory; paged_adamw,
@@ -121,8 +131,9 @@ def get_config() -> ConfigDict:
     t.save_strategy = "steps"  # no, steps, epoch; the last step is always saved
     t.save_steps = 500  # steps between checkpoints
     t.save_total_limit = 2  # checkpoints kept, the newest; 0 or None: all
-    t.eval_strategy = "steps"  # no, steps, epoch; only where data.eval_file is set
-    t.eval_steps = 500  # steps between evaluations
+    t.eval_strategy = placeholder(str)  # no, steps, epoch; only where data.eval_file is set
+    # Steps between evaluations. None: logging_steps where eval_strategy is set, else 500.
+    t.eval_steps = placeholder(object)
     t.eval_on_start = False  # evaluate before the first step too
     t.eval_delay = 0.0  # no evaluation before so many steps, or epochs, as eval_strategy counts
     # Make the result of the best checkpoint, which is never deleted; else of the last step. Each
@@ -286,15 +297,15 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
         ) from None
 
 
-def _with_method(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return flat values with the keys that `method` stands for, where they are not given too."""
-    if "method" not in values:
-        return values
-    check_choice("method", values["method"], METHODS)
+def _with_implied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat values with the keys that others stand for, where they are not given too."""
     given = {key: value for key, value in values.items() if key != "method"}
     known = {ALIASES.get(key, key) for key in given}
-    stands_for = METHODS[values["method"]]
-    return {**{key: value for key, value in stands_for.items() if key not in known}, **given}
+    implied = {key: value for one in known for key, value in IMPLIED.get(one, {}).items()}
+    if "method" in values:
+        check_choice("method", values["method"], METHODS)
+        implied |= METHODS[values["method"]]
+    return {**{key: value for key, value in implied.items() if key not in known}, **given}
 
 
 def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
@@ -302,8 +313,7 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
     types = _types()
     optional = {key for key, value in flatten_config(get_config()).items() if value is None}
     seen: dict[str, str] = {}
-    values = _with_method(values)
-    for given, value in values.items():
+    for given, value in _with_implied(values).items():
         key = ALIASES.get(given, given)
         key, value = WORDS.get(f"{given}={value}", (key, value))
         if key not in types:
@@ -325,6 +335,14 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
             config[section][name] = coerce(key, value, types[key], key in optional, where)
 
 
+def _set_defaults(t: ConfigDict) -> None:
+    """Set the defaults that other keys decide, as in transformers."""
+    with t.ignore_type():
+        if t.eval_steps is None:
+            t.eval_steps = 500 if t.eval_strategy is None else t.logging_steps
+        t.eval_strategy = "steps" if t.eval_strategy is None else t.eval_strategy
+
+
 def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> ConfigDict:
     """Return the locked config of a Python or YAML file (or a run's config.json), checked.
 
@@ -334,14 +352,6 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
     Raises `UserError` for a missing file, an unknown key (with the nearest known one), a value of
     the wrong type, or a value that is not supported.
     """
-    config = get_config()
-    if path is not None:
-        file, tree = read_file(path)
-        for section, values in tree.items():
-            is_section = isinstance(values, Mapping | ConfigDict | FrozenConfigDict)
-            if section in config and not is_section and f"{section}={values}" not in WORDS:
-                raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
-        _overlay(config, flatten_config(tree), f"'{file}'")
     if not isinstance(overrides, Mapping):
         pairs = {}
         for item in overrides:
@@ -350,7 +360,19 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
                 raise UserError(f"The override '{item}' has no value; write section.key=value.")
             pairs[name] = value
         overrides = pairs
+    config = get_config()
+    if path is not None:
+        file, tree = read_file(path)
+        for section, values in tree.items():
+            is_section = isinstance(values, Mapping | ConfigDict | FrozenConfigDict)
+            if section in config and not is_section and f"{section}={values}" not in WORDS:
+                raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
+        values = flatten_config(tree)
+        if "method" in overrides:  # another method, and not what the file's one stood for
+            values.pop("method", None)
+        _overlay(config, values, f"'{file}'")
     _overlay(config, overrides, "the overrides")
+    _set_defaults(config.training)
     check(flatten_config(config))
     return config.lock()
 

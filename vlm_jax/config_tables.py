@@ -54,6 +54,7 @@ ALIASES = {
 # A key with a word for its value -> the key and value that they mean.
 WORDS: dict[str, tuple[str, Any]] = {
     "mesh=auto": ("mesh.auto", True),
+    "training.eval_strategy=none": ("training.eval_strategy", "no"),
     # transformers 4's key of what version 5 calls train_sampling_strategy.
     **{
         f"training.group_by_length={word}": ("training.train_sampling_strategy", order)
@@ -111,6 +112,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 METHODS = {name: {**PLAIN_LORA, **changes} for name, changes in CHANGES.items()}
 
+# What a key that is given makes of others that are not given with it.
+IMPLIED: dict[str, dict[str, Any]] = {"training.warmup_steps": {"training.warmup_ratio": 0.0}}
+
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
@@ -131,7 +135,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "training.train_sampling_strategy": (None, "random", "sequential", "group_by_length"),
     "training.param_dtype": ("float32", "bfloat16"),
     "training.save_strategy": ("no", "steps", "epoch"),
-    "training.eval_strategy": ("no", "steps", "epoch"),
+    "training.eval_strategy": (None, "no", "steps", "epoch"),
     "training.metric_for_best_model": (None, "loss", "accuracy", "eval_loss", "eval_accuracy"),
     "data.train_on": ("all", "answers", "last"),
     "data.on_bad_example": ("raise", "skip"),

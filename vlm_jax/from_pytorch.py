@@ -1,4 +1,4 @@
-"""Every key of transformers' TrainingArguments and BitsAndBytesConfig, and what it is here.
+"""Every key of TrainingArguments, LoraConfig and BitsAndBytesConfig, and what it is here.
 
 The tables of docs/FROM_PYTORCH.md are made of these, and so are the errors for keys that this
 program does not take.
@@ -31,7 +31,9 @@ TRAINING_ARGUMENTS = {
     "learning_rate": Said(SAME, "scaled for each component by model.*_lr_scale"),
     "lr_scheduler_type": Said(SAME, "not reduce_lr_on_plateau and greedy"),
     "lr_scheduler_kwargs": Said(SAME),
-    "warmup_steps": Said(SAME, "a share of all steps below 1; version 4's warmup_ratio stays"),
+    "warmup_steps": Said(
+        SAME, "a share of all steps below 1; without it version 4's warmup_ratio counts, 0.03"
+    ),
     "optim": Said(SAME, "the names are listed in vlm_jax/config_tables.py"),
     "optim_args": Said(REFUSED, "options are keys of their own: adam_beta1, weight_decay, ..."),
     "weight_decay": Said(SAME, "never of norms and biases"),
@@ -83,7 +85,7 @@ TRAINING_ARGUMENTS = {
     "trackio_bucket_id": Said(REFUSED, _TRACKIO),
     "trackio_static_space_id": Said(REFUSED, _TRACKIO),
     "eval_strategy": Said(SAME, "only where there is data.eval_file; the end is always evaluated"),
-    "eval_steps": Said(SAME),
+    "eval_steps": Said(SAME, "logging_steps, as there, where eval_strategy is given and it is not"),
     "eval_delay": Said(SAME),
     "per_device_eval_batch_size": Said(SAME),
     "prediction_loss_only": Said(RENAMED, "evaluation.accuracy, false where this is true"),
@@ -156,6 +158,76 @@ TRAINING_ARGUMENTS = {
     "local_rank": Said(NOT_NEEDED, "a process finds its number in the cluster's environment"),
 }
 
+_ON_DATA = "this start needs activations or gradients on data"
+_OTHER_LORA = "the forward pass of this variant is not had"
+
+LORA_CONFIG = {
+    "task_type": Said(SAME, "CAUSAL_LM alone"),
+    "peft_type": Said(NOT_NEEDED, "LORA is written; an adapter of another type is refused"),
+    "auto_mapping": Said(NOT_NEEDED, "written as null"),
+    "peft_version": Said(NOT_NEEDED, "in an adapter it is read and passed over"),
+    "base_model_name_or_path": Said(RENAMED, "model.name_or_path"),
+    "revision": Said(RENAMED, "model.revision"),
+    "inference_mode": Said(NOT_NEEDED, "what trains is the training table's business"),
+    "r": Said(SAME, "LoRA.rank in Python"),
+    "target_modules": Said(
+        SAME,
+        "also presets (llama, qwen, ...); suffixes stay out of the vision tower; embed_tokens and "
+        "lm_head where named",
+    ),
+    "exclude_modules": Said(SAME, "suffixes, or one regex"),
+    "lora_alpha": Said(RENAMED, "lora.alpha, default 32; this name is taken too"),
+    "lora_dropout": Said(RENAMED, "lora.dropout, default 0.05; this name is taken too"),
+    "fan_in_fan_out": Said(REFUSED, "no supported model stores kernels so"),
+    "bias": Said(
+        SAME,
+        "a component whose learning-rate scale is 0.0 (the tower, by default) stays frozen, "
+        "biases and all",
+    ),
+    "use_rslora": Said(SAME, "LoRA.rslora in Python"),
+    "modules_to_save": Said(SAME, "the projector is added by itself where it trains"),
+    "init_lora_weights": Said(
+        SAME,
+        "true, gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq; others are refused by "
+        "name; LoRA.init in Python",
+    ),
+    "layers_to_transform": Said(SAME),
+    "layers_pattern": Said(SAME),
+    "rank_pattern": Said(SAME),
+    "alpha_pattern": Said(SAME),
+    "megatron_config": Said(REFUSED, "the mesh section divides layers"),
+    "megatron_core": Said(NOT_NEEDED, "it means nothing without megatron_config"),
+    "trainable_token_indices": Said(
+        REFUSED, "new tokens have rows of their own, vlm_jax.add_tokens"
+    ),
+    "loftq_config": Said(
+        NOT_NEEDED,
+        "model.quantize says the 4 bits; LoftQ takes one step, loftq_iter's default, and no more",
+    ),
+    "eva_config": Said(REFUSED, _ON_DATA),
+    "corda_config": Said(REFUSED, _ON_DATA),
+    "lora_ga_config": Said(REFUSED, _ON_DATA),
+    "use_dora": Said(SAME, "linear layers; on the embedding it is refused; LoRA.dora in Python"),
+    "velora_config": Said(REFUSED, _OTHER_LORA),
+    "alora_invocation_tokens": Said(REFUSED, _OTHER_LORA),
+    "use_qalora": Said(REFUSED, _OTHER_LORA),
+    "qalora_group_size": Said(NOT_NEEDED, "it means nothing without use_qalora"),
+    "monteclora_config": Said(REFUSED, _OTHER_LORA),
+    "layer_replication": Said(REFUSED, "layers are stacked as the checkpoint has them"),
+    "runtime_config": Said(NOT_NEEDED, "it is where PyTorch computes DoRA's norms"),
+    "lora_bias": Said(REFUSED, "it is a bias of B, not of the layer"),
+    "target_parameters": Said(REFUSED, "it is for mixtures of experts"),
+    "use_bdlora": Said(REFUSED, _OTHER_LORA),
+    "arrow_config": Said(REFUSED, "it routes among adapters"),
+    "kasa_config": Said(REFUSED, _OTHER_LORA),
+    "ensure_weight_tying": Said(
+        NOT_NEEDED,
+        "written where a tied embedding is saved in full, where PEFT needs it; LoRA on an "
+        "embedding leaves a tied head alone, PEFT's default, and an adapter that ties them is "
+        "refused",
+    ),
+}
+
 _INT8 = "weights are stored in 4 bits or as they are, never in 8"
 
 BITS_AND_BYTES_CONFIG = {
@@ -177,6 +249,7 @@ _QUANTIZED = ("model", "quantization", "quantization_config", "bnb")
 # Sections of a config, the class whose keys people write there, and its table.
 TABLES = [
     (("training",), "TrainingArguments", TRAINING_ARGUMENTS),
+    (("lora",), "LoraConfig", LORA_CONFIG),
     (_QUANTIZED, "BitsAndBytesConfig", BITS_AND_BYTES_CONFIG),
 ]
 

@@ -24,9 +24,9 @@ class LoRA:
         "language_model" and "head"; "all-linear" leaves the head out.
     rank_pattern, alpha_pattern: other ranks and alphas by regex, {"layers.0.*q_proj": 32}, matched
         against the end of a module's name from a dot on; the first that matches counts.
-    layers_to_transform: the only layers that are adapted, () for all; what lies in no layer, as the
-        head, is then left out, as in PEFT. layers_pattern: what stands before such a number in
-        names, ("layers",); () for the first number.
+    layers_to_transform: the only layers that are adapted, () for all; what lies in no layer is then
+        left out, but for a module whose whole name is a target, as "lm_head" (as in PEFT).
+        layers_pattern: what stands before such a number in names, ("layers",); () for the first.
     exclude_modules: name suffixes, or one regex over whole names, of what is not adapted.
     bias: which biases train beside the matrices and are saved with them: "none", "all", or
         "lora_only", those of adapted modules.

@@ -128,12 +128,15 @@ def target_modules(model: Model, params: Mapping[str, Any], lora: LoRA) -> dict[
         path: [is_excluded(module, lora.exclude_modules) for module in modules]
         for path, modules in named.items()
     }
-    if lora.exclude_modules and not any(any(flags) for flags in excluded.values()):
-        known = sorted({module.split(".")[-1] for modules in named.values() for module in modules})
+    # What lies outside of lora.components, as a vision tower that is never reached, may be excluded
+    # too: a config that peft takes says so.
+    modules = [module for path in kernels for module in layer_names(model, path)]
+    if lora.exclude_modules and not any(is_excluded(m, lora.exclude_modules) for m in modules):
+        known = sorted({module.split(".")[-1] for module in modules})
         raise UserError(
-            f"lora.exclude_modules, {lora.exclude_modules!r}, matches none of the layers that are "
-            f"LoRA targets, {', '.join(known)}. It takes suffixes of module names, or one regex "
-            f"over whole names such as '{next(iter(named.values()))[0]}'."
+            f"lora.exclude_modules, {lora.exclude_modules!r}, matches none of the layers that can "
+            f"have LoRA, {', '.join(known)}. It takes suffixes of module names, or one regex "
+            f"over whole names such as '{modules[0]}'."
         )
     inside = _in_layers(lora, named)
     hits = {
@@ -201,7 +204,10 @@ def _compiled(what: str, pattern: str) -> re.Pattern[str]:
 
 
 def _in_layers(lora: LoRA, named: Mapping[str, list[str]]) -> dict[str, list[bool]]:
-    """Return for each layer whether layers_to_transform lets it be adapted."""
+    """Return for each layer whether layers_to_transform lets it be adapted.
+
+    As in PEFT, a target that is a module's whole name, "lm_head" for one, is adapted in any case.
+    """
     if not lora.layers_to_transform:
         return {path: [True] * len(modules) for path, modules in named.items()}
     numbers = {
@@ -216,8 +222,19 @@ def _in_layers(lora: LoRA, named: Mapping[str, list[str]]) -> dict[str, list[boo
             f"lora.layers_to_transform names the layer {unknown[0]}, but the LoRA targets are in "
             f"{having}{f' after {list(lora.layers_pattern)}' if lora.layers_pattern else ''}."
         )
-    wanted = set(lora.layers_to_transform)
-    return {path: [number in wanted for number in found] for path, found in numbers.items()}
+    wanted, whole = set(lora.layers_to_transform), set(_names(lora.targets))
+    return {
+        path: [
+            number in wanted or module in whole
+            for number, module in zip(found, named[path], strict=True)
+        ]
+        for path, found in numbers.items()
+    }
+
+
+def _names(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return the suffixes that targets are, or a preset stands for; of a regex there are none."""
+    return PRESETS.get(targets, ()) if isinstance(targets, str) else targets
 
 
 def _chosen(model: Model, kernels: list[str], lora: LoRA) -> dict[str, list[bool]]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from references import llava, quiet
+from test_peft import build
 from transformers import (
     AutoConfig,
     LlamaConfig,
@@ -47,16 +48,16 @@ CASES = {
 }  # fmt: skip
 
 
-def adapted_shapes(model, lora):
+def adapted_shapes(model, method, add=vlm_jax.add_lora):
     """Return the model with an adapter, and its parameters as shapes."""
     made = []
 
-    def add(params):
-        model_, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
+    def added(params):
+        model_, params = add(model, params, method, jax.random.key(0))
         made.append(model_)
         return params
 
-    params = jax.eval_shape(add, model.abstract())
+    params = jax.eval_shape(added, model.abstract())
     return made[0], params
 
 
@@ -98,6 +99,46 @@ def test_llama_2_7b(ours, rank):
     )
     vision += model.family.unused_parameters(model.config)
     assert (trained, every - vision) == expected
+
+
+# Of the two 7B bases: what trains by docs/METHODS.md, and its share in percent.
+ADAPTERS = {
+    ("houlsby", None): {"llava": (134_496_256, 1.87), "qwen": (90_128_640, 1.08)},
+    ("pfeiffer", None): {"llava": (67_248_128, 0.94), "qwen": (45_064_320, 0.54)},
+    ("parallel", None): {"llava": (537_067_520, 7.07), "qwen": (359_812_096, 4.16)},
+    ("parallel", 4): {"llava": (268_599_296, 3.66), "qwen": (179_956_224, 2.12)},
+}
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("kind", ADAPTERS, ids=str)
+def test_adapters_are_small(ours, family, kind):
+    """Below 5 % of the weights, but for wide parallel ones beside Llama."""
+    model, params = adapted_shapes(ours[family], vlm_jax.Adapter(*kind), vlm_jax.add_adapter)
+    trained, every = vlm_jax.count_parameters(model, params)
+    expected, share = ADAPTERS[kind][family]
+    text = model.config.text
+    width = text.hidden_size // (kind[1] or {"parallel": 2}.get(kind[0], 16))
+    each = 2 * text.hidden_size * width + width + text.hidden_size
+    places = 2 if kind[0] == "houlsby" else 1
+    assert trained == expected == text.num_hidden_layers * places * each
+    assert 100 * trained / every == pytest.approx(share, abs=0.005)
+    assert share < 5 or kind == ("parallel", None)
+
+
+@pytest.mark.parametrize("layers", [(1,), ()])
+def test_biases_of_some_layers_count(tmp_path, layers):
+    """As peft's adapters may hold them, though a run here trains a stack's biases together."""
+    reference, model, params, _ = build("qwen2_vl", tmp_path / "base")
+    with quiet():
+        config = LoraConfig(
+            r=2, target_modules=["q_proj"], bias="lora_only", layers_to_transform=list(layers)
+        )
+        adapted = get_peft_model(reference, config)
+        expected = adapted.get_nb_trainable_parameters()
+        adapted.save_pretrained(tmp_path / "adapter")
+    model, params = vlm_jax.load_peft(model, params, tmp_path / "adapter")
+    assert vlm_jax.count_parameters(model, params) == expected
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])

@@ -24,12 +24,17 @@ KINDS = {
     "alphas": dict(alpha_pattern={NUMBERED: 2, "v_proj": 9}),
     "both, rsLoRA": dict(rank_pattern={NUMBERED: 5}, alpha_pattern={"q_proj": 2}, rslora=True),
     "some layers": dict(layers_to_transform=(1,)),
+    "some layers and the head": dict(
+        layers_to_transform=(1,),
+        targets=("q_proj", "lm_head", "model.language_model.layers.0.mlp.up_proj"),
+    ),
     "excluded": dict(exclude_modules=("layers.0.mlp.up_proj", "k_proj")),
+    "the tower excluded": dict(exclude_modules=r".*(visual|merger).*"),
     "excluded by regex": dict(exclude_modules=r".*layers\.1\..*(q|k)_proj"),
     "some layers' DoRA": dict(layers_to_transform=(0,), dora=True),
     "DoRA's ranks": dict(rank_pattern={NUMBERED: 4}, dora=True),
 }
-NAMES = {"rslora": "use_rslora", "dora": "use_dora"}
+NAMES = {"rslora": "use_rslora", "dora": "use_dora", "targets": "target_modules"}
 
 
 def peft_config(kind, **more):
@@ -58,7 +63,7 @@ def pair(request, tmp_path_factory):
 def test_the_same_modules_ranks_and_scales_as_peft(tmp_path, pair, kind):
     """What peft makes of a config, we make of its like: module by module."""
     fresh, model, params, *_ = pair
-    lora = vlm_jax.LoRA(3, 5, targets="llama", **KINDS[kind])
+    lora = vlm_jax.LoRA(3, 5, **{"targets": "llama", **KINDS[kind]})
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
     vlm_jax.save_peft(model, params, tmp_path / "adapter")
     ours = {
@@ -66,7 +71,7 @@ def test_the_same_modules_ranks_and_scales_as_peft(tmp_path, pair, kind):
         for name, tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").items()
     }
     with quiet():
-        adapted = get_peft_model(fresh(), peft_config(KINDS[kind], target_modules=list(LANGUAGE)))
+        adapted = get_peft_model(fresh(), peft_config({"targets": list(LANGUAGE), **KINDS[kind]}))
     theirs = {
         name.replace(".default", "").replace("_vector.weight", "_vector"): tuple(tensor.shape)
         for name, tensor in adapted.named_parameters()

@@ -25,6 +25,7 @@ CONFIGS = [
     dict(r=2, lora_alpha=4, target_modules=["embed_tokens", "lm_head"]),
     dict(r=2, lora_alpha=4, target_modules=rf"{LM}q_proj", modules_to_save=["merger"]),
 ]
+LARGE = dict(r=9, lora_alpha=4, target_modules=rf"{LM}(q_proj|v_proj)")  # is loaded beside sums
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def place(tmp_path_factory):
     adapted = None
     torch.manual_seed(0)
     with quiet(), torch.no_grad():
-        for number, options in enumerate(CONFIGS):
+        for number, options in enumerate((*CONFIGS, LARGE)):
             one = get_peft_model(copy.deepcopy(reference), LoraConfig(**options))
             for parameter in one.parameters():
                 if parameter.requires_grad:
@@ -44,12 +45,13 @@ def place(tmp_path_factory):
         adapted = PeftModel.from_pretrained(reference, directory / "0", adapter_name="0")
         for number in range(1, len(CONFIGS)):
             adapted.load_adapter(directory / str(number), adapter_name=str(number))
-    directories = {str(number): directory / str(number) for number in range(len(CONFIGS))}
+    directories = {str(number): directory / str(number) for number in range(len(CONFIGS) + 1)}
     return adapted, model, params, inputs, directories
 
 
 def test_switching_among_eight_compiles_once(place):
     reference, base, params, inputs, directories = place
+    directories = dict(list(directories.items())[: len(CONFIGS)])
     model, adapters = vlm_jax.load_peft_adapters(base, params, directories)
     batch = model.batch(**inputs)
     traces = []
@@ -93,7 +95,7 @@ def test_sums_as_pefts(tmp_path, place, kind, weights):
         reference.add_weighted_adapter(list(weights), list(weights.values()), name, kind)
         reference.set_adapter(name)
     model, adapters = vlm_jax.load_peft_adapters(
-        base, params, {name: directories[name] for name in weights}
+        base, params, {name: directories[name] for name in (*weights, "8")}
     )
     model, summed = vlm_jax.combine_peft_adapters(model, adapters, weights, kind)
     assert_equal_logits(reference, model, summed, inputs)
@@ -119,6 +121,15 @@ def test_refused(tmp_path, place):
         vlm_jax.combine_peft_adapters(model, adapters, {"a": 1, "b": 1})
     with pytest.raises(vlm_jax.UserError, match="'lin'; did you mean 'linear'|'lin'.*linear"):
         vlm_jax.combine_peft_adapters(model, adapters, {"a": 1}, "lin")
+    with pytest.raises(vlm_jax.UserError, match=r"ranks \[2, 5\].*'linear' adds matrices"):
+        both = vlm_jax.load_peft_adapters(base, params, {n: directories[n] for n in "01"})
+        vlm_jax.combine_peft_adapters(*both, {"0": 1, "1": 1}, "linear")
+    bare = vlm_jax.LoRA(targets=(), modules_to_save=("projector",))
+    bare = vlm_jax.add_lora(base, params, bare, jax.random.key(0))
+    vlm_jax.save_peft(*bare, tmp_path / "bare")
+    both = vlm_jax.load_peft_adapters(base, params, {"bare": tmp_path / "bare"})
+    with pytest.raises(vlm_jax.UserError, match="no LoRA matrices"):
+        vlm_jax.combine_peft_adapters(*both, {"bare": 1})
     with pytest.raises(vlm_jax.UserError, match="no adapter 'c'"):
         vlm_jax.combine_peft_adapters(model, adapters, {"c": 1})
     with pytest.raises(vlm_jax.UserError, match="another rank|other scales"):

@@ -13,6 +13,7 @@ from references import our_logits, quiet, wide
 from test_peft import assert_equal_logits, assert_twenty_equal_steps, build
 
 import vlm_jax
+from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.starts import random_start, singular_factors
 from vlm_jax.targets import slots
 from vlm_jax.trees import flatten, unflatten
@@ -115,6 +116,22 @@ def test_ten_steps_of_pissa(tmp_path, pair):
     rows = dict(projector_lr_scale=0.0)
     state = assert_twenty_equal_steps(twin, model, params, inputs, labels, recipe=rows, steps=10)
     assert all(path.endswith(("lora_A", "lora_B")) for path in flatten(state))
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_dropout_leaves_what_matrices_took_alone(magnitude):
+    """As in PEFT, where that part is gone from the weight: x (W - s A0 B0) + s drop(x) A B."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = dict(kernel=(6, 5), lora_A=(6, 2), lora_B=(2, 5), start_A=(6, 2), start_B=(2, 5))
+    leaves = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=False)}
+    if magnitude:
+        leaves["lora_magnitude"] = jnp.arange(1.0, 6)
+    x, layer = jax.random.normal(keys[5], (4, 6)), Linear(5, False, jnp.float32, LoRAScale(3, 0.5))
+    residual = leaves["kernel"] - 1.5 * leaves["start_A"] @ leaves["start_B"]
+    plain = {n: v for n, v in leaves.items() if not n.startswith("start")} | {"kernel": residual}
+    for rngs in (None, {"dropout": jax.random.key(1)}):
+        ours, theirs = (layer.apply({"params": p}, x, rngs=rngs) for p in (leaves, plain))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_random_starts():

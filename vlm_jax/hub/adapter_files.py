@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from vlm_jax.adapters import shapes
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.base import base_is_here
-from vlm_jax.hub.files import whole_directory, write_json
+from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import check_left_out, save_peft
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import open_tensors, read_json
@@ -128,7 +128,7 @@ def save_adapter(
         "name": name,
         "version": "adapters.1.3.0",  # the release whose layout this is
     }
-    with whole_directory(directory) as folder:
+    with whole_directory(directory, ADAPTER_PARTS) as folder:
         if adapter.modules_to_save or any(is_added(path) for path in flat):
             save_peft(whole, rest, folder / MODULES, compare_base=compare_base)
         elif compare_base and base_is_here(model):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ from safetensors.numpy import save_file
 
 from vlm_jax.errors import UserError
 
+# What an adapter's directory is made of, PEFT's or a bottleneck adapter's: a new one replaces all.
+ADAPTER_PARTS = ("adapter_model.safetensors", "adapter.safetensors", "modules")
+
 
 @contextlib.contextmanager
-def whole_directory(directory: str | Path) -> Iterator[Path]:
+def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary directory whose files move to `directory` when the block ends well.
 
     Where the block raises, nothing of it remains. Files of the same name are replaced, each in
     one atomic step; other files in an existing directory stay, except weights of the same
-    checkpoint in another number of shards. Raises `UserError` where it cannot be made.
+    checkpoint in another number of shards, and what the glob patterns of instead_of name: parts
+    of an earlier save that would be read with this one. Raises `UserError` where it cannot be made.
     """
     target = Path(directory).expanduser().absolute()
     try:
@@ -40,17 +44,21 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
                 path.chmod(0o666 & ~_umask())
         if target.exists():
             fresh = {path.name for path in temporary.iterdir()}
+            patterns = list(instead_of)
             if "model.safetensors" in fresh or "model.safetensors.index.json" in fresh:
                 # Readers differ in whether shards or a single file come first: leave one kind.
-                for old in [*target.glob("model*.safetensors"), *target.glob("model*.index.json")]:
-                    if old.name not in fresh:
-                        stale.append(old)
+                patterns += ["model*.safetensors", "model*.index.json"]
+            for pattern in patterns:
+                stale += [old for old in target.glob(pattern) if old.name not in fresh]
             for path in sorted(temporary.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(target / path.name, ignore_errors=True)
                 os.replace(path, target / path.name)
             for old in stale:
-                old.unlink()
+                if old.is_dir():
+                    shutil.rmtree(old)
+                else:
+                    old.unlink()
         else:
             temporary.chmod(0o777 & ~_umask())
             os.replace(temporary, target)

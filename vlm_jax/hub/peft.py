@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_is_here, base_tensors
-from vlm_jax.hub.files import whole_directory, write_json
+from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.layers.linear import less_start
 from vlm_jax.methods import LoRA
 from vlm_jax.model import Model
@@ -273,6 +273,6 @@ def save_peft(
         # Or peft would replace the embedding and leave the head at the base's values.
         config["ensure_weight_tying"] = True
         tensors[f"{PREFIX}{HEAD}.weight"] = tensors[f"{PREFIX}{EMBEDDING_TENSOR}"]
-    with whole_directory(directory) as folder:
+    with whole_directory(directory, ADAPTER_PARTS) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)

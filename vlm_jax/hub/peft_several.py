@@ -81,7 +81,8 @@ def load_peft_adapters(
         )
         for name, tree in trees.items()
     }
-    rank = max(shape[-1] for path, shape in shapes.items() if path.endswith("/lora_A"))
+    ranks = [shape[-1] for path, shape in shapes.items() if path.endswith("/lora_A")]
+    rank = max(ranks, default=1)  # of a projector alone there are no matrices
     together = LoRA(rank, rank, targets=(), dora=loras[first].dora)
     return dataclasses.replace(model, lora=together), adapters
 
@@ -104,6 +105,14 @@ def _filled(leaf: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(leaf, [(0, want - have) for want, have in zip(shape, leaf.shape, strict=True)])
 
 
+def _rank(tree: Mapping[str, Any], path: str) -> int:
+    """Return the rank of an adapter's leaf without the zeros that `_filled` put behind it."""
+    a, b = tree[path], tree[path.replace("/lora_A", "/lora_B")]
+    used = jnp.any(a.reshape(-1, a.shape[-1]) != 0, axis=0)
+    used |= jnp.any(jnp.moveaxis(b, -2, -1).reshape(-1, b.shape[-2]) != 0, axis=0)
+    return int(jnp.max(jnp.where(used, jnp.arange(1, a.shape[-1] + 1), 0)))
+
+
 def combine_peft_adapters(
     model: Model,
     adapters: Mapping[str, Mapping[str, Any]],
@@ -115,9 +124,10 @@ def combine_peft_adapters(
 
     model, adapters: of `load_peft_adapters`. weights: {name: weight}, of either sign. kind, as in
     PEFT's add_weighted_adapter: "cat" is the exact sum, of as much rank as all together; "svd" the
-    best one of `rank` (default: the largest); "linear" adds A to A and B to B, roots of the weights
-    on each, which is cheap and another function. `save_peft` writes the result. Raises `UserError`
-    for DoRA, for modules that adapters hold in full, and for unknown names and kinds.
+    best one of `rank` (default: the largest of those combined); "linear" adds A to A and B to B,
+    roots of the weights on each, which is cheap, another function, and only of equal ranks.
+    `save_peft` writes the result. Raises `UserError` for DoRA, for modules that adapters hold in
+    full, where there are no matrices, and for unknown names and kinds.
     """
     if kind not in COMBINATIONS:
         raise UserError(
@@ -147,15 +157,29 @@ def combine_peft_adapters(
                     f"of them holds in full (modules_to_save, bias): only matrices are combined."
                 )
     combined = {path: leaf for path, leaf in first.items() if not is_lora(path)}
+    matrices = [path for path in first if path.endswith("/lora_A")]
+    ranks = {path: [_rank(tree, path) for tree in trees] for path in matrices}
+    if not matrices:
+        raise UserError(
+            f"The adapters {', '.join(map(repr, weights))} hold no LoRA matrices: there is nothing "
+            f"to combine."
+        )
+    uneven = [path for path in matrices if len({rank for rank in ranks[path] if rank}) > 1]
+    if kind == "linear" and uneven:
+        raise UserError(
+            f"The adapters {', '.join(map(repr, weights))} have the ranks {ranks[uneven[0]]} in "
+            f"'{uneven[0].rsplit('/', 1)[0]}'; 'linear' adds matrices, which asks for one rank, as "
+            f"in PEFT. Take 'cat' or 'svd'."
+        )
     hits: dict[str, list[bool]] = {}
-    largest = 0
-    for path in [path for path in first if path.endswith("/lora_A")]:
+    largest, rank = 0, rank or max(map(max, ranks.values()))
+    for path in matrices:
         module = path.rsplit("/", 1)[0]
         parts = [
             (tree[path], tree[f"{module}/lora_B"], weight * tree[f"{module}/lora_scale"])
             for tree, weight in zip(trees, weights.values(), strict=True)
         ]
-        a, b = COMBINATIONS[kind](parts, rank or parts[0][0].shape[-1])
+        a, b = COMBINATIONS[kind](parts, rank)
         on = sum(part[2] != 0 for part in parts) > 0
         combined |= {f"{module}/lora_A": a, f"{module}/lora_B": b}
         hits[path] = [bool(one) for one in jnp.atleast_1d(on)]

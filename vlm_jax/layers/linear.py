@@ -108,13 +108,25 @@ def lora_update(x_lora: jax.Array, a: Any, b: Any, scale: Any) -> jax.Array:
     return matmul(low, dense(b, dtype))
 
 
-def lora_matmul(x: jax.Array, kernel: Any, a: Any, b: Any, scale: Any, x_lora: Any) -> jax.Array:
+def lora_matmul(
+    x: jax.Array, kernel: Any, a: Any, b: Any, scale: Any, x_lora: Any, start: Any = None
+) -> jax.Array:
     """Return x @ kernel + scale (x_lora @ a) @ b, in x's dtype.
 
     x, x_lora: [..., in], the latter after dropout. kernel: [in, out] leaf. a: [in, R]. b: [R, out].
-    The one place where a frozen weight of our models meets an adapter.
+    start: see `kernel_product`. The one place where a frozen weight of our models meets an adapter.
     """
-    return matmul(x, kernel) + lora_update(x_lora, a, b, scale)
+    return kernel_product(x, kernel, scale, start) + lora_update(x_lora, a, b, scale)
+
+
+def kernel_product(x: jax.Array, kernel: Any, scale: Any, start: Any = None) -> jax.Array:
+    """Return x @ (kernel - scale A0 @ B0), in x's dtype.
+
+    start: (A0, B0), what matrices took of the kernel at their start (see starts.py), or None. It is
+    the frozen weight's part, on which dropout does not act.
+    """
+    y = matmul(x, kernel)
+    return y if start is None else y - lora_update(x, *start, scale)
 
 
 def weight_update(a: Any, b: Any, scale: Any) -> jax.Array:
@@ -129,22 +141,31 @@ def column_norms(kernel: Any, a: Any, b: Any, scale: Any) -> jax.Array:
 
 
 def dora_matmul(
-    x: jax.Array, kernel: Any, a: Any, b: Any, scale: Any, x_lora: Any, magnitude: Any
+    x: jax.Array,
+    kernel: Any,
+    a: Any,
+    b: Any,
+    scale: Any,
+    x_lora: Any,
+    start: Any,
+    magnitude: Any,
 ) -> jax.Array:
     """Return x @ (kernel + scale a @ b) with columns of norm `magnitude` [out], in x's dtype.
 
     As PEFT has it: dropout acts on all that the adapter changes, x_lora @ (this - kernel), and the
     norms of the columns count as constants in the backward pass (section 4.3 of the paper).
     """
-    norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
+    whole = (a, b) if start is None else less_start(a, b, *start)
+    norms = jax.lax.stop_gradient(column_norms(kernel, *whole, scale))
     ratio_O = jnp.asarray(magnitude, jnp.float32) / norms
     if not isinstance(scale, float):  # of a layer: 0 where it has no matrices, and so no norms
         ratio_O = jnp.where(scale == 0, 1, ratio_O)
     ratio = along_last(ratio_O.astype(x.dtype), x)
     update = lora_update(x_lora, a, b, scale)
+    y = kernel_product(x, kernel, scale, start)
     if x_lora is x:
-        return ratio * (matmul(x, kernel) + update)
-    return matmul(x, kernel) + (ratio - 1) * matmul(x_lora, kernel) + ratio * update
+        return ratio * (y + update)
+    return y + (ratio - 1) * kernel_product(x_lora, kernel, scale, start) + ratio * update
 
 
 def scale_of(module: nn.Module, lora: LoRAScale | None, rank: int) -> Any:
@@ -185,11 +206,10 @@ class Linear(nn.Module):
             scale = scale_of(self, self.lora, a.shape[-1])
             assert self.lora is not None
             x_lora = lora_input(self, x, self.lora.dropout)
+            start: Any = None
             if self.has_variable("params", "start_A"):
-                start_a: Any = self.get_variable("params", "start_A")
-                start_b: Any = self.get_variable("params", "start_B")
-                a, b = less_start(a, b, start_a, start_b)
-            factors = (kernel, a, b, scale, x_lora)
+                start = tuple(self.get_variable("params", f"start_{one}") for one in "AB")
+            factors = (kernel, a, b, scale, x_lora, start)
             if self.has_variable("params", "lora_magnitude"):
                 y = dora_matmul(x, *factors, self.get_variable("params", "lora_magnitude"))
             else:

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.hub.files import whole_directory, write_json
+from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import PREFIX
 from vlm_jax.hub.peft_load import read_config
 from vlm_jax.hub.tensors import open_tensors
@@ -139,7 +139,7 @@ def save_lora(
     }
     if tied:
         config["ensure_weight_tying"] = True
-    with whole_directory(directory) as folder:
+    with whole_directory(directory, ADAPTER_PARTS) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)
 

@@ -71,7 +71,8 @@ def adapt_bottlenecks(
 def _check_same(own: Adapter, asked: Adapter, directory: str) -> None:
     """Raise where a loaded adapter computes otherwise than the config asks."""
     for name in ("kind", "reduction_factor", "non_linearity", "scaling", "norm", "components"):
-        if getattr(own, name) != getattr(asked, name):
+        ours, theirs = getattr(own, name), getattr(asked, name)
+        if ours != theirs and (name != "components" or set(ours) != set(theirs)):
             raise UserError(
                 f"The adapter '{directory}' has {name}={getattr(own, name)!r}, but the config's "
                 f"adapter section says {getattr(asked, name)!r}. Set the adapter's own value."

@@ -8,7 +8,7 @@ from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.layers.linear import is_lora
 from vlm_jax.model import Model
 from vlm_jax.names import stacked_layers
-from vlm_jax.saved import bias_leaves, saved_modules
+from vlm_jax.saved import bias_places, saved_modules
 from vlm_jax.targets import slots
 from vlm_jax.trees import FROZEN, Table, flatten, layer_factors, match, parse_group
 
@@ -67,9 +67,11 @@ def count_parameters(
     if table is not None:
         trained = trained_sizes(model, params, match(table, sizes, "training table"))
     elif model.lora is not None or model.adapter is not None:
-        held = {*copied, *bias_leaves(model, params)}
-        own = [path for path in sizes if is_lora(path) or is_adapter(path) or path in held]
+        own = [path for path in sizes if is_lora(path) or is_adapter(path) or path in copied]
         trained = {path: sizes[path] for path in own}
+        for name, place in bias_places(model, params).items():  # of some layers of a stack, maybe
+            if place.path not in copied:
+                trained[name] = math.prod(place.shape)
     else:
         trained = sizes
     every = sum(sizes.values()) + model.family.unused_parameters(model.config)
