@@ -4,8 +4,9 @@
 
 Needs `pip install "vlm_jax[quickstart]"`. Every method has the same rows in the same order, and
 the learning rate that is named here; none was tuned further. A run lies in outputs/methods/METHOD;
-what is done is not done again. Bytes are those of the arrays and of the compiled step, whose peak
-is arguments, results and temporaries together; seconds are of training alone.
+what is done is not done again. Shares are counted as PEFT counts them. Bytes are those of the
+arrays and of the compiled step, whose peak is arguments, results and temporaries together; seconds
+are of training alone.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from vlm_jax.data import read_records
 from vlm_jax.plan.leaves import parts
 from vlm_jax.plan.step import prepare
 from vlm_jax.train.compile import compile_step
+from vlm_jax.train.counts import count_parameters
 from vlm_jax.train.loop import train
 from vlm_jax.train.run import load_run, make_encoder
 from vlm_jax.trees import flatten
@@ -70,8 +72,6 @@ def measure(method: str, steps: int, questions: int, data: tuple[Path, Path]) ->
     config = configs.load("configs/quickstart.py", overrides)
     step = prepare(config, jax.devices()[:1])
     trained = sum(leaf.size for leaf in flatten(step.state.trainable).values())
-    frozen = flatten(step.frozen).values()  # a 4-bit kernel counts its weights, as in PEFT
-    every = trained + sum(int(jax.numpy.prod(jax.numpy.array(leaf.shape))) for leaf in frozen)
     compiled, _ = compile_step(step.run, step.state, step.frozen, step.batch)
     CONSOLE.rule(NAMES[method])
     outcome = train(config, resume="auto", console=CONSOLE)
@@ -80,7 +80,7 @@ def measure(method: str, steps: int, questions: int, data: tuple[Path, Path]) ->
     answered = evaluate(model, params, make_encoder(config, model), records, config.evaluation)
     row = {
         **asked,
-        "share": trained / every,
+        "share": trained / count_parameters(model, params)[1],
         "moments": parts(step).moments,
         "peak": plan.memory(compiled).total,
         "seconds": outcome["seconds"],
