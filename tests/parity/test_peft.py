@@ -33,12 +33,12 @@ def build(family, directory, factor=6.0):
     return reference, model, params, llava_inputs(model.family.image_tokens(model.config))
 
 
-def shaken(params, seed=3):
+def shaken(params, seed=3, parts=("lora_B", "merger", "projector")):
     """Return the tree with B and the projector away from their start."""
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
     flat = flatten(params)
     for path, leaf in flat.items():
-        if path.endswith("lora_B") or "merger" in path or "projector" in path:
+        if any(part in path for part in parts):
             flat[path] = leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
     return unflatten(flat)
 
@@ -220,7 +220,7 @@ def adapted_pair(family, tmp_path, factor, **kind):
     kind = {"modules_to_save": ("projector",), **kind}
     lora = vlm_jax.LoRA(rank=3, alpha=5, targets="llama", **kind)
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
-    params = shaken(params)
+    params = shaken(params) if lora.modules_to_save else shaken(params, parts=("lora_B",))
     vlm_jax.save_peft(model, params, tmp_path / "adapter")
     labels = np.where(
         (inputs["attention_mask"] == 1) & (inputs["input_ids"] < 99), inputs["input_ids"], -100
