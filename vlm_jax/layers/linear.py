@@ -90,8 +90,8 @@ def fresh_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def lora_input(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Return what A multiplies: x, with dropout where the module has an rng for it."""
+def dropped(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """Return x with dropout where the module has an rng for it."""
     if rate == 0 or not module.has_rng("dropout"):
         return x
     mask = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
@@ -184,7 +184,7 @@ class Linear(nn.Module):
             b: Any = self.get_variable("params", "lora_B")
             scale = scale_of(self, self.lora, a.shape[-1])
             assert self.lora is not None
-            x_lora = lora_input(self, x, self.lora.dropout)
+            x_lora = dropped(self, x, self.lora.dropout)
             if self.has_variable("params", "start_A"):
                 start_a: Any = self.get_variable("params", "start_A")
                 start_b: Any = self.get_variable("params", "start_B")
