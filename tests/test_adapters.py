@@ -165,6 +165,7 @@ def test_what_is_refused(place, base, tmp_path):
         ({"reduction_factor": 0.0}, "must be above 0"),
         ({"components": ("head",)}, "only the blocks"),
         ({"dropout": 1.0}, "must be in"),
+        ({"targets": ("mlp",)}, "targets=.*which are for the modules that adapt takes"),
     ):
         with pytest.raises(UserError, match=said):
             vlm_jax.add_adapter(*base, vlm_jax.Adapter(**wrong), jax.random.key(0))
@@ -216,5 +217,7 @@ def test_files_of_another_are_refused(base, tmp_path):
     vlm_jax.save_adapter(model, params, tmp_path / "out")
     with pytest.raises(UserError, match="an adapter already"):
         vlm_jax.load_adapter(model, params, tmp_path / "out")
+    with pytest.raises(UserError, match="inputs is for foreign modules"):
+        vlm_jax.load_adapter(*base, tmp_path / "out", inputs=1)
     with pytest.raises(UserError, match="holds no adapter.safetensors"):
         vlm_jax.load_adapter(*base, tmp_path)

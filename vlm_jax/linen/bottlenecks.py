@@ -95,7 +95,7 @@ def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Si
     hits: set[str] = set()
     for row, target in zip(rows, [targets] if isinstance(targets, str) else targets, strict=True):
         try:
-            matched = {name for name in names if re.fullmatch(row, name)}
+            matched = [name for name in names if re.fullmatch(row, name)]
         except re.error as error:
             raise UserError(
                 f"The adapter target {target!r} is no regular expression: {error}."
@@ -109,7 +109,7 @@ def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Si
             )
         for name in matched:
             _check_site(name, names[name], str(target), adapter)
-        hits |= matched
+        hits |= set(matched)
     return tuple(site for name, site in names.items() if name in hits and site is not None)
 
 
@@ -139,7 +139,8 @@ def _check_site(name: str, site: Site | None, target: str, adapter: Adapter) -> 
             f"nn.scan(..., variable_axes={{'params': 0}})"
         )
     if why is not None:
-        raise UserError(f"The adapter target '{target}' means '{name}', but {why}.")
+        where = f"'{name}'" if name else "the whole module"
+        raise UserError(f"The adapter target '{target}' means {where}, but {why}.")
 
 
 def site_shapes(site: Site, adapter: Adapter) -> dict[str, tuple[int, ...]]:
