@@ -95,7 +95,9 @@ def test_it_starts_as_the_base_and_trains_the_adapter_alone(pair, init):
     y, gradient = outcome(adapted, variables, pair.x)
     flat = {path: float(np.abs(leaf).max()) for path, leaf in flatten(gradient).items()}
     if init == "mam_adapter":
-        np.testing.assert_array_equal(run(adapted, variables, pair.x), base)
+        # Op by op: compiled, fusions differ where more is computed, and with them the last bits.
+        plain = pair.module.apply({"params": pair.params}, pair.x)
+        np.testing.assert_array_equal(adapted.apply(variables, pair.x), plain)
         assert all((size > 0) == ("adapter_up" in path) for path, size in flat.items())
     else:
         assert 0 < np.abs(y - base).max() < 1
@@ -267,7 +269,8 @@ def test_files_go_out_and_in_unchanged(gpt, tmp_path, form):
     adapted, variables = adapted_and_moved(module, params, adapter)
     vlm_jax.save_adapter(adapted, variables, tmp_path / "out")
     again, read = vlm_jax.load_adapter(module, params, tmp_path / "out", inputs=TOKENS)
-    assert again.adapter == adapter and again.sites == adapted.sites
+    assert again.adapter == adapter
+    assert [(s.path, s.stack) for s in again.sites] == [(s.path, s.stack) for s in adapted.sites]
     jax.tree.map(np.testing.assert_array_equal, read["adapter"], variables["adapter"])
     np.testing.assert_array_equal(run(again, read, TOKENS), run(adapted, variables, TOKENS))
 
@@ -471,14 +474,17 @@ class Odd(nn.Module):
     """Modules that can have no adapter, or not of each kind."""
 
     @nn.compact
-    def __call__(self, x, all_of_them=False):
+    def __call__(self, x):
         embed = nn.Embed(8, 8, name="embed")
         x = x + embed(jnp.zeros(x.shape[:-1], jnp.int32))
-        x = nn.scan(Block, variable_axes={"params": 0}, length=2)(name="scanned")(x, None)[0]
+        third = nn.scan(
+            Unbiased, variable_axes={"params": 2}, split_rngs={"params": True}, length=2
+        )
+        x, _ = third(name="third")(x, None)
         x = nn.remat_scan(Plain, (2, 2))(name="twice")(x)
         x, _ = Block(name="pair")(x)
         y = nn.Dense(8, name="pooled")(x.mean(1))
-        if all_of_them:
+        if self.is_initializing():
             y = nn.Dense(8, name="skipped")(y)
         both = Tanh(name="both")
         x = both(x) + both(x[..., :1])[..., :1].repeat(8, -1)
@@ -490,6 +496,12 @@ class Tanh(nn.Module):
         return nn.tanh(x)
 
 
+class Unbiased(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(8, use_bias=False, name="mlp")(x), None
+
+
 class Plain(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -498,7 +510,7 @@ class Plain(nn.Module):
 
 @pytest.fixture(scope="module")
 def odd():
-    return Odd(), drawn(Odd(), X, True)
+    return Odd(), drawn(Odd(), X)
 
 
 @pytest.mark.parametrize(
@@ -514,6 +526,7 @@ def odd():
         ({"targets": ("pair",)}, "'pair', but it is a Block and gives tuple, not one array"),
         ({"targets": ("skipped",)}, "'skipped', but no call that was traced reached.*`inputs="),
         ({"targets": ("twice.mlp",)}, "'twice.mlp', but its parameters are a stack of stacks"),
+        ({"targets": ("third.mlp",)}, "stacked along axis 2, which biases have not"),
         ({"targets": ("both",)}, "'both', but it is a Tanh and gives arrays of several widths"),
         ({"kind": "parallel", "targets": ("embed",)}, r"first argument, which is int32\[2, 5\]"),
         ({"reduction_factor": 0.0}, "must be above 0"),

@@ -12,8 +12,8 @@ from vlm_jax.adapters import fresh
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.linear import fresh_a, weight_update
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
-from vlm_jax.linen.additions import nnx_text
-from vlm_jax.linen.bottlenecks import check_adapter, chosen_sites, site_shapes, tell_deaf
+from vlm_jax.linen.additions import nnx_text, tell_deaf
+from vlm_jax.linen.bottlenecks import check_adapter, chosen_sites, site_shapes
 from vlm_jax.linen.find import look
 from vlm_jax.linen.parts import Layer, Other, Site
 from vlm_jax.linen.stacks import joined, unboxed

@@ -8,7 +8,7 @@ layer takes one adapter for another. Another kind of addition is one more pytree
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -89,6 +89,13 @@ def tell_no_dropout(what: str, rate: float, names: Sequence[str]) -> None:
         f"or take dropout=0.",
         stacklevel=4,
     )
+
+
+def tell_deaf(what: str, rate: float, parts: Iterable[Any]) -> None:
+    """Warn of modules and layers on which dropout cannot act."""
+    deaf = [part.name for part in parts if not part.hears]
+    if rate > 0 and deaf:
+        tell_no_dropout(what, rate, deaf)
 
 
 def name_of(module: nn.Module) -> str:

@@ -8,7 +8,7 @@ y + A(x) (parallel, https://arxiv.org/abs/2110.04366), over last axes, with A of
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -158,10 +158,3 @@ def beside(site: Site, adapter: Adapter, leaves: Any, dropout: bool) -> Beside:
         leaves = jax.tree.map(site.stack.lay, leaves)
     rate = float(adapter.dropout) if dropout and site.hears else 0.0  # else `adapt` told it
     return Beside(leaves, dataclasses.replace(adapter.form, dropout=rate))
-
-
-def tell_deaf(what: str, rate: float, parts: Iterable[Any]) -> None:
-    """Warn of modules and layers on which dropout cannot act."""
-    deaf = [part.name for part in parts if not part.hears]
-    if rate > 0 and deaf:
-        tell_no_dropout(what, rate, deaf)

@@ -24,7 +24,7 @@ from vlm_jax.hub.peft_load import read_config
 from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.linen.adapt import check_module, check_supported
 from vlm_jax.linen.adapted import LORA, Adapted
-from vlm_jax.linen.bottlenecks import tell_deaf
+from vlm_jax.linen.additions import tell_deaf
 from vlm_jax.linen.find import look
 from vlm_jax.linen.parts import Layer, Other
 from vlm_jax.linen.stacks import joined, unboxed
