@@ -311,6 +311,11 @@ class Doubled(nn.Dense):
         return 2 * super().__call__(x)
 
 
+class First(nn.Dense):
+    def __call__(self, x):
+        return super().__call__(x)[..., :3]
+
+
 class Shared(nn.Module):
     def setup(self):
         self.layer = nn.Dense(8)
@@ -343,6 +348,7 @@ class Calls(nn.Module):
         (nn.DenseGeneral((2, 3)), "", lambda y, x, A: y(x) + A(y(x))),
         (nn.Dense(6, dtype=jnp.bfloat16), "", lambda y, x, A: y(x) + A(y(x))),
         (Doubled(6), "", lambda y, x, A: y(x) + A(y(x))),
+        (First(6), "", lambda y, x, A: y(x) + A(y(x))),
         (nn.remat(nn.Dense)(6), "", lambda y, x, A: y(x) + A(y(x))),
         (nn.jit(nn.Dense)(6), "", lambda y, x, A: y(x) + A(y(x))),
         (nn.Sequential([nn.Dense(6), nn.tanh]), "", lambda y, x, A: y(x) + A(y(x))),
@@ -384,10 +390,15 @@ def test_a_module_called_twice_has_it_twice():
     np.testing.assert_allclose(adapted.apply(variables, X), expected, atol=1e-4)
 
 
+class Tanh(nn.Module):
+    def __call__(self, x):
+        return nn.tanh(x)
+
+
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
-        return x + nn.Dense(8, name="mlp")(nn.tanh(x)), None
+        return x + nn.Dense(8, name="mlp")(Tanh(name="act")(x)), None
 
 
 class Stack(nn.Module):
@@ -419,6 +430,19 @@ def test_a_stack_of_any_axis_is_its_layers(axis, length):
         y = np.einsum("btd,de->bte", np.tanh(x), kernel) + np.broadcast_to(bias, x.shape)
         x = x + y + by_hand(jax.tree.map(lambda leaf, i=i: leaf[i], leaves), y, "swish", 1.0)
     np.testing.assert_allclose(adapted.apply(variables, X), x, atol=1e-4)
+
+
+def test_a_module_without_parameters_has_its_own_in_each_layer():
+    params = drawn(Stack(length=3), X)
+    adapter = Adapter("parallel", targets=("act",))
+    adapted, variables = adapted_and_moved(Stack(length=3), params, adapter)
+    leaves, dense = variables["adapter"]["layers"]["act"], params["layers"]["mlp"]
+    x = X.astype(np.float64)
+    for i in range(3):
+        added = by_hand(jax.tree.map(lambda leaf, i=i: leaf[i], leaves), x, "relu", 4.0)
+        y = np.einsum("btd,de->bte", np.tanh(x) + added, dense["kernel"][i])
+        x = x + y + np.broadcast_to(dense["bias"][i], x.shape)
+    np.testing.assert_allclose(adapted.apply(variables, X), x, rtol=1e-5, atol=1e-4)
 
 
 def test_experts_of_a_vmap_have_one_each():
@@ -491,11 +515,6 @@ class Odd(nn.Module):
         return embed.attend(x + jnp.broadcast_to(y[:, None], x.shape))
 
 
-class Tanh(nn.Module):
-    def __call__(self, x):
-        return nn.tanh(x)
-
-
 class Unbiased(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -505,7 +524,7 @@ class Unbiased(nn.Module):
 class Plain(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(8, name="mlp")(x)
+        return Tanh(name="act")(nn.Dense(8, name="mlp")(x))
 
 
 @pytest.fixture(scope="module")
@@ -526,6 +545,7 @@ def odd():
         ({"targets": ("pair",)}, "'pair', but it is a Block and gives tuple, not one array"),
         ({"targets": ("skipped",)}, "'skipped', but no call that was traced reached.*`inputs="),
         ({"targets": ("twice.mlp",)}, "'twice.mlp', but its parameters are a stack of stacks"),
+        ({"targets": ("twice.act",)}, "'twice.act', but its parameters are a stack of stacks"),
         ({"targets": ("third.mlp",)}, "stacked along axis 2, which biases have not"),
         ({"targets": ("both",)}, "'both', but it is a Tanh and gives arrays of several widths"),
         ({"kind": "parallel", "targets": ("embed",)}, r"first argument, which is int32\[2, 5\]"),

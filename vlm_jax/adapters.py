@@ -84,16 +84,18 @@ def leaf_shapes(
     """
     assert adapter.reduction_factor is not None
     low = max(1, int(outside // adapter.reduction_factor))
-    norm = {"scale": (inside,), "bias": (inside,)} if adapter.norm else {}
-    parts: dict[str, dict[str, tuple[int, ...]]] = {
-        "adapter_norm_before": norm,
-        "adapter_down": {"kernel": (inside, low), "bias": (low,)},
-        "adapter_up": {"kernel": (low, outside), "bias": (outside,)},
+    leaves: dict[str, tuple[int, ...]] = {
+        "adapter_norm_before/scale": (inside,),
+        "adapter_norm_before/bias": (inside,),
+        "adapter_down/kernel": (inside, low),
+        "adapter_down/bias": (low,),
+        "adapter_up/kernel": (low, outside),
+        "adapter_up/bias": (outside,),
     }
     return {
-        f"{base}{part}/{leaf}": (*lead, *shape)
-        for part, leaves in parts.items()
+        f"{base}{leaf}": (*lead, *shape)
         for leaf, shape in leaves.items()
+        if adapter.norm or "norm" not in leaf
     }
 
 

@@ -58,9 +58,10 @@ def adapt(
     held = [path for path in flat if path.endswith(("lora_A", "lora_B"))]
     if held:
         raise UserError(f"These parameters hold LoRA matrices already ('{held[0]}').")
-    for method, check in ((lora, check_supported), (adapter, check_adapter)):
-        if method is not None:
-            check(method)
+    if lora is not None:
+        check_supported(lora)
+    if adapter is not None:
+        check_adapter(adapter)
     found = look(module, params, flat, inputs)
     layers: tuple[Layer, ...] = ()
     sites: tuple[Site, ...] = ()

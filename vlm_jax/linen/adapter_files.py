@@ -71,7 +71,7 @@ def load_adapted(
             f"save_adapter writes it (format '{FORMAT}'). An adapter of this library's own models "
             f"goes onto such a model: load_adapter(model, params, directory)."
         )
-    fields = {k: tuple(value) if isinstance(value, list) else value for k, value in config.items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     adapted, variables = adapt(module, params, Adapter(**fields), inputs=inputs)
     wanted = flatten(variables[ADAPTER])
     with open_tensors(file) as handle:
