@@ -297,6 +297,12 @@ def test_the_axis_is_found_where_shapes_fit_several(kind, axis):
     np.testing.assert_allclose(module.apply({"params": merged}, X), x, atol=1e-5)
 
 
+def test_an_axis_that_matrices_have_not_is_refused():
+    module = Square(3, "heads")
+    with pytest.raises(UserError, match="stacked along axis 3, and matrices of two axes"):
+        vlm_jax.adapt(module, drawn(module, X), LoRA(targets=r"layers.*"))
+
+
 def test_4_bits_in_a_stack():
     params = drawn(Stack(), X)
     adapted, variables = adapted_and_moved(Stack(), params, Quantization("nf4-dq"), ALL)

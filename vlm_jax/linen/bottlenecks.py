@@ -89,11 +89,15 @@ def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Si
     Raises `UserError` for a target that matches nothing, and by name for a module that the trace
     did not reach, that gives no single array, or, where A reads its input, takes none that fits.
     """
-    targets = adapter.targets
-    rows = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
+    given = adapter.targets
+    rows = (
+        {t: rf"(.*\.)?{re.escape(t)}" for t in given}
+        if isinstance(given, tuple)
+        else {given: given}
+    )
     names = {path.replace("/", "."): site for path, site in found.items()}
     hits: set[str] = set()
-    for row, target in zip(rows, [targets] if isinstance(targets, str) else targets, strict=True):
+    for target, row in rows.items():
         try:
             matched = [name for name in names if re.fullmatch(row, name)]
         except re.error as error:
@@ -108,7 +112,7 @@ def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Si
                 f"names such as '{next((name for name in names if '.' in name), 'block_0.mlp')}'."
             )
         for name in matched:
-            _check_site(name, names[name], str(target), adapter)
+            _check_site(name, names[name], target, adapter)
         hits |= set(matched)
     return tuple(site for name, site in names.items() if name in hits and site is not None)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax.linen.stacks import Stack, unboxed
 
@@ -128,7 +129,7 @@ class Found:
 
 def shape_of(value: Any) -> tuple[int, ...] | str:
     """Return the shape of an array of floating-point numbers, or what a value is instead."""
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+    if not isinstance(value, jax.Array | np.ndarray):
         return type(value).__name__
     if not jnp.issubdtype(value.dtype, jnp.floating) or not value.shape:
         return f"{value.dtype}{list(value.shape)}"
