@@ -139,6 +139,8 @@ def test_a_run_trains_saves_exports_and_is_gone_on_from(place, tmp_path, quantiz
     model, params, _ = load_run(tmp_path / "run")
     assert (tmp_path / "run" / "adapter" / "modules" / "adapter_model.safetensors").is_file()
     assert model.modules_to_save == ("projector",)
+    written = [file.read_text() for file in (tmp_path / "run").rglob("meta/metadata")]
+    assert written and all('"kind"' in text and '"targets"' not in text for text in written)
     leaves = vlm_jax.take_adapter(model, params).leaves
     assert any(np.abs(leaf).max() > 0 for path, leaf in leaves.items() if "adapter_up" in path)
     report = export(tmp_path / "run", tmp_path / "out", merge=False)

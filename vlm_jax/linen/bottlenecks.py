@@ -89,12 +89,11 @@ def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Si
     Raises `UserError` for a target that matches nothing, and by name for a module that the trace
     did not reach, that gives no single array, or, where A reads its input, takes none that fits.
     """
-    given = adapter.targets
-    rows = (
-        {t: rf"(.*\.)?{re.escape(t)}" for t in given}
-        if isinstance(given, tuple)
-        else {given: given}
-    )
+    targets = adapter.targets
+    if isinstance(targets, str):
+        rows = {targets: targets}
+    else:
+        rows = {suffix: rf"(.*\.)?{re.escape(suffix)}" for suffix in targets}
     names = {path.replace("/", "."): site for path, site in found.items()}
     hits: set[str] = set()
     for target, row in rows.items():
