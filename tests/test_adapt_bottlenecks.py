@@ -242,8 +242,8 @@ def test_a_base_in_4_bits_is_its_decoded_self(gpt):
     assert isinstance(variables["params"]["h_0"]["mlp"]["c_fc"]["kernel"], vlm_jax.NF4)
     only, quantized = vlm_jax.adapt(module, params, quantization)
     decoded = vlm_jax.merge(only, quantized)
-    plain, _ = vlm_jax.adapt(gpt.module, decoded, adapter)
-    later, fresh = vlm_jax.adapt(gpt.module, quantized["params"], adapter)
+    plain, _ = vlm_jax.adapt(module, decoded, adapter)
+    later, fresh = vlm_jax.adapt(module, quantized["params"], adapter)
     assert later.sites == adapted.sites == plain.sites and len(later.sites) == 3
     assert later.quantized == adapted.quantized
     expected = outcome(plain, {"params": decoded, "adapter": variables["adapter"]}, TOKENS)
