@@ -49,21 +49,19 @@ class GPT2(nn.Module):
     layers: int = 2
     heads: int = 4
     positions: int = 16
-    form: str = "loop"  # or "remat", "scan", "scan with dropout's rng"
+    form: str = "loop"  # or "remat", "scan", "scan, remat", "scan with dropout's rng"
 
     @nn.compact
     def __call__(self, tokens):
         embed = nn.Embed(self.vocabulary, self.width, name="wte")
         places = nn.Embed(self.positions, self.width, name="wpe")
         x = embed(tokens) + places(jnp.arange(tokens.shape[1]))[None]
+        block = nn.remat(GPT2Block) if "remat" in self.form else GPT2Block
         if self.form.startswith("scan"):
             rngs = {"params": True, "dropout": True} if "rng" in self.form else {"params": True}
-            block = nn.scan(
-                GPT2Block, variable_axes={"params": 0}, split_rngs=rngs, length=self.layers
-            )
+            block = nn.scan(block, variable_axes={"params": 0}, split_rngs=rngs, length=self.layers)
             x, _ = block(self.heads, name="h")(x, None)
         else:
-            block = nn.remat(GPT2Block) if self.form == "remat" else GPT2Block
             for i in range(self.layers):
                 x, _ = block(self.heads, name=f"h_{i}")(x)
         return embed.attend(nn.LayerNorm(1e-5, name="ln_f")(x))

@@ -18,7 +18,7 @@ from references import quiet
 from safetensors.numpy import load_file
 
 import vlm_jax
-from vlm_jax import LoRA
+from vlm_jax import LoRA, UserError
 from vlm_jax.linen.files import named_layers
 from vlm_jax.trees import flatten, unflatten
 
@@ -203,6 +203,24 @@ def test_peft_s_own_file_is_read(pair, tmp_path):
     assert before.keys() == after.keys()
     for name in before:
         np.testing.assert_array_equal(before[name], after[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_dora": True}, "dora=True, but DoRA"),
+        ({"bias": "all"}, "bias='all', but training biases"),
+        ({"modules_to_save": ["pooler"]}, "modules_to_save=.*saving further modules"),
+        ({"rank_pattern": {"query": 2}}, "rank_pattern=.*differs from layer to layer"),
+        ({"alpha_pattern": {"query": 2}}, "alpha_pattern=.*differs from layer to layer"),
+    ],
+)
+def test_what_a_file_of_peft_s_has_and_is_lacking_here_is_named(options, said, tmp_path):
+    pair = make_pair("bert")
+    with quiet():
+        with_peft(pair, r=3, **options).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"cannot be loaded: LoRA has {said}"):
+        vlm_jax.load_lora(pair.module, pair.params, tmp_path, names=pair.names)
 
 
 def test_gradients_and_five_steps_are_peft_s(pair, tmp_path):

@@ -230,7 +230,7 @@ def test_a_stack_of_any_axis_is_its_layers(axis, tmp_path):
 
     params3 = stacked(params, axis)
     scan, fresh = vlm_jax.adapt(Stack(axis=axis), params3, ALL)
-    assert scan.layers[0].stack == axis and scan.layers[0].size == (8, 8)
+    assert scan.layers[0].stack.axis == axis and scan.layers[0].size == (8, 8)
     assert jax.tree.map(jnp.shape, fresh["lora"]) == {
         "layers": {"up": {"lora_A": (3, 8, 3), "lora_B": (3, 3, 8)}}
     }
@@ -243,6 +243,64 @@ def test_a_stack_of_any_axis_is_its_layers(axis, tmp_path):
     names = [(r"layers_(\d)\.(.*)", r"layers.\1.\2")]
     _, read = vlm_jax.load_lora(loop, params, tmp_path, names=names)
     jax.tree.map(np.testing.assert_array_equal, read["lora"], variables["lora"])
+
+
+class Square(nn.Module):
+    """As many layers as they are wide: shapes do not tell the axis."""
+
+    axis: int
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        kind = {
+            "dense": lambda: nn.Dense(8),
+            "no bias": lambda: nn.Dense(8, use_bias=False),
+            "heads": lambda: nn.DenseGeneral((8, 8), use_bias=False),
+        }[self.kind]
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                y = kind()(x)
+                return nn.tanh(y if y.shape == x.shape else y.mean(-1)), None
+
+        layers = nn.scan(
+            nn.remat(Layer), variable_axes={"params": self.axis}, split_rngs={"params": True},
+            length=8,
+        )  # fmt: skip
+        return layers(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("kind", ["dense", "no bias", "heads"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_the_axis_is_found_where_shapes_fit_several(kind, axis):
+    module = Square(axis, kind)
+    params = drawn(module, X)
+    adapted, variables = adapted_and_moved(module, params, ALL)
+    (layer,) = adapted.layers
+    assert layer.stack.axis == axis and layer.stack.root == "layers"
+    flat, lora = flatten(params), flatten(variables["lora"])
+    x = X
+    for i in range(8):
+        kernel, *bias = (
+            np.take(flat[f"{layer.path}/{name}"], i, axis)
+            for name in ("kernel", "bias")
+            if f"{layer.path}/{name}" in flat
+        )
+        a, b = (lora[f"{layer.path}/lora_{letter}"][i] for letter in "AB")
+        y = x @ kernel.reshape(8, -1) + 2 * (x @ a) @ b
+        y = y + bias[0][None, None] if bias else y
+        x = np.tanh(y if y.shape == x.shape else y.reshape(*x.shape, -1).mean(-1))
+    np.testing.assert_allclose(adapted.apply(variables, X), x, atol=1e-5)
+    merged = vlm_jax.merge(adapted, variables)
+    np.testing.assert_allclose(module.apply({"params": merged}, X), x, atol=1e-5)
+
+
+def test_an_axis_that_matrices_have_not_is_refused():
+    module = Square(3, "heads")
+    with pytest.raises(UserError, match="stacked along axis 3, and matrices of two axes"):
+        vlm_jax.adapt(module, drawn(module, X), LoRA(targets=r"layers.*"))
 
 
 def test_4_bits_in_a_stack():

@@ -141,6 +141,8 @@ def test_a_run_trains_saves_exports_and_is_gone_on_from(place, tmp_path, quantiz
     model, params, _ = load_run(tmp_path / "run")
     assert (tmp_path / "run" / "adapter" / "modules" / "adapter_model.safetensors").is_file()
     assert model.modules_to_save == ("projector",)
+    written = [file.read_text() for file in (tmp_path / "run").rglob("meta/metadata")]
+    assert written and all('"kind"' in text and '"targets"' not in text for text in written)
     leaves = vlm_jax.take_adapter(model, params).leaves
     assert any(np.abs(leaf).max() > 0 for path, leaf in leaves.items() if "adapter_up" in path)
     report = export(tmp_path / "run", tmp_path / "out", merge=False)
@@ -181,6 +183,7 @@ def test_what_is_refused(place, base, tmp_path):
         ({"reduction_factor": 0.0}, "must be above 0"),
         ({"components": ("head",)}, "only the blocks"),
         ({"dropout": 1.0}, "must be in"),
+        ({"targets": ("mlp",)}, "targets=.*which are for the modules that adapt takes"),
     ):
         with pytest.raises(UserError, match=said):
             vlm_jax.add_adapter(*base, vlm_jax.Adapter(**wrong), jax.random.key(0))
@@ -232,5 +235,7 @@ def test_files_of_another_are_refused(base, tmp_path):
     vlm_jax.save_adapter(model, params, tmp_path / "out")
     with pytest.raises(UserError, match="an adapter already"):
         vlm_jax.load_adapter(model, params, tmp_path / "out")
+    with pytest.raises(UserError, match="inputs is for foreign modules"):
+        vlm_jax.load_adapter(*base, tmp_path / "out", inputs=1)
     with pytest.raises(UserError, match="holds no adapter.safetensors"):
         vlm_jax.load_adapter(*base, tmp_path)

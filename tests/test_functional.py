@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -33,7 +34,7 @@ def test_the_documented_loop(tmp_path, monkeypatch, capsys):
 
 def test_the_documented_foreign_module(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "ANY_FLAX_MODEL.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", text, re.S)[0]
+    code, bottlenecks, *_ = re.findall(r"```python\n(.*?)```", text, re.S)
     monkeypatch.chdir(tmp_path)
     held: dict = {}
     exec(compile(code, "docs/ANY_FLAX_MODEL.md", "exec"), held)
@@ -41,3 +42,8 @@ def test_the_documented_foreign_module(tmp_path, monkeypatch, capsys):
     assert len(losses) == 20 and losses[-1] < 0.5 * losses[0]
     names = {layer.name for layer in held["adapted"].layers}
     assert names == {"fc", *(f"attention.{part}" for part in ("query", "key", "value", "out"))}
+    exec(compile(bottlenecks, "docs/ANY_FLAX_MODEL.md", "exec"), held)
+    assert [site.name for site in held["adapted"].sites] == ["attention", "fc"]
+    assert jax.tree.map(np.shape, held["variables"]["adapter"]) == jax.tree.map(
+        np.shape, held["gradient"]
+    )

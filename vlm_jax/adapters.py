@@ -51,8 +51,8 @@ def _width(model: Model, stack: str) -> int:
     return model.config.text.hidden_size if text else model.config.vision.width
 
 
-def shapes(model: Model, adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Return {path: shape} of the leaves of an adapter. Raises `UserError` for what it lacks."""
+def check_known(adapter: Adapter) -> None:
+    """Raise `UserError` for words and numbers of an adapter that mean nothing."""
     if adapter.non_linearity not in ACTIVATIONS:
         raise UserError(
             f"The adapter's non_linearity '{adapter.non_linearity}' is not known"
@@ -69,21 +69,60 @@ def shapes(model: Model, adapter: Adapter) -> dict[str, tuple[int, ...]]:
             f"The adapter's reduction_factor is {adapter.reduction_factor:g}; it must be above 0: "
             f"a block of width D gets a bottleneck of D / reduction_factor."
         )
+    if not 0 <= adapter.dropout < 1:
+        raise UserError(f"The adapter's dropout is {adapter.dropout}; it must be in [0, 1).")
+
+
+def leaf_shapes(
+    adapter: Adapter, base: str, inside: int, outside: int, lead: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Return {path: shape} of the leaves of one bottleneck, or of a stack of them.
+
+    base: what their paths start with, "block/attention_adapters/". inside, outside: the widths of
+    what it reads and of what it gives, D / reduction_factor of the latter that of the bottleneck.
+    lead: (layers,) of a stack, else ().
+    """
+    assert adapter.reduction_factor is not None
+    low = max(1, int(outside // adapter.reduction_factor))
+    leaves: dict[str, tuple[int, ...]] = {
+        "adapter_norm_before/scale": (inside,),
+        "adapter_norm_before/bias": (inside,),
+        "adapter_down/kernel": (inside, low),
+        "adapter_down/bias": (low,),
+        "adapter_up/kernel": (low, outside),
+        "adapter_up/bias": (outside,),
+    }
+    return {
+        f"{base}{leaf}": (*lead, *shape)
+        for leaf, shape in leaves.items()
+        if adapter.norm or "norm" not in leaf
+    }
+
+
+def fresh(
+    adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], key: jax.Array
+) -> dict[str, jax.Array]:
+    """Return {path: float32 leaf} as an adapter starts; shapes: as `leaf_shapes` gives them."""
+    down, up = INIT[adapter.init_weights]
+    leaves = {}
+    for path, one in zip(shapes, jax.random.split(key, len(shapes)), strict=True):
+        if path.endswith("/kernel"):
+            leaves[path] = (down if "adapter_down/" in path else up)(one, shapes[path])
+        else:
+            leaves[path] = jnp.full(shapes[path], float(path.endswith("/scale")), jnp.float32)
+    return leaves
+
+
+def shapes(model: Model, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Return {path: shape} of the leaves of an adapter. Raises `UserError` for what it lacks."""
+    check_known(adapter)
     found: dict[str, tuple[int, ...]] = {}
     for stack, layers in model.family.stacks(model.config).items():
         if model.component(f"{stack}/kernel") not in adapter.components:
             continue
         wide = _width(model, stack)
-        low = max(1, int(wide // adapter.reduction_factor))
         for place in KINDS[adapter.kind].places:
-            base = f"{stack}/{place}"
-            if adapter.norm:
-                found[f"{base}/adapter_norm_before/scale"] = (layers, wide)
-                found[f"{base}/adapter_norm_before/bias"] = (layers, wide)
-            found[f"{base}/adapter_down/kernel"] = (layers, wide, low)
-            found[f"{base}/adapter_down/bias"] = (layers, low)
-            found[f"{base}/adapter_up/kernel"] = (layers, low, wide)
-            found[f"{base}/adapter_up/bias"] = (layers, wide)
+            found |= leaf_shapes(adapter, f"{stack}/{place}/", wide, wide, (layers,))
     if not found:
         raise UserError(
             f"No adapter can stand in the components {list(adapter.components)}: only the blocks "
@@ -106,16 +145,13 @@ def add_adapter(
             "These parameters hold LoRA matrices or adapters already. Merge LoRA first; to switch "
             "adapters take with_adapter."
         )
-    if not 0 <= adapter.dropout < 1:
-        raise UserError(f"The adapter's dropout is {adapter.dropout}; it must be in [0, 1).")
-    down, up = INIT[adapter.init_weights] if adapter.init_weights in INIT else (_zeros, _zeros)
-    wanted = shapes(model, adapter)
-    for path, one in zip(wanted, jax.random.split(key, len(wanted)), strict=True):
-        shape = wanted[path]
-        if path.endswith("/kernel"):
-            flat[path] = (down if "/adapter_down/" in path else up)(one, shape)
-        else:
-            flat[path] = jnp.full(shape, float(path.endswith("/scale")), jnp.float32)
+    if adapter.targets:
+        raise UserError(
+            f"The adapter has targets={adapter.targets!r}, which are for the modules that adapt "
+            f"takes: in this library's own models the kind says where adapters stand, and "
+            f"components in which part. Leave targets out."
+        )
+    flat |= fresh(adapter, shapes(model, adapter), key)
     return dataclasses.replace(model, adapter=adapter), unflatten(flat)
 
 

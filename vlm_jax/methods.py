@@ -73,6 +73,9 @@ class Adapter:
     init_weights: "mam_adapter" (up is zero: the model starts equal to the base), or "bert" or
         "houlsby", small random numbers, as in the library.
     components: of "language_model" and "vision". modules_to_save: as LoRA's.
+    targets: for foreign modules alone (`adapt`), which have no such blocks: the modules whose
+        output gets an adapter, as suffixes of whole parts ("attn", "mlp.fc2") or one regex over
+        whole dotted names.
     """
 
     kind: str = "pfeiffer"
@@ -84,6 +87,7 @@ class Adapter:
     init_weights: str = "mam_adapter"
     components: tuple[str, ...] = ("language_model",)
     modules_to_save: tuple[str, ...] = ()
+    targets: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         kind = LIBRARY_NAMES.get(self.kind, self.kind)

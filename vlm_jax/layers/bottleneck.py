@@ -6,6 +6,7 @@ https://arxiv.org/abs/2110.04366. Letters: D width of the block, W of the bottle
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.layers.activations import ACTIVATIONS
-from vlm_jax.layers.linear import Linear
-from vlm_jax.layers.norm import LayerNorm
+from vlm_jax.layers.linear import along_last, dropped, matmul
+from vlm_jax.layers.norm import layer_norm
 
 # What stands after a block's attention and after its MLP, as the `adapters` library calls it.
 ATTENTION, OUTPUT = "attention_adapters", "output_adapters"
@@ -60,8 +61,30 @@ class Bottleneck:
     dropout: float = 0.0
 
 
+def bottleneck(
+    module: nn.Module, form: Bottleneck, leaves: Mapping[str, Any], z: jax.Array, dtype: Any
+) -> jax.Array:
+    """Return A(z) = scaling * up(f(down(z))), [..., D] to [..., E], computed in `dtype`.
+
+    leaves: adapter_down {kernel [D, W], bias [W]}, adapter_up {kernel [W, E], bias [E]} and, where
+    A norms what it reads, adapter_norm_before {scale [D], bias [D]}. module: whose "dropout" rng,
+    where there is one, drops from what A gives.
+    """
+    norm = leaves.get("adapter_norm_before")
+    if norm is not None:
+        z = layer_norm(z, norm["scale"], norm["bias"], NORM_EPSILON)
+    low = ACTIVATIONS[form.non_linearity](_affine(z.astype(dtype), leaves["adapter_down"]))
+    up = _affine(low, leaves["adapter_up"])
+    return dropped(module, up * jnp.asarray(form.scaling, up.dtype), form.dropout)
+
+
+def _affine(x: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
+    y = matmul(x, leaves["kernel"])
+    return y + along_last(leaves["bias"].astype(x.dtype), y)
+
+
 class Residual(nn.Module):
-    """x + h of [..., D], and beside it scaling * up(f(down(what the adapter reads))).
+    """x + h of [..., D], and beside it A of what the adapter reads (see `bottleneck`).
 
     x: what went into the block's part; h: what came out of it. The adapter's leaves lie below this
     module's name: adapter_down [D, W] and adapter_up [W, D] with biases, and where the adapter
@@ -80,15 +103,4 @@ class Residual(nn.Module):
             raise ValueError(f"{self.path} has adapter leaves, but the model was built without.")
         total = x + h
         read = {"output": h, "sum": total, "input": x}[form.reads]
-        if self.has_variable("params", "adapter_norm_before"):
-            read = LayerNorm(NORM_EPSILON, self.dtype, name="adapter_norm_before")(read)
-        width = self.variables["params"]["adapter_down"]["kernel"].shape[-1]
-        low = Linear(width, True, self.dtype, name="adapter_down")(read)
-        low = ACTIVATIONS[form.non_linearity](low)
-        up = Linear(x.shape[-1], True, self.dtype, name="adapter_up")(low)
-        up = up * jnp.asarray(form.scaling, up.dtype)
-        if form.dropout > 0 and self.has_rng("dropout"):
-            keep = 1.0 - form.dropout
-            mask = jax.random.bernoulli(self.make_rng("dropout"), keep, up.shape)
-            up = jnp.where(mask, up / keep, 0).astype(up.dtype)
-        return total + up
+        return total + bottleneck(self, form, self.variables["params"], read, self.dtype)

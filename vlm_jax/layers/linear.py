@@ -90,8 +90,8 @@ def fresh_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def lora_input(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Return what A multiplies: x, with dropout where the module has an rng for it."""
+def dropped(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """Return x with dropout where the module has an rng for it."""
     if rate == 0 or not module.has_rng("dropout"):
         return x
     mask = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
@@ -119,7 +119,9 @@ def lora_matmul(
     return kernel_product(x, kernel, scale, start) + lora_update(x_lora, a, b, scale)
 
 
-def kernel_product(x: jax.Array, kernel: Any, scale: Any, start: Any = None) -> jax.Array:
+def kernel_product(
+    x: jax.Array, kernel: Any, scale: Any, start: tuple[Any, Any] | None = None
+) -> jax.Array:
     """Return x @ (kernel - scale A0 @ B0), in x's dtype.
 
     start: (A0, B0), what matrices took of the kernel at their start (see starts.py), or None. It is
@@ -147,7 +149,7 @@ def dora_matmul(
     b: Any,
     scale: Any,
     x_lora: Any,
-    start: Any,
+    start: tuple[Any, Any] | None,
     magnitude: Any,
 ) -> jax.Array:
     """Return x @ (kernel + scale a @ b) with columns of norm `magnitude` [out], in x's dtype.
@@ -155,7 +157,7 @@ def dora_matmul(
     As PEFT has it: dropout acts on all that the adapter changes, x_lora @ (this - kernel), and the
     norms of the columns count as constants in the backward pass (section 4.3 of the paper).
     """
-    whole = (a, b) if start is None else less_start(a, b, *start)
+    whole: tuple[Any, Any] = (a, b) if start is None else less_start(a, b, *start)
     norms = jax.lax.stop_gradient(column_norms(kernel, *whole, scale))
     ratio_O = jnp.asarray(magnitude, jnp.float32) / norms
     if not isinstance(scale, float):  # of a layer: 0 where it has no matrices, and so no norms
@@ -205,7 +207,7 @@ class Linear(nn.Module):
             b: Any = self.get_variable("params", "lora_B")
             scale = scale_of(self, self.lora, a.shape[-1])
             assert self.lora is not None
-            x_lora = lora_input(self, x, self.lora.dropout)
+            x_lora = dropped(self, x, self.lora.dropout)
             start: Any = None
             if self.has_variable("params", "start_A"):
                 start = tuple(self.get_variable("params", f"start_{one}") for one in "AB")

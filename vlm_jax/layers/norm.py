@@ -33,9 +33,14 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
         bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        scale, bias = (along_last(v.astype(jnp.float32), x) for v in (scale, bias))
-        return (normed * scale + bias).astype(self.dtype)
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+def layer_norm(x: jax.Array, scale: Any, bias: Any, epsilon: float) -> jax.Array:
+    """Return float32 [..., D] of x [..., D], scale and bias [D]."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + epsilon)
+    scale, bias = (along_last(v.astype(jnp.float32), x) for v in (scale, bias))
+    return normed * scale + bias

@@ -8,65 +8,94 @@ layer takes one adapter for another. Another kind of addition is one more pytree
 
 import dataclasses
 import warnings
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
-from vlm_jax.layers.linear import lora_input, lora_update, matmul
+from vlm_jax.layers.linear import dropped, lora_update, matmul
 from vlm_jax.linen.layers import ATTEND, CALLS, EMBED, Product, first, product
+from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit, dense
 
 LEAF = "vlm_jax_addition"  # the leaf's name; no module of anybody's has one such
 NNX = "flax.nnx."
-NO_DROPOUT = "does not act on layers in an nn.scan or nn.vmap that passes no 'dropout' rng on"
-GIVE_RNG = "Give that one split_rngs={'dropout': True}, or take dropout=0."
+UNKNOWN = (
+    "uses its weights in a way that is not known here, so that LoRA or 4-bit weights would do "
+    "nothing. They go on nn.Dense, nn.DenseGeneral, nn.Einsum and nn.Embed, and on subclasses that "
+    "call super(). Leave it out of the targets, or build it of these."
+)
+
+
+class Call(NamedTuple):
+    """A call of a module's method. within: the methods of the same module that it runs inside."""
+
+    context: Any  # Linen's, of an interceptor
+    args: tuple
+    kwargs: dict
+    within: tuple[str, ...]
 
 
 class Addition(Protocol):
-    """A pytree that changes a layer's output."""
+    """A pytree that changes a layer's output. idle: what is wrong where it changed nothing."""
 
-    def change(self, context: Any, args: tuple, kwargs: dict, y: Any) -> Any:
-        """Return the new output, or None where this method of the layer is not known."""
+    idle: ClassVar[str]
+
+    def change(self, call: Call, y: Any) -> Any:
+        """Return the new output, or None where this method of the layer is not one to change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
     """LoRA: a [in, R], b [R, out] of a layer whose kernel is the matrix [in, out]."""
 
+    idle: ClassVar[str] = UNKNOWN
+
     a: Any
     b: Any
     scale: float
     dropout: float
 
-    def change(self, context: Any, args: tuple, kwargs: dict, y: Any) -> Any:
-        method, x = context.orig_method.func, first(args, kwargs)
+    def change(self, call: Call, y: Any) -> Any:
+        module, method = call.context.module, call.context.orig_method.func
+        if method not in (EMBED, ATTEND, *CALLS):
+            return None
+        x = first(call.args, call.kwargs)
         if method is EMBED:  # without dropout, as in PEFT: there is no input to drop
             low = dense(self.a, y.dtype)[x] * jnp.asarray(self.scale, y.dtype)
             return y + matmul(low, dense(self.b, y.dtype))
         if method is ATTEND:  # the tied head: x W' transposed
             low = matmul(x.astype(y.dtype), dense(self.b, y.dtype).T)
             return y + matmul(low * jnp.asarray(self.scale, y.dtype), dense(self.a, y.dtype).T)
-        if method not in CALLS:
-            return None
-        layer = product(CALLS[method], context.module, args, kwargs)
+        layer = product(CALLS[method], module, call.args, call.kwargs)
         rows = layer.rows(jnp.asarray(x).astype(y.dtype))
-        self._say_without_dropout(context.module)
-        rows = lora_input(context.module, rows, self.dropout)
-        return y + layer.from_rows(lora_update(rows, self.a, self.b, self.scale))
-
-    def _say_without_dropout(self, module: nn.Module) -> None:
         if self.dropout > 0 and not module.has_rng("dropout"):
-            warnings.warn(
-                f"The LoRA dropout of {self.dropout} {NO_DROPOUT}: {name_of(module)}. {GIVE_RNG}",
-                stacklevel=2,
-            )
+            tell_no_dropout("LoRA", self.dropout, [name_of(module)])
+        rows = dropped(module, rows, self.dropout)
+        return y + layer.from_rows(lora_update(rows, self.a, self.b, self.scale))
 
 
 jax.tree_util.register_dataclass(LowRank, data_fields=["a", "b"], meta_fields=["scale", "dropout"])
+
+
+def tell_no_dropout(what: str, rate: float, names: Sequence[str]) -> None:
+    """Warn of modules on which dropout cannot act."""
+    warnings.warn(
+        f"The {what} dropout of {rate} does not act on layers in an nn.scan or nn.vmap that passes "
+        f"no 'dropout' rng on: {', '.join(names)}. Give that one split_rngs={{'dropout': True}}, "
+        f"or take dropout=0.",
+        stacklevel=4,
+    )
+
+
+def tell_deaf(what: str, rate: float, parts: Iterable[Any]) -> None:
+    """Warn of modules and layers on which dropout cannot act."""
+    deaf = [part.name for part in parts if not part.hears]
+    if rate > 0 and deaf:
+        tell_no_dropout(what, rate, deaf)
 
 
 def name_of(module: nn.Module) -> str:
@@ -118,45 +147,43 @@ def interceptor() -> Callable[..., Any]:
     Raises `UserError` where a layer with an addition, or with a 4-bit kernel, is none that is
     known: nothing is left out silently.
     """
-    running: dict[int, bool] = {}  # a module at work -> whether its weights were seen to be used
-
-    def run(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module, method = context.module, context.orig_method.func
-        addition: Addition | None = own(module, LEAF)
-        if method in CALLS and isinstance(own(module, "kernel"), FourBit):
-            y = _decoded(module, CALLS[method], args, kwargs)
-            running[id(module)] = True
-        else:
-            y = next_method(*args, **kwargs)
-        changed = None if addition is None else addition.change(context, args, kwargs, y)
-        if changed is None:
-            return y
-        running[id(module)] = True
-        return changed
+    # Modules at work, by path: the methods that run, and what of them was not seen to be used yet.
+    running: dict[tuple[str, ...], tuple[list[str], set[str]]] = {}
 
     def intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
+        module, function = context.module, context.orig_method.func
         if context.method_name == "setup":
             return next_method(*args, **kwargs)
         if type(module).__module__.startswith(NNX):
             _check_bridge(module)
-        if own(module, LEAF) is None and not isinstance(own(module, "kernel"), FourBit):
+        addition: Addition | None = own(module, LEAF)
+        codes = isinstance(own(module, "kernel"), FourBit)
+        if addition is None and not codes:
             return next_method(*args, **kwargs)
-        if id(module) in running:  # a method that another one of the same module calls
-            return run(next_method, args, kwargs, context)
-        running[id(module)] = False
+        path = module.scope.path
+        outermost = path not in running  # else: a method that another one of the same module calls
+        needed = {addition.idle} if addition is not None else set()
+        methods, unused = running.setdefault(path, ([], needed | ({UNKNOWN} if codes else set())))
+        call = Call(context, args, kwargs, tuple(methods))
+        methods.append(context.method_name)
         try:
-            y = run(next_method, args, kwargs, context)
-            used = running[id(module)]
+            if codes and function in CALLS:
+                y = _decoded(module, CALLS[function], args, kwargs)
+                unused.discard(UNKNOWN)
+            else:
+                y = next_method(*args, **kwargs)
+            changed = None if addition is None else addition.change(call, y)
+            if addition is not None and changed is not None:
+                y = changed
+                unused.discard(addition.idle)
         finally:
-            del running[id(module)]
-        if not used:
+            methods.pop()
+            if outermost:
+                del running[path]
+        for why in unused if outermost else ():
             raise UserError(
                 f"'{name_of(module)}' is a {type(module).__name__}, whose {context.method_name} "
-                f"uses its weights in a way that is not known here, so that LoRA or 4-bit weights "
-                f"would do nothing. They go on nn.Dense, nn.DenseGeneral, nn.Einsum and nn.Embed, "
-                f"and on subclasses that call super(). Leave it out of the targets, or build it of "
-                f"these."
+                f"{why}"
             )
         return y
 
@@ -164,10 +191,9 @@ def interceptor() -> Callable[..., Any]:
 
 
 def _check_bridge(module: nn.Module) -> None:
-    held = module.variables.get("params", {})
-    leaves = jax.tree.leaves(held, is_leaf=lambda leaf: isinstance(leaf, FourBit | LowRank))
-    if any(isinstance(leaf, FourBit | LowRank) for leaf in leaves):
-        raise UserError(nnx_text(name_of(module)))
+    for path, leaf in flatten(module.variables.get("params", {})).items():
+        if path.split("/")[-1] == LEAF or isinstance(leaf, FourBit):
+            raise UserError(nnx_text(name_of(module)))
 
 
 def nnx_text(name: str) -> str:

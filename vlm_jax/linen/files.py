@@ -5,6 +5,7 @@ or of an embedding `.lora_embedding_A` [R, V] and `.lora_embedding_B` [D, R]: ou
 whatever the order of axes in the reference's own weight.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,12 @@ from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import PREFIX
 from vlm_jax.hub.peft_load import read_config
 from vlm_jax.hub.tensors import open_tensors
-from vlm_jax.linen.adapt import LORA, Adapted, check_module, check_supported, tell_dropout
-from vlm_jax.linen.find import Layer, Other, joined, layers_of, unboxed
+from vlm_jax.linen.adapt import check_module, check_supported
+from vlm_jax.linen.adapted import LORA, Adapted
+from vlm_jax.linen.additions import tell_deaf
+from vlm_jax.linen.find import look
+from vlm_jax.linen.parts import Layer, Other
+from vlm_jax.linen.stacks import joined, unboxed
 from vlm_jax.methods import LoRA
 from vlm_jax.trees import flatten, match, unflatten
 from vlm_jax.weights import FourBit, dense
@@ -46,11 +51,11 @@ def named_layers(
     """
     own: dict[str, tuple[Layer, int | None]] = {}
     for layer in layers:
-        if layer.stacked is None:
+        if layer.stack is None:
             own[layer.name] = layer, None
             continue
-        head = layer.stacked.replace("/", ".")
-        for i in range(layer.count):
+        head = layer.stack.root.replace("/", ".")
+        for i in range(layer.stack.count):
             own[f"{head}.{i}{layer.name[len(head) :]}".strip(".")] = layer, i
     if names is None:
         return own
@@ -167,8 +172,23 @@ def load_lora(
             f"pickle (adapter_model.bin) is not read: load it with peft and save it again."
         )
     config = read_config(directory, also=("fan_in_fan_out",))
+    lora = LoRA(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout") or 0.0,
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        bias=config.get("bias") or "none",
+    )
+    try:
+        check_supported(lora)  # before the tensors, some of which would have no place
+    except UserError as error:
+        raise UserError(f"The adapter in '{directory}' cannot be loaded: {error}") from error
     flat = flatten(params)
-    found = layers_of(module, params, flat, inputs)
+    found = look(module, params, flat, inputs).layers
     layers = [one for one in found if isinstance(one, Layer)]
     named = named_layers(layers, names, every=False)
     matrices: dict[Layer, dict[int | None, dict[str, np.ndarray]]] = {}
@@ -203,21 +223,9 @@ def load_lora(
             f"ensure_weight_tying, so peft leaves the head without it; here the head is the same "
             f"weight (`attend`). Merge it with peft into a checkpoint with a head of its own."
         )
-    lora = LoRA(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout") or 0.0,
-        targets=tuple(layer.name for layer in layers if layer in matrices),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        bias=config.get("bias") or "none",
-    )
-    check_supported(lora)
     adapted_layers = tuple(layer for layer in layers if layer in matrices)
-    tell_dropout(adapted_layers, lora)
+    lora = dataclasses.replace(lora, targets=tuple(layer.name for layer in adapted_layers))
+    tell_deaf("LoRA", lora.dropout, adapted_layers)
     made = {}
     for layer in adapted_layers:
         for letter in "AB":

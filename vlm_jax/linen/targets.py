@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.linen.find import Layer, Other
+from vlm_jax.linen.parts import Layer, Other
 from vlm_jax.targets import PRESETS
 
 

@@ -41,6 +41,8 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
     adapter = Path(config.model.adapter or "", "adapter_model.safetensors")
     if config.model.adapter and is_adapter_directory(config.model.adapter):
         adapter = Path(config.model.adapter, WEIGHTS)
+    own = {} if model.adapter is None else dataclasses.asdict(model.adapter)
+    own.pop("targets", None)  # of foreign modules alone: older checkpoints have no such field
     return {
         "base": base_identity(model.source.directory),
         "model": {
@@ -50,7 +52,7 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
         },
         "training table": [list(row) for row in table],
         "lora": None if model.lora is None else dataclasses.asdict(model.lora),
-        "adapter": None if model.adapter is None else dataclasses.asdict(model.adapter),
+        "adapter": own or None,
         "data": {
             "train_file": sources_identity(configs.plain(d.train_file)),
             **{key: d[key] for key in DATA_KEYS},
