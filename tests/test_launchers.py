@@ -98,12 +98,12 @@ def commands(tmp_path, monkeypatch):
     """Put programs on PATH that only write down how they are called; return a reader of that."""
     log = tmp_path / "calls"
     (tmp_path / "bin").mkdir()
-    for name in ("gcloud", "scontrol", "srun"):
+    for name in ("gcloud", "scontrol", "scancel", "srun"):
         program = tmp_path / "bin" / name
         body = 'printf "%s\\n" "$(basename "$0") $*" >>"$CALLS"\n'
-        if name == "srun":
-            body = "trap 'echo told >>\"$CALLS\"; exit 0' TERM\n" + body
-            body += "for _ in $(seq 600); do sleep 0.1; done\n"
+        if name == "srun":  # it ends when its processes do, and kills them where it is told to stop
+            body = "trap 'echo killed >>\"$CALLS\"; exit 137' TERM\n" + body
+            body += 'for _ in $(seq 600); do grep -q scancel "$CALLS" && exit 0; sleep 0.1; done\n'
         program.write_text(f"#!/usr/bin/env bash\n{body}")
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -166,4 +166,4 @@ def test_a_job_whose_time_is_up_is_stopped_and_goes_back_to_the_queue(commands, 
     assert started == (
         "srun --kill-on-bad-exit=1 /opt/venv/bin/vlm-jax train --resume=auto --config run.yaml"
     )
-    assert (told, requeued) == ("told", "scontrol requeue 17")
+    assert (told, requeued) == ("scancel --signal=TERM 17", "scontrol requeue 17")

@@ -31,6 +31,8 @@ def test_parameters_are_spread_only_as_far_as_memory_asks_for():
     assert picked(seven, "h100:8", lora__enabled=False) == {"data": 2, "fsdp": 4}
     assert picked(large, "v5e-16") == {"fsdp": 16}
     assert picked(large, "v5e-16", mesh__tensor=4) == {"fsdp": 4, "tensor": 4}
+    llava = "llava-hf/llava-1.5-7b-hf"  # of whose sizes, all powers of 2 but one, 6 divides none
+    assert picked(llava, "rtx4090:6", lora__enabled=False) == {"data": 3, "fsdp": 2}
 
 
 def test_it_is_a_word_for_the_section_in_files_and_on_the_command_line(tmp_path):

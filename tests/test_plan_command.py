@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from test_plan import on_chip
 
-from vlm_jax import config, plan
+from vlm_jax import UserError, config, plan
 from vlm_jax.cli import main
 from vlm_jax.hardware import DEVICES, hardware, slice_shape
 from vlm_jax.layers.scan import REMAT
@@ -417,12 +417,27 @@ def test_bad_input_is_told_with_code_2(tiny, capsys, monkeypatch):
     assert "Known are v4, v5e" in told and "did you mean" in told
     assert "does not cover 4 devices" in refusal("--topology", "v5e-4", "--config.mesh.fsdp=3")
     eleven = refusal("--topology", "rtx4090:11", "--config.mesh.tensor=11")
-    assert "mesh.tensor is 11, which divides no dimension" in eleven
+    assert "mesh.tensor is 11, which divides 0% of this model's parameters" in eleven
+    six = ["--topology", "rtx4090:6", "--config.mesh.fsdp=6", "--config.mesh.data=1"]
+    llava = "--config.model.name_or_path=llava-hf/llava-1.5-7b-hf"
+    six = refusal(*six, llava, "--config.data.image_resolution=336")
+    assert "mesh.fsdp is 6, which divides 0% of" in six and "whole, as 'model/language_model" in six
     assert "could not be described" in refusal("--topology", "v5e-3")
     assert "multiple of 4" in refusal("--topology", "v5e-1", "--patches", "30")
-    monkeypatch.setattr("vlm_jax.plan.topologies.find_spec", lambda name: None)
-    for topology in ("v5e-1", "h100"):
+    for there, topology in (("jax_cuda13_plugin", "v5e-1"), ("libtpu", "h100")):
+        monkeypatch.setattr("vlm_jax.plan.topologies.find_spec", {there: True}.get)
         assert 'pip install "vlm_jax[plan]"' in refusal("--topology", topology)
+
+
+@pytest.mark.parametrize("topology", ["v5e-4", "h100:8"])
+def test_without_any_compiler_it_is_estimated_and_said(tiny, capsys, monkeypatch, topology):
+    monkeypatch.setattr("vlm_jax.plan.topologies.find_spec", lambda name: None)
+    assert main(["plan", "--config", str(tiny), "--topology", topology, "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert (tree["verdict"], tree["basis"]) == ("FITS", "estimated from shapes, not compiled")
+    assert 'pip install "vlm_jax[plan]"' in tree["said"] and tree["exchanges"] is None
+    with pytest.raises(UserError, match="vlm_jax.plan"):
+        plan.compile_step(tiny, topology)
 
 
 def test_the_fastest_setting_that_fits(tiny, capsys):

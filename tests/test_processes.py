@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -205,7 +206,9 @@ def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, long):
         places = directory / "checkpoints"
         wait_until(lambda: (places / "10").exists() and saving(places), group)
         group[1].process.kill()
+        killed = time.monotonic()
         assert group[0].ended() not in (0, None)
+        assert time.monotonic() - killed < 60
         group[0].wait_for("start all processes again, with --resume")
     assert (directory / "checkpoints/10").exists() and not (directory / "adapter").exists()
     saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())

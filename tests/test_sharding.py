@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from references import IMAGE, llava, media, pad, qwen2_vl
 
 import vlm_jax
+from vlm_jax.hub import leaves
 from vlm_jax.sharding import make_mesh, param_shardings, shard_batch, shard_params
 from vlm_jax.trees import flatten, unflatten
 
@@ -98,6 +100,36 @@ def test_loading_onto_a_mesh_gives_the_same_parameters(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, plain, jax.device_get(placed))
     leaf = flatten(placed)["model/language_model/layers/mlp/up_proj/kernel"]
     assert len({str(shard.index) for shard in leaf.addressable_shards}) == 4
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_a_process_holds_what_its_own_devices_get(tmp_path, monkeypatch, family):
+    """As if only two of eight devices were this process's; they are neighbours on the fsdp axis."""
+    setting(family, tmp_path)
+    _, whole = vlm_jax.load(tmp_path)
+    mesh, held = make_mesh(1, 4, 2), {}
+    mine = [mesh.devices[0, i, 0, 0] for i in (1, 2)]
+    real = NamedSharding.addressable_devices_indices_map
+    monkeypatch.setattr(
+        NamedSharding,
+        "addressable_devices_indices_map",
+        lambda self, shape: {one: real(self, shape)[one] for one in mine},
+    )
+
+    def put_block(array, block, shape, sharding):
+        held[id(array)] = array, block
+        return array
+
+    monkeypatch.setattr(leaves, "_put_block", put_block)
+    _, placed = vlm_jax.load(tmp_path, mesh=mesh)
+    smaller = 0
+    for path, array in flatten(placed).items():
+        array, block = held[id(array)]
+        np.testing.assert_array_equal(array, np.asarray(flatten(whole)[path])[block], path)
+        smaller += array.size < flatten(whole)[path].size
+    kernel = held[id(flatten(placed)["model/language_model/layers/mlp/up_proj/kernel"])][0]
+    full = flatten(whole)["model/language_model/layers/mlp/up_proj/kernel"].shape
+    assert kernel.shape == (full[0], full[1] // 2, full[2] // 2) and smaller > 10
 
 
 def test_a_mesh_that_does_not_cover_the_devices_is_refused():

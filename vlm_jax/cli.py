@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_jax.cli_options import parser, split_overrides
 from vlm_jax.errors import UserError
+from vlm_jax.hardware import USABLE
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -285,6 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # transformers advises to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # JAX takes three quarters of a GPU unless it is told; `plan` counts on this much.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(USABLE))
     given, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     known = parser()
     options = known.parse_args(given)

@@ -8,7 +8,7 @@ from vlm_jax.errors import UserError, nearest
 
 GB, GIB = 10**9, 2**30
 # What of a device's memory a program gets where no compiler says it: runtimes, kernels and
-# fragments take the rest.
+# fragments take the rest. The command line gives JAX as much of a GPU.
 USABLE = 0.92
 
 

@@ -40,6 +40,10 @@ ADAPTER_AXES = [
 ]
 
 
+# The least share of the parameters that an axis which is to spread them has to divide.
+LEAST_SPREAD = 0.5
+
+
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None, context: int = 1
 ) -> Mesh:
@@ -120,19 +124,36 @@ def param_shardings(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict
     )
 
 
-def check_spread(shardings: Mapping[str, Any], mesh: Mesh) -> None:
-    """Raise `UserError` where an axis of the mesh that is to spread parameters spreads none.
+def spread(model: Model, params: Mapping[str, Any], axis: str, size: int) -> tuple[float, str]:
+    """Return which share of the parameters an axis of such a size divides, and the largest other.
 
-    shardings: of `param_shardings`, of a whole model.
+    Of those that the family's table spreads over this axis, which is fsdp or tensor; params: of a
+    whole model, arrays or shapes. The other is a leaf's path, "" where there is none.
     """
-    leaves = jax.tree.leaves(shardings, is_leaf=lambda leaf: isinstance(leaf, NamedSharding))
-    used = {name for leaf in leaves for name in leaf.spec}
+    flat = flatten(params)
+    sizes, divided = {}, set()
+    for path, names in _logical_axes(model, flat).items():
+        shape = flat[path].shape
+        lengths = dict(zip((RULES[name] for name in names[::-1]), shape[::-1], strict=False))
+        if axis in lengths:
+            sizes[path] = math.prod(shape)
+            if lengths[axis] % size == 0:
+                divided.add(path)
+    others = sorted(sizes.keys() - divided, key=lambda path: -sizes[path])
+    share = sum(sizes[path] for path in divided) / max(1, sum(sizes.values()))
+    return share, others[0] if others else ""
+
+
+def check_spread(model: Model, params: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raise `UserError` where an axis that is to spread parameters leaves most of them whole."""
     for axis in ("fsdp", "tensor"):
-        if mesh.shape[axis] > 1 and axis not in used:
+        share, other = spread(model, params, axis, mesh.shape[axis])
+        if mesh.shape[axis] > 1 and share < LEAST_SPREAD:
+            shape = list(flatten(params)[other].shape)
             raise UserError(
-                f"mesh.{axis} is {mesh.shape[axis]}, which divides no dimension of this model's "
-                f"parameters: each device would hold all of them. Take a divisor of its sizes, as "
-                f"2, 4 or 8, and mesh.data for the rest."
+                f"mesh.{axis} is {mesh.shape[axis]}, which divides {share:.0%} of this model's "
+                f"parameters: each device would hold the others whole, as '{other}', {shape}. Take "
+                f"a divisor of its sizes, as 2, 4 or 8, and mesh.data for the rest."
             )
 
 

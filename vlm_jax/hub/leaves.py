@@ -1,7 +1,10 @@
-"""Leaves of the tree, made of tensors on disk one at a time, quantized on the way, and placed."""
+"""Leaves of the tree, made of tensors on disk one at a time, quantized on the way, and placed.
+
+Of a dense leaf each process reads and holds the block that its own devices get.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.errors import UserError
-from vlm_jax.hub.tensors import read_tensor
+from vlm_jax.hub.tensors import Block, read_tensor, tensor_shape
 from vlm_jax.names import Place, to_tree
 from vlm_jax.quantization import Storage
 from vlm_jax.sharding import put
-from vlm_jax.weights import bnb
+from vlm_jax.weights import FourBit, bnb
 from vlm_jax.weights.packing import Packed, pack, unpack_codes
 from vlm_jax.weights.quantize import check, encode, kind
 
@@ -39,41 +42,66 @@ class Tensor:
         name = name or self.name
         return read_tensor(self.directory / self.files[name], name)
 
-    def dense(self) -> np.ndarray:
-        """Return the weight; raise `UserError` where its shape is another than config.json says."""
-        tensor = self.read()
-        if tensor.shape != self.place.shape:
+    def dense(self, block: Block = ()) -> np.ndarray:
+        """Return the weight as it is on disk, or a block of it, of which alone is read.
+
+        Raises `UserError` where its shape is another than config.json says.
+        """
+        file = self.directory / self.files[self.name]
+        shape = tensor_shape(file, self.name)
+        if shape != self.place.shape:
             raise UserError(
-                f"The tensor '{self.name}' in '{self.directory / self.files[self.name]}' has the "
-                f"shape {list(tensor.shape)}; config.json asks for {list(self.place.shape)}."
+                f"The tensor '{self.name}' in '{file}' has the shape {list(shape)}; config.json "
+                f"asks for {list(self.place.shape)}."
             )
-        return tensor
+        return read_tensor(file, self.name, block)
+
+    def in_tree(self, path: str, block: Block) -> np.ndarray:
+        """Return a block of the weight as it lies in the tree, without the axis of layers."""
+        if len(self.place.shape) != len(block):  # a convolution, whose kernel is a matrix here
+            return to_tree(path, self.dense())[block]
+        turned = path.endswith("/kernel")
+        return to_tree(path, self.dense(block[::-1] if turned else block))
 
 
-@dataclasses.dataclass
-class HostLeaf:
-    """A leaf on the host. abstract: it as shapes. arrays: dense, or `Packed` with layers first."""
+def block_here(shape: tuple[int, ...], sharding: Any) -> Block:
+    """Return the smallest block of an array that holds the shards of this process's devices."""
+    if sharding is None:
+        return tuple(slice(0, size) for size in shape)
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    ranges = [[one.indices(n)[:2] for one, n in zip(i, shape, strict=True)] for i in indices]
+    return tuple(
+        slice(min(first for first, _ in axis), max(last for _, last in axis))
+        for axis in zip(*ranges, strict=True)
+    )
 
-    abstract: Any
-    arrays: np.ndarray | Packed
 
-    def place(self, sharding: Any) -> Any:
-        """Return the leaf on its devices, and let go of the host's arrays."""
-        arrays, self.arrays = self.arrays, np.zeros(0)
-        if not isinstance(arrays, Packed):
-            return put(arrays, sharding)
-        leaf = self.abstract
-        parts: dict[str, Any] = dict.fromkeys(("codes", "absmax", "nested", "offset"))
-        if sharding is not None:
-            leaf = dataclasses.replace(leaf, used=sharding.used)
-            parts = {part: getattr(sharding, part) for part in parts}
-        placed: dict[str, Any] = {
-            part: None if array is None else _put(array, parts[part])
-            for part, array in arrays._asdict().items()
-        }
-        unpack = jax.jit(unpack_codes, static_argnums=1, out_shardings=parts["codes"])
-        placed["codes"] = unpack(placed["codes"], leaf.shape[-1])
-        return dataclasses.replace(leaf, **placed)
+def _put_block(held: np.ndarray, block: Block, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+    """Return an array of which this process holds a block, on its shards."""
+    if held.shape == shape:
+        return put(held, sharding)
+
+    def shard(index: Any) -> np.ndarray:
+        ranges = [one.indices(n)[:2] for one, n in zip(index, shape, strict=True)]
+        own = zip(ranges, block, strict=True)
+        return held[tuple(slice(a - one.start, b - one.start) for (a, b), one in own)]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _place(leaf: FourBit, arrays: Packed, sharding: Any) -> FourBit:
+    """Return a 4-bit leaf on its devices; leaf: it as shapes. arrays: with layers first."""
+    parts: dict[str, Any] = dict.fromkeys(("codes", "absmax", "nested", "offset"))
+    if sharding is not None:
+        leaf = dataclasses.replace(leaf, used=sharding.used)
+        parts = {part: getattr(sharding, part) for part in parts}
+    placed: dict[str, Any] = {
+        part: None if array is None else _put(array, parts[part])
+        for part, array in arrays._asdict().items()
+    }
+    unpack = jax.jit(unpack_codes, static_argnums=1, out_shardings=parts["codes"])
+    placed["codes"] = unpack(placed["codes"], leaf.shape[-1])
+    return dataclasses.replace(leaf, **placed)
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:
@@ -92,19 +120,25 @@ def read_leaf(
     tensors: Sequence[Tensor],
     storage: Storage | None,
     dtype: Any,
-) -> tuple[HostLeaf, str | None]:
+    sharding_of: Callable[[Any], Any],
+) -> tuple[Any, str | None]:
     """Return a leaf made of its layers' tensors, and the dtype that quantized codes stand for.
 
     storage: how to quantize it, or None: dense in `dtype`, or with the codes that it has on disk.
-    Raises `UserError` for what does not fit, and where layers of one leaf are stored differently.
+    sharding_of: gives the shardings of the leaf as shapes, or None for the default device. Raises
+    `UserError` for what does not fit, and where layers of one leaf are stored differently.
     """
     four = [bool(tensor.beside) for tensor in tensors]
     if not any(four) and storage is None:
-        leaf = np.empty(shape, dtype)
-        for tensor in tensors:
-            where: Any = ... if tensor.place.layer is None else tensor.place.layer
-            leaf[where] = to_tree(path, tensor.dense())
-        return HostLeaf(jax.ShapeDtypeStruct(shape, dtype), leaf), None
+        sharding = sharding_of(jax.ShapeDtypeStruct(shape, dtype))
+        block = block_here(shape, sharding)
+        held = np.empty([one.stop - one.start for one in block], dtype)
+        for tensor in tensors:  # layers are never spread
+            if tensor.place.layer is None:
+                held[...] = tensor.in_tree(path, block)
+            else:
+                held[tensor.place.layer] = tensor.in_tree(path, block[1:])
+        return _put_block(held, block, shape, sharding), None
     if any(four) and not all(four):
         raise _mixed(path, tensors[four.index(True)], "4-bit", tensors[four.index(False)], "dense")
     if not path.endswith("/kernel"):
@@ -128,7 +162,8 @@ def read_leaf(
                 whole[tensor.place.layer] = part
     assert first is not None
     kept = Storage(first.format, first.flat.nested is not None, first.block)
-    return HostLeaf(kept.abstract(shape, first.dtype), Packed(*arrays)), first.dtype
+    leaf = kept.abstract(shape, first.dtype)
+    return _place(leaf, Packed(*arrays), sharding_of(leaf)), first.dtype
 
 
 def _quantized(tensor: Tensor, storage: Storage | None) -> bnb.Stored:

@@ -1,5 +1,6 @@
 """Reads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vlm_jax.hub.tensors import dtypes, read_json, read_tensor, tensor_files
 from vlm_jax.model import Model, Source, from_config
 from vlm_jax.names import Place, current_name, disk_places
 from vlm_jax.quantization import Quantize, described, storages
+from vlm_jax.sharding import param_shardings
 from vlm_jax.trees import flatten, match, unflatten
 from vlm_jax.weights import bnb
 
@@ -176,14 +178,14 @@ def load(
         kinds |= dtypes(directory / file)
     params: dict[str, Any] = {}
     for path, tensors in by_path.items():
-        leaf, stored = read_leaf(path, shapes[path].shape, tensors, wanted[path], jnp.dtype(dtype))
-        sharding = None
-        if mesh is not None:
-            from vlm_jax.sharding import param_shardings
-
-            tree = unflatten({path: leaf.abstract})
-            sharding = flatten(param_shardings(model, tree, mesh))[path]
-        params[path] = leaf.place(sharding)
+        params[path], stored = read_leaf(
+            path,
+            shapes[path].shape,
+            tensors,
+            wanted[path],
+            jnp.dtype(dtype),
+            functools.partial(_sharding, model, mesh, path),
+        )
         if stored is not None:
             kinds |= {tensor.name: SAFETENSORS[stored] for tensor in tensors}
     unread = found.keys() - on_disk.values()
@@ -195,3 +197,10 @@ def load(
         {name: (files[name], kinds[name]) for name in files if bnb.weight_of(name) in unread},
     )
     return from_config(model.hf_config, dtype, remat, source), unflatten(params)
+
+
+def _sharding(model: Model, mesh: Any, path: str, leaf: Any) -> Any:
+    """Return where a leaf of these shapes lies on a mesh; None without one."""
+    if mesh is None:
+        return None
+    return flatten(param_shardings(model, unflatten({path: leaf}), mesh))[path]

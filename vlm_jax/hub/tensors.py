@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
 
+Block = tuple[slice, ...]
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file; raise `UserError` where it is missing or no JSON object."""
@@ -80,20 +82,26 @@ def open_tensors(path: Path) -> Any:
         ) from error
 
 
-def read_tensor(path: Path, name: str) -> np.ndarray:
-    """Return one tensor of a file.
+def read_tensor(path: Path, name: str, block: Block = ()) -> np.ndarray:
+    """Return one tensor of a file, or a block of it; block: a slice for each of its axes.
 
     The file is opened for it alone: it is mapped into memory, and pages that were read count as
     the process's until it is closed, which adds up to the whole checkpoint.
     """
     with open_tensors(path) as tensors:
         try:
-            return tensors.get_tensor(name)
+            return tensors.get_slice(name)[block] if block else tensors.get_tensor(name)
         except SafetensorError as error:
             raise UserError(
                 f"'{path}' lacks the tensor '{name}' that the index names: the files belong to "
                 f"different checkpoints ({error})."
             ) from error
+
+
+def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
+    """Return the shape of one tensor of a file."""
+    with open_tensors(path) as tensors:
+        return tuple(tensors.get_slice(name).get_shape())
 
 
 def dtypes(path: Path) -> dict[str, str]:

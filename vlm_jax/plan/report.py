@@ -1,6 +1,7 @@
 """What a config's step needs of some hardware and how fast it would be: all of it, as one value."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -15,8 +16,14 @@ from vlm_jax.hardware import DEVICES, GB, GIB, Device, hardware
 from vlm_jax.plan import leaves, program, traffic, work
 from vlm_jax.plan.speed import Speed, sent, speed
 from vlm_jax.plan.step import Step, load, prepare
-from vlm_jax.plan.topologies import devices
-from vlm_jax.train.estimate import activations, largest
+from vlm_jax.plan.topologies import INSTALL, compilers, devices
+from vlm_jax.train.estimate import (
+    activations,
+    beside_masters,
+    gathered_head,
+    largest,
+    trains_tower,
+)
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 
@@ -118,18 +125,20 @@ def plan_step(
     of `vlm_jax.hardware`: "v5e-4", "v5p:2x2x1", "h100:8", "rtx4090". parameters: list every
     leaf with its sharding. TPU slices and H100s are compiled for. Other GPUs, for which no compiler
     can be had, are estimated from shapes, as is a step whose weights and moments alone are too
-    large, and the report says so. A step that does not fit is a report too. Raises `UserError` for
-    what the config lacks, an unknown topology, a mesh that does not cover its devices, and where
-    the compiler is not installed.
+    large, and all where no compiler is installed; the report says so. A step that does not fit is a
+    report too. Raises `UserError` for what the config lacks, an unknown topology, a mesh that does
+    not cover its devices, and where this compiler is not installed though the other is.
     """
     machine = hardware(topology)
     device = DEVICES[machine.device]
-    where = devices(machine.topology) if device.compiles else machine
+    compiles = device.compiles and compilers()
+    where = devices(machine.topology) if compiles else machine
     step = prepare(load(config, overrides or {}), where, rows=rows, tokens=tokens, patches=patches)
     own = leaves.parts(step)
     hopeless = own.device > device.usable  # a compiler would take minutes to say so
-    compiles = device.compiles and not hopeless
-    found = (_compiled if compiles else _estimated)(step, device, own)
+    found = (_compiled if compiles and not hopeless else _estimated)(step, device, own)
+    if device.compiles and not compiles:
+        found = dataclasses.replace(found, said=f"{found.said}. {INSTALL}")
     counted = work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape)
     total = work.total(counted.values())
     exchanges, accessed, cycles, seconds, out = None, None, None, None, None
@@ -226,15 +235,15 @@ def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Found:
 
 
 def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Found:
-    model, itemsize = step.model, step.model.dtype.itemsize
-    trains_tower = step.config.model.vision_encoder_lr_scale > 0
-    masters = own.lora + own.masters
-    gradients = masters * (2 if step.micro_batches > 1 else 1)  # those of one, and their sum
+    model, learned = step.model, step.state.trainable
+    tower = trains_tower(model, learned)
+    head = gathered_head(model, learned, step.frozen) if step.sizes["fsdp"] > 1 else 0
     beside = {
-        "gradients and copies of what trains": gradients + masters // 4 * itemsize,
-        "activations": activations(
-            model, step.shape, step.rows_at_once, trains_tower, largest(step.frozen)
+        "gradients and copies of what trains": beside_masters(
+            step.config, model, own.lora + own.masters
         ),
+        "activations": head
+        + activations(model, step.shape, step.rows_at_once, tower, largest(step.frozen)),
     }
     peak, capacity = own.device + sum(beside.values()), device.usable
     said = f"{capacity / device.memory:.0%} of the memory are counted on"
@@ -273,15 +282,17 @@ def _summed(each: list[program.Collective]) -> list[Exchange]:
 
 def _host_memory(step: Step, own: leaves.Parts, device: Device) -> int:
     """Return what one process takes of its host's memory while it loads, by `HOST_RULE`."""
-    most = 0
+    most, local = 0, min(step.mesh.size, device.per_host)
     for tree in (step.frozen, step.state.trainable):
         for leaf in flatten(tree).values():
-            quantized = isinstance(leaf, FourBit)
-            size = leaf.nbytes if quantized else leaf.size * jnp.dtype(leaf.dtype).itemsize
+            if isinstance(leaf, FourBit):
+                size = leaf.nbytes
+            else:
+                shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
+                size = min(leaf.size, shard * local) * jnp.dtype(leaf.dtype).itemsize
             layer = leaf.shape[-2:] if len(leaf.shape) > 2 else leaf.shape
             dense = step.model.dtype.itemsize
             for length in layer:
                 dense *= length
             most = max(most, size + 2 * dense)
-    local = min(step.mesh.size, device.per_host)
     return PROCESS + most + local * own.moments_host

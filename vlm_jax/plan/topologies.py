@@ -12,12 +12,18 @@ from jax.experimental import topologies
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hardware import DEVICES, hardware
 
+LIBTPU, CUDA = "libtpu", "jax_cuda13_plugin"
 INSTALL = 'Install the compilers for hardware that is not here: pip install "vlm_jax[plan]".'
 EXAMPLES = ("v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1", "h100:8")
 TPUS = {name: device for name, device in DEVICES.items() if device.is_tpu and device.compiles}
 GPUS = {name: device for name, device in DEVICES.items() if device.target is not None}
 # Compiler options of a platform. Autotuning times kernels on the GPU, which is not here.
 OPTIONS: dict[str, dict[str, Any]] = {"tpu": {}, "gpu": {"xla_gpu_autotune_level": 0}}
+
+
+def compilers() -> bool:
+    """Return whether any compiler for hardware that is not here is installed."""
+    return any(find_spec(name) is not None for name in (LIBTPU, CUDA))
 
 
 def devices(topology: str) -> list[Any]:
@@ -51,7 +57,7 @@ def _tpu(topology: str, chip: str, shape: str) -> list[Any]:
             f"The topology '{topology}' has no shape that a slice of {chip} can have; write it as "
             f"'{chip}:{wanted}'."
         )
-    if find_spec("libtpu") is None:
+    if find_spec(LIBTPU) is None:
         raise UserError(f"Compiling for '{topology}' needs libtpu. {INSTALL}")
     # Without it libtpu asks a cloud machine's metadata server, and waits where there is none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -71,7 +77,7 @@ def _gpu(topology: str, gpu: str, shape: str) -> list[Any]:
             f"The topology '{topology}' does not say how many GPUs there are; write '{gpu}:1' to "
             f"'{gpu}:{per_host}', or a multiple of {per_host} for several hosts."
         )
-    if find_spec("jax_cuda13_plugin") is None:
+    if find_spec(CUDA) is None:
         raise UserError(f"Compiling for '{topology}' needs the CUDA plug-in of JAX. {INSTALL}")
     hosts, each = (1, count) if count <= per_host else (count // per_host, per_host)
     target = (Path(__file__).parent / "targets" / file).read_text(encoding="utf-8")

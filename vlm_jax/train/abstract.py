@@ -65,8 +65,8 @@ def abstract_run(
 
     params = jax.eval_shape(build, shapes)
     model, table = made["model"], made["table"]
+    check_spread(model, params, mesh)
     shardings = param_shardings(model, params, mesh)
-    check_spread(shardings, mesh)
     trainable, frozen = split(abstract(used_on_mesh(params, shardings), shardings), table)
     training = {**config.training, "max_steps": max(1, config.training.max_steps)}
     tx = optimizer(trainable, table, OptimizerSettings.of(training))

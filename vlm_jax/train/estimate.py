@@ -63,24 +63,42 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
     mesh = make_mesh(devices=jax.devices()[:1])
     model, _, state, frozen = abstract_run(one, mesh)
     masters = nbytes(state.trainable)
-    elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.trainable))
-    gradients, copies = elements * 4, elements * model.dtype.itemsize
-    if config.training.param_dtype == "bfloat16" and model.dtype == jnp.bfloat16:
-        copies = 0  # they are what is computed with
     paged = config.training.optim.startswith("paged")
     moments = (0 if paged else nbytes(state.opt_state)) + nbytes(state.ema)
-    own = f"{head_of(model)}/"
-    head = sum(nbytes(leaf) for path, leaf in flatten(frozen).items() if path.startswith(own))
-    learned = [leaf for path, leaf in flatten(state.trainable).items() if path.startswith(own)]
-    head += 3 * sum(math.prod(leaf.shape) for leaf in learned) * model.dtype.itemsize
-    trains_tower = config.model.vision_encoder_lr_scale > 0
+    tower = trains_tower(model, state.trainable)
     return Estimate(
         weights=nbytes(frozen),
-        trained=masters + gradients + copies,
+        trained=masters + beside_masters(config, model, masters),
         moments=moments,
-        activations=activations(model, shape, rows, trains_tower, largest(frozen)),
-        head=head,
+        activations=activations(model, shape, rows, tower, largest(frozen)),
+        head=gathered_head(model, state.trainable, frozen),
     )
+
+
+def beside_masters(config: ConfigDict, model: Model, masters: int) -> int:
+    """Return the bytes of gradients and copies of so many bytes of masters.
+
+    Gradients are float32, those of one micro-batch and their sum, and copies are of the compute
+    dtype, where masters are not what is computed with.
+    """
+    t = config.training
+    elements = masters // jnp.dtype(t.param_dtype).itemsize
+    gradients = 2 if t.gradient_accumulation_steps > 1 else 1
+    same = jnp.dtype(t.param_dtype) == model.dtype
+    return elements * (4 * gradients + (0 if same else model.dtype.itemsize))
+
+
+def gathered_head(model: Model, trainable: Any, frozen: Any) -> int:
+    """Return the bytes of a whole head, and of its gradients where it trains: see `over`."""
+    own = f"{head_of(model)}/"
+    head = sum(nbytes(leaf) for path, leaf in flatten(frozen).items() if path.startswith(own))
+    learned = [leaf for path, leaf in flatten(trainable).items() if path.startswith(own)]
+    return head + 3 * sum(math.prod(leaf.shape) for leaf in learned) * model.dtype.itemsize
+
+
+def trains_tower(model: Model, trainable: Any) -> bool:
+    """Return whether anything in the vision tower learns, so that its activations are kept."""
+    return any(model.component(path) == "vision" for path in flatten(trainable))
 
 
 def nbytes(tree: Any) -> int:
@@ -105,8 +123,8 @@ def largest(tree: Any) -> int:
     return max(sizes, default=0)
 
 
-def activations(model: Model, shape: Shape, rows: int, trains_tower: bool, decoded: int = 0) -> int:
-    """Return the bytes that a step's activations take.
+def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int = 0) -> int:
+    """Return the bytes that a step's activations take; tower: whether its own are kept.
 
     Where blocks are computed again (model.remat), a block's input is kept for the backward pass,
     and of its inside, as of the head's logits, only one at a time is there; else all of them are.
@@ -119,7 +137,7 @@ def activations(model: Model, shape: Shape, rows: int, trains_tower: bool, decod
     seen = tokens and patches * (2 * vision.intermediate_size + 6 * vision.width) * size
     seen += rows * vision.num_heads * shape[1] ** 2 * 4
     kept = tokens * text.hidden_size * text.num_layers * size
-    if trains_tower:
+    if tower:
         kept += patches * vision.width * vision.depth * size
     if model.remat == "offload":
         kept = 0
@@ -130,11 +148,11 @@ def activations(model: Model, shape: Shape, rows: int, trains_tower: bool, decod
             tokens * (2 * text.intermediate_size + 5 * text.hidden_size) * (text.num_layers * size)
         )
     if model.remat == "none":
-        kept += inside * (text.num_layers - 1) + trains_tower * seen * (vision.depth - 1)
+        kept += inside * (text.num_layers - 1) + tower * seen * (vision.depth - 1)
     head = 2 * min(tokens, CHUNK_POSITIONS) * text.vocab_size * 4
     pixels = patches * getattr(vision, "patch_values", 0) * 4
     # Of the largest of them there are values and their gradients.
-    return kept + pixels + max(2 * inside, (1 + trains_tower) * seen, head) + 2 * decoded * size
+    return kept + pixels + max(2 * inside, (1 + tower) * seen, head) + 2 * decoded * size
 
 
 def row_shape(config: ConfigDict) -> Shape:

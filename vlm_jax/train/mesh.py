@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from vlm_jax import processes
 from vlm_jax.errors import UserError
 from vlm_jax.hardware import DEVICES
-from vlm_jax.sharding import make_mesh, mesh_sizes, row_parts
+from vlm_jax.sharding import LEAST_SPREAD, make_mesh, mesh_sizes, row_parts, spread
+from vlm_jax.train.abstract import abstract_base
 from vlm_jax.train.estimate import estimate, row_shape
 
 # An estimate from shapes was up to an eighth below what a compiler took.
@@ -46,8 +47,9 @@ def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
     """Return the mesh's sizes over `count` devices with so many bytes each.
 
     With mesh.auto the parameters are spread over as few devices as hold a copy by estimate, over
-    all where none do, and the rest are copies. Raises `UserError` where the sizes do not multiply
-    to `count`, and where mesh.auto meets sizes that it picks itself or cannot estimate.
+    as many as can be where none do, and the rest are copies. Raises `UserError` where the sizes do
+    not multiply to `count`, and where mesh.auto meets sizes that it picks itself or cannot
+    estimate.
     """
     m = config.mesh
     if not m.auto:
@@ -68,12 +70,14 @@ def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
     with one.unlocked():
         one.model.adapter = None  # it counts as the LoRA that the config describes
     need = estimate(one, row_shape(one), config.training.per_device_train_batch_size)
-    fitting = (
+    base = abstract_base(one)
+    useful = [
         fsdp
         for fsdp in range(1, shards + 1)
-        if shards % fsdp == 0 and need.over(fsdp * m.tensor).total <= ROOM * memory
-    )
-    return mesh_sizes(count, -1, next(fitting, shards), m.tensor)
+        if shards % fsdp == 0 and spread(*base, "fsdp", fsdp)[0] >= LEAST_SPREAD
+    ]
+    fitting = (f for f in useful if need.over(f * m.tensor).total <= ROOM * memory)
+    return mesh_sizes(count, -1, next(fitting, useful[-1]), m.tensor)
 
 
 def memory_of(device: Any) -> int:

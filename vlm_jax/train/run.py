@@ -18,7 +18,7 @@ from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.model import Model
-from vlm_jax.sharding import check_spread, make_mesh, param_shardings, shard_params
+from vlm_jax.sharding import check_spread, make_mesh, shard_params
 from vlm_jax.starts import kind_of
 from vlm_jax.train.adapt import adapt
 from vlm_jax.train.base import compute_dtype, load_base
@@ -38,7 +38,7 @@ def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tu
     assert model.source is not None
     tokens = len(load_tokenizer(model.source.directory))
     model, params, table = adapt(config, model, params, tokens)
-    check_spread(param_shardings(model, params, mesh), mesh)
+    check_spread(model, params, mesh)
     return model, shard_params(model, params, mesh), table
 
 
