@@ -420,7 +420,7 @@ def test_bad_input_is_told_with_code_2(tiny, capsys, monkeypatch):
     assert "mesh.tensor is 11, which divides 0% of this model's parameters" in eleven
     six = ["--topology", "rtx4090:6", "--config.mesh.fsdp=6", "--config.mesh.data=1"]
     llava = "--config.model.name_or_path=llava-hf/llava-1.5-7b-hf"
-    six = refusal(*six, llava, "--config.data.image_resolution=336")
+    six = refusal(*six, llava)
     assert "mesh.fsdp is 6, which divides 0% of" in six and "whole, as 'model/language_model" in six
     assert "could not be described" in refusal("--topology", "v5e-3")
     assert "multiple of 4" in refusal("--topology", "v5e-1", "--patches", "30")
