@@ -84,7 +84,7 @@ def beside_masters(config: ConfigDict, model: Model, masters: int) -> int:
     t = config.training
     elements = masters // jnp.dtype(t.param_dtype).itemsize
     gradients = 2 if t.gradient_accumulation_steps > 1 else 1
-    same = jnp.dtype(t.param_dtype) == model.dtype
+    same = t.param_dtype == "bfloat16" and model.dtype == jnp.bfloat16
     return elements * (4 * gradients + (0 if same else model.dtype.itemsize))
 
 
