@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import vlm_jax
 from vlm_jax import UserError
 from vlm_jax.sharding import make_mesh
-from vlm_jax.train import loop, watch
+from vlm_jax.train import loop, moments, watch
 from vlm_jax.train.run import build, load_run
 from vlm_jax.trees import flatten
 
@@ -79,6 +79,25 @@ def test_stop_and_resume_equals_no_stop(place, straight, monkeypatch):
     )
     assert ours.keys() == theirs.keys()
     for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_a_run_goes_on_with_paged_moments_but_not_with_eight_bits(place, straight, monkeypatch):
+    monkeypatch.setattr(moments, "SMALLEST_PAGED", 32)
+    monkeypatch.setattr(moments, "SMALLEST_PAGE", 8)
+    shutil.copytree(straight[1], place / "paged")
+    shutil.rmtree(place / "paged" / "checkpoints" / "4")
+    with pytest.raises(UserError, match=r"'training\.optim' was 'adamw' .* is 'adamw_8bit' now"):
+        run(place, "paged", "data.max_shapes=2", "training.optim=paged_adamw_8bit", resume=True)
+    *_, text = run(place, "paged", "data.max_shapes=2", "training.optim=paged_adamw", resume=True)
+    assert "from step 2" in text
+    meta = json.loads((place / "paged/checkpoints/4/meta/metadata").read_text())
+    before = json.loads((place / "paged/checkpoints/2/meta/metadata").read_text())
+    assert meta["identity"] == before["identity"] and meta["shapes"] != before["shapes"]
+    ours, theirs = (
+        load_file(d / "adapter/adapter_model.safetensors") for d in (place / "paged", straight[1])
+    )
+    for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 

@@ -1,14 +1,52 @@
 """What a run says and leaves where its disk is full, and which directories it takes."""
 
+import contextlib
 import errno
 import json
+import resource
 
 import pytest
 from runs import lines, make_base, make_data, run
 
 from vlm_jax import UserError
+from vlm_jax.hub.files import write_json
 from vlm_jax.train import loop
 from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.metrics import JsonLines
+
+
+@contextlib.contextmanager
+def no_room():
+    """Let this process write nothing past the first ten bytes of any file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("middle", ["", '{"st\n'])  # of an earlier kill, after which it went on
+def test_a_resume_for_which_there_is_no_room_loses_no_line(tmp_path, middle):
+    path = tmp_path / "metrics.jsonl"
+    old = f'{{"step": 1}}\n{middle}{{"step": 2}}\n{{"step": 3}}\n'
+    path.write_text(old)
+    with no_room(), pytest.raises(OSError) if middle else contextlib.nullcontext():
+        JsonLines(path, resume_step=2).close()
+    # Lines after the kept ones are cut off in place; others take a new file, or stay.
+    assert path.read_text() == (old if middle else '{"step": 1}\n{"step": 2}\n')
+    assert list(tmp_path.iterdir()) == [path]
+    JsonLines(path, resume_step=2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_json_for_which_there_is_no_room_leaves_the_old_one(tmp_path):
+    path = tmp_path / "config.json"
+    write_json(path, {"old": "settings of a run"})
+    old = path.read_bytes()
+    with no_room(), pytest.raises(OSError):
+        write_json(path, {"new": "settings of a run"})
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("kind", ["of the system", "in words"])

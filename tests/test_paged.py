@@ -1,11 +1,14 @@
 """Paged moments lie in host memory for good, and train to the very numbers of unpaged ones."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from several import programs
 from transformers import TrainingArguments
 
 import vlm_jax
@@ -23,14 +26,16 @@ SHAPES = {
     "b/lora_A": (4, 400, 64),
     "b/lora_B": (4, 64, 400),
     "c/embedding": (1000, 104),
+    "d/scale": (40, 2600),  # a stack of vectors: of each, eight-bit optimizers keep float32 moments
 }
-PAGED = {"a/kernel", "b/lora_A", "b/lora_B", "c/embedding"}
+PAGED = {"a/kernel", "b/lora_A", "b/lora_B", "c/embedding", "d/scale"}
 TABLE = [(r"b/.*", "lora"), (r".*", "full(0.5)")]
 SPECS = {
     "a/kernel": PartitionSpec("fsdp", "tensor"),
     "b/lora_A": PartitionSpec(None, "fsdp", None),
     "b/lora_B": PartitionSpec(None, None, "tensor"),
     "c/embedding": PartitionSpec("tensor", "fsdp"),
+    "d/scale": PartitionSpec(None, "fsdp"),
 }
 
 
@@ -54,15 +59,22 @@ def loss(params, key):
 
     h_BD, _ = jax.lax.scan(layer, h_BD, params["b"])
     rows = params["c"]["embedding"][jax.random.randint(key, (32,), 0, 1000)]
-    return jnp.mean((h_BD[:, :104] - rows) ** 2) + jnp.mean(h_BD**2)
+    scales = jnp.mean((params["d"]["scale"] - 0.1) ** 2)
+    return jnp.mean((h_BD[:, :104] - rows) ** 2) + jnp.mean(h_BD**2) + scales
 
 
-def start(optim, mesh=None, trainable=None):
-    """Return (state, compiled step): the state is donated and comes back where it lay."""
-    trainable = drawn(mesh) if trainable is None else trainable
+def begin(optim, mesh=None):
+    """Return (state before the first step, optimizer)."""
+    trainable = drawn(mesh)
     training = {"optim": optim, "learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 300}
     tx = vlm_jax.optimizer(trainable, TABLE, {**training, "warmup_steps": 5})
-    state = on_mesh(vlm_jax.init_state(trainable, tx), mesh or make_mesh(devices=jax.devices()[:1]))
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    return on_mesh(vlm_jax.init_state(trainable, tx), mesh), tx
+
+
+def start(optim, mesh=None):
+    """Return (state, compiled step): the state is donated and comes back where it lay."""
+    state, tx = begin(optim, mesh)
 
     def step(state):
         key = jax.random.fold_in(state.rng, state.step)
@@ -131,8 +143,70 @@ def test_pages_stay_in_host_memory_through_steps_and_checkpoints(tmp_path, optim
     again, resumed = run(again, step, 3)
     assert resumed == straight
     check_places(again)
+    check_same(again, state)
+
+
+def check_same(state, other):
+    assert flat_state(state).keys() == flat_state(other).keys()
     for name, leaf in flat_state(state).items():
-        np.testing.assert_array_equal(leaf, flat_state(again)[name], err_msg=name)
+        np.testing.assert_array_equal(leaf, flat_state(other)[name], err_msg=name)
+
+
+@pytest.mark.parametrize("before", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_a_run_goes_on_with_the_other_paging_bit_for_bit(tmp_path, before):
+    after = before.removeprefix("paged_") if "paged" in before else f"paged_{before}"
+    state, _ = run(*start(before), 2)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(2, state, {})
+        again, step = start(after)
+        again, _ = checkpoints.restore(again)
+        sharded, _ = begin(after, make_mesh(data=1, fsdp=4, tensor=2))
+        wanted = jax.tree.map(lambda leaf: leaf.sharding, sharded)
+        sharded, _ = checkpoints.restore(sharded)
+    check_places(again, "pinned_host" if "paged" in after else "device")
+    check_same(again, sharded)
+    for leaf, sharding in zip(jax.tree.leaves(sharded), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding == sharding
+    again, values = run(again, step, 2)
+    # Paged or not, the numbers are the same.
+    straight, all_values = run(begin(after)[0], step, 4)
+    assert values == all_values[2:]
+    check_same(again, straight)
+
+
+GOES_ON = """
+import sys
+from vlm_jax.together import together
+
+with together(lambda error: 2):
+    from test_paged import begin
+    from vlm_jax.sharding import make_mesh
+    from vlm_jax.train.checkpoint import Checkpoints
+
+    with Checkpoints(sys.argv[1], {}) as checkpoints:
+        state, _ = checkpoints.restore(begin("adamw", make_mesh(data=1, fsdp=4, tensor=2))[0])
+        checkpoints.save(1, state, {})
+        state, _ = checkpoints.restore(begin("paged_adamw", make_mesh(1, 2, 4))[0], 1)
+        checkpoints.save(2, state, {})
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_turn_moments_as_one_does(tmp_path):
+    state, _ = run(*start("paged_adamw"), 2)
+    with Checkpoints(tmp_path / "checkpoints", {}) as checkpoints:
+        checkpoints.save(0, state, {})
+    path = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    arguments = ("-c", GOES_ON, str(tmp_path / "checkpoints"))
+    with programs(tmp_path, arguments, "turned", 2, PYTHONPATH=path) as group:
+        assert [one.ended() for one in group] == [0, 0], [one.text for one in group]
+    with Checkpoints(tmp_path / "checkpoints", {}) as checkpoints:
+        for step, optim in ((1, "adamw"), (2, "paged_adamw")):
+            sizes = [leaf.shape for leaf in jax.tree.leaves(begin(optim)[0].opt_state)]
+            saved = checkpoints._read_meta(step)["shapes"].items()
+            saved = [s.partition("[")[2] for name, s in saved if name.startswith("opt_state")]
+            assert saved == [str(list(size))[1:] for size in sizes]
+            check_same(checkpoints.restore(begin("paged_adamw")[0], step)[0], state)
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw", "paged_adamw_8bit"])

@@ -117,7 +117,8 @@ def get_config() -> ConfigDict:
     t.lr_scheduler_type = "cosine"  # a key of train.schedules.SCHEDULES
     t.lr_scheduler_kwargs = placeholder(object)  # its own options, {min_lr_rate: 0.1}
     # adamw; adamw_8bit: bitsandbytes' 8-bit moments, a quarter of the memory; paged_adamw,
-    # paged_adamw_8bit: moments lie in host memory and pass through the device page by page.
+    # paged_adamw_8bit: moments lie in host memory and pass through the device page by page; a
+    # resumed run may begin or end paging, but not change the number of bits.
     # adafactor: a row and a column for a matrix of squares; lion: one moment; muon: orthogonal
     # updates of hidden matrices from one moment, adamw for the rest.
     t.optim = "adamw"

@@ -72,9 +72,20 @@ def _umask() -> int:
     return mask
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step: where that fails or is cut short, what was there before stays."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write indented JSON with a final newline, as `write_whole` does."""
+    write_whole(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def write_shards(

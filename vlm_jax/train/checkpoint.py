@@ -4,13 +4,11 @@ The frozen base is not in them, so a checkpoint carries the base's identity and 
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,41 +21,13 @@ from vlm_jax.errors import UserError
 from vlm_jax.train.best import Best, kept
 from vlm_jax.train.output import SEEN_WITHIN
 from vlm_jax.train.places import Claim
+from vlm_jax.train.repage import kept_otherwise
 from vlm_jax.train.step import TrainState
 
-SAMPLE_BYTES = 1 << 20
+FORMAT = 2  # of what a checkpoint says of itself; 1 knew a base by three samples of each file
 TRASH = "deleted"  # where old checkpoints go first, at once: removing one takes a while
 PATIENCE = 10.0  # seconds that a failed process gives what is being written
 META = ("meta", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())  # a name, and how it is read
-
-
-def base_identity(directory: str | Path) -> dict[str, str]:
-    """Return {file: digest} of what makes a base checkpoint this one, wherever it lies.
-
-    config.json counts whole; of each weights file its size and three samples of a mebibyte, so
-    that a base of many gigabytes is told from its sibling in a moment.
-    """
-    directory = Path(directory)
-    identity = {}
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            digest.update(str(size).encode())
-            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
-        identity[path.name] = digest.hexdigest()
-    return identity
-
-
-def file_identity(path: str | Path) -> str:
-    """Return the digest of a file's bytes, or "" for what is no file (a directory, a hub id)."""
-    path = Path(path)
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flat_state(state: Any) -> dict[str, Any]:
@@ -187,6 +157,7 @@ class Checkpoints:
             self.finish()
             self._empty_trash()
             meta = {
+                "format": FORMAT,
                 "data": dict(data_state),
                 "identity": self.identity,
                 "shapes": {name: _shape(leaf) for name, leaf in flat_state(state).items()},
@@ -205,7 +176,8 @@ class Checkpoints:
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
         """Return `(state, data_state)` of the newest checkpoint, or of `step`, bit for bit.
 
-        like: a state of the same structure, whose shardings the arrays take.
+        like: a state of the same structure, whose shardings the arrays take. Moments of AdamW may
+        have been saved in pages and be whole in it, or the other way round.
         Raises `UserError` where the identity, a leaf or a shape differs, saying which.
         """
         self.finish()
@@ -213,8 +185,8 @@ class Checkpoints:
         if step is None:
             raise UserError(f"There is no checkpoint in '{self.directory}'.")
         wanted = flat_state(like)
-        meta = self._check(step, wanted)
-        return _unflat(self._read_state(step, wanted), like), meta["data"]
+        meta, saved = self._check(step, wanted)
+        return _unflat(self._read_state(step, saved), like), meta["data"]
 
     def restore_trainable(self, like: Any, step: int, kept: str = "trainable") -> Any:
         """Return the trainable leaves of the checkpoint of `step` alone, as `restore` does.
@@ -223,34 +195,45 @@ class Checkpoints:
         """
         self.finish()
         tree = {kept: like}
-        wanted = flat_state(tree)
-        self._check(step, wanted, f"{kept}.")
-        return _unflat(self._read_state(step, wanted), tree)[kept]
+        _, saved = self._check(step, flat_state(tree), f"{kept}.")
+        return _unflat(self._read_state(step, saved), tree)[kept]
 
     def patience(self, step: int) -> dict[str, Any]:
         """Return what `save` was told of stopping early; {} where that was nothing."""
         return self._read_meta(step).get("patience", {})
 
-    def _check(self, step: int, wanted: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Return a checkpoint's meta; raise `UserError` where it is not of this run's leaves.
+    def _check(
+        self, step: int, wanted: Mapping[str, Any], prefix: str = ""
+    ) -> tuple[dict[str, Any], dict[str, "Saved"]]:
+        """Return a checkpoint's meta, and how it holds each leaf.
 
         wanted: arrays by name, all that begin with the prefix.
+        Raises `UserError` where the checkpoint is not of this run's leaves.
         """
         meta = self._read_meta(step)
         where = self.directory / str(step)
+        if meta.get("format") != FORMAT:
+            raise UserError(
+                f"The checkpoint '{where}' was written by another version of vlm_jax, which told "
+                f"a base from another one in another way. Go on with that version, or start again "
+                f"in another output_dir."
+            )
         for what, now in self.identity.items():
             _compare(what, meta["identity"].get(what), now, where)
-        shapes = {name: _shape(leaf) for name, leaf in wanted.items()}
-        names = shapes.keys() | {name for name in meta["shapes"] if name.startswith(prefix)}
+        names = wanted.keys() | {name for name in meta["shapes"] if name.startswith(prefix)}
+        saved = {}
         for name in sorted(names, key=lambda name: (not name.startswith("trainable"), name)):
-            old, new = meta["shapes"].get(name), shapes.get(name)
-            if old != new:
+            leaf, old = wanted.get(name), meta["shapes"].get(name)
+            found = None if leaf is None or old is None else _saved(name, leaf, old)
+            if found is None:
+                new = None if leaf is None else _shape(leaf)
                 raise UserError(
                     f"The checkpoint '{where}' holds '{name}' as {old or 'nothing'}, but this run "
                     f"needs {new or 'nothing'}. It belongs to another model or training table; "
                     f"resume with the config it was made with, or take a new output_dir."
                 )
-        return meta
+            saved[name] = found
+        return meta, {name: saved[name] for name in wanted}
 
     def restore_newest(self, like: TrainState, warn: Callable[[str], None]) -> tuple:
         """Return `restore`'s of the newest checkpoint that can be read.
@@ -292,16 +275,14 @@ class Checkpoints:
     def _read_meta(self, step: int) -> dict[str, Any]:
         return self._read(step, *META)
 
-    def _read_state(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the leaves of these names, in the shardings of the arrays that have them now."""
-        targets = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in wanted.items()
-        }
+    def _read_state(self, step: int, saved: Mapping[str, "Saved"]) -> dict[str, Any]:
+        """Return the leaves of these names, as this run keeps them."""
+        targets = {name: struct for name, (struct, _) in saved.items()}
         placed = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.PyTreeRestore(targets, placed, partial_restore=True)
         found = self._read(step, "state", ocp.PyTreeCheckpointHandler, args)
-        return {name: found[name] for name in wanted}
+        # Taken out one by one: what is turned does not stay beside what it was.
+        return {name: turn(found.pop(name)) for name, (_, turn) in saved.items()}
 
     def _read(self, step: int, *item: Any) -> Any:
         """Return what `_read_here` does; where one process finds damage all raise `Damaged`."""
@@ -369,6 +350,20 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
     """
     if processes.count() > 1 and sys.exception() is None:
         processes.client().wait_at_barrier(key, timeout_ms)
+
+
+# A leaf as a checkpoint holds it, with a sharding to read it in, and what makes it this run's.
+Saved = tuple[jax.ShapeDtypeStruct, Callable[[jax.Array], jax.Array]]
+
+
+def _saved(name: str, leaf: Any, shape: str) -> Saved | None:
+    """Return how a checkpoint holds a leaf, given `_shape`'s word of it; None: not at all."""
+    if shape == _shape(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), lambda x: x
+    dtype, bracket, sizes = shape.partition("[")
+    if not name.startswith("opt_state.") or dtype != np.dtype(leaf.dtype).name:
+        return None
+    return kept_otherwise(leaf, tuple(json.loads(bracket + sizes)))
 
 
 def _shape(leaf: Any) -> str:

@@ -12,7 +12,7 @@ from vlm_jax.config_checks import optimizer_name
 from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
 from vlm_jax.model import Model
 from vlm_jax.train.base import compute_dtype, quantization_of
-from vlm_jax.train.checkpoint import base_identity, file_identity
+from vlm_jax.train.digests import base_identity, file_identity
 from vlm_jax.trees import Table
 
 # Config keys of data that decide which batches come.
@@ -69,7 +69,8 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
                 for key in ("data_seed", "train_sampling_strategy")
                 if t[key] is not None
             },
-            "optim": optimizer_name(t.optim),
+            # Paging moves moments and changes no number: a run may go on without it, or with it.
+            "optim": optimizer_name(t.optim).removeprefix("paged_"),
         },
     }
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,27 +22,23 @@ from rich.table import Table as RichTable
 
 from vlm_jax import processes
 from vlm_jax.errors import UserError
+from vlm_jax.hub.files import write_whole
 
 HOSTED = ("wandb", "trackio")  # packages with wandb's interface
 Writer = Callable[[int, Mapping[str, Any]], None]
 
 
 class JsonLines:
-    """One JSON object a line, whole after each write. Lines past `resume_step` are cut off."""
+    """One JSON object a line, whole after each write. Lines past `resume_step` are cut off.
+
+    The others are in the file at any moment, whatever ends the process in the midst of it.
+    """
 
     def __init__(self, path: Path, resume_step: int | None = None):
-        kept = []
         if resume_step is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a run that was killed while writing
-                if row["step"] <= resume_step:
-                    kept.append(line + "\n")
-        self.file = open(path, "w", encoding="utf-8")
-        self.file.writelines(kept)
-        self.file.flush()
+            _cut(path, resume_step)
+        mode = "w" if resume_step is None else "a"
+        self.file = open(path, mode, encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -49,6 +46,23 @@ class JsonLines:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Take the lines out of a file that are of later steps or not whole."""
+    old, kept = path.read_bytes(), []
+    for line in old.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a run that was killed while writing
+            continue
+        if row["step"] <= step:
+            kept.append(line + b"\n")
+    new = b"".join(kept)
+    if old.startswith(new):
+        os.truncate(path, len(new))  # takes no room on the disk
+    else:
+        write_whole(path, new)
 
 
 def check_reporters(names: Sequence[str]) -> None:

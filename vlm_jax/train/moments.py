@@ -150,6 +150,10 @@ class Pages:
         """Return an array as pages, which come first: each lies in one piece."""
         return jnp.moveaxis(self.comb(x), self.axis + 1, 0)
 
+    def unite(self, pages: jax.Array) -> jax.Array:
+        """Return the array of its pages."""
+        return self.join(jnp.moveaxis(pages, 0, self.axis + 1))
+
 
 def store_of(path: str, shape: tuple[int, ...], eight_bit: bool) -> Store:
     """Return how the moments of the leaf at `path` are kept."""
@@ -190,7 +194,7 @@ def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
         sharding = None
 
     def zeros(shape: jax.ShapeDtypeStruct) -> Any:
-        where = None if sharding is None else _placed(sharding, shape.shape, origin, memory)
+        where = None if sharding is None else placed(sharding, shape.shape, origin, memory)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
         if memory is None or where is None:  # inside a jitted init, arrays have no sharding yet
@@ -204,7 +208,7 @@ def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
     return jax.tree.map(zeros, shapes)
 
 
-def _placed(sharding: Any, shape: tuple[int, ...], origin: Any, memory: str | None) -> Any:
+def placed(sharding: Any, shape: tuple[int, ...], origin: Any, memory: str | None) -> Any:
     """Return where an array of a leaf's moments lies, given where the leaf does."""
     # A plan for devices that nothing describes has an abstract mesh, which reaches no memory.
     if memory is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
@@ -276,7 +280,7 @@ def advance(
             return tree
         return jax.tree.map(
             lambda x: jax.lax.with_sharding_constraint(
-                x, _placed(sharding, x.shape, store.origin, None)
+                x, placed(sharding, x.shape, store.origin, None)
             ),
             tree,
         )
