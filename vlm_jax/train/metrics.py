@@ -27,10 +27,13 @@ Writer = Callable[[int, Mapping[str, Any]], None]
 
 
 class JsonLines:
-    """One JSON object a line, whole after each write. Lines past `resume_step` are cut off."""
+    """One JSON object a line, whole after each write. Lines past `resume_step` are cut off.
+
+    last: the last object that was there before; {} where there was none.
+    """
 
     def __init__(self, path: Path, resume_step: int | None = None):
-        kept = []
+        kept, self.last = [], {}
         if resume_step is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -39,6 +42,7 @@ class JsonLines:
                     continue  # the last line of a run that was killed while writing
                 if row["step"] <= resume_step:
                     kept.append(line + "\n")
+                    self.last = row
         self.file = open(path, "w", encoding="utf-8")
         self.file.writelines(kept)
         self.file.flush()
@@ -70,6 +74,9 @@ class Reporter(Protocol):
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line of evaluation results."""
 
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        """Return what was written of an evaluation of this step before the run was resumed."""
+
     def close(self) -> None:
         """Finish what is being written."""
 
@@ -82,6 +89,9 @@ class Silent:
 
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         pass
+
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        return None
 
     def close(self) -> None:
         pass
@@ -154,6 +164,11 @@ class Log:
         """Write one line of evaluation results."""
         self.evaluations.write(step, values)
         self._publish(step, {f"eval/{name}": value for name, value in values.items()})
+
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        """Return what was written of an evaluation of this step before the run was resumed."""
+        values = dict(self.evaluations.last)
+        return values if values.pop("step", None) == step else None
 
     def _publish(self, step: int, values: Mapping[str, Any]) -> None:
         for write in self.writers:
