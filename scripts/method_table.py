@@ -31,7 +31,8 @@ from vlm_jax.plan.step import prepare
 from vlm_jax.train.compile import compile_step
 from vlm_jax.train.counts import count_parameters
 from vlm_jax.train.loop import train
-from vlm_jax.train.run import load_run, make_encoder
+from vlm_jax.train.reading import load_run
+from vlm_jax.train.run import make_encoder
 from vlm_jax.trees import flatten
 
 NAMES = {

@@ -36,7 +36,8 @@ from vlm_jax.hub.files import write_json
 from vlm_jax.train.base import load_base
 from vlm_jax.train.export import export
 from vlm_jax.train.loop import train
-from vlm_jax.train.run import load_run, make_encoder
+from vlm_jax.train.reading import load_run
+from vlm_jax.train.run import make_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSOLE = Console()

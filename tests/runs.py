@@ -95,3 +95,20 @@ def run(place, name, *overrides, resume=False, data="data/train.jsonl", base="ba
 def lines(path: Path) -> list[dict]:
     """Return the objects of a JSON lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+TIMES = {"tokens_per_second", "data_wait", "seconds"}
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Assert that two runs wrote the same numbers and result, to the byte but for times."""
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        ours, theirs = (
+            [{k: v for k, v in row.items() if k not in TIMES} for row in lines(path / name)]
+            for path in (one, other)
+        )
+        assert ours == theirs, name
+    for name in ("best.json", "adapter/adapter_model.safetensors"):
+        assert (one / name).exists() == (other / name).exists(), name
+        if (one / name).exists():
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name

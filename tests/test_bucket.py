@@ -18,7 +18,7 @@ from several import free_port, started, wait_until, written
 from vlm_jax import UserError, config
 from vlm_jax.train import loop, watch
 from vlm_jax.train.places import Claim, places_of
-from vlm_jax.train.run import load_run
+from vlm_jax.train.reading import load_run
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from vlm_jax import UserError
 from vlm_jax.train import watch
 from vlm_jax.train.checkpoint import flat_state
 from vlm_jax.train.counts import trainable_line
+from vlm_jax.train.reading import load_run
 from vlm_jax.train.recipe import report, training_table
 from vlm_jax.train.rounding import stochastic_round
-from vlm_jax.train.run import load_run
 from vlm_jax.train.step import averaged
 from vlm_jax.trees import flatten, layer_factors, layer_words, match, parse_group, unflatten
 

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from runs import lines, make_base, make_config, make_data, run
+from runs import lines, make_base, make_config, make_data, run, same_run
 from safetensors.numpy import load_file
 
 import vlm_jax
 from vlm_jax import UserError
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train import loop, moments, watch
-from vlm_jax.train.run import build, load_run
+from vlm_jax.train.reading import load_run
+from vlm_jax.train.run import build
 from vlm_jax.trees import flatten
 
 
@@ -99,6 +100,76 @@ def test_a_run_goes_on_with_paged_moments_but_not_with_eight_bits(place, straigh
     )
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_an_evaluation_that_a_stop_meets_is_made_by_the_resumed_run(place, monkeypatch):
+    """Stopped in the step before it, in its losses and in its answers; and killed once behind it.
+
+    Loss counts as the better the greater it is, so that step 2 is the best, whose evaluation was
+    given up, and the run stops early, which takes that evaluation too.
+    """
+    options = (
+        "training.max_steps=8", "training.eval_steps=2", "training.load_best_model_at_end=true",
+        "training.greater_is_better=true", "training.early_stopping_patience=2",
+        "training.eval_on_start=true", "evaluation.max_new_tokens=2", "evaluation.batch_size=4",
+        f"data.eval_file={place / 'data/train.jsonl'}",
+    )  # fmt: skip
+    whole, directory, _ = run(place, "not met", *options)
+    assert whole["stopped_early"] and whole["steps"] == 6 and whole["best"]["step"] == 2
+    real, signals, calls = {}, [], []
+
+    def tell(where):
+        if signals and signals[0] == where:
+            signal.raise_signal(getattr(signal, signals.pop(0)[0]))
+
+    def push(self, step, *rest):
+        tell(("SIGINT", "step", step))
+        return real["push"](self, step, *rest)
+
+    def evaluate(*arguments):
+        step, check = int(arguments[5].step), arguments[-1]
+
+        def checked():
+            calls.append(step)
+            tell(("SIGTERM", "batch", step, calls.count(step)))
+            check()
+
+        return real["evaluate"](*arguments[:-1], checked)
+
+    real |= {"push": loop.Watch.push, "evaluate": loop._evaluate}
+    monkeypatch.setattr(loop.Watch, "push", push)
+    monkeypatch.setattr(loop, "_evaluate", evaluate)
+    for step, told in (
+        (0, ("SIGTERM", "batch", 0, 1)),  # on start
+        (2, ("SIGINT", "step", 2)),
+        (2, ("SIGTERM", "batch", 2, 5)),  # two of losses come before those of answers
+        (6, ("SIGTERM", "batch", 6, 2)),
+    ):
+        signals.append(told)
+        calls.clear()
+        outcome, stopped, text = run(place, "met", *options, resume="auto")
+        assert not signals and outcome["interrupted"] and outcome["steps"] == step
+        assert "before its evaluation; saved" in text and not (stopped / "adapter").exists()
+        assert all(row["step"] < step for row in lines(stopped / "evaluations.jsonl"))
+    outcome, _, _ = run(place, "met", *options, resume=True)
+    assert outcome["stopped_early"] and outcome["best"] == whole["best"]
+    same_run(stopped, directory)
+
+
+def test_an_evaluation_behind_a_save_is_made_once(place, monkeypatch):
+    """Without a best checkpoint a step is saved before it is evaluated."""
+    data = f"data.eval_file={place / 'data/train.jsonl'}"
+    options = ("training.max_steps=2", "training.eval_steps=2", "evaluation.accuracy=false", data)
+    _, directory, _ = run(place, "once", *options)
+    whole = (directory / "evaluations.jsonl").read_text()
+    shutil.copytree(directory, place / "killed in it")
+    (place / "killed in it/evaluations.jsonl").write_text("")
+    run(place, "killed in it", *options, resume=True)
+    same_run(place / "killed in it", directory)
+    monkeypatch.setattr(loop, "_evaluate", None)  # and a line that is there is taken
+    outcome, _, _ = run(place, "once", *options, resume=True)
+    assert (directory / "evaluations.jsonl").read_text() == whole
+    assert {"step": 2, **outcome["evaluation"]} == json.loads(whole)
 
 
 def test_an_automatic_resume_begins_or_goes_on(place):

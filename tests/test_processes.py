@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import lines, make_base, make_config, make_data, run
+from runs import lines, make_base, make_config, make_data, run, same_run
 from safetensors.numpy import load_file
 from several import (
     OURS,
@@ -197,6 +197,28 @@ def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, long):
     assert not (directory / "adapter").exists()
     go(place, "stopped", 2, *LONG, "--resume")
     assert compare(long, directory)
+
+
+@pytest.mark.slow
+def test_one_that_is_told_to_stop_in_an_evaluation_gives_it_up_in_all(place):
+    options = (
+        f"--config.data.eval_file={place / 'data/train.jsonl'}", "--config.training.eval_steps=2",
+        "--config.training.per_device_eval_batch_size=1", "--config.evaluation.accuracy=true",
+        "--config.evaluation.batch_size=8", "--config.training.load_best_model_at_end=true",
+        "--config.training.greater_is_better=true",  # so that step 2 is the best
+    )  # fmt: skip
+    whole = go(place, "evaluated", 2, *options)
+    config, directory = place / "config.json", place / "given up"
+    with started(place, config, "given up", 2, *options) as group:
+        # the line of step 2 is written before its evaluation, of ten batches, begins
+        wait_until(lambda: written(directory / "metrics.jsonl") >= 2, group)
+        group[1].process.send_signal(signal.SIGTERM)
+        assert [one.ended() for one in group] == [130, 130], [one.text for one in group]
+        assert "Stopped after step 2 of 4, before its evaluation" in group[0].text
+    assert written(directory / "evaluations.jsonl") == 0
+    go(place, "given up", 2, *options, "--resume")
+    same_run(directory, whole)
+    assert json.loads((directory / "best.json").read_text())["step"] == 2
 
 
 @pytest.mark.slow

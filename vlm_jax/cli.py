@@ -164,7 +164,7 @@ def _open(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     if options.run is not None:
         if options.adapter or options.dtype:
             raise UserError("--adapter and --dtype belong to --model; a run has its own.")
-        from vlm_jax.train.run import load_run
+        from vlm_jax.train.reading import load_run
 
         return load_run(options.run)
     model, params = vlm_jax.load(options.model, options.dtype or "float32")

@@ -112,11 +112,13 @@ class Checkpoints:
         Raises `UserError` where that takes more than `SEEN_WITHIN` seconds.
         """
         self.manager.reload()
-        found = {}
+        found: dict[int, Mapping[str, float]] = {}
         if self.best is not None and processes.is_primary():
             for step in self.steps:
                 with contextlib.suppress(Damaged):  # who restores it will be told
-                    found[step] = self._read_here(step, *META).get("evaluation", {})
+                    meta = self._read_here(step, *META)
+                    found[step] = meta.get("evaluation", {})
+                    found |= {at: those for at, those in meta.get("earlier", ()) if at in found}
         steps, values = processes.gather("checkpoints", [self.steps, list(found.items())])[0]
         self.evaluations = dict(values)
         end = time.monotonic() + SEEN_WITHIN
@@ -143,14 +145,18 @@ class Checkpoints:
         data_state: Mapping[str, Any],
         evaluation: Mapping[str, float] | None = None,
         patience: Mapping[str, Any] | None = None,
+        pending: bool = False,
     ) -> epath.Path:
         """Begin the checkpoint of `step` unless it is there, and return its directory.
 
         The state is on the host when this returns, so that the next step may donate it. The
         directory appears when all of it is written, at the latest by `close`. Raises what went
-        wrong with the save before. evaluation: of this state; without it it cannot be the best.
-        patience: what all evaluations so far say about stopping early, see `patience`.
+        wrong with the save before. evaluation: of this state; without it it cannot be the best. One
+        that comes when the checkpoint is there counts too, and stands in the next one. patience:
+        what all evaluations so far say about stopping early. pending: whether one is still to come.
         """
+        if evaluation is not None:
+            self.evaluations[step] = evaluation
         if step not in self.steps:
             if self.claim is not None:
                 self.claim.check()
@@ -162,9 +168,11 @@ class Checkpoints:
                 "identity": self.identity,
                 "shapes": {name: _shape(leaf) for name, leaf in flat_state(state).items()},
                 "evaluation": dict(evaluation or {}),
+                "earlier": [item for item in self.evaluations.items() if item[0] < step],
                 "patience": dict(patience or {}),
+                "pending": pending,
             }
-            self.evaluations[step], self.wrote = meta["evaluation"], True
+            self.wrote = True
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -201,6 +209,10 @@ class Checkpoints:
     def patience(self, step: int) -> dict[str, Any]:
         """Return what `save` was told of stopping early; {} where that was nothing."""
         return self._read_meta(step).get("patience", {})
+
+    def pending(self, step: int) -> bool:
+        """Return whether an evaluation of this step was still to come when it was saved."""
+        return self._read_meta(step).get("pending", False)
 
     def _check(
         self, step: int, wanted: Mapping[str, Any], prefix: str = ""

@@ -12,15 +12,14 @@ from PIL import Image
 from vlm_jax.batch import Batch
 from vlm_jax.data import Encoder
 from vlm_jax.errors import UserError
-from vlm_jax.hub.adapter_files import load_adapter
 from vlm_jax.hub.load import load
-from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.lora import requantization_error
 from vlm_jax.model import Model
-from vlm_jax.train.base import load_base
+from vlm_jax.sharding import mesh_under
+from vlm_jax.train.reading import load_adapted, load_run
 from vlm_jax.train.result import write_adapter
-from vlm_jax.train.run import load_run, make_encoder
+from vlm_jax.train.run import make_encoder
 from vlm_jax.trees import flatten
 from vlm_jax.weights import is_quantized
 
@@ -101,6 +100,7 @@ def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = Fals
             f"The run '{run}' trained the language model in full: there is no adapter to export. "
             f"Add --merge for a whole checkpoint."
         )
+    mesh = mesh_under(params)  # one copy of them may need several devices
     before = _logits(model, params, batch)
     if merge:
         if model.lora is not None:
@@ -111,13 +111,11 @@ def export(run: str | Path, out: str | Path, merge: bool, quantized: bool = Fals
         settings = encoder.image_settings()
         save_pretrained(model, params, out, quantized=quantized, processor=settings)
         del params  # two models may not have room
-        again, read = load(str(out), str(model.dtype))
+        again, read = load(str(out), str(model.dtype), mesh=mesh)
     else:
         write_adapter(model, params, out, encoder)
         del params
-        again, read = load_base(config)
-        read_adapter = load_peft if model.adapter is None else load_adapter
-        again, read = read_adapter(again, read, out)
+        again, read = load_adapted(config, out, mesh)
     after = _logits(again, read, batch)
     difference = float(np.abs(before - after).max())
     return Exported(str(out), into, difference, float(before.std()), lost)

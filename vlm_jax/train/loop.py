@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,7 +54,7 @@ from vlm_jax.train.run import (
     step_options,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
-from vlm_jax.train.stop import interruptible
+from vlm_jax.train.stop import Stopped, interruptible
 from vlm_jax.train.turns import every, total_steps
 from vlm_jax.train.watch import Watch, added_only, idle_components
 from vlm_jax.trees import flatten, join, split
@@ -68,7 +69,8 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     evaluations.jsonl, tensorboard/, checkpoints/, and at the end adapter/ in PEFT's format, or
     model/ where the language model trained in full; with load_best_model_at_end also best.json,
     which says of what step. resume: go on from the newest checkpoint, to the very numbers that a
-    run without a stop gives; "auto": where there is a run. Ctrl-C or SIGTERM saves a checkpoint.
+    run without a stop gives; "auto": where there is a run. Ctrl-C or SIGTERM saves a checkpoint;
+    an evaluation that it meets is given up, and is the first thing that the resumed run does.
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
@@ -149,6 +151,7 @@ def _train(
     same = identity(config, model, table, rows)
     processes.check_same("data and base checkpoints", {**same, "shapes": data.shapes})
     place, step = {"epoch": 0, "step": 0}, 0
+    pending = t.eval_on_start and held_out is not None  # whether this step is still to be evaluated
     if resume:
         checkpoints = Checkpoints(places.checkpoints, same, t.save_total_limit, best)
         if checkpoints.steps:
@@ -156,6 +159,7 @@ def _train(
                 state, lambda words: console.print(words, highlight=False, soft_wrap=True)
             )
             step = int(state.step)
+            pending = checkpoints.pending(step) and held_out is not None
             if patience is not None:
                 patience = patience.at(checkpoints.patience(step))
         console.print(f"Resuming '{directory}' from step {step}.", highlight=False)
@@ -211,20 +215,36 @@ def _train(
                             f"step {line['step']}/{total}  {numbers(line)}", highlight=False
                         )
 
-            def evaluate(step: int, state: TrainState) -> dict[str, float]:
+            def evaluate(state: TrainState) -> None:
                 assert held_out is not None
-                found = _evaluate(config, model, encoder, held_out, losses, state, frozen, feed)
-                log.write_evaluation(step, found)
-                console.print(f"step {step}/{total}  {_words(found)}", highlight=False)
-                watch.meter.leave_out(found["seconds"])
-                return found
+                with contextlib.suppress(Stopped):  # the evaluation stays pending
+                    found = _evaluate(
+                        config, model, encoder, held_out, losses, state, frozen, feed, stop.check
+                    )
+                    log.write_evaluation(step, found)
+                    console.print(f"step {step}/{total}  {_words(found)}", highlight=False)
+                    watch.meter.leave_out(found["seconds"])
+                    take(found)
 
-            def save(state: TrainState, found: dict[str, float] | None = None) -> None:
+            def take(found: dict[str, float]) -> None:
+                nonlocal evaluation, patience, pending
+                evaluation, pending = found, False
+                if step > 0:  # the one on start is only shown
+                    patience = patience and patience.after(found)
+
+            def save(state: TrainState, candidate: bool = False) -> None:
                 note = None if patience is None else patience.note
-                checkpoints.save(step, state, place, found, note)
+                found = evaluation if candidate and not pending else None
+                checkpoints.save(step, state, place, found, note, pending)
 
-            if t.eval_on_start and held_out is not None and step == 0:
-                evaluate(0, state)
+            if pending:
+                known = processes.gather("evaluated", log.evaluated(step))[0]
+                if known is None:
+                    evaluate(state)
+                else:  # by a run that was killed before its next save
+                    take(known)
+                if best is not None and step > 0 and (save_at(step) or step == total):
+                    save(state, candidate=True)
             while step < total and not stop.now() and not (patience and patience.over):
                 if save_at(step + 1):  # or a kill in that step would cost the steps of two saves
                     checkpoints.finish()
@@ -239,27 +259,26 @@ def _train(
                 due = save_at(step) or step == total
                 saving = due or stop.now()
                 ends = step == total and (t.eval_strategy != "steps" or t.eval_delay <= step)
-                evaluating = held_out is not None and (eval_at(step) or ends)
-                if saving or evaluating or step == 1:
+                pending = held_out is not None and (eval_at(step) or ends)
+                if saving or pending or step == 1:
                     show(watch.flush())  # a broken step's checkpoint must not replace a good one
                 # One that may be the best holds its value, and all hold what decides whether the
                 # run stops early. One out of turn is no candidate, for a run that nobody stopped
                 # would lack it. Others come before an evaluation, which takes time and may fail.
                 candidate = due and best is not None
-                told = evaluating and (candidate or patience is not None)
+                told = pending and (candidate or patience is not None)
                 if saving and not told:
                     save(state)
-                if evaluating:
-                    evaluation = evaluate(step, state)
-                    patience = patience and patience.after(evaluation)
+                if pending:
+                    evaluate(state)
                 if saving and told:
-                    save(state, evaluation if candidate else None)
+                    save(state, candidate)
             show(watch.flush())
             save(state)
 
     outcome: dict[str, Any] = {"steps": step, "output": str(directory), "evaluation": evaluation}
     outcome["stopped_early"] = patience is not None and patience.over and step < total
-    outcome["interrupted"] = step < total and not outcome["stopped_early"]
+    outcome["interrupted"] = (step < total or pending) and not outcome["stopped_early"]
     outcome["seconds"] = time.perf_counter() - start
     outcome["data"] = data.report
     known = processes.gather("skipped", [dataclasses.asdict(one) for one in data.skipped()])
@@ -272,8 +291,9 @@ def _train(
         console.print(f"Left out {count} ({reason}): {first}", highlight=False, soft_wrap=True)
     if outcome["interrupted"]:
         where = places.checkpoints / str(step)
+        unseen = ", before its evaluation" if pending else ""
         console.print(
-            f"Stopped after step {step} of {total}; saved '{where}'. Go on with --resume.",
+            f"Stopped after step {step} of {total}{unseen}; saved '{where}'. Go on with --resume.",
             highlight=False,
             soft_wrap=True,
         )
@@ -366,13 +386,19 @@ def _evaluate(
     state: TrainState,
     frozen: Any,
     feed: Feed,
+    check: Callable[[], None],
 ) -> dict[str, float]:
-    """Return the loss over all of data.eval_file and the accuracy of generated answers."""
+    """Return the loss over all of data.eval_file and the accuracy of generated answers.
+
+    check: called first and behind each batch; what it raises ends the evaluation.
+    """
     start = time.perf_counter()
-    sums = [
-        losses(state.result, frozen, feed(batch))
-        for batch, _ in held_out.eval_batches(feed.bytes_only)
-    ]
+    check()
+    sums: list[Any] = []
+    for batch, _ in held_out.eval_batches(feed.bytes_only):
+        sums.append(losses(state.result, frozen, feed(batch)))
+        jax.block_until_ready(sums[-2:-1])  # or a stop would wait for all that is dispatched
+        check()
     total, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
     values = {"loss": float(total / max(tokens, 1e-9))}
     e = config.evaluation
@@ -386,6 +412,7 @@ def _evaluate(
             max_new_tokens=e.max_new_tokens,
             batch_size=e.batch_size,
             max_examples=e.max_examples,
+            on_batch=lambda done, total: check(),
         )
         values["accuracy"], values["examples"] = found.accuracy, len(found.predictions)
     # One process's word: what is chosen by it must be the same in all.

@@ -1,5 +1,6 @@
 """The mesh of a run: as its config says, or as large a share of a copy as its memory asks for."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -78,6 +79,27 @@ def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
     ]
     fitting = (f for f in useful if need.over(f * m.tensor).total <= ROOM * memory)
     return mesh_sizes(count, -1, next(fitting, useful[-1]), m.tensor)
+
+
+def mesh_for_reading(config: ConfigDict) -> jax.sharding.Mesh | None:
+    """Return a mesh that holds one copy of what a run of this config gave; None: one device does.
+
+    Of this process's devices it takes as many as share a copy in the config's own mesh; where that
+    says nothing of one, or asks for more than there are, as few as hold it by mesh.auto's estimate.
+    """
+    m = config.mesh
+    devices = jax.local_devices()[: m.devices or None]
+    if len(devices) == 1:
+        return None
+    sizes = {"fsdp": m.fsdp, "tensor": m.tensor, "context": m.context}
+    if m.auto or not 1 < math.prod(sizes.values()) <= len(devices):
+        picking = config.copy_and_resolve_references()
+        with picking.unlocked():
+            picking.mesh.update({"auto": True, "data": -1, "fsdp": 1, "tensor": 1, "context": 1})
+        picked = sizes_of(picking, len(devices), memory_of(devices[0]))
+        sizes = {"fsdp": picked["fsdp"]}
+    count = math.prod(sizes.values())
+    return None if count == 1 else make_mesh(data=1, **sizes, devices=devices[:count])
 
 
 def memory_of(device: Any) -> int:

@@ -32,11 +32,13 @@ class JsonLines:
     """One JSON object a line, whole after each write. Lines past `resume_step` are cut off.
 
     The others are in the file at any moment, whatever ends the process in the midst of it.
+    last: the last object that was there before; {} where there was none.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
+        self.last: dict[str, Any] = {}
         if resume_step is not None and path.exists():
-            _cut(path, resume_step)
+            self.last = _cut(path, resume_step)
         mode = "w" if resume_step is None else "a"
         self.file = open(path, mode, encoding="utf-8")
 
@@ -48,9 +50,9 @@ class JsonLines:
         self.file.close()
 
 
-def _cut(path: Path, step: int) -> None:
-    """Take the lines out of a file that are of later steps or not whole."""
-    old, kept = path.read_bytes(), []
+def _cut(path: Path, step: int) -> dict[str, Any]:
+    """Take the lines out of a file that are of later steps or not whole; return the last left."""
+    old, kept, last = path.read_bytes(), [], {}
     for line in old.splitlines():
         try:
             row = json.loads(line)
@@ -58,11 +60,13 @@ def _cut(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line + b"\n")
+            last = row
     new = b"".join(kept)
     if old.startswith(new):
         os.truncate(path, len(new))  # takes no room on the disk
     else:
         write_whole(path, new)
+    return last
 
 
 def check_reporters(names: Sequence[str]) -> None:
@@ -84,6 +88,9 @@ class Reporter(Protocol):
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line of evaluation results."""
 
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        """Return what was written of an evaluation of this step before the run was resumed."""
+
     def close(self) -> None:
         """Finish what is being written."""
 
@@ -96,6 +103,9 @@ class Silent:
 
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         pass
+
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        return None
 
     def close(self) -> None:
         pass
@@ -168,6 +178,11 @@ class Log:
         """Write one line of evaluation results."""
         self.evaluations.write(step, values)
         self._publish(step, {f"eval/{name}": value for name, value in values.items()})
+
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        """Return what was written of an evaluation of this step before the run was resumed."""
+        values = dict(self.evaluations.last)
+        return values if values.pop("step", None) == step else None
 
     def _publish(self, step: int, values: Mapping[str, Any]) -> None:
         for write in self.writers:

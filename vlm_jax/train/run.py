@@ -1,10 +1,9 @@
-"""What a run is built from, and how it is read back."""
+"""What a run is built from."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -13,22 +12,11 @@ from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.stream import open_stream
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
-from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
-from vlm_jax.hub.load import load, resolve
-from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.hub.tensors import dtypes, tensor_files
 from vlm_jax.model import Model
-from vlm_jax.sharding import check_spread, make_mesh, shard_params
+from vlm_jax.sharding import check_spread, shard_params
 from vlm_jax.starts import kind_of
 from vlm_jax.train.adapt import adapt
-from vlm_jax.train.base import compute_dtype, load_base
-from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.identity import identity
-from vlm_jax.train.optim import optimizer
-from vlm_jax.train.places import places_of
-from vlm_jax.train.step import init_state
-from vlm_jax.trees import join, split
-from vlm_jax.weights import bnb
+from vlm_jax.train.base import load_base
 
 
 def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
@@ -133,19 +121,6 @@ def data_seed(config: ConfigDict) -> int:
     return t.seed if t.data_seed is None else t.data_seed
 
 
-def stored_dtype(directory: Path) -> str:
-    """Return the widest dtype of a checkpoint's dense tensors: in it none of them is rounded."""
-    kinds: set[str] = set()
-    for file in sorted(set(tensor_files(directory).values())):
-        found = dtypes(directory / file)
-        four = {bnb.weight_of(name) for name in found}  # 4-bit weights, and None for all others
-        kinds |= {
-            k for name, k in found.items() if bnb.weight_of(name) is None and name not in four
-        }
-    narrow = {"BF16": "bfloat16", "F16": "float16"}
-    return narrow[kinds.pop()] if len(kinds) == 1 and kinds <= narrow.keys() else "float32"
-
-
 def _absolute(value: Any) -> Any:
     """Return a path, or each path of a list of sources, so that it holds from anywhere."""
     if isinstance(value, list):
@@ -170,55 +145,3 @@ def absolute_paths(config: ConfigDict) -> dict[str, Any]:
         elif value is not None:
             tree[section][key] = _absolute(value)
     return tree
-
-
-def load_run(
-    directory: str | Path, exact: bool = False
-) -> tuple[Model, dict[str, Any], ConfigDict]:
-    """Return (model, params, config) of a run: its result, or its newest checkpoint without one.
-
-    exact: in the dtype that the base is stored in, so that no weight is rounded; otherwise in the
-    run's compute dtype.
-    """
-    directory = Path(directory).expanduser()
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"'{directory}' holds no run: there is no config.json. Give the training.output_dir of "
-            f"a run."
-        )
-    try:
-        config = configs.load(directory / "config.json")
-    except UserError as error:
-        raise UserError(
-            f"The run in '{directory}' cannot be read: {error} If this is a checkpoint and no run, "
-            f"give it by --model."
-        ) from error
-    full = directory / "model"
-    if exact:
-        base = resolve(config.model.name_or_path, config.model.revision)
-        dtype = stored_dtype(full if full.is_dir() else base)
-        with config.unlocked():
-            config.model.dtype = dtype
-    if full.is_dir():
-        model, params = load(str(full), compute_dtype(config))
-        return model, params, config
-    if (directory / "adapter").is_dir():
-        model, params = load_base(config)
-        read = load_adapter if is_adapter_directory(directory / "adapter") else load_peft
-        model, params = read(model, params, directory / "adapter")
-        return model, params, config
-    places = places_of(config, directory)
-    if not places.saved_steps():
-        raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
-    mesh = make_mesh(devices=jax.devices()[:1])
-    model, params, table = build(config, mesh)
-    trainable, frozen = split(params, table)
-    training = {**config.training, "max_steps": max(1, config.training.max_steps)}
-    tx = optimizer(trainable, table, training)
-    state = init_state(trainable, tx, **state_options(config))
-    same = identity(config, model, table, rows=0)
-    same = {name: same[name] for name in ("base", "training table", "lora", "adapter")}
-    checkpoints = Checkpoints(places.checkpoints, same)
-    state, _ = checkpoints.restore(state)
-    checkpoints.close()
-    return model, join(state.result, frozen), config

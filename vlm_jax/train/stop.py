@@ -14,13 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax import processes
 
 
+class Stopped(Exception):
+    """What was being done is given up, since the run stops."""
+
+
 class Stop:
     """Whether the run is to stop, the same in every process at the same step.
 
-    A process alone stops where it was asked. Several decide together: each step carries every
-    process's wish over all devices in a program of its own, whose answer is read at the next
-    step, when it has long been there. So no clock and no message decides, and nobody waits for one
-    who has stopped already.
+    A process alone stops where it was asked. Several decide together: each step, and each batch of
+    an evaluation, carries every process's wish over all devices in a program of its own, whose
+    answer is read at the next one, when it has long been there. So no clock and no message decides,
+    and nobody waits for one who has stopped already.
     """
 
     def __init__(self, mesh: Mesh):
@@ -40,12 +44,18 @@ class Stop:
         return self._agreed if self._several else self.asked.is_set()
 
     def step_done(self) -> None:
-        """Take note that a step was dispatched; every process calls it at every step."""
+        """Take note that a step, or a batch to evaluate, was dispatched; every process calls it."""
         if self._several:
             before = self._answer
             self._carry()
             if before is not None:
                 self._agreed = bool(jax.device_get(before))
+
+    def check(self) -> None:
+        """Raise `Stopped` if the run stops; every process calls it, behind each evaluated batch."""
+        self.step_done()
+        if self.now():
+            raise Stopped
 
     def _carry(self) -> None:
         wish = np.full(self._count, int(self.asked.is_set()), np.int32)
