@@ -55,7 +55,7 @@ def test_the_language_model_only_by_default(tmp_path):
     [
         (dict(targets=("q_projj",)), "did you mean 'q_proj'"),
         (dict(targets=r"layers\.0\..*q_proj"), "matches no linear layer"),
-        (dict(exclude_modules=("lm_head",)), "exclude_modules.*matches none"),
+        (dict(exclude_modules=("lm_hed",)), "exclude_modules.*matches none"),
         (dict(exclude_modules=("q_proj", "v_proj")), "No layer is left"),
         (dict(layers_to_transform=(0, 7)), "names the layer 7.*layers 0 to 1"),
         (dict(layers_to_transform=(0,), layers_pattern=("h",)), "no numbered layer"),
