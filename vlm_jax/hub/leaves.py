@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.errors import UserError
-from vlm_jax.hub.tensors import Block, read_tensor, tensor_shape
+from vlm_jax.hub.tensors import Block, read_tensor
 from vlm_jax.names import Place, to_tree
 from vlm_jax.quantization import Storage
 from vlm_jax.sharding import put
@@ -48,13 +48,7 @@ class Tensor:
         Raises `UserError` where its shape is another than config.json says.
         """
         file = self.directory / self.files[self.name]
-        shape = tensor_shape(file, self.name)
-        if shape != self.place.shape:
-            raise UserError(
-                f"The tensor '{self.name}' in '{file}' has the shape {list(shape)}; config.json "
-                f"asks for {list(self.place.shape)}."
-            )
-        return read_tensor(file, self.name, block)
+        return read_tensor(file, self.name, block, self.place.shape)
 
     def in_tree(self, path: str, block: Block) -> np.ndarray:
         """Return a block of the weight as it lies in the tree, without the axis of layers."""

@@ -82,26 +82,30 @@ def open_tensors(path: Path) -> Any:
         ) from error
 
 
-def read_tensor(path: Path, name: str, block: Block = ()) -> np.ndarray:
+def read_tensor(
+    path: Path, name: str, block: Block = (), shape: tuple[int, ...] | None = None
+) -> np.ndarray:
     """Return one tensor of a file, or a block of it; block: a slice for each of its axes.
 
-    The file is opened for it alone: it is mapped into memory, and pages that were read count as
-    the process's until it is closed, which adds up to the whole checkpoint.
+    shape: what the tensor has to have, by config.json. The file is opened for it alone: it is
+    mapped into memory, and pages that were read count as the process's until it is closed, which
+    adds up to the whole checkpoint.
     """
     with open_tensors(path) as tensors:
         try:
-            return tensors.get_slice(name)[block] if block else tensors.get_tensor(name)
+            there = tensors.get_slice(name)
+            found = there.get_shape()
+            if shape is not None and tuple(found) != shape:
+                raise UserError(
+                    f"The tensor '{name}' in '{path}' has the shape {found}; config.json asks for "
+                    f"{list(shape)}."
+                )
+            return there[block] if block else tensors.get_tensor(name)
         except SafetensorError as error:
             raise UserError(
                 f"'{path}' lacks the tensor '{name}' that the index names: the files belong to "
                 f"different checkpoints ({error})."
             ) from error
-
-
-def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
-    """Return the shape of one tensor of a file."""
-    with open_tensors(path) as tensors:
-        return tuple(tensors.get_slice(name).get_shape())
 
 
 def dtypes(path: Path) -> dict[str, str]:
