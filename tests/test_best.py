@@ -103,7 +103,7 @@ def test_the_result_is_the_best_checkpoints_whether_or_not_the_run_was_stopped(
     place, monkeypatch, stopped, kept
 ):
     losses = {1: 0.1, 2: 1.0, 3: 0.1, 4: 0.5, 5: 0.1, 6: 0.7}  # odd steps are not saved, or stopped
-    evaluate, push = loop._evaluate, loop.Watch.push
+    evaluate, push = loop.evaluated, loop.Watch.push
 
     def drawn(*arguments):
         values = evaluate(*arguments)
@@ -119,7 +119,7 @@ def test_the_result_is_the_best_checkpoints_whether_or_not_the_run_was_stopped(
                f"data.eval_file={place / 'data/train.jsonl'}")  # fmt: skip
     choosing = (*options, "training.max_steps=6", "training.load_best_model_at_end=true",
                 "training.eval_steps=1", "training.save_total_limit=1")  # fmt: skip
-    monkeypatch.setattr(loop, "_evaluate", drawn)
+    monkeypatch.setattr(loop, "evaluated", drawn)
     monkeypatch.setattr(loop.Watch, "push", push_and_interrupt)
     name = f"best {stopped}"
     outcome, directory, _ = run(place, name, *choosing)

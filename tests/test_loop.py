@@ -136,9 +136,9 @@ def test_an_evaluation_that_a_stop_meets_is_made_by_the_resumed_run(place, monke
 
         return real["evaluate"](*arguments[:-1], checked)
 
-    real |= {"push": loop.Watch.push, "evaluate": loop._evaluate}
+    real |= {"push": loop.Watch.push, "evaluate": loop.evaluated}
     monkeypatch.setattr(loop.Watch, "push", push)
-    monkeypatch.setattr(loop, "_evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluated", evaluate)
     for step, told in (
         (0, ("SIGTERM", "batch", 0, 1)),  # on start
         (2, ("SIGINT", "step", 2)),
@@ -166,7 +166,7 @@ def test_an_evaluation_behind_a_save_is_made_once(place, monkeypatch):
     (place / "killed in it/evaluations.jsonl").write_text("")
     run(place, "killed in it", *options, resume=True)
     same_run(place / "killed in it", directory)
-    monkeypatch.setattr(loop, "_evaluate", None)  # and a line that is there is taken
+    monkeypatch.setattr(loop, "evaluated", None)  # and a line that is there is taken
     outcome, _, _ = run(place, "once", *options, resume=True)
     assert (directory / "evaluations.jsonl").read_text() == whole
     assert {"step": 2, **outcome["evaluation"]} == json.loads(whole)

@@ -100,7 +100,7 @@ LOSSES = {1: 1.0, 2: 0.5, 3: 0.6, 4: 0.55, 5: 0.2, 6: 0.1}
 
 @pytest.mark.parametrize(("best", "stopped"), [(False, 3), (True, 4)])
 def test_a_resumed_run_stops_where_one_that_ran_through_does(place, monkeypatch, best, stopped):
-    evaluate, push = loop._evaluate, loop.Watch.push
+    evaluate, push = loop.evaluated, loop.Watch.push
 
     def drawn(*arguments):
         return {**evaluate(*arguments), "loss": LOSSES[int(arguments[5].step)]}
@@ -110,7 +110,7 @@ def test_a_resumed_run_stops_where_one_that_ran_through_does(place, monkeypatch,
             signal.raise_signal(signal.SIGINT)
         return push(self, step, *rest)
 
-    monkeypatch.setattr(loop, "_evaluate", drawn)
+    monkeypatch.setattr(loop, "evaluated", drawn)
     options = ("evaluation.accuracy=false", f"data.eval_file={place / 'data/train.jsonl'}",
                "training.max_steps=6", "training.eval_steps=1", "training.save_steps=2",
                "training.early_stopping_patience=2",

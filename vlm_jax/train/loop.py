@@ -4,20 +4,14 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from vlm_jax import processes
-from vlm_jax.data import Encoder, Pipeline
-from vlm_jax.data.stream import StreamRecords
-from vlm_jax.evals.accuracy import accuracy
+from vlm_jax.data import Pipeline
 from vlm_jax.hub.files import write_json
-from vlm_jax.model import Model
 from vlm_jax.quantization import summary
 from vlm_jax.sharding import row_parts, row_share
 from vlm_jax.train.best import Best, best_of
@@ -28,6 +22,7 @@ from vlm_jax.train.compile import (
     out_of_memory_explained,
 )
 from vlm_jax.train.counts import trainable_line
+from vlm_jax.train.evaluation import evaluated
 from vlm_jax.train.feed import Feed
 from vlm_jax.train.identity import identity, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
@@ -218,7 +213,7 @@ def _train(
             def evaluate(state: TrainState) -> None:
                 assert held_out is not None
                 with contextlib.suppress(Stopped):  # the evaluation stays pending
-                    found = _evaluate(
+                    found = evaluated(
                         config, model, encoder, held_out, losses, state, frozen, feed, stop.check
                     )
                     log.write_evaluation(step, found)
@@ -375,45 +370,3 @@ def _best_trainable(
     if chosen != step:
         last = checkpoints.restore_trainable(last, chosen, kept)
     return last, {"step": chosen, "metric": best.metric, "value": value}
-
-
-def _evaluate(
-    config: ConfigDict,
-    model: Model,
-    encoder: Encoder,
-    held_out: Pipeline,
-    losses: Any,
-    state: TrainState,
-    frozen: Any,
-    feed: Feed,
-    check: Callable[[], None],
-) -> dict[str, float]:
-    """Return the loss over all of data.eval_file and the accuracy of generated answers.
-
-    check: called first and behind each batch; what it raises ends the evaluation.
-    """
-    start = time.perf_counter()
-    check()
-    sums: list[Any] = []
-    for batch, _ in held_out.eval_batches(feed.bytes_only):
-        sums.append(losses(state.result, frozen, feed(batch)))
-        jax.block_until_ready(sums[-2:-1])  # or a stop would wait for all that is dispatched
-        check()
-    total, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
-    values = {"loss": float(total / max(tokens, 1e-9))}
-    e = config.evaluation
-    if e.accuracy:
-        assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
-        found = accuracy(
-            model,
-            join(state.result, frozen),
-            encoder,
-            held_out.records,
-            max_new_tokens=e.max_new_tokens,
-            batch_size=e.batch_size,
-            max_examples=e.max_examples,
-            on_batch=lambda done, total: check(),
-        )
-        values["accuracy"], values["examples"] = found.accuracy, len(found.predictions)
-    # One process's word: what is chosen by it must be the same in all.
-    return processes.gather("evaluation", {**values, "seconds": time.perf_counter() - start})[0]
