@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import PREFIX
-from vlm_jax.hub.peft_load import read_config
+from vlm_jax.hub.peft_config import read_config
 from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.linen.adapt import check_module, check_supported
 from vlm_jax.linen.adapted import LORA, Adapted
