@@ -36,6 +36,17 @@ def refused(directory, message):
         vlm_jax.load(directory)
 
 
+def test_a_tensor_that_the_index_names_in_vain(base):
+    file = base / "model.safetensors"
+    names = list(load_file(file))
+    index = {"weight_map": dict.fromkeys(names, file.name)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    vlm_jax.load(base)
+    gone = next(name for name in names if name.endswith("q_proj.weight"))
+    change_tensors(base, lambda tensors: tensors.pop(gone))
+    refused(base, f"lacks the tensor '{gone}'")
+
+
 def test_missing_directory_and_unreachable_repository(tmp_path):
     refused(tmp_path / "nowhere", "no checkpoint directory")
     refused("nobody/nothing", "could not be fetched")
