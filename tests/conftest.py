@@ -1,6 +1,7 @@
 """The strict session: eight CPU devices, no rank promotion. Set before anything imports jax."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -8,28 +9,31 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never asks the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One cache of compiled programs for the tests and the processes they start.
+CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="vlm_jax-tests-"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from costs import Costs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    config.pluginmanager.register(Costs())
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A directory with a tiny checkpoint in base/ and drawn records in data/, for whole runs.
-
-    Compilations are cached on disk: runs here compile the same few programs.
-    """
+    """A directory with a tiny checkpoint in base/ and drawn records in data/, for whole runs."""
     import runs
 
     place = tmp_path_factory.mktemp("runs")
     runs.make_base(place / "base")
     runs.make_data(place / "data")
-    jax.config.update("jax_compilation_cache_dir", str(place / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield place
-    jax.config.update("jax_compilation_cache_dir", None)
+    return place
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,6 @@ def environment(place: Path, devices: int, **more: str) -> dict[str, str]:
         **kept,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "VLM_JAX_HEARTBEAT_TIMEOUT": "200",  # a machine may stand still for a while
         **more,
     }
