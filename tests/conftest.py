@@ -1,6 +1,8 @@
 """The strict session: eight CPU devices, no rank promotion. Set before anything imports jax."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,8 +11,11 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never asks the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# One cache of compiled programs for the tests and the processes they start.
-CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="vlm_jax-tests-"))
+# One cache of compiled programs for the workers of a session and the processes that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="vlm_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

@@ -1,52 +1,92 @@
-"""What each test costs: processor time of the process and its children, told at the run's end.
+"""Processor time of every test, its child processes' included, and a limit on it.
 
-Wall time depends on what else the machine does; processor time hardly does. Fixtures that several
-tests share are rows of their own, so that their cost does not fall on whichever test comes first.
+Wall time depends on what else a machine does; processor time hardly does. Fixtures that several
+tests share are counted apart, so that their cost does not fall on whichever test comes first.
+Under pytest-xdist the workers measure and the controller reports.
 """
 
-import json
 import os
-import resource
-from pathlib import Path
 
 import pytest
 
-FILE = os.environ.get("VLM_JAX_TEST_COSTS", "")  # a JSON lines file of all costs
+LIMIT = 20.0  # seconds of processor time, for a test that is not marked nightly
+SLOWEST = 10
+
+# Tests (or shared fixtures) of the fast tier that may take longer: {name: why}.
+MAY_BE_SLOW: dict[str, str] = {}
 
 
 def processor_seconds() -> float:
-    """Return the processor time of this process and its ended children, in seconds."""
+    """Return the processor time of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
 class Costs:
-    """A pytest plugin; see the module's docstring."""
+    """A pytest plugin: measures, lists the slowest, and fails the run above the limit."""
 
     def __init__(self) -> None:
-        self.shared = 0.0  # of the current test: in fixtures that others use too
         self.started = 0.0
-        self.rows: dict[str, float] = {}
+        self.fixtures: list[tuple[str, float]] = []  # shared ones that the current test set up
+        self.seconds: dict[str, float] = {}
+        self.nightly: set[str] = set()
 
-    @pytest.hookimpl(hookwrapper=True)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.started, self.fixtures = processor_seconds(), []
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef, request):
-        start, before = processor_seconds(), self.shared
-        yield
+        start, first = processor_seconds(), len(self.fixtures)
+        result = yield
         if fixturedef.scope != "function":
             spent = processor_seconds() - start
-            inner = self.shared - before  # shared fixtures that this one asked for
-            self.shared = before + spent
-            self.note(f"{fixturedef.baseid}::fixture {fixturedef.argname}", spent - inner)
+            inner = sum(seconds for _, seconds in self.fixtures[first:])
+            name = f"fixture {fixturedef.argname} of {fixturedef.baseid or 'conftest'}"
+            self.fixtures.append((name, spent - inner))
+        return result
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        self.shared, start = 0.0, processor_seconds()
-        yield
-        self.note(item.nodeid, processor_seconds() - start - self.shared)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if call.when == "teardown":
+            whole = processor_seconds() - self.started
+            own = whole - sum(seconds for _, seconds in self.fixtures)
+            nightly = item.get_closest_marker("nightly") is not None
+            report.user_properties.append(("processor_seconds", (own, nightly, self.fixtures)))
+        return report
 
-    def note(self, name: str, seconds: float) -> None:
-        self.rows[name] = self.rows.get(name, 0.0) + seconds
-        if FILE:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            row = {"name": name, "seconds": round(seconds, 3), "peak_gb": round(peak, 3)}
-            with open(Path(FILE), "a") as file:
-                file.write(json.dumps(row) + "\n")
+    def pytest_runtest_logreport(self, report):
+        for name, value in report.user_properties:
+            if name == "processor_seconds" and report.when == "teardown":
+                own, nightly, fixtures = value
+                for test, seconds in [(report.nodeid, own), *fixtures]:
+                    self.seconds[test] = self.seconds.get(test, 0.0) + seconds
+                if nightly:
+                    self.nightly |= {report.nodeid, *(fixture for fixture, _ in fixtures)}
+
+    def too_slow(self) -> list[str]:
+        """Return the names of what took longer than it may."""
+        excused = self.nightly | MAY_BE_SLOW.keys()
+        return [name for name, s in self.seconds.items() if s > LIMIT and name not in excused]
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        if not hasattr(session.config, "workerinput") and self.too_slow() and exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        write = terminalreporter.write_line
+        ordered = sorted(self.seconds.items(), key=lambda row: -row[1])
+        if file := os.environ.get("VLM_JAX_TEST_COSTS"):  # every one of them, to sort and to sum
+            with open(file, "a") as out:
+                out.writelines(f"{seconds:.2f}\t{name}\n" for name, seconds in ordered)
+        write(f"{sum(self.seconds.values()):,.0f} s of processor time; the slowest:")
+        for name, seconds in ordered[:SLOWEST]:
+            write(f"{seconds:8.1f} s  {name}")
+        for name in self.too_slow():
+            write(
+                f"FAILED {name}: {self.seconds[name]:.0f} s of processor time, more than "
+                f"{LIMIT:.0f}. Shorten it, mark it nightly and leave a small sibling, or name it "
+                f"in MAY_BE_SLOW of tests/costs.py with the reason.",
+                red=True,
+            )

@@ -118,7 +118,7 @@ def test_the_last_run_that_came_writes(place, bucket, monkeypatch):
     assert places_of(config.load(None, [there])).saved_steps() == [2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_several_processes_need_no_shared_directory(place, bucket):
     """One is killed; the run goes on from the bucket with another number of processes."""
     settings = {

@@ -9,7 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prove" / "kills.py"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_kills_and_two_stops_and_a_full_disk_lose_nothing(tmp_path):
     command = [sys.executable, str(SCRIPT), "--kills=2", "--terms=2", "--steps=40", "--seed=1"]
     with open(tmp_path / "log", "w") as log:  # a pipe would wait for whatever outlived its parent

@@ -21,6 +21,9 @@ from vlm_jax.sharding import make_mesh, shard_batch, shard_params
 from vlm_jax.train.adapt import adapt_base
 from vlm_jax.trees import flatten, unflatten
 
+# One method of LoRA and one of adapters: the scan over layers is the same code for all.
+UNROLLED = ("lora", "pfeiffer")
+
 # Compiling takes longer than running here.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -115,9 +118,10 @@ def test_the_contract(base, tmp_path, method):
         np.testing.assert_allclose(recomputed[path], grad, atol=1e-5 * np.abs(grad).max())
     after = logits(model, params, batch)
     assert np.abs(after - plain).max() > 0.01
-    with jax.disable_jit():
-        unrolled = np.asarray(model.apply({"params": params}, batch))[batch.segments > 0]
-    np.testing.assert_allclose(unrolled, after, atol=1e-4)
+    if method in UNROLLED:
+        with jax.disable_jit():
+            unrolled = np.asarray(model.apply({"params": params}, batch))[batch.segments > 0]
+        np.testing.assert_allclose(unrolled, after, atol=1e-4)
 
     # Several devices compute what one does.
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])

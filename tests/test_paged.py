@@ -115,7 +115,7 @@ def check_places(state, memory="pinned_host"):
         assert kinds == {memory if path in PAGED else "device"}, path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 def test_300_steps_paged_equal_unpaged_bit_for_bit(optim):
     plain, plain_values = run(*start(optim), 300)
@@ -191,7 +191,7 @@ with together(lambda error: 2):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_several_processes_turn_moments_as_one_does(tmp_path):
     state, _ = run(*start("paged_adamw"), 2)
     with Checkpoints(tmp_path / "checkpoints", {}) as checkpoints:

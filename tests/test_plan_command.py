@@ -29,6 +29,7 @@ from vlm_jax.plan.speed import sent, speed
 from vlm_jax.plan.step import prepare, readable
 from vlm_jax.plan.traffic import bytes_accessed
 from vlm_jax.sharding import make_mesh
+from vlm_jax.train import losses
 from vlm_jax.train.losses import loss
 from vlm_jax.trees import flatten
 
@@ -349,7 +350,7 @@ def test_every_parameter_is_listed_with_its_place(report, tiny):
     assert not [path for path in paths if path not in text.getvalue()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_too_large_is_a_report_and_one_just_below_fits(tmp_path, tiny, capsys):
     """Layers of a stack change its arrays and not the program: 16 GB compile as fast as few."""
     deep = {str(n): str(qwen(tmp_path / str(n), n)) for n in (9_000, 12_500)}
@@ -535,14 +536,17 @@ def test_the_known_figures_are_plausible():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_gathered_once_however_many_chunks_of_the_loss_there_are(tmp_path, tied):
+def test_the_head_is_gathered_once_however_many_chunks_of_the_loss_there_are(
+    tmp_path, tied, monkeypatch
+):
+    monkeypatch.setattr(losses, "CHUNK_POSITIONS", 128)
     raw = json.loads((qwen(tmp_path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": tied}))
     changes = {"model.quantize": "nf4-dq", "training.remat_policy": "block"}
     made = config.load(None, [f"model.name_or_path={tmp_path}", "data.max_pixels=12544"])
     compiled = plan.compile_step(
-        made, "v5e:2x2", mesh={"fsdp": 4, "data": 1}, overrides=changes, rows=8, tokens=2048
-    )  # 4,096 positions a device are four chunks
+        made, "v5e:2x2", mesh={"fsdp": 4, "data": 1}, overrides=changes, rows=8, tokens=256
+    )  # 512 positions a device are four chunks
     sizes = {(WIDTH, 512), (512, WIDTH)}
     times = [
         one.times

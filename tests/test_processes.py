@@ -106,7 +106,7 @@ def saving(places):
     return any("tmp" in path.name for path in places.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "count, mesh",
     [
@@ -149,7 +149,7 @@ def test_several_processes_train_as_one_does(place, count, mesh):
     assert "Wrote" not in (place / f"{name} in {count}.1.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_noise_averages_and_an_early_stop_are_those_of_one_process(place):
     options = (
         "--config.lora.dropout=0.1",
@@ -170,7 +170,7 @@ def test_noise_averages_and_an_early_stop_are_those_of_one_process(place):
     assert json.loads((two / "best.json").read_text())["step"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_trained_in_full_is_gathered_and_written_by_one_of_several(place):
     full = ("--config.lora.enabled=false", "--config.training.max_steps=2")
     alone, several = (go(place, f"full{count}", count, *full) / "model" for count in (1, 2))
@@ -184,7 +184,7 @@ def test_a_model_trained_in_full_is_gathered_and_written_by_one_of_several(place
     assert np.abs(ours[head] - base[head]).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, long):
     config, directory = place / "config.json", place / "stopped"
     with started(place, config, "stopped", 2, *LONG) as group:
@@ -199,7 +199,7 @@ def test_one_that_is_told_to_stop_stops_all_and_the_run_goes_on(place, long):
     assert compare(long, directory)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_that_is_told_to_stop_in_an_evaluation_gives_it_up_in_all(place):
     options = (
         f"--config.data.eval_file={place / 'data/train.jsonl'}", "--config.training.eval_steps=2",
@@ -221,7 +221,7 @@ def test_one_that_is_told_to_stop_in_an_evaluation_gives_it_up_in_all(place):
     assert json.loads((directory / "best.json").read_text())["step"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, long):
     config, directory = place / "config.json", place / "killed"
     with started(place, config, "killed", 2, *LONG, VLM_JAX_HEARTBEAT_TIMEOUT="20") as group:
@@ -252,7 +252,7 @@ def test_one_that_is_killed_ends_all_and_the_run_goes_on(place, long):
     np.testing.assert_allclose(ours[saved]["loss"], theirs[saved]["loss"], rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_one_process_cannot_do_ends_all_with_its_words(place):
     """The fifth step's rows hold a damaged image, which one of the two processes reads."""
     make_data(place / "damaged", count=40)
@@ -296,7 +296,7 @@ with together(lambda error: 2):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_save_that_one_process_cannot_finish_ends_all(tmp_path):
     """It fails in a thread, and the other process waits for it in one."""
     arguments = ("-c", SAVES, str(tmp_path / "checkpoints"))
@@ -308,7 +308,7 @@ def test_a_save_that_one_process_cannot_finish_ends_all(tmp_path):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_second_run_is_refused_and_a_kill_while_saving_leaves_the_save_before(place):
     config, directory = place / "config.json", place / "shared"
     endless = ("--config.training.max_steps=100000", "--config.training.save_steps=1")
@@ -382,7 +382,7 @@ def test_a_process_of_slurm_has_a_device_of_its_own(monkeypatch):
     assert seat.address.startswith("node1:")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_with_different_settings_do_not_train_together(place):
     config = json.loads((place / "config.json").read_text())
     port = free_port()
@@ -422,7 +422,7 @@ def test_what_several_processes_cannot_do_is_refused(place, monkeypatch):
         mesh_of(made)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_coordinator_that_is_not_there_and_processes_that_do_not_come(place):
     arguments = [sys.executable, "-m", "vlm_jax", "train", f"--config={place / 'config.json'}"]
     with socket.socket() as taken:

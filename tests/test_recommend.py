@@ -222,7 +222,7 @@ def test_unknown_hardware_lists_the_known(name):
         hardware(name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("suffix", ["yaml", "py"])
 def test_the_config_trains(place, tmp_path, capsys, suffix):
     file = tmp_path / f"r.{suffix}"
