@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from draws import shaken
 from runs import make_base, make_data, run
 from safetensors.numpy import load_file, save_file
 
@@ -40,15 +41,7 @@ def logits(model, params, **more):
 
 
 def moved(params, seed=1):
-    keys = iter(jax.random.split(jax.random.key(seed), 1000))
-    return unflatten(
-        {
-            path: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
-            if is_adapter(path)
-            else leaf
-            for path, leaf in flatten(params).items()
-        }
-    )
+    return shaken(params, is_adapter, seed=seed)
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from draws import shaken
 from references import IMAGE, VIDEO, media, quiet, wide
 
 import vlm_jax
@@ -15,7 +16,7 @@ from vlm_jax.plan import collectives
 from vlm_jax.sharding import make_mesh, shard_batch, shard_params
 from vlm_jax.train.compile import abstract_batch
 from vlm_jax.train.place import on_mesh
-from vlm_jax.trees import flatten, unflatten
+from vlm_jax.trees import flatten
 
 TOKENS = 64
 QUICK = {"xla_backend_optimization_level": 0}
@@ -86,12 +87,9 @@ def setting(family, directory, quantize):
     model, params = vlm_jax.load(directory, quantize=quantize)
     lora = vlm_jax.LoRA(rank=4, alpha=8, targets="llama", modules_to_save=("projector",))
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
-    flat = flatten(params)
-    for path in flat:
-        if path.endswith("lora_B"):
-            flat[path] = 0.1 * jax.random.normal(jax.random.key(1), flat[path].shape)
+    params = shaken(params, lambda path: path.endswith("lora_B"))
     table = vlm_jax.training_table(model, params)
-    return model, *vlm_jax.split(unflatten(flat), table), packed_batch(model)
+    return model, *vlm_jax.split(params, table), packed_batch(model)
 
 
 def prepared(model, trainable, frozen, batch, sizes):

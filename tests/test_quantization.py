@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from draws import shaken
 from references import our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors, wide
 from safetensors.numpy import load_file, save_file
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
@@ -369,11 +370,7 @@ def test_scales_lie_as_their_codes_where_they_divide(directory, wide_directory):
 def adapt(model, params, dropout=0.0):
     lora = vlm_jax.LoRA(rank=3, alpha=5, targets="llama", dropout=dropout)
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
-    flat = flatten(params)
-    for path in flat:
-        if path.endswith("lora_B"):
-            flat[path] = 0.1 * jax.random.normal(jax.random.key(1), flat[path].shape)
-    return model, unflatten(flat)
+    return model, shaken(params, lambda path: path.endswith("lora_B"))
 
 
 def decoded(params):

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from draws import shaken
 from jax.sharding import NamedSharding
 from references import IMAGE, llava, media, pad, qwen2_vl
 
 import vlm_jax
 from vlm_jax.hub import leaves
 from vlm_jax.sharding import make_mesh, param_shardings, shard_batch, shard_params
-from vlm_jax.trees import flatten, unflatten
+from vlm_jax.trees import flatten
 
 ROWS = 8
 SPLITS = [
@@ -46,12 +47,9 @@ def setting(family, directory):
     ids, mask = pad(rows, left=False)
     lora = vlm_jax.LoRA(rank=4, alpha=8, targets="llama", modules_to_save=("projector",))
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
-    flat = flatten(params)
-    for path in flat:
-        if path.endswith("lora_B"):
-            flat[path] = 0.1 * jax.random.normal(jax.random.key(1), flat[path].shape)
+    params = shaken(params, lambda path: path.endswith("lora_B"))
     table = vlm_jax.training_table(model, params)
-    trainable, frozen = vlm_jax.split(unflatten(flat), table)
+    trainable, frozen = vlm_jax.split(params, table)
     return model, trainable, frozen, model.batch(ids, mask, **given)
 
 

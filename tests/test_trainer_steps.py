@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from checkpoint_files import qwen2_vl_files
+from tiers import fast
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vlm_jax.data import Encoder, Pipeline
@@ -103,7 +104,7 @@ def drawn(number):
     return rng.randint(batch, 40), options
 
 
-@pytest.mark.parametrize("number", range(30))
+@pytest.mark.parametrize("number", fast(range(10), range(30)))
 def test_steps_and_their_examples_are_the_trainers(number, encoder, records, tmp_path):
     count, options = drawn(number)
     steps, examples = theirs(tmp_path, count, **options)

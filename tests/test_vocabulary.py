@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from draws import shaken
 from peft import PeftModel
 from references import our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors
 
 import vlm_jax
-from vlm_jax.trees import flatten, unflatten
+from vlm_jax.trees import flatten
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -57,10 +58,7 @@ def test_an_adapter_carries_added_tokens(tmp_path, tied):
     grown, params = vlm_jax.add_tokens(model, params, 3)
     lora = vlm_jax.LoRA(rank=2, alpha=4, targets=("q_proj",))
     grown, params = vlm_jax.add_lora(grown, params, lora, jax.random.key(0))
-    flat = flatten(params)
-    for number, path in enumerate(sorted(p for p in flat if p.endswith("added"))):
-        flat[path] = flat[path] + jax.random.normal(jax.random.key(number), flat[path].shape)
-    params = unflatten(flat)
+    params = shaken(params, lambda path: path.endswith("added"), scale=1.0)
     assert vlm_jax.training_table(grown, params)[1] == (r".*/added", "full")
     vlm_jax.save_peft(grown, params, tmp_path / "adapter")
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from draws import shaken
 from references import our_logits, quiet, tensors
 from test_peft import build
 
@@ -13,7 +14,7 @@ import vlm_jax
 from vlm_jax.layers.bottleneck import is_adapter
 from vlm_jax.names import disk_places, to_disk, to_tree
 from vlm_jax.train.recipe import training_table
-from vlm_jax.trees import flatten, unflatten
+from vlm_jax.trees import flatten
 
 ADAPTERS = {
     "houlsby": vlm_jax.Adapter("houlsby", 4),
@@ -28,16 +29,6 @@ PARTS = {
     "model.vision_tower.encoder.layers": ("self_attn", "layer_norm2", "mlp"),
 }
 FUNCTIONS = {"swish": torch.nn.functional.silu, "relu": torch.relu}
-
-
-def shaken(params, seed=3):
-    """Return the tree with the adapters away from their start."""
-    keys = iter(jax.random.split(jax.random.key(seed), 1000))
-    flat = flatten(params)
-    for path, leaf in flat.items():
-        if is_adapter(path):
-            flat[path] = leaf + 0.2 * jax.random.normal(next(keys), leaf.shape)
-    return unflatten(flat)
 
 
 def adapters_in(reference, model, params):
@@ -107,7 +98,7 @@ def test_logits_and_ten_steps(tmp_path, family, kind):
     adapter = dataclasses.replace(ADAPTERS[kind], modules_to_save=("projector",))
     model, params = vlm_jax.add_adapter(model, params, adapter, jax.random.key(0))
     np.testing.assert_array_equal(our_logits(model, params, inputs), plain)  # exactly the base
-    params = shaken(params)
+    params = shaken(params, is_adapter, scale=0.2, seed=3)
     named = adapters_in(reference, model, params)
     with torch.no_grad(), quiet():
         expected = reference(**tensors(inputs)).logits.numpy()

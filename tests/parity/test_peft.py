@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from draws import shaken
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from references import llava, llava_inputs, our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors
@@ -33,14 +34,9 @@ def build(family, directory, factor=6.0):
     return reference, model, params, llava_inputs(model.family.image_tokens(model.config))
 
 
-def shaken(params, seed=3, parts=("lora_B", "merger", "projector")):
+def moved(params, seed=3, parts=("lora_B", "merger", "projector")):
     """Return the tree with B and the projector away from their start."""
-    keys = iter(jax.random.split(jax.random.key(seed), 1000))
-    flat = flatten(params)
-    for path, leaf in flat.items():
-        if any(part in path for part in parts):
-            flat[path] = leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
-    return unflatten(flat)
+    return shaken(params, lambda path: any(part in path for part in parts), seed=seed)
 
 
 def assert_equal_logits(reference, model, params, inputs):
@@ -67,7 +63,7 @@ def test_our_adapter_in_peft(tmp_path, family, targets):
     lora = vlm_jax.LoRA(rank=3, alpha=5, targets=TARGETS[targets], modules_to_save=("projector",))
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
     base_logits = our_logits(model, params, inputs)
-    params = shaken(params)
+    params = moved(params)
     assert np.abs(our_logits(model, params, inputs) - base_logits).max() > 0.1
     vlm_jax.save_peft(model, params, tmp_path / "adapter")
     with quiet():
@@ -90,7 +86,7 @@ def test_our_dora_in_peft(tmp_path, family):
     lora = vlm_jax.LoRA(3, 5, targets=targets, modules_to_save=("projector",), dora=True)
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
     np.testing.assert_allclose(our_logits(model, params, inputs), plain, atol=1e-4)
-    flat = flatten(shaken(params))
+    flat = flatten(moved(params))
     flat |= {path: 1.1 * leaf for path, leaf in flat.items() if path.endswith("magnitude")}
     params = unflatten(flat)
     vlm_jax.save_peft(model, params, tmp_path / "adapter")
@@ -165,7 +161,7 @@ def test_merged_equals_adapted_and_loads_in_transformers(tmp_path, family):
     reference, model, params, inputs = build(family, tmp_path / "base")
     lora = vlm_jax.LoRA(rank=3, alpha=5, targets="llama", modules_to_save=("projector",))
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
-    params = shaken(params)
+    params = moved(params)
     before = jax.tree.map(np.array, params)
     merged = vlm_jax.merge(model, params)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, params))
@@ -220,7 +216,7 @@ def adapted_pair(family, tmp_path, factor, **kind):
     kind = {"modules_to_save": ("projector",), **kind}
     lora = vlm_jax.LoRA(rank=3, alpha=5, targets="llama", **kind)
     model, params = vlm_jax.add_lora(model, params, lora, jax.random.key(0))
-    params = shaken(params) if lora.modules_to_save else shaken(params, parts=("lora_B",))
+    params = moved(params) if lora.modules_to_save else moved(params, parts=("lora_B",))
     vlm_jax.save_peft(model, params, tmp_path / "adapter")
     labels = np.where(
         (inputs["attention_mask"] == 1) & (inputs["input_ids"] < 99), inputs["input_ids"], -100
@@ -327,7 +323,7 @@ def test_a_projector_alone_is_an_adapter_too(tmp_path):
     """LLaVA's first stage: no matrices, only modules_to_save."""
     reference, model, params, inputs = build("llava", tmp_path / "base")
     lora = vlm_jax.LoRA(targets=(), modules_to_save=("projector",))
-    model, params = dataclasses.replace(model, lora=lora), shaken(params)
+    model, params = dataclasses.replace(model, lora=lora), moved(params)
     vlm_jax.save_peft(model, params, tmp_path / "adapter")
     with quiet():
         adapted = PeftModel.from_pretrained(reference, tmp_path / "adapter")
