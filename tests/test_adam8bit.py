@@ -14,6 +14,8 @@ from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights.blocks import Blocks
 from vlm_jax.weights.dynamic8 import dequantize, dynamic_map, quantize
 
+pytestmark = pytest.mark.exact
+
 # Blocks down whole columns, in one and in several pages; over row ends; of stacked layers;
 # embeddings; a vector; and what is too small to have eight bits.
 SHAPES = {

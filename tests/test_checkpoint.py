@@ -11,6 +11,8 @@ import vlm_jax
 from vlm_jax import UserError, processes
 from vlm_jax.train.checkpoint import Checkpoints, flat_state
 
+pytestmark = pytest.mark.exact
+
 TABLE = [(r"a/.*", "full"), (r".*", "full(0.5)")]
 
 

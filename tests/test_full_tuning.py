@@ -24,6 +24,8 @@ from vlm_jax.train.rounding import stochastic_round
 from vlm_jax.train.step import averaged
 from vlm_jax.trees import flatten, layer_factors, layer_words, match, parse_group, unflatten
 
+pytestmark = pytest.mark.exact
+
 
 def test_rounding_by_chance_is_right_on_average():
     rng = np.random.default_rng(0)

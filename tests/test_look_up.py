@@ -11,6 +11,8 @@ from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.feed import Feed
 
+pytestmark = pytest.mark.exact
+
 FAMILIES = {"qwen2_vl": qwen2_vl_files, "llava": llava_files}
 
 

@@ -20,6 +20,8 @@ from vlm_jax.train.reading import load_run
 from vlm_jax.train.run import build
 from vlm_jax.trees import flatten
 
+pytestmark = pytest.mark.exact
+
 
 def test_a_run_writes_what_it_promises(straight):
     outcome, directory, text = straight

@@ -20,6 +20,8 @@ from vlm_jax.train.optim import OptimizerSettings
 from vlm_jax.train.place import on_mesh
 from vlm_jax.trees import flatten, unflatten
 
+pytestmark = pytest.mark.exact
+
 SHAPES = {
     "a/kernel": (256, 400),
     "a/bias": (400,),

@@ -10,6 +10,8 @@ from vlm_jax import UserError, config
 from vlm_jax.train.optim import OptimizerSettings, learning_rate
 from vlm_jax.train.schedules import SCHEDULES
 
+pytestmark = pytest.mark.exact
+
 TOTAL, RATE = 500, 3e-4
 CASES = [
     ("constant", {}),

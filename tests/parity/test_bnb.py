@@ -19,6 +19,8 @@ from vlm_jax.weights.fourbit import BLOCKS
 from vlm_jax.weights.packing import flatten_layer
 from vlm_jax.weights.quantize import quantize, quantize_scales
 
+pytestmark = pytest.mark.exact
+
 TYPES = {
     "float32": (torch.float32, np.float32),
     "bfloat16": (torch.bfloat16, ml_dtypes.bfloat16),
