@@ -22,10 +22,12 @@ def free_port() -> int:
 def environment(place: Path, devices: int, **more: str) -> dict[str, str]:
     """Return the environment of a process with so many devices, alone unless `more` says else."""
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    flags = os.environ.get("XLA_FLAGS", "").split()  # the session's, but for its eight devices
+    flags = [flag for flag in flags if "device_count" not in flag]
     return {
         **kept,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
         "VLM_JAX_HEARTBEAT_TIMEOUT": "200",  # a machine may stand still for a while
         **more,
     }

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prove" / "data_resume.py"
 
 
+@pytest.mark.nightly
 def test_two_kills_change_nothing():
     command = [sys.executable, str(SCRIPT), "--kills", "2", "--steps", "24"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

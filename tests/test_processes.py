@@ -27,6 +27,7 @@ from several import (
 )
 
 from vlm_jax import UserError, processes
+from vlm_jax.cli import main
 from vlm_jax.sharding import share_of
 from vlm_jax.train.mesh import mesh_of
 
@@ -54,7 +55,7 @@ def place(tmp_path_factory):
                 },
                 "training": {
                     "max_steps": 4,
-                    "learning_rate": 1e-2,
+                    "learning_rate": 1e-3,  # at 1e-2 rounding grows tenfold in four steps
                     "logging_steps": 1,
                     "save_steps": 2,
                     "bf16": False,
@@ -104,6 +105,25 @@ def compare(one, other):
 def saving(places):
     """Return whether a checkpoint is being written."""
     return any("tmp" in path.name for path in places.iterdir())
+
+
+def test_two_processes_train_stop_and_go_on_as_one_process_does(place):
+    """In short what follows, which is also about four processes, kills and evaluations."""
+    config = f"--config={place / 'config.json'}"
+    short = (
+        *("--config.training.max_steps=16", "--config.mesh.devices=2"),
+        *("--config.mesh.data=1", "--config.mesh.fsdp=2"),
+    )
+    alone, directory = place / "alone", place / "two"
+    assert main(["train", config, *short, f"--config.training.output_dir={alone}"]) == 0
+    with started(place, place / "config.json", "two", 2, *short, devices=2) as group:
+        wait_until(lambda: written(directory / "metrics.jsonl") >= 2, group)
+        group[1].process.send_signal(signal.SIGTERM)
+        assert [one.ended() for one in group] == [130, 130], [one.text for one in group]
+    assert not (directory / "adapter").exists()
+    out = f"--config.training.output_dir={directory}"
+    assert main(["train", config, *short, out, "--resume"]) == 0
+    compare(alone, directory)
 
 
 @pytest.mark.nightly
@@ -172,7 +192,10 @@ def test_noise_averages_and_an_early_stop_are_those_of_one_process(place):
 
 @pytest.mark.nightly
 def test_a_model_trained_in_full_is_gathered_and_written_by_one_of_several(place):
-    full = ("--config.lora.enabled=false", "--config.training.max_steps=2")
+    full = (
+        *("--config.lora.enabled=false", "--config.training.max_steps=2"),
+        "--config.training.learning_rate=1e-2",
+    )
     alone, several = (go(place, f"full{count}", count, *full) / "model" for count in (1, 2))
     assert {p.name for p in several.iterdir()} == {p.name for p in alone.iterdir()}
     base = load_file(place / "base/model.safetensors")
