@@ -55,7 +55,7 @@ def place(tmp_path_factory):
                 },
                 "training": {
                     "max_steps": 4,
-                    "learning_rate": 1e-3,  # at 1e-2 rounding grows tenfold in four steps
+                    "learning_rate": 1e-3,  # at 1e-2 rounding passes 1e-6 in four steps
                     "logging_steps": 1,
                     "save_steps": 2,
                     "bf16": False,
