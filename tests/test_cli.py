@@ -1,6 +1,7 @@
 """The command line: quick help, one-paragraph errors with exit code 2, and a whole round trip."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import yaml
 from runs import make_config
+from transformers import AutoTokenizer
 
 import vlm_jax
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
+from vlm_jax.data import Encoder, Pipeline
 
 
 def test_help_does_not_import_jax():
@@ -36,6 +39,26 @@ def wrong(capsys, *arguments):
     assert said.startswith(f"vlm-jax {arguments[0]}: ")
     assert said.count("\n") == 1 and "Traceback" not in said  # one paragraph
     return said
+
+
+def test_a_run_loads_its_tokenizer_once(tmp_path, place, monkeypatch):
+    """For its vocabulary, its data, its evaluations and their accuracy; a worker loads its own."""
+    loaded, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda d: loaded.append(d) or load(d))
+    data, recipe = place / "data/train.jsonl", tmp_path / "recipe.yaml"
+    made = make_config(
+        place / "base", data, tmp_path / "out", "training.max_steps=1", "training.save_steps=1",
+        f"data.eval_file={data}", "training.eval_strategy=steps", "training.eval_steps=1",
+        "evaluation.max_new_tokens=2",
+    )  # fmt: skip
+    recipe.write_text(yaml.safe_dump(config.to_dict(made)))
+    assert main(["train", "--config", str(recipe)]) == 0
+    row = json.loads((tmp_path / "out/evaluations.jsonl").read_text())
+    assert "accuracy" in row and len(loaded) == 1
+
+    encoder = Encoder(place / "base", max_seq_length=64)
+    pickle.loads(pickle.dumps(Pipeline(encoder, data, rows=2, max_length=48).planner))
+    assert len(loaded) == 3
 
 
 def test_bad_input_is_one_paragraph_and_exit_code_2(capsys, tmp_path, place):

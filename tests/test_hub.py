@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 import vlm_jax
 from vlm_jax import processes
 from vlm_jax.hub.files import whole_directory, write_shards
+from vlm_jax.hub.tensors import DTYPES, read_header, read_tensor
+from vlm_jax.model import Model, _shapes
 
 
 @pytest.fixture
@@ -45,6 +47,51 @@ def test_a_tensor_that_the_index_names_in_vain(base):
     gone = next(name for name in names if name.endswith("q_proj.weight"))
     change_tensors(base, lambda tensors: tensors.pop(gone))
     refused(base, f"lacks the tensor '{gone}'")
+
+
+def test_a_load_traces_the_model_once(base, monkeypatch):
+    traced, init = [], Model.init
+    monkeypatch.setattr(Model, "init", lambda model, key: traced.append(key) or init(model, key))
+    _shapes.cache_clear()
+    model, params = vlm_jax.load(base)
+    model.abstract("bfloat16")["model"].clear()  # the caller's own
+    shapes = model.abstract("bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"bfloat16"}
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_and_blocks_of_them_are_what_safetensors_reads(tmp_path, dtype):
+    file = tmp_path / "model.safetensors"
+    bits = np.random.default_rng(0).integers(0, 2, (3, 5, 7, 8), np.uint8)
+    tensors = {name: (bits * n).astype(DTYPES[dtype]) for n, name in enumerate("abc", 1)}
+    tensors["none"], tensors["one"] = tensors["a"][:0], np.array(tensors["a"].reshape(-1)[3])
+    save_file(tensors, file, metadata={"format": "pt"})
+    theirs, header = load_file(file), read_header(file)
+    assert header.keys() == theirs.keys() and {e.dtype for e in header.values()} == {dtype}
+    for name, entry in header.items():
+        read = read_tensor(entry)
+        assert read.dtype == theirs[name].dtype and entry.shape == theirs[name].shape
+        np.testing.assert_array_equal(read, theirs[name])
+    whole = slice(0, 7)
+    for block in (
+        (slice(0, 3), slice(0, 5), whole, slice(0, 8)),
+        (slice(1, 2), slice(0, 5), whole, slice(0, 8)),
+        (slice(0, 3), slice(2, 4), whole, slice(3, 5)),
+    ):
+        read = read_tensor(header["b"], block)
+        np.testing.assert_array_equal(read, theirs["b"][block])
+        assert read.flags.c_contiguous and read.flags.owndata and type(read) is np.ndarray
+
+
+def test_a_dtype_that_is_not_read(tmp_path):
+    header = {"scales": {"dtype": "F8_E8M0", "shape": [2, 8], "data_offsets": [0, 16]}}
+    text = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(vlm_jax.UserError, match="model.safetensors.*the type F8_E8M0, .*F32"):
+        read_tensor(read_header(file)["scales"])
 
 
 def test_missing_directory_and_unreachable_repository(tmp_path):

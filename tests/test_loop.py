@@ -366,7 +366,7 @@ def test_an_adapter_that_the_config_contradicts_is_refused(place, straight, monk
                        "lora.target_modules=llama")  # fmt: skip
     mesh = make_mesh(devices=jax.devices()[:1])
     assert build(made, mesh)[0].lora is not None  # the same layers by another name
-    monkeypatch.setattr("vlm_jax.train.run.load_tokenizer", lambda _: range(600))
+    monkeypatch.setattr("vlm_jax.data.Encoder.tokenizer", range(600))
     with pytest.raises(UserError, match="has 600 tokens, but .* 512 rows"):
         build(made, mesh)
 

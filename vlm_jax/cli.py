@@ -242,7 +242,6 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     import vlm_jax
-    from vlm_jax.data.tokenizer import load_tokenizer
 
     model, params, config = _open(options)
     encoder = _encoder(model, config)
@@ -261,7 +260,7 @@ def _generate(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         seed=options.seed,
     )
-    text = load_tokenizer(encoder.directory).decode(new[0], skip_special_tokens=True)
+    text = encoder.tokenizer.decode(new[0], skip_special_tokens=True)
     print(text.strip())
     return 0
 

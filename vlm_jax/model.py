@@ -1,6 +1,7 @@
 """Model: a family, its sizes and where it came from, with everything one does to one model."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from vlm_jax.layers.scan import REMAT
 from vlm_jax.methods import Adapter, LoRA
 from vlm_jax.models import MODELS
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.trees import match
+from vlm_jax.trees import flatten, match, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Model:
     def abstract(self, dtype: Any = None) -> dict[str, Any]:
         """Return the base's parameters as shapes in `dtype` (default: the model's)."""
         dtype = dtype or self.dtype
-        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+        shapes = _shapes(self.family, self.config)
+        return unflatten({path: jax.ShapeDtypeStruct(s, dtype) for path, s in shapes.items()})
 
     def component(self, path: str) -> str:
         """Return vision, projector, language_model, embeddings or head: what owns a parameter."""
@@ -292,6 +293,14 @@ def _scatter(batch: Batch, places: list[np.ndarray]) -> Batch:
             new[row, ..., place] = array[row, ..., : len(place)].T
         moved[name] = new
     return dataclasses.replace(batch, **moved)
+
+
+@functools.lru_cache(maxsize=16)  # a trace of the whole model; a load asks several times
+def _shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
+    """Return {path: shape} of the base's parameters."""
+    model = Model(family, config, jnp.dtype("float32"), {})
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in flatten(params).items()}
 
 
 def from_config(

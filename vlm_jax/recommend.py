@@ -111,7 +111,7 @@ def recommend(
 
     chosen_at = len(METHODS)
     for max_pixels, reason in pixel_limits(encoder, records):
-        limited = Encoder(directory, max_pixels=max_pixels, **access)
+        limited = encoder.replace(max_pixels=max_pixels)
         found = measure(limited, records, max_pixels, reason)
         row = choose_row(encoder, found.sizes)
         for at, method in enumerate(METHODS[start:], start):

@@ -39,7 +39,7 @@ class Chat:
     def __init__(
         self, directory: str | Path, image_token_id: int, video_token_id: int | None = None
     ):
-        tokenizer = load_tokenizer(directory)
+        tokenizer = self.tokenizer = load_tokenizer(directory)
         ids = [image_token_id] if video_token_id is None else [image_token_id, video_token_id]
         self.directory = str(directory)
         self.template = find_template(directory, tokenizer)

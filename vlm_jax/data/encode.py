@@ -61,6 +61,7 @@ class Encoder:
     max_image_pixels, allow_absolute_paths, allow_urls: what may be read, see `Access`.
     video_fps, video_min_frames, video_max_frames, video_min_pixels, video_max_pixels: which frames
         of a video are taken and the pixels of each; None: the checkpoint's settings.
+    chat: the directory's tokenizer and template where they are loaded already, see `replace`.
     Raises `UserError` where a file is missing or an option cannot be met.
     """
 
@@ -85,8 +86,9 @@ class Encoder:
         video_max_frames: int | None = None,
         video_min_pixels: int | None = None,
         video_max_pixels: int | None = None,
+        chat: Chat | None = None,
     ):
-        arguments = {name: value for name, value in locals().items() if name != "self"}
+        arguments = {k: value for k, value in locals().items() if k not in ("self", "chat")}
         self._remake = functools.partial(Encoder, **arguments)
         for name, value, known in (
             ("overlong", overlong, tuple(POLICIES)),
@@ -111,7 +113,7 @@ class Encoder:
         self.train_on, self.on_bad_example = train_on, on_bad_example
         self.image_folder = None if image_folder is None else str(image_folder)
         config = self.model.config
-        self.chat = Chat(directory, config.image_token_id, config.video_token_id)
+        self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id)
         settings = read_settings(directory)
         processor: ImageProcessor | None = None
         if settings is not None:
@@ -146,10 +148,14 @@ class Encoder:
     def __reduce__(self) -> tuple:
         return self._remake, ()
 
-    def with_limits(self, max_seq_length: int | None, max_patches: int | None) -> "Encoder":
-        """Return the encoder with other limits."""
-        limits = {"max_seq_length": max_seq_length, "max_patches": max_patches}
-        return Encoder(**{**self._remake.keywords, **limits})
+    def replace(self, **options: Any) -> "Encoder":
+        """Return the encoder with other options; the tokenizer is not loaded again."""
+        return Encoder(**{**self._remake.keywords, **options}, chat=self.chat)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's fast tokenizer, as transformers loads it."""
+        return self.chat.tokenizer
 
     @property
     def settings(self) -> dict[str, Any]:

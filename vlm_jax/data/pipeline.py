@@ -114,7 +114,9 @@ class Pipeline:
             raise UserError(
                 "Packing needs to know how long a row is: set data.max_seq_length, its tokens."
             )
-        encoder = encoder.with_limits(length, _least(max_patches, encoder.max_patches))
+        encoder = encoder.replace(
+            max_seq_length=length, max_patches=_least(max_patches, encoder.max_patches)
+        )
         self.encoder = encoder
         self.streaming = isinstance(records, Stream)
         self.records: Records | Mixture | StreamRecords = (
@@ -311,7 +313,7 @@ class Pipeline:
     def _limit(self, patches: int, sample: np.ndarray) -> None:
         """Hold records that are still to be measured to the last shape's patches, as tokens are."""
         measured = np.array(self.measures.table[sample])
-        self.encoder = self.encoder.with_limits(self.encoder.max_seq_length, patches)
+        self.encoder = self.encoder.replace(max_patches=patches)
         self.measures = self._open_measures()
         self.measures.unknown(sample)  # room for them
         self.measurer = Measurer(self.encoder, self.records, self.measures, self.measurer.skip_bad)

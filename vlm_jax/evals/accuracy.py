@@ -15,7 +15,6 @@ from vlm_jax.data.measuring import ALWAYS_DROPPED, reason_of
 from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.records import Record
 from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
-from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.generation import generate
 from vlm_jax.model import Model
@@ -176,7 +175,6 @@ def accuracy(
     # Each process finds out for itself what it can read: all must come to the same.
     readable = [record["index"] for planned, _ in batches for record in planned]
     processes.check_same("readable records", {"records": readable})
-    tokenizer = load_tokenizer(encoder.directory)
     total = sum(len(planned) for planned, _ in batches)
     predictions: list[Prediction] = []
     done = 0
@@ -191,7 +189,7 @@ def accuracy(
             on_batch(done, total)
             continue
         new = generate(model, params, batch, max_new_tokens)
-        texts = tokenizer.batch_decode(new[: len(records_now)], skip_special_tokens=True)
+        texts = encoder.tokenizer.batch_decode(new[: len(records_now)], skip_special_tokens=True)
         for record, text in zip(records_now, texts, strict=True):
             expected, text = str(final_answer(record)), text.strip()
             asked = [message for message in record["messages"] if message["role"] == "user"]

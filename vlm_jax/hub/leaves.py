@@ -4,8 +4,8 @@ Of a dense leaf each process reads and holds the block that its own devices get.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.errors import UserError
-from vlm_jax.hub.tensors import Block, read_tensor
+from vlm_jax.hub.tensors import Block, Entry, read_tensor
 from vlm_jax.names import Place, to_tree
 from vlm_jax.quantization import Storage
 from vlm_jax.sharding import put
@@ -21,34 +21,37 @@ from vlm_jax.weights import FourBit, bnb
 from vlm_jax.weights.packing import Packed, pack, unpack_codes
 from vlm_jax.weights.quantize import check, encode, kind
 
-# safetensors' names of dtypes.
-SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+ALIGNMENT = 64  # bytes: a line of the cache, and what XLA asks of memory that it takes over
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """One weight of a checkpoint, whose shape on disk its place says.
 
-    beside: {suffix: name} of the further tensors of a 4-bit weight; {} for a dense one.
+    entries: of the checkpoint. beside: {suffix: name} of the further tensors of a 4-bit weight; {}
+    for a dense one.
     """
 
-    directory: Path
-    files: dict[str, str]
+    entries: Mapping[str, Entry]
     name: str
     place: Place
     beside: dict[str, str]
 
     def read(self, name: str | None = None) -> np.ndarray:
-        name = name or self.name
-        return read_tensor(self.directory / self.files[name], name)
+        return read_tensor(self.entries[name or self.name])
 
     def dense(self, block: Block = ()) -> np.ndarray:
         """Return the weight as it is on disk, or a block of it, of which alone is read.
 
         Raises `UserError` where its shape is another than config.json says.
         """
-        file = self.directory / self.files[self.name]
-        return read_tensor(file, self.name, block, self.place.shape)
+        entry = self.entries[self.name]
+        if entry.shape != self.place.shape:
+            raise UserError(
+                f"The tensor '{self.name}' in '{entry.path}' has the shape {list(entry.shape)}; "
+                f"config.json asks for {list(self.place.shape)}."
+            )
+        return read_tensor(entry, block)
 
     def in_tree(self, path: str, block: Block) -> np.ndarray:
         """Return a block of the weight as it lies in the tree, without the axis of layers."""
@@ -68,6 +71,25 @@ def block_here(shape: tuple[int, ...], sharding: Any) -> Block:
         slice(min(first for first, _ in axis), max(last for _, last in axis))
         for axis in zip(*ranges, strict=True)
     )
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Return an array without values whose memory the CPU's device takes over uncopied."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    space = np.empty(size + ALIGNMENT, np.uint8)
+    start = -space.ctypes.data % ALIGNMENT
+    return space[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(held: np.ndarray, tensor: np.ndarray) -> None:
+    """Copy a tensor into its part of a leaf.
+
+    A transpose is copied by strips as wide as a line of the cache: each line is written once.
+    """
+    tensor = tensor.astype(held.dtype, copy=False)
+    width = held.shape[-1] if tensor.flags.c_contiguous else ALIGNMENT // held.itemsize
+    for start in range(0, held.shape[-1], width):
+        held[..., start : start + width] = tensor[..., start : start + width]
 
 
 def _put_block(held: np.ndarray, block: Block, shape: tuple[int, ...], sharding: Any) -> jax.Array:
@@ -126,12 +148,12 @@ def read_leaf(
     if not any(four) and storage is None:
         sharding = sharding_of(jax.ShapeDtypeStruct(shape, dtype))
         block = block_here(shape, sharding)
-        held = np.empty([one.stop - one.start for one in block], dtype)
+        held = _aligned([one.stop - one.start for one in block], dtype)
         for tensor in tensors:  # layers are never spread
             if tensor.place.layer is None:
-                held[...] = tensor.in_tree(path, block)
+                _fill(held, tensor.in_tree(path, block))
             else:
-                held[tensor.place.layer] = tensor.in_tree(path, block[1:])
+                _fill(held[tensor.place.layer], tensor.in_tree(path, block[1:]))
         return _put_block(held, block, shape, sharding), None
     if any(four) and not all(four):
         raise _mixed(path, tensors[four.index(True)], "4-bit", tensors[four.index(False)], "dense")

@@ -1,6 +1,8 @@
 """Reads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
 
 import functools
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.hub.leaves import SAFETENSORS, Tensor, read_leaf
-from vlm_jax.hub.tensors import dtypes, read_json, read_tensor, tensor_files
+from vlm_jax.hub.leaves import Tensor, read_leaf
+from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_json, read_tensor
 from vlm_jax.model import Model, Source, from_config
 from vlm_jax.names import Place, current_name, disk_places
 from vlm_jax.quantization import Quantize, described, storages
@@ -63,7 +65,7 @@ def resolve(
     return Path(found)
 
 
-def _check(model: Model, found: dict[str, str], places: dict[str, Place], directory: Path):
+def _check(model: Model, found: dict[str, Entry], places: dict[str, Place], directory: Path):
     """Return {current name: (name on disk, Place)}; raise for missing and left-over tensors."""
     named = {current_name(model, name): name for name in found}
     missing = [name for name in places if name not in named]
@@ -83,15 +85,14 @@ def _check(model: Model, found: dict[str, str], places: dict[str, Place], direct
     return {name: named[name] for name in places}
 
 
-def _check_tied_head(model: Model, found: dict[str, str], directory: Path) -> None:
+def _check_tied_head(model: Model, found: dict[str, Entry]) -> None:
     """Raise where a tied config comes with a head that differs from the embedding."""
     named = {current_name(model, name): name for name in found}
     head = named.get("lm_head.weight")
     if not model.config.text.tied or head is None:
         return
     embedding = named["model.language_model.embed_tokens.weight"]
-    one, other = (read_tensor(directory / found[name], name) for name in (head, embedding))
-    if not np.array_equal(one, other):
+    if not np.array_equal(read_tensor(found[head]), read_tensor(found[embedding])):
         raise UserError(
             f"config.json ties the head to the embedding, but '{head}' differs from "
             f"'{embedding}'. If the head was trained, set tie_word_embeddings to false in "
@@ -101,13 +102,13 @@ def _check_tied_head(model: Model, found: dict[str, str], directory: Path) -> No
 
 def _check_storage(
     model: Model,
-    files: dict[str, str],
+    names: Iterable[str],
     quantize: Quantize,
     directory: Path,
 ) -> None:
     """Raise where weights are quantized in a way that is not read, or would be twice."""
     config = model.hf_config.get("quantization_config")
-    stored = [name for name in map(bnb.weight_of, files) if name is not None]
+    stored = [name for name in map(bnb.weight_of, names) if name is not None]
     if config:
         method = config.get("quant_method") if isinstance(config, dict) else None
         four = isinstance(config, dict) and bool(config.get("load_in_4bit"))
@@ -153,13 +154,13 @@ def load(
     """
     directory = resolve(str(path_or_repo_id), revision, token)
     model = from_config(read_json(directory / "config.json"), dtype, remat)
-    files = tensor_files(directory)
-    _check_storage(model, files, quantize, directory)
+    entries = find_tensors(directory)
+    _check_storage(model, entries, quantize, directory)
     # A 4-bit weight is several tensors: the others are read along with it.
-    found, beside = dict(files), dict[str, dict[str, str]]()
-    for name in files:
+    found, beside = dict(entries), dict[str, dict[str, str]]()
+    for name in entries:
         weight = bnb.weight_of(name)
-        if weight in files:
+        if weight in entries:
             beside.setdefault(weight, {})[name.removeprefix(weight)] = name
             del found[name]
     wanted = storages(model, quantize)
@@ -169,13 +170,11 @@ def load(
     by_path: dict[str, list[Tensor]] = {}
     for name, place in places.items():
         by_path.setdefault(place.path, []).append(
-            Tensor(directory, files, on_disk[name], place, beside.get(on_disk[name], {}))
+            Tensor(entries, on_disk[name], place, beside.get(on_disk[name], {}))
         )
 
-    _check_tied_head(model, found, directory)
-    kinds: dict[str, str] = {}
-    for file in sorted(set(files.values())):
-        kinds |= dtypes(directory / file)
+    _check_tied_head(model, found)
+    kinds = {name: entry.dtype for name, entry in entries.items()}
     params: dict[str, Any] = {}
     for path, tensors in by_path.items():
         params[path], stored = read_leaf(
@@ -189,12 +188,16 @@ def load(
         if stored is not None:
             kinds |= {tensor.name: SAFETENSORS[stored] for tensor in tensors}
     unread = found.keys() - on_disk.values()
+    listed = {
+        name: (os.path.relpath(entry.path, directory), kinds[name])
+        for name, entry in entries.items()
+    }
     source = Source(
         str(directory.absolute()),
-        {name: (file, kinds[name]) for name, file in found.items()},
+        {name: listed[name] for name in found},
         str(path_or_repo_id),
         revision,
-        {name: (files[name], kinds[name]) for name in files if bnb.weight_of(name) in unread},
+        {name: listed[name] for name in entries if bnb.weight_of(name) in unread},
     )
     return from_config(model.hf_config, dtype, remat, source), unflatten(params)
 

@@ -17,7 +17,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
-from vlm_jax.hub.tensors import read_tensor
+from vlm_jax.hub.tensors import DTYPES, open_tensors
 from vlm_jax.layers.linear import is_lora
 from vlm_jax.lora import merged_leaf
 from vlm_jax.model import Model
@@ -27,8 +27,6 @@ from vlm_jax.vocabulary import fold_added
 from vlm_jax.weights import FourBit, bnb, dense
 from vlm_jax.weights.quantize import kind as kind_of
 
-# safetensors' names of dtypes.
-DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": np.float64}
 # What stands beside the weights and belongs to the model's use.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
@@ -131,7 +129,8 @@ def save_pretrained(
         if name in beside or name in beside.values():  # the very codes of the base
             assert source is not None
             file, _ = (source.beside if name in beside else source.tensors)[name]
-            read = read_tensor(Path(source.directory) / file, name)
+            with open_tensors(Path(source.directory) / file) as tensors:
+                read = tensors.get_tensor(name)
             # Codes lie in bytes, as config.json will say, whatever bnb_4bit_quant_storage was.
             return read if name in beside else read.reshape(-1).view(np.uint8)[:, None]
         current, kind = names[name]

@@ -1,15 +1,35 @@
 """Reading a checkpoint's files: which tensor is where, and one tensor at a time."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
 
 Block = tuple[slice, ...]
+
+# safetensors' names of dtypes.
+DTYPES: dict[str, Any] = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "BOOL": np.bool_},
+    **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
+    **{"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2},
+}
+SAFETENSORS = {np.dtype(dtype).name: name for name, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: its dtype by safetensors' name, and where its first byte is."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,8 +47,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tensor_files(directory: Path) -> dict[str, str]:
-    """Return {tensor name: file name} of a checkpoint of one file or a sharded index."""
+def find_tensors(directory: Path) -> dict[str, Entry]:
+    """Return where each tensor is of a checkpoint of one file or a sharded index; headers alone."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -44,7 +64,14 @@ def tensor_files(directory: Path) -> dict[str, str]:
                 f"'{index}' lists files that are not there: {', '.join(sorted(missing))}. The "
                 f"download is incomplete: fetch them again."
             )
-        return dict(weight_map)
+        headers = {name: read_header(directory / name) for name in set(weight_map.values())}
+        vain = [name for name, file in weight_map.items() if name not in headers[file]]
+        if vain:
+            raise UserError(
+                f"'{directory / weight_map[vain[0]]}' lacks the tensor '{vain[0]}' that the index "
+                f"names: the files belong to different checkpoints."
+            )
+        return {name: headers[file][name] for name, file in weight_map.items()}
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     files = [name for name in files if name != "adapter_model.safetensors"]
     if not files:
@@ -59,12 +86,7 @@ def tensor_files(directory: Path) -> dict[str, str]:
                 f"Text as M; M.from_pretrained('{directory}').save_pretrained('converted')\""
             )
         raise UserError(f"'{directory}' holds no *.safetensors files; a checkpoint needs them.")
-    names: dict[str, str] = {}
-    for file in files:
-        with open_tensors(directory / file) as tensors:
-            for name in tensors.keys():
-                names[name] = file
-    return names
+    return {name: entry for file in files for name, entry in read_header(directory / file).items()}
 
 
 def _is_file_name(value: Any) -> bool:
@@ -82,33 +104,31 @@ def open_tensors(path: Path) -> Any:
         ) from error
 
 
-def read_tensor(
-    path: Path, name: str, block: Block = (), shape: tuple[int, ...] | None = None
-) -> np.ndarray:
-    """Return one tensor of a file, or a block of it; block: a slice for each of its axes.
+def read_header(path: Path) -> dict[str, Entry]:
+    """Return where each tensor of a file is, by name; raise `UserError` where it is damaged."""
+    with open_tensors(path), path.open("rb") as file:  # opening checks all that is read here
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(path, one["dtype"], tuple(one["shape"]), 8 + length + one["data_offsets"][0])
+        for name, one in sorted(header.items())
+    }
 
-    shape: what the tensor has to have, by config.json. The file is opened for it alone: it is
-    mapped into memory, and pages that were read count as the process's until it is closed, which
-    adds up to the whole checkpoint.
+
+def read_tensor(entry: Entry, block: Block = ()) -> np.ndarray:
+    """Return one tensor, or a block of it; block: a slice for each of its axes.
+
+    The memory is the array's own. A file that stays mapped, as safetensors' does while it is open,
+    counts with every page that was read, which adds up to the whole checkpoint.
     """
-    with open_tensors(path) as tensors:
-        try:
-            there = tensors.get_slice(name)
-            found = there.get_shape()
-            if shape is not None and tuple(found) != shape:
-                raise UserError(
-                    f"The tensor '{name}' in '{path}' has the shape {found}; config.json asks for "
-                    f"{list(shape)}."
-                )
-            return there[block] if block else tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(
-                f"'{path}' lacks the tensor '{name}' that the index names: the files belong to "
-                f"different checkpoints ({error})."
-            ) from error
-
-
-def dtypes(path: Path) -> dict[str, str]:
-    """Return {tensor name: dtype} of a file, in safetensors' names."""
-    with open_tensors(path) as tensors:
-        return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    if entry.dtype not in DTYPES:
+        raise UserError(
+            f"'{entry.path}' holds a tensor of the type {entry.dtype}, which is not read; known "
+            f"are {', '.join(DTYPES)}. Take the checkpoint in 16 bits."
+        )
+    dtype = np.dtype(DTYPES[entry.dtype])
+    if all(one.indices(n) == (0, n, 1) for one, n in zip(block, entry.shape, strict=False)):
+        count = math.prod(entry.shape)
+        return np.fromfile(entry.path, dtype, count, offset=entry.start).reshape(entry.shape)
+    return np.array(np.memmap(entry.path, dtype, "r", entry.start, entry.shape)[block])

@@ -13,7 +13,6 @@ import numpy as np
 from vlm_jax.batch import Batch
 from vlm_jax.data.encode import Encoder
 from vlm_jax.data.processors import value_table
-from vlm_jax.data.tokenizer import load_tokenizer
 
 LONGEST_CHARACTER = 8  # tokens that may share one character, at most
 
@@ -111,7 +110,7 @@ class Reader:
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
         self.family, self.config = encoder.model.family, encoder.model.config
-        self.backend = load_tokenizer(encoder.directory).backend_tokenizer
+        self.backend = encoder.tokenizer.backend_tokenizer
         # Decoders of the SentencePiece kind drop a leading space: one token always goes ahead.
         self.anchor = self.backend.encode("a", add_special_tokens=False).ids[-1:]
         self.ahead = len(self._decode(self.anchor))

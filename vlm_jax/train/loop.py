@@ -43,7 +43,6 @@ from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
     absolute_paths,
     build,
-    make_encoder,
     make_pipeline,
     state_options,
     step_options,
@@ -97,8 +96,7 @@ def _train(
 
     # What is trained, and on what
     mesh = mesh_of(config)
-    model, params, table = build(config, mesh)
-    encoder = make_encoder(config, model)
+    model, params, table, encoder = build(config, mesh)
     rows, share = rows_of(config, mesh), row_share(mesh)
     eval_rows = t.per_device_eval_batch_size * row_parts(mesh)
     d = config.data

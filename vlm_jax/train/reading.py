@@ -12,7 +12,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
 from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.hub.tensors import dtypes, tensor_files
+from vlm_jax.hub.tensors import find_tensors
 from vlm_jax.model import Model
 from vlm_jax.sharding import make_mesh, shard_params
 from vlm_jax.train.base import compute_dtype, load_base
@@ -27,13 +27,13 @@ from vlm_jax.weights import bnb
 
 def stored_dtype(directory: Path) -> str:
     """Return the widest dtype of a checkpoint's dense tensors: in it none of them is rounded."""
-    kinds: set[str] = set()
-    for file in sorted(set(tensor_files(directory).values())):
-        found = dtypes(directory / file)
-        four = {bnb.weight_of(name) for name in found}  # 4-bit weights, and None for all others
-        kinds |= {
-            k for name, k in found.items() if bnb.weight_of(name) is None and name not in four
-        }
+    found = find_tensors(directory)
+    four = {bnb.weight_of(name) for name in found}  # 4-bit weights, and None for all others
+    kinds = {
+        entry.dtype
+        for name, entry in found.items()
+        if bnb.weight_of(name) is None and name not in four
+    }
     narrow = {"BF16": "bfloat16", "F16": "float16"}
     return narrow[kinds.pop()] if len(kinds) == 1 and kinds <= narrow.keys() else "float32"
 
@@ -76,7 +76,7 @@ def load_run(
     places = places_of(config, directory)
     if not places.saved_steps():
         raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
-    model, params, table = build(config, mesh or make_mesh(devices=jax.local_devices()[:1]))
+    model, params, table, _ = build(config, mesh or make_mesh(devices=jax.local_devices()[:1]))
     trainable, frozen = split(params, table)
     options = state_options(config)
     kept, dtype = ("ema", jnp.float32) if options["ema"] else ("trainable", options["param_dtype"])

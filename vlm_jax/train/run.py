@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from vlm_jax import config as configs
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.stream import open_stream
-from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.sharding import check_spread, shard_params
@@ -19,15 +18,16 @@ from vlm_jax.train.adapt import adapt
 from vlm_jax.train.base import load_base
 
 
-def build(config: ConfigDict, mesh: Any) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
-    """Return (model, params, training table): the base with what the config adds to train."""
+def build(
+    config: ConfigDict, mesh: Any
+) -> tuple[Model, dict[str, Any], list[tuple[str, str]], Encoder]:
+    """Return (model, params, training table, encoder): the base with what is added to train."""
     kind_of(config.lora.init_lora_weights)  # before weights are read
     model, params = load_base(config, mesh)
-    assert model.source is not None
-    tokens = len(load_tokenizer(model.source.directory))
-    model, params, table = adapt(config, model, params, tokens)
+    encoder = make_encoder(config, model)
+    model, params, table = adapt(config, model, params, len(encoder.tokenizer))
     check_spread(model, params, mesh)
-    return model, shard_params(model, params, mesh), table
+    return model, shard_params(model, params, mesh), table, encoder
 
 
 def make_encoder(config: ConfigDict, model: Model) -> Encoder:
