@@ -11,6 +11,7 @@ from PIL import Image
 import vlm_jax.data.pipeline as pipeline_module
 from vlm_jax.data import Encoder, Pipeline, encode, read_records
 from vlm_jax.data.images import read_image
+from vlm_jax.data.making import Steps
 from vlm_jax.data.shapes import LEAST_GAIN, choose_shapes, cost, group, round_up
 from vlm_jax.data.stream import open_stream
 from vlm_jax.errors import UserError
@@ -588,6 +589,16 @@ def test_images_that_were_replaced_are_measured_anew(qwen, tmp_path, workers):
         except UserError as error:
             assert "replaced" in str(error)
     assert again[0][0].shape[2] > first[0][0].shape[2]
+
+
+def test_closed_steps_read_no_more(qwen, folder):
+    """What was made ahead in a thread must not measure records that a next pipeline measures."""
+    pipeline = Pipeline(qwen, folder / "data.json", rows=4)
+    steps = Steps(pipeline.planner, pipeline.mine, pipeline.making)
+    assert steps[0][1].ids
+    steps.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        steps[1]
 
 
 def test_a_resume_does_not_stop_where_the_run_would_not_have(qwen, folder, monkeypatch, tmp_path):

@@ -2,8 +2,9 @@
 
 `python scripts/prove/load_dense.py [ROUNDS]`, with the test extra (torch, for comparison) and 1 GB
 of disk. Every figure is the least of a few fresh processes, which take turns, from the call to the
-last byte of the weights; imports are not counted, files are in the page cache. Exits with 1 where
-a bound is not met.
+last byte of the weights; imports are not counted, files are in the page cache. torch's readers map
+the file: "mapped" sums every byte where it is, "copied" gives each tensor memory of its own, as
+`vlm_jax.load` does (transposed and stacked on the way). Exits with 1 where a bound is not met.
 """
 
 import json
@@ -20,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 SECONDS = 1.0  # at most
-RATIO = 0.5  # of transformers' from_pretrained, at most
+RATIO = 0.5  # of transformers' from_pretrained with its weights in memory, at most
 MARGIN = 100e6  # bytes above the weights and what jax takes to start that the process may hold
 LAYERS = {"float32": 8, "bfloat16": 16}  # both 0.48 GB
-READERS = ("vlm_jax.load", "transformers from_pretrained", "safetensors load_file")
+OURS, THEIRS = "vlm_jax.load", "from_pretrained, copied"
+READERS = (OURS, THEIRS, "load_file, copied", "from_pretrained, mapped", "load_file, mapped")
 
 
 def write_checkpoint(directory: Path, dtype: str) -> None:
@@ -66,32 +68,40 @@ def memory(which: str) -> int:
 def read(reader: str, directory: Path, dtype: str) -> dict[str, float]:
     """Read a checkpoint in this process, whose imports are done before the clock starts."""
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    if reader == "vlm_jax.load":
-        import vlm_jax
+    if reader == OURS:
+        import vlm_jax.hub.load  # vlm_jax.load is imported when it is first asked for
 
         jax.block_until_ready(jnp.zeros(1))  # the backend
-        before, start = memory("VmRSS"), time.perf_counter()
-        jax.block_until_ready(vlm_jax.load(directory, dtype))
-        return {"s": time.perf_counter() - start, "above": memory("VmHWM") - before - size}
+        before, start, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
+        _, kept = vlm_jax.load(directory, dtype)
+        jax.block_until_ready(kept)
+        return figures(before + size, start, cpu)
     import safetensors.torch
     import torch
     from transformers import Qwen2VLForConditionalGeneration as Theirs
 
-    before, start = memory("VmRSS"), time.perf_counter()
-    if reader == "safetensors load_file":
-        kept: Any = safetensors.torch.load_file(directory / "model.safetensors")
-        tensors = list(kept.values())
+    before, start, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
+    if reader.startswith("load_file"):
+        tensors = list(safetensors.torch.load_file(directory / "model.safetensors").values())
     else:
-        kept = Theirs.from_pretrained(directory, dtype=getattr(torch, dtype))
-        tensors = list(kept.parameters())
-    for tensor in tensors:  # files are mapped: a page is read when it is touched
-        np.add.reduce(tensor.detach().reshape(-1).view(torch.uint8).numpy()[::4096])
-    return {"s": time.perf_counter() - start, "above": memory("VmHWM") - before - size}
+        theirs = Theirs.from_pretrained(directory, dtype=getattr(torch, dtype))
+        tensors = [parameter.detach() for parameter in theirs.parameters()]
+    if reader.endswith("copied"):
+        kept = [tensor.clone() for tensor in tensors]
+    else:
+        kept = [np.add.reduce(one.view(torch.int32).numpy(), axis=None) for one in tensors]
+    return figures(before + size, start, cpu)
+
+
+def figures(memory_before: int, start: float, cpu: float) -> dict[str, float]:
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"s": seconds, "cpu": cpu, "above": memory("VmHWM") - memory_before}
 
 
 def main(rounds: int) -> int:
     good = True
-    print(f"{'on disk and loaded':20}{'reader':31}{'seconds':>8}{'ours is':>9}{'peak above':>12}")
+    columns = f"{'seconds':>9}{'of them CPU':>13}{'ours is':>9}{'peak above':>12}"
+    print(f"{'on disk and loaded':20}{'reader':25}{columns}")
     with tempfile.TemporaryDirectory() as folder:
         for dtype in LAYERS:
             directory = Path(folder, dtype)
@@ -107,11 +117,12 @@ def main(rounds: int) -> int:
                     found[reader].append(json.loads(output.splitlines()[-1]))
             best = {reader: min(one["s"] for one in found[reader]) for reader in READERS}
             above = {reader: max(one["above"] for one in found[reader]) for reader in READERS}
-            ours, theirs = best[READERS[0]], best[READERS[1]]
+            cpu = {reader: min(one["cpu"] for one in found[reader]) for reader in READERS}
             for reader in READERS:
-                ratio, peak = f"{ours / best[reader]:.2f}x", f"{above[reader] / 1e6:.0f} MB"
-                print(f"{dtype:20}{reader:31}{best[reader]:8.2f}{ratio:>9}{peak:>12}")
-            good &= ours <= min(SECONDS, RATIO * theirs) and above[READERS[0]] <= MARGIN
+                ratio, peak = f"{best[OURS] / best[reader]:.2f}x", f"{above[reader] / 1e6:.0f} MB"
+                seconds = f"{best[reader]:9.2f}{cpu[reader]:13.2f}{ratio:>9}{peak:>12}"
+                print(f"{dtype:20}{reader:25}{seconds}", flush=True)
+            good &= best[OURS] <= min(SECONDS, RATIO * best[THEIRS]) and above[OURS] <= MARGIN
     print("all bounds are met" if good else "a bound is not met")
     return 0 if good else 1
 

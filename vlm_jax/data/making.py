@@ -110,10 +110,10 @@ class Steps:
         self._plan: Iterator[Step] | None = None
         self._next = 0
         self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
 
     def __getstate__(self) -> dict[str, Any]:
-        private = ("_plan", "_next", "_pool", "_lock")
+        private = ("_plan", "_next", "_pool", "_lock", "_closed")
         return {name: value for name, value in self.__dict__.items() if name not in private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -125,13 +125,17 @@ class Steps:
 
     def __getitem__(self, number: int) -> tuple[dict[str, np.ndarray], Made]:
         with self._lock:
+            if self._closed:
+                raise RuntimeError("These steps are closed.")  # nobody waits for what comes ahead
             return self._make(self._step(number))
 
     def close(self) -> None:
-        """Let the threads go."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        """Let the threads go; when this returns, none of them looks at a record any more."""
+        with self._lock:
+            self._closed = True
+            if self._pool is not None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                self._pool = None
 
     def _step(self, number: int) -> Step:
         if self.steps is not None:
