@@ -17,12 +17,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax
 import pytest
 from costs import Costs
+from skips import Skips
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
     config.pluginmanager.register(Costs())
+    config.pluginmanager.register(Skips())
 
 
 @pytest.fixture(scope="session")
