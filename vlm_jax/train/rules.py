@@ -24,6 +24,19 @@ MUON: Table = [
 ]
 
 
+def promoting(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return a rule of optax whose bias correction is a float to the power of an int32 count.
+
+    Where JAX's dtype promotion is strict, as in the tests, that alone is allowed to promote.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return rule.update(updates, state, params)
+
+    return optax.GradientTransformation(rule.init, update)
+
+
 def adafactor(beta1: float, beta2: float) -> optax.GradientTransformation:
     """Return transformers' Adafactor as its Trainer sets it (https://arxiv.org/abs/1804.04235).
 
@@ -43,15 +56,8 @@ def muon(beta1: float, beta2: float) -> optax.GradientTransformation:
 
     That size is 0.2 times the root of the longer side (https://arxiv.org/abs/2502.16982, 2.2).
     """
-    rule = optax.contrib.scale_by_muon()
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        # Its bias correction is a Python float to the power of an int32 count.
-        with jax.numpy_dtype_promotion("standard"):
-            return rule.update(updates, state, params)
-
     size = optax.stateless(lambda update, _: 0.2 * math.sqrt(max(update.shape)) * update)
-    return optax.chain(optax.GradientTransformation(rule.init, update), size)
+    return optax.chain(promoting(optax.contrib.scale_by_muon()), size)
 
 
 # What `optimizer_name` gives -> (beta1, beta2) -> the rule of one tensor.
