@@ -25,9 +25,10 @@ MUON: Table = [
 
 
 def promoting(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return a rule of optax whose bias correction is a float to the power of an int32 count.
+    """Return a rule of optax that may promote dtypes where JAX's promotion is strict, as in tests.
 
-    Where JAX's dtype promotion is strict, as in the tests, that alone is allowed to promote.
+    Bias corrections are a Python float to the power of an int32 count; Adafactor's decay is
+    float32 beside moments of the leaf's dtype.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
@@ -42,7 +43,7 @@ def adafactor(beta1: float, beta2: float) -> optax.GradientTransformation:
 
     Without scale_parameter and relative_step, so at the run's learning rate; every matrix factored.
     """
-    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+    factored = promoting(optax.scale_by_factored_rms(min_dim_size_to_factor=1))
     return optax.chain(factored, optax.clip_by_block_rms(1.0))
 
 
