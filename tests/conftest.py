@@ -1,4 +1,4 @@
-"""The strict session: eight CPU devices, no rank promotion. Set before anything imports jax."""
+"""The strict session: eight CPU devices, no implicit promotion. Set before anything imports jax."""
 
 import atexit
 import os
@@ -9,6 +9,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# A sum of two ranks or of two dtypes raises, in the tests and in the processes they start.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never asks the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # One cache of compiled programs for the workers of a session and the processes that tests start.
@@ -19,15 +22,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import jax
 import pytest
 from costs import Costs
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
+from skips import Skips
 
 
 def pytest_configure(config):
     config.pluginmanager.register(Costs())
+    config.pluginmanager.register(Skips())
 
 
 @pytest.fixture(scope="session")

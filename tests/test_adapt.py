@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 import vlm_jax
 from vlm_jax import LoRA, UserError
 from vlm_jax.linen.files import named_layers
+from vlm_jax.train.rules import promoting
 from vlm_jax.trees import flatten, unflatten
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 8))
@@ -232,7 +233,7 @@ def test_gradients_and_five_steps_are_peft_s(pair, tmp_path):
     def loss(lora):
         return jnp.mean((adapted.apply({**variables, "lora": lora}, pair.x) - wanted) ** 2)
 
-    tx = optax.adam(1e-2, eps=1e-4)
+    tx = promoting(optax.adam(1e-2, eps=1e-4))
     optimizer = torch.optim.Adam(
         [t for t in model.parameters() if t.requires_grad], lr=1e-2, eps=1e-4
     )

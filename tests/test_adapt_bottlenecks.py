@@ -18,6 +18,7 @@ from test_adapt import TOKENS, make_pair, moved, run
 
 import vlm_jax
 from vlm_jax import Adapter, LoRA, Quantization, UserError
+from vlm_jax.train.rules import promoting
 from vlm_jax.trees import flatten, unflatten
 
 X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
@@ -174,7 +175,7 @@ def test_a_bert_is_torch_s_with_hooks_and_so_are_five_steps():
     def loss(leaves):
         return jnp.mean((adapted.apply({**variables, "adapter": leaves}, pair.x) - wanted) ** 2)
 
-    tx = optax.adam(1e-2, eps=1e-4)
+    tx = promoting(optax.adam(1e-2, eps=1e-4))
     optimizer = torch.optim.Adam(list(ours.values()), lr=1e-2, eps=1e-4)
 
     @jax.jit
@@ -381,7 +382,7 @@ def test_each_kind_of_module_is_met_once(module, kind, target, read):
     variables = {**fresh, "adapter": moved(fresh["adapter"], 0.3)}
     leaves = variables["adapter"][target] if target else variables["adapter"]
     assert jax.tree.leaves(leaves)[0].dtype == jnp.float32
-    expected = base + by_hand(leaves, read(X, base), "tanh", 0.5)
+    expected = base.astype(jnp.float32) + by_hand(leaves, read(X, base), "tanh", 0.5)
     for _ in range(2):  # whatever nn.jit keeps
         out = adapted.apply(variables, X)
         assert out.dtype == base.dtype

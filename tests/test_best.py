@@ -105,10 +105,10 @@ def test_the_result_is_the_best_checkpoints_whether_or_not_the_run_was_stopped(
     losses = {1: 0.1, 2: 1.0, 3: 0.1, 4: 0.5, 5: 0.1, 6: 0.7}  # odd steps are not saved, or stopped
     evaluate, push = loop.evaluated, loop.Watch.push
 
-    def drawn(*arguments):
-        values = evaluate(*arguments)
+    def drawn(*, state, **rest):
+        values = evaluate(state=state, **rest)
         assert np.isfinite(values["loss"])
-        return {**values, "loss": losses[int(arguments[5].step)]}
+        return {**values, "loss": losses[int(state.step)]}
 
     def push_and_interrupt(self, step, *rest):
         if step == stopped:

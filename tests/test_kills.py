@@ -9,15 +9,25 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prove" / "kills.py"
 
 
-@pytest.mark.nightly
-def test_two_kills_and_two_stops_and_a_full_disk_lose_nothing(tmp_path):
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """What the script printed of two kills, two stops and a full disk."""
+    log = tmp_path_factory.mktemp("kills") / "log"
     command = [sys.executable, str(SCRIPT), "--kills=2", "--terms=2", "--steps=40", "--seed=1"]
-    with open(tmp_path / "log", "w") as log:  # a pipe would wait for whatever outlived its parent
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-    text = (tmp_path / "log").read_text()
-    assert done.returncode == 0, text
+    with open(log, "w") as file:  # a pipe would wait for whatever outlived its parent
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 0, log.read_text()
+    return log.read_text()
+
+
+@pytest.mark.nightly
+def test_two_kills_and_two_stops_lose_nothing(text):
     assert text.count("SIGKILL: run") == text.count("SIGTERM: run") == 2
     assert "metrics and adapter are equal to the byte" in text
+
+
+@pytest.mark.nightly
+def test_a_full_disk_loses_nothing(text):
     if "the full disk was not tried" in text:
         pytest.skip("no small file system can be mounted here, so no disk was filled")
     assert "Full disk: exit 2" in text and "ends as the straight run" in text

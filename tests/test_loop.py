@@ -128,15 +128,15 @@ def test_an_evaluation_that_a_stop_meets_is_made_by_the_resumed_run(place, monke
         tell(("SIGINT", "step", step))
         return real["push"](self, step, *rest)
 
-    def evaluate(*arguments):
-        step, check = int(arguments[5].step), arguments[-1]
+    def evaluate(*, state, check, **rest):
+        step = int(state.step)
 
         def checked():
             calls.append(step)
             tell(("SIGTERM", "batch", step, calls.count(step)))
             check()
 
-        return real["evaluate"](*arguments[:-1], checked)
+        return real["evaluate"](state=state, check=checked, **rest)
 
     real |= {"push": loop.Watch.push, "evaluate": loop.evaluated}
     monkeypatch.setattr(loop.Watch, "push", push)

@@ -16,6 +16,7 @@ from vlm_jax.sharding import make_mesh
 from vlm_jax.train.checkpoint import Checkpoints, flat_state
 from vlm_jax.train.estimate import estimate
 from vlm_jax.train.place import abstract_state, on_mesh
+from vlm_jax.train.rules import promoting
 from vlm_jax.trees import flatten, unflatten
 
 TABLE = [("tower/.*", "full(0.5)"), (".*/lora_.", "lora"), (".*", "full")]
@@ -134,7 +135,7 @@ def test_muon_is_optax_for_each_hidden_matrix_and_adamw_for_the_rest():
         def rate(step, scale=scale):
             return 1e-2 * scale * jnp.where(step < 2, step / 2, (12 - step) / 10)
 
-        one = optax.contrib.muon(rate, weight_decay=0.1, consistent_rms=0.2)
+        one = promoting(optax.contrib.muon(rate, weight_decay=0.1, consistent_rms=0.2))
         layers = tensors(path, flatten(make_params())[path])
         for layer, value in enumerate(layers):
             state = one.init(value)

@@ -102,8 +102,8 @@ LOSSES = {1: 1.0, 2: 0.5, 3: 0.6, 4: 0.55, 5: 0.2, 6: 0.1}
 def test_a_resumed_run_stops_where_one_that_ran_through_does(place, monkeypatch, best, stopped):
     evaluate, push = loop.evaluated, loop.Watch.push
 
-    def drawn(*arguments):
-        return {**evaluate(*arguments), "loss": LOSSES[int(arguments[5].step)]}
+    def drawn(*, state, **rest):
+        return {**evaluate(state=state, **rest), "loss": LOSSES[int(state.step)]}
 
     def push_and_interrupt(self, step, *rest):
         if step == stopped:

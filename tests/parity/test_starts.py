@@ -146,7 +146,7 @@ def test_random_starts():
 
 def test_a_few_iterations_come_close_to_the_best_factors():
     left, right = (jax.random.normal(jax.random.key(i), (60, 60)) for i in (0, 1))
-    matrix = left @ jnp.diag(0.7 ** jnp.arange(60)) @ right
+    matrix = left @ jnp.diag(0.7 ** jnp.arange(60, dtype=jnp.float32)) @ right
     best = jnp.matmul(*singular_factors(matrix, 4, None, jax.random.key(2)))
     close = jnp.matmul(*singular_factors(matrix, 4, 16, jax.random.key(2)))
     assert float(jnp.linalg.norm(close - best) / jnp.linalg.norm(best)) < 1e-3

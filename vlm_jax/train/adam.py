@@ -52,7 +52,7 @@ def scale_by_adam(
         del params
         count = optax.safe_increment(state.count)
         # Factors, since XLA divides by a scalar now as it says and now by its reciprocal.
-        first, second = 1 / (1 - b1**count), 1 / (1 - b2**count)
+        first, second = (1 / (1 - jax.lax.pow(jnp.float32(b), count)) for b in (b1, b2))
 
         def rule(gradient: jax.Array, mean: jax.Array, square: jax.Array) -> Any:
             exact = lambda x: rounded(x, count)  # noqa: E731

@@ -19,6 +19,7 @@ from vlm_jax.trees import join
 
 
 def evaluated(
+    *,
     config: ConfigDict,
     model: Model,
     encoder: Encoder,

@@ -212,7 +212,15 @@ def _train(
                 assert held_out is not None
                 with contextlib.suppress(Stopped):  # the evaluation stays pending
                     found = evaluated(
-                        config, model, encoder, held_out, losses, state, frozen, feed, stop.check
+                        config=config,
+                        model=model,
+                        encoder=encoder,
+                        held_out=held_out,
+                        losses=losses,
+                        state=state,
+                        frozen=frozen,
+                        feed=feed,
+                        check=stop.check,
                     )
                     log.write_evaluation(step, found)
                     console.print(f"step {step}/{total}  {_words(found)}", highlight=False)

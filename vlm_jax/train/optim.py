@@ -105,7 +105,9 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + 1e-6))
+        # In float32: a sum of squares in bfloat16 has two digits, and leaves may differ in dtype.
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
+        factor = jnp.minimum(1.0, limit / (norm + 1e-6))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -24,12 +24,26 @@ MUON: Table = [
 ]
 
 
+def promoting(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return a rule of optax that may promote dtypes where JAX's promotion is strict, as in tests.
+
+    Bias corrections are a Python float to the power of an int32 count; Adafactor's decay is
+    float32 beside moments of the leaf's dtype.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return rule.update(updates, state, params)
+
+    return optax.GradientTransformation(rule.init, update)
+
+
 def adafactor(beta1: float, beta2: float) -> optax.GradientTransformation:
     """Return transformers' Adafactor as its Trainer sets it (https://arxiv.org/abs/1804.04235).
 
     Without scale_parameter and relative_step, so at the run's learning rate; every matrix factored.
     """
-    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+    factored = promoting(optax.scale_by_factored_rms(min_dim_size_to_factor=1))
     return optax.chain(factored, optax.clip_by_block_rms(1.0))
 
 
@@ -44,7 +58,7 @@ def muon(beta1: float, beta2: float) -> optax.GradientTransformation:
     That size is 0.2 times the root of the longer side (https://arxiv.org/abs/2502.16982, 2.2).
     """
     size = optax.stateless(lambda update, _: 0.2 * math.sqrt(max(update.shape)) * update)
-    return optax.chain(optax.contrib.scale_by_muon(), size)
+    return optax.chain(promoting(optax.contrib.scale_by_muon()), size)
 
 
 # What `optimizer_name` gives -> (beta1, beta2) -> the rule of one tensor.
