@@ -8,10 +8,12 @@ import pytest
 
 def fast(kept: Collection[Any], values: Iterable[Any]) -> list[Any]:
     """Return `values` as parameters of a test, nightly where they are not among `kept`."""
-    left = set(kept)
-    params = [
-        value if value in left else pytest.param(value, marks=pytest.mark.nightly)
+    values = list(values)
+    assert all(value in values for value in kept), f"{kept} are not all among {values}"
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if value in kept else pytest.mark.nightly,
+        )
         for value in values
     ]
-    assert left <= set(values), f"{left} are not all among the values"
-    return params
