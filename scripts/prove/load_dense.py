@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 SECONDS = 1.0  # at most
-RATIO = 1.0  # of transformers' from_pretrained with its weights in memory, at most
-MARGIN = 40e6  # bytes above the weights and what jax takes to start that the process may hold
+RATIO = 0.5  # of transformers' from_pretrained with its weights in memory, at most
+MARGIN = 100e6  # bytes above the weights and what jax takes to start that the process may hold
 LAYERS = {"float32": 8, "bfloat16": 16}  # both 0.48 GB
 OURS, THEIRS = "vlm_jax.load", "from_pretrained, copied"
 READERS = (OURS, THEIRS, "load_file, copied", "from_pretrained, mapped", "load_file, mapped")
