@@ -34,7 +34,7 @@ if [ -n "$root" ]; then
     mkdir -p "$root"
     root="$(realpath "$root")"
 else
-    root="$(mktemp -d)"
+    root="$(mktemp -d)" && chmod 755 "$root"
     trap 'umount "$root/proc" "$root/sys" "$root/dev/shm" 2>/dev/null; rm -rf --one-file-system "$root"' EXIT
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -42,8 +42,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 if [ ! -x "$root/venv/bin/python" ]; then
     # The mirror that this machine's apt uses; where it has none of Debian's, debootstrap's own.
     mirror="$(apt-get indextargets --format "\$(REPO_URI)" "Origin: Debian" "Label: Debian")"
-    debootstrap --variant=minbase --include=python3-venv,ca-certificates trixie "$root" \
-        ${mirror:+"${mirror%%$'\n'*}"} >"$root.log"
+    debootstrap --variant=minbase --include=python3-venv,ca-certificates,git trixie "$root" \
+        ${mirror:+"${mirror%%$'\n'*}"} >"$root/debootstrap.log"
     chroot "$root" python3 -m venv /venv
 fi
 mkdir -p "$root/dev/shm"
@@ -86,7 +86,8 @@ inside pip install --quiet --upgrade "${wanted[@]}"
 result=5 # pytest's code where no test was selected
 run_tests() { # EXPRESSION XLA_FLAGS ARGUMENT...
     local code=0
-    inside env XLA_FLAGS="$2" python -m pytest -q --without-torch -m "$tier$1" "${@:3}" |
+    # How long a test may take is scripts/test.sh's to judge.
+    inside env XLA_FLAGS="$2" VLM_JAX_TEST_LIMIT=inf python -m pytest -q --without-torch -m "$tier$1" "${@:3}" |
         tee "$root/tests.log" || code=$?
     counts+=("$(tail -n 1 "$root/tests.log")")
     [ "$code" = 5 ] && return
