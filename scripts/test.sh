@@ -15,6 +15,7 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 
+# shellcheck disable=SC2329 # install_once calls it
 install_tests() {
     # torch alone and first, by this exact version: resolved together with the rest, pip would
     # prefer the build that brings gigabytes of CUDA libraries.

@@ -25,11 +25,19 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import pytest
 from costs import Costs
 from skips import Skips
+from without_torch import WithoutTorch
+
+
+def pytest_addoption(parser):
+    told = "leave out the tests that import torch, peft, bitsandbytes or trl, and name them"
+    parser.addoption("--without-torch", action="store_true", help=told)
 
 
 def pytest_configure(config):
     config.pluginmanager.register(Costs())
     config.pluginmanager.register(Skips())
+    if config.getoption("without_torch"):
+        config.pluginmanager.register(WithoutTorch())
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import os
 
 import pytest
 
-LIMIT = 20.0  # seconds of processor time, for a test that is not marked nightly
+# Seconds of processor time, for a test that is not marked nightly.
+LIMIT = float(os.environ.get("VLM_JAX_TEST_LIMIT", "20"))
 SLOWEST = 10
 
 # Tests (or shared fixtures) of the fast tier that may take longer: {name: why}.
