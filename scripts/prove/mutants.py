@@ -1,0 +1,298 @@
+"""Edits the package wrongly, one place at a time, and shows which test of the fast tier fails.
+
+    python scripts/prove/mutants.py --named                 # the edits of mutants_named.py
+    python scripts/prove/mutants.py --map                   # which test runs which line, once
+    python scripts/prove/mutants.py --drawn 60 --seed 0     # cosmic-ray's, see mutants_drawn.py
+
+A copy of the repository is edited, never the repository. An edit counts as noticed where a test
+fails or runs out of time, and not where the package cannot be imported: another one is drawn then.
+Tests are those that an edit's row names, or those that run its line (at most --budget seconds of
+them); --whole asks the whole fast tier about what these do not notice. All tests named have to pass
+without any edit first. What is done is not done again: results, map, copies and compiled programs
+stay in --work. The exit status is 1 where a named edit, or more than 15 % of the drawn ones, is not
+noticed. With an argument, only edits whose name or place holds it.
+"""
+
+import argparse
+import difflib
+import hashlib
+import itertools
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mutants_named import NAMED
+from mutants_plugin import NO_IMPORT
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAST = 0.85  # of the drawn edits
+FAST = ("-m", "not nightly")
+TIMED_OUT = (124, 137)  # coreutils' timeout, by SIGTERM and by SIGKILL
+
+
+class Edit(NamedTuple):
+    """file: below the root. text: of the whole file, edited. tests: pytest's arguments."""
+
+    name: str
+    file: str
+    line: int
+    text: str
+    tests: Sequence[str]
+
+    @property
+    def key(self) -> str:
+        return hashlib.blake2b(f"{self.file}\n{self.text}".encode(), digest_size=8).hexdigest()
+
+    def difference(self) -> list[str]:
+        old = (ROOT / self.file).read_text(encoding="utf-8")
+        lines = difflib.unified_diff(old.splitlines(), self.text.splitlines(), n=0, lineterm="")
+        return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+class Workplace:
+    """Copies of the repository, in which one process each runs tests."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.work = args, args.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.trees: queue.Queue[Path] = queue.Queue()
+        self.stamps = itertools.count(2_000_000_000)  # a time of change that no other edit has
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        found = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True).stdout
+        files = [name for name in found.decode().split("\0") if name and (ROOT / name).is_file()]
+        for number in range(args.jobs):
+            tree = self.work / f"tree{number}"
+            shutil.rmtree(tree, ignore_errors=True)
+            for name in files:
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, tree / name)
+            self.trees.put(tree)
+        self.tests = hashlib.blake2b(digest_size=8)
+        for name in sorted(name for name in files if name.startswith("tests/")):
+            self.tests.update((ROOT / name).read_bytes())
+
+    def run(
+        self, tests: Sequence[str], edit: Edit | None = None, **variables: str
+    ) -> tuple[int, str, float]:
+        """Return (pytest's exit status, its output, seconds) of tests in a copy with an edit."""
+        tree = self.trees.get()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'scripts/prove'}",
+            "JAX_COMPILATION_CACHE_DIR": str(self.work / "compiled"),
+            **variables,
+        }
+        if edit is not None:
+            module = edit.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            environment["MUTANTS_MODULE"] = module
+        command = [
+            "timeout", "-k", "10", str(self.args.limit), sys.executable, "-m", "pytest",
+            "-q", "--tb=short", *FAST,
+            "-p", "mutants_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", *tests,
+        ]  # fmt: skip
+        try:
+            if edit is not None:
+                self.write(tree / edit.file, edit.text)
+            done = subprocess.run(
+                command, cwd=tree, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        finally:
+            if edit is not None:
+                self.write(tree / edit.file, (ROOT / edit.file).read_text(encoding="utf-8"))
+            self.trees.put(tree)
+        took = re.findall(r" in (\d+\.\d+)s", done.stdout)
+        return done.returncode, done.stdout, float(took[-1]) if took else float(self.args.limit)
+
+    def write(self, path: Path, text: str) -> None:
+        path.write_text(text, encoding="utf-8")
+        stamp = next(self.stamps)  # by which Python knows that compiled code is too old
+        os.utime(path, (stamp, stamp))
+
+    def notice(self, edit: Edit, tests: Sequence[str]) -> dict[str, Any]:
+        """Return {"by": the test that failed or None, "why", "seconds", "imports"}."""
+        if not tests:
+            return {"by": None, "why": "no test runs the line", "seconds": 0.0, "imports": True}
+        status, output, seconds = self.run([*tests, "-x"], edit)
+        found = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - (.*))?$", output, re.MULTILINE)
+        row: dict[str, Any] = {"by": None, "why": "", "seconds": seconds, "imports": True}
+        if status == NO_IMPORT:
+            row |= {"imports": False, "why": output.strip().splitlines()[-1]}
+        elif status in TIMED_OUT:
+            row |= {"by": "the time limit", "why": f"{self.args.limit} s"}
+        elif status in (1, 2) and found:
+            row |= {"by": found[1], "why": (found[2] or "")[:200]}
+        elif status != 0:
+            raise SystemExit(f"pytest ended with status {status} on '{edit.name}':\n{output}")
+        return row
+
+
+def named() -> list[Edit]:
+    """Return the edits by hand. Stops where the table no longer fits the package."""
+    edits = []
+    for row in NAMED:
+        file = f"vlm_jax/{row.file}"
+        source = (ROOT / file).read_text(encoding="utf-8")
+        if source.count(row.old) != 1:
+            raise SystemExit(
+                f"mutants_named.py is out of date: '{file}' holds the text of the edit "
+                f"'{row.name}' {source.count(row.old)} times, not once:\n{row.old}"
+            )
+        line = source[: source.index(row.old)].count("\n") + 1
+        edits.append(Edit(row.name, file, line, source.replace(row.old, row.new), row.tests))
+    return edits
+
+
+def drawn(seed: int, folder: Path, budget: float) -> Iterable[Edit]:
+    """Yield drawn edits without end, with the tests that run their lines."""
+    from mutants_drawn import Map, draw
+
+    known = Map(folder)
+    if not known.seconds:
+        raise SystemExit("It is not known which tests run which lines: run with --map first.")
+    for one in draw(ROOT, seed):
+        edit = Edit(one.operator, one.file, one.line, one.text, ())
+        name = " -> ".join(line[1:].strip() for line in edit.difference())
+        yield edit._replace(name=name, tests=known.tests(one.file, one.line, budget))
+
+
+def record(place: Workplace, jobs: int) -> None:
+    """Write which tests run which lines, a file for each test file that has none of its content."""
+    folder = place.work / "map"
+    folder.mkdir(exist_ok=True)
+    wanted = {}
+    for path in sorted(ROOT.glob("tests/**/test_*.py")):
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        wanted[f"{path.stem}-{digest}.json"] = str(path.relative_to(ROOT))
+    for old in folder.glob("*.json"):
+        if old.name not in wanted:
+            old.unlink()
+
+    def one(item: tuple[str, str]) -> str | None:
+        name, tests = item
+        status, output, seconds = place.run([tests], MUTANTS_MAP=str(folder / f"{name}.part"))
+        print(f"{seconds:6.0f} s  {tests}: {output.strip().splitlines()[-1]}", flush=True)
+        if status not in (0, 5):  # 5: the fast tier has no test of this file
+            return output[-4000:]
+        (folder / f"{name}.part").rename(folder / name)
+        return None
+
+    missing = [item for item in wanted.items() if not (folder / item[0]).exists()]
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [output for output in pool.map(one, missing) if output is not None]
+    if failed:
+        raise SystemExit("Tests fail without any edit:\n\n" + "\n\n".join(failed))
+
+
+class Results:
+    """What is known of edits: a line of JSON each, so that an interrupted run goes on."""
+
+    def __init__(self, place: Workplace):
+        self.place, self.file, self.lock = place, place.work / "results.jsonl", threading.Lock()
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.rows = {row["key"]: row for row in map(json.loads, lines)}
+
+    def known(self, edit: Edit) -> bool:
+        """Return whether an edit needs no run. One that lived is tried again on other tests."""
+        row = self.rows.get(edit.key)
+        if row is None or row["by"] or not row["imports"]:
+            return row is not None
+        return row["tests"] == self.place.tests.hexdigest()
+
+    def of(self, edit: Edit, whole: bool) -> dict[str, Any]:
+        """Return the row of an edit, known or found now."""
+        row, tests, known = self.rows.get(edit.key), self.place.tests.hexdigest(), self.known(edit)
+        if not known or (whole and row["imports"] and not row["by"] and not row["whole"]):
+            found = self.place.notice(edit, ["tests"] if whole and known else edit.tests)
+            if whole and not known and not found["by"] and found["imports"]:
+                found = self.place.notice(edit, ["tests"])
+            row = {"key": edit.key, "name": edit.name, "tests": tests, "whole": whole, **found}
+            with self.lock, self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        assert row is not None
+        print(f"{row['seconds']:6.1f} s  {edit.file}:{edit.line}  {edit.name}", flush=True)
+        print(f"          {row['by'] or 'NOT NOTICED'}  {row['why']}", flush=True)
+        return {**row, "edit": edit}
+
+
+def table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows as Markdown, those that nothing noticed with their edits at the end."""
+    print(f"\n{title}\n\n| edit | place | noticed by | s |\n|---|---|---|---|")
+    for row in rows:
+        edit, by = row["edit"], row["by"]
+        words = edit.name.replace("|", "\\|")
+        test = f"`{by.removeprefix('tests/')}`" if by else "**nothing**"
+        print(f"| {words} | {edit.file}:{edit.line} | {test} | {row['seconds']:.0f} |")
+    for row in rows:
+        if not row["by"]:
+            edit = row["edit"]
+            print(f"\n{edit.file}:{edit.line}: {row['why']}", *edit.difference(), sep="\n    ")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("only", nargs="?", default="", help="a part of an edit's name or place")
+    parser.add_argument("--named", action="store_true")
+    parser.add_argument("--map", action="store_true")
+    parser.add_argument("--drawn", type=int, default=0, metavar="COUNT")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--budget", type=float, default=240, help="seconds of tests for an edit")
+    parser.add_argument("--limit", type=int, default=1800, help="seconds that pytest may take")
+    default = Path(tempfile.gettempdir(), "vlm_jax-mutants")
+    parser.add_argument("--work", type=Path, default=default)
+    args = parser.parse_args()
+    hand = [edit for edit in named() if args.only in f"{edit.name} {edit.file}"]
+    place = Workplace(args)
+    results = Results(place)
+    start, bad = time.monotonic(), False
+    if args.map:
+        record(place, args.jobs)
+
+    def of_all(edits: Iterable[Edit]) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            return list(pool.map(lambda edit: results.of(edit, args.whole), edits))
+
+    if args.named:
+        check_clean(place, [t for edit in hand if not results.known(edit) for t in edit.tests])
+        rows = of_all(hand)
+        noticed = sum(bool(row["by"]) for row in rows)
+        bad |= noticed < len(rows)
+        table(f"{noticed} of {len(rows)} edits by hand are noticed.", rows)
+    if args.drawn:
+        rows, edits = [], iter(drawn(args.seed, place.work / "map", args.budget))
+        while missing := args.drawn - len(rows):
+            more = of_all(itertools.islice(edits, missing))
+            rows += [row for row in more if row["imports"]]
+        noticed = sum(bool(row["by"]) for row in rows)
+        bad |= noticed < LEAST * len(rows)
+        table(f"{noticed} of {len(rows)} drawn edits (seed {args.seed}) are noticed.", rows)
+    print(f"\n{(time.monotonic() - start) / 60:.0f} minutes.")
+    return int(bad)
+
+
+def check_clean(place: Workplace, tests: Sequence[str]) -> None:
+    """Stop where a test fails without any edit, since its failing would mean nothing."""
+    if not tests:
+        return
+    status, output, _ = place.run(list(dict.fromkeys(tests)))
+    if status != 0:
+        raise SystemExit(f"Tests fail without any edit:\n\n{output[-8000:]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
