@@ -10,7 +10,8 @@ Tests are those that an edit's row names, or those that run its line (at most --
 them); --whole asks the whole fast tier about what these do not notice. All tests named have to pass
 without any edit first. What is done is not done again: results, map, copies and compiled programs
 stay in --work. The exit status is 1 where a named edit, or more than 15 % of the drawn ones, is not
-noticed. With an argument, only edits whose name or place holds it.
+noticed. With an argument, only named edits, and only test files of the map, whose name or place
+holds it.
 """
 
 import argparse
@@ -32,12 +33,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mutants_drawn import Map, draw
 from mutants_named import NAMED
 from mutants_plugin import NO_IMPORT
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = 0.85  # of the drawn edits
-FAST = ("-m", "not nightly")
+# Of this script's own tests one reads the package's text, in which any edit would be noticed.
+FAST = ("-m", "not nightly", "--ignore=tests/test_mutants.py")
 TIMED_OUT = (124, 137)  # coreutils' timeout, by SIGTERM and by SIGKILL
 
 
@@ -156,23 +159,23 @@ def named() -> list[Edit]:
 
 def drawn(seed: int, folder: Path, budget: float) -> Iterable[Edit]:
     """Yield drawn edits without end, with the tests that run their lines."""
-    from mutants_drawn import Map, draw
-
     known = Map(folder)
     if not known.seconds:
         raise SystemExit("It is not known which tests run which lines: run with --map first.")
     for one in draw(ROOT, seed):
         edit = Edit(one.operator, one.file, one.line, one.text, ())
         name = " -> ".join(line[1:].strip() for line in edit.difference())
-        yield edit._replace(name=name, tests=known.tests(one.file, one.line, budget))
+        yield edit._replace(name=name, tests=known.tests(one.file, one.begin, one.line, budget))
 
 
-def record(place: Workplace, jobs: int) -> None:
+def record(place: Workplace, only: str, jobs: int) -> None:
     """Write which tests run which lines, a file for each test file that has none of its content."""
     folder = place.work / "map"
     folder.mkdir(exist_ok=True)
     wanted = {}
     for path in sorted(ROOT.glob("tests/**/test_*.py")):
+        if path.name == "test_mutants.py":
+            continue
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
         wanted[f"{path.stem}-{digest}.json"] = str(path.relative_to(ROOT))
     for old in folder.glob("*.json"):
@@ -188,7 +191,11 @@ def record(place: Workplace, jobs: int) -> None:
         (folder / f"{name}.part").rename(folder / name)
         return None
 
-    missing = [item for item in wanted.items() if not (folder / item[0]).exists()]
+    missing = [
+        (name, tests)
+        for name, tests in wanted.items()
+        if only in tests and not (folder / name).exists()
+    ]
     with ThreadPoolExecutor(jobs) as pool:
         failed = [output for output in pool.map(one, missing) if output is not None]
     if failed:
@@ -261,7 +268,7 @@ def main() -> int:
     results = Results(place)
     start, bad = time.monotonic(), False
     if args.map:
-        record(place, args.jobs)
+        record(place, args.only, args.jobs)
 
     def of_all(edits: Iterable[Edit]) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(args.jobs) as pool:

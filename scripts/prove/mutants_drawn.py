@@ -22,10 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.operators.provider import OperatorProvider
-
 PACKAGE = "vlm_jax"
 PATHS = ("layers", "train", "weights", "hub", "data", "lora.py", "generation.py", "positions.py")
 SAME = ({"Is", "Eq"}, {"IsNot", "NotEq"})
@@ -35,7 +31,10 @@ Position = tuple[int, int]
 
 
 class Drawn(NamedTuple):
-    file: str  # below the repository's root
+    """file: below the repository's root. begin: the line where the edited statement begins."""
+
+    file: str
+    begin: int
     line: int
     operator: str
     text: str  # of the whole file, edited
@@ -43,6 +42,9 @@ class Drawn(NamedTuple):
 
 def draw(root: Path, seed: int) -> Iterator[Drawn]:
     """Yield edits of all files in PATHS, in an order that the seed decides, no place twice."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+
     places: dict[tuple[str, Position], list[tuple[str, int]]] = defaultdict(list)
     for file in files(root):
         source = (root / file).read_text(encoding="utf-8")
@@ -66,7 +68,7 @@ def draw(root: Path, seed: int) -> Iterator[Drawn]:
                 compile(text, file, "exec")
         except SyntaxError:  # such as a dictionary's ** as another operator
             continue
-        yield Drawn(file, start[0], name, text)
+        yield Drawn(file, statement(source, start[0]), start[0], name, text)
 
 
 def files(root: Path) -> list[str]:
@@ -80,12 +82,20 @@ def files(root: Path) -> list[str]:
 
 def operators() -> list[tuple[str, object]]:
     """Return (name, operator) of cosmic-ray's, less those of the rule above."""
+    from cosmic_ray.operators.provider import OperatorProvider
+
     provider, found = OperatorProvider(), []
     for name in provider:
         swapped = set(name.removeprefix("ReplaceComparisonOperator_").split("_"))
         if name != "RemoveDecorator" and swapped not in SAME and not provider[name].arguments():
             found.append((name, provider[name]()))
     return found
+
+
+def statement(source: str, line: int) -> int:
+    """Return the first line of the innermost statement that a line is of."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt))
+    return max(node.lineno for node in nodes if node.lineno <= line <= (node.end_lineno or 0))
 
 
 def messages_and_annotations(source: str) -> list[tuple[Position, Position]]:
@@ -133,19 +143,23 @@ class Map:
             context: sum(map(len, lines.values())) for context, lines in self.lines.items()
         }
 
-    def tests(self, file: str, line: int, most: float) -> list[str]:
+    def tests(self, file: str, begin: int, line: int, most: float) -> list[str]:
         """Return tests that run a line, the likeliest to notice its change first, file by file.
 
-        Likely are cheap tests that run little else than the file. most: seconds of them all. Of a
-        line that runs on import they are the tests that run any other line of the file.
+        Likely are cheap tests that run little else than the file. begin: where its statement
+        begins, since Python does not tell of each line of one. most: seconds of them all. Of a line
+        that runs on import they are the tests that run any other line of the file.
         """
         found: dict[str, float] = {}
-        imported = not any(
-            line in lines.get(file, ()) for context, lines in self.lines.items() if context
+        known = (
+            {context for context, lines in self.lines.items() if number in lines.get(file, ())}
+            for number in range(line, begin - 1, -1)
         )
+        running = next(filter(None, known), set())
+        imported = running == {""}
         for context, lines in self.lines.items():
             own = lines.get(file, set())
-            if context and own and (imported or line in own):
+            if context and own and (imported or context in running):
                 for test in self.users[context]:
                     price = (0.05 + self.seconds[test]) * self.total[context] / len(own)
                     found[test] = min(price, found.get(test, price))
