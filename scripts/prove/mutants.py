@@ -39,8 +39,8 @@ from mutants_plugin import NO_IMPORT
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = 0.85  # of the drawn edits
-# Of this script's own tests one reads the package's text, in which any edit would be noticed.
-FAST = ("-m", "not nightly", "--ignore=tests/test_mutants.py")
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
+FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.*?)(?: - (.*))?$", re.MULTILINE)
 TIMED_OUT = (124, 137)  # coreutils' timeout, by SIGTERM and by SIGKILL
 
 
@@ -88,7 +88,16 @@ class Workplace:
     def run(
         self, tests: Sequence[str], edit: Edit | None = None, **variables: str
     ) -> tuple[int, str, float]:
-        """Return (pytest's exit status, its output, seconds) of tests in a copy with an edit."""
+        """Return (pytest's exit status, its output, seconds) of tests in a copy with an edit.
+
+        As scripts/test.sh does it: tests that compare bits run in a call of pytest of their own.
+        Where those before them fail they do not run any more.
+        """
+        calls: dict[bool, list[str]] = {}
+        for test in dict.fromkeys(tests):
+            calls.setdefault("mark.exact" in (ROOT / test.split("::")[0]).read_text(), []).append(
+                test
+            )
         tree = self.trees.get()
         environment = {
             **os.environ,
@@ -101,22 +110,29 @@ class Workplace:
             environment["MUTANTS_MODULE"] = module
         command = [
             "timeout", "-k", "10", str(self.args.limit), sys.executable, "-m", "pytest",
-            "-q", "--tb=short", *FAST,
-            "-p", "mutants_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", *tests,
+            "-x", "-q", "--tb=short", "-m", "not nightly", "-p", "mutants_plugin",
+            "-p", "no:cacheprovider", "-p", "no:xdist",
         ]  # fmt: skip
+        start = time.monotonic()
         try:
             if edit is not None:
                 self.write(tree / edit.file, edit.text)
-            done = subprocess.run(
-                command, cwd=tree, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            for exact, some in calls.items():
+                environment["XLA_FLAGS"] = "" if exact else UNOPTIMIZED
+                done = subprocess.run(
+                    [*command, *some], cwd=tree, env=environment, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                # Tests that are only slower than tests/costs.py allows have not failed.
+                slow = done.returncode == 1 and not FAILED.search(done.stdout)
+                status = 0 if slow else done.returncode
+                if status != 0:
+                    break
         finally:
             if edit is not None:
                 self.write(tree / edit.file, (ROOT / edit.file).read_text(encoding="utf-8"))
             self.trees.put(tree)
-        took = re.findall(r" in (\d+\.\d+)s", done.stdout)
-        return done.returncode, done.stdout, float(took[-1]) if took else float(self.args.limit)
+        return status, done.stdout, round(time.monotonic() - start, 1)
 
     def write(self, path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
@@ -127,8 +143,8 @@ class Workplace:
         """Return {"by": the test that failed or None, "why", "seconds", "imports"}."""
         if not tests:
             return {"by": None, "why": "no test runs the line", "seconds": 0.0, "imports": True}
-        status, output, seconds = self.run([*tests, "-x"], edit)
-        found = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - (.*))?$", output, re.MULTILINE)
+        status, output, seconds = self.run(tests, edit)
+        found = FAILED.search(output)
         row: dict[str, Any] = {"by": None, "why": "", "seconds": seconds, "imports": True}
         if status == NO_IMPORT:
             row |= {"imports": False, "why": output.strip().splitlines()[-1]}
@@ -168,16 +184,20 @@ def drawn(seed: int, folder: Path, budget: float) -> Iterable[Edit]:
         yield edit._replace(name=name, tests=known.tests(one.file, one.begin, one.line, budget))
 
 
+def test_files() -> list[str]:
+    """Return all test files but that of this script, in whose table any edit would be noticed."""
+    found = (str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*.py")))
+    return [name for name in found if name != "tests/test_mutants.py"]
+
+
 def record(place: Workplace, only: str, jobs: int) -> None:
     """Write which tests run which lines, a file for each test file that has none of its content."""
     folder = place.work / "map"
     folder.mkdir(exist_ok=True)
     wanted = {}
-    for path in sorted(ROOT.glob("tests/**/test_*.py")):
-        if path.name == "test_mutants.py":
-            continue
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-        wanted[f"{path.stem}-{digest}.json"] = str(path.relative_to(ROOT))
+    for name in test_files():
+        digest = hashlib.blake2b((ROOT / name).read_bytes(), digest_size=8).hexdigest()
+        wanted[f"{Path(name).stem}-{digest}.json"] = name
     for old in folder.glob("*.json"):
         if old.name not in wanted:
             old.unlink()
@@ -221,9 +241,9 @@ class Results:
         """Return the row of an edit, known or found now."""
         row, tests, known = self.rows.get(edit.key), self.place.tests.hexdigest(), self.known(edit)
         if not known or (whole and row["imports"] and not row["by"] and not row["whole"]):
-            found = self.place.notice(edit, ["tests"] if whole and known else edit.tests)
+            found = self.place.notice(edit, test_files() if whole and known else edit.tests)
             if whole and not known and not found["by"] and found["imports"]:
-                found = self.place.notice(edit, ["tests"])
+                found = self.place.notice(edit, test_files())
             row = {"key": edit.key, "name": edit.name, "tests": tests, "whole": whole, **found}
             with self.lock, self.file.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -294,9 +314,7 @@ def main() -> int:
 
 def check_clean(place: Workplace, tests: Sequence[str]) -> None:
     """Stop where a test fails without any edit, since its failing would mean nothing."""
-    if not tests:
-        return
-    status, output, _ = place.run(list(dict.fromkeys(tests)))
+    status, output, _ = place.run(tests) if tests else (0, "", 0)
     if status != 0:
         raise SystemExit(f"Tests fail without any edit:\n\n{output[-8000:]}")
 
