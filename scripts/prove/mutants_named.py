@@ -13,6 +13,9 @@ class Named(NamedTuple):
     tests: tuple[str, ...]
 
 
+PACKED = (
+    "tests/test_packing.py::test_packed_loss_and_gradients_are_those_of_rows_of_their_own[llava]"
+)
 PEFT, LOGITS = "tests/parity/test_peft.py::", "tests/parity/test_logits.py::"
 
 NAMED = (
@@ -56,7 +59,7 @@ NAMED = (
         "layers/attention.py",
         "mask_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]",
         "mask_BTS = q_segments_BT[:, :, None] >= 0",
-        ("tests/test_packing.py",),
+        (PACKED,),
     ),
     Named(
         "M-RoPE's sections are in reverse order",
@@ -214,7 +217,7 @@ NAMED = (
         "batch.py",
         "batch.segments[row, here] = number",
         "batch.segments[row, here] = 1",
-        ("tests/test_packing.py",),
+        (PACKED,),
     ),
     Named(
         "every epoch has the order of the first",
