@@ -207,14 +207,14 @@ def record(place: Workplace, only: str, jobs: int) -> None:
         if old.name not in wanted:
             old.unlink()
 
-    def one(item: tuple[str, str]) -> str | None:
+    def one(item: tuple[str, str]) -> None:
         name, tests = item
         status, output, seconds = place.run([tests], MUTANTS_MAP=str(folder / f"{name}.part"))
         print(f"{seconds:6.0f} s  {tests}: {output.strip().splitlines()[-1]}", flush=True)
-        if status not in (0, 5):  # 5: the fast tier has no test of this file
-            return output[-4000:]
-        (folder / f"{name}.part").rename(folder / name)
-        return None
+        if status in (0, 5):  # 5: the fast tier has no test of this file
+            (folder / f"{name}.part").rename(folder / name)
+        else:
+            print(f"{output[-4000:]}\nFails without any edit, and is left out: {tests}", flush=True)
 
     missing = [
         (name, tests)
@@ -222,9 +222,7 @@ def record(place: Workplace, only: str, jobs: int) -> None:
         if only in tests and not (folder / name).exists()
     ]
     with ThreadPoolExecutor(jobs) as pool:
-        failed = [output for output in pool.map(one, missing) if output is not None]
-    if failed:
-        raise SystemExit("Tests fail without any edit:\n\n" + "\n\n".join(failed))
+        list(pool.map(one, missing))
 
 
 class Results:
