@@ -66,6 +66,14 @@ class Edit(NamedTuple):
         return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
+def digest(names: Iterable[str]) -> str:
+    """Return a hash of files' names and contents."""
+    found = hashlib.blake2b(digest_size=8)
+    for name in sorted(names):
+        found.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
+    return found.hexdigest()
+
+
 class Workplace:
     """Copies of the repository, in which one process each runs tests."""
 
@@ -84,9 +92,11 @@ class Workplace:
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, tree / name)
             self.trees.put(tree)
-        self.tests = hashlib.blake2b(digest_size=8)
-        for name in sorted(name for name in files if name.startswith("tests/")):
-            self.tests.update((ROOT / name).read_bytes())
+        self.tests, package = (
+            digest(name for name in files if name.startswith(folder))
+            for folder in ("tests/", "vlm_jax/")
+        )
+        self.map = self.work / f"map-{package}"  # whose numbers of lines are those of this package
 
     def run(
         self, tests: Sequence[str], edit: Edit | None = None, **variables: str
@@ -197,29 +207,27 @@ def test_files() -> list[str]:
 
 def record(place: Workplace, only: str, jobs: int) -> None:
     """Write which tests run which lines, a file for each test file that has none of its content."""
-    folder = place.work / "map"
-    folder.mkdir(exist_ok=True)
+    place.map.mkdir(exist_ok=True)
     wanted = {}
     for name in test_files():
-        digest = hashlib.blake2b((ROOT / name).read_bytes(), digest_size=8).hexdigest()
-        wanted[f"{Path(name).stem}-{digest}.json"] = name
-    for old in folder.glob("*.json"):
+        wanted[f"{Path(name).stem}-{digest([name])}.json"] = name
+    for old in place.map.glob("*.json"):
         if old.name not in wanted:
             old.unlink()
 
     def one(item: tuple[str, str]) -> None:
         name, tests = item
-        status, output, seconds = place.run([tests], MUTANTS_MAP=str(folder / f"{name}.part"))
+        status, output, seconds = place.run([tests], MUTANTS_MAP=str(place.map / f"{name}.part"))
         print(f"{seconds:6.0f} s  {tests}: {output.strip().splitlines()[-1]}", flush=True)
         if status in (0, 5):  # 5: the fast tier has no test of this file
-            (folder / f"{name}.part").rename(folder / name)
+            (place.map / f"{name}.part").rename(place.map / name)
         else:
             print(f"{output[-4000:]}\nFails without any edit, and is left out: {tests}", flush=True)
 
     missing = [
         (name, tests)
         for name, tests in wanted.items()
-        if only in tests and not (folder / name).exists()
+        if only in tests and not (place.map / name).exists()
     ]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, missing))
@@ -238,11 +246,11 @@ class Results:
         row = self.rows.get(edit.key)
         if row is None or row["by"] or not row["imports"]:
             return row is not None
-        return row["tests"] == self.place.tests.hexdigest()
+        return row["tests"] == self.place.tests
 
     def of(self, edit: Edit, whole: bool) -> dict[str, Any]:
         """Return the row of an edit, known or found now."""
-        row, tests, known = self.rows.get(edit.key), self.place.tests.hexdigest(), self.known(edit)
+        row, tests, known = self.rows.get(edit.key), self.place.tests, self.known(edit)
         if not known or (whole and row["imports"] and not row["by"] and not row["whole"]):
             found = self.place.notice(edit, test_files() if whole and known else edit.tests)
             if whole and not known and not found["by"] and found["imports"]:
@@ -306,7 +314,7 @@ def main() -> int:
         bad |= noticed < len(rows)
         table(f"{noticed} of {len(rows)} edits by hand are noticed.", rows)
     if args.drawn:
-        rows, edits = [], iter(drawn(args.seed, place.work / "map", args.budget))
+        rows, edits = [], iter(drawn(args.seed, place.map, args.budget))
         while missing := args.drawn - len(rows):
             more = of_all(itertools.islice(edits, missing))
             rows += [row for row in more if row["imports"]]
