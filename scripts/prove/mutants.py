@@ -16,6 +16,7 @@ holds it.
 
 import argparse
 import difflib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -80,6 +81,11 @@ class Workplace:
     def __init__(self, args: argparse.Namespace):
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.work / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"Another run works in '{self.work}': give another --work.") from None
         self.trees: queue.Queue[Path] = queue.Queue()
         self.stamps = itertools.count(2_000_000_000)  # a time of change that no other edit has
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
