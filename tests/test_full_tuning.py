@@ -228,3 +228,10 @@ def test_states_are_of_their_dtypes():
     assert kinds.pop("trainable.kernel") == jnp.bfloat16
     assert kinds and set(kinds.values()) == {jnp.dtype("float32")}
     np.testing.assert_array_equal(state.ema["kernel"], params["kernel"])
+
+
+def test_masters_keep_every_bit():
+    params = {"kernel": jnp.full((4, 4), 1 + 2.0**-20, jnp.float32)}
+    state = vlm_jax.init_state(params, vlm_jax.optimizer(params, [(".*", "full")], {}))
+    assert state.trainable["kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(state.trainable["kernel"], params["kernel"])

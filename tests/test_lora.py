@@ -8,6 +8,7 @@ import pytest
 from references import llava, our_logits, qwen2_vl, qwen2_vl_inputs
 
 import vlm_jax
+from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.targets import PRESETS, target_kernels
 from vlm_jax.trees import flatten, unflatten
 
@@ -160,6 +161,21 @@ def test_dropout_acts_only_in_training(qwen):
     assert float(jnp.abs(one - two).max()) > 1e-3 and float(jnp.abs(one - still).max()) > 1e-3
     with pytest.raises(ValueError, match="rngs"):
         model.apply(variables, batch, train=True)
+
+
+def test_dropout_acts_on_the_input_of_the_matrices_alone():
+    keys = jax.random.split(jax.random.key(0), 4)
+    kernel, a, b, x = (
+        jax.random.normal(k, s) for k, s in zip(keys, [(6, 5), (6, 2), (2, 5), (9, 6)], strict=True)
+    )
+    layer = Linear(5, False, jnp.float32, LoRAScale(3, 0.5))
+
+    def dropped(b):
+        leaves = {"kernel": kernel, "lora_A": a, "lora_B": b}
+        return layer.apply({"params": leaves}, x, rngs={"dropout": jax.random.key(1)})
+
+    np.testing.assert_allclose(dropped(0 * b), x @ kernel, atol=1e-5)
+    assert np.abs(dropped(b) - (x @ kernel + 1.5 * x @ a @ b)).max() > 1
 
 
 def test_loss_is_the_plain_one_and_skips_nothing(qwen):

@@ -80,6 +80,17 @@ def test_padding_side_does_not_change_generation(qwen):
     np.testing.assert_array_equal(left, right)
 
 
+def test_a_row_ends_with_its_eos_and_is_then_padded(qwen):
+    _, model, params = qwen
+    batch = model.batch(**qwen2_vl_inputs("mixed", left=True))
+    free = vlm_jax.generate(model, params, batch, 12, eos_token_id=())
+    eos = int(free[0, 4])
+    ended = vlm_jax.generate(model, params, batch, 12, eos_token_id=eos, pad_token_id=1)
+    expected = np.where(np.cumsum(free == eos, axis=1) - (free == eos) > 0, 1, free)
+    np.testing.assert_array_equal(ended, expected)
+    assert (ended[0, 5:] == 1).all() and (free[0, 5:] != 1).any()
+
+
 @pytest.mark.parametrize(
     ("text", "top"),
     [
