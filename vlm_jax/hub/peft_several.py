@@ -180,7 +180,7 @@ def combine_peft_adapters(
             for tree, weight in zip(trees, weights.values(), strict=True)
         ]
         a, b = COMBINATIONS[kind](parts, rank)
-        on = sum(part[2] != 0 for part in parts) > 0
+        on = jnp.stack([part[2] != 0 for part in parts]).any(0)
         combined |= {f"{module}/lora_A": a, f"{module}/lora_B": b}
         hits[path] = [bool(one) for one in jnp.atleast_1d(on)]
         if not all(hits[path]):
