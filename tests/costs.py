@@ -15,6 +15,9 @@ SLOWEST = 10
 
 # Tests (or shared fixtures) of the fast tier that may take longer: {name: why}.
 MAY_BE_SLOW: dict[str, str] = {
+    "tests/test_full_tuning.py::test_a_run_of_all_of_them_resumes_to_the_bit": (
+        "three runs of a model that trains in full with all options of full training at once"
+    ),
     "tests/test_processes.py::test_two_processes_train_stop_and_go_on_as_one_process_does": (
         "two processes start and compile, and this is the only test of several in the fast tier"
     ),
