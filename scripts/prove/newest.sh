@@ -5,8 +5,8 @@
 #
 #   bash scripts/prove/newest.sh [--root DIR] [--all] [arguments of pytest]
 #
-# --root DIR  make the Debian system there and keep it: the next call brings its packages up to date
-#             and finds its compiled programs again. Without it, it is made in a temporary directory.
+# --root DIR  make the Debian system there and keep it: the next call brings its packages up to date.
+#             Without it, it is made in a temporary directory.
 # --all       the nightly tests too.
 #
 # As root, on a Debian with debootstrap. Downloads about 2 GB and takes 7 GB of disk.
@@ -57,17 +57,18 @@ for name in PIP_{INDEX_URL,EXTRA_INDEX_URL,TRUSTED_HOST,CERT,PROXY,DEFAULT_TIMEO
     SSL_CERT_FILE REQUESTS_CA_BUNDLE {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY; do
     [ -z "${!name-}" ] || passed+=("$name=${!name}")
 done
-for file in /etc/pip.conf /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt \
+for file in /etc/pip.conf /etc/hosts /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt \
     "${PIP_CERT-}" "${SSL_CERT_FILE-}" "${REQUESTS_CA_BUNDLE-}"; do
     [ ! -f "$file" ] || cp --parents --dereference "$file" "$root"
 done
 
-rm -rf "$root/checkout" && mkdir "$root/checkout"
+rm -rf "$root/checkout"
+git clone --quiet --no-hardlinks . "$root/checkout" # and what is not committed yet:
 git ls-files -z --cached --others --exclude-standard | tar --null -T - -c | tar -x -C "$root/checkout"
 
 inside() {
     chroot "$root" /usr/bin/env -i "${passed[@]}" PATH=/venv/bin:/usr/bin:/bin HOME=/root \
-        LANG=C.UTF-8 JAX_COMPILATION_CACHE_DIR=/compiled PYTHONPATH=/checkout \
+        LANG=C.UTF-8 PYTHONPATH=/checkout \
         sh -c 'cd /checkout && exec "$@"' sh "$@"
 }
 
