@@ -17,10 +17,10 @@ import ast
 import json
 import random
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PACKAGE = "vlm_jax"
 PATHS = ("layers", "train", "weights", "hub", "data", "lora.py", "generation.py", "positions.py")
@@ -41,34 +41,41 @@ class Drawn(NamedTuple):
 
 
 def draw(root: Path, seed: int) -> Iterator[Drawn]:
-    """Yield edits of all files in PATHS, in an order that the seed decides, no place twice."""
+    """Yield edits of all files in PATHS, in an order that the seed decides, no place twice.
+
+    A place is known by its line's text, so that other changes of the package do not draw others.
+    """
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
 
-    places: dict[tuple[str, Position], list[tuple[str, int]]] = defaultdict(list)
+    known = dict(operators())
+    drawn: list[tuple[float, str, int, tuple[str, int]]] = []
     for file in files(root):
         source = (root / file).read_text(encoding="utf-8")
         tree, excluded = get_ast(source), messages_and_annotations(source)
-        for name, operator in operators():
+        places: dict[Position, list[tuple[str, int]]] = defaultdict(list)
+        for name, operator in known.items():
             found = (p for node in ast_nodes(tree) for p in operator.mutation_positions(node))
             for occurrence, (start, end) in enumerate(found):
                 if not any(a <= start and end <= b for a, b in excluded):
-                    places[file, start].append((name, occurrence))
-    rng = random.Random(seed)
-    order = sorted(places)
-    rng.shuffle(order)
-    known = dict(operators())
-    for file, start in order:
-        name, occurrence = rng.choice(places[file, start])
+                    places[start].append((name, occurrence))
+        lines, seen = source.splitlines(), Counter[tuple[str, int]]()
+        for line, column in sorted(places):
+            text = lines[line - 1]
+            key = text.strip(), column - len(text) + len(text.lstrip())
+            seen[key] += 1
+            rng = random.Random(f"{seed} {file} {key} {seen[key]}")
+            drawn.append((rng.random(), file, line, rng.choice(places[line, column])))
+    for _, file, line, (name, occurrence) in sorted(drawn):
         source = (root / file).read_text(encoding="utf-8")
         text = mutate_code(source, known[name], occurrence)
-        assert text is not None and text != source, (file, start, name)
+        assert text is not None and text != source, (file, line, name)
         try:
             with warnings.catch_warnings(action="ignore"):
                 compile(text, file, "exec")
         except SyntaxError:  # such as a dictionary's ** as another operator
             continue
-        yield Drawn(file, statement(source, start[0]), start[0], name, text)
+        yield Drawn(file, statement(source, line), line, name, text)
 
 
 def files(root: Path) -> list[str]:
@@ -80,7 +87,7 @@ def files(root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in found]
 
 
-def operators() -> list[tuple[str, object]]:
+def operators() -> list[tuple[str, Any]]:
     """Return (name, operator) of cosmic-ray's, less those of the rule above."""
     from cosmic_ray.operators.provider import OperatorProvider
 
