@@ -82,7 +82,9 @@ class Costs:
         if not hasattr(session.config, "workerinput") and self.too_slow() and exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter):
+    def pytest_terminal_summary(self, terminalreporter, config):
+        if hasattr(config, "workerinput"):  # of xdist: the controller has the rows of all
+            return
         write = terminalreporter.write_line
         ordered = sorted(self.seconds.items(), key=lambda row: -row[1])
         if file := os.environ.get("VLM_JAX_TEST_COSTS"):  # every one of them, to sort and to sum

@@ -3,12 +3,15 @@
 Packed rows with images of several sizes; dense and 4-bit frozen weights; both families.
 """
 
+import functools
+
 import jax
 import numpy as np
 import optax
 import pytest
 from draws import shaken
 from references import IMAGE, VIDEO, media, quiet, wide
+from tiers import fast
 
 import vlm_jax
 from vlm_jax.layers.partition import rows_over
@@ -26,6 +29,9 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 1, "fsdp": 2, "context": 4},
 ]
+KINDS = [("qwen2_vl", "nf4-dq"), ("llava", None), ("qwen2_vl", None), ("llava", "nf4-dq")]
+CASES = [(*kind, sizes) for kind in KINDS for sizes in MESHES]
+FAST = CASES[:4] + CASES[6:7]
 
 
 def example(model, rng, *parts):
@@ -113,18 +119,27 @@ def one_step(*parts):
     return float(metrics["loss"]), flatten(jax.device_get(state.opt_state.trace))
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4-dq"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
-def test_every_mesh_gives_the_step_of_one_device(family, quantize, tmp_path):
-    parts = setting(family, tmp_path, quantize)
-    loss, whole = one_step(*parts, {"data": 1})
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Return a function that gives a setting, and its loss and gradients on one device."""
+
+    @functools.cache
+    def made(family, quantize):
+        parts = setting(family, tmp_path_factory.mktemp(family), quantize)
+        return parts, *one_step(*parts, {"data": 1})
+
+    return made
+
+
+@pytest.mark.parametrize(("family", "quantize", "sizes"), fast(FAST, CASES))
+def test_every_mesh_gives_the_step_of_one_device(alone, family, quantize, sizes):
+    parts, loss, whole = alone(family, quantize)
     assert all(np.abs(gradient).max() > 0 for gradient in whole.values())
-    for sizes in MESHES:
-        value, gradients = one_step(*parts, sizes)
-        assert value == pytest.approx(loss, rel=1e-5), sizes
-        for path, gradient in whole.items():
-            difference = np.linalg.norm(gradients[path] - gradient) / np.linalg.norm(gradient)
-            assert difference < 1e-4, (sizes, path, difference)
+    value, gradients = one_step(*parts, sizes)
+    assert value == pytest.approx(loss, rel=1e-5)
+    for path, gradient in whole.items():
+        difference = np.linalg.norm(gradients[path] - gradient) / np.linalg.norm(gradient)
+        assert difference < 1e-4, (path, difference)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
