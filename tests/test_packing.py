@@ -94,7 +94,8 @@ def test_packed_loss_and_gradients_are_those_of_rows_of_their_own(family, tmp_pa
     lora = vlm_jax.LoRA(rank=4, targets="all-linear")
     model, params = vlm_jax.add_lora(model, params, lora, key=jax.random.key(1))
     params = {
-        path: leaf + (0.1 * jax.random.normal(jax.random.key(2), leaf.shape)) * float("lora_B" in path)
+        path: leaf
+        + (0.1 * jax.random.normal(jax.random.key(2), leaf.shape)) * float("lora_B" in path)
         for path, leaf in flatten(params).items()
     }
     trainable, frozen = vlm_jax.split(vlm_jax.trees.unflatten(params), TABLE)
