@@ -47,20 +47,22 @@ def test_a_bad_line_is_an_error_of_its_own_record(tmp_path):
         b'{"messages": "\xff"}',
         b"[" * 100_000,
         b"1" * 5000,
+        b"\xff",
         good,
     ]
     records = read_records(write(tmp_path / "a.jsonl", b"\n".join(lines)))
-    assert len(records) == 7
+    assert len(records) == 8
     for index, message in {
         1: r"Record 1 of '.*a\.jsonl', line 3, is not valid JSON: column 8",
         3: r"Record 3 of .* line 5, is not UTF-8 text \(byte 14",
         4: "Record 4 of .*, line 6, cannot be read: .*recursion",
         5: "Record 5 of .*, line 7, cannot be read: .*digits",
+        6: r"Record 6 of .* line 8, is not UTF-8 text \(byte 0",
     }.items():
         with pytest.raises(UserError, match=message):
             records[index]
-    assert [records[i]["index"] for i in (0, 2, -1)] == [0, 2, 6]
-    assert records.place(6) == f"'{tmp_path / 'a.jsonl'}', line 8"
+    assert [records[i]["index"] for i in (0, 2, -1)] == [0, 2, 7]
+    assert records.place(7) == f"'{tmp_path / 'a.jsonl'}', line 9"
 
 
 def test_one_row_of_a_list_that_is_not_utf8_hinders_no_other(tmp_path):

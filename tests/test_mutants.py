@@ -59,6 +59,7 @@ def test_likely_tests_come_first_and_together(tmp_path):
         "seconds": {"tests/a.py::one": 9, "tests/a.py::two": 1, "tests/b.py::three": 2},
         "fixtures": {"tests/a.py::one": ["fixture x"], "tests/a.py::two": ["fixture x"],
                      "tests/b.py::three": []},
+        "parents": ["tests/b.py::three"],
         "lines": {
             "": lines(x=[1, 2]),
             "fixture x": lines(x=[5]),
@@ -73,4 +74,5 @@ def test_likely_tests_come_first_and_together(tmp_path):
     assert known.tests("vlm_jax/x.py", 5, 5, 3) == [two, three]
     assert known.tests("vlm_jax/x.py", 6, 7, 99) == [three, two]
     assert known.tests("vlm_jax/x.py", 1, 1, 99) == [two, one, three]
-    assert known.tests("vlm_jax/y.py", 9, 9, 99) == []
+    assert known.tests("vlm_jax/y.py", 9, 9, 99) == [three]
+    assert known.tests("vlm_jax/y.py", 9, 9, 1) == []

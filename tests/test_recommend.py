@@ -1,9 +1,11 @@
 """The recommendation: the usual table, what falls to a cheaper method, and a config that trains."""
 
 import json
+import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_files import llava_files, qwen2_vl_files, write_image
@@ -18,7 +20,7 @@ from vlm_jax.recommend import METHODS, recommend
 from vlm_jax.survey import choose_row
 from vlm_jax.train.adapt import adapt
 from vlm_jax.train.base import load_base
-from vlm_jax.train.estimate import estimate, nbytes
+from vlm_jax.train.estimate import beside_masters, estimate, nbytes
 from vlm_jax.train.loop import train
 from vlm_jax.trees import split
 
@@ -156,6 +158,18 @@ def test_the_estimate_counts_what_a_run_holds(place):
             "training.optim=paged_adamw",
         )  # fmt: skip
         assert estimate(paged, (64, 64)).moments == 0
+
+
+def test_copies_of_masters_count_where_they_are_not_what_is_computed_with():
+    for masters, size, computed, copies in (
+        ("float32", 4, "float32", 4),
+        ("float32", 4, "bfloat16", 2),
+        ("bfloat16", 2, "float32", 4),
+        ("bfloat16", 2, "bfloat16", 0),
+    ):
+        made = config.load(None, {"training.param_dtype": masters})
+        model = types.SimpleNamespace(dtype=jnp.dtype(computed))
+        assert beside_masters(made, model, 10 * size) == 10 * (4 + copies)
 
 
 def test_bad_records_are_told(tiny):

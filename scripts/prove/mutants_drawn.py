@@ -135,11 +135,13 @@ class Map:
 
     def __init__(self, folder: Path):
         self.seconds: dict[str, float] = {}
+        self.parents: list[str] = []
         self.users: dict[str, set[str]] = defaultdict(set)  # of a context: tests
         self.lines: dict[str, dict[str, set[int]]] = defaultdict(dict)
         for path in sorted(folder.glob("*.json")):
             rows = json.loads(path.read_text())
             self.seconds |= rows["seconds"]
+            self.parents += rows["parents"]
             for test, fixtures in rows["fixtures"].items():
                 for context in (test, *fixtures):
                     self.users[context].add(test)
@@ -155,7 +157,8 @@ class Map:
 
         Likely are cheap tests that run little else than the file. begin: where its statement
         begins, since Python does not tell of each line of one. most: seconds of them all. Of a line
-        that runs on import they are the tests that run any other line of the file.
+        that runs on import they are the tests that run any other line of the file; of one that none
+        is known to run, those that start processes.
         """
         found: dict[str, float] = {}
         known = (
@@ -170,6 +173,8 @@ class Map:
                 for test in self.users[context]:
                     price = (0.05 + self.seconds[test]) * self.total[context] / len(own)
                     found[test] = min(price, found.get(test, price))
+        if not running:
+            found = {test: self.seconds[test] for test in self.parents}
         chosen: dict[str, list[str]] = {}
         spent = 0.0
         for test in sorted(found, key=lambda test: (found[test], test)):

@@ -2,8 +2,9 @@
 
 MUTANTS_MODULE: a module to import before any test, so that an edit which nothing could import does
 not count as noticed. MUTANTS_MAP: a file to write, as JSON: seconds of processor time of each test,
-the shared fixtures that it uses, and {test or fixture: {file: lines}} of the package's lines that
-each runs. What runs in a fixture that several tests share is the fixture's, not the first test's.
+the shared fixtures that it uses, {test or fixture: {file: lines}} of the package's lines that each
+runs, and which tests start processes, whose lines are not seen. What runs in a fixture that several
+tests share is the fixture's, not the first test's.
 """
 
 import importlib
@@ -48,7 +49,7 @@ class Recorder:
         self.context = EVERY
         self.seconds: dict[str, float] = {}
         self.fixtures: dict[str, list[str]] = {}
-        self.failed: list[str] = []
+        self.parents: list[str] = []
         self.coverage.start()
 
     def enter(self, context: str) -> str:
@@ -61,10 +62,13 @@ class Recorder:
         known = item._fixtureinfo.name2fixturedefs.values()
         shared = [one for found in known for one in found if one.scope != "function"]
         self.fixtures[item.nodeid] = [fixture_name(one) for one in shared]
-        start, before = processor_seconds(), self.enter(item.nodeid)
+        own, children, before = time.process_time(), children_seconds(), self.enter(item.nodeid)
         yield
         self.enter(before)
-        self.seconds[item.nodeid] = round(processor_seconds() - start, 3)
+        children = children_seconds() - children
+        self.seconds[item.nodeid] = round(time.process_time() - own + children, 3)
+        if children > 1:  # Python's start takes less, and one that imports the package more
+            self.parents.append(item.nodeid)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(self, fixturedef):
@@ -74,10 +78,6 @@ class Recorder:
         before = self.enter(fixture_name(fixturedef))
         yield
         self.enter(before)
-
-    def pytest_runtest_logreport(self, report):
-        if report.failed:
-            self.failed.append(report.nodeid)
 
     def pytest_sessionfinish(self):
         self.coverage.stop()
@@ -90,7 +90,7 @@ class Recorder:
                     of_context[context].append(line)
             for context, found in of_context.items():
                 lines[context][str(Path(file).relative_to(self.root))] = sorted(found)
-        rows = {"seconds": self.seconds, "fixtures": self.fixtures, "failed": self.failed}
+        rows = {"seconds": self.seconds, "fixtures": self.fixtures, "parents": self.parents}
         self.file.write_text(json.dumps({**rows, "lines": lines}))
 
 
@@ -98,5 +98,5 @@ def fixture_name(fixturedef) -> str:
     return f"fixture {fixturedef.baseid} {fixturedef.argname}"
 
 
-def processor_seconds() -> float:
-    return time.process_time() + sum(os.times()[2:4])
+def children_seconds() -> float:
+    return sum(os.times()[2:4])
