@@ -19,7 +19,7 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def environment(place: Path, devices: int, **more: str) -> dict[str, str]:
+def environment(devices: int, **more: str) -> dict[str, str]:
     """Return the environment of a process with so many devices, alone unless `more` says else."""
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
     flags = os.environ.get("XLA_FLAGS", "").split()  # the session's, but for its eight devices
@@ -76,7 +76,7 @@ def programs(place: Path, arguments: Sequence[str], name: str, count: int, devic
                 zip(OURS, (f"localhost:{port}", str(count), str(number)), strict=True)
             ) if count > 1 else {}  # fmt: skip
             output = place / f"{name}.{number}.log"
-            full = environment(place, devices // count, **own, **env)
+            full = environment(devices // count, **own, **env)
             processes.append(Started(arguments, output, full))
         yield processes
     finally:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.exact
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prove" / "data_resume.py"
 
 

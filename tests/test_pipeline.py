@@ -573,7 +573,7 @@ def test_what_the_sample_did_not_show_is_made_to_fit_or_left_out(
     assert {batch.shape[1:] for batch, _, _ in steps} <= set(pipeline.shapes)
 
 
-@pytest.mark.parametrize(("workers", "count"), [(0, 3), (1, 1)])
+@pytest.mark.parametrize(("workers", "count"), fast([(0, 3), (1, 1)], [(0, 3), (1, 1), (1, 3)]))
 def test_images_that_were_replaced_are_measured_anew(qwen, tmp_path, workers, count):
     write_image(tmp_path / "a.png", 16, 16, seed=0)
     rows = [turns("a.png") | {"id": f"r{i}"} for i in range(count)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkpoint_files import llava_files, qwen2_vl_files, write_image
 from runs import make_config
+from tiers import fast
 
 import vlm_jax.survey as survey
 from vlm_jax import UserError, config
@@ -236,8 +237,7 @@ def test_unknown_hardware_lists_the_known(name):
         hardware(name)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("suffix", ["yaml", "py"])
+@pytest.mark.parametrize("suffix", fast(["yaml"], ["yaml", "py"]))
 def test_the_config_trains(place, tmp_path, capsys, suffix):
     file = tmp_path / f"r.{suffix}"
     data = str(place / "data/train.jsonl")

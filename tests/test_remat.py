@@ -63,7 +63,7 @@ NARROW = {
 
 def test_policies_keep_less_for_the_backward_pass():
     """In bytes of what a forward pass hands to its backward pass, from shapes."""
-    kept = {}
+    kept, programs = {}, {}
     for policy in REMAT:
         model = vlm_jax.from_config(NARROW, "bfloat16", policy)
         trainable, frozen = vlm_jax.split(model.abstract(), TABLE)
@@ -73,11 +73,16 @@ def test_policies_keep_less_for_the_backward_pass():
             loss = lambda t: vlm_jax.loss(model, t, frozen, batch)[0]  # noqa: E731
             return jax.vjp(loss, trainable)[1]
 
-        leaves = jax.tree.leaves(jax.eval_shape(backward, trainable, frozen, batch))
+        programs[policy], leaves = jax.make_jaxpr(backward, return_shape=True)(
+            trainable, frozen, batch
+        )
+        leaves = jax.tree.leaves(leaves)
         kept[policy] = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert kept["none"] > kept["dots"] > kept["block_save_attention"] > kept["block"]
     carry = 16 * 1024 * 256 * 2  # bytes of all blocks' inputs
     assert kept["block_save_attention"] - kept["block"] >= carry
+    in_host_memory = {policy for policy, made in programs.items() if "<host>" in str(made)}
+    assert in_host_memory == {"offload"}
 
 
 @pytest.mark.nightly

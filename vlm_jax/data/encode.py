@@ -149,8 +149,9 @@ class Encoder:
         return self._remake, ()
 
     def replace(self, **options: Any) -> "Encoder":
-        """Return the encoder with other options; the tokenizer is not loaded again."""
-        return Encoder(**{**self._remake.keywords, **options}, chat=self.chat)
+        """Return the encoder with other options; of one directory the tokenizer is loaded once."""
+        chat = None if "directory" in options else self.chat
+        return Encoder(**{**self._remake.keywords, **options}, chat=chat)
 
     @property
     def tokenizer(self) -> Any:

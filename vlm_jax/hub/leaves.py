@@ -82,12 +82,14 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 
 def _fill(held: np.ndarray, tensor: np.ndarray) -> None:
-    """Copy a tensor into its part of a leaf.
+    """Copy a tensor into its part of a leaf, in the leaf's dtype.
 
     A transpose is copied by strips as wide as a line of the cache: each line is written once.
     """
-    tensor = tensor.astype(held.dtype, copy=False)
-    width = held.shape[-1] if tensor.flags.c_contiguous else ALIGNMENT // held.itemsize
+    if held.ndim < 2 or tensor.flags.c_contiguous:
+        held[...] = tensor
+        return
+    width = ALIGNMENT // held.itemsize
     for start in range(0, held.shape[-1], width):
         held[..., start : start + width] = tensor[..., start : start + width]
 
@@ -153,7 +155,7 @@ def read_leaf(
             if tensor.place.layer is None:
                 _fill(held, tensor.in_tree(path, block))
             else:
-                _fill(held[tensor.place.layer], tensor.in_tree(path, block[1:]))
+                _fill(held[tensor.place.layer, ...], tensor.in_tree(path, block[1:]))
         return _put_block(held, block, shape, sharding), None
     if any(four) and not all(four):
         raise _mixed(path, tensors[four.index(True)], "4-bit", tensors[four.index(False)], "dense")

@@ -127,7 +127,13 @@ def read_tensor(entry: Entry, block: Block = ()) -> np.ndarray:
             f"are {', '.join(DTYPES)}. Take the checkpoint in 16 bits."
         )
     dtype = np.dtype(DTYPES[entry.dtype])
-    if all(one.indices(n) == (0, n, 1) for one, n in zip(block, entry.shape, strict=False)):
-        count = math.prod(entry.shape)
-        return np.fromfile(entry.path, dtype, count, offset=entry.start).reshape(entry.shape)
-    return np.array(np.memmap(entry.path, dtype, "r", entry.start, entry.shape)[block])
+    try:
+        if all(one.indices(n) == (0, n, 1) for one, n in zip(block, entry.shape, strict=False)):
+            count = math.prod(entry.shape)
+            return np.fromfile(entry.path, dtype, count, offset=entry.start).reshape(entry.shape)
+        return np.array(np.memmap(entry.path, dtype, "r", entry.start, entry.shape)[block])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{entry.path}' was changed or removed while it was read ({error}). Load it again "
+            f"when nothing writes to it."
+        ) from error
