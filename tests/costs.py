@@ -6,6 +6,7 @@ Under pytest-xdist the workers measure and the controller reports.
 """
 
 import os
+import resource
 
 import pytest
 
@@ -43,6 +44,7 @@ class Costs:
         self.fixtures: list[tuple[str, float]] = []  # shared ones that the current test set up
         self.seconds: dict[str, float] = {}
         self.total = 0.0
+        self.peak = 0.0  # GB, of the largest process
         self.nightly: set[str] = set()
 
     @pytest.hookimpl(wrapper=True)
@@ -68,13 +70,17 @@ class Costs:
             whole = processor_seconds() - self.started
             own = whole - sum(seconds for _, seconds in self.fixtures)
             nightly = item.get_closest_marker("nightly") is not None
-            report.user_properties.append(("processor_seconds", (own, nightly, self.fixtures)))
+            whom = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            peak = max(resource.getrusage(who).ru_maxrss for who in whom) / 1e6
+            value = (own, nightly, self.fixtures, peak)
+            report.user_properties.append(("processor_seconds", value))
         return report
 
     def pytest_runtest_logreport(self, report):
         for name, value in report.user_properties:
             if name == "processor_seconds" and report.when == "teardown":
-                own, nightly, fixtures = value
+                own, nightly, fixtures, peak = value
+                self.peak = max(self.peak, peak)
                 for test, seconds in [(report.nodeid, own), *fixtures]:
                     self.total += seconds
                     # A shared fixture is set up by each worker, and for each of its parameters.
@@ -99,7 +105,8 @@ class Costs:
         if file := os.environ.get("VLM_JAX_TEST_COSTS"):  # every one of them, to sort and to sum
             with open(file, "a") as out:
                 out.writelines(f"{seconds:.2f}\t{name}\n" for name, seconds in ordered)
-        write(f"{self.total:,.0f} s of processor time; the slowest:")
+        write(f"{self.total:,.0f} s of processor time, {self.peak:.1f} GB in one process at most.")
+        write("The slowest:")
         for name, seconds in ordered[:SLOWEST]:
             write(f"{seconds:8.1f} s  {name}")
         for name in self.too_slow():
