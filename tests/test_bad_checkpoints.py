@@ -1,6 +1,7 @@
 """Checkpoint files of a wrong kind: each is a paragraph that names the field or file."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -216,3 +217,15 @@ def test_a_broken_generation_config(tmp_path, text):
     model = vlm_jax.from_config(config, source=Source(str(tmp_path), {}, "x"))
     with pytest.raises(UserError, match="generation_config.json"):
         end_tokens(model)
+
+
+def test_ends_of_a_config_are_the_outer_ones_where_they_are_given(tmp_path):
+    config = json.loads((qwen2_vl_files(tmp_path) / "config.json").read_text())
+    config |= {"eos_token_id": None, "pad_token_id": 3}
+    config["text_config"] = {**config.get("text_config", {}), "eos_token_id": 7, "pad_token_id": 8}
+    model = vlm_jax.from_config(config)
+    assert end_tokens(model) == ((7,), 3)
+    outer = dataclasses.replace(model, hf_config={**config, "eos_token_id": [5, 6]})
+    assert end_tokens(outer) == ((5, 6), 3)
+    assert end_tokens(dataclasses.replace(model, hf_config={"eos_token_id": 4})) == ((4,), 4)
+    assert end_tokens(dataclasses.replace(model, hf_config={})) == ((), 0)

@@ -116,6 +116,9 @@ def test_images_with_captions(tmp_path, kind):
         (tmp_path / "b.txt").unlink()
         with pytest.raises(UserError, match=r"b\.png' has no caption: expected .* 'b\.txt'"):
             read_records(tmp_path)[1]
+        (tmp_path / "b.txt").write_bytes(b"\xff")
+        with pytest.raises(UserError, match=r"b\.txt' cannot be read as UTF-8"):
+            read_records(tmp_path)[1]
     if kind == "jsonl":
         (tmp_path / "metadata.jsonl").write_text('{"text": "one"}')
         with pytest.raises(UserError, match=r"Record 0 of .*, line 1, has no 'file_name'"):

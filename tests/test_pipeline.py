@@ -207,6 +207,12 @@ def test_drop_last_leaves_out_what_does_not_fill_a_batch(qwen, folder):
         Pipeline(qwen, folder / "data.json", rows=64, drop_last=True)
 
 
+def test_no_shape_has_more_patches_than_are_allowed(qwen, folder):
+    pipeline = Pipeline(qwen, folder / "data.json", rows=4, max_patches=22)
+    assert max(patches for _, patches in pipeline.shapes) == 20  # a merged patch is four
+    assert pipeline.report["shrunk"] > 0
+
+
 def test_over_long_examples_are_dropped_and_counted_never_cut(qwen, folder):
     sizes = [qwen.measure(record).tokens for record in read_records(folder / "data.json")]
     limit = sorted(sizes)[30]

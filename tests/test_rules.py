@@ -12,11 +12,13 @@ from transformers.optimization import Adafactor
 
 import vlm_jax
 from vlm_jax import UserError
+from vlm_jax.config_checks import optimizer_name
+from vlm_jax.config_tables import OPTIMIZERS
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.checkpoint import Checkpoints, flat_state
 from vlm_jax.train.estimate import estimate
 from vlm_jax.train.place import abstract_state, on_mesh
-from vlm_jax.train.rules import promoting
+from vlm_jax.train.rules import promoting, takes
 from vlm_jax.trees import flatten, unflatten
 
 TABLE = [("tower/.*", "full(0.5)"), (".*/lora_.", "lora"), (".*", "full")]
@@ -202,6 +204,12 @@ def test_the_estimate_knows_them(place):
     assert moments("lion") == pytest.approx(1, rel=0.01)
     assert moments("adafactor") < 0.3
     assert 1.05 < moments("muon") < 1.95
+
+
+def test_muon_alone_leaves_leaves_to_adamw():
+    embedding = "model/language_model/embed_tokens/embedding"
+    for name in OPTIMIZERS:
+        assert takes(optimizer_name(name), embedding) == (optimizer_name(name) != "muon")
 
 
 def test_names_that_are_not_there_are_refused():

@@ -266,7 +266,8 @@ class Results:
                 file.write(json.dumps(row) + "\n")
         assert row is not None
         print(f"{row['seconds']:6.1f} s  {edit.file}:{edit.line}  {edit.name}", flush=True)
-        print(f"          {row['by'] or 'NOT NOTICED'}  {row['why']}", flush=True)
+        said = "NOT NOTICED" if row["imports"] else "DOES NOT IMPORT"
+        print(f"          {row['by'] or said}  {row['why']}", flush=True)
         return {**row, "edit": edit}
 
 
