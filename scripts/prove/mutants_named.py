@@ -116,7 +116,7 @@ NAMED = (
         "return jax.tree.map(jnp.add, total, (loss_sum, tokens, grads)), None",
         "grads = jax.tree.map(lambda g: g / micro_batches, grads)\n"
         "        return jax.tree.map(jnp.add, total, (loss_sum, tokens, grads)), None",
-        ("tests/test_sharding.py::test_every_split_gives_the_same_gradient[llava]",),
+        ("tests/test_sharding.py::test_every_split_gives_the_same_gradient[llava-8-None]",),
     ),
     Named(
         "masters are rounded to bfloat16",
