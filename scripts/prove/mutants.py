@@ -252,11 +252,16 @@ class Results:
         row = self.rows.get(edit.key)
         if row is None or row["by"] or not row["imports"]:
             return row is not None
-        return row["tests"] == self.place.tests
+        return row["tests"] == self.asked(edit)
+
+    def asked(self, edit: Edit) -> str:
+        """Return a hash of the tests that are asked about an edit, and of what all tests hold."""
+        words = "\n".join([self.place.tests, *edit.tests])
+        return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
 
     def of(self, edit: Edit, whole: bool) -> dict[str, Any]:
         """Return the row of an edit, known or found now."""
-        row, tests, known = self.rows.get(edit.key), self.place.tests, self.known(edit)
+        row, tests, known = self.rows.get(edit.key), self.asked(edit), self.known(edit)
         if not known or (whole and row["imports"] and not row["by"] and not row["whole"]):
             found = self.place.notice(edit, test_files() if whole and known else edit.tests)
             if whole and not known and not found["by"] and found["imports"]:
