@@ -24,8 +24,8 @@ install_tests() {
 }
 
 # Two calls of pytest, since XLA reads its flags once a process. Tests that compare bits are marked
-# `exact` and run programs compiled as users' are; the others have tolerances, and compile for half
-# the time without LLVM's optimizations.
+# `exact` and run programs compiled as users' are; the others have tolerances, and take a third less
+# processor time without LLVM's optimizations.
 run_tests() { # EXPRESSION XLA_FLAGS ARGUMENT...
     local code=0
     XLA_FLAGS="$2" python -m pytest -q -n 2 --dist loadfile -m "$tier$1" "${@:3}" || code=$?
