@@ -6,6 +6,7 @@ Of a dense leaf each process reads and holds the block that its own devices get.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
@@ -139,23 +140,29 @@ def read_leaf(
     storage: Storage | None,
     dtype: Any,
     sharding_of: Callable[[Any], Any],
+    threads: Executor,
 ) -> tuple[Any, str | None]:
     """Return a leaf made of its layers' tensors, and the dtype that quantized codes stand for.
 
     storage: how to quantize it, or None: dense in `dtype`, or with the codes that it has on disk.
-    sharding_of: gives the shardings of the leaf as shapes, or None for the default device. Raises
-    `UserError` for what does not fit, and where layers of one leaf are stored differently.
+    sharding_of: gives the shardings of the leaf as shapes, or None for the default device.
+    threads: read and copy the layers of a dense leaf, for which they release the interpreter's
+    lock. Raises `UserError` for what does not fit, and where layers of one leaf are stored
+    differently.
     """
     four = [bool(tensor.beside) for tensor in tensors]
     if not any(four) and storage is None:
         sharding = sharding_of(jax.ShapeDtypeStruct(shape, dtype))
         block = block_here(shape, sharding)
         held = _aligned([one.stop - one.start for one in block], dtype)
-        for tensor in tensors:  # layers are never spread
+
+        def read(tensor: Tensor) -> None:
             if tensor.place.layer is None:
                 _fill(held, tensor.in_tree(path, block))
-            else:
+            else:  # layers are never spread
                 _fill(held[tensor.place.layer, ...], tensor.in_tree(path, block[1:]))
+
+        list(threads.map(read, tensors))  # raises what a thread raised
         return _put_block(held, block, shape, sharding), None
     if any(four) and not all(four):
         raise _mixed(path, tensors[four.index(True)], "4-bit", tensors[four.index(False)], "dense")

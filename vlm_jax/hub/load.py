@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from vlm_jax.weights import bnb
 # What a run needs of a hub repository; never its pickles or other frameworks' weights.
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
-
 SETTINGS = [pattern for pattern in NEEDED if pattern != "*.safetensors"]
+THREADS = min(4, os.cpu_count() or 1)  # each holds one tensor as it is on disk
 
 
 def resolve(
@@ -176,17 +177,19 @@ def load(
     _check_tied_head(model, found)
     kinds = {name: entry.dtype for name, entry in entries.items()}
     params: dict[str, Any] = {}
-    for path, tensors in by_path.items():
-        params[path], stored = read_leaf(
-            path,
-            shapes[path].shape,
-            tensors,
-            wanted[path],
-            jnp.dtype(dtype),
-            functools.partial(_sharding, model, mesh, path),
-        )
-        if stored is not None:
-            kinds |= {tensor.name: SAFETENSORS[stored] for tensor in tensors}
+    with ThreadPoolExecutor(THREADS) as threads:
+        for path, tensors in by_path.items():
+            params[path], stored = read_leaf(
+                path,
+                shapes[path].shape,
+                tensors,
+                wanted[path],
+                jnp.dtype(dtype),
+                functools.partial(_sharding, model, mesh, path),
+                threads,
+            )
+            if stored is not None:
+                kinds |= {tensor.name: SAFETENSORS[stored] for tensor in tensors}
     unread = found.keys() - on_disk.values()
     listed = {
         name: (os.path.relpath(entry.path, directory), kinds[name])

@@ -46,14 +46,17 @@ class Stack(nn.Module):
         """Return `(x, outs)`, outs stacked by layer; `upto` runs only the first layers."""
         block = self.make_block(parent=None)
         if self.is_initializing():
-            first = jax.tree.map(lambda leaf: leaf[0], per_layer)
-
-            def init(key: jax.Array) -> Any:
-                return block.init(key, x, context, first)["params"]
+            # The values are made inside the scan, so that a block is traced once.
+            def make(x: Any, layer: Any) -> Any:
+                key, extra = layer
+                (x, out), made = block.init_with_output(key, x, context, extra)
+                return x, (out, made["params"])
 
             init_keys = jax.random.split(self.make_rng("params"), self.length)
-            for name, leaves in jax.vmap(init)(init_keys).items():
+            x, (outs, made) = jax.lax.scan(make, x, (init_keys, per_layer))
+            for name, leaves in made.items():
                 self.param(name, lambda _, leaves=leaves: leaves)
+            return x, outs
         stacked = dict(self.variables["params"])
         keys: Any = None
         if self.has_rng("dropout"):
