@@ -204,10 +204,65 @@ def test_debug_shows_the_traceback():
 
 
 def test_overrides_belong_to_train(capsys):
+    said = wrong(capsys, "export", "--run", "x", "--out", "y", "--config.lora.r=3")
+    assert "belongs to the commands train, preview" in said
+    said = wrong(capsys, "evaluate", "--run", "x", "--data", "y", "--max_tokens", "3")
+    assert "no option of this command (did you mean '--max-new-tokens'?)" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config.training.learning_rate=1e-4"], {"training.learning_rate": "1e-4"}),
+        (["--training.learning_rate=1e-4"], {"training.learning_rate": "1e-4"}),
+        (["--learning_rate", "1e-4"], {"training.learning_rate": "1e-4"}),
+        (["--learning-rate=1e-4", "--lora.r", "8"],
+         {"training.learning_rate": "1e-4", "lora.r": "8"}),
+        (["--config.lora.r", "8", "--method", "qlora"], {"lora.r": "8", "method": "qlora"}),
+        (["--lr", "1e-4", "--max_steps", "-1"],
+         {"training.learning_rate": "1e-4", "training.max_steps": "-1"}),
+        (["--load_in_4bit", "--mesh", "auto"], {"model.load_in_4bit": "true", "mesh": "auto"}),
+        (["--target_modules", "q_proj", "v_proj"], {"lora.target_modules": "q_proj,v_proj"}),
+        (["--group_by_length", "true"], {"training.group_by_length": "true"}),
+    ],
+)  # fmt: skip
+def test_keys_go_by_the_names_that_people_write(words, expected, monkeypatch):
+    """In the command's own options' midst, as TrainingArguments' parser takes them."""
+    seen = []
+    monkeypatch.setattr(config, "load", lambda file, given: seen.append((file, given)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", *words, "--config", "a_b.yaml", "--resume"])
+    assert seen == [("a_b.yaml", expected)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--dropout 0.1", "write --config.adapter.dropout=0.1 or --config.lora.dropout=0.1."),
+        ("--data x.jsonl", "not a key. Write --config.data.train_file=x.jsonl, or another"),
+        ("--model base", "Write --config.model.name_or_path=base"),
+        ("--lora.r", "'--lora.r' has no value: write --config.lora.r=VALUE."),
+        ("--r 8 9", "'--r' takes one value, and 2 follow it: 8 9."),
+        ("--learnin_rate 1", "'learnin_rate' in the command (did you mean 'training.learning_ra"),
+        ("--resum", "There is no option '--resum' (did you mean '--resume'?)."),
+        ("--cutoff_len 8", "another key here: data.max_seq_length"),
+        ("herons.yaml", "'herons.yaml' belongs to no option."),
+    ],
+)
+def test_a_word_that_may_mean_several_things_is_told_its_forms(capsys, words, said):
+    assert said in wrong(capsys, "train", "--config", "c.yaml", *words.split())
+
+
+def test_what_a_new_user_asks_first(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["export", "--run", "x", "--out", "y", "--config.lora.r=3"])
-    assert stop.value.code == 2
-    assert "belongs to the commands train, preview" in capsys.readouterr().err
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"vlm-jax {vlm_jax.__version__}\n"
+    assert main([]) == 2
+    assert "recommend" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a .py file runs as a program" in said and "--learning_rate=1e-4" in said
 
 
 def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):

@@ -18,7 +18,7 @@ LEVELS = [
     ("limits",),
     ("trees", "config_files", "config_checks", "cli_options", "hardware", "processes"),
     ("config", "weights", "batch", "positions", "together"),
-    ("layers",),
+    ("layers", "config_words"),
     ("models", "methods"),
     ("model", "nf4"),
     ("names", "sharding", "vocabulary"),

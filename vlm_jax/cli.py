@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.cli_options import parser, split_overrides
-from vlm_jax.errors import UserError
+from vlm_jax.cli_options import parser, spelled
+from vlm_jax.errors import UserError, nearest
 from vlm_jax.hardware import USABLE
 
 
-def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax import config as configs
 
     config = configs.load(options.config, overrides)  # bad keys are told before JAX is there
@@ -28,7 +28,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         return 130 if train(config, resume)["interrupted"] else 0
 
 
-def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
+def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax import config as configs
 
     config = configs.load(options.config, overrides)
@@ -49,7 +49,7 @@ def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax import config as configs
 
     config = configs.load(options.config, overrides)
@@ -278,6 +278,36 @@ COMMANDS = {
 }
 
 
+def _overrides(options: argparse.Namespace, words: list[str]) -> dict[str, str]:
+    """Return {"section.key": value} of the words that are no options of the command itself."""
+    if not words:
+        return {}
+    from vlm_jax.config_words import overrides
+
+    return overrides(words, _names(options))
+
+
+def _refuse(options: argparse.Namespace, words: list[str]) -> None:
+    """Raise `UserError` for words that are no options of a command without a config."""
+    if not words:
+        return
+    word = words[0].partition("=")[0]
+    if word.startswith("--config"):
+        raise UserError(
+            f"'{word}' belongs to the commands {', '.join(CONFIGURED)}, which read a config. "
+            f"`vlm-jax {options.command} --help` lists this one's options."
+        )
+    guess = nearest(word, [f"--{name}" for name in _names(options)])
+    raise UserError(
+        f"'{word}' is no option of this command{guess}. `vlm-jax {options.command} --help` lists "
+        f"its options."
+    )
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    return [name.replace("_", "-") for name in vars(options) if name != "command"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C.
 
@@ -288,14 +318,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # JAX takes three quarters of a GPU unless it is told; `plan` counts on this much.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(USABLE))
-    given, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     known = parser()
-    options = known.parse_args(given)
-    if overrides and options.command not in CONFIGURED:
-        known.error(f"--config.{overrides[0]} belongs to the commands {', '.join(CONFIGURED)}")
+    given = spelled(sys.argv[1:] if arguments is None else arguments)
+    options, others = known.parse_known_args(given)
+    if options.command is None:
+        if others:
+            known.error(f"a command comes first, and no {others[0]}")
+        known.print_help(sys.stderr)
+        return 2
     try:
         if options.command in CONFIGURED:
-            return CONFIGURED[options.command](options, overrides)
+            return CONFIGURED[options.command](options, _overrides(options, others))
+        _refuse(options, others)
         return COMMANDS[options.command](options)
     except (UserError, KeyboardInterrupt) as error:
         if options.debug:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlm_jax.config_checks import check, check_choice
+from vlm_jax.config_checks import check, check_choice, unknown_keys
 from vlm_jax.config_files import read_file
 from vlm_jax.config_tables import (
     ALIASES,
@@ -19,8 +19,7 @@ from vlm_jax.config_tables import (
     NONE_WORDS,
     WORDS,
 )
-from vlm_jax.errors import UserError, nearest
-from vlm_jax.from_pytorch import told
+from vlm_jax.errors import UserError
 from vlm_jax.values import VALUES, plain
 
 
@@ -177,6 +176,9 @@ def get_config() -> ConfigDict:
     # its records comes an epoch); docs/DATA.md.
     d.train_file = placeholder(object)
     d.eval_file = placeholder(object)  # the same for evaluation; None: there is none
+    # Without an eval_file: the share of train_file's records that is held out to evaluate on, drawn
+    # by the seed of the order of the data.
+    d.eval_share = 0.0
     # Our names of columns -> the data's: {"question": "q_text", "image": "img"}; None: they agree.
     d.columns = placeholder(object)
     d.caption_prompt = "Describe this image."  # what the user says where images have captions only
@@ -243,7 +245,8 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
-def _types() -> dict[str, type]:
+def key_types() -> dict[str, type]:
+    """Return {"section.key": the type of its values} of every key."""
     default = get_config()
     types: dict[str, type] = {}
     for section in default:
@@ -311,21 +314,16 @@ def _with_implied(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
     """Set flat `values` in `config`, with their aliases, types and names checked."""
-    types = _types()
+    types = key_types()
     optional = {key for key, value in flatten_config(get_config()).items() if value is None}
     seen: dict[str, str] = {}
-    for given, value in _with_implied(values).items():
-        key = ALIASES.get(given, given)
-        key, value = WORDS.get(f"{given}={value}", (key, value))
-        if key not in types:
-            theirs = told(*given.split(".")[:2]) if "." in given else None
-            if theirs is not None:
-                raise UserError(f"In {where}, {theirs} docs/FROM_PYTORCH.md lists all of its keys.")
-            raise UserError(
-                f"Unknown config key '{given}' in {where}{nearest(given, [*types, *ALIASES])}. "
-                f"Every key is listed with its meaning in vlm_jax/config.py; the sections are "
-                f"{', '.join(get_config())}."
-            )
+    words = {
+        given: WORDS.get(f"{given}={value}", (ALIASES.get(given, given), value))
+        for given, value in _with_implied(values).items()
+    }
+    if unknown := [given for given, (key, _) in words.items() if key not in types]:
+        raise unknown_keys(unknown, where, types)
+    for given, (key, value) in words.items():
         if key in seen:
             raise UserError(f"{where} sets '{seen[key]}' and '{given}', which are one key: {key}.")
         seen[key] = given

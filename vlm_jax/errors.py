@@ -14,5 +14,5 @@ def nearest(name: str, known) -> str:
     """Return `" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string."""
     import difflib
 
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""

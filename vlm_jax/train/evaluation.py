@@ -30,7 +30,7 @@ def evaluated(
     feed: Feed,
     check: Callable[[], None],
 ) -> dict[str, float]:
-    """Return the loss over all of data.eval_file and the accuracy of generated answers.
+    """Return the loss over all held-out examples and the accuracy of generated answers.
 
     check: called first and behind each batch; what it raises ends the evaluation.
     """

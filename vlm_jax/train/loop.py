@@ -43,6 +43,7 @@ from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
     absolute_paths,
     build,
+    evaluates,
     make_pipeline,
     state_options,
     step_options,
@@ -99,13 +100,10 @@ def _train(
     model, params, table, encoder = build(config, mesh)
     rows, share = rows_of(config, mesh), row_share(mesh)
     eval_rows = t.per_device_eval_batch_size * row_parts(mesh)
-    d = config.data
-    data = make_pipeline(config, encoder, d.train_file, d.train_split, rows, "train_file", share)
+    data = make_pipeline(config, encoder, rows, share)
     held_out = None
-    if d.eval_file is not None:
-        held_out = make_pipeline(
-            config, encoder, d.eval_file, d.eval_split, eval_rows, "eval_file", share
-        )
+    if evaluates(config):
+        held_out = make_pipeline(config, encoder, eval_rows, share, training=False)
 
     # How
     total = total_steps(t.max_steps, t.num_train_epochs, data.steps_per_epoch)
@@ -361,14 +359,14 @@ def _best_trainable(
     chosen = checkpoints.best_step
     if chosen is None:
         words = (
-            f"Warning: no checkpoint was saved with a finite {best.metric} on data.eval_file: the "
+            f"Warning: no checkpoint was saved with a finite {best.metric} on held-out data: the "
             f"result is the last step's."
         )
         console.print(words, highlight=False, soft_wrap=True)
         return last, {"step": step, "metric": best.metric, "value": None}
     value = checkpoints.evaluations[chosen][best.metric]
     console.print(
-        f"The result is step {chosen}'s: its {best.metric} on data.eval_file, {value:.4f}, is the "
+        f"The result is step {chosen}'s: its {best.metric} on held-out data, {value:.4f}, is the "
         f"best of all checkpoints.",
         highlight=False,
         soft_wrap=True,
