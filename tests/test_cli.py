@@ -1,11 +1,15 @@
 """The command line: quick help, one-paragraph errors with exit code 2, and a whole round trip."""
 
+import dataclasses
+import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -16,6 +20,8 @@ import vlm_jax
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder, Pipeline
+from vlm_jax.train import export as exporting
+from vlm_jax.train.metrics import Lines
 
 
 def test_help_does_not_import_jax():
@@ -269,7 +275,13 @@ def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):
     run, merged = str(straight[1]), str(tmp_path / "merged")
     assert main(["export", "--run", run, "--merge", "--out", merged]) == 0
     said = capsys.readouterr().out
-    assert float(said.split("probe batch is ")[1].split()[0]) < 1e-4
+    assert "same answers on 8 of 8 probes; " in said and "Warning" not in said
+    assert float(said.split("probes; ")[1].split()[0]) < 1e-4
+    assert (
+        said.split("probes; ")[1]
+        .split(" (")[0]
+        .endswith(" is what rounding to float32 costs of logits")
+    )
     assert "not empty" in wrong(capsys, "export", "--run", run, "--out", merged)
     adapter = str(tmp_path / "adapter")
     assert main(["export", "--run", run, "--out", adapter]) == 0
@@ -298,6 +310,68 @@ def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):
     assert capsys.readouterr().out.strip() == results[0]["answers"][0]
 
 
+def test_what_is_missing_is_told_before_weights_are_read(capsys, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(vlm_jax.hub.load, "find_tensors", None)  # nobody comes so far
+    run, data, base = ("--run", str(tmp_path)), ("--data", "no.jsonl"), str(place / "base")
+    assert "holds no run" in wrong(capsys, "export", *run)
+    assert "holds no run" in wrong(capsys, "evaluate", *run, *data)
+    assert "'no.jsonl'" in wrong(capsys, "evaluate", "--model", base, *data)
+    ask = ("generate", "--model", base, "--prompt", "q")
+    assert "no file 'no.png'" in wrong(capsys, *ask, "--image", "no.png")
+    assert "no adapter directory 'no'" in wrong(capsys, *ask, "--adapter", "no")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_export_lies_in_the_run_and_loads_one_tokenizer(
+    place, straight, tmp_path, capsys, monkeypatch, finished
+):
+    run = tmp_path / "run"
+    shutil.copytree(straight[1], run)
+    if not finished:
+        shutil.rmtree(run / "adapter")
+    loaded, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda d: loaded.append(d) or load(d))
+    assert main(["export", "--run", str(run)]) == 0
+    assert (run / "exported/adapter_model.safetensors").is_file() and len(loaded) == 1
+    assert "read it back: logits are equal" in capsys.readouterr().out
+
+
+def test_an_export_that_is_not_the_run_is_told(place, straight, tmp_path, capsys, monkeypatch):
+    """What is read back was changed on its way: answers differ, and no rounding explains it."""
+    monkeypatch.setattr(
+        exporting, "load", lambda *given, mesh: (vlm_jax.load(place / "base")[0], other)
+    )
+    other = jax.tree.map(lambda leaf: leaf * -1.5, vlm_jax.load(place / "base")[1])
+    assert main(["export", "--run", str(straight[1]), "--merge", "--out", str(tmp_path / "m")]) == 0
+    said = capsys.readouterr().out
+    assert "probes; " in said and "8 of 8" not in said and "costs" not in said
+    assert "Warning: this is more than rounding to float32 explains" in said
+
+
+def test_answers_that_differ_within_rounding_are_told():
+    fine = exporting.Exported("out", "the base", 0.19, 3.25, "bfloat16", 8, 8)
+    assert "8 of 8 probes; 0.19 is what rounding to bfloat16 costs" in str(fine)
+    assert "Warning" not in str(fine)
+    turned = str(dataclasses.replace(fine, same=6))
+    assert "6 of 8 probes" in turned and "Warning: 2 answers differ" in turned
+    wide = str(dataclasses.replace(fine, difference=2.0))
+    assert "Warning: this is more than rounding" in wide and "costs" not in wide
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_advice_to_install_torch_is_silenced_and_nothing_else(quiet):
+    """In a process that has no PyTorch and uses the library, not the command."""
+    code = (
+        "import importlib.util as u, logging; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        f"{'import vlm_jax' if quiet else ''}\n"
+        "import transformers; transformers.utils.logging.get_logger('transformers').warning('More')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "More" in done.stderr
+    assert ("PyTorch was not found" in done.stderr) != quiet
+
+
 def test_a_loaded_adapter_moves_the_logits(place, straight):
     model, params = vlm_jax.load(place / "base")
     adapted, tree = vlm_jax.load_peft(model, params, straight[1] / "adapter")
@@ -305,3 +379,33 @@ def test_a_loaded_adapter_moves_the_logits(place, straight):
     base = np.asarray(model.apply({"params": params}, batch))
     ours = np.asarray(adapted.apply({"params": tree}, batch))
     assert np.abs(ours - base).max() > 1e-3  # training has moved it
+
+
+def test_lines_break_at_words_on_a_terminal_and_nowhere_else(place, tmp_path, monkeypatch, capsys):
+    """At 40 columns; a log keeps whole lines. A path's brackets are no markup."""
+    run = tmp_path / "[bold]"
+    made = make_config(place / "base", place / "data/train.jsonl", run, "training.max_steps=1")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config.to_dict(made)))
+    monkeypatch.setenv("COLUMNS", "40")
+    command = ["train", "--config", str(recipe), "--verbose"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "norms and softmax in float32; layers are kept for the backward pass (none); no" in said
+    assert f"Wrote '{run}/adapter'." in said
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "41")
+    assert main(command) == 2  # a run is there already
+    told = capsys.readouterr().err
+    assert max(map(len, told.replace(str(run), "").splitlines())) <= 41
+    assert told.split("'")[2].split() == ["already", "holds", "a", "run", "(config.json,",
+        "metrics.jsonl,", "checkpoints,", "adapter).", "Go", "on", "with", "it", "by", "--resume,",
+        "take", "another", "training.output_dir,", "or", "delete", "it."]  # fmt: skip
+
+    console = Lines()
+    console.file, console._force_terminal, console._width = io.StringIO(), True, 40
+    console.print("a value of [red] " * 5, soft_wrap=True)
+    text = console.file.getvalue()
+    assert (
+        max(map(len, text.splitlines())) <= 40 and text.split() == ["a", "value", "of", "[red]"] * 5
+    )

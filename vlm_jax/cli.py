@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,8 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     with together(lambda error: _report(options, error)):
         from vlm_jax.train.loop import train
 
-        return 130 if train(config, resume)["interrupted"] else 0
+        outcome = train(config, resume, verbose=options.verbose)
+        return 130 if outcome["interrupted"] else 0
 
 
 def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -58,9 +61,13 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax.hardware import DEVICES, hardware
     from vlm_jax.plan.report import plan_step
     from vlm_jax.plan.show import show
+    from vlm_jax.plan.topologies import INSTALL, compilers
 
     if DEVICES[hardware(options.topology).device].compiles:
-        print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
+        first = "Compiling takes up to some minutes for a large model ..."
+        if not compilers():
+            first = f"There is no compiler for it here, so memory is estimated. {INSTALL}"
+        print(_wrapped(first, sys.stderr), file=sys.stderr)
     sizes: dict[str, Any] = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
         return _fit(options, config, sizes)
@@ -153,35 +160,43 @@ def _writable(name: str, option: str) -> Path:
 def _export(options: argparse.Namespace) -> int:
     from vlm_jax.train.export import export
 
-    print(export(options.run, options.out, options.merge, options.quantized))
+    done = export(options.run, options.out, options.merge, options.quantized)
+    print(_wrapped(str(done), sys.stdout))
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Return (model, params, config of the run or None)."""
-    import vlm_jax
+def _encoder(options: argparse.Namespace, **changes: Any) -> tuple[Any, Any]:
+    """Return (config of the run or None, encoder): whatever is missing is told before weights.
 
+    changes: of the encoder's options.
+    """
     if options.run is not None:
         if options.adapter or options.dtype:
             raise UserError("--adapter and --dtype belong to --model; a run has its own.")
+        from vlm_jax.train.reading import open_run
+
+        config, encoder = open_run(options.run)
+        return config, encoder.replace(**changes)
+    from vlm_jax.data import Encoder
+    from vlm_jax.hub.load import resolve
+
+    if options.adapter and not Path(options.adapter).expanduser().is_dir():
+        raise UserError(f"There is no adapter directory '{options.adapter}'.")
+    return None, Encoder(resolve(options.model, weights=False), **changes)
+
+
+def _load(options: argparse.Namespace, encoder: Any) -> tuple[Any, Any]:
+    """Return (model, params) of --run, or of --model with its --adapter."""
+    import vlm_jax
+
+    if options.run is not None:
         from vlm_jax.train.reading import load_run
 
-        return load_run(options.run)
+        return load_run(options.run, encoder=encoder)[:2]
     model, params = vlm_jax.load(options.model, options.dtype or "float32")
     if options.adapter:
         model, params = vlm_jax.load_peft(model, params, options.adapter)
-    return model, params, None
-
-
-def _encoder(model: Any, config: Any, **changes: Any) -> Any:
-    from vlm_jax.data import Encoder
-    from vlm_jax.train.run import make_encoder
-
-    if config is None:
-        return Encoder(model.source.directory, **changes)
-    with config.unlocked():
-        config.data.update(changes)
-    return make_encoder(config, model)
+    return model, params
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -193,13 +208,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vlm_jax.evals.accuracy import accuracy
 
     predictions = _writable(options.predictions, "--predictions") if options.predictions else None
+    changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
+    config, encoder = _encoder(options, image_folder=options.image_folder, **changes)
     records = read_records(options.data, options.image_folder, options.split)
+    defaults = (config or get_config()).evaluation
     if not options.json:
         print("Reading the model ...", file=sys.stderr)
-    model, params, config = _open(options)
-    defaults = (config or get_config()).evaluation
-    changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
-    encoder = _encoder(model, config, image_folder=options.image_folder, **changes)
+    model, params = _load(options, encoder)
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -243,13 +258,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     import vlm_jax
 
-    model, params, config = _open(options)
-    encoder = _encoder(model, config)
+    _, encoder = _encoder(options)
     content: list[dict[str, str]] = [{"type": "image"} for _ in options.image]
     content.append({"type": "text", "text": options.prompt})
     record = {"messages": [{"role": "user", "content": content}], "images": options.image}
     example = encoder.prompt(record)
     batch = encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
+    model, params = _load(options, encoder)
     new = vlm_jax.generate(
         model,
         params,
@@ -313,8 +328,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of `plan`, 1 where the step does not fit.
     """
-    # transformers advises to install torch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # JAX takes three quarters of a GPU unless it is told; `plan` counts on this much.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(USABLE))
@@ -337,6 +350,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(options, error)
 
 
+def _wrapped(text: str, stream: Any) -> str:
+    """Return a paragraph in lines that end at words where a terminal shows it; else as it is."""
+    if not stream.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
+
+
 def _report(options: argparse.Namespace, error: BaseException) -> int:
     """Say on stderr why a command ends, and return its exit code."""
     if options.debug:
@@ -345,5 +366,5 @@ def _report(options: argparse.Namespace, error: BaseException) -> int:
         print("Stopped; nothing more was saved.", file=sys.stderr)
         return 130
     paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
-    print(f"vlm-jax {options.command}: {paragraph}", file=sys.stderr)
+    print(_wrapped(f"vlm-jax {options.command}: {paragraph}", sys.stderr), file=sys.stderr)
     return 2

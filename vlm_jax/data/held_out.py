@@ -19,7 +19,7 @@ def hold_out(
     one left. Raises `UserError` where a source has only one.
     """
     if isinstance(records, Mixture):
-        pairs = [hold_out(part.records, share, seed) for part in records.parts]
+        pairs = [_halves(part.records, share, seed) for part in records.parts]
         left = [
             dataclasses.replace(part, records=one)
             for part, (one, _) in zip(records.parts, pairs, strict=True)
@@ -29,6 +29,10 @@ def hold_out(
             for part, (_, other) in zip(records.parts, pairs, strict=True)
         ]
         return Mixture(left), Mixture(held)
+    return _halves(records, share, seed)
+
+
+def _halves(records: Records, share: float, seed: int) -> tuple[Records, Records]:
     count = len(records)
     if count < 2:
         raise UserError(

@@ -49,11 +49,13 @@ class Estimate(NamedTuple):
         return Estimate(weights, trained, moments, self.activations + self.head)
 
 
-def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
-    """Return what a step of `rows` rows of `shape` needs on one device; nothing is allocated.
+def estimate(
+    config: ConfigDict, shape: Shape, rows: int = 1, tokens: int | None = None
+) -> Estimate:
+    """Return what a step of `rows` rows of `shape` at once needs on one device.
 
-    The config's mesh is not looked at. Of the model only config.json is read. Raises `UserError`
-    for what the config lacks.
+    Nothing is allocated. The config's mesh is not looked at. Of the model only config.json is read.
+    tokens: as `abstract_run` takes it. Raises `UserError` for what the config lacks.
     """
     one = config.copy_and_resolve_references()
     with one.unlocked():
@@ -61,7 +63,7 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
             {"auto": False, "devices": 1, "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         )
     mesh = make_mesh(devices=jax.devices()[:1])
-    model, _, state, frozen = abstract_run(one, mesh)
+    model, _, state, frozen = abstract_run(one, mesh, tokens)
     masters = nbytes(state.trainable)
     paged = config.training.optim.startswith("paged")
     moments = (0 if paged else nbytes(state.opt_state)) + nbytes(state.ema)

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from vlm_jax import processes
-from vlm_jax.data import Pipeline
 from vlm_jax.hub.files import write_json
 from vlm_jax.quantization import summary
 from vlm_jax.sharding import row_parts, row_share
@@ -27,6 +26,7 @@ from vlm_jax.train.feed import Feed
 from vlm_jax.train.identity import identity, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import (
+    Lines,
     check_reporters,
     numbers,
     open_log,
@@ -50,6 +50,7 @@ from vlm_jax.train.run import (
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import Stopped, interruptible
+from vlm_jax.train.told import details, headline
 from vlm_jax.train.turns import every, total_steps
 from vlm_jax.train.watch import Watch, added_only, idle_components
 from vlm_jax.trees import flatten, join, split
@@ -57,15 +58,21 @@ from vlm_jax.weights import is_quantized
 
 
 @out_of_memory_explained()
-def train(config: ConfigDict, resume: bool | str = False, console: Console | None = None) -> dict:
+def train(
+    config: ConfigDict,
+    resume: bool | str = False,
+    console: Console | None = None,
+    verbose: bool = False,
+) -> dict:
     """Train as the config says and return {"steps", "interrupted", "output", ...}.
 
     `training.output_dir` then holds config.json, metrics.jsonl (a line a logged step),
     evaluations.jsonl, tensorboard/, checkpoints/, and at the end adapter/ in PEFT's format, or
     model/ where the language model trained in full; with load_best_model_at_end also best.json,
     which says of what step. resume: go on from the newest checkpoint, to the very numbers that a
-    run without a stop gives; "auto": where there is a run. Ctrl-C or SIGTERM saves a checkpoint;
-    an evaluation that it meets is given up, and is the first thing that the resumed run does.
+    run without a stop gives; "auto": where there is a run. verbose: print the details of data and
+    weights too. Ctrl-C or SIGTERM saves a checkpoint; an evaluation that it meets is given up, and
+    is the first thing that the resumed run does.
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
@@ -74,12 +81,12 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     best, patience = best_of(config), patience_of(config)
     if not processes.is_primary():  # the first process speaks for all
         console = Console(quiet=True)
-    console = console or Console()
+    console = console or Lines()
     with output_directory(places, resume) as (resumes, warning):
         if warning is not None:
             console.print(warning, highlight=False, soft_wrap=True)
         claim = places.claim() if places.in_bucket and processes.is_primary() else None
-        return _train(config, resumes, console, places, best, patience, claim)
+        return _train(config, resumes, console, places, best, patience, claim, verbose)
 
 
 def _train(
@@ -90,6 +97,7 @@ def _train(
     best: Best | None,
     patience: Patience | None,
     claim: Claim | None,
+    verbose: bool,
 ) -> dict:
     directory = places.directory
     t, start = config.training, time.perf_counter()
@@ -114,16 +122,10 @@ def _train(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
     four = any(is_quantized(leaf) for leaf in flatten(params).values())
-    for line in summary(model, params) if four else []:
+    weights = summary(model, params) if four else []
+    shown = [headline(data, held_out, rows, total, mesh), *weights[:1]]
+    for line in shown + (weights[1:] + details(data, model) if verbose else []):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(
-        f"norms and softmax in float32; layers are "
-        f"{'kept for' if model.remat == 'none' else 'computed again in'} the backward pass "
-        f"({model.remat}); no gradient is taken of frozen weights, so inputs need none",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(_describe(data, rows, total, mesh), highlight=False, soft_wrap=True)
     trainable, frozen = split(params, table)
     trained = list(flatten(trainable))
     patches = max(P for _, P in data.shapes)
@@ -321,31 +323,12 @@ def _train(
     return outcome
 
 
-def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:
-    report = data.report
-    dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
-    shapes = ", ".join(f"{T}x{P}" for T, P in data.shapes)
-    fitted = "".join(
-        f", {report[key]} {words}"
-        for key, words in (
-            ("shrunk", "with smaller images"),
-            ("turns_dropped", "without old turns"),
-        )
-        if report[key]
-    )
-    packed = "packed rows" if report["packing"] else "rows"
-    return (
-        f"{report['records']} records, of which {report['measured']} were measured and "
-        f"{report['examples']} kept (dropped: {dropped or 'none'}{fitted}); "
-        f"{packed} of tokens x patches {shapes}, of which {report['padding']:.1%} of tokens and "
-        f"{report['patch_padding']:.1%} of patches stay empty; {rows} rows a step on {mesh.size} "
-        f"devices ({' x '.join(f'{name} {n}' for name, n in mesh.shape.items() if n > 1) or 'one'})"
-        f"; {data.steps_per_epoch or 'an unknown number of'} steps an epoch, {total} in all"
-    )
-
-
 def _words(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+    whole = {**values, "seconds": round(values["seconds"])}
+    return "  ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}"
+        for name, value in whole.items()
+    )
 
 
 def _best_trainable(

@@ -230,6 +230,20 @@ class Meter:
         return values
 
 
+class Lines(Console):
+    """A console of plain lines: whole ones in a log, broken at words on a terminal.
+
+    Nothing in them is markup: a path may hold brackets.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(markup=False)
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """Print as `Console` does; soft_wrap: where this is no terminal, do not break lines."""
+        super().print(*objects, soft_wrap=soft_wrap and not self.is_terminal, **options)
+
+
 def progress_bar(console: Console) -> Progress:
     """Return the bar of a run: steps, loss, learning rate, answer tokens/s, ETA.
 

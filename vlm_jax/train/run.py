@@ -20,12 +20,15 @@ from vlm_jax.train.base import load_base
 
 
 def build(
-    config: ConfigDict, mesh: Any
+    config: ConfigDict, mesh: Any, encoder: Encoder | None = None
 ) -> tuple[Model, dict[str, Any], list[tuple[str, str]], Encoder]:
-    """Return (model, params, training table, encoder): the base with what is added to train."""
+    """Return (model, params, training table, encoder): the base with what is added to train.
+
+    encoder: the base's, where it is made already.
+    """
     kind_of(config.lora.init_lora_weights)  # before weights are read
     model, params = load_base(config, mesh)
-    encoder = make_encoder(config, model)
+    encoder = encoder or make_encoder(config, model)
     model, params, table = adapt(config, model, params, len(encoder.tokenizer))
     check_spread(model, params, mesh)
     return model, shard_params(model, params, mesh), table, encoder
@@ -33,10 +36,15 @@ def build(
 
 def make_encoder(config: ConfigDict, model: Model) -> Encoder:
     """Return the encoder of the model's own tokenizer and images, with the config's options."""
-    d = config.data
     assert model.source is not None
+    return encoder_of(config, model.source.directory)
+
+
+def encoder_of(config: ConfigDict, directory: str | Path) -> Encoder:
+    """Return the encoder of a checkpoint directory, with the config's options."""
+    d = config.data
     return Encoder(
-        model.source.directory,
+        directory,
         max_seq_length=d.max_seq_length,
         max_patches=d.max_patches,
         overlong=d.overlong,
