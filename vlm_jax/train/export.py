@@ -174,14 +174,14 @@ def export(
         del params
         again, read = load_adapted(config, out, mesh)
     after = _logits(again, read, batch)
-    same = (answers == _answers(again, read, encoder)).all(1) if merge else answers.any(1)
+    repeated = _answers(again, read, encoder) if merge else answers
     return Exported(
         directory=str(out),
         into=into,
         difference=float(np.abs(before - after).max()),
         deviation=float(before.std()),
         dtype=str(model.dtype),
-        same=int(same.sum()),
-        probes=len(same),
+        same=int((answers == repeated).all(1).sum()),
+        probes=len(answers),
         lost=lost,
     )
