@@ -242,9 +242,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     import vlm_jax
+    from vlm_jax.ends import end_tokens
 
     model, params, config = _open(options)
     encoder = _encoder(model, config)
+    eos, pad = end_tokens(model, encoder.chat.turn_end)
     content: list[dict[str, str]] = [{"type": "image"} for _ in options.image]
     content.append({"type": "text", "text": options.prompt})
     record = {"messages": [{"role": "user", "content": content}], "images": options.image}
@@ -259,6 +261,8 @@ def _generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
     text = encoder.tokenizer.decode(new[0], skip_special_tokens=True)
     print(text.strip())
