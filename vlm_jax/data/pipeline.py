@@ -4,7 +4,6 @@
 and what is left out is counted.
 """
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,8 +68,8 @@ class Pipeline:
     shapes: list of (T, P), P 0 where no record has images. wider: those beyond, that only what was
     not foreseen needs. steps_per_epoch: exact without packing where all records were measured
     (2,000 or fewer), else estimated from a sample; None for a stream, whose order is its own, and
-    whose sample is its beginning. Raises `UserError` for bad records (see
-    `Encoder`) and where nothing is left.
+    whose sample is its beginning. Raises `UserError` for bad records (see `Encoder`) and where
+    nothing is left.
     """
 
     def __init__(
@@ -333,9 +332,7 @@ class Pipeline:
         unit = family.patch_unit(config)
         length, limit = self.encoder.max_seq_length, self.encoder.max_patches
         tokens, patches = (int(n) for n in sizes.max(0))
-        most = math.inf  # patches of a row at all
-        if length is not None:  # as many as its tokens stand for
-            most = round_up(length * family.merged_patches(config), unit)
+        most = round_up((length or tokens) * family.merged_patches(config), unit)  # its tokens'
         if limit is not None:
             most = min(most, max(limit // unit, 1) * unit)
         if self.all_measured:
@@ -348,17 +345,17 @@ class Pipeline:
             films = max(len(r["videos"]) for r in records) * self.encoder.most_video_patches()
             tokens = length or tokens
             patches = round_up(max(patches, images + films), unit)
-        patches = int(min(patches, most))
+        patches = min(patches, most)
         if length is not None:
             tokens = min(tokens, length)
         capacity = None
         if packing:
             assert length is not None
-            capacity = length, patch_capacity(sizes, length, int(most), unit)
+            capacity = length, patch_capacity(sizes, length, most, unit)
             tokens, patches = length, max(patches, capacity[1])
             sizes = row_sizes(pack(sizes, capacity), sizes)
         cap = tokens, patches
-        wider = [] if self.all_measured else wider_shapes(cap, int(most), unit)
+        wider = [] if self.all_measured else wider_shapes(cap, most, unit)
         return capacity, choose_shapes(sizes, cap, max_shapes, unit), wider
 
     # Making

@@ -18,7 +18,8 @@ from vlm_jax.train.step import TrainState
 Shape = tuple[int, int]  # tokens, patches
 LESS_MEMORY = (
     "Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-    "data.max_seq_length or data.max_pixels, or set training.gradient_checkpointing=true."
+    "data.max_seq_length, data.max_pixels or data.max_patches, or set "
+    "training.gradient_checkpointing=true."
 )
 
 
