@@ -21,7 +21,7 @@ LEVELS = [
     ("layers", "config_words"),
     ("models", "methods"),
     ("model", "nf4"),
-    ("names", "sharding", "vocabulary"),
+    ("names", "sharding", "vocabulary", "ends"),
     ("quantization", "targets", "starts"),
     ("saved",),
     ("adapters",),

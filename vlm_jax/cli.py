@@ -257,6 +257,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     import vlm_jax
+    from vlm_jax.ends import end_tokens
 
     _, encoder = _encoder(options)
     content: list[dict[str, str]] = [{"type": "image"} for _ in options.image]
@@ -265,6 +266,7 @@ def _generate(options: argparse.Namespace) -> int:
     example = encoder.prompt(record)
     batch = encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
     model, params = _load(options, encoder)
+    eos, pad = end_tokens(model, encoder.chat.turn_end)
     new = vlm_jax.generate(
         model,
         params,
@@ -274,6 +276,8 @@ def _generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
     text = encoder.tokenizer.decode(new[0], skip_special_tokens=True)
     print(text.strip())

@@ -91,6 +91,23 @@ class Model:
             "vocab_size", self.config.text.vocab_size
         )
 
+    @functools.cached_property
+    def turn_end(self) -> int | None:
+        """The id of the token that the checkpoint's chat template ends an answer with.
+
+        None where the model came from no directory, or there is no conversation to be had there:
+        it lacks a tokenizer or a template.
+        """
+        from vlm_jax.data import Chat
+
+        if self.source is None:
+            return None
+        cfg = self.config
+        try:
+            return Chat(self.source.directory, cfg.image_token_id, cfg.video_token_id).turn_end
+        except UserError:  # whoever encodes with it is told; arrays may come from elsewhere
+            return None
+
     @property
     def empty_example(self) -> Example:
         """An example of no tokens: it tells `collate` the shapes of this family."""

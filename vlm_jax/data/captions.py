@@ -86,7 +86,8 @@ class Metadata(Sequence):
     def __getitem__(self, index: Any) -> Any:
         row = self.rows[index]
         where = f"Record {index} of '{self.rows.name}', line {self.line(index)},"
-        if not isinstance(row, Mapping) or not isinstance(row.get("file_name"), str):
+        name = row.get("file_name") if isinstance(row, Mapping) else None
+        if not isinstance(name, str) or not name:
             raise UserError(f"{where} has no 'file_name', which says which image it is about.")
         rest = {key: value for key, value in row.items() if key != "file_name"}
         given = [key for key in CAPTIONS if isinstance(row.get(key), str)]

@@ -4,6 +4,7 @@ The template is rendered once as it is; which characters the assistant writes co
 turns (never from searching token ids), and the tokenizer's offsets carry it over to tokens.
 """
 
+import functools
 import re
 import threading
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ LITERALS = ("\ue0f0", "\ue0f1")  # a user's own "<image>", "<video>"
 SLOTS = ("\ue0f2", "\ue0f3")  # where an image's, a video's features go
 RESERVED = re.compile("[\ue0f0-\ue0f3]")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no tokenizer takes it
+ANSWER = "The answer."  # of a conversation that is rendered to see how the template ends it
 
 
 class Chat:
@@ -120,6 +122,29 @@ class Chat:
         """Return tokens int32 [T] of the conversation up to where the assistant is to write."""
         rendered, turns = self._turns(messages, prompt=True)
         return self._tokens(rendered, turns, [0.0] * len(turns), (image_tokens, video_tokens))[0]
+
+    @functools.cached_property
+    def turn_end(self) -> int | None:
+        """The id of the first token behind an answer, with which a model says that it is done.
+
+        It is the first special token that the template writes there, whatever follows; of a
+        template that writes none the tokenizer's EOS, which training puts there (see `encode`).
+        None where there is none of either. Raises `UserError` where the template refuses a question
+        and its answer, or writes another.
+        """
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": words}]}
+            for role, words in (("user", "The question?"), ("assistant", ANSWER))
+        ]
+        said, _, tail = self._render(messages, False)[0].rpartition(ANSWER)
+        if not said:
+            raise UserError(
+                f"The chat template of '{self.directory}' does not write the answer {ANSWER!r} of "
+                f"a conversation. Mend chat_template.jinja, or copy the checkpoint's own."
+            )
+        found = [(tail.find(end), -len(end), end) for end in self.ends if end in tail]
+        name = min(found)[2] if found else self.eos
+        return None if name is None else int(self.tokenizer.convert_tokens_to_ids(name))
 
     def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
         """Return the template's text and its generation marks."""

@@ -13,6 +13,8 @@ import numpy as np
 
 from vlm_jax import processes
 from vlm_jax.adapters import check_no_adapter
+from vlm_jax.ends import FILE as GENERATION
+from vlm_jax.ends import exported
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
@@ -52,12 +54,14 @@ def save_pretrained(
     """Write a checkpoint that `transformers` loads with no missing and no unexpected key.
 
     Tensor names, dtypes and tying are those of the base that `model` was loaded from, and its
-    tokenizer, processor and generation files are copied. merge: LoRA is merged into the weights;
-    without it a tree with LoRA is refused, for a plain checkpoint cannot hold it. quantized: write
-    4-bit kernels as bitsandbytes does, merged ones quantized again; False: write all of them
-    decoded. By default they stay in 4 bits unless there is LoRA to merge, of which requantizing
-    would round much away. dtype: of all tensors that are computed with, instead of the base's.
-    processor: settings that replace those in preprocessor_config.json, where training used others.
+    tokenizer, processor and generation files are copied; generation_config.json also lists the
+    token that the chat template ends an answer with, or others would write on. merge: LoRA is
+    merged into the weights; without it a tree with LoRA is refused, for a plain checkpoint cannot
+    hold it. quantized: write 4-bit kernels as bitsandbytes does, merged ones quantized again;
+    False: write all of them decoded. By default they stay in 4 bits unless there is LoRA to merge,
+    of which requantizing would round much away. dtype: of all tensors that are computed with,
+    instead of the base's. processor: settings that replace those in preprocessor_config.json, where
+    training used others.
     Weights are merged, gathered from their devices and written one after another: the host holds a
     file of at most `max_shard_size` bytes at a time. All of several processes call it; one writes.
     Raises `UserError` where the base's own files are gone, or nothing is there in 4 bits to write.
@@ -162,6 +166,7 @@ def save_pretrained(
                 leaf_of(places[names[name][0]])
         processes.wait_for_all("the checkpoint is written")
         return
+    generation = exported(model)
     with whole_directory(directory) as folder:
         write_shards(folder, sizes, tensor, max_shard_size)
         config = dict(model.hf_config)
@@ -177,6 +182,8 @@ def save_pretrained(
         if source is not None:
             for path in _companions(Path(source.directory)):
                 shutil.copyfile(path, folder / path.name)
+        if generation is not None:
+            write_json(folder / GENERATION, generation)
         if processor:
             _write_processor(folder, processor)
     processes.wait_for_all("the checkpoint is written")

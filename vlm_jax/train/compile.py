@@ -18,7 +18,8 @@ from vlm_jax.train.step import TrainState
 Shape = tuple[int, int]  # tokens, patches
 LESS_MEMORY = (
     "Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-    "data.max_seq_length or data.max_pixels, or set training.gradient_checkpointing=true."
+    "data.max_seq_length, data.max_pixels or data.max_patches, or set "
+    "training.gradient_checkpointing=true."
 )
 
 
@@ -100,16 +101,18 @@ def compile_largest_step(
     shapes: Sequence[Shape],
     rows: int,
     mesh: Any,
+    wider: Sequence[Shape] = (),
 ) -> OnceAShape:
-    """Return the step for all shapes, compiled for the last one, which is the largest.
+    """Return the step for all shapes, compiled for the last one, which is the largest foreseen.
 
-    Raises `UserError` where that does not fit into memory; then none of the others fails so.
+    wider: those that may come unforeseen. Raises `UserError` where the last one does not fit into
+    memory; then none of those before it fails so.
     """
     check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
     compiled, jitted = compile_step(run, state, frozen, batch)
     _check_memory(compiled, shapes[-1], rows)
-    steps = OnceAShape(jitted, ((rows, *shape) for shape in shapes))
+    steps = OnceAShape(jitted, ((rows, *shape) for shape in (*shapes, *wider)))
     steps.compiled.add((rows, *shapes[-1]))
     return steps
 
@@ -122,6 +125,7 @@ def compile_largest_loss(
     rows: int,
     mesh: Any,
     label_smoothing: float = 0.0,
+    wider: Sequence[Shape] = (),
 ) -> OnceAShape:
     """Return (trainable, frozen, batch) -> (loss_sum, tokens), compiled as the step is."""
     jitted = jax.jit(
@@ -133,7 +137,7 @@ def compile_largest_loss(
     batch = abstract_batch(model, rows, shapes[-1], mesh)
     with rows_over(batch.tokens.sharding):
         jitted.lower(state.result, frozen, batch).compile()
-    return OnceAShape(jitted, ((rows, *shape) for shape in shapes))
+    return OnceAShape(jitted, ((rows, *shape) for shape in (*shapes, *wider)))
 
 
 def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:

@@ -128,15 +128,16 @@ def _train(
         console.print(line, highlight=False, soft_wrap=True)
     trainable, frozen = split(params, table)
     trained = list(flatten(trainable))
-    patches = max(P for _, P in data.shapes)
-    for name in idle_components({model.component(path) for path in trained}, patches):
+    idle = idle_components({model.component(path) for path in trained}, data.may_have_images)
+    for name in idle:
         console.print(
             f"Warning: the {name} is to be trained, but data.train_file has no image: it stays as "
             f"it is.",
             highlight=False,
             soft_wrap=True,
         )
-    tx = optimizer(trainable, table, settings)
+    still = [path for path in trained if model.component(path) in idle]
+    tx = optimizer(trainable, table, settings, still)
     state = on_mesh(init_state(trainable, tx, t.seed, **state_options(config)), mesh)
     del params, trainable
 
@@ -159,11 +160,18 @@ def _train(
 
     # The largest shapes are compiled first, so that what cannot run fails now
     run = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
-    run_step = compile_largest_step(run, model, state, frozen, data.shapes, rows, mesh)
+    run_step = compile_largest_step(run, model, state, frozen, data.shapes, rows, mesh, data.wider)
     losses = None
     if held_out is not None:
         losses = compile_largest_loss(
-            model, state, frozen, held_out.shapes, eval_rows, mesh, t.label_smoothing_factor
+            model,
+            state,
+            frozen,
+            held_out.shapes,
+            eval_rows,
+            mesh,
+            t.label_smoothing_factor,
+            held_out.wider,
         )
     feed = Feed(encoder, mesh)
 

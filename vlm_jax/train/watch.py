@@ -14,12 +14,12 @@ from vlm_jax.vocabulary import is_added
 NEED_IMAGES = ("vision", "projector")
 
 
-def idle_components(trained: Collection[str], patches: int) -> list[str]:
-    """Return the trained components that data of rows of `patches` patches cannot reach.
+def idle_components(trained: Collection[str], images: bool) -> list[str]:
+    """Return the trained components that data cannot reach; images: whether it may have some.
 
     Raises `UserError` where that is all of them.
     """
-    idle = [] if patches else [name for name in NEED_IMAGES if name in trained]
+    idle = [] if images else [name for name in NEED_IMAGES if name in trained]
     if idle and set(trained) <= set(idle):
         raise UserError(
             f"Only the {' and the '.join(idle)} would train, but data.train_file has no image that "
