@@ -1,0 +1,139 @@
+"""The frames of a video file, upright, by PyAV; and from the same frames the video's size."""
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.access import Access, check_pixels
+from vlm_jax.data.sampling import Sampling, Video
+from vlm_jax.errors import UserError
+from vlm_jax.limits import MAX_VIDEO_FRAMES, VIDEO_FORMATS
+
+INSTALL = "pip install 'vlm_jax[video]'"
+
+
+def open_film(
+    file: Path | bytes,
+    subject: str,
+    access: Access,
+    sampling: Sampling,
+    pixels: Mapping[str, int],
+) -> Video:
+    """Return the video of a file that FFmpeg reads; subject: what errors call it.
+
+    Its size is that of its first frame as `_upright` gives it. All frames are resized to what
+    becomes of that, also where a stream changes its size on the way.
+    """
+    with _opened(file, subject, access) as (container, stream):
+        total, first = _count(container, stream)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if not rate and stream.duration:
+            rate = total / float(stream.duration * stream.time_base)
+        if total > MAX_VIDEO_FRAMES or (first is not None and rate <= 0):
+            raise UserError(
+                f"{subject} has {total} frames at {rate:g} a second; expected a rate above 0, and "
+                f"at most {MAX_VIDEO_FRAMES} frames. Write it again, as MP4 for example."
+            )
+        if first is None:
+            raise UserError(f"{subject} has no frame that can be decoded: copy it again.")
+        height, width = _upright(first, access).shape[:2]
+    wanted = sampling.indices(total, rate)
+
+    def read() -> Iterator[np.ndarray]:
+        given, number = 0, -1
+        with _opened(file, subject, access) as (container, stream):
+            for number, frame in enumerate(container.decode(stream)):
+                times = int((wanted == number).sum())
+                for _ in range(times):
+                    yield _upright(frame, access)
+                given += times
+                if given == len(wanted):
+                    return
+        raise UserError(
+            f"{subject} should have {total} frames, but only {number + 1} can be decoded: it is "
+            f"damaged or truncated, or begins in the middle of a scene. Write it again."
+        )
+
+    return Video(len(wanted), height, width, read, pixels)
+
+
+@contextlib.contextmanager
+def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[Any, Any]]:
+    """Give (container, video stream); what PyAV raises inside becomes a `UserError`."""
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(
+            f"reading a video file needs PyAV, which is not installed: {INSTALL}. A list of frame "
+            f"images or an animated picture (GIF, WebP) needs nothing."
+        ) from error
+    given = io.BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
+    rules = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": "file"}
+    try:
+        with av.open(given, container_options=rules) as container:
+            stream = container.streams.best("video")
+            if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
+                raise UserError(f"{subject} holds no video stream.")
+            if stream.codec_context is None:
+                raise UserError(f"{subject} is coded in a way that FFmpeg does not decode here.")
+            check_pixels(stream.codec_context.width, stream.codec_context.height, access)
+            # A header may say less than what is decoded.
+            stream.codec_context.options = {"max_pixels": str(access.max_pixels)}
+            yield container, stream
+    except av.FFmpegError as error:
+        raise UserError(
+            f"{subject} is no video of a kind that is read, or it is damaged or cut short "
+            f"({error.strerror}). Copy it again, or write it as MP4."
+        ) from error
+
+
+def _count(container: Any, stream: Any) -> tuple[int, Any]:
+    """Return (number of frames that are shown, the first of them as decoded or None).
+
+    An index that lists what the header counts tells the number. Where it does not (Matroska has
+    none, a fragmented MP4 counts its first part, one that was trimmed all that was filmed), packets
+    are counted, which is fast beside decoding them.
+    """
+    if stream.frames > MAX_VIDEO_FRAMES:
+        return stream.frames, None
+    shown = [not entry.is_discard for entry in stream.index_entries]
+    listed = 0 < stream.frames == len(shown)
+    total, first = sum(shown) if listed else 0, None
+    for packet in container.demux(stream):
+        if first is None:
+            first = next(iter(packet.decode()), None)
+        elif listed:
+            break
+        total += not listed and packet.size > 0 and not packet.is_discard
+    return total, first
+
+
+def _upright(frame: Any, access: Access) -> np.ndarray:
+    """Return a frame as uint8 [H, W, 3], turned and mirrored as its display matrix says.
+
+    A phone films on its side and says how to turn it. The shape of a pixel (sample aspect ratio) is
+    ignored, as by the reference's readers, and so is a "rotate" tag without a matrix, as by FFmpeg.
+    """
+    check_pixels(frame.width, frame.height, access)
+    pixels = frame.to_ndarray(format="rgb24")
+    a, b, c, d = _matrix(frame)  # a point (x, y) of the frame is shown at (a x + c y, b x + d y)
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _matrix(frame: Any) -> tuple[float, float, float, float]:
+    try:
+        found = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV has no name for another of its side data (EXIF): no mirror then
+        angle = math.radians(frame.rotation)
+        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    if found is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(found, np.int32, 5).tolist()
+    return a, b, c, d
