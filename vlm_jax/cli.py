@@ -34,18 +34,22 @@ def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(options.config, overrides)
     page = options.out or (None if options.text else "preview.html")
     file = _writable(page, "--out") if page else None
+    from vlm_jax.hub.files import write_whole
     from vlm_jax.preview.collect import preview
+    from vlm_jax.preview.page import check_out, render
 
+    replaced = file is not None and file.exists()
+    if file is not None:
+        check_out(file)
     seen = preview(config, options.examples, options.split)
     if options.text:
         from vlm_jax.preview.terminal import show
 
         show(seen)
     if file is not None:
-        from vlm_jax.preview.page import render
-
-        file.write_text(render(seen), encoding="utf-8")
-        print(f"Wrote {len(seen.examples)} examples to '{file}'.", file=sys.stderr)
+        write_whole(file, render(seen).encode())
+        instead = ", in place of the page that was there" if replaced else ""
+        print(f"Wrote {len(seen.examples)} examples to '{file}'{instead}.", file=sys.stderr)
     return 0
 
 

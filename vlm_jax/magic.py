@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from vlm_jax.errors import UserError
+
 HEAD = 1024  # bytes that are looked at
 
 
@@ -54,7 +56,7 @@ HEIC = Kind(
 )
 POSTSCRIPT = _unread("PostScript")
 TEXT, JSON = (
-    Kind("text", name, "give the path of the file itself") for name in ("text", "JSON text")
+    Kind("text", name, "copy or download again what was meant") for name in ("text", "JSON text")
 )
 
 # First row wins; each matches from the first byte on.
@@ -154,3 +156,9 @@ def lost(file: Path | str) -> str:
         return ""
     kind = kind_of(head)
     return f" T{sentence(kind, head)[1:]}" if kind is not None and kind.medium == "lost" else ""
+
+
+def refuse_lost(file: Path, name: str) -> None:
+    """Raise `UserError` for a file that is empty, a Git LFS pointer or a web page, see `lost`."""
+    if said := lost(file):
+        raise UserError(f"{name} cannot be read.{said}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
-from vlm_jax.data.access import MAX_IMAGE_PIXELS, Access
+from vlm_jax.data.access import Access
 from vlm_jax.data.chat import TRAIN_ON, Chat
 from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.data.look_up import LookUp
@@ -21,6 +21,8 @@ from vlm_jax.data.processors import Grid, ImageProcessor, look_up
 from vlm_jax.data.records import BadExample, Record, canonical, describe
 from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
 from vlm_jax.errors import UserError
+from vlm_jax.limits import MAX_IMAGE_PIXELS
+from vlm_jax.magic import lost
 from vlm_jax.model import from_config
 
 ON_BAD_EXAMPLE = ("raise", "skip")
@@ -106,7 +108,9 @@ class Encoder:
         try:
             self.model = from_config(json.loads(path.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
-            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
+            raise UserError(
+                f"'{path}' is not JSON: line {error.lineno}, {error.msg}.{lost(path)}"
+            ) from error
         self.directory = str(directory)
         self.max_seq_length, self.max_patches = max_seq_length, max_patches
         self.overlong = overlong

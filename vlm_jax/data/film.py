@@ -78,7 +78,7 @@ def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[
         with av.open(given, container_options=rules) as container:
             stream = container.streams.best("video")
             if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
-                raise UserError(f"{subject} holds no video stream.")
+                raise UserError(f"{subject} holds no video stream, or is cut short.")
             if stream.codec_context is None:
                 raise UserError(f"{subject} is coded in a way that FFmpeg does not decode here.")
             check_pixels(stream.codec_context.width, stream.codec_context.height, access)

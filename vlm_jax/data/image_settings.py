@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_jax.data.processors import Fixed, ImageProcessor, Patches
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.magic import lost
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 COMMON: dict[str, Any] = {
@@ -90,7 +91,9 @@ def read_first(directory: str | Path, files: Sequence[tuple[str, str]]) -> dict[
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
+            raise UserError(
+                f"'{path}' is not JSON: line {error.lineno}, {error.msg}.{lost(path)}"
+            ) from error
         except UnicodeDecodeError as error:
             raise UserError(f"'{path}' is not UTF-8 text: {error}.") from error
         settings = raw.get(key) if key and isinstance(raw, Mapping) else raw

@@ -9,10 +9,12 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from vlm_jax.errors import UserError, marked
 from vlm_jax.preview.collect import Histogram, Preview, first_messages
 from vlm_jax.preview.example import Picture, Piece
 
 TEMPLATE = Path(__file__).parent / "page.html.jinja"
+MADE = b"<title>Preview of "  # what tells a page of ours
 LOSSLESS = 150_000  # bytes of a PNG; what is larger becomes a JPEG
 FRAMES = 32  # of one video that are shown
 SHOWN = 340  # pixels that an image is wide on the page, at most
@@ -20,9 +22,13 @@ SMALL = 200  # and about at least: less is enlarged by a whole number
 
 
 def render(preview: Preview) -> str:
-    """Return the page; whatever comes from data is escaped."""
+    """Return the page; whatever comes from data is escaped, and hidden characters are marks."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: marked(value) if isinstance(value, str) else value,
     )
     environment.filters.update(
         number=lambda value: f"{value:,}",
@@ -44,15 +50,18 @@ def render(preview: Preview) -> str:
     )
 
 
-# Control characters as their pictures: a terminal would obey them.
-CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "␡"}
-CONTROL |= {code: f"\\x{code:02x}" for code in range(128, 160)}
-CONTROL |= {ord("\n"): "↵\n", ord("\t"): "⇥\t"}
+def check_out(file: Path) -> None:
+    """Raise `UserError` where a file is there already that is no preview."""
+    if file.exists() and MADE not in file.read_bytes()[:1024]:
+        raise UserError(
+            f"--out '{file}' is there already and is no preview page. Delete it, or take another "
+            f"path."
+        )
 
 
 def visible(text: str) -> str:
-    """Return text with its line breaks and control characters marked, so that they are seen."""
-    return text.translate(CONTROL)
+    """Return text with what is not seen as marks: line breaks, and see `errors.marked`."""
+    return marked(text.replace("\n", "↵\n").replace("\t", "⇥\t"))
 
 
 def weight(piece: Piece) -> str:

@@ -73,7 +73,7 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     best, patience = best_of(config), patience_of(config)
     if not processes.is_primary():  # the first process speaks for all
         console = Console(quiet=True)
-    console = console or Console()
+    console = console or Console(markup=False)  # words may hold "[b]", from data
     with output_directory(places, resume) as (resumes, warning):
         if warning is not None:
             console.print(warning, highlight=False, soft_wrap=True)
