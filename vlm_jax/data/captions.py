@@ -13,7 +13,7 @@ from vlm_jax.magic import refuse_lost
 
 PROMPT = "Describe this image."
 METADATA = ("metadata.jsonl", "metadata.csv")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 CAPTIONS = ("text", "caption")
 
 

@@ -76,14 +76,15 @@ def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[
     rules = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": "file"}
     try:
         with av.open(given, container_options=rules) as container:
-            stream = container.streams.best("video")
+            stream: Any = container.streams.best("video")
             if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
                 raise UserError(f"{subject} holds no video stream, or is cut short.")
             if stream.codec_context is None:
                 raise UserError(f"{subject} is coded in a way that FFmpeg does not decode here.")
             check_pixels(stream.codec_context.width, stream.codec_context.height, access)
-            # A header may say less than what is decoded.
-            stream.codec_context.options = {"max_pixels": str(access.max_pixels)}
+            # A header may say less than is decoded; sides are padded there (to 128 at most).
+            most = 2 * access.max_pixels + 2**16
+            stream.codec_context.options = {"max_pixels": str(most)}
             yield container, stream
     except av.FFmpegError as error:
         raise UserError(

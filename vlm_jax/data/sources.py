@@ -269,9 +269,10 @@ def encoded_images(rows: Any) -> Any:
 def _encoded(feature: Any) -> Any:
     """Return a feature of `datasets`, or a tree of them, that gives what is stored."""
     if isinstance(feature, Mapping):
-        return type(feature)({name: _encoded(one) for name, one in feature.items()})
+        made: Any = type(feature)  # Features, or a dict within them
+        return made({name: _encoded(one) for name, one in feature.items()})
     if isinstance(feature, list | tuple):
-        return type(feature)(map(_encoded, feature))
+        return [_encoded(one) for one in feature]
     if hasattr(feature, "feature"):
         return dataclasses.replace(feature, feature=_encoded(feature.feature))
     return dataclasses.replace(feature, decode=False) if hasattr(feature, "decode") else feature

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,9 @@ def _open_frames(
             f"it lists {len(frames)} frames, more than max_frames = {sampling.max_frames}. List "
             f"fewer, give nframes, or raise data.video_max_frames."
         )
-    sizes = [image_size(frame, folder, access) for frame in frames]
+    sizes = [
+        _named(number, image_size, frame, folder, access) for number, frame in enumerate(frames)
+    ]
     for number, size in enumerate(sizes):
         if size != sizes[0]:
             raise UserError(
@@ -116,6 +118,16 @@ def _open_frames(
             )
 
     def read() -> Iterator[np.ndarray]:
-        return (read_image(frame, folder, access) for frame in frames)
+        for number, frame in enumerate(frames):
+            yield _named(number, read_image, frame, folder, access)
 
-    return Video(len(frames), *sizes[0], read, pixels)
+    height, width = sizes[0]
+    return Video(len(frames), height, width, read, pixels)
+
+
+def _named(number: int, read: Callable[..., Any], frame: Any, *where: Any) -> Any:
+    try:
+        return read(frame, *where)
+    except UserError as error:
+        name = f" '{frame}'" if isinstance(frame, str | Path) and len(str(frame)) < 300 else ""
+        raise UserError(f"frame {number}{name}: {error}") from error
