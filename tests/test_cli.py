@@ -135,6 +135,8 @@ def test_predictions_that_cannot_be_written_fail_first(capsys, tmp_path):
     arguments = ("evaluate", "--model", "nowhere", "--data", "nowhere.jsonl", "--predictions")
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path / "no/such/x"))
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path))
+    (tmp_path / "data.jsonl").write_text('{"id": "a", "question": "q", "answer": "a"}')
+    assert "no file of this kind" in wrong(capsys, *arguments, str(tmp_path / "data.jsonl"))
 
 
 @pytest.mark.parametrize(

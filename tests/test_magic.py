@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from checkpoint_files import qwen2_vl_files, write_image
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import vlm_jax
 from vlm_jax.cli import main
@@ -33,6 +33,13 @@ def saved(kind, **options):
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 40, 0)).save(file, kind, **options)
     return file.getvalue()
+
+
+def with_text(size):
+    """Return a PNG with so many bytes of text, compressed."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "b" * size, zip=True)
+    return saved("PNG", pnginfo=text)
 
 
 # Given as an image and as a video.
@@ -69,6 +76,7 @@ def test_what_is_neither_a_picture_nor_a_film(data, message):
         (b"\0\0\0\x18ftypisom" + bytes(90), "is a video .MP4 or QuickTime.: give it as a video"),
         (b"\x1a\x45\xdf\xa3" + bytes(90), "is a video .Matroska or WebM."),
         (saved("PNG")[:20], "is PNG, damaged or cut short"),
+        (with_text(2**21), "is PNG, and Pillow does not open it .Decompressed data too large"),
         (b"\xff\xd8\xff\xe0" + bytes(20), "is JPEG, damaged or cut short"),
         (saved("TGA"), "is of no known kind .its first bytes are 00 00 02"),
         (saved("PCX"), "is of no known kind .its first bytes are 0a"),

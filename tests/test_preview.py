@@ -292,10 +292,10 @@ def test_a_page_is_written_over_with_a_word_and_nothing_else_is(qwen, tmp_path, 
     assert main(arguments) == 0
     assert capsys.readouterr().err == f"Wrote 1 examples to '{out}'.\n"
     assert main(arguments) == 0
-    assert "in place of the page that was there" in capsys.readouterr().err
+    assert "in place of the file that was there" in capsys.readouterr().err
     out.write_text("<html>my own</html>")
     assert main(arguments) == 2
-    assert "is there already and is no preview page" in capsys.readouterr().err
+    assert "is there already, and is no file of this kind" in capsys.readouterr().err
     assert out.read_text() == "<html>my own</html>"
 
 

@@ -128,11 +128,14 @@ def _is_text(head: bytes) -> bool:
 
 
 def head_of(file: Path | bytes) -> bytes:
-    """Return the first bytes of a file, or of what it holds."""
+    """Return the first bytes of a file, or of what it holds; raise `UserError` where none can."""
     if isinstance(file, bytes):
         return file[:HEAD]
-    with open(file, "rb") as opened:
-        return opened.read(HEAD)
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(HEAD)
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror}.") from error
 
 
 def sentence(kind: Kind | None, head: bytes, subject: str = "the file") -> str:
@@ -152,7 +155,7 @@ def lost(file: Path | str) -> str:
     """
     try:
         head = head_of(Path(file))
-    except OSError:
+    except UserError:
         return ""
     kind = kind_of(head)
     return f" T{sentence(kind, head)[1:]}" if kind is not None and kind.medium == "lost" else ""

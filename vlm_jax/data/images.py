@@ -111,7 +111,10 @@ def _open(file: Path | bytes, subject: str) -> Image.Image:
         elif kind is None or kind.medium != "image" or kind is HEIC:
             raise UserError(sentence(kind, head, subject)) from error
         what = kind.name.removeprefix("a still image ").strip("()")
-        raise UserError(f"{subject} is {what}, damaged or cut short: copy it again.") from error
+        why = "damaged or cut short: copy it again"
+        if isinstance(error, ValueError | Image.DecompressionBombError):  # Pillow's own limits
+            why = f"and Pillow does not open it ({_words(error)}): write it again"
+        raise UserError(f"{subject} is {what}, {why}.") from error
 
 
 @functools.cache
@@ -134,8 +137,11 @@ def _reads_heic() -> bool:
 
 def damaged(error: BaseException) -> UserError:
     """Return what to raise where a picture's header could be read and what follows cannot."""
-    words = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"it is damaged or truncated and cannot be decoded ({words}).")
+    return UserError(f"it is damaged or truncated and cannot be decoded ({_words(error)}).")
+
+
+def _words(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_image(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> np.ndarray:

@@ -9,12 +9,11 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from vlm_jax.errors import UserError, marked
+from vlm_jax.errors import marked
 from vlm_jax.preview.collect import Histogram, Preview, first_messages
 from vlm_jax.preview.example import Picture, Piece
 
 TEMPLATE = Path(__file__).parent / "page.html.jinja"
-MADE = b"<title>Preview of "  # what tells a page of ours
 LOSSLESS = 150_000  # bytes of a PNG; what is larger becomes a JPEG
 FRAMES = 32  # of one video that are shown
 SHOWN = 340  # pixels that an image is wide on the page, at most
@@ -48,15 +47,6 @@ def render(preview: Preview) -> str:
         display_width=display_width,
         frames_shown=FRAMES,
     )
-
-
-def check_out(file: Path) -> None:
-    """Raise `UserError` where a file is there already that is no preview."""
-    if file.exists() and MADE not in file.read_bytes()[:1024]:
-        raise UserError(
-            f"--out '{file}' is there already and is no preview page. Delete it, or take another "
-            f"path."
-        )
 
 
 def visible(text: str) -> str:
