@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,23 @@ def test_a_header_that_counts_wrongly_is_not_believed(tmp_path, told):
         place = data.index(name) + 8 + offset
         data[place : place + 4] = struct.pack("<I", told)
     assert brightness(opened(bytes(data))[1]) == list(range(10))
+
+
+def test_a_film_without_a_rate_has_the_one_of_its_times(tmp_path):
+    """A frame comes after 30, 45, 33, 100 or 16 ms, in turn: 22.3 a second. FFmpeg guesses 2000."""
+    times = np.cumsum([0, *[30, 45, 33, 100, 16] * 18])[:90].tolist()
+    with av.open(str(tmp_path / "a.ts"), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            given = av.VideoFrame.from_ndarray(frame(number % 8), format="rgb24")
+            given.pts, given.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(given))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "a.ts")) as container:
+        assert container.streams.video[0].average_rate is None
+    assert open_video(tmp_path / "a.ts", None, SAFE, Sampling(fps=10)).count == 40
 
 
 def test_frames_of_another_size_become_as_large_as_the_first(tmp_path):

@@ -177,6 +177,7 @@ def test_files_of_a_checkpoint_that_were_not_fetched(tmp_path):
     for name, content, words in (
         ("model.safetensors", POINTER, "could not be read as safetensors.*is a Git LFS pointer"),
         ("tokenizer.json", POINTER, "tokenizer file '.*tokenizer.json' cannot be read.*LFS"),
+        ("chat_template.jinja", PAGE, "template '.*jinja' cannot be read. The file is a web page"),
         ("config.json", PAGE, "config.json' is not valid JSON.*is a web page"),
         ("preprocessor_config.json", b"", "preprocessor_config.json' is not JSON.*is empty"),
     ):

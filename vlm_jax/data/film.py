@@ -30,17 +30,15 @@ def open_film(
     becomes of that, also where a stream changes its size on the way.
     """
     with _opened(file, subject, access) as (container, stream):
-        total, first = _count(container, stream)
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if not rate and stream.duration:
-            rate = total / float(stream.duration * stream.time_base)
-        if total > MAX_VIDEO_FRAMES or (first is not None and rate <= 0):
+        times, first = _times(container, stream)
+        if first is None:
+            raise UserError(f"{subject} has no frame that can be decoded: copy it again.")
+        total, rate = len(times), _rate(stream, times)
+        if total > MAX_VIDEO_FRAMES or rate <= 0:
             raise UserError(
                 f"{subject} has {total} frames at {rate:g} a second; expected a rate above 0, and "
                 f"at most {MAX_VIDEO_FRAMES} frames. Write it again, as MP4 for example."
             )
-        if first is None:
-            raise UserError(f"{subject} has no frame that can be decoded: copy it again.")
         height, width = _upright(first, access).shape[:2]
     wanted = sampling.indices(total, rate)
 
@@ -93,25 +91,34 @@ def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[
         ) from error
 
 
-def _count(container: Any, stream: Any) -> tuple[int, Any]:
-    """Return (number of frames that are shown, the first of them as decoded or None).
+def _times(container: Any, stream: Any) -> tuple[list[int | None], Any]:
+    """Return (when each frame that is shown comes, the first of them as decoded or None).
 
-    An index that lists what the header counts tells the number. Where it does not (Matroska has
-    none, a fragmented MP4 counts its first part, one that was trimmed all that was filmed), packets
-    are counted, which is fast beside decoding them.
+    Times are in the stream's own unit and in the order of the file; one that says nothing is None.
+    An index that lists what the header counts has them. Where it does not (Matroska has none, a
+    fragmented MP4 counts its first part, one that was trimmed all that was filmed), packets are
+    gone through, which is fast beside decoding them.
     """
-    if stream.frames > MAX_VIDEO_FRAMES:
-        return stream.frames, None
-    shown = [not entry.is_discard for entry in stream.index_entries]
-    listed = 0 < stream.frames == len(shown)
-    total, first = sum(shown) if listed else 0, None
+    listed = 0 < stream.frames <= MAX_VIDEO_FRAMES and stream.frames == len(stream.index_entries)
+    entries = stream.index_entries if listed else ()
+    times = [entry.timestamp for entry in entries if not entry.is_discard]
+    first = None
     for packet in container.demux(stream):
         if first is None:
             first = next(iter(packet.decode()), None)
         elif listed:
             break
-        total += not listed and packet.size > 0 and not packet.is_discard
-    return total, first
+        if not listed and packet.size and not packet.is_discard:
+            times.append(packet.dts if packet.pts is None else packet.pts)
+    return times, first
+
+
+def _rate(stream: Any, times: list[int | None]) -> float:
+    """Return frames a second: the stream's average, or what times tell where it has none."""
+    known = [time for time in times if time is not None]
+    if stream.average_rate or len(known) < 2 or max(known) == min(known):
+        return float(stream.average_rate or stream.guessed_rate or 0)
+    return (len(known) - 1) / float((max(known) - min(known)) * stream.time_base)
 
 
 def _upright(frame: Any, access: Access) -> np.ndarray:

@@ -64,6 +64,7 @@ def find_template(directory: str | Path, tokenizer: Any) -> str:
     tokenizer's own (tokenizer_config.json), which is the order of transformers' processors."""
     path = Path(directory, "chat_template.jinja")
     if path.is_file():
+        refuse_lost(path, f"The chat template '{path}'")
         return path.read_text(encoding="utf-8")
     path = Path(directory, "chat_template.json")
     if path.is_file():
