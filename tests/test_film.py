@@ -167,6 +167,13 @@ def test_frames_of_another_size_become_as_large_as_the_first(tmp_path):
     assert measured.patches == len(arrays["pixel_values_videos"])
 
 
+def test_an_old_pyav_is_told(tmp_path, monkeypatch):
+    path = write_film(tmp_path / "a.mp4", 2)
+    monkeypatch.setattr(av, "__version__", "16.1.0")
+    with pytest.raises(UserError, match=r"PyAV 16.1.0 is too old.*pip install 'vlm_jax\[video\]'"):
+        opened(path)
+
+
 def test_a_file_without_pictures_in_it(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import time
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ from vlm_jax.data.stream import open_stream
 from vlm_jax.data.video import Sampling, open_video
 from vlm_jax.errors import UserError
 from vlm_jax.limits import IMAGE_FORMATS
+from vlm_jax.magic import HEAD, kind_of
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
 PAGE = b"<!-- x -->\n<!DOCTYPE HTML>\n<html><body>Sign in</body></html>"
@@ -171,6 +173,13 @@ def test_no_program_is_started(tmp_path, monkeypatch):
     ):
         read_image(opened)
     assert not log.exists()
+
+
+def test_no_beginning_takes_long():
+    for data in (b"<!---->" * 200 + b"x", b"<!--" * 300, b" " * 2000, b"<?xml " * 300, b"G" * 2000):
+        start = time.process_time()
+        kind_of(data[:HEAD])
+        assert time.process_time() - start < 0.5
 
 
 def test_files_of_a_checkpoint_that_were_not_fetched(tmp_path):

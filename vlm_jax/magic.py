@@ -42,7 +42,9 @@ def _unread(name: str, remedy: str = RASTER) -> Kind:
 
 
 SPACE = rb"(?:\xef\xbb\xbf)?\s*"
-PROLOGUE = rb"(?i)" + SPACE + rb"(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*"  # of HTML and XML
+# Of HTML and XML. Atomic: comments can be told apart in many ways, which none may try.
+COMMENTS = rb"(?>(?:<!--.*?-->\s*)*)"
+PROLOGUE = rb"(?i)" + SPACE + rb"(?:<\?xml[^>]*>\s*)?" + COMMENTS
 POINTER = Kind(
     "lost",
     "a Git LFS pointer, which stands for a file that was not fetched",
@@ -64,7 +66,10 @@ KINDS: tuple[tuple[bytes, Kind], ...] = (
     (rb"\Z", Kind("lost", "empty", "copy or download it again")),
     (rb"version https://git-lfs\.github\.com/spec/", POINTER),
     (rb"version https://hawser\.github\.com/spec/", POINTER),  # what Git LFS was called at first
-    (PROLOGUE + rb"(?:<!doctype svg[^>]*>\s*)?(?:<!--.*?-->\s*)*<svg\b", _unread("an SVG drawing")),
+    (
+        PROLOGUE + rb"(?:<!doctype svg[^>]*>\s*)?" + COMMENTS + rb"<svg\b",
+        _unread("an SVG drawing"),
+    ),
     (PROLOGUE + rb"<(?:!doctype html|html|head|body|title|script|meta)\b", PAGE),
     (PROLOGUE + rb"<MPD\b", _unread("a DASH playlist", NETWORK)),
     (

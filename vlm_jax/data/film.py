@@ -70,6 +70,8 @@ def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[
             f"reading a video file needs PyAV, which is not installed: {INSTALL}. A list of frame "
             f"images or an animated picture (GIF, WebP) needs nothing."
         ) from error
+    if int(av.__version__.partition(".")[0]) < 17:  # which reads a file's index
+        raise UserError(f"PyAV {av.__version__} is too old to read videos here: {INSTALL}")
     given = io.BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
     rules = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": "file"}
     try:
