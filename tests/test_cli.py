@@ -110,6 +110,7 @@ def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, pla
     whole = (place / "data/1.png").read_bytes()
     (tmp_path / "broken.png").write_bytes(whole[:40])  # its header cannot be read
     broken["image"] = str(tmp_path / "broken.png")
+    broken["id"] = "[/b]\x1b[2J"
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join([rows[0], json.dumps(broken), *rows[2:]]))
     made = make_config(
@@ -124,7 +125,8 @@ def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, pla
     skip = ("--config.data.on_bad_example=skip", "--config.data.max_bad_share=0.5")
     out = f"--config.training.output_dir={tmp_path / 'skipped'}"
     assert main(["train", "--config", str(recipe), *skip, out]) == 0
-    assert "1 image" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 image" in told and "[/b]" in told and "\x1b" not in told
     (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])  # found only while training
     said = wrong(capsys, "train", "--config", str(recipe))
     assert f"In '{data}', line 2: Image 0" in said and "record 1" in said and "truncated" in said
@@ -139,6 +141,8 @@ def test_predictions_that_cannot_be_written_fail_first(capsys, tmp_path):
     arguments = ("evaluate", "--model", "nowhere", "--data", "nowhere.jsonl", "--predictions")
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path / "no/such/x"))
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path))
+    (tmp_path / "data.jsonl").write_text('{"id": "a", "question": "q", "answer": "a"}')
+    assert "no file of this kind" in wrong(capsys, *arguments, str(tmp_path / "data.jsonl"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 # docs/DESIGN.md explains the order.
 LEVELS = [
     ("errors", "values", "config_tables", "from_pytorch"),
-    ("limits",),
+    ("limits", "magic"),
     ("trees", "config_files", "config_checks", "cli_options", "hardware", "processes"),
     ("config", "weights", "batch", "positions", "together"),
     ("layers", "config_words"),

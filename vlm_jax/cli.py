@@ -15,6 +15,7 @@ from typing import Any
 from vlm_jax.cli_options import parser, spelled
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hardware import USABLE
+from vlm_jax.magic import head_of
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -36,7 +37,7 @@ def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     config = configs.load(options.config, overrides)
     page = options.out or (None if options.text else "preview.html")
-    file = _writable(page, "--out") if page else None
+    file = _writable(page, "--out", b"<title>Preview of ") if page else None
     from vlm_jax.preview.collect import preview
 
     seen = preview(config, options.examples, options.split)
@@ -47,8 +48,7 @@ def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if file is not None:
         from vlm_jax.preview.page import render
 
-        file.write_text(render(seen), encoding="utf-8")
-        print(f"Wrote {len(seen.examples)} examples to '{file}'.", file=sys.stderr)
+        _write(file, render(seen), f"{len(seen.examples)} examples")
     return 0
 
 
@@ -146,15 +146,36 @@ def _recommend(options: argparse.Namespace) -> int:
     return 0
 
 
-def _writable(name: str, option: str) -> Path:
-    """Return the path of a file to write, or raise before any work where it cannot be."""
+def _writable(name: str, option: str, mark: bytes | None = None) -> Path:
+    """Return the path of a file to write, or raise before any work where it cannot be.
+
+    mark: what the beginning of such a file holds; another file of that name is not replaced.
+    """
     file = Path(name).expanduser()
     if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise UserError(
             f"{option} '{file}' cannot be written: it must name a file in a directory that is "
             f"there and can be written. Make '{file.parent}', or take another path."
         )
+    if mark is not None and file.is_file() and mark not in (head_of(file) or mark):
+        raise UserError(
+            f"{option} '{file}' is there already, and is no file of this kind. Delete it, or take "
+            f"another path."
+        )
     return file
+
+
+def _write(file: Path, text: str, what: str) -> None:
+    """Write a file in one step, and say so, and whether another one went for it."""
+    from vlm_jax.hub.files import write_whole
+
+    content = text.encode(errors="backslashreplace")  # of a half surrogate pair, as in JSON
+    instead = ", in place of the file that was there" if file.is_file() else ""
+    if file.exists() and not file.is_file():  # /dev/stdout
+        file.write_bytes(content)
+    else:
+        write_whole(file, content)
+    print(f"Wrote {what} to '{file}'{instead}.", file=sys.stderr)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -207,7 +228,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vlm_jax.data import read_records
     from vlm_jax.evals.accuracy import accuracy
 
-    predictions = _writable(options.predictions, "--predictions") if options.predictions else None
+    predictions = None
+    if options.predictions:
+        predictions = _writable(options.predictions, "--predictions", b'", "index": ')
     changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
     config, encoder = _encoder(options, image_folder=options.image_folder, **changes)
     records = read_records(options.data, options.image_folder, options.split)
@@ -243,7 +266,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     }
     if predictions is not None:
         lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in found.predictions]
-        predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write(predictions, "\n".join(lines) + "\n", f"{len(lines)} predictions")
     if options.json:
         print(json.dumps(result))
     else:

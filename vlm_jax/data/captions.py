@@ -9,10 +9,11 @@ from typing import Any
 
 from vlm_jax.data.jsonl import JsonRows, index_lines
 from vlm_jax.errors import UserError
+from vlm_jax.magic import refuse_lost
 
 PROMPT = "Describe this image."
 METADATA = ("metadata.jsonl", "metadata.csv")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 CAPTIONS = ("text", "caption")
 
 
@@ -23,6 +24,7 @@ def read_captions(folder: Path, prompt: str) -> Sequence[Any] | None:
         raise UserError(f"The directory '{folder}' has both {' and '.join(found)}: keep one.")
     if found:
         path = folder / found[0]
+        refuse_lost(path, f"The data file '{path}'")
         rows: Any = index_lines(path) if path.suffix == ".jsonl" else CsvRows(path)
         return Metadata(rows, prompt)
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)

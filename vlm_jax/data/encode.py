@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
-from vlm_jax.data.access import MAX_IMAGE_PIXELS, Access
+from vlm_jax.data.access import Access
 from vlm_jax.data.chat import TRAIN_ON, Chat
-from vlm_jax.data.image_settings import make_processor, read_settings
+from vlm_jax.data.image_settings import make_processor, read_json, read_settings
 from vlm_jax.data.look_up import LookUp
 from vlm_jax.data.measures import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media import KINDS, Grids, Media
@@ -21,6 +20,7 @@ from vlm_jax.data.processors import Grid, ImageProcessor, look_up
 from vlm_jax.data.records import BadExample, Record, canonical, describe
 from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
 from vlm_jax.errors import UserError
+from vlm_jax.limits import MAX_IMAGE_PIXELS
 from vlm_jax.model import from_config
 
 ON_BAD_EXAMPLE = ("raise", "skip")
@@ -103,10 +103,7 @@ class Encoder:
                 f"'{directory}' is no checkpoint directory: it has no config.json. Expected the "
                 f"local directory of a Hugging Face checkpoint."
             )
-        try:
-            self.model = from_config(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
+        self.model = from_config(read_json(path))
         self.directory = str(directory)
         self.max_seq_length, self.max_patches = max_seq_length, max_patches
         self.overlong = overlong

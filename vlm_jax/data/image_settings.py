@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_jax.data.processors import Fixed, ImageProcessor, Patches
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.magic import lost
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 COMMON: dict[str, Any] = {
@@ -81,18 +82,25 @@ def read_settings(directory: str | Path) -> dict[str, Any] | None:
     return read_first(directory, files)
 
 
+def read_json(path: Path) -> Any:
+    """Return what a checkpoint's JSON file holds; raise `UserError` where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"'{path}' is not JSON: line {error.lineno}, {error.msg}.{lost(path)}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' is not UTF-8 text: {error}.") from error
+
+
 def read_first(directory: str | Path, files: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
     """Return the settings of the first (file, key within it) that a directory has, or None."""
     for name, key in files:
         path = Path(directory, name)
         if not path.is_file():
             continue
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{path}' is not UTF-8 text: {error}.") from error
+        raw = read_json(path)
         settings = raw.get(key) if key and isinstance(raw, Mapping) else raw
         if settings is not None and not isinstance(settings, Mapping):
             raise UserError(f"The image settings in '{path}' are no JSON object: {settings!r:.80}.")

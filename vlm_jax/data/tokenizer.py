@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import UserError
+from vlm_jax.magic import lost, refuse_lost
 
 
 def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
@@ -43,6 +44,8 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"'{directory}' has no tokenizer (none of {', '.join(FILES)}). Copy the checkpoint's "
             f"tokenizer files there: text cannot be encoded without them."
         )
+    for name in FILES:
+        refuse_lost(Path(directory, name), f"The tokenizer file '{Path(directory, name)}'")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # the tokenizers library raises bare ones for a damaged file
@@ -61,6 +64,7 @@ def find_template(directory: str | Path, tokenizer: Any) -> str:
     tokenizer's own (tokenizer_config.json), which is the order of transformers' processors."""
     path = Path(directory, "chat_template.jinja")
     if path.is_file():
+        refuse_lost(path, f"The chat template '{path}'")
         return path.read_text(encoding="utf-8")
     path = Path(directory, "chat_template.json")
     if path.is_file():
@@ -68,7 +72,7 @@ def find_template(directory: str | Path, tokenizer: Any) -> str:
             template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"'{path}' is not JSON with the key 'chat_template': {error}."
+                f"'{path}' is not JSON with the key 'chat_template': {error}.{lost(path)}"
             ) from error
         if not isinstance(template, str):
             raise UserError(f"The chat_template in '{path}' is no text: {template!r:.80}.")

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlm_jax.data.image_settings import IGNORED, PROCESSORS, make_processor, read_first
 from vlm_jax.data.processors import Patches, look_up, smart_resize
-from vlm_jax.data.video import Sampling, Video
+from vlm_jax.data.sampling import Sampling, Video
 from vlm_jax.errors import UserError, nearest
 
 FILES = (
@@ -59,13 +59,10 @@ class VideoProcessor:
 
     def size(self, video: Video) -> tuple[int, int]:
         """Return the (height, width) in pixels that the video's frames are resized to."""
-        return self._size(video.count, video.height, video.width, video.pixels)
-
-    def _size(self, count: int, height: int, width: int, own: Mapping[str, int]) -> tuple[int, int]:
         raw = self.patches.raw
         factor = raw["patch_size"] * raw["merge_size"]
-        least = own.get("min_pixels", self.patches.min_pixels)
-        most = own.get("max_pixels", self.patches.max_pixels)
+        least = video.pixels.get("min_pixels", self.patches.min_pixels)
+        most = video.pixels.get("max_pixels", self.patches.max_pixels)
         if most < max(least, factor * factor):
             raise UserError(
                 f"a frame may have {least} to {most} pixels: max_pixels must be at least "
@@ -73,10 +70,10 @@ class VideoProcessor:
             )
         if self.cap:
             budget = int(self.max_video_tokens * factor * factor * 0.9)
-            share = budget * raw["temporal_patch_size"] // count
+            share = budget * raw["temporal_patch_size"] // video.count
             most = max(min(most, share), int(least * 1.05))
         most = max(least, factor * factor, min(most, self.limit))
-        return smart_resize(height, width, factor, least, int(most))
+        return smart_resize(video.height, video.width, factor, least, int(most))
 
     def grid(self, video: Video) -> tuple[int, int, int]:
         """Return (frames, height, width) in patches, from the header alone."""
@@ -122,19 +119,10 @@ class VideoProcessor:
 
         The last frame is repeated where their number is no multiple of a patch's frames.
         """
-        raw, depth = self.patches.raw, self.sampling.factor
-        cut = np.zeros(0, np.uint8)
-        shape, number, grid = (0, 0), -1, (0, 0, 0)
+        raw, depth, number = self.patches.raw, self.sampling.factor, -1
+        size, grid = self.size(video), self.grid(video)
+        cut = np.empty((grid[0], grid[1] * grid[2], 3, depth, raw["patch_size"] ** 2), np.uint8)
         for number, frame in enumerate(video.frames()):
-            if number == 0:  # upright only now: a header may not tell that it lies on its side
-                shape = frame.shape[:2]
-                size = self._size(video.count, *shape, video.pixels)
-                grid = (-(-video.count // depth), *(side // raw["patch_size"] for side in size))
-                cut = np.empty(
-                    (grid[0], grid[1] * grid[2], 3, depth, raw["patch_size"] ** 2), np.uint8
-                )
-            if frame.shape[:2] != shape:
-                raise UserError(f"its frame {number} has another size: {frame.shape[:2]}, {shape}.")
             self.patches.frame(frame, size, cut[number // depth, :, :, number % depth])
         if number + 1 != video.count:
             raise UserError(f"it has {number + 1} frames, but {video.count} were expected.")

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
+from vlm_jax.magic import lost
 
 Block = tuple[slice, ...]
 
@@ -38,7 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"There is no file '{path}'. A checkpoint directory needs it.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"'{path}' is not valid JSON: line {error.lineno}, {error.msg}.") from error
+        raise UserError(
+            f"'{path}' is not valid JSON: line {error.lineno}, {error.msg}.{lost(path)}"
+        ) from error
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"'{path}' cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -98,8 +101,8 @@ def open_tensors(path: Path) -> Any:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"'{path}' could not be read as safetensors ({error}). It is damaged or incomplete: "
-            f"fetch it again."
+            f"'{path}' could not be read as safetensors ({error})."
+            f"{lost(path) or ' It is damaged or incomplete: fetch it again.'}"
         ) from error
 
 
