@@ -12,6 +12,7 @@ import numpy as np
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.access import MAX_IMAGE_PIXELS, Access
 from vlm_jax.data.chat import TRAIN_ON, Chat
+from vlm_jax.data.grounding import Grounding, check_tokens, fill, is_grounded
 from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.data.look_up import LookUp
 from vlm_jax.data.measures import FILMED, SHRUNK, TURNS_DROPPED, Size
@@ -19,6 +20,7 @@ from vlm_jax.data.media import KINDS, Grids, Media
 from vlm_jax.data.overlong import POLICIES, Trial, fit, too_long
 from vlm_jax.data.processors import Grid, ImageProcessor, look_up
 from vlm_jax.data.records import BadExample, Record, canonical, describe
+from vlm_jax.data.template import BadTemplate
 from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import from_config
@@ -267,6 +269,7 @@ class Encoder:
     def _fit(self, record: Any) -> Fitted:
         record = canonical(record)
         headers = self.media.headers(record)
+        record = self._grounded(record, headers["image"])
         texts: dict[int, tuple] = {}  # by number of turns: features, tokens, weights
 
         def attempt(record: Record, max_pixels: int | None) -> Trial:
@@ -296,6 +299,25 @@ class Encoder:
         notes |= FILMED * bool(trial.record["videos"])
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
         return Fitted(trial.record, media, grids, tokens, weights, notes)
+
+    def grounded(self, record: Record) -> Record:
+        """Return a canonical record with its objects and boxes written as the family does."""
+        if not is_grounded(record):
+            return record
+        return self._grounded(record, self.media.headers(record)["image"])
+
+    def _grounded(self, record: Record, sizes: Sequence[tuple[int, int]]) -> Record:
+        if not is_grounded(record):
+            return record
+        known, names = self.model.family.GROUNDING, self.tokenizer.get_added_vocab()
+        grounding = known and Grounding(*known)
+        model_type = str(self.model.hf_config["model_type"])
+        try:
+            if grounding is not None:
+                check_tokens(grounding, names, self.directory)
+            return fill(record, grounding, sizes, describe(record), model_type)
+        except UserError as error:
+            raise BadExample("record", str(error)) from error
 
     def patches(self, grid: Grid) -> int:
         """Return how many patch slots of a row one image or video of this grid takes."""
@@ -374,6 +396,8 @@ class Encoder:
             return self.chat.encode(
                 record["messages"], features["image"], self.train_on, features["video"]
             )
+        except BadTemplate:
+            raise
         except UserError as error:
             raise BadExample("template", f"{describe(record)}: {error}") from error
 

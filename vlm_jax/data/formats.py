@@ -24,7 +24,7 @@ SYSTEM = ("system", "system_prompt")
 IMAGES, VIDEOS = ("images", "image"), ("videos", "video")
 TURN_KEYS = (("role", "content"), ("from", "value"))
 # What a turn counts in the loss: OpenAI's, axolotl's and ms-swift's names of it.
-WEIGHTS = ("weight", "train", "loss")
+WEIGHTS = ("weight", "train", "loss", "loss_scale")
 
 
 class Format(NamedTuple):
@@ -246,7 +246,7 @@ FORMATS: dict[str, Format] = {
     "instruction": Format(("instruction", "output"), ("input",), _instruction),
 }
 CHATS = ("messages", "conversations")
-BESIDE = frozenset({"id", *SYSTEM, *IMAGES, *VIDEOS, *CHATS})  # what any format may have beside it
+BESIDE = frozenset({"id", "objects", *SYSTEM, *IMAGES, *VIDEOS, *CHATS})  # what any format may have beside it
 READ = BESIDE.union(*(form.needed + form.optional for form in FORMATS.values()))
 
 

@@ -31,6 +31,10 @@ Messages = Sequence[dict[str, Any]]
 START, END = "\ue0f4", "\ue0f5"  # around what `{% generation %}` marks, until a rendering is done
 
 
+class BadTemplate(UserError):
+    """A template that no conversation can be rendered by: no record's fault."""
+
+
 class Template:
     """A template as transformers compiles it, with `{% generation %}` marks. Thread-safe.
 
@@ -61,10 +65,10 @@ class Template:
         """Return the text and what its generation marks hold.
 
         prompt: with what asks the assistant to write. Raises `UserError` where the template
-        refuses the conversation, takes too long or asks for too much.
+        refuses the conversation, `BadTemplate` where it takes too long or asks for too much.
         """
         if self._refused is not None:  # or each record would take as long again
-            raise UserError(self._refused)
+            raise BadTemplate(self._refused)
         values |= {"tools": None, "documents": None, "add_generation_prompt": prompt}
         try:
             text = within(TEMPLATE_SECONDS, self._compiled.render, messages=messages, **values)
@@ -74,7 +78,7 @@ class Template:
                 f"needs: it is damaged, or meant to stop whoever uses it. Copy the checkpoint's "
                 f"own chat_template.jinja."
             )
-            raise UserError(self._refused) from error
+            raise BadTemplate(self._refused) from error
         except Exception as error:  # a template is the checkpoint's own code
             roles = [message["role"] for message in messages]
             few = ", ".join(roles[:6]) + (f", ... {len(roles)} in all" if len(roles) > 6 else "")
