@@ -47,6 +47,8 @@ class Chat:
         self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
         self.placeholders = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids]
         ends = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # The words between which the template writes turns and images.
+        self.written = {name for name in ends - {*self.placeholders} if name in self.template}
         self.ends = tuple((ends | {self.eos or ""}) - {"", *self.placeholders})
         renamed = dict(zip(self.placeholders, SLOTS, strict=False))
         self.encoder = rename_tokens(tokenizer.backend_tokenizer, renamed)
@@ -133,6 +135,12 @@ class Chat:
                     raise UserError(
                         f"A text holds U+{ord(half[0]):04X}, half of a surrogate pair, which is no "
                         f"character: it was cut or decoded wrongly when the file was written."
+                    )
+                if word := next((word for word in self.written if word in text), None):
+                    raise UserError(
+                        f"A text holds '{word}', which the chat template itself writes around "
+                        f"turns and images, and of which the tokenizer would make the token. Give "
+                        f"the bare text of each turn, and '<image>' in an image's place."
                     )
                 for name, literal in zip(self.placeholders, LITERALS, strict=False):
                     text = text.replace(name, literal)

@@ -1,7 +1,7 @@
 """Words by which other programs name a picture's place: refused where they would be one here."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.errors import UserError
@@ -24,8 +24,8 @@ INLINE = r"<(img|audio)>\s*([^<>\s]+\.\w{2,5}|https?://[^<>\s]+|data:[^<>\s]+)\s
 def _texts(turns: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any], str]]:
     for number, turn in enumerate(turns):
         content = turn["content"]
-        for part in [content] if isinstance(content, str) else content:
-            text = part if isinstance(part, str) else part.get("text")
+        for part in content if isinstance(content, list | tuple) else [content]:
+            text = part.get("text") if isinstance(part, Mapping) else part
             if isinstance(text, str):
                 yield number, turn, text
 

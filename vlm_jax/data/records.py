@@ -177,25 +177,27 @@ def _pair(kind: str, given: list[Any], named: list[Any], where: str) -> list[Any
         raise UserError(
             f"{where} has {len(given)} {kind}s, but its turns name {wanted} (by '{marker}' or "
             f"{kind} parts). There must be one for each; a '{marker}' that is meant as text "
-            f'belongs in a text part: "content": [{{"type": "text", "text": …}}].'
+            f'belongs in a text part: "content": [{{"type": "text", "text": …}}], and {kind}s of '
+            f"an answer in parts {{'type': '{kind}'}}, where others are placed too."
         )
     rest = iter(given)
     return [next(rest) if value is None else value for value in named]
 
 
 def _is_answered(turns: list[dict[str, Any]], kind: str, given: int) -> bool:
-    """Return whether markers in answers are places too: only with them there is one for each."""
-    counts = {True: 0, False: 0}
-    for turn in turns:
-        content = turn["content"]
-        if isinstance(content, str):
-            counts[turn["role"] == "assistant"] += content.count(MARKERS[kind])
-        elif isinstance(content, list | tuple):
-            counts[False] += sum(
-                isinstance(part, Mapping) and part.get("type") == kind and kind not in part
-                for part in content
-            )
-    return counts[False] < given == counts[False] + counts[True]
+    """Return whether answers have the only places: a marker for each, and no other names any."""
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    named = sum(text.count(MARKERS[kind]) for text in answers if isinstance(text, str))
+    return named == given > 0 and not any(
+        _names(turn["content"], kind, turn["role"] != "assistant") for turn in turns
+    )
+
+
+def _names(content: Any, kind: str, asked: bool) -> bool:
+    if isinstance(content, str):
+        return asked and MARKERS[kind] in content
+    parts = content if isinstance(content, list | tuple) else ()
+    return any(isinstance(part, Mapping) and kind in str(part.get("type")) for part in parts)
 
 
 def _split_answer(text: str, kinds: Sequence[str]) -> list[dict[str, str]]:
