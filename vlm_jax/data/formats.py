@@ -256,7 +256,9 @@ FORMATS: dict[str, Format] = {
     "instruction": Format(("instruction", "output"), ("input", "history"), _instruction),
 }
 CHATS = ("messages", "conversations")
-BESIDE = frozenset({"id", "objects", *SYSTEM, *IMAGES, *VIDEOS, *CHATS})  # what any format may have beside it
+BESIDE = frozenset(
+    {"id", "objects", *SYSTEM, *IMAGES, *VIDEOS, *CHATS}
+)  # what any format may have beside it
 READ = BESIDE.union(*(form.needed + form.optional for form in FORMATS.values()))
 
 

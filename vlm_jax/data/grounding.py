@@ -185,9 +185,7 @@ def _written(
     for box in one["boxes"]:
         sides = [width, height] * (len(box) // 2)
         # As ms-swift computes it, to the rounding.
-        values = [
-            round(n / side * grounding.side) for n, side in zip(box, sides, strict=True)
-        ]
+        values = [round(n / side * grounding.side) for n, side in zip(box, sides, strict=True)]
         if not all(0 <= value <= grounding.side for value in values):
             raise UserError(
                 f"{where} has the box {box} in 'objects', outside of its picture of {width} x "

@@ -1,5 +1,6 @@
 """Records of a stream: data sets that are read from front to back and never as a whole."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.captions import PROMPT, as_turns
 from vlm_jax.data.formats import check_columns
 from vlm_jax.data.jsonl import JsonLines
 from vlm_jax.data.records import Record, canonical
 from vlm_jax.data.sources import READERS, encoded_images, pick_split
+from vlm_jax.data.tables import CsvLines
 from vlm_jax.errors import UserError
 
 
@@ -68,8 +71,10 @@ def open_stream(
     image_folder: str | Path | None = None,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
+    caption_prompt: str | None = None,
 ) -> Stream:
-    """Return the stream of an `IterableDataset`, a .jsonl or .parquet file, or a hub data set.
+    """Return the stream of an `IterableDataset`, a .jsonl, .csv, .tsv or .parquet file, or a hub
+    data set; the other options are those of `read_records`.
 
     Raises `UserError` where the source cannot be streamed.
     """
@@ -85,9 +90,16 @@ def open_stream(
             folder = folder or str(path.parent)
             if path.suffix in (".jsonl", ".ndjson"):
                 return Stream(JsonLines(path), name, folder, columns)
+            if path.suffix.lower() in (".csv", ".tsv"):
+                options = {
+                    "prompt": caption_prompt or PROMPT,
+                    "taken": (*(columns or {}).values(),),
+                }
+                rows = CsvLines(path, functools.partial(as_turns, **options))
+                return Stream(rows, name, folder, columns)
             if path.suffix != ".parquet":
                 raise UserError(
-                    f"The data file '{path}' cannot be streamed; expected .jsonl or .parquet. "
+                    f"The data file '{path}' cannot be streamed; expected .jsonl, .csv, .tsv or .parquet. "
                     f"Leave data.streaming out: other files are read without it."
                 )
             rows = datasets.load_dataset(

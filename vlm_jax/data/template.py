@@ -129,7 +129,14 @@ class _TooLarge(Exception):
 # Of text and containers together, so that no list can name one long text without end: an item of
 # a container counts as so many characters.
 ITEM = 64
-CONTAINERS = (list, tuple, dict, set, frozenset, *(type(v()) for v in ({}.keys, {}.values, {}.items)))
+CONTAINERS = (
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    *(type(v()) for v in ({}.keys, {}.values, {}.items)),
+)
 
 
 def _weight(value: Any) -> int:
@@ -243,7 +250,9 @@ def _formats(value: Any, *args: Any) -> int:
 
 
 AMPLIFIERS: dict[str, Callable[..., int]] = {
-    **dict.fromkeys(("indent", "expandtabs", "wordwrap", "translate", "tojson", "urlize"), _repeats),
+    **dict.fromkeys(
+        ("indent", "expandtabs", "wordwrap", "translate", "tojson", "urlize"), _repeats
+    ),
     **{"replace": _replaces, "format": _formats, "format_map": _formats},
     **{"join": _joins, ".join": lambda text, items="", *_: _joins(items, text)},
 }

@@ -68,14 +68,14 @@ def make_pipeline(
     """Return the pipeline of one data file. rows: of the global batch; share: `row_share`."""
     if file is None:
         raise UserError(
-            f"The config names no data: set data.{name} to a .json, .jsonl or .parquet file, or a "
+            f"The config names no data: set data.{name} to a .json, .jsonl, .csv or .parquet file, or a "
             f"data set."
         )
     d, source, training = config.data, configs.plain(file), name == "train_file"
     columns = configs.plain(d.columns)
     records: Any
     if d.streaming and training:
-        records = open_stream(source, d.image_folder, split, columns)
+        records = open_stream(source, d.image_folder, split, columns, d.caption_prompt)
     else:
         records = read_records(
             source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
