@@ -4,7 +4,7 @@ What is read from a file that somebody else wrote is held against these before i
 far above what real files need and far below what stops a machine.
 """
 
-# Chat templates: a checkpoint's own code, which the sandbox keeps from files but not from the clock.
+# Chat templates: a checkpoint's own code, kept from files by its sandbox but not from the clock.
 TEMPLATE_SOURCE = 2**20  # characters; the longest in use (tools, thoughts, media) have 30,000
 TEMPLATE_SECONDS = 5.0  # for one rendering; a conversation of 10,000 turns takes a tenth of one
 TEMPLATE_CHARACTERS = 64 * 2**20  # of a text on its way, a prompt of 64 MB is none

@@ -65,8 +65,8 @@ def find_answers(
         if not all(text in written for text in said):
             raise UserError(
                 f"The chat template of '{template.directory}' does not render the assistant's turn "
-                f"{i} as it is: {said!r:.200} became {written!r:.200}. Its loss would be wrong; mend "
-                f"the template (chat_template.jinja) or the record."
+                f"{i} as it is: {said!r:.200} became {written!r:.200}. Its loss would be wrong; "
+                f"mend the template (chat_template.jinja) or the record."
             )
     return rendered, turns
 
@@ -149,7 +149,8 @@ def _short_edges(
     They are compared with the whole, and every power of two of the turns with its whole prefix.
     """
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
-    lead, edges, length, counted, rendered = messages[:first], [], 0, 0, whole[0]
+    lead, rendered, length, counted = messages[:first], whole[0], 0, 0
+    edges: list[Edges] = []
 
     def adds(place: str, base: str) -> int | None:
         """Return where the whole goes on behind what `place` adds to `base`, if it does."""

@@ -11,9 +11,9 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.access import MAX_IMAGE_PIXELS, Access
+from vlm_jax.data.boxes import fill
 from vlm_jax.data.chat import TRAIN_ON, Chat
-from vlm_jax.data.grounding import Grounding, check_tokens, fill, is_grounded
-from vlm_jax.data.image_settings import make_processor, read_settings
+from vlm_jax.data.image_settings import check_processor, make_processor, read_settings
 from vlm_jax.data.look_up import LookUp
 from vlm_jax.data.measures import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media import KINDS, Grids, Media
@@ -125,7 +125,7 @@ class Encoder:
                 max_pixels=max_pixels,
                 image_resolution=image_resolution or None,
             )
-            self._check_processor(processor)
+            check_processor(processor, self.model, self.directory)
         video_processor: VideoProcessor | None = None
         settings = read_video_settings(directory)
         if config.video_token_id is not None and settings is not None:
@@ -170,25 +170,6 @@ class Encoder:
         }
         options = {**self._remake.keywords, "directory": files, "image_folder": self.image_folder}
         return {name: value for name, value in options.items() if name != "on_bad_example"}
-
-    def _check_processor(self, processor: ImageProcessor) -> None:
-        """Raise `UserError` where the processor's pixels are not what the model takes."""
-        config, family = self.model.config, self.model.family
-        values, grid = processor(np.zeros((32, 32, 3), np.uint8))
-        pixels = {"pixel_values": values[None] if grid is None else values}
-        if grid is not None:
-            pixels["image_grid_thw"] = np.array([grid], np.int64)
-        merged = family.merged_patches(config)
-        try:
-            if processor.merged != merged:
-                raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")
-            tokens = np.full(family.image_tokens(config, grid), config.image_token_id)
-            family.layout(config, tokens, **pixels)
-        except UserError as error:
-            raise UserError(
-                f"The image settings of '{self.directory}' (preprocessor_config.json) do not fit "
-                f"its config.json: {error}"
-            ) from error
 
     def encode(self, record: Record) -> dict[str, Any]:
         """Return one record's arrays, whole: nothing is ever cut off.
@@ -267,9 +248,8 @@ class Encoder:
         return fitted
 
     def _fit(self, record: Any) -> Fitted:
-        record = canonical(record)
+        record = self.grounded(canonical(record))
         headers = self.media.headers(record)
-        record = self._grounded(record, headers["image"])
         texts: dict[int, tuple] = {}  # by number of turns: features, tokens, weights
 
         def attempt(record: Record, max_pixels: int | None) -> Trial:
@@ -302,22 +282,7 @@ class Encoder:
 
     def grounded(self, record: Record) -> Record:
         """Return a canonical record with its objects and boxes written as the family does."""
-        if not is_grounded(record):
-            return record
-        return self._grounded(record, self.media.headers(record)["image"])
-
-    def _grounded(self, record: Record, sizes: Sequence[tuple[int, int]]) -> Record:
-        if not is_grounded(record):
-            return record
-        known, names = self.model.family.GROUNDING, self.tokenizer.get_added_vocab()
-        grounding = known and Grounding(*known)
-        model_type = str(self.model.hf_config["model_type"])
-        try:
-            if grounding is not None:
-                check_tokens(grounding, names, self.directory)
-            return fill(record, grounding, sizes, describe(record), model_type)
-        except UserError as error:
-            raise BadExample("record", str(error)) from error
+        return fill(record, self.model, self.tokenizer, lambda: self.media.headers(record)["image"])
 
     def patches(self, grid: Grid) -> int:
         """Return how many patch slots of a row one image or video of this grid takes."""

@@ -3,15 +3,15 @@
 A text part of a canonical record that has such words keeps them, with their values in order:
     {"type": "text", "text": "<ref-object> at <bbox>",
      "objects": [{"ref": str}, {"boxes": [[x, y, ...]], "unit": str, "image": int}]}
-What they become is the model family's, and boxes in pixels need the size of their picture, so
-`fill` is called where both are known.
+What they become is the model family's, and boxes in pixels need the size of their picture:
+`data.boxes` fills them in where both are known.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vlm_jax.errors import UserError, nearest
 
@@ -25,14 +25,6 @@ FORM = (
     'expected {"ref": [texts], "bbox": [[x, y] or [x1, y1, x2, y2]], "bbox_type", "image_id"}, or '
     'the older list of {"caption", "bbox", "bbox_type", "image"}'
 )
-
-
-class Grounding(NamedTuple):
-    """How a family writes a reference and a box, and what it counts a picture's sides as."""
-
-    ref: str
-    box: str
-    side: int
 
 
 def place_objects(messages: Sequence[dict[str, Any]], given: Any, where: str) -> None:
@@ -65,7 +57,7 @@ def place_objects(messages: Sequence[dict[str, Any]], given: Any, where: str) ->
     rest = {REF: iter(refs), BOX: iter(boxes)}
     for part in parts:
         if found := WORDS.findall(part["text"]):
-            part["objects"] = [next(rest[word]) for word in found]
+            part["objects"] = [next(rest[str(word)]) for word in found]
 
 
 def _is_older(given: Any) -> bool:
@@ -121,77 +113,3 @@ def _sorted(box: Sequence[float]) -> list[float]:
         return list(box)
     (left, right), (top, bottom) = sorted(box[::2]), sorted(box[1::2])
     return [left, top, right, bottom]
-
-
-def is_grounded(record: Mapping[str, Any]) -> bool:
-    """Return whether a canonical record has words that `fill` is to fill in."""
-    return any("objects" in part for m in record["messages"] for part in m["content"])
-
-
-def check_tokens(grounding: Grounding, names: Mapping[str, int], directory: str) -> None:
-    """Raise `UserError` where a tokenizer lacks a token that the family writes boxes with."""
-    for name in re.findall(r"<\|\w+\|>", grounding.ref + grounding.box):
-        if name not in names:
-            raise UserError(
-                f"The tokenizer in '{directory}' does not have the token {name!r}, with which its "
-                f"family writes objects and boxes. Copy the checkpoint's own, or write them into "
-                f"the texts."
-            )
-
-
-def fill(
-    record: dict[str, Any],
-    grounding: Grounding | None,
-    sizes: Sequence[tuple[int, int]],
-    where: str,
-    model_type: str,
-) -> dict[str, Any]:
-    """Return a canonical record with its objects written into its texts.
-
-    sizes: height and width of each image. Raises `UserError` where the family has no format of
-    boxes, and for a box outside its picture.
-    """
-    if grounding is None:
-        raise UserError(
-            f"{where} has 'objects' and the words '{REF}' or '{BOX}', but how a {model_type} model "
-            f"writes objects and boxes is not known. Write them into the texts as the model is to "
-            f"write them, and take 'objects' out."
-        )
-
-    def filled(part: dict[str, Any]) -> dict[str, Any]:
-        if "objects" not in part:
-            return part
-        rest: Iterator[Object] = iter(part["objects"])
-        text = WORDS.sub(lambda _: _written(next(rest), grounding, sizes, where), part["text"])
-        return {"type": "text", "text": text}
-
-    messages = [{**m, "content": [filled(p) for p in m["content"]]} for m in record["messages"]]
-    return {**record, "messages": messages}
-
-
-def _written(
-    one: Object, grounding: Grounding, sizes: Sequence[tuple[int, int]], where: str
-) -> str:
-    if "ref" in one:
-        return grounding.ref.format(one["ref"])
-    unit, number = UNITS[one["unit"]], one["image"]
-    if unit is None and number >= len(sizes):
-        raise UserError(
-            f"{where} has a box of image {number} in 'objects', but {len(sizes)} images: a box in "
-            f"pixels belongs to one, counted from 0. Give 'image_id', or bbox_type norm1."
-        )
-    height, width = (unit, unit) if unit else sizes[number]
-    written = []
-    for box in one["boxes"]:
-        sides = [width, height] * (len(box) // 2)
-        # As ms-swift computes it, to the rounding.
-        values = [round(n / side * grounding.side) for n, side in zip(box, sides, strict=True)]
-        if not all(0 <= value <= grounding.side for value in values):
-            raise UserError(
-                f"{where} has the box {box} in 'objects', outside of its picture of {width} x "
-                f"{height} (bbox_type {one['unit']}). Mend the box, or name its bbox_type: pixels "
-                f"are 'real', 'norm1' counts to 1, 'norm1000' to 1000."
-            )
-        points = zip(values[::2], values[1::2], strict=True)
-        written.append(grounding.box.format(",".join(f"({x},{y})" for x, y in points)))
-    return "".join(written)

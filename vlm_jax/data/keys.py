@@ -48,8 +48,8 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
     for key in UNWANTED:
         if row.get(key) is False and ("messages" in row or "conversations" in row):
             raise UserError(
-                f"{where} has the {key} false, which says that its answer is not wanted, and answers "
-                f"are what is trained on. Take such rows out, or the key if it means something else."
+                f"{where} has the {key} false, which says that its answer is not wanted, and "
+                f"answers are trained on. Take such rows out, or the key if it says something else."
             )
     for key, name, value in _others(row, read):
         listed = isinstance(value, list | tuple | Mapping)

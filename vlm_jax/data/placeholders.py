@@ -9,7 +9,7 @@ from vlm_jax.errors import UserError
 # Behind a word: "<image_0>", "<image 1>", "<|image_pad|>", "<ImageHere>", "<IMG_CONTEXT>", ...
 BEHIND = r"([ _-]?(\d+|here|placeholder|pad|context|soft_token|token|start|end|bos|eos|break|sep))?"
 BEFORE = r"((start|begin|end)_of_|fake_token_around_)?"
-# kind -> what other programs write: Qwen, InternVL, Phi, Pixtral, Gemma, Idefics, LLaVA's own, MMMU.
+# kind -> what other programs write: Qwen, InternVL, Phi, Pixtral, Gemma, Idefics, LLaVA, MMMU.
 FOREIGN = {
     "image": rf"<\|?/?{BEFORE}(image|img|vision){BEHIND}/?\|?>|<im_(start|end|patch)>"
     rf"|\[/?(image|img){BEHIND}\]|\{{(image|img){BEHIND}\}}",

@@ -55,12 +55,13 @@ def canonical(
     `messages`, query/response, prompt/completion, question/answer, instruction/output) and, for
     pictures, `image` or `images`: one or a list; for films, `video` or `videos` likewise (a list of
     image files under `video` is one video's frames). In a text that is a plain string, "<image>"
-    outside the assistant's turns is an image's place, and line breaks beside it are dropped; within
-    them it is one only where the record has just so many images more. Images that no marker or part
-    names come first in the first user turn; other programs' words for them are refused there. Content given as parts is taken
-    as it is, and "<image>" in its texts is text. "<video>" is to videos what "<image>" is to
-    images. `objects` are what "<ref-object>" and "<bbox>" stand for, see `data.grounding`. A `system` (or `system_prompt`) beside the turns becomes the first turn. A message keeps
-    the "weight" that its turn has in the loss, where that is not 1. Other keys are not read.
+    is an image's place: outside the assistant's turns, where line breaks beside it are dropped, and
+    within them where nothing else names any. Images that no marker or part names come first in the
+    first user turn; other programs' words for them are refused there. Content given as parts is
+    taken as it is, and "<image>" in its texts is text. "<video>" is to videos what "<image>" is to
+    images. `objects` are what "<ref-object>" and "<bbox>" stand for, see `data.grounding`. A
+    `system` (or `system_prompt`) beside the turns becomes the first turn. A message keeps the
+    "weight" that its turn has in the loss, where that is not 1. Other keys are not read.
     line: where the row begins in its file, for errors. columns: {our name: the row's}.
     Raises `UserError`, naming the record, for what is malformed, for images and "<image>" markers
     that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).

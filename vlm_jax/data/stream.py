@@ -91,16 +91,13 @@ def open_stream(
             if path.suffix in (".jsonl", ".ndjson"):
                 return Stream(JsonLines(path), name, folder, columns)
             if path.suffix.lower() in (".csv", ".tsv"):
-                options = {
-                    "prompt": caption_prompt or PROMPT,
-                    "taken": (*(columns or {}).values(),),
-                }
-                rows = CsvLines(path, functools.partial(as_turns, **options))
-                return Stream(rows, name, folder, columns)
+                prompt, taken = caption_prompt or PROMPT, tuple((columns or {}).values())
+                read = functools.partial(as_turns, prompt=prompt, taken=taken)
+                return Stream(CsvLines(path, read), name, folder, columns)
             if path.suffix != ".parquet":
                 raise UserError(
-                    f"The data file '{path}' cannot be streamed; expected .jsonl, .csv, .tsv or .parquet. "
-                    f"Leave data.streaming out: other files are read without it."
+                    f"The data file '{path}' cannot be streamed; expected .jsonl, .csv, .tsv or "
+                    f".parquet. Leave data.streaming out: other files are read without it."
                 )
             rows = datasets.load_dataset(
                 "parquet", data_files=str(path), split="train", streaming=True

@@ -54,8 +54,9 @@ class _Reader:
                 size = len(line) + (size if held else 0)
                 if size > CSV_ROW_BYTES:
                     raise UserError(
-                        f"The data file '{self.name}' has a row of more than {CSV_ROW_BYTES} bytes, "
-                        f"which begins on line {self.line}: probably a quote there is not closed."
+                        f"The data file '{self.name}' has a row of more than {CSV_ROW_BYTES} "
+                        f"bytes, which begins on line {self.line}: probably a quote there is not "
+                        f"closed."
                     )
                 held.append(line)
                 self.digest.update(line)
@@ -111,7 +112,7 @@ class _Header:
         raise UserError(f"{where} {problem}.")
 
     def row(self, data: bytes, where: str) -> dict[str, Any]:
-        """Return {column: text}, None for an empty cell; raises `UserError` beginning with where."""
+        """Return {column: text}, None for an empty cell; errors begin with `where`."""
         cells = self._cells(data, where)
         if len(cells) != len(self.columns):
             raise UserError(

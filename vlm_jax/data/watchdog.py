@@ -38,7 +38,7 @@ def within(seconds: float, function: Callable[..., Any], *args: Any, **kwargs: A
             except _Overtime:  # it came just now, and the next comes a second later
                 _end(job)
     except _Overtime:
-        raise TimeoutError(f"took more than {seconds:g} seconds") from None
+        raise TimeoutError(f"takes more than {seconds:g} seconds") from None
 
 
 def _end(job: list[int]) -> None:

@@ -68,8 +68,8 @@ def make_pipeline(
     """Return the pipeline of one data file. rows: of the global batch; share: `row_share`."""
     if file is None:
         raise UserError(
-            f"The config names no data: set data.{name} to a .json, .jsonl, .csv or .parquet file, or a "
-            f"data set."
+            f"The config names no data: set data.{name} to a .json, .jsonl, .csv or .parquet file, "
+            f"or a data set."
         )
     d, source, training = config.data, configs.plain(file), name == "train_file"
     columns = configs.plain(d.columns)
