@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import yaml
 from checkpoint_files import qwen2_vl_files
 from PIL import Image
 from rich.console import Console
@@ -82,6 +83,14 @@ def make_config(base: Path, data: Path, output: Path, *overrides: str):
             *overrides,
         ],
     )
+
+
+def write_recipe(directory: Path, base: Path, data: Path, *overrides: str) -> Path:
+    """Write the YAML file of such a config whose run lies in `directory / "out"`."""
+    made = make_config(base, data, directory / "out", *overrides)
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict(made)))
+    return path
 
 
 def run(place, name, *overrides, resume=False, data="data/train.jsonl", base="base"):

@@ -169,8 +169,8 @@ def get_config() -> ConfigDict:
     t.train_sampling_strategy = placeholder(str)
 
     d = c.data = ConfigDict()
-    # A .json, .jsonl (or .gz, .zst of them), .parquet or .arrow file, a gs://, s3:// or hf://
-    # address of one, a directory (saved data set, images with captions) or a hub data set;
+    # A .json, .jsonl, .csv, .tsv (or .gz, .zst of them), .parquet or .arrow file, a gs://, s3://
+    # or hf:// address of one, a directory (saved data set, images with captions) or a hub data set;
     # required. Or a list of such, each a path or {path, split, image_folder, columns,
     # caption_prompt, name} with weight (its share of the examples) or epochs (how often each of
     # its records comes an epoch); docs/DATA.md.

@@ -1,104 +1,103 @@
 """A directory of images with captions: a metadata file beside them, or a text file each."""
 
-import csv
-import hashlib
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.data.formats import FORMATS
 from vlm_jax.data.jsonl import JsonRows, index_lines
+from vlm_jax.data.tables import CAPTION, IMAGE, index_table, tables_in
 from vlm_jax.errors import UserError
 from vlm_jax.magic import refuse_lost
 
 PROMPT = "Describe this image."
-METADATA = ("metadata.jsonl", "metadata.csv")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
-CAPTIONS = ("text", "caption")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+# What the user says where a row has that and a caption, which is then the answer.
+ASKED = ("question", "query", "prompt", "instruction")
 
 
-def read_captions(folder: Path, prompt: str) -> Sequence[Any] | None:
-    """Return the rows of a directory of captioned images, or None where it is none."""
+def read_captions(folder: Path, prompt: str, taken: Collection[str] = ()) -> Sequence[Any] | None:
+    """Return the rows of a directory of captioned images, or None where it is none.
+
+    A metadata file comes first, then text files of the images' names, then the one CSV there.
+    taken: columns that `data.columns` names.
+    """
     found = [name for name in METADATA if (folder / name).is_file()]
     if len(found) > 1:
         raise UserError(f"The directory '{folder}' has both {' and '.join(found)}: keep one.")
     if found:
         path = folder / found[0]
         refuse_lost(path, f"The data file '{path}'")
-        rows: Any = index_lines(path) if path.suffix == ".jsonl" else CsvRows(path)
-        return Metadata(rows, prompt)
+        rows = index_lines(path) if path.suffix == ".jsonl" else index_table(path)
+        return Metadata(rows, prompt, taken)
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if any(path.with_suffix(".txt").is_file() for path in pictures):
         return Pairs(folder, [str(path.relative_to(folder)) for path in pictures], prompt)
-    return None
-
-
-EXTRA = "fields beyond the header's"
-
-
-class CsvRows(Sequence):
-    """The rows of a CSV file with a header, held in memory."""
-
-    def __init__(self, path: Path):
-        self.name = str(path)
-        try:
-            data = path.read_bytes()
-            text = io.StringIO(data.decode("utf-8-sig"), newline="")
-            reader = csv.DictReader(text, restkey=EXTRA, strict=True)
-            self.rows, self.lines, before = [], [], 1
-            for row in reader:
-                self.rows.append(row)
-                self.lines.append(before + 1)
-                before = reader.line_num
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"The data file '{path}' is not UTF-8 CSV: {error}.") from error
-        self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = self.rows[index]
-        if EXTRA in row or None in row.values():
-            raise UserError(
-                f"Record {index} of '{self.name}', line {self.line(index)}, has "
-                f"{'more' if EXTRA in row else 'fewer'} fields than the header: put a text that "
-                f"holds a comma in quotes."
-            )
-        return row
-
-    def line(self, index: int) -> int:
-        """Return the line, from 1, on which a row begins."""
-        return self.lines[index]
+    tables = tables_in(folder)
+    if len(tables) > 1:
+        raise UserError(
+            f"The directory '{folder}' has {len(tables)} tables "
+            f"({', '.join(path.name for path in tables[:3])}): give one of them by its own path."
+        )
+    return Metadata(index_table(tables[0]), prompt, taken) if tables else None
 
 
 class Metadata(Sequence):
-    """Rows of a metadata file (`file_name`, `text` or `caption`), as question and answer.
+    """Rows of a table of images (`image`, `file_name` or `path`) as question and answer.
 
-    A row that has turns of its own (`messages`, `question`, ...) keeps them and gets the image.
+    A row that has turns of its own (`messages`, `question` and `answer`, ...) keeps them. Else its
+    `text` or `caption` is the answer, to a `question`, `query`, `prompt` or `instruction` of its
+    own or to `prompt`. taken: columns that `data.columns` names; they are left as they are.
     """
 
-    def __init__(self, rows: JsonRows | CsvRows, prompt: str):
-        self.rows, self.prompt, self.line = rows, prompt, rows.line
+    def __init__(self, rows: JsonRows, prompt: str, taken: Collection[str] = ()):
+        self.rows, self.name, self.prompt, self.line = rows, rows.name, prompt, rows.line
+        self.taken = frozenset(taken)
         self.fingerprint = f"{rows.fingerprint} {prompt}"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        row = self.rows[index]
-        where = f"Record {index} of '{self.rows.name}', line {self.line(index)},"
-        name = row.get("file_name") if isinstance(row, Mapping) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{where} has no 'file_name', which says which image it is about.")
-        rest = {key: value for key, value in row.items() if key != "file_name"}
-        given = [key for key in CAPTIONS if isinstance(row.get(key), str)]
-        if len(given) != 1:
-            if not given:
-                return {**rest, "image": row["file_name"]}  # a format of its own, or none: refused
+        where = f"Record {index} of '{self.name}', line {self.line(index)},"
+        return as_turns(self.rows[index], where, self.prompt, self.taken)
+
+
+def as_turns(row: Any, where: str, prompt: str, taken: Collection[str]) -> dict[str, Any]:
+    """Return a row of `Metadata` with its image and its turns under names that are read."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where} is {type(row).__name__}, not a JSON object.")
+    rest = dict(row)
+
+    def take(names: Sequence[str]) -> Any:
+        """Return and take out what stands under one of the names."""
+        given = [name for name in names if name not in taken and rest.get(name) is not None]
+        if len(given) > 1:
             raise UserError(f"{where} has both {' and '.join(given)}: keep one.")
-        answer = rest.pop(given[0])
-        return {**rest, "image": row["file_name"], "question": self.prompt, "answer": answer}
+        return rest.pop(given[0]) if given else None
+
+    image = take(IMAGE)
+    made = {} if image is None else {"image": image}
+    if any(_has(rest, form.needed) for form in FORMATS.values()):
+        return {**rest, **made}
+    empty = [name for name in CAPTION if name in rest and rest[name] is None]
+    for form in FORMATS.values():  # a table has the column in each row
+        if not empty and rest.keys() >= set(form.needed):
+            empty = [name for name in form.needed if rest[name] is None]
+    answer = take(CAPTION)
+    if answer is None and empty:
+        raise UserError(f"{where} has an empty '{empty[0]}'. Fill it, or take the row out.")
+    if answer is not None and image is None and "images" not in rest:
+        raise UserError(f"{where} has no 'file_name', which says which image it is about.")
+    if answer is None:
+        return {**rest, **made}  # no format that is known, which says so itself
+    asked = take(ASKED)
+    return {**rest, **made, "question": prompt if asked is None else asked, "answer": answer}
+
+
+def _has(row: Mapping[str, Any], names: Sequence[str]) -> bool:
+    return all(row.get(name) is not None for name in names)
 
 
 class Pairs(Sequence):

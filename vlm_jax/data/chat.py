@@ -6,27 +6,25 @@ turns (never from searching token ids), and the tokenizer's offsets carry it ove
 
 import functools
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from transformers.utils import chat_template_utils as templates
 
+from vlm_jax.data.answers import find_answers
+from vlm_jax.data.template import Messages, Span, Template
 from vlm_jax.data.tokenizer import find_template, load_tokenizer, rename_tokens
 from vlm_jax.errors import UserError
 
-Span = tuple[int, int]
-Messages = Sequence[dict[str, Any]]
 TRAIN_ON = ("all", "answers", "last")
 
 # Characters of Unicode's private use that stand for placeholders on their way through the template
 # and the tokenizer. A template's placeholder and the same letters in a user's text part here.
 LITERALS = ("\ue0f0", "\ue0f1")  # a user's own "<image>", "<video>"
 SLOTS = ("\ue0f2", "\ue0f3")  # where an image's, a video's features go
-RESERVED = re.compile("[\ue0f0-\ue0f3]")
+RESERVED = re.compile("[\ue0f0-\ue0f5]")  # and the marks of `Template`
+SPACE = re.compile(r"\s*")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no tokenizer takes it
 ANSWER = "The answer."  # of a conversation that is rendered to see how the template ends it
 
@@ -45,19 +43,14 @@ class Chat:
         ids = [image_token_id] if video_token_id is None else [image_token_id, video_token_id]
         self.directory = str(directory)
         self.template = find_template(directory, tokenizer)
-        self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
-        # transformers' own rendering, less the deep copies that it makes of every message.
-        try:
-            self.compiled: Any = templates._compile_jinja_template(self.template)
-        except jinja2.TemplateError as error:
-            raise UserError(
-                f"The chat template of '{directory}' is no valid Jinja: {error}. Mend "
-                f"chat_template.jinja, or copy the checkpoint's own."
-            ) from error
+        self.compiled = Template(self.template, self.directory)
+        self.has_marks = self.compiled.has_marks
         self.special = {**tokenizer.special_tokens_map}
         self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
         self.placeholders = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids]
         ends = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # The words between which the template writes turns and images.
+        self.written = {name for name in ends - {*self.placeholders} if name in self.template}
         self.ends = tuple((ends | {self.eos or ""}) - {"", *self.placeholders})
         renamed = dict(zip(self.placeholders, SLOTS, strict=False))
         self.encoder = rename_tokens(tokenizer.backend_tokenizer, renamed)
@@ -70,8 +63,6 @@ class Chat:
                     f"The tokenizer in '{directory}' does not have the placeholder {name!r} (id "
                     f"{token_id} in config.json) as an added token. Do both files belong together?"
                 )
-        # transformers' marks are kept in the compiled template, so one thread renders at a time.
-        self._lock = threading.Lock()
 
     def encode(
         self,
@@ -148,98 +139,13 @@ class Chat:
 
     def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
         """Return the template's text and its generation marks."""
-        values = {**self.special, "tools": None, "documents": None}
-        try:
-            if not self.has_marks:
-                text = self.compiled.render(
-                    messages=messages, add_generation_prompt=prompt, **values
-                )
-                return text, []
-            with self._lock:
-                text, marks = templates._render_with_assistant_indices(
-                    compiled_template=self.compiled,
-                    messages=list(messages),
-                    add_generation_prompt=prompt,
-                    **values,
-                )
-        except Exception as error:  # a template is the checkpoint's own code
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
-                f"The chat template of '{self.directory}' refuses the conversation ({roles}): "
-                f"{error}. Check the roles and their order."
-            ) from error
-        return text, [(start, end) for start, end in marks]
+        return self.compiled.render(messages, prompt, **self.special)
 
     def _turns(self, messages: Messages, prompt: bool) -> tuple[str, list[list[Span]]]:
         """Return the rendered text and, for every assistant turn, the spans of its answer."""
         messages = [self._escape(message) for message in messages]
-        rendered, marks = self._render(messages, prompt)
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not self.has_marks:
-            turns = [[self._added(messages, i, rendered, prompt)] for i in places]
-        elif len(marks) == len(places):
-            turns = [[mark] for mark in marks]
-        else:  # several marks a turn, or none: count what each turn adds
-            ends = [len(self._render(messages[: i + 1], False)[1]) for i in places]
-            turns = [marks[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-        if self.has_marks:
-            for i, spans in zip(places, turns, strict=True):
-                spans[:1] = [self._with_space(messages, i, rendered, span) for span in spans[:1]]
-                spans[-1:] = [self._with_end(messages, i, rendered, span) for span in spans[-1:]]
-        for i, spans in zip(places, turns, strict=True):
-            said = [part["text"].strip() for part in messages[i]["content"] if "text" in part]
-            written = "".join(rendered[a:b] for a, b in spans)
-            if not all(text in written for text in said):
-                raise UserError(
-                    f"The chat template of '{self.directory}' does not render the assistant's turn "
-                    f"{i} as it is: {said!r} became {written!r}. Its loss would be wrong; mend the "
-                    f"template (chat_template.jinja) or the record."
-                )
-        return rendered, turns
 
-    def _added(self, messages: Messages, i: int, rendered: str, prompt: bool) -> Span:
-        """Return where turn i's answer stands, by exact prefixes."""
-        before, after = self._render(messages[:i], True)[0], rendered
-        if i + 1 < len(messages) or prompt:
-            after = self._render(messages[: i + 1], False)[0]
-        if not (after.startswith(before) and rendered.startswith(after)):
-            raise UserError(
-                f"The chat template of '{self.directory}' renders message {i} (assistant) in a way "
-                f"that does not begin with the prompt that asks for it, so its answer cannot be "
-                f"told from its prompt. Add {{% generation %}} marks to chat_template.jinja or, "
-                f"where the conversation begins with an assistant, remove that turn."
-            )
-        return len(before), len(after)
-
-    def _with_space(self, messages: Messages, i: int, rendered: str, mark: Span) -> Span:
-        """Return turn i's mark, from where its prompt ends if only white space is in between.
-
-        LLaVA-1.5's template marks the answer behind "ASSISTANT: ", but prompts with "ASSISTANT:":
-        the space, to Llama's tokenizer often a token, is for the model to write.
-        """
-        start, end = mark
-        if not rendered[start - 1 : start].isspace():
-            return mark
-        before = self._render(messages[:i], True)[0]
-        if rendered.startswith(before) and rendered[len(before) : start].isspace():
-            return len(before), end
-        return mark
-
-    def _with_end(self, messages: Messages, i: int, rendered: str, mark: Span) -> Span:
-        """Return turn i's mark, up to the special token that ends the turn where it leaves it out.
-
-        It is the turn's own if the conversation that ends with the turn has it too.
-        """
-        start, end = mark
-        if rendered[start:end].rstrip().endswith(self.ends):
-            return mark
-        turn = self._render(messages[: i + 1], False)[0]
-        if not rendered.startswith(turn):
-            return mark
-        rest = turn[end:]
-        word = rest.lstrip()
-        found = max((e for e in self.ends if word.startswith(e)), key=len, default="")
-        return (start, end + len(rest) - len(word) + len(found)) if found else mark
+        return find_answers(self._render, messages, prompt, self.compiled, self.ends)
 
     def _escape(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message with placeholders in its texts hidden from template and tokenizer."""
@@ -249,12 +155,18 @@ class Chat:
             if text is not None:
                 if RESERVED.search(text):
                     raise UserError(
-                        "A text holds a character of U+E0F0 to U+E0F3, which is reserved."
+                        "A text holds a character of U+E0F0 to U+E0F5, which is reserved."
                     )
                 if half := SURROGATE.search(text):
                     raise UserError(
                         f"A text holds U+{ord(half[0]):04X}, half of a surrogate pair, which is no "
                         f"character: it was cut or decoded wrongly when the file was written."
+                    )
+                if word := next((word for word in self.written if word in text), None):
+                    raise UserError(
+                        f"A text holds '{word}', which the chat template itself writes around "
+                        f"turns and images, and of which the tokenizer would make the token. Give "
+                        f"the bare text of each turn, and '<image>' in an image's place."
                     )
                 for name, literal in zip(self.placeholders, LITERALS, strict=False):
                     text = text.replace(name, literal)
@@ -277,6 +189,7 @@ class Chat:
                 edits += [(m.start(), m.end(), new) for m in re.finditer(re.escape(old), rendered)]
         spans = [span for turn in turns for span in turn]
         each = [count for turn, count in zip(turns, counts, strict=True) for _ in turn]
+        stops = {}  # where a turn's last span ends instead
         for turn in turns:
             if not turn:  # an empty answer that the template's marks leave out
                 continue
@@ -284,19 +197,19 @@ class Chat:
             body = start + len(rendered[start:end].rstrip())
             if rendered[start:body].endswith(self.ends):
                 if not self.has_marks:  # a space behind the end is the template's, not the answer's
-                    stop = start + len(rendered[start:end].rstrip(" "))
-                    spans = [(a, stop if b == end else b) for a, b in spans]
+                    stops[end] = start + len(rendered[start:end].rstrip(" "))
                 continue
             if self.eos is None:
                 raise UserError(
                     f"The chat template of '{self.directory}' ends an answer without a special "
                     f"token, and the tokenizer has no eos_token: the model could not learn to stop."
                 )
-            if rendered[body:].lstrip().startswith(self.eos):  # the marks leave it out
-                stop = rendered.index(self.eos, body) + len(self.eos)
-                spans = [(a, stop if b == end else b) for a, b in spans]
+            behind = SPACE.match(rendered, body).end()  # type: ignore[union-attr]
+            if rendered.startswith(self.eos, behind):  # the marks leave it out
+                stops[end] = behind + len(self.eos)
             else:
                 edits.append((body, end, self.eos))
+        spans = [(start, stops.get(end, end)) for start, end in spans]
         text, spans = apply_edits(rendered, edits, spans)
 
         bare = self.bos is not None and text.startswith(self.bos)
@@ -304,8 +217,14 @@ class Chat:
         tokens = np.array(encoding.ids, np.int32)
         starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         weights = np.zeros(len(tokens), np.float32)
-        for (start, end), count in zip(spans, each, strict=True):
-            weights[(starts < end) & (ends > start)] = count
+        # No token before `firsts` ends behind a span's start, none from `lasts` begins before its
+        # end; a token that the tokenizer adds at an end of the text has no place of its own.
+        bounds = np.array(spans, np.int64).reshape(-1, 2).T
+        firsts = np.searchsorted(np.maximum.accumulate(ends), bounds[0], "right")
+        lasts = np.searchsorted(np.minimum.accumulate(starts[::-1])[::-1], bounds[1], "left")
+        for (start, end), first, last, count in zip(spans, firsts, lasts, each, strict=True):
+            inside = (starts[first:last] < end) & (ends[first:last] > start)
+            weights[first:last][inside] = count
         repeats = np.ones(len(tokens), np.int64)
         for (token_id, kind), many in zip(self.media.items(), features, strict=False):
             slots = tokens == token_id

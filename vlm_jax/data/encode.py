@@ -10,14 +10,16 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.access import Access
+from vlm_jax.data.boxes import fill
 from vlm_jax.data.chat import TRAIN_ON, Chat
-from vlm_jax.data.image_settings import make_processor, read_json, read_settings
+from vlm_jax.data.image_settings import check_processor, make_processor, read_json, read_settings
 from vlm_jax.data.look_up import LookUp
 from vlm_jax.data.measures import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media import KINDS, Grids, Media
 from vlm_jax.data.overlong import POLICIES, Trial, fit, too_long
 from vlm_jax.data.processors import Grid, ImageProcessor, look_up
 from vlm_jax.data.records import BadExample, Record, canonical, describe
+from vlm_jax.data.template import BadTemplate
 from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
 from vlm_jax.errors import UserError
 from vlm_jax.limits import MAX_IMAGE_PIXELS
@@ -120,7 +122,7 @@ class Encoder:
                 max_pixels=max_pixels,
                 image_resolution=image_resolution or None,
             )
-            self._check_processor(processor)
+            check_processor(processor, self.model, self.directory)
         video_processor: VideoProcessor | None = None
         settings = read_video_settings(directory)
         if config.video_token_id is not None and settings is not None:
@@ -165,25 +167,6 @@ class Encoder:
         }
         options = {**self._remake.keywords, "directory": files, "image_folder": self.image_folder}
         return {name: value for name, value in options.items() if name != "on_bad_example"}
-
-    def _check_processor(self, processor: ImageProcessor) -> None:
-        """Raise `UserError` where the processor's pixels are not what the model takes."""
-        config, family = self.model.config, self.model.family
-        values, grid = processor(np.zeros((32, 32, 3), np.uint8))
-        pixels = {"pixel_values": values[None] if grid is None else values}
-        if grid is not None:
-            pixels["image_grid_thw"] = np.array([grid], np.int64)
-        merged = family.merged_patches(config)
-        try:
-            if processor.merged != merged:
-                raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")
-            tokens = np.full(family.image_tokens(config, grid), config.image_token_id)
-            family.layout(config, tokens, **pixels)
-        except UserError as error:
-            raise UserError(
-                f"The image settings of '{self.directory}' (preprocessor_config.json) do not fit "
-                f"its config.json: {error}"
-            ) from error
 
     def encode(self, record: Record) -> dict[str, Any]:
         """Return one record's arrays, whole: nothing is ever cut off.
@@ -262,7 +245,7 @@ class Encoder:
         return fitted
 
     def _fit(self, record: Any) -> Fitted:
-        record = canonical(record)
+        record = self.grounded(canonical(record))
         headers = self.media.headers(record)
         texts: dict[int, tuple] = {}  # by number of turns: features, tokens, weights
 
@@ -293,6 +276,10 @@ class Encoder:
         notes |= FILMED * bool(trial.record["videos"])
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
         return Fitted(trial.record, media, grids, tokens, weights, notes)
+
+    def grounded(self, record: Record) -> Record:
+        """Return a canonical record with its objects and boxes written as the family does."""
+        return fill(record, self.model, self.tokenizer, lambda: self.media.headers(record)["image"])
 
     def patches(self, grid: Grid) -> int:
         """Return how many patch slots of a row one image or video of this grid takes."""
@@ -371,6 +358,8 @@ class Encoder:
             return self.chat.encode(
                 record["messages"], features["image"], self.train_on, features["video"]
             )
+        except BadTemplate:
+            raise
         except UserError as error:
             raise BadExample("template", f"{describe(record)}: {error}") from error
 

@@ -24,7 +24,7 @@ SYSTEM = ("system", "system_prompt")
 IMAGES, VIDEOS = ("images", "image"), ("videos", "video")
 TURN_KEYS = (("role", "content"), ("from", "value"))
 # What a turn counts in the loss: OpenAI's, axolotl's and ms-swift's names of it.
-WEIGHTS = ("weight", "train", "loss")
+WEIGHTS = ("weight", "train", "loss", "loss_scale")
 
 
 class Format(NamedTuple):
@@ -188,8 +188,8 @@ def _pair(asked: str, answered: str) -> list[Turn]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
-def _query(row: Mapping[str, Any], where: str) -> list[Turn]:
-    """ms-swift: earlier rounds stand in `history`, as pairs."""
+def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
+    """Return the earlier rounds, which ms-swift and LLaMA-Factory have as pairs."""
     history = row.get("history") or []
     pairs = isinstance(history, list | tuple) and all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
@@ -199,8 +199,24 @@ def _query(row: Mapping[str, Any], where: str) -> list[Turn]:
         raise UserError(
             f"{where} has a 'history' that is no list of [query, response] pairs: {history!r:.80}."
         )
-    last = _pair(_text(row, "query", where), _text(row, "response", where))
-    return [turn for pair in history for turn in _pair(*pair)] + last
+    return [turn for pair in history for turn in _pair(*pair)]
+
+
+def _asked(asked: str, answered: str) -> Callable[[Mapping[str, Any], str], list[Turn]]:
+    """Return what reads a question and an answer from two keys; of several answers the first."""
+
+    def turns(row: Mapping[str, Any], where: str) -> list[Turn]:
+        answer = row[answered]
+        if isinstance(answer, list | tuple):
+            if not answer:
+                raise UserError(
+                    f"{where} has an empty list in '{answered}'; the first one is trained on."
+                )
+            row = {**row, answered: answer[0]}
+        last = _pair(_text(row, asked, where), _text(row, answered, where))
+        return [*_history(row, where), *last]
+
+    return turns
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> list[Turn]:
@@ -218,35 +234,31 @@ def _prompt(row: Mapping[str, Any], where: str) -> list[Turn]:
     return turns
 
 
-def _question(row: Mapping[str, Any], where: str) -> list[Turn]:
-    """Visual question answering; of several answers the first is taken."""
-    answer = row["answer"]
-    if isinstance(answer, list | tuple):
-        if not answer:
-            raise UserError(f"{where} has an empty list in 'answer'; the first one is trained on.")
-        row = {**row, "answer": answer[0]}
-    return _pair(_text(row, "question", where), _text(row, "answer", where))
-
-
 def _instruction(row: Mapping[str, Any], where: str) -> list[Turn]:
     """Alpaca: the input stands on a line below the instruction."""
     asked = [_text(row, key, where) for key in ("instruction", "input") if is_given(row, key)]
-    return _pair("\n".join(asked), _text(row, "output", where))
+    last = _pair("\n".join(asked), _text(row, "output", where))
+    return [*_history(row, where), *last]
 
 
-# A format's first key -> how it is read. To add one, add a row.
+# A format's first key, or all -> how it is read. To add one, add a row.
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), (), lambda row, where: _listed(row["messages"], where)),
     "conversations": Format(
         ("conversations",), (), lambda row, where: _listed(row["conversations"], where)
     ),
-    "query": Format(("query", "response"), ("history",), _query),
+    "query": Format(("query", "response"), ("history",), _asked("query", "response")),
     "prompt": Format(("prompt", "completion"), (), _prompt),
-    "question": Format(("question", "answer"), (), _question),
-    "instruction": Format(("instruction", "output"), ("input",), _instruction),
+    "prompt and response": Format(
+        ("prompt", "response"), ("history",), _asked("prompt", "response")
+    ),
+    "question": Format(("question", "answer"), ("history",), _asked("question", "answer")),
+    "instruction": Format(("instruction", "output"), ("input", "history"), _instruction),
 }
 CHATS = ("messages", "conversations")
-BESIDE = frozenset({"id", *SYSTEM, *IMAGES, *VIDEOS, *CHATS})  # what any format may have beside it
+BESIDE = frozenset(
+    {"id", "objects", *SYSTEM, *IMAGES, *VIDEOS, *CHATS}
+)  # what any format may have beside it
 READ = BESIDE.union(*(form.needed + form.optional for form in FORMATS.values()))
 
 

@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.data.processors import Fixed, ImageProcessor, Patches
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.magic import lost
+from vlm_jax.model import Model
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 COMMON: dict[str, Any] = {
@@ -176,3 +179,23 @@ def _misfit(key: str, value: Any, default: Any) -> str | None:
     else:
         fits, expected = count(value), "a whole number of at least 1"
     return None if fits else expected
+
+
+def check_processor(processor: ImageProcessor, model: Model, directory: str) -> None:
+    """Raise `UserError` where the processor's pixels are not what the model takes."""
+    config, family = model.config, model.family
+    values, grid = processor(np.zeros((32, 32, 3), np.uint8))
+    pixels = {"pixel_values": values[None] if grid is None else values}
+    if grid is not None:
+        pixels["image_grid_thw"] = np.array([grid], np.int64)
+    merged = family.merged_patches(config)
+    try:
+        if processor.merged != merged:
+            raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")
+        tokens = np.full(family.image_tokens(config, grid), config.image_token_id)
+        family.layout(config, tokens, **pixels)
+    except UserError as error:
+        raise UserError(
+            f"The image settings of '{directory}' (preprocessor_config.json) do not fit "
+            f"its config.json: {error}"
+        ) from error

@@ -48,7 +48,7 @@ class JsonLines:
     def __iter__(self) -> Iterator[Any]:
         index = 0
         with open(self.path, "rb") as file:
-            _check_utf8(os.pread(file.fileno(), 2, 0), str(self.path))
+            check_utf8(os.pread(file.fileno(), 2, 0), str(self.path))
             for number, line in enumerate(file, start=1):
                 line = line.removeprefix(BOM) if number == 1 else line
                 if not line.strip(BLANK):
@@ -103,6 +103,10 @@ class JsonRows(Sequence):
                 f"{where} is no longer whole: the file became shorter since it was opened. Leave "
                 f"data files as they are while they are read, and start again."
             )
+        return self.parse(data, where)
+
+    def parse(self, data: bytes, where: str) -> Any:
+        """Return the value of one row; raises `UserError` that begins with `where`."""
         return parse_row(data, where)
 
     def _open(self) -> int:
@@ -144,7 +148,7 @@ def index_lines(path: Path, name: str | None = None) -> JsonRows:
     blank_lead = np.isin(np.arange(256), np.frombuffer(BLANK, np.uint8))
     with open(path, "rb") as file, ThreadPoolExecutor(1) as pool:
         head = os.pread(file.fileno(), len(BOM), 0)
-        _check_utf8(head[:2], name)
+        check_utf8(head[:2], name)
         newline = len(BOM) - 1 if head == BOM else -1
         for chunk in _ahead(file, pool, digest):
             found = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + base
@@ -173,7 +177,8 @@ def index_lines(path: Path, name: str | None = None) -> JsonRows:
     )
 
 
-def _check_utf8(mark: bytes, name: str) -> None:
+def check_utf8(mark: bytes, name: str) -> None:
+    """Raise `UserError` for a file that begins as UTF-16 text does."""
     if mark in NOT_UTF8:
         raise UserError(
             f"The data file '{name}' is {NOT_UTF8[mark]}, not UTF-8 text: save it as UTF-8."
@@ -216,7 +221,7 @@ def index_list(path: Path, name: str | None = None) -> JsonRows:
     name = name or str(path)
     data = path.read_bytes()
     fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
-    _check_utf8(data[:2], name)
+    check_utf8(data[:2], name)
     byte = len(BOM) if data.startswith(BOM) else 0
     # A row that is not UTF-8 says so itself when it is asked for.
     text = data[byte:].decode(errors="surrogateescape")

@@ -19,7 +19,11 @@ IMAGE = rf"(image|img|picture|photo|pic)s?{HELD_AS}"
 ONE_OF_SEVERAL = rf"{IMAGE}[0-9]+"
 VIDEO = rf"videos?{HELD_AS}[0-9]*"
 OTHER_MEDIA = rf"audios?{HELD_AS}[0-9]*"
-TURNS = "(message|conversation|dialog|dialogue|chat|turn)s?"
+TURNS = "((message|conversation|dialog|dialogue|chat|turn)s?|history)"
+# Answers of preference data (TRL, LLaMA-Factory, ms-swift), and settings of single rows (ms-swift).
+PREFERRED = "(chosen|rejected|positive|negative)(response|answer|message|image|video)?s?"
+SETTINGS = "(chattemplate|mmprocessor)kwargs"
+UNWANTED = ("kto_tag", "label")  # false: an answer as it should not be
 SYSTEM = "system(message|instruction)s?"
 TOOLS = "(tool|function)s?"
 ADDRESS = ("url", "uri", "name", "id")
@@ -51,6 +55,12 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
     has_images: the row has images or videos under a key that is read; another form of them (their
     paths, their addresses) beside it is then no loss.
     """
+    for key in UNWANTED:
+        if row.get(key) is False and ("messages" in row or "conversations" in row):
+            raise UserError(
+                f"{where} has the {key} false, which says that its answer is not wanted, and "
+                f"answers are trained on. Take such rows out, or the key if it says something else."
+            )
     for key, name, value in _others(row, read):
         listed = isinstance(value, list | tuple | Mapping)
         instead = None
@@ -60,6 +70,10 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
             instead = "'image', or 'images' for a list"
         elif re.fullmatch(TURNS, name) and listed:
             instead = "all turns in one list, 'messages' or 'conversations'"
+        elif re.fullmatch(PREFERRED, name):
+            instead = "the one answer to train on, in the turns"
+        elif re.fullmatch(SETTINGS, name):
+            instead = "settings for all rows, in the config (data.max_pixels, ...)"
         elif re.fullmatch(SYSTEM, name):
             instead = "'system', or a system turn"
         elif re.fullmatch(TOOLS, name) and (listed or str(value).lstrip().startswith(("[{", "{"))):

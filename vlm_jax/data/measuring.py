@@ -9,6 +9,7 @@ from vlm_jax.data.measures import REASONS, Measures
 from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.records import BadExample
 from vlm_jax.data.stream import StreamRecords
+from vlm_jax.data.template import BadTemplate
 from vlm_jax.errors import UserError
 
 # Left out under every policy but data.overlong="error": nothing is wrong with them.
@@ -53,6 +54,8 @@ class Measurer:
         index = int(index)
         try:
             self.measures.put(index, self.encoder.measure(self.records[index]))
+        except BadTemplate:
+            raise
         except UserError as error:
             if self.allowed(error):
                 reason = reason_of(error)

@@ -61,24 +61,33 @@ def fit(
     whole = attempt(record, None)
     if fits(whole):
         return whole, True
-    exchanges = count_exchanges(record) if "turns" in steps else 1
-    for dropped in range(max(1, exchanges)):
+
+    def tried(dropped: int) -> Trial | None:
         shorter = drop_exchanges(record, dropped)
         trial = attempt(shorter, None) if dropped else whole
         if fits(trial):
-            return trial, True
+            return trial
         if "shrink" not in steps or pixels is None or not trial.patches:
-            continue
+            return None
         low, high = pixels
         best = attempt(shorter, low)
         if not fits(best):
-            continue
+            return None
         while high - low > 1:  # low fits, high does not
             middle = (low + high) // 2
             trial = attempt(shorter, middle)
             low, high, best = (middle, high, trial) if fits(trial) else (low, middle, best)
-        return best, True
-    return whole, False
+        return best
+
+    found = tried(0)
+    most = count_exchanges(record) - 1 if "turns" in steps else 0
+    if found is None and most > 0:  # an exchange less never takes more: the fewest are bisected
+        found, few, many = tried(most), 0, most
+        while found is not None and many - few > 1:
+            middle = (few + many) // 2
+            trial = tried(middle)
+            few, many, found = (middle, many, found) if trial is None else (few, middle, trial)
+    return (whole, False) if found is None else (found, True)
 
 
 def too_long(

@@ -8,11 +8,13 @@ A canonical record is
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_jax.data.formats import IMAGES, VIDEOS, check_order, read_turns, rename_columns
+from vlm_jax.data.grounding import place_objects
 from vlm_jax.data.keys import is_given, is_nothing, refuse_unread
+from vlm_jax.data.placeholders import refuse_foreign, refuse_inline
 from vlm_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -54,11 +56,13 @@ def canonical(
     pictures, `image` or `images`: one or a list; for films, `video` or `videos` likewise (a list of
     image files under `video` is one video's frames). What is null, empty or a struct of nulls there
     is none. In a text that is a plain string, "<image>"
-    outside the assistant's turns is an image's place, and line breaks beside it are dropped; images
-    that no marker or part names come first in the first user turn. Content given as parts is taken
-    as it is, and "<image>" in its texts is text. "<video>" is to videos what "<image>" is to
-    images. A `system` (or `system_prompt`) beside the turns becomes the first turn. A message keeps
-    the "weight" that its turn has in the loss, where that is not 1. Other keys are not read.
+    is an image's place: outside the assistant's turns, where line breaks beside it are dropped, and
+    within them where nothing else names any. Images that no marker or part names come first in the
+    first user turn; other programs' words for them are refused there. Content given as parts is
+    taken as it is, and "<image>" in its texts is text. "<video>" is to videos what "<image>" is to
+    images. `objects` are what "<ref-object>" and "<bbox>" stand for, see `data.grounding`. A
+    `system` (or `system_prompt`) beside the turns becomes the first turn. A message keeps the
+    "weight" that its turn has in the loss, where that is not 1. Other keys are not read.
     line: where the row begins in its file, for errors. columns: {our name: the row's}.
     Raises `UserError`, naming the record, for what is malformed, for images and "<image>" markers
     that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).
@@ -82,7 +86,10 @@ def canonical(
     media = {"image": _media(row, IMAGES, where), "video": _media(row, VIDEOS, where)}
     has_media = any(media.values()) or any(map(_brings_media, turns))
     refuse_unread(row, read, has_media, where)
+    if not has_media:
+        refuse_inline(turns, where)
     messages, media = _place_media(turns, media, where)
+    place_objects(messages, row.get("objects"), where)
     for turn, message in zip(turns, messages, strict=True):
         if "weight" in turn:
             message["weight"] = turn["weight"]
@@ -128,11 +135,13 @@ def _place_media(
     messages: list[dict[str, Any]] = []
     # A part's own image or video, or None where it takes the next of the record's.
     named: dict[str, list[Any]] = {kind: [] for kind in MARKERS}
+    in_answers = [kind for kind in MARKERS if _is_answered(turns, kind, len(media[kind]))]
     for turn in turns:
         content = turn["content"]
-        if isinstance(content, str):
-            asked = turn["role"] != "assistant"  # an answer's "<image>" is text
-            parts = _split_markers(content) if asked else [{"type": "text", "text": content}]
+        if isinstance(content, str) and turn["role"] == "assistant":
+            parts = _split_answer(content, in_answers)
+        elif isinstance(content, str):
+            parts = _split_markers(content)
         elif isinstance(content, list | tuple):
             parts = list(content)
         else:
@@ -151,6 +160,7 @@ def _place_media(
     placed = {kind: _pair(kind, media[kind], named[kind], where) for kind in MARKERS}
     for kind in reversed(MARKERS):  # what nothing names: images first, then videos
         if not named[kind] and placed[kind]:
+            refuse_foreign(turns, kind, len(placed[kind]), where)
             first = next((m for m in messages if m["role"] == "user"), None)
             if first is None:
                 raise UserError(f"{where} has {kind}s but no user turn to show them in.")
@@ -172,10 +182,39 @@ def _pair(kind: str, given: list[Any], named: list[Any], where: str) -> list[Any
         raise UserError(
             f"{where} has {len(given)} {kind}s, but its turns name {wanted} (by '{marker}' or "
             f"{kind} parts). There must be one for each; a '{marker}' that is meant as text "
-            f'belongs in a text part: "content": [{{"type": "text", "text": …}}].'
+            f'belongs in a text part: "content": [{{"type": "text", "text": …}}], and {kind}s of '
+            f"an answer in parts {{'type': '{kind}'}}, where others are placed too."
         )
     rest = iter(given)
     return [next(rest) if value is None else value for value in named]
+
+
+def _is_answered(turns: list[dict[str, Any]], kind: str, given: int) -> bool:
+    """Return whether answers have the only places: a marker for each, and no other names any."""
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    named = sum(text.count(MARKERS[kind]) for text in answers if isinstance(text, str))
+    return named == given > 0 and not any(
+        _names(turn["content"], kind, turn["role"] != "assistant") for turn in turns
+    )
+
+
+def _names(content: Any, kind: str, asked: bool) -> bool:
+    if isinstance(content, str):
+        return asked and MARKERS[kind] in content
+    parts = content if isinstance(content, list | tuple) else ()
+    return any(isinstance(part, Mapping) and kind in str(part.get("type")) for part in parts)
+
+
+def _split_answer(text: str, kinds: Sequence[str]) -> list[dict[str, str]]:
+    """Return an answer's text with images or videos in it, to the last space as it is written."""
+    if not kinds:
+        return [{"type": "text", "text": text}]
+    pieces = re.split("|".join(f"({MARKERS[kind]})" for kind in kinds), text)
+    return [
+        {"type": piece[1:-1]} if piece in MARKERS.values() else {"type": "text", "text": piece}
+        for piece in pieces
+        if piece
+    ]
 
 
 def _split_markers(text: str) -> list[dict[str, str]]:

@@ -3,15 +3,16 @@
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.data.cache import COMPRESSED, decompress, download, is_remote
-from vlm_jax.data.captions import PROMPT, read_captions
+from vlm_jax.data.captions import PROMPT, Metadata, read_captions
 from vlm_jax.data.formats import check_columns
 from vlm_jax.data.jsonl import index_lines, index_list
 from vlm_jax.data.mixture import Mixture, Part, Records
+from vlm_jax.data.tables import CsvRows, index_table
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.magic import refuse_lost
 
@@ -32,8 +33,8 @@ def read_records(
 ) -> Records | Mixture:
     """Return the records of a file, a data set, rows in memory, or a list of such sources.
 
-    source: a .json file (a list), a .jsonl file (indexed, not loaded), either of them as .gz or
-    .zst, a .parquet or .arrow file, a gs://, s3:// or hf:// address of one, a directory that
+    source: a .json file (a list), a .jsonl, .csv or .tsv file (indexed, not loaded), any of them as
+    .gz or .zst, a .parquet or .arrow file, a gs://, s3:// or hf:// address of one, a directory that
     `datasets.save_to_disk` wrote or that holds captioned images, a data set's id on the Hugging
     Face hub, a `datasets.Dataset`, or a sequence of dicts. Or a list of sources: each one of
     these, or {"path": source} with `split`, `image_folder`, `columns`, `caption_prompt`, `name`
@@ -59,6 +60,7 @@ def read_records(
     ):
         raise UserError(f"The image folder '{image_folder}' does not exist or is no directory.")
     check_columns(columns or {})
+    prompt, taken = caption_prompt or PROMPT, (columns or {}).values()
     name = str(source) if isinstance(source, str | Path) else type(source).__name__
     folder, rows = None, source
     if is_remote(source):
@@ -68,11 +70,13 @@ def read_records(
         if path.is_file():
             rows, folder = _from_file(path, str(path), split), str(path.parent)
         elif path.is_dir():
-            rows, folder = _from_disk(path, split, caption_prompt or PROMPT), str(path)
+            rows, folder = _from_disk(path, split, prompt, taken), str(path)
         else:
             rows = _from_hub(str(source), split)
     elif isinstance(source, Mapping):
         rows = pick_split(source, name, split)
+    if isinstance(rows, CsvRows):
+        rows = Metadata(rows, prompt, taken)
     if type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"):
         raise UserError(
             f"The data '{name}' is a stream, which has no length and cannot be read by index: set "
@@ -147,7 +151,7 @@ def _from_file(path: Path, name: str, split: str | None) -> Any:
     if wanted not in READERS or (packed and wanted in UNPACKED):
         raise UserError(
             f"The data file '{name}' has the suffix '{''.join(suffixes[-1:])}'; expected one of "
-            f"{', '.join(READERS)}, or of a JSON file with {' or '.join(COMPRESSED)} behind it."
+            f"{', '.join(READERS)}, or of a text file with {' or '.join(COMPRESSED)} behind it."
         )
     if split:
         raise UserError(f"The data file '{name}' has no splits, so there is no '{split}' in it.")
@@ -182,6 +186,8 @@ READERS: dict[str, Callable[[Path, str], Any]] = {
     ".json": index_list,
     ".jsonl": index_lines,
     ".ndjson": index_lines,
+    ".csv": index_table,
+    ".tsv": index_table,
     ".parquet": _read_table,
     ".arrow": _read_table,
 }
@@ -191,12 +197,12 @@ UNPACKED = (".parquet", ".arrow")  # they are compressed inside
 # Data sets
 
 
-def _from_disk(path: Path, split: str | None, caption_prompt: str) -> Any:
+def _from_disk(path: Path, split: str | None, prompt: str, taken: Collection[str]) -> Any:
     import datasets
 
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return pick_split(datasets.load_from_disk(str(path)), str(path), split)
-    captions = None if any(path.rglob("*.parquet")) else read_captions(path, caption_prompt)
+    captions = None if any(path.rglob("*.parquet")) else read_captions(path, prompt, taken)
     if captions is not None:
         if split:
             raise UserError(
@@ -211,8 +217,8 @@ def _from_disk(path: Path, split: str | None, caption_prompt: str) -> Any:
         raise UserError(
             f"The directory '{path}' is no data set: expected what datasets.save_to_disk writes "
             f"(state.json or dataset_dict.json), *.parquet files, or images with captions "
-            f"(metadata.jsonl, metadata.csv, or a .txt file beside each). Give a .json or .jsonl "
-            f"file by its own path."
+            f"(metadata.jsonl, metadata.csv, one other .csv or .tsv, or a .txt file beside each). "
+            f"Give a .json or .jsonl file by its own path."
         )
     return pick_split(datasets.load_dataset(str(path)), str(path), split)
 

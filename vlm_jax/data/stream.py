@@ -1,5 +1,6 @@
 """Records of a stream: data sets that are read from front to back and never as a whole."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.captions import PROMPT, as_turns
 from vlm_jax.data.formats import check_columns
 from vlm_jax.data.jsonl import JsonLines
 from vlm_jax.data.records import Record, canonical
 from vlm_jax.data.sources import READERS, encoded_images, pick_split
+from vlm_jax.data.tables import CsvLines
 from vlm_jax.errors import UserError
 from vlm_jax.magic import refuse_lost
 
@@ -69,8 +72,10 @@ def open_stream(
     image_folder: str | Path | None = None,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
+    caption_prompt: str | None = None,
 ) -> Stream:
-    """Return the stream of an `IterableDataset`, a .jsonl or .parquet file, or a hub data set.
+    """Return the stream of an `IterableDataset`, a .jsonl, .csv, .tsv or .parquet file, or a hub
+    data set; the other options are those of `read_records`.
 
     Raises `UserError` where the source cannot be streamed.
     """
@@ -87,10 +92,14 @@ def open_stream(
             refuse_lost(path, f"The data file '{path}'")
             if path.suffix in (".jsonl", ".ndjson"):
                 return Stream(JsonLines(path), name, folder, columns)
+            if path.suffix.lower() in (".csv", ".tsv"):
+                prompt, taken = caption_prompt or PROMPT, tuple((columns or {}).values())
+                read = functools.partial(as_turns, prompt=prompt, taken=taken)
+                return Stream(CsvLines(path, read), name, folder, columns)
             if path.suffix != ".parquet":
                 raise UserError(
-                    f"The data file '{path}' cannot be streamed; expected .jsonl or .parquet. "
-                    f"Leave data.streaming out: other files are read without it."
+                    f"The data file '{path}' cannot be streamed; expected .jsonl, .csv, .tsv or "
+                    f".parquet. Leave data.streaming out: other files are read without it."
                 )
             rows = datasets.load_dataset(
                 "parquet", data_files=str(path), split="train", streaming=True

@@ -79,6 +79,7 @@ def _plan(
             if final_answer(record) is None:
                 skipped += 1
                 continue
+            record = encoder.grounded(record)
             size = encoder.measure(record)
         except UserError as error:  # a malformed record, or a `BadExample`
             if encoder.on_bad_example == "raise" and reason_of(error) not in ALWAYS_DROPPED:

@@ -226,6 +226,7 @@ def unused_parameters(cfg: Config) -> int:
     return norm + width + attention + norm + mlp  # the last norm, the query, and the head's
 
 
+GROUNDING = None  # no one format of objects and boxes
 HAS_GRIDS = False  # every image has the tower's own size
 ARCHITECTURE = "LlavaForConditionalGeneration"
 # Parameter path -> component; first match wins.

@@ -270,6 +270,12 @@ def unused_parameters(cfg: Config) -> int:
     return 0
 
 
+# How a reference and a box are written, and what a picture's sides count as.
+GROUNDING = (
+    "<|object_ref_start|>{}<|object_ref_end|>",
+    "<|box_start|>{}<|box_end|>",
+    1000,
+)
 HAS_GRIDS = True  # each image has its own size
 IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # what cuts it, in the reference
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"

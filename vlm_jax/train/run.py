@@ -77,12 +77,12 @@ def _records(config: ConfigDict, training: bool) -> Any:
     source, split = configs.plain(d[f"{which}_file"]), d[f"{which}_split"]
     if source is None:
         raise UserError(
-            f"The config names no data: set data.{which}_file to a .json, .jsonl or .parquet file, "
-            f"or a data set."
+            f"The config names no data: set data.{which}_file to a .json, .jsonl, .csv or .parquet "
+            f"file, or a data set."
         )
     columns = configs.plain(d.columns)
     if d.streaming and training:
-        return open_stream(source, d.image_folder, split, columns)
+        return open_stream(source, d.image_folder, split, columns, d.caption_prompt)
     records = read_records(
         source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
     )
