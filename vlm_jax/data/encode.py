@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from vlm_jax.data.processors import Grid, ImageProcessor, look_up
 from vlm_jax.data.records import BadExample, Record, canonical, describe
 from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
 from vlm_jax.errors import UserError
+from vlm_jax.limits import read_json
 from vlm_jax.model import from_config
 
 ON_BAD_EXAMPLE = ("raise", "skip")
@@ -103,10 +104,7 @@ class Encoder:
                 f"'{directory}' is no checkpoint directory: it has no config.json. Expected the "
                 f"local directory of a Hugging Face checkpoint."
             )
-        try:
-            self.model = from_config(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
+        self.model = from_config(read_json(path))
         self.directory = str(directory)
         self.max_seq_length, self.max_patches = max_seq_length, max_patches
         self.overlong = overlong
@@ -117,12 +115,15 @@ class Encoder:
         settings = read_settings(directory)
         processor: ImageProcessor | None = None
         if settings is not None:
-            processor = make_processor(
-                settings,
-                min_pixels=min_pixels,
-                max_pixels=max_pixels,
-                image_resolution=image_resolution or None,
-            )
+            try:
+                processor = make_processor(
+                    settings,
+                    min_pixels=min_pixels,
+                    max_pixels=max_pixels,
+                    image_resolution=image_resolution or None,
+                )
+            except UserError as error:
+                raise UserError(f"In '{directory}': {error}") from error
             self._check_processor(processor)
         video_processor: VideoProcessor | None = None
         settings = read_video_settings(directory)
@@ -172,11 +173,12 @@ class Encoder:
     def _check_processor(self, processor: ImageProcessor) -> None:
         """Raise `UserError` where the processor's pixels are not what the model takes."""
         config, family = self.model.config, self.model.family
-        values, grid = processor(np.zeros((32, 32, 3), np.uint8))
-        pixels = {"pixel_values": values[None] if grid is None else values}
+        side, merged = math.isqrt(processor.merged), family.merged_patches(config)
+        grid = None if processor.largest is None else (1, side, side)  # of one image feature
+        shape = processor.empty([grid]).shape  # no pixel is made: settings may ask for any number
+        pixels = {"pixel_values": np.zeros(shape, np.float32)}
         if grid is not None:
             pixels["image_grid_thw"] = np.array([grid], np.int64)
-        merged = family.merged_patches(config)
         try:
             if processor.merged != merged:
                 raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")

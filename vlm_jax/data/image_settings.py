@@ -1,12 +1,12 @@
 """A checkpoint's image settings, `preprocessor_config.json`, to the processor they describe."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.data.processors import Fixed, ImageProcessor, Patches
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.limits import LARGEST, SIZE, finite, read_json
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 COMMON: dict[str, Any] = {
@@ -87,13 +87,8 @@ def read_first(directory: str | Path, files: Sequence[tuple[str, str]]) -> dict[
         path = Path(directory, name)
         if not path.is_file():
             continue
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{path}' is not UTF-8 text: {error}.") from error
-        settings = raw.get(key) if key and isinstance(raw, Mapping) else raw
+        raw = read_json(path)
+        settings = raw.get(key) if key else raw
         if settings is not None and not isinstance(settings, Mapping):
             raise UserError(f"The image settings in '{path}' are no JSON object: {settings!r:.80}.")
         if settings is not None:
@@ -146,17 +141,21 @@ def make_processor(
 def _misfit(key: str, value: Any, default: Any) -> str | None:
     """Return what was expected of a setting where its value is of another kind, else None."""
 
-    def count(value: Any, least: int = 1) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    def count(value: Any) -> bool:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and 1 <= value <= LARGEST.get(key, SIZE)
 
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and finite(value)
 
     if isinstance(default, bool):
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(default, tuple):
         listed = isinstance(value, list | tuple) and len(value) == 3 and all(map(number, value))
         fits, expected = listed or number(value), "three numbers"
+        if fits and key == "image_std":  # is divided by
+            fits = 0 not in (value if isinstance(value, list | tuple) else [value])
+            expected = "three numbers that are not 0"
     elif isinstance(default, float):
         fits, expected = number(value), "a number"
     elif key == "resample":
@@ -164,7 +163,7 @@ def _misfit(key: str, value: Any, default: Any) -> str | None:
     elif key in ("size", "crop_size"):
         sides = value.values() if isinstance(value, Mapping) else [value]
         fits = all(side is None or count(side) for side in sides)
-        expected = "an object of whole numbers such as height and width"
+        expected = f"an object of whole numbers up to {SIZE:,} such as height and width"
     else:
-        fits, expected = count(value), "a whole number of at least 1"
+        fits, expected = count(value), f"a whole number of 1 to {LARGEST.get(key, SIZE):,}"
     return None if fits else expected

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import is_file_name, read_json
 
 
 def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
@@ -43,8 +44,16 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"'{directory}' has no tokenizer (none of {', '.join(FILES)}). Copy the checkpoint's "
             f"tokenizer files there: text cannot be encoded without them."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+    settings = Path(directory, "tokenizer_config.json")
+    given = read_json(settings) if settings.is_file() else {}
+    files = given.get("fast_tokenizer_files") or []
+    if not isinstance(files, list) or not all(map(is_file_name, files)):
+        raise UserError(
+            f"'{settings}' has fast_tokenizer_files = {files!r:.200}; expected names of files in "
+            f"its own directory. Delete the key: tokenizer.json is read without it."
+        )
+    try:  # a tokenizer's own code (auto_map) is never run, and nobody is asked whether to
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones for a damaged file
         raise UserError(f"The tokenizer in '{directory}' cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
@@ -64,12 +73,7 @@ def find_template(directory: str | Path, tokenizer: Any) -> str:
         return path.read_text(encoding="utf-8")
     path = Path(directory, "chat_template.json")
     if path.is_file():
-        try:
-            template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"'{path}' is not JSON with the key 'chat_template': {error}."
-            ) from error
+        template = read_json(path).get("chat_template")
         if not isinstance(template, str):
             raise UserError(f"The chat_template in '{path}' is no text: {template!r:.80}.")
         return template

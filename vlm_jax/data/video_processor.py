@@ -17,6 +17,7 @@ from vlm_jax.data.image_settings import IGNORED, PROCESSORS, make_processor, rea
 from vlm_jax.data.processors import Patches, look_up, smart_resize
 from vlm_jax.data.video import Sampling, Video
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.limits import number
 
 FILES = (
     ("processor_config.json", "video_processor"),
@@ -193,6 +194,8 @@ def make_video_processor(
         value = own[key]
         if value is not None and not (isinstance(value, int | float) and value > 0):
             raise UserError(f"The video settings have {key}={value!r:.80}; expected a number > 0.")
+        if value is not None:
+            number(key, value, "video settings")
     sampling = Sampling(
         fps=float(fps or own["fps"] or Sampling.fps),
         min_frames=min_frames or own["min_frames"],

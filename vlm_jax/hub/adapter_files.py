@@ -24,9 +24,10 @@ from vlm_jax.hub.base import base_is_here
 from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import check_left_out, save_peft
 from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.hub.tensors import open_tensors, read_json
+from vlm_jax.hub.tensors import read_tensors
 from vlm_jax.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
 from vlm_jax.layers.linear import is_lora
+from vlm_jax.limits import read_json
 from vlm_jax.methods import Adapter, LoRA
 from vlm_jax.model import Model
 from vlm_jax.names import current_name, disk_places, to_disk, to_tree
@@ -214,15 +215,14 @@ def load_adapter(
     adapter = _adapter_of(read_json(directory / CONFIG), directory)
     file = directory / WEIGHTS
     found: dict[str, np.ndarray] = {}
-    with open_tensors(file) as handle:
-        for key in handle.keys():
-            parts = KEY.fullmatch(key)
-            if parts is None:
-                raise UserError(f"'{file}' holds '{key}', which is no bottleneck adapter's tensor.")
-            module, _, part, number, leaf = parts.groups()
-            if part == "adapter_down" and number == "0" and adapter.norm:
-                continue  # the norm once more
-            found[current_name(model, f"{module}.{part}.{leaf}")] = handle.get_tensor(key)
+    for key, tensor in read_tensors(file):
+        parts = KEY.fullmatch(key)
+        if parts is None:
+            raise UserError(f"'{file}' holds '{key}', which is no bottleneck adapter's tensor.")
+        module, _, part, number, leaf = parts.groups()
+        if part == "adapter_down" and number == "0" and adapter.norm:
+            continue  # the norm once more
+        found[current_name(model, f"{module}.{part}.{leaf}")] = tensor
     stacks = {
         model.component(f"{stack}/kernel"): stack for stack in model.family.stacks(model.config)
     }
@@ -242,7 +242,6 @@ def load_adapter(
             f"In '{file}' the tensor of '{odd[0]}' {what}{nearest(odd[0], places)} ({len(odd)} "
             f"differ). It is an adapter of another base, or not whole; nothing was loaded."
         )
-    leaves = {path: np.zeros(shape, np.float32) for path, shape in wanted.items()}
     for name, place in places.items():
         if found[name].shape != place.shape:
             raise UserError(
@@ -250,6 +249,8 @@ def load_adapter(
                 f"the adapter's reduction_factor ask for {list(place.shape)}. It was made for "
                 f"another base."
             )
+    leaves = {path: np.zeros(shape, np.float32) for path, shape in wanted.items()}
+    for name, place in places.items():
         leaves[place.path][... if place.layer is None else place.layer] = to_tree(
             place.path, found[name]
         )

@@ -166,7 +166,7 @@ def decoder_from_hf(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        epsilon=fields.take("rms_norm_eps", defaults["rms_norm_eps"]),
+        epsilon=fields.positive("rms_norm_eps", defaults["rms_norm_eps"]),
         activation=fields.require("hidden_act", tuple(ACTIVATIONS), "silu"),
         qkv_bias=is_qwen or bool(llama_bias),
         o_bias=bool(llama_bias),
