@@ -178,7 +178,7 @@ def _encoder(model: Any, config: Any, **changes: Any) -> Any:
     from vlm_jax.train.run import make_encoder
 
     if config is None:
-        return Encoder(model.source.directory, **changes)
+        return Encoder(model.source.directory, adapter=model.source.adapter, **changes)
     with config.unlocked():
         config.data.update(changes)
     return make_encoder(config, model)

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from transformers.utils import chat_template_utils as templates
 
-from vlm_jax.data.tokenizer import find_template, load_tokenizer, rename_tokens
+from vlm_jax.data.tokenizer import find_template, has_tokenizer, load_tokenizer, rename_tokens
 from vlm_jax.errors import UserError
 
 Span = tuple[int, int]
@@ -37,12 +37,19 @@ class Chat:
     """
 
     def __init__(
-        self, directory: str | Path, image_token_id: int, video_token_id: int | None = None
+        self,
+        directory: str | Path,
+        image_token_id: int,
+        video_token_id: int | None = None,
+        adapter: str | Path | None = None,
     ):
-        tokenizer = self.tokenizer = load_tokenizer(directory)
+        """adapter: a directory whose tokenizer and template, where it has them, come first."""
+        home = directory if adapter is None or not has_tokenizer(adapter) else adapter
+        tokenizer = self.tokenizer = load_tokenizer(home)
         ids = [image_token_id] if video_token_id is None else [image_token_id, video_token_id]
         self.directory = str(directory)
-        self.template = find_template(directory, tokenizer)
+        places = [directory] if adapter is None else [adapter, directory]
+        self.template = find_template(places, home, tokenizer)
         self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         # transformers' own rendering, less the deep copies that it makes of every message.
         try:

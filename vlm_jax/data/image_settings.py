@@ -1,5 +1,6 @@
 """A checkpoint's image settings, `preprocessor_config.json`, to the processor they describe."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,24 @@ IGNORED = {
 }
 
 
-def read_settings(directory: str | Path) -> dict[str, Any] | None:
-    """Return the image settings of a checkpoint directory, or None where it has none.
+def read_settings(*directories: str | Path) -> dict[str, Any] | None:
+    """Return the image settings of the first directory that has some, or None.
 
     `processor_config.json` with a nested "image_processor" (transformers 5 writes it) comes before
     `preprocessor_config.json`, as in transformers.
     """
     files = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
-    return read_first(directory, files)
+    return read_first(directories, files)
 
 
-def read_first(directory: str | Path, files: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
-    """Return the settings of the first (file, key within it) that a directory has, or None."""
-    for name, key in files:
+def read_first(
+    directories: Sequence[str | Path], files: Sequence[tuple[str, str]]
+) -> dict[str, Any] | None:
+    """Return the settings of the first (file, key within it) that a directory has, or None.
+
+    All files of the first directory come before those of the next one.
+    """
+    for directory, (name, key) in itertools.product(directories, files):
         path = Path(directory, name)
         if not path.is_file():
             continue
@@ -132,7 +138,10 @@ def make_processor(
     for key in defaults:
         expected = None if raw.get(key) is None else _misfit(key, raw[key], defaults[key])
         if expected is not None:
-            raise UserError(f"The image settings have {key}={raw[key]!r:.80}; expected {expected}.")
+            raise UserError(
+                f"The image settings have {key}={raw[key]!r:.80}; expected {expected}. They stand "
+                f"in preprocessor_config.json or processor_config.json."
+            )
     given = {key: raw[key] for key in defaults if raw.get(key) is not None}
     settings = {**defaults, **given, "image_processor_type": name}
     return make(settings, min_pixels, max_pixels, image_resolution)

@@ -170,8 +170,8 @@ class Patches:
         if low > IMAGE_PIXELS:
             raise UserError(
                 f"The image settings enlarge every image to at least {low:,} pixels (min_pixels, "
-                f"size.shortest_edge, or data.image_resolution); expected at most "
-                f"{IMAGE_PIXELS:,}."
+                f"size.shortest_edge of preprocessor_config.json, or data.image_resolution); "
+                f"expected at most {IMAGE_PIXELS:,}."
             )
         return cls(raw, int(low), int(high), value_table(raw))
 
@@ -243,11 +243,11 @@ class Patches:
             lines[:, :, :, :, channel] = own.transpose(0, 3, 1, 4, 2)
 
     def settings(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.raw.items() if value is not None}
         # Both spellings: 4.x reads the first two, 5.x the last.
-        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        return {**kept, **limits, "size": edges}
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "size": edges}
+        kept = {k: value for k, value in self.raw.items() if value is not None and k not in limits}
+        return {**kept, **limits}
 
 
 @dataclasses.dataclass(frozen=True)

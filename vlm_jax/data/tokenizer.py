@@ -1,6 +1,7 @@
 """The tokenizer and chat template of a checkpoint directory, from the files it has."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +66,29 @@ def load_tokenizer(directory: str | Path) -> Any:
     return tokenizer
 
 
-def find_template(directory: str | Path, tokenizer: Any) -> str:
+def find_template(places: Sequence[str | Path], home: str | Path, tokenizer: Any) -> str:
     """Return the chat template: chat_template.jinja, then chat_template.json, then the
-    tokenizer's own (tokenizer_config.json), which is the order of transformers' processors."""
-    path = Path(directory, "chat_template.jinja")
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    path = Path(directory, "chat_template.json")
-    if path.is_file():
-        template = read_json(path).get("chat_template")
-        if not isinstance(template, str):
-            raise UserError(f"The chat_template in '{path}' is no text: {template!r:.80}.")
-        return template
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise UserError(
-            f"'{directory}' has no chat template (chat_template.jinja, chat_template.json, or "
-            f"chat_template in tokenizer_config.json). A base model has none: take the one of its "
-            f"instruction-tuned sister and put it there as chat_template.jinja."
-        )
-    return template
+    tokenizer's own (tokenizer_config.json), which is the order of transformers' processors.
+
+    places: directories, those of an earlier one first; home: the one that the tokenizer is of.
+    """
+    for place in places:
+        path = Path(place, "chat_template.jinja")
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        path = Path(place, "chat_template.json")
+        if path.is_file():
+            template = read_json(path).get("chat_template")
+            if not isinstance(template, str):
+                raise UserError(f"The chat_template in '{path}' is no text: {template!r:.80}.")
+            return template
+        template = tokenizer.chat_template if place == home else None
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template:
+            return template
+    raise UserError(
+        f"'{places[-1]}' has no chat template (chat_template.jinja, chat_template.json, or "
+        f"chat_template in tokenizer_config.json). A base model has none: take the one of its "
+        f"instruction-tuned sister and put it there as chat_template.jinja."
+    )

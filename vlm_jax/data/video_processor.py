@@ -22,6 +22,8 @@ from vlm_jax.limits import number
 FILES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", ""),
+)
+IMAGE_FILES = (
     ("processor_config.json", "image_processor"),
     ("preprocessor_config.json", ""),
 )
@@ -144,13 +146,13 @@ class VideoProcessor:
         return cut.reshape(int(np.prod(grid)), -1), grid
 
 
-def read_video_settings(directory: str | Path) -> dict[str, Any] | None:
-    """Return the video settings of a checkpoint directory, or None where it has none.
+def read_video_settings(*directories: str | Path) -> dict[str, Any] | None:
+    """Return the video settings of the first directory that has some, or None.
 
     `processor_config.json` with "video_processor" comes before `video_preprocessor_config.json`;
-    where neither is there, the image settings hold for video too, as in transformers.
+    where no directory has either, the image settings hold for video too, as in transformers.
     """
-    return read_first(directory, FILES)
+    return read_first(directories, FILES) or read_first(directories, IMAGE_FILES)
 
 
 def make_video_processor(

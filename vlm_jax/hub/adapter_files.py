@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from vlm_jax.adapters import shapes
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.base import base_is_here
+from vlm_jax.hub.beside import check_adapter
 from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import check_left_out, save_peft
 from vlm_jax.hub.peft_load import load_peft
@@ -29,7 +30,7 @@ from vlm_jax.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
 from vlm_jax.layers.linear import is_lora
 from vlm_jax.limits import read_json
 from vlm_jax.methods import Adapter, LoRA
-from vlm_jax.model import Model
+from vlm_jax.model import Model, with_adapter_files
 from vlm_jax.names import current_name, disk_places, to_disk, to_tree
 from vlm_jax.saved import base_places
 from vlm_jax.trees import flatten, unflatten
@@ -212,6 +213,7 @@ def load_adapter(
             f"'{directory}' holds no {WEIGHTS}. PEFT's adapters are read by load_peft; a pickle "
             f"(pytorch_adapter.bin) is not read: save it with use_safetensors=True."
         )
+    check_adapter(directory, (WEIGHTS,))
     adapter = _adapter_of(read_json(directory / CONFIG), directory)
     file = directory / WEIGHTS
     found: dict[str, np.ndarray] = {}
@@ -269,4 +271,5 @@ def load_adapter(
         adapter = dataclasses.replace(adapter, modules_to_save=other.modules_to_save)
         model, unused = dataclasses.replace(model, hf_config=other.hf_config), other.unused
         model = dataclasses.replace(model, config=other.config)
-    return dataclasses.replace(model, adapter=adapter, unused=unused, lora=None), dict(params)
+    model = dataclasses.replace(model, adapter=adapter, unused=unused, lora=None)
+    return with_adapter_files(model, directory), dict(params)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.hub.beside import check_base
 from vlm_jax.hub.leaves import Tensor, read_leaf
 from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_tensor
 from vlm_jax.limits import read_json
@@ -200,8 +201,16 @@ def load(
     Raises `UserError` for whatever does not fit, naming the tensor or field.
     """
     directory = resolve(str(path_or_repo_id), revision, token)
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file() and not (directory / "config.json").exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise UserError(
+            f"'{directory}' is an adapter and no whole checkpoint. Give its base, {base!r} by its "
+            f"own account, as the model, and this directory as the adapter."
+        )
     model = from_config(read_json(directory / "config.json"), dtype, remat)
     entries = find_tensors(directory)
+    check_base(directory, {entry.path.name for entry in entries.values()})
     _check_storage(model, entries, quantize, directory)
     # A 4-bit weight is several tensors: the others are read along with it.
     found, beside = dict(entries), dict[str, dict[str, str]]()

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.hub.beside import PEFT_WEIGHTS, check_adapter
 from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
 from vlm_jax.hub.peft_config import read_config
 from vlm_jax.hub.tensors import open_tensors, read_tensors
 from vlm_jax.layers.linear import is_lora
 from vlm_jax.limits import check_patterns
 from vlm_jax.methods import LoRA
-from vlm_jax.model import Model
+from vlm_jax.model import Model, with_adapter_files
 from vlm_jax.names import Place, current_name, is_unused, to_tree
 from vlm_jax.processes import to_host
 from vlm_jax.saved import base_places, module_names, owners, peft_module, saved_modules
@@ -58,8 +59,15 @@ def load_peft(
         raise UserError("These parameters hold LoRA matrices already; merge them first.")
     if not directory.is_dir():
         raise UserError(f"There is no adapter directory '{directory}'.")
+    inside = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
+    if inside and not (directory / "adapter_config.json").exists():
+        raise UserError(
+            f"'{directory}' is no adapter's directory, but holds some: {', '.join(inside[:6])}. "
+            f"Give one of them, such as '{directory / inside[0]}'."
+        )
     config = read_config(directory)
-    file = directory / "adapter_model.safetensors"
+    file = directory / PEFT_WEIGHTS
+    check_adapter(directory, (PEFT_WEIGHTS,))
     if not file.exists():
         raise UserError(
             f"'{directory}' holds no adapter_model.safetensors. A pickle adapter "
@@ -169,7 +177,8 @@ def load_peft(
             new[f"{path.rsplit('/', 1)[0]}/lora_scale"] = scales(own)
     ordered = {path: new[path] for path in sorted(new)}
     unused = {**model.unused, **unused}
-    return dataclasses.replace(model, lora=lora, unused=unused), unflatten(ordered)
+    model = dataclasses.replace(model, lora=lora, unused=unused)
+    return with_adapter_files(model, directory), unflatten(ordered)
 
 
 def _pattern(config: Mapping, name: str, called: Mapping[str, str]) -> dict[str, Any]:

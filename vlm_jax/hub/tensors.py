@@ -79,7 +79,17 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
                 f"Text as M; M.from_pretrained('{directory}').save_pretrained('converted')\""
             )
         raise UserError(f"'{directory}' holds no *.safetensors files; a checkpoint needs them.")
-    return {name: entry for file in files for name, entry in read_header(directory / file).items()}
+    found: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_header(directory / file).items():
+            if name in found:
+                raise UserError(
+                    f"Both '{found[name].path}' and '{entry.path}' hold the tensor '{name}', and "
+                    f"no model.safetensors.index.json says which is meant. Delete the files of the "
+                    f"other checkpoint."
+                )
+            found[name] = entry
+    return found
 
 
 def _is_file_name(value: Any) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.hub.beside import check_adapter
 from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import PREFIX
 from vlm_jax.hub.peft_config import read_config
@@ -171,6 +172,7 @@ def load_lora(
             f"There is no '{file}'. An adapter directory has it, beside adapter_config.json; a "
             f"pickle (adapter_model.bin) is not read: load it with peft and save it again."
         )
+    check_adapter(directory, (file.name,))
     config = read_config(directory, also=("fan_in_fan_out",))
     lora = LoRA(
         rank=config["r"],
@@ -243,7 +245,7 @@ def _stacked(
     """Return A or B of a layer, or of its stack, checked against its weight."""
     inside, outside = layer.size
     shape = {"A": (inside, rank), "B": (rank, outside)}[letter]
-    for index, pair in held.items():
+    for pair in held.values():
         if len(pair) < 2:
             raise UserError(
                 f"'{file}' holds lora_{next(iter(pair))} of '{layer.name}' without its partner."

@@ -69,6 +69,8 @@ def load_run(
     mesh = mesh_for_reading(config)
     if full.is_dir():
         model, params = load(str(full), compute_dtype(config), mesh=mesh)
+        with config.unlocked():  # whose settings and tokenizer the result holds
+            config.model.adapter = None
         return model, params, config
     if (directory / "adapter").is_dir():
         model, params = load_adapted(config, directory / "adapter", mesh)

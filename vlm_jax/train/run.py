@@ -31,11 +31,15 @@ def build(
 
 
 def make_encoder(config: ConfigDict, model: Model) -> Encoder:
-    """Return the encoder of the model's own tokenizer and images, with the config's options."""
+    """Return the encoder of the model's own tokenizer and images, with the config's options.
+
+    What an adapter's directory has of them, the loaded one's or else model.adapter's, comes first.
+    """
     d = config.data
     assert model.source is not None
     return Encoder(
         model.source.directory,
+        adapter=model.source.adapter or config.model.adapter,
         max_seq_length=d.max_seq_length,
         max_patches=d.max_patches,
         overlong=d.overlong,
