@@ -5,7 +5,6 @@ Letters: B rows, T prompt tokens, N new tokens, V vocabulary.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vlm_jax import processes
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
+from vlm_jax.limits import SIZE, read_json
 from vlm_jax.model import Model
 from vlm_jax.models.decoder import empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -40,16 +40,12 @@ def end_tokens(model: Model) -> tuple[tuple[int, ...], int]:
     if model.source is not None:
         file = Path(model.source.directory) / "generation_config.json"
         if file.exists():
-            try:
-                given = dict(json.loads(file.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"'{file}' holds no JSON object: {error}.") from error
-            settings.update({k: v for k, v in given.items() if v is not None})
+            settings.update({k: v for k, v in read_json(file).items() if v is not None})
     eos = settings.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
     pad = settings.get("pad_token_id")
     pad = pad if pad is not None else (ids[0] if ids else 0)
-    if not all(isinstance(token, int) for token in (*ids, pad)):
+    if not all(isinstance(token, int) and abs(token) <= SIZE for token in (*ids, pad)):
         raise UserError(
             f"The checkpoint names eos_token_id {eos!r} and pad_token_id {pad!r}; expected whole "
             f"numbers. Mend its generation_config.json or config.json."

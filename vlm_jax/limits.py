@@ -25,6 +25,7 @@ DEPTH = 50  # objects and lists in each other: settings have fewer than ten
 VALUES = 2_000_000  # in one file, each alias of YAML counted as what it stands for
 PATTERNS = 10_000  # regexes of one adapter: one for each module of 126 layers is 882
 PATTERN_LETTERS = 10_000  # of one regex; the longest that tools write has some hundred
+PATTERN_WAYS = 300_000  # of matching one name: some milliseconds
 PATTERN_SECONDS = 2  # of one processor, for all regexes of a file on all names of a model
 SIZE = 2**31 - 1  # what an index of an array holds
 NUMBER = 1e30  # what is computed with has to be a float32
@@ -58,7 +59,7 @@ def shallow(tree: Any, file: Any) -> None:
             waiting += [(f"{key}[{i}]", one, depth + 1) for i, one in enumerate(value)]
         elif isinstance(value, int | float) and not finite(value):
             raise UserError(
-                f"'{file}' has {key.lstrip('.')} = {float_word(value)}; expected a finite number. "
+                f"'{file}' has {key.lstrip('.')} = {number_word(value)}; expected a finite number. "
                 f"The file is damaged, or was written by a run that diverged."
             )
         if depth > DEPTH or seen > VALUES:
@@ -77,9 +78,11 @@ def finite(value: float) -> bool:
         return False
 
 
-def float_word(value: float) -> str:
+def number_word(value: float) -> str:
     """Return a number in few letters: 10 ** 400 would have 401."""
-    return repr(value) if isinstance(value, float) or abs(value) < 1 << 64 else "a huge number"
+    if finite(value) or isinstance(value, float):
+        return f"{value:,}"
+    return "a number of more than 308 digits"
 
 
 def number(name: str, value: float, where: str, above: float | None = None) -> None:
@@ -89,7 +92,7 @@ def number(name: str, value: float, where: str, above: float | None = None) -> N
         expected = "a finite number" if not finite(value) else f"at most {most:,}"
         if above is not None and value <= above:
             expected = f"more than {above:g}"
-        raise UserError(f"The {where} has {name} = {float_word(value)}; expected {expected}.")
+        raise UserError(f"The {where} has {name} = {number_word(value)}; expected {expected}.")
 
 
 def read_text(path: Path, most: int, what: str) -> str:
@@ -210,15 +213,19 @@ def check_finite(array: np.ndarray, name: str, file: Any) -> None:
         )
 
 
-# What cannot take long: no group that is repeated, and few ways to divide a name.
+# What cannot be counted: a group that is repeated, or matched again by reference.
 REPEATED = re.compile(r"\)[*+{]|\\[1-9]|\(\?P=")
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_simple(pattern: str) -> bool:
-    loops = len(re.findall(r"[*+{]", pattern))
+    """Return whether a regex has at most `PATTERN_WAYS` ways to match a name of 60 letters."""
+    loops, groups = len(re.findall(r"[*+{]", pattern)), pattern.count("(") + 1
     maybes = pattern.count("?") - pattern.count("(?")
-    return not REPEATED.search(pattern) and loops <= 3 and maybes <= 4 and pattern.count("|") <= 64
+    if REPEATED.search(pattern) or max(loops, maybes, groups) > 50:
+        return False
+    choices = (1 + pattern.count("|") / groups) ** groups  # at most, by any share of the "|"
+    return math.comb(60 + loops, loops) * 2**maybes * choices <= PATTERN_WAYS
 
 
 # Prints the number of each regex before it is tried: the last one is what took too long.
@@ -266,7 +273,10 @@ def check_patterns(
     stands for.
     """
     if len(patterns) > PATTERNS:
-        raise UserError(f"There are {len(patterns):,} of {what}; expected at most {PATTERNS:,}.")
+        raise UserError(
+            f"There are {len(patterns):,} regular expressions, each a {what}; expected at most "
+            f"{PATTERNS:,}."
+        )
     for pattern in patterns:
         try:
             if len(pattern) > PATTERN_LETTERS:

@@ -197,7 +197,7 @@ def make_video_processor(
         if value is not None and not (isinstance(value, int | float) and value > 0):
             raise UserError(f"The video settings have {key}={value!r:.80}; expected a number > 0.")
         if value is not None:
-            number(key, value, "video settings")
+            number(key, value, "file of video settings")
     sampling = Sampling(
         fps=float(fps or own["fps"] or Sampling.fps),
         min_frames=min_frames or own["min_frames"],

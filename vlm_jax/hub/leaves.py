@@ -59,7 +59,8 @@ class Tensor:
         What was written is looked at, which is still in the cache and whose dtype may be narrower.
         """
         read = self.in_tree(path, block)
-        _fill(held, read)
+        with np.errstate(over="ignore", invalid="ignore"):
+            _fill(held, read)
         if not all_finite(held):
             file = self.entries[self.name].path
             check_finite(read, self.name, file)

@@ -127,9 +127,9 @@ def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:
             keys = [k for k in keys if k.endswith(("layers", "depth"))]
             said = ", ".join(keys) or "config.json"
             raise UserError(
-                f"The weights in '{directory}' have {max(found) + 1} layers in "
-                f"'{stack.replace('/', '.')}', but config.json asks for {layers} ({said}). Take "
-                f"the config.json that belongs to these weights."
+                f"The weights in '{directory}' have the layers 0 to {max(found)} of "
+                f"'{stack.replace('/', '.')}', but config.json asks for {layers} layers ({said}). "
+                f"Take the config.json that belongs to these weights."
             )
 
 

@@ -71,6 +71,11 @@ class Config:
             raise UserError(
                 f"The vision_config has {heads} heads for a width of {width}: they must divide it."
             )
+        if width // heads % 4:
+            raise UserError(
+                f"The vision_config has heads of {width // heads} numbers (embed_dim / num_heads); "
+                f"they are turned in pairs by two positions, so it must be a multiple of 4."
+            )
         vision.known.add("spatial_patch_size")
         shape = (channels, frames, patch, patch)
         number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
