@@ -50,7 +50,9 @@ def wrong(capsys, *arguments):
 def test_a_run_loads_its_tokenizer_once(tmp_path, place, monkeypatch):
     """For its vocabulary, its data, its evaluations and their accuracy; a worker loads its own."""
     loaded, load = [], AutoTokenizer.from_pretrained
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda d: loaded.append(d) or load(d))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda d, **k: loaded.append(d) or load(d, **k)
+    )
     data, recipe = place / "data/train.jsonl", tmp_path / "recipe.yaml"
     made = make_config(
         place / "base", data, tmp_path / "out", "training.max_steps=1", "training.save_steps=1",

@@ -201,9 +201,10 @@ def _encoder(options: argparse.Namespace, **changes: Any) -> tuple[Any, Any]:
     from vlm_jax.data import Encoder
     from vlm_jax.hub.load import resolve
 
-    if options.adapter and not Path(options.adapter).expanduser().is_dir():
-        raise UserError(f"There is no adapter directory '{options.adapter}'.")
-    return None, Encoder(resolve(options.model, weights=False), **changes)
+    adapter = Path(options.adapter).expanduser() if options.adapter else None
+    if adapter is not None and not adapter.is_dir():
+        raise UserError(f"There is no adapter directory '{adapter}'.")
+    return None, Encoder(resolve(options.model, weights=False), adapter=adapter, **changes)
 
 
 def _load(options: argparse.Namespace, encoder: Any) -> tuple[Any, Any]:

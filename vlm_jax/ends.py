@@ -1,10 +1,10 @@
 """Which tokens end an answer: the EOS of a checkpoint's files, and its chat template's own."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import SIZE, read_json
 from vlm_jax.model import Model
 
 FILE = "generation_config.json"
@@ -20,10 +20,7 @@ def generation_file(model: Model) -> dict[str, Any]:
     file = Path(model.source.directory) / FILE
     if not file.exists():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"'{file}' holds no JSON object: {error}.") from error
+    return read_json(file)
 
 
 def settings(model: Model) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def end_tokens(model: Model, turn_end: int | None = None) -> tuple[tuple[int, ..
     if turn_end is not None and turn_end not in ids:
         ids = (*ids, turn_end)
     pad = pad if pad is not None else (ids[0] if ids else 0)
-    if not all(isinstance(token, int) for token in (*ids, pad)):
+    if not all(isinstance(token, int) and abs(token) <= SIZE for token in (*ids, pad)):
         raise UserError(
             f"The checkpoint names eos_token_id {eos!r} and pad_token_id {pad!r}; expected whole "
             f"numbers. Mend its generation_config.json or config.json."

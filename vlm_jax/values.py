@@ -7,6 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from vlm_jax.errors import UserError
+from vlm_jax.limits import parse_yaml
+
 SOURCES = "a path, or a list of paths and of {path, weight, ...}"
 RANKS = "ranks by regex, {layers.0.*q_proj: 32}"
 ALPHAS = "alphas by regex, {layers.0.*q_proj: 64}"
@@ -89,8 +92,8 @@ def _parsed(value: Any, expected: str) -> Any:
 
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
+            value = parse_yaml(value, "the value")
+        except (yaml.YAMLError, UserError):
             raise ValueError(f"{expected}, in YAML") from None
     return plain(value)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlm_jax.data.answers import find_answers
 from vlm_jax.data.template import Messages, Span, Template
-from vlm_jax.data.tokenizer import find_template, load_tokenizer, rename_tokens
+from vlm_jax.data.tokenizer import find_template, has_tokenizer, load_tokenizer, rename_tokens
 from vlm_jax.errors import UserError
 
 TRAIN_ON = ("all", "answers", "last")
@@ -37,12 +37,19 @@ class Chat:
     """
 
     def __init__(
-        self, directory: str | Path, image_token_id: int, video_token_id: int | None = None
+        self,
+        directory: str | Path,
+        image_token_id: int,
+        video_token_id: int | None = None,
+        adapter: str | Path | None = None,
     ):
-        tokenizer = self.tokenizer = load_tokenizer(directory)
+        """adapter: a directory whose tokenizer and template, where it has them, come first."""
+        home = directory if adapter is None or not has_tokenizer(adapter) else adapter
+        tokenizer = self.tokenizer = load_tokenizer(home)
         ids = [image_token_id] if video_token_id is None else [image_token_id, video_token_id]
         self.directory = str(directory)
-        self.template = find_template(directory, tokenizer)
+        places = [directory] if adapter is None else [adapter, directory]
+        self.template = find_template(places, home, tokenizer)
         self.compiled = Template(self.template, self.directory)
         self.has_marks = self.compiled.has_marks
         self.special = {**tokenizer.special_tokens_map}

@@ -17,10 +17,13 @@ from vlm_jax.data.image_settings import IGNORED, PROCESSORS, make_processor, rea
 from vlm_jax.data.processors import Patches, look_up, smart_resize
 from vlm_jax.data.sampling import Sampling, Video
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.limits import number
 
 FILES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", ""),
+)
+IMAGE_FILES = (
     ("processor_config.json", "image_processor"),
     ("preprocessor_config.json", ""),
 )
@@ -131,13 +134,13 @@ class VideoProcessor:
         return cut.reshape(int(np.prod(grid)), -1), grid
 
 
-def read_video_settings(directory: str | Path) -> dict[str, Any] | None:
-    """Return the video settings of a checkpoint directory, or None where it has none.
+def read_video_settings(*directories: str | Path) -> dict[str, Any] | None:
+    """Return the video settings of the first directory that has some, or None.
 
     `processor_config.json` with "video_processor" comes before `video_preprocessor_config.json`;
-    where neither is there, the image settings hold for video too, as in transformers.
+    where no directory has either, the image settings hold for video too, as in transformers.
     """
-    return read_first(directory, FILES)
+    return read_first(directories, FILES) or read_first(directories, IMAGE_FILES)
 
 
 def make_video_processor(
@@ -181,6 +184,8 @@ def make_video_processor(
         value = own[key]
         if value is not None and not (isinstance(value, int | float) and value > 0):
             raise UserError(f"The video settings have {key}={value!r:.80}; expected a number > 0.")
+        if value is not None:
+            number(key, value, "file of video settings")
     sampling = Sampling(
         fps=float(fps or own["fps"] or Sampling.fps),
         min_frames=min_frames or own["min_frames"],

@@ -16,7 +16,7 @@ from vlm_jax.data.records import canonical
 from vlm_jax.data.shapes import Shape
 from vlm_jax.errors import UserError
 from vlm_jax.hub.load import resolve
-from vlm_jax.hub.tensors import read_json
+from vlm_jax.limits import read_json
 from vlm_jax.model import Source, from_config
 from vlm_jax.preview.example import Example, Picture, Reader
 from vlm_jax.sharding import mesh_sizes

@@ -179,8 +179,8 @@ def image_patches(config: ConfigDict, model: Model) -> int:
     unit = family.patch_unit(model.config)
     if not family.HAS_GRIDS:  # an image has one size
         return unit
-    directory = Path(base_name(config)).expanduser()
-    settings = read_settings(directory) if directory.is_dir() else None
+    directory, adapter = Path(base_name(config)).expanduser(), config.model.adapter
+    settings = read_settings(*([] if adapter is None else [adapter]), directory)
     if settings is None and not (d.max_pixels or d.image_resolution):
         raise UserError(
             f"Nothing says how large an image may be: '{directory}' is no directory with image "

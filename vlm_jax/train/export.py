@@ -165,8 +165,10 @@ def export(
             into = "the decoded 4-bit weights that it was trained on" if four else "the base"
         if quantized:
             lost = requantization_error(model, params)
-        settings = encoder.image_settings()
-        save_pretrained(model, params, out, quantized=quantized, processor=settings)
+        images, videos = encoder.image_settings(), encoder.video_settings()
+        save_pretrained(
+            model, params, out, quantized=quantized, processor=images, video_processor=videos
+        )
         del params  # two models may not have room
         again, read = load(str(out), str(model.dtype), mesh=mesh)
     else:

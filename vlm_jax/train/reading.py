@@ -45,10 +45,11 @@ def open_run(directory: str | Path) -> tuple[ConfigDict, Encoder]:
     full = directory / "model"
     if full.is_dir():
         return config, encoder_of(config, full)
-    if not (directory / "adapter").is_dir() and not places_of(config, directory).saved_steps():
+    adapter = directory / "adapter"
+    if not adapter.is_dir() and not places_of(config, directory).saved_steps():
         raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
     base = resolve(base_name(config), config.model.revision, weights=False)
-    return config, encoder_of(config, base)
+    return config, encoder_of(config, base, adapter if adapter.is_dir() else None)
 
 
 def _config_of(directory: Path) -> ConfigDict:
@@ -86,6 +87,8 @@ def load_run(
     mesh = mesh_for_reading(config)
     if full.is_dir():
         model, params = load(str(full), compute_dtype(config), mesh=mesh)
+        with config.unlocked():  # whose settings and tokenizer the result holds
+            config.model.adapter = None
         return model, params, config
     if (directory / "adapter").is_dir():
         model, params = load_adapted(config, directory / "adapter", mesh)

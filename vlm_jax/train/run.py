@@ -35,16 +35,25 @@ def build(
 
 
 def make_encoder(config: ConfigDict, model: Model) -> Encoder:
-    """Return the encoder of the model's own tokenizer and images, with the config's options."""
+    """Return the encoder of the model's own tokenizer and images, with the config's options.
+
+    What an adapter's directory has of them, the loaded one's or else model.adapter's, comes first.
+    """
     assert model.source is not None
-    return encoder_of(config, model.source.directory)
+    return encoder_of(config, model.source.directory, model.source.adapter)
 
 
-def encoder_of(config: ConfigDict, directory: str | Path) -> Encoder:
-    """Return the encoder of a checkpoint directory, with the config's options."""
+def encoder_of(
+    config: ConfigDict, directory: str | Path, adapter: str | Path | None = None
+) -> Encoder:
+    """Return the encoder of a checkpoint's directory, with the config's options.
+
+    adapter: a directory whose tokenizer and settings come first; by default model.adapter.
+    """
     d = config.data
     return Encoder(
         directory,
+        adapter=adapter or config.model.adapter,
         max_seq_length=d.max_seq_length,
         max_patches=d.max_patches,
         overlong=d.overlong,

@@ -92,11 +92,17 @@ class Watch:
         return {"step": step, **line}
 
     def _not_finite(self, step: int, ids: list[str], values: dict[str, float]) -> UserError:
+        remedy = "Look at these examples, or lower training.learning_rate."
+        if step == 1:
+            remedy = (
+                "Nothing was updated before it, so no learning rate is at fault: the weights are "
+                "(those read are finite, but values may grow beyond what model.dtype holds; does "
+                "the base answer, by vlm-jax generate?), or the examples are."
+            )
         return UserError(
             f"Step {step} gave loss {values['loss']} and gradient norm {values['grad_norm']}, so "
             f"the run stops. Its examples were {', '.join(ids[:16])}"
-            f"{' and more' if len(ids) > 16 else ''}. Look at these examples, or lower "
-            f"training.learning_rate."
+            f"{' and more' if len(ids) > 16 else ''}. {remedy}"
         )
 
     def _check_gradients(self, step: int, values: dict[str, float], images: bool) -> None:
