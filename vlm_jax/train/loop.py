@@ -50,7 +50,7 @@ from vlm_jax.train.run import (
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import Stopped, interruptible
 from vlm_jax.train.turns import every, total_steps
-from vlm_jax.train.watch import Watch, added_only, idle_components
+from vlm_jax.train.watch import Watch, added_only, idle_components, untrained_tokens
 from vlm_jax.trees import flatten, join, split
 from vlm_jax.weights import is_quantized
 
@@ -133,6 +133,15 @@ def _train(
         console.print(
             f"Warning: the {name} is to be trained, but data.train_file has no image: it stays as "
             f"it is.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    spare = untrained_tokens(model, trained, encoder.tokenizer.get_added_vocab())
+    if spare:
+        console.print(
+            f"Warning: the rows of {len(spare)} tokens that were added to the tokenizer "
+            f"({', '.join(spare[:3])}{' ...' * (len(spare) > 3)}) lie in the frozen embedding: "
+            f"nothing trains them. lora.modules_to_save=embed_tokens does.",
             highlight=False,
             soft_wrap=True,
         )
