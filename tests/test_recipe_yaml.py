@@ -1,10 +1,8 @@
 """The YAML that guides print for Qwen2-VL: it trains as it is, and is planned at its size."""
 
-import sys
-import types
-
 import pytest
 from runs import lines
+from test_metrics import wandb
 
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
@@ -65,14 +63,10 @@ def recipe(tmp_path):
 
 
 def test_the_recipe_trains_as_it_is(place, tmp_path, recipe, monkeypatch):
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = types.SimpleNamespace()
-    told = []
-    wandb.init = lambda **options: told.append(options["config"]["lora"]["r"])
-    wandb.log = lambda values, step: told.append(step)
-    wandb.finish = lambda: None
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    told, fake = [], wandb(monkeypatch)
+    fake.init = lambda **options: told.append(options["config"]["lora"]["r"])
+    fake.log = lambda values, step: told.append(step)
+    fake.finish = lambda: None
     monkeypatch.chdir(tmp_path)
     data = place / "data/train.jsonl"
     code = main([

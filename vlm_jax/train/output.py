@@ -19,7 +19,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.train.places import Places
 
 # What a run writes while it trains, and its result.
-LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "checkpoints")
+LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "wandb", "checkpoints")
 RESULTS = ("adapter", "model")
 # One of these in a directory means that it holds a run.
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", *RESULTS)
