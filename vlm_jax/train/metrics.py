@@ -163,11 +163,15 @@ class Log:
         self.evaluations = JsonLines(directory / "evaluations.jsonl", resume_step)
         self.writers: list[Writer] = []
         self.closers: list[Callable[[], Any]] = [self.metrics.close, self.evaluations.close]
-        for name in report_to:
-            if name == "tensorboard":
-                self._tensorboard(directory, resume_step)
-            elif name in HOSTED:
-                self._hosted(name, directory, run_name, project, config or {})
+        try:
+            for name in report_to:
+                if name == "tensorboard":
+                    self._tensorboard(directory, resume_step)
+                elif name in HOSTED:
+                    self._hosted(name, directory, run_name, project, config or {})
+        except BaseException:
+            self.close()
+            raise
 
     def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
         from tensorboardX import SummaryWriter
