@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm_jax.cli_options import parser, split_overrides
 from vlm_jax.errors import UserError
-from vlm_jax.hardware import USABLE
+from vlm_jax.interrupts import INTERRUPTED, STOPPED, end_at_once, on_signal
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -25,7 +25,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     with together(lambda error: _report(options, error)):
         from vlm_jax.train.loop import train
 
-        return 130 if train(config, resume)["interrupted"] else 0
+        return INTERRUPTED if train(config, resume)["interrupted"] else 0
 
 
 def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -281,14 +281,22 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C.
 
-    Of `plan`, 1 where the step does not fit.
+    Of `plan`, 1 where the step does not fit. Ctrl-C and SIGTERM end the process at once, with 130,
+    but for `train`, which saves first.
     """
+    with on_signal(end_at_once):  # before anything that takes time, such as importing JAX
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    from vlm_jax.hardware import USABLE
+
     # transformers advises to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # JAX takes three quarters of a GPU unless it is told; `plan` counts on this much.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(USABLE))
-    given, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    given, overrides = split_overrides(arguments)
     known = parser()
     options = known.parse_args(given)
     if overrides and options.command not in CONFIGURED:
@@ -308,8 +316,8 @@ def _report(options: argparse.Namespace, error: BaseException) -> int:
     if options.debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        print("Stopped; nothing more was saved.", file=sys.stderr)
-        return 130
+        print(STOPPED, file=sys.stderr)
+        return INTERRUPTED
     paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
     print(f"vlm-jax {options.command}: {paragraph}", file=sys.stderr)
     return 2
