@@ -20,6 +20,8 @@ Act = Callable[[int], None]
 at_sudden_end: list[Callable[[], None]] = []
 ending = threading.Lock()  # taken by the thread that ends the process
 _acts: list[Act] = []
+_pipe: list[int] = []  # its ends, while somebody listens
+_marks: list[threading.Event] = []  # set when the thread has heard what came before them
 
 
 @contextlib.contextmanager
@@ -40,19 +42,31 @@ def on_signal(act: Act) -> Iterator[Act]:
         stack.callback(_acts.pop)
         if len(_acts) == 1:
             stack.enter_context(_listening())
+        else:
+            stack.callback(_settle)
         yield before
+
+
+def _settle() -> None:
+    """Return when the thread has heard what came so far, which is not meant for the next act."""
+    mark = threading.Event()
+    _marks.append(mark)
+    os.write(_pipe[-1], bytes(1))
+    mark.wait(1.0)
 
 
 @contextlib.contextmanager
 def _listening() -> Iterator[None]:
     """Hear signals, by a thread that reads what Python's own handler in C writes."""
-    read, write = os.pipe()
+    read, write = _pipe[:] = os.pipe()
     os.set_blocking(write, False)
 
     def listen() -> None:
         while number := os.read(read, 1):
             if number[0] in SIGNALS:
                 _acts[-1](number[0])
+            elif not number[0]:
+                _marks.pop(0).set()
 
     handlers = {n: signal.signal(n, lambda number, frame: _acts[-1](number)) for n in SIGNALS}
     descriptor = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
