@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and the terminal."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and tables."""
 
 import contextlib
 import importlib
@@ -11,14 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table as RichTable
 
 from vlm_jax import processes
@@ -264,24 +256,6 @@ class Meter:
         }
         self.reset()
         return values
-
-
-def progress_bar(console: Console) -> Progress:
-    """Return the bar of a run: steps, loss, learning rate, answer tokens/s, ETA.
-
-    Where the console is no terminal it draws nothing: the log lines say the same.
-    """
-    return Progress(
-        TextColumn("[bold]train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def numbers(values: Mapping[str, Any]) -> str:

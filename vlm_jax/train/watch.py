@@ -64,6 +64,7 @@ class Watch:
         self.rare = rare
         self.meter = Meter()
         self.waiting: tuple | None = None
+        self.newest: float | None = None  # loss that was read
         self.unseen: set[str] | None = None  # trained components still to show a gradient
 
     def push(self, step: int, ids: list[str], metrics: Any, images: bool) -> dict | None:
@@ -85,6 +86,7 @@ class Watch:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise self._not_finite(step, ids, values)
+        self.newest = values["loss"]
         self._check_gradients(step, values, images)
         self.meter.add(values["loss"], values["tokens"])
         if not self.log_at(step):
