@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 # Lowest first; a module may import from strictly lower rows and from its own folder's files.
 # docs/DESIGN.md explains the order.
 LEVELS = [
-    ("errors", "config_tables", "from_pytorch"),
+    ("errors", "config_tables", "from_pytorch", "interrupts"),
     ("magic",),
     ("limits",),
     ("trees", "values", "config_files", "config_checks", "cli_options", "hardware", "processes"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_jax.cli_options import parser, spelled
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.hardware import USABLE
+from vlm_jax.interrupts import INTERRUPTED, STOPPED, end_at_once, on_signal
 from vlm_jax.magic import head_of
 
 
@@ -29,7 +29,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         from vlm_jax.train.loop import train
 
         outcome = train(config, resume, verbose=options.verbose)
-        return 130 if outcome["interrupted"] else 0
+        return INTERRUPTED if outcome["interrupted"] else 0
 
 
 def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -354,13 +354,21 @@ def _names(options: argparse.Namespace) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C.
 
-    Of `plan`, 1 where the step does not fit.
+    Of `plan`, 1 where the step does not fit. Ctrl-C and SIGTERM end the process at once, with 130,
+    but for `train`, which saves first.
     """
+    with on_signal(end_at_once):  # before anything that takes time, such as importing JAX
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    from vlm_jax.hardware import USABLE
+
     # JAX takes three quarters of a GPU unless it is told; `plan` counts on this much.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(USABLE))
     known = parser()
-    given = spelled(sys.argv[1:] if arguments is None else arguments)
+    given = spelled(arguments)
     options, others = known.parse_known_args(given)
     if options.command is None:
         if others:
@@ -391,8 +399,8 @@ def _report(options: argparse.Namespace, error: BaseException) -> int:
     if options.debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        print("Stopped; nothing more was saved.", file=sys.stderr)
-        return 130
+        print(STOPPED, file=sys.stderr)
+        return INTERRUPTED
     paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
     print(_wrapped(f"vlm-jax {options.command}: {paragraph}", sys.stderr), file=sys.stderr)
     return 2

@@ -17,6 +17,7 @@ from vlm_jax.config_tables import (
     METHODS,
     NONE_MEANS,
     NONE_WORDS,
+    SWITCHES,
     WORDS,
 )
 from vlm_jax.errors import UserError
@@ -198,7 +199,7 @@ def get_config() -> ConfigDict:
     d.eval_split = placeholder(str)  # the same of data.eval_file
     # Every image gets the pixels of a square of this side: on Qwen2-VL its aspect ratio is kept
     # (min_pixels = max_pixels = side x side, as when served); a tower of fixed size takes only its
-    # own side. 0: dynamic resolution.
+    # own side. 0, or the word dynamic: dynamic resolution.
     d.image_resolution = 0
     d.min_pixels = placeholder(int)  # of dynamic resolution; None: the checkpoint's own setting
     d.max_pixels = placeholder(int)  # of dynamic resolution: the limit on image tokens
@@ -276,8 +277,7 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
             listed = value.startswith("[") or re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value)
             return _words(value) if listed else value
         if kind is bool:
-            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-            return words[str(value).strip().lower()]
+            return SWITCHES[str(value).strip().lower()]
         if kind is tuple:
             return _words(value) if isinstance(value, str) else tuple(str(v) for v in value)
         if isinstance(value, bool):
@@ -294,11 +294,22 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
         raise ValueError
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         names = {tuple: "list of strings", str: "string", bool: "true or false"}
-        expected = str(error) if key in VALUES else names.get(kind, kind.__name__)
+        expected = (key in VALUES and str(error)) or names.get(kind, kind.__name__)
         raise UserError(
             f"The key '{key}' has the value {value!r} in {where}; expected {expected}. Its "
             f"default is {flatten_config(get_config())[key]!r}."
         ) from None
+
+
+def _known(given: str, value: Any) -> tuple[str, Any]:
+    """Return the key and value that a given key, perhaps by another name, and its value mean."""
+    key = ALIASES.get(given, given)
+    return WORDS.get(_spelled(key, value), (key, value))
+
+
+def _spelled(key: str, value: Any) -> str:
+    """Return a key with its value as `WORDS` has them."""
+    return f"{key}={str(value).strip().lower()}"
 
 
 def _with_implied(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,10 +328,7 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
     types = key_types()
     optional = {key for key, value in flatten_config(get_config()).items() if value is None}
     seen: dict[str, str] = {}
-    words = {
-        given: WORDS.get(f"{given}={value}", (ALIASES.get(given, given), value))
-        for given, value in _with_implied(values).items()
-    }
+    words = {given: _known(given, value) for given, value in _with_implied(values).items()}
     if unknown := [given for given, (key, _) in words.items() if key not in types]:
         raise unknown_keys(unknown, where, types)
     for given, (key, value) in words.items():
@@ -364,7 +372,7 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
         file, tree = read_file(path)
         for section, values in tree.items():
             is_section = isinstance(values, Mapping | ConfigDict | FrozenConfigDict)
-            if section in config and not is_section and f"{section}={values}" not in WORDS:
+            if section in config and not is_section and _spelled(section, values) not in WORDS:
                 raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
         values = flatten_config(tree)
         if "method" in overrides:  # another method, and not what the file's one stood for

@@ -55,16 +55,22 @@ ALIASES = {
     "data.image_size": "data.image_resolution",
 }
 
-# A key with a word for its value -> the key and value that they mean.
+# A key with a word for its value, in lower case -> the key and value that they mean.
 WORDS: dict[str, tuple[str, Any]] = {
     "mesh=auto": ("mesh.auto", True),
     "training.eval_strategy=none": ("training.eval_strategy", "no"),
+    "training.report_to=false": ("training.report_to", "none"),
+    # YAML reads the word no as false.
+    **{
+        f"training.{name}_strategy=false": (f"training.{name}_strategy", "no")
+        for name in ("logging", "save", "eval")
+    },
     # transformers 4's key of what version 5 calls train_sampling_strategy.
     **{
         f"training.group_by_length={word}": ("training.train_sampling_strategy", order)
         for word, order in (
-            *((word, "group_by_length") for word in ("True", "true", "yes", "1")),
-            *((word, "random") for word in ("False", "false", "no", "0")),
+            *((word, "group_by_length") for word in ("true", "yes", "1")),
+            *((word, "random") for word in ("false", "no", "0")),
         )
     },
 }
@@ -184,7 +190,18 @@ RANGES: list[tuple[str, float, float]] = [
     (r"mesh\.(data|fsdp|tensor|context)", -1, 1e6),
 ]
 
+SWITCHES = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
 # The YAML parser reads these words as None, and people mean the string.
 NONE_WORDS = ("none", "null", "~", "")
-# Keys whose None, TrainingArguments' default, is a number here.
-NONE_MEANS = {"training.save_total_limit": 0}
+# Keys whose None, as TrainingArguments and others have it, is a value here.
+NONE_MEANS: dict[str, Any] = {
+    "training.save_total_limit": 0,
+    "training.warmup_ratio": 0.0,
+    "training.max_grad_norm": 0.0,
+    "lora.bias": "none",
+    "model.dtype": "auto",
+    "data.image_resolution": 0,
+}

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlm_jax.errors import UserError
+from vlm_jax.interrupts import at_sudden_end
 
 # What an adapter's directory is made of, PEFT's or a bottleneck adapter's: a new one replaces all.
 ADAPTER_PARTS = ("adapter_model.safetensors", "adapter.safetensors", "modules")
@@ -39,6 +41,8 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
             f"another path."
         ) from error
     stale: list[Path] = []
+    remove = functools.partial(shutil.rmtree, temporary, ignore_errors=True)
+    at_sudden_end.append(remove)
     try:
         yield temporary
         for path in temporary.iterdir():  # some writers leave them readable by their owner alone
@@ -65,7 +69,8 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
             temporary.chmod(0o777 & ~_umask())
             os.replace(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove()
+        at_sudden_end.remove(remove)
         os.close(held)
 
 

@@ -21,23 +21,22 @@ from vlm_jax.train.compile import (
     out_of_memory_explained,
 )
 from vlm_jax.train.counts import trainable_line
-from vlm_jax.train.evaluation import evaluated
+from vlm_jax.train.evaluation import evaluated, told
 from vlm_jax.train.feed import Feed
 from vlm_jax.train.identity import identity, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import (
     Lines,
     check_reporters,
-    numbers,
     open_log,
     print_report,
-    progress_bar,
 )
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.output import nothing_half_written, output_directory
 from vlm_jax.train.patience import Patience, patience_of
 from vlm_jax.train.place import on_mesh
 from vlm_jax.train.places import Claim, Places, places_of
+from vlm_jax.train.progress import Bar, Doing
 from vlm_jax.train.recipe import report
 from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
@@ -52,7 +51,7 @@ from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import Stopped, interruptible
 from vlm_jax.train.told import details, headline
 from vlm_jax.train.turns import every, total_steps
-from vlm_jax.train.watch import Watch, added_only, idle_components
+from vlm_jax.train.watch import Watch, added_only, idle_components, untrained_tokens
 from vlm_jax.trees import flatten, join, split
 from vlm_jax.weights import is_quantized
 
@@ -136,6 +135,15 @@ def _train(
             highlight=False,
             soft_wrap=True,
         )
+    spare = untrained_tokens(model, trained, encoder.tokenizer.get_added_vocab())
+    if spare:
+        console.print(
+            f"Warning: the rows of {len(spare)} tokens that were added to the tokenizer "
+            f"({', '.join(spare[:3])}{' ...' * (len(spare) > 3)}) lie in the frozen embedding: "
+            f"nothing trains them. lora.modules_to_save=embed_tokens does.",
+            highlight=False,
+            soft_wrap=True,
+        )
     still = [path for path in trained if model.component(path) in idle]
     tx = optimizer(trainable, table, settings, still)
     state = on_mesh(init_state(trainable, tx, t.seed, **state_options(config)), mesh)
@@ -160,9 +168,13 @@ def _train(
 
     # The largest shapes are compiled first, so that what cannot run fails now
     run = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
-    run_step = compile_largest_step(run, model, state, frozen, data.shapes, rows, mesh, data.wider)
+    doing = Doing(console)
+    run_step = compile_largest_step(
+        run, model, state, frozen, data.shapes, rows, mesh, data.wider, doing
+    )
     losses = None
     if held_out is not None:
+        smoothing = t.label_smoothing_factor
         losses = compile_largest_loss(
             model,
             state,
@@ -170,8 +182,9 @@ def _train(
             held_out.shapes,
             eval_rows,
             mesh,
-            t.label_smoothing_factor,
+            smoothing,
             held_out.wider,
+            doing,
         )
     feed = Feed(encoder, mesh)
 
@@ -197,28 +210,21 @@ def _train(
         watch = Watch(log, rate, epoch, lambda step: step == first or log_at(step), rare)
         save_at = every(t.save_strategy, t.save_steps, epoch, total)
         eval_at = every(t.eval_strategy, t.eval_steps, epoch, total, t.eval_delay)
-        bar = progress_bar(console)
         batches: Any = data.batches(place, feed.bytes_only)
         with (
             interruptible(mesh) as stop,  # until the last checkpoint is whole
             checkpoints,
             contextlib.closing(batches),
-            bar,
+            (bar := Bar(doing, total, step, stop.asked.is_set)).drawn(),
             contextlib.closing(log),
         ):
-            task = bar.add_task("train", total=total, completed=step, numbers="")
-
-            def show(line: dict | None) -> None:
-                if line is not None:
-                    bar.update(task, completed=line["step"], numbers=numbers(line))
-                    if not console.is_terminal:
-                        console.print(
-                            f"step {line['step']}/{total}  {numbers(line)}", highlight=False
-                        )
 
             def evaluate(state: TrainState) -> None:
                 assert held_out is not None
-                with contextlib.suppress(Stopped):  # the evaluation stays pending
+                with (
+                    contextlib.suppress(Stopped),  # the evaluation stays pending
+                    doing("evaluating", line=False),
+                ):
                     found = evaluated(
                         config=config,
                         model=model,
@@ -229,10 +235,12 @@ def _train(
                         frozen=frozen,
                         feed=feed,
                         check=stop.check,
+                        answered=lambda done, of: doing.say(f"evaluating {done}/{of}"),
                     )
                     log.write_evaluation(step, found)
-                    console.print(f"step {step}/{total}  {_words(found)}", highlight=False)
+                    console.print(f"step {step}/{total}  {told(found)}", highlight=False)
                     watch.meter.leave_out(found["seconds"])
+                    bar.leave_out(found["seconds"])
                     take(found)
 
             def take(found: dict[str, float]) -> None:
@@ -264,25 +272,28 @@ def _train(
                 watch.meter.leave_out(run_step.compiling)
                 step += 1
                 stop.step_done()
-                show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
+                bar.line(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
+                bar.stepped(step, watch.newest, run_step.compiling)
                 due = save_at(step) or step == total
                 saving = due or stop.now()
                 ends = step == total and (t.eval_strategy != "steps" or t.eval_delay <= step)
                 pending = held_out is not None and (eval_at(step) or ends)
                 if saving or pending or step == 1:
-                    show(watch.flush())  # a broken step's checkpoint must not replace a good one
+                    bar.line(
+                        watch.flush()
+                    )  # a broken step's checkpoint must not replace a good one
                 # One that may be the best holds its value, and all hold what decides whether the
                 # run stops early. One out of turn is no candidate, for a run that nobody stopped
                 # would lack it. Others come before an evaluation, which takes time and may fail.
                 candidate = due and best is not None
-                told = pending and (candidate or patience is not None)
-                if saving and not told:
+                later = pending and (candidate or patience is not None)
+                if saving and not later:
                     save(state)
                 if pending:
                     evaluate(state)
-                if saving and told:
+                if saving and later:
                     save(state, candidate)
-            show(watch.flush())
+            bar.line(watch.flush())
             save(state)
 
     outcome: dict[str, Any] = {"steps": step, "output": str(directory), "evaluation": evaluation}
@@ -329,14 +340,6 @@ def _train(
     outcome["result"] = str(result)
     console.print(f"Wrote '{result}'.", highlight=False, soft_wrap=True)
     return outcome
-
-
-def _words(values: dict[str, float]) -> str:
-    whole = {**values, "seconds": round(values["seconds"])}
-    return "  ".join(
-        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}"
-        for name, value in whole.items()
-    )
 
 
 def _best_trainable(
