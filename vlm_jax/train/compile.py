@@ -75,7 +75,8 @@ class OnceAShape:
     """A function of (..., batch), compiled when a batch of a new shape comes.
 
     shapes: (rows, T, P), all that are foreseen. wider: others that there may be. compiling:
-    seconds that the last call spent on it. tell: shows words while a block lasts. why: what stands in them behind the shape.
+    seconds that the last call spent on it. tell: shows words while a block lasts. why: what stands
+    in them behind the shape.
     """
 
     def __init__(
