@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs is installed
-# transformers' advice to install torch, which nothing here needs
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import easy_vqa
 import matplotlib

@@ -26,7 +26,7 @@ def test_predictions_are_matched_with_their_records(place, monkeypatch):
     records = read_records(place / "data/train.jsonl")
     tokenizer = load_tokenizer(place / "base")
 
-    def always_red(model, params, batch, max_new_tokens):
+    def always_red(model, params, batch, max_new_tokens, **ends):
         assert batch.tokens.shape[0] == 5  # the last batch is filled up with empty rows
         ids = tokenizer.encode("Red.") + [tokenizer.eos_token_id] * 4
         return np.tile(np.int32(ids[:4]), (5, 1))
@@ -80,7 +80,7 @@ def test_bad_records_are_skipped_where_the_encoder_skips(place, tmp_path, monkey
         [rows[0], {**rows[1], "image": str(broken)}, {"id": "x", "conversations": 3}, *rows[2:]],
         place / "data",
     )
-    monkeypatch.setattr(module, "generate", lambda *_: np.zeros((2, 4), np.int32))
+    monkeypatch.setattr(module, "generate", lambda *_, **__: np.zeros((2, 4), np.int32))
     skipping = Encoder(place / "base", on_bad_example="skip", allow_absolute_paths=True)
     seen = []
     found = accuracy(

@@ -566,7 +566,7 @@ def odd():
         ({"targets": ("third.mlp",)}, "stacked along axis 2, which biases have not"),
         ({"targets": ("both",)}, "'both', but it is a Tanh and gives arrays of several widths"),
         ({"kind": "parallel", "targets": ("embed",)}, r"first argument, which is int32\[2, 5\]"),
-        ({"reduction_factor": 0.0}, "must be above 0"),
+        ({"reduction_factor": 0.0}, "must be between 0.001 and"),
         ({"non_linearity": "rely"}, "did you mean 'relu'"),
         ({"dropout": 1.0}, "must be in"),
     ],

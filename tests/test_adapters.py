@@ -173,7 +173,7 @@ def test_what_is_refused(place, base, tmp_path):
     for wrong, said in (
         ({"non_linearity": "rely"}, "did you mean 'relu'"),
         ({"init_weights": "zero"}, "init_weights 'zero' is not known"),
-        ({"reduction_factor": 0.0}, "must be above 0"),
+        ({"reduction_factor": 0.0}, "must be between 0.001 and"),
         ({"components": ("head",)}, "only the blocks"),
         ({"dropout": 1.0}, "must be in"),
         ({"targets": ("mlp",)}, "targets=.*which are for the modules that adapt takes"),

@@ -112,10 +112,10 @@ def test_broken_files_are_named_when_loading(tmp_path, name, text, message):
         ("tokenizer.json", "{", "tokenizer in .* cannot be loaded"),
         ("tokenizer.json", "{}", "tokenizer in .* cannot be loaded"),
         ("tokenizer.json", '{"version": "1.0", "model": {"type": "BPE"}}', "cannot be loaded"),
-        ("tokenizer_config.json", "[", "tokenizer in .* cannot be loaded"),
+        ("tokenizer_config.json", "[", "tokenizer_config.json' is not valid JSON: line 1"),
         ("chat_template.jinja", b"\xff\xfe", "utf-8"),
-        ("preprocessor_config.json", "[1]", "no JSON object"),
-        ("preprocessor_config.json", "{", "not JSON: line 1"),
+        ("preprocessor_config.json", "[1]", "a JSON list; expected an object"),
+        ("preprocessor_config.json", "{", "not valid JSON: line 1"),
     ],
 )
 def test_broken_files_are_named_when_encoding(directory, tmp_path, name, text, message):

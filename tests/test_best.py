@@ -130,7 +130,7 @@ def test_the_result_is_the_best_checkpoints_whether_or_not_the_run_was_stopped(
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["4", "6"]
     facts = {"step": 4, "metric": "loss", "value": 0.5}
     assert outcome["best"] == json.loads((directory / "best.json").read_text()) == facts
-    assert "The result is step 4's: its loss on data.eval_file, 0.5000" in text
+    assert "The result is step 4's: its loss on held-out data, 0.5000" in text
     ours = load_file(directory / "adapter/adapter_model.safetensors")
     four = load_file(
         run(place, f"four {stopped}", *options)[1] / "adapter/adapter_model.safetensors"

@@ -1,11 +1,15 @@
 """The command line: quick help, one-paragraph errors with exit code 2, and a whole round trip."""
 
+import dataclasses
+import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -16,6 +20,8 @@ import vlm_jax
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder, Pipeline
+from vlm_jax.train import export as exporting
+from vlm_jax.train.metrics import Lines
 
 
 def test_help_does_not_import_jax():
@@ -44,7 +50,9 @@ def wrong(capsys, *arguments):
 def test_a_run_loads_its_tokenizer_once(tmp_path, place, monkeypatch):
     """For its vocabulary, its data, its evaluations and their accuracy; a worker loads its own."""
     loaded, load = [], AutoTokenizer.from_pretrained
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda d: loaded.append(d) or load(d))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda d, **k: loaded.append(d) or load(d, **k)
+    )
     data, recipe = place / "data/train.jsonl", tmp_path / "recipe.yaml"
     made = make_config(
         place / "base", data, tmp_path / "out", "training.max_steps=1", "training.save_steps=1",
@@ -104,6 +112,7 @@ def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, pla
     whole = (place / "data/1.png").read_bytes()
     (tmp_path / "broken.png").write_bytes(whole[:40])  # its header cannot be read
     broken["image"] = str(tmp_path / "broken.png")
+    broken["id"] = "[/b]\x1b[2J"
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join([rows[0], json.dumps(broken), *rows[2:]]))
     made = make_config(
@@ -118,7 +127,8 @@ def test_bad_images_raise_with_their_record_or_are_skipped(capsys, tmp_path, pla
     skip = ("--config.data.on_bad_example=skip", "--config.data.max_bad_share=0.5")
     out = f"--config.training.output_dir={tmp_path / 'skipped'}"
     assert main(["train", "--config", str(recipe), *skip, out]) == 0
-    assert "1 image" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 image" in told and "[/b]" in told and "\x1b" not in told
     (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])  # found only while training
     said = wrong(capsys, "train", "--config", str(recipe))
     assert f"In '{data}', line 2: Image 0" in said and "record 1" in said and "truncated" in said
@@ -133,6 +143,8 @@ def test_predictions_that_cannot_be_written_fail_first(capsys, tmp_path):
     arguments = ("evaluate", "--model", "nowhere", "--data", "nowhere.jsonl", "--predictions")
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path / "no/such/x"))
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path))
+    (tmp_path / "data.jsonl").write_text('{"id": "a", "question": "q", "answer": "a"}')
+    assert "no file of this kind" in wrong(capsys, *arguments, str(tmp_path / "data.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -204,17 +216,78 @@ def test_debug_shows_the_traceback():
 
 
 def test_overrides_belong_to_train(capsys):
+    said = wrong(capsys, "export", "--run", "x", "--out", "y", "--config.lora.r=3")
+    assert "belongs to the commands train, preview" in said
+    said = wrong(capsys, "evaluate", "--run", "x", "--data", "y", "--max_tokens", "3")
+    assert "no option of this command (did you mean '--max-new-tokens'?)" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config.training.learning_rate=1e-4"], {"training.learning_rate": "1e-4"}),
+        (["--training.learning_rate=1e-4"], {"training.learning_rate": "1e-4"}),
+        (["--learning_rate", "1e-4"], {"training.learning_rate": "1e-4"}),
+        (["--learning-rate=1e-4", "--lora.r", "8"],
+         {"training.learning_rate": "1e-4", "lora.r": "8"}),
+        (["--config.lora.r", "8", "--method", "qlora"], {"lora.r": "8", "method": "qlora"}),
+        (["--lr", "1e-4", "--max_steps", "-1"],
+         {"training.learning_rate": "1e-4", "training.max_steps": "-1"}),
+        (["--load_in_4bit", "--mesh", "auto"], {"model.load_in_4bit": "true", "mesh": "auto"}),
+        (["--target_modules", "q_proj", "v_proj"], {"lora.target_modules": "q_proj,v_proj"}),
+        (["--group_by_length", "true"], {"training.group_by_length": "true"}),
+    ],
+)  # fmt: skip
+def test_keys_go_by_the_names_that_people_write(words, expected, monkeypatch):
+    """In the command's own options' midst, as TrainingArguments' parser takes them."""
+    seen = []
+    monkeypatch.setattr(config, "load", lambda file, given: seen.append((file, given)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", *words, "--config", "a_b.yaml", "--resume"])
+    assert seen == [("a_b.yaml", expected)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--dropout 0.1", "write --config.adapter.dropout=0.1 or --config.lora.dropout=0.1."),
+        ("--data x.jsonl", "not a key. Write --config.data.train_file=x.jsonl, or another"),
+        ("--model base", "Write --config.model.name_or_path=base"),
+        ("--lora.r", "'--lora.r' has no value: write --config.lora.r=VALUE."),
+        ("--r 8 9", "'--r' takes one value, and 2 follow it: 8 9."),
+        ("--learnin_rate 1", "'learnin_rate' in the command (did you mean 'training.learning_ra"),
+        ("--resum", "There is no option '--resum' (did you mean '--resume'?)."),
+        ("--cutoff_len 8", "another key here: data.max_seq_length"),
+        ("herons.yaml", "'herons.yaml' belongs to no option."),
+    ],
+)
+def test_a_word_that_may_mean_several_things_is_told_its_forms(capsys, words, said):
+    assert said in wrong(capsys, "train", "--config", "c.yaml", *words.split())
+
+
+def test_what_a_new_user_asks_first(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["export", "--run", "x", "--out", "y", "--config.lora.r=3"])
-    assert stop.value.code == 2
-    assert "belongs to the commands train, preview" in capsys.readouterr().err
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"vlm-jax {vlm_jax.__version__}\n"
+    assert main([]) == 2
+    assert "recommend" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a .py file runs as a program" in said and "--learning_rate=1e-4" in said
 
 
 def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):
     run, merged = str(straight[1]), str(tmp_path / "merged")
     assert main(["export", "--run", run, "--merge", "--out", merged]) == 0
     said = capsys.readouterr().out
-    assert float(said.split("probe batch is ")[1].split()[0]) < 1e-4
+    assert "same answers on 8 of 8 probes; " in said and "Warning" not in said
+    assert float(said.split("probes; ")[1].split()[0]) < 1e-4
+    assert (
+        said.split("probes; ")[1]
+        .split(" (")[0]
+        .endswith(" is what rounding to float32 costs of logits")
+    )
     assert "not empty" in wrong(capsys, "export", "--run", run, "--out", merged)
     adapter = str(tmp_path / "adapter")
     assert main(["export", "--run", run, "--out", adapter]) == 0
@@ -243,6 +316,68 @@ def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):
     assert capsys.readouterr().out.strip() == results[0]["answers"][0]
 
 
+def test_what_is_missing_is_told_before_weights_are_read(capsys, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(vlm_jax.hub.load, "find_tensors", None)  # nobody comes so far
+    run, data, base = ("--run", str(tmp_path)), ("--data", "no.jsonl"), str(place / "base")
+    assert "holds no run" in wrong(capsys, "export", *run)
+    assert "holds no run" in wrong(capsys, "evaluate", *run, *data)
+    assert "'no.jsonl'" in wrong(capsys, "evaluate", "--model", base, *data)
+    ask = ("generate", "--model", base, "--prompt", "q")
+    assert "no file 'no.png'" in wrong(capsys, *ask, "--image", "no.png")
+    assert "no adapter directory 'no'" in wrong(capsys, *ask, "--adapter", "no")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_export_lies_in_the_run_and_loads_one_tokenizer(
+    place, straight, tmp_path, capsys, monkeypatch, finished
+):
+    run = tmp_path / "run"
+    shutil.copytree(straight[1], run)
+    if not finished:
+        shutil.rmtree(run / "adapter")
+    loaded, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda d: loaded.append(d) or load(d))
+    assert main(["export", "--run", str(run)]) == 0
+    assert (run / "exported/adapter_model.safetensors").is_file() and len(loaded) == 1
+    assert "read it back: logits are equal" in capsys.readouterr().out
+
+
+def test_an_export_that_is_not_the_run_is_told(place, straight, tmp_path, capsys, monkeypatch):
+    """What is read back was changed on its way: answers differ, and no rounding explains it."""
+    monkeypatch.setattr(
+        exporting, "load", lambda *given, mesh: (vlm_jax.load(place / "base")[0], other)
+    )
+    other = jax.tree.map(lambda leaf: leaf * -1.5, vlm_jax.load(place / "base")[1])
+    assert main(["export", "--run", str(straight[1]), "--merge", "--out", str(tmp_path / "m")]) == 0
+    said = capsys.readouterr().out
+    assert "probes; " in said and "8 of 8" not in said and "costs" not in said
+    assert "Warning: this is more than rounding to float32 explains" in said
+
+
+def test_answers_that_differ_within_rounding_are_told():
+    fine = exporting.Exported("out", "the base", 0.19, 3.25, "bfloat16", 8, 8)
+    assert "8 of 8 probes; 0.19 is what rounding to bfloat16 costs" in str(fine)
+    assert "Warning" not in str(fine)
+    turned = str(dataclasses.replace(fine, same=6))
+    assert "6 of 8 probes" in turned and "Warning: 2 answers differ" in turned
+    wide = str(dataclasses.replace(fine, difference=2.0))
+    assert "Warning: this is more than rounding" in wide and "costs" not in wide
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_advice_to_install_torch_is_silenced_and_nothing_else(quiet):
+    """In a process that has no PyTorch and uses the library, not the command."""
+    code = (
+        "import importlib.util as u, logging; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        f"{'import vlm_jax' if quiet else ''}\n"
+        "import transformers; transformers.utils.logging.get_logger('transformers').warning('More')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "More" in done.stderr
+    assert ("PyTorch was not found" in done.stderr) != quiet
+
+
 def test_a_loaded_adapter_moves_the_logits(place, straight):
     model, params = vlm_jax.load(place / "base")
     adapted, tree = vlm_jax.load_peft(model, params, straight[1] / "adapter")
@@ -250,3 +385,33 @@ def test_a_loaded_adapter_moves_the_logits(place, straight):
     base = np.asarray(model.apply({"params": params}, batch))
     ours = np.asarray(adapted.apply({"params": tree}, batch))
     assert np.abs(ours - base).max() > 1e-3  # training has moved it
+
+
+def test_lines_break_at_words_on_a_terminal_and_nowhere_else(place, tmp_path, monkeypatch, capsys):
+    """At 40 columns; a log keeps whole lines. A path's brackets are no markup."""
+    run = tmp_path / "[bold]"
+    made = make_config(place / "base", place / "data/train.jsonl", run, "training.max_steps=1")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config.to_dict(made)))
+    monkeypatch.setenv("COLUMNS", "40")
+    command = ["train", "--config", str(recipe), "--verbose"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "norms and softmax in float32; layers are kept for the backward pass (none); no" in said
+    assert f"Wrote '{run}/adapter'." in said
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "41")
+    assert main(command) == 2  # a run is there already
+    told = capsys.readouterr().err
+    assert max(map(len, told.replace(str(run), "").splitlines())) <= 41
+    assert told.split("'")[2].split() == ["already", "holds", "a", "run", "(config.json,",
+        "metrics.jsonl,", "checkpoints,", "adapter).", "Go", "on", "with", "it", "by", "--resume,",
+        "take", "another", "training.output_dir,", "or", "delete", "it."]  # fmt: skip
+
+    console = Lines()
+    console.file, console._force_terminal, console._width = io.StringIO(), True, 40
+    console.print("a value of [red] " * 5, soft_wrap=True)
+    text = console.file.getvalue()
+    assert (
+        max(map(len, text.splitlines())) <= 40 and text.split() == ["a", "value", "of", "[red]"] * 5
+    )

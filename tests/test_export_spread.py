@@ -51,6 +51,8 @@ def test_files_are_those_of_one_device(trained, tmp_path, monkeypatch, finished)
         return logits(model, params, batch)
 
     monkeypatch.setattr(exporting, "_logits", looking)
+    # Answers would take most of the time; test_cli.py asks for them, and below they are spread.
+    monkeypatch.setattr(exporting, "_answers", lambda *given: np.zeros((1, 1)))
     kinds = {"adapter": (False,), "merged": (True,)}
     if "nf4" in trained.name:
         kinds["quantized"] = (True, True)

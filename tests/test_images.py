@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -194,7 +194,8 @@ def test_orientation_and_modes():
     ("source", "message"),
     [
         ("missing.png", "there is no file"),
-        (b"nothing", "not a readable image"),
+        (b"nothing", "is text"),
+        (bytes(9), "is of no known kind .its first bytes are 00 00"),
         ("data:image/png;base64,###", "does not hold base64"),
         ("https://example.com/a.png", "not fetched unless data.allow_urls"),
         (3, "not int"),
@@ -227,3 +228,78 @@ def test_bad_settings_say_what_is_wrong(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"a":\n 1,}')
     with pytest.raises(UserError, match="line 2"):
         read_settings(tmp_path)
+
+
+# How EXIF's orientations 1 to 8 are shown.
+UPRIGHT = [
+    lambda a: a,
+    lambda a: a[:, ::-1],
+    lambda a: a[::-1, ::-1],
+    lambda a: a[::-1],
+    lambda a: a.swapaxes(0, 1),
+    lambda a: np.rot90(a, -1),
+    lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    lambda a: np.rot90(a),
+]
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="{}"/></x:xmpmeta>'
+
+
+def behind_the_pixels(png, *names):
+    """Return a PNG whose chunks of these names stand at its end."""
+    chunks, place = [], 8
+    while place < len(png):
+        end = place + 12 + int.from_bytes(png[place : place + 4])
+        chunks.append(png[place:end])
+        place = end
+    late = [one for one in chunks if one[4:8] in names]
+    rest = [one for one in chunks if one[4:8] not in names]
+    return png[:8] + b"".join([*rest[:-1], *late, rest[-1]])
+
+
+def tagged(kind, orientation, image):
+    """Return an image file of a kind, with its orientation in a tag."""
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    xmp = XMP.format(orientation)
+    if kind == "JPEG with XMP":
+        return encoded(image, format="JPEG", xmp=xmp.encode())
+    if kind == "TIFF with XMP":
+        return encoded(image, format="TIFF", tiffinfo={0x0112: orientation, 700: xmp.encode()})
+    if kind.startswith("PNG with XMP"):
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp)
+        png = encoded(image, format="PNG", pnginfo=text)
+        return behind_the_pixels(png, b"iTXt") if "behind" in kind else png
+    data = encoded(image, format=kind.split()[0], exif=tag)
+    return behind_the_pixels(data, b"eXIf") if "behind" in kind else data
+
+
+KINDS = [
+    *("JPEG", "PNG", "PNG behind the pixels", "WEBP", "TIFF", "AVIF"),
+    *("JPEG with XMP", "PNG with XMP", "PNG with XMP behind", "TIFF with XMP"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_as_large_as_its_upright_pixels(kind, orientation):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    pixels = np.zeros((40, 56, 3), np.uint8)
+    pixels[:16, :16], pixels[:16, -16:] = (0, 250, 0), (250, 0, 0)
+    data = tagged(kind, orientation, Image.fromarray(pixels))
+    want = UPRIGHT[orientation - 1](pixels)
+    assert image_size(data) == want.shape[:2]
+    assert np.abs(read_image(data).astype(int) - want).mean() < 8
+    with Image.open(io.BytesIO(data)) as given:  # opened, not decoded
+        assert image_size(given) == want.shape[:2]
+        assert read_image(given).shape == want.shape
+
+
+def test_a_size_does_not_cost_the_pixels():
+    """What programs write behind them, other than an orientation, is passed over."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("date:create", "2026-01-01")
+    png = behind_the_pixels(encoded(picture((20, 30)), format="PNG", pnginfo=text), b"tEXt")
+    place = png.index(b"IDAT")
+    assert image_size(png[: place + 4] + bytes(100) + png[place + 104 :]) == (20, 30)

@@ -44,6 +44,9 @@ def test_a_run_writes_what_it_promises(straight):
         "trainable params: 5,648 || all params: 32,640 || trainable%: 17.3039" in text
     )  # as in PEFT
     assert "LoRA" in text and "nothing (frozen)" in text
+    head = "\n12 of 12 records, 12 to evaluate on; 2 rows a step; 4 steps, 6 an epoch\n"
+    assert head in text and "float32" not in text  # the rest is for --verbose
+    assert "  examples 12  seconds " in text  # whole numbers as such
     adapter = json.loads((directory / "adapter/adapter_config.json").read_text())
     assert adapter["modules_to_save"] == ["merger"] and adapter["r"] == 2
 

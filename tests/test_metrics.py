@@ -5,9 +5,11 @@ import sys
 import types
 
 import pytest
+from runs import make_config
 
-from vlm_jax import UserError
-from vlm_jax.train import metrics
+from vlm_jax import UserError, config
+from vlm_jax.cli import main
+from vlm_jax.train import loop, metrics
 from vlm_jax.train.metrics import JsonLines, Log, Meter, check_reporters
 
 
@@ -21,21 +23,32 @@ def test_resume_cuts_lines_of_steps_that_are_done_again(tmp_path):
     assert rows == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
 
 
-def test_hosted_reporters_get_the_numbers(tmp_path, monkeypatch):
-    calls = []
+def wandb(monkeypatch, mode="offline"):
+    """Put a module of wandb's name and interface in its place, and return it."""
     fake = types.ModuleType("wandb")
     fake.__spec__ = types.SimpleNamespace()
-    fake.init = lambda **kw: calls.append(("init", kw["name"], kw["config"]))
+    fake.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def fail(words):
+    raise RuntimeError(words)
+
+
+def test_hosted_reporters_get_the_numbers(tmp_path, monkeypatch):
+    calls = []
+    fake = wandb(monkeypatch)
+    fake.init = lambda **kw: calls.append(("init", kw["name"], kw["config"], kw["dir"]))
     fake.log = lambda values, step: calls.append((step, values))
     fake.finish = lambda: calls.append("finish")
-    monkeypatch.setitem(sys.modules, "wandb", fake)
     check_reporters(["wandb", "none", "tensorboard"])
     log = Log(tmp_path, ["wandb", "tensorboard"], config={"a": 1})
     log.write(1, {"loss": 2.0})
     log.write_evaluation(1, {"accuracy": 0.5})
     log.close()
     assert calls == [
-        ("init", tmp_path.name, {"a": 1}),
+        ("init", tmp_path.name, {"a": 1}, str(tmp_path)),
         (1, {"train/loss": 2.0}),
         (1, {"eval/accuracy": 0.5}),
         "finish",
@@ -47,6 +60,31 @@ def test_hosted_reporters_get_the_numbers(tmp_path, monkeypatch):
 def test_a_reporter_that_is_missing_is_named():
     with pytest.raises(UserError, match=r"pip install 'vlm_jax\[trackio\]'"):
         check_reporters(["trackio"])
+
+
+def test_wandb_without_a_key_is_told_before_the_model_is_read(monkeypatch, tmp_path, capsys, place):
+    fake = wandb(monkeypatch, "online")
+    fake.login = lambda: fail("No API key configured. Use `wandb login` to log in.\nMore.")
+    monkeypatch.setattr(loop, "build", lambda *_: fail("the model was read"))
+    made = make_config(
+        place / "base", place / "data/train.jsonl", tmp_path / "out", "training.report_to=wandb"
+    )
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(config.to_dict(made)))
+    assert main(["train", "--config", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "cannot log in: No API key configured" in said and said.count("\n") == 1
+    assert "WANDB_MODE=offline" in said and not (tmp_path / "out").exists()
+
+
+def test_a_reporter_that_cannot_start_is_told(monkeypatch, tmp_path):
+    fake = wandb(monkeypatch)
+    fake.init = lambda **_: fail("Timed out while retrying")
+    with pytest.raises(UserError, match="'wandb', which cannot start: Timed out while retrying"):
+        Log(tmp_path, ["wandb"])
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(UserError, match="'tensorboard', which cannot write.*Leave tensorboard out"):
+        Log(tmp_path, ["tensorboard"])
 
 
 def test_the_loss_of_a_line_is_the_mean_over_its_answer_tokens():

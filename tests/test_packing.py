@@ -46,7 +46,7 @@ def test_no_row_could_take_in_another_one():
             assert (totals[i] + totals[j] > (2048, 4096)).any()
     assert pack(sizes[:0], (2048, 4096)) == []
     text = np.stack([sizes[:, 0], np.zeros(300, int)], 1)
-    assert patch_capacity(text, 2048, 8192, 4) == 4
+    assert patch_capacity(text, 2048, 8192, 4) == 0
 
 
 def conversation(folder, seed, *media):

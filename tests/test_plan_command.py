@@ -434,10 +434,16 @@ def test_bad_input_is_told_with_code_2(tiny, capsys, monkeypatch):
 @pytest.mark.parametrize("topology", ["v5e-4", "h100:8"])
 def test_without_any_compiler_it_is_estimated_and_said(tiny, capsys, monkeypatch, topology):
     monkeypatch.setattr("vlm_jax.plan.topologies.find_spec", lambda name: None)
-    assert main(["plan", "--config", str(tiny), "--topology", topology, "--json"]) == 0
-    tree = json.loads(capsys.readouterr().out)
+    command = ["plan", "--config", str(tiny), "--topology", topology]
+    assert main([*command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("There is no compiler for it here") and "pip install" in err
+    tree = json.loads(out)
     assert (tree["verdict"], tree["basis"]) == ("FITS", "estimated from shapes, not compiled")
-    assert 'pip install "vlm_jax[plan]"' in tree["said"] and tree["exchanges"] is None
+    assert 'pip install "vlm_jax[plan]"' in tree["remedy"] and tree["exchanges"] is None
+    assert main(command) == 0
+    table, below = capsys.readouterr().out.split("└")
+    assert "Install" not in table and 'pip install "vlm_jax[plan]"' in below
     with pytest.raises(UserError, match="vlm_jax.plan"):
         plan.compile_step(tiny, topology)
 

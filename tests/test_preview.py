@@ -252,7 +252,51 @@ def test_the_terminal_shows_the_same(packed):
 
 
 def test_control_characters_are_shown_and_not_obeyed():
-    assert page.visible("a\x1b[31m\r\nb\tc\x7f\x9b") == "a␛[31m␍↵\nb⇥\tc␡\\x9b"
+    assert page.visible("a\x1b[31m\r\nb\tc\x7f\x9b") == "a␛[31m␍↵\nb⇥\tc␡⟨U+009B⟩"
+
+
+HIDDEN = "a\u202eb\u200bc\u2066d\ufefff\u00adg\U000e0041h"
+MARKED = "a⟨U+202E⟩b⟨U+200B⟩c⟨U+2066⟩d⟨U+FEFF⟩f⟨U+00AD⟩g⟨U+E0041⟩h"
+
+
+def test_what_nobody_would_see_is_marked(qwen, tmp_path):
+    """In the tokens, the target and the names, on the page and in the terminal."""
+    row = turns(f"<image>{HIDDEN}\x1b[2J", HIDDEN, id=f"\x1b]0;x\x07{HIDDEN}\ud800")
+    row["image"] = np.zeros((16, 16, 3), np.uint8)
+    seen = collect(Pipeline(Encoder(qwen[0]), [row], rows=1))
+    text = io.StringIO()
+    terminal.show(seen, Console(file=text, width=1000))
+    written_page, printed = page.render(seen), text.getvalue()
+    for written, shown in (
+        (written_page, re.sub(r"<[^>]*>", "", written_page)),
+        (printed, printed),
+    ):
+        assert shown.count(MARKED) >= 4 and "␛[2J" in shown and "␛]0;x␇a" in shown
+        assert not set(written) & {"\x1b", "\x07", *HIDDEN[1::2]} - set("bcdfgh")
+        assert "\ud800" not in written and "⟨U+D800⟩" in written
+
+
+def test_messages_show_what_data_hide(qwen, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(turns("<image>", "x", image=f"\x1b[2J{HIDDEN}.png")))
+    made = str(write_config(tmp_path, qwen[0], bad))
+    assert main(["preview", "--config", made, "--out", str(tmp_path / "p.html")]) == 2
+    said = capsys.readouterr().err
+    assert f"Image 0 '␛[2J{MARKED}.png'" in said and not set(said) & set("\x1b\u202e\u200b")
+    assert str(UserError("a\nb\tc\x1b")) == "a\nb\tc␛"
+
+
+def test_a_page_is_written_over_with_a_word_and_nothing_else_is(qwen, tmp_path, capsys):
+    made, out = write_config(tmp_path, *qwen), tmp_path / "page.html"
+    arguments = ["preview", "--config", str(made), "--examples", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == f"Wrote 1 examples to '{out}'.\n"
+    assert main(arguments) == 0
+    assert "in place of the file that was there" in capsys.readouterr().err
+    out.write_text("<html>my own</html>")
+    assert main(arguments) == 2
+    assert "is there already, and is no file of this kind" in capsys.readouterr().err
+    assert out.read_text() == "<html>my own</html>"
 
 
 def write_config(tmp_path, base, file, **more):

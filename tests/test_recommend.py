@@ -1,5 +1,6 @@
 """The recommendation: the usual table, what falls to a cheaper method, and a config that trains."""
 
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from checkpoint_files import llava_files, qwen2_vl_files, write_image
 from runs import make_config
 from tiers import fast
+from transformers import AutoTokenizer
 
 import vlm_jax.survey as survey
 from vlm_jax import UserError, config
@@ -75,21 +77,21 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("count", "rank", "quantized", "vision"),
+    ("count", "rank", "vision", "held"),
     [
-        (999, 4, True, 0.0),
-        (1_000, 8, False, 0.0),
-        (9_999, 16, False, 0.0),
-        (10_000, 16, False, 0.1),
-        (50_000, 32, False, 0.1),
-        (100_000, None, False, 0.1),
+        (999, 4, 0.0, 0.1),
+        (1_000, 8, 0.0, 0.1),
+        (9_999, 16, 0.0, 0.1),
+        (10_000, 16, 0.1, 0.1),
+        (50_000, 32, 0.1, 0.02),
+        (100_000, None, 0.1, 0.01),
     ],
 )
-def test_the_table(tiny, count, rank, quantized, vision):
+def test_the_table(tiny, count, rank, vision, held):
     found = recommend(rows(count), tiny)
     made = found.config
     assert made["lora"].get("r") == rank and made["lora"]["enabled"] == (rank is not None)
-    assert ("quantize" in made["model"]) == quantized
+    assert "quantize" not in made["model"] and made["data"]["eval_share"] == held
     assert made["model"]["vision_encoder_lr_scale"] == vision
     assert dict((what, value) for what, value, _ in found.reasons)["examples"] == f"{count:,}"
     assert "mesh" not in made and found.hardware is None
@@ -108,9 +110,32 @@ def test_what_does_not_fit_falls_to_a_cheaper_method(large):
     assert any("full fine-tuning suits 120,000" in why for *_, why in found.reasons)
     assert any("an estimate" in why for *_, why in found.reasons)
     small, found = name("rtx4080")
-    assert small.startswith("QLoRA") and found.estimate.total <= found.hardware.usable
+    assert small.startswith("QLoRA r=16") and found.estimate.total <= found.hardware.usable
+    few, found = name("rtx4080", 120)  # a rank above what suits so few does not come with 4 bits
+    assert few.startswith("QLoRA r=4") and found.config["lora"]["r"] == 4
     copies = recommend(rows(120), large, "h100:4").config["mesh"]
     assert copies == {"devices": 4, "data": 4, "fsdp": 1}
+
+
+def test_as_many_rows_at_once_as_fit(tiny, large, monkeypatch):
+    loaded, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda d: loaded.append(d) or load(d))
+    training = recommend(rows(200), tiny, "rtx4080").config["training"]
+    assert len(loaded) == 1
+    assert training["gradient_accumulation_steps"] == 1
+    assert training["per_device_train_batch_size"] >= 2
+    monkeypatch.setitem(DEVICES, "l4", dataclasses.replace(DEVICES["l4"], memory=9 * 10**9))
+    found = recommend(rows(120_000), large, "l4")
+    training, usable = found.config["training"], found.hardware.usable
+    at_once, parts = (training[f"{key}_{of}"] for key, of in (
+        ("per_device_train", "batch_size"), ("gradient_accumulation", "steps")))  # fmt: skip
+    assert at_once > 1 and parts > 1 and found.estimate.total <= usable
+    data = found.config["data"]
+    twice = config.load(None, {
+        **config.flatten_config(found.config), "training.per_device_train_batch_size": 2 * at_once,
+        "training.gradient_accumulation_steps": parts // 2,
+    })  # fmt: skip
+    assert estimate(twice, (data["max_seq_length"], 0), 2 * at_once).total > usable
 
 
 def test_nothing_fits(large, tmp_path):
@@ -245,7 +270,7 @@ def test_the_config_trains(place, tmp_path, capsys, suffix):
     assert main([*arguments, "--hardware", "rtx4090"]) == 0
     said = capsys.readouterr().out
     assert (
-        "QLoRA r=4" in said
+        "LoRA r=4" in said
         and "estimate" in said
         and f"train --config {file}" in said.replace("\n", "")
     )
@@ -258,10 +283,16 @@ def test_the_config_trains(place, tmp_path, capsys, suffix):
             "training.dataloader_num_workers=0",
             "training.report_to=none",
             "data.max_shapes=1",
+            "evaluation.accuracy=false",
             "mesh.devices=1",
         ],
     )
-    assert made.model.quantize == "nf4-dq" and made.lora.r == 4 and made.data.packing in (0, 1)
+    assert (
+        made.model.quantize is None
+        and made.lora.r == 4
+        and made.data.eval_share == 0.1
+        and made.data.packing in (0, 1)
+    )
     outcome = train(made)
     assert outcome["steps"] == 2 and not outcome["interrupted"]
     assert main(arguments) == 2

@@ -124,7 +124,7 @@ def test_datasets_give_encoded_images(tmp_path):
         ("a.txt", "", "suffix"),
         ("a.json", "[" * 100_000, "cannot be read: .*recursion"),
         ("a.json", f"[{'1' * 5000}]", "cannot be read: .*digits"),
-        ("a.parquet", "", "not readable parquet"),
+        ("a.parquet", "", "cannot be read. The file is empty"),
         ("a.parquet", "PAR1", "not readable parquet"),
         ("a.json", b"\xff\xfe[]", "not UTF-8"),
     ],

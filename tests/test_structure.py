@@ -14,14 +14,15 @@ PACKAGE = Path(__file__).parents[1] / "vlm_jax"
 # Lowest first; a module may import from strictly lower rows and from its own folder's files.
 # docs/DESIGN.md explains the order.
 LEVELS = [
-    ("errors", "values", "config_tables", "from_pytorch"),
+    ("errors", "config_tables", "from_pytorch", "interrupts"),
+    ("magic",),
     ("limits",),
-    ("trees", "config_files", "config_checks", "cli_options", "hardware", "processes"),
+    ("trees", "values", "config_files", "config_checks", "cli_options", "hardware", "processes"),
     ("config", "weights", "batch", "positions", "together"),
-    ("layers",),
+    ("layers", "config_words"),
     ("models", "methods"),
     ("model", "nf4"),
-    ("names", "sharding", "vocabulary"),
+    ("names", "sharding", "vocabulary", "ends"),
     ("quantization", "targets", "starts"),
     ("saved",),
     ("adapters",),

@@ -205,7 +205,7 @@ def test_an_animated_gif_is_a_video(tmp_path):
 
 
 def test_without_pyav_a_film_says_how_to_install_it(tmp_path, monkeypatch):
-    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypisom")
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(UserError, match=r"pip install 'vlm_jax\[video\]'"):
         open_video("a.mp4", tmp_path, SAFE, Sampling())
@@ -225,11 +225,13 @@ def test_without_pyav_a_film_says_how_to_install_it(tmp_path, monkeypatch):
         ({"video": "a.mp4", "fps": 1, "nframes": 4}, "exclude each other"),
         ({"video": frames(2), "video_start": 1}, "has no seconds"),
         ([*frames(1), *frames(1, 8, 8)], "must have one size"),
+        (["a.jpg", "no.jpg"], "frame 1 'no.jpg': there is no file"),
         ({"video": frames(5), "max_frames": 4}, "more than max_frames = 4"),
         ("https://example.com/a.mp4", "data.allow_urls"),
     ],
 )
 def test_bad_videos_say_what_is_wrong(tmp_path, source, message):
+    write_image(tmp_path / "a.jpg", 8, 8)
     with pytest.raises(UserError, match=message):
         open_video(source, tmp_path, SAFE, Sampling())
 

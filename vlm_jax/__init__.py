@@ -1,9 +1,15 @@
 """vlm_jax: fine-tune open vision-language models with JAX. Public names load on first use."""
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
+
+# transformers advises to install PyTorch, which nothing here needs; its other words come through.
+logging.getLogger("transformers").addFilter(
+    lambda record: not record.getMessage().startswith("PyTorch was not found")
+)
 
 _HOMES = {
     "Adapter": "methods",

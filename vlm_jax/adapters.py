@@ -64,10 +64,10 @@ def check_known(adapter: Adapter) -> None:
             f"{nearest(adapter.init_weights, INIT)}. Known: {', '.join(INIT)}."
         )
     assert adapter.reduction_factor is not None
-    if adapter.reduction_factor <= 0:
+    if not 1e-3 <= adapter.reduction_factor <= 1e6:  # as of a config, see RANGES
         raise UserError(
-            f"The adapter's reduction_factor is {adapter.reduction_factor:g}; it must be above 0: "
-            f"a block of width D gets a bottleneck of D / reduction_factor."
+            f"The adapter's reduction_factor is {adapter.reduction_factor:g}; it must be between "
+            f"0.001 and 1e+06: a block of width D gets a bottleneck of D / reduction_factor."
         )
     if not 0 <= adapter.dropout < 1:
         raise UserError(f"The adapter's dropout is {adapter.dropout}; it must be in [0, 1).")

@@ -1,8 +1,9 @@
 """Batch: the arrays that one step consumes, laid out for packing.
 
 Letters: B rows, T tokens a row, P patches a row, C values a patch.
-A row owns its images, so sharding rows shards everything. A text-only row carries an empty,
-masked image part, so that every device runs the same program.
+A row owns its images, so sharding rows shards everything. A text-only row among others carries an
+empty, masked image part, so that every device runs the same program. Where no row of a batch has
+images P may be 0: nothing runs the tower then, and its gradients are zero.
 """
 
 import dataclasses

@@ -4,18 +4,21 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.cli_options import parser, split_overrides
-from vlm_jax.errors import UserError
-from vlm_jax.hardware import USABLE
+from vlm_jax.cli_options import parser, spelled
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.interrupts import INTERRUPTED, STOPPED, end_at_once, on_signal
+from vlm_jax.magic import head_of
 
 
-def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax import config as configs
 
     config = configs.load(options.config, overrides)  # bad keys are told before JAX is there
@@ -25,15 +28,16 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     with together(lambda error: _report(options, error)):
         from vlm_jax.train.loop import train
 
-        return 130 if train(config, resume)["interrupted"] else 0
+        outcome = train(config, resume, verbose=options.verbose)
+        return INTERRUPTED if outcome["interrupted"] else 0
 
 
-def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
+def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax import config as configs
 
     config = configs.load(options.config, overrides)
     page = options.out or (None if options.text else "preview.html")
-    file = _writable(page, "--out") if page else None
+    file = _writable(page, "--out", b"<title>Preview of ") if page else None
     from vlm_jax.preview.collect import preview
 
     seen = preview(config, options.examples, options.split)
@@ -44,12 +48,11 @@ def _preview(options: argparse.Namespace, overrides: list[str]) -> int:
     if file is not None:
         from vlm_jax.preview.page import render
 
-        file.write_text(render(seen), encoding="utf-8")
-        print(f"Wrote {len(seen.examples)} examples to '{file}'.", file=sys.stderr)
+        _write(file, render(seen), f"{len(seen.examples)} examples")
     return 0
 
 
-def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax import config as configs
 
     config = configs.load(options.config, overrides)
@@ -58,9 +61,13 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from vlm_jax.hardware import DEVICES, hardware
     from vlm_jax.plan.report import plan_step
     from vlm_jax.plan.show import show
+    from vlm_jax.plan.topologies import INSTALL, compilers
 
     if DEVICES[hardware(options.topology).device].compiles:
-        print("Compiling takes up to some minutes for a large model ...", file=sys.stderr)
+        first = "Compiling takes up to some minutes for a large model ..."
+        if not compilers():
+            first = f"There is no compiler for it here, so memory is estimated. {INSTALL}"
+        print(_wrapped(first, sys.stderr), file=sys.stderr)
     sizes: dict[str, Any] = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
         return _fit(options, config, sizes)
@@ -139,49 +146,79 @@ def _recommend(options: argparse.Namespace) -> int:
     return 0
 
 
-def _writable(name: str, option: str) -> Path:
-    """Return the path of a file to write, or raise before any work where it cannot be."""
+def _writable(name: str, option: str, mark: bytes | None = None) -> Path:
+    """Return the path of a file to write, or raise before any work where it cannot be.
+
+    mark: what the beginning of such a file holds; another file of that name is not replaced.
+    """
     file = Path(name).expanduser()
     if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise UserError(
             f"{option} '{file}' cannot be written: it must name a file in a directory that is "
             f"there and can be written. Make '{file.parent}', or take another path."
         )
+    if mark is not None and file.is_file() and mark not in (head_of(file) or mark):
+        raise UserError(
+            f"{option} '{file}' is there already, and is no file of this kind. Delete it, or take "
+            f"another path."
+        )
     return file
+
+
+def _write(file: Path, text: str, what: str) -> None:
+    """Write a file in one step, and say so, and whether another one went for it."""
+    from vlm_jax.hub.files import write_whole
+
+    content = text.encode(errors="backslashreplace")  # of a half surrogate pair, as in JSON
+    instead = ", in place of the file that was there" if file.is_file() else ""
+    if file.exists() and not file.is_file():  # /dev/stdout
+        file.write_bytes(content)
+    else:
+        write_whole(file, content)
+    print(f"Wrote {what} to '{file}'{instead}.", file=sys.stderr)
 
 
 def _export(options: argparse.Namespace) -> int:
     from vlm_jax.train.export import export
 
-    print(export(options.run, options.out, options.merge, options.quantized))
+    done = export(options.run, options.out, options.merge, options.quantized)
+    print(_wrapped(str(done), sys.stdout))
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Return (model, params, config of the run or None)."""
-    import vlm_jax
+def _encoder(options: argparse.Namespace, **changes: Any) -> tuple[Any, Any]:
+    """Return (config of the run or None, encoder): whatever is missing is told before weights.
 
+    changes: of the encoder's options.
+    """
     if options.run is not None:
         if options.adapter or options.dtype:
             raise UserError("--adapter and --dtype belong to --model; a run has its own.")
+        from vlm_jax.train.reading import open_run
+
+        config, encoder = open_run(options.run)
+        return config, encoder.replace(**changes)
+    from vlm_jax.data import Encoder
+    from vlm_jax.hub.load import resolve
+
+    adapter = Path(options.adapter).expanduser() if options.adapter else None
+    if adapter is not None and not adapter.is_dir():
+        raise UserError(f"There is no adapter directory '{adapter}'.")
+    return None, Encoder(resolve(options.model, weights=False), adapter=adapter, **changes)
+
+
+def _load(options: argparse.Namespace, encoder: Any) -> tuple[Any, Any]:
+    """Return (model, params) of --run, or of --model with its --adapter."""
+    import vlm_jax
+
+    if options.run is not None:
         from vlm_jax.train.reading import load_run
 
-        return load_run(options.run)
+        return load_run(options.run, encoder=encoder)[:2]
     model, params = vlm_jax.load(options.model, options.dtype or "float32")
     if options.adapter:
         model, params = vlm_jax.load_peft(model, params, options.adapter)
-    return model, params, None
-
-
-def _encoder(model: Any, config: Any, **changes: Any) -> Any:
-    from vlm_jax.data import Encoder
-    from vlm_jax.train.run import make_encoder
-
-    if config is None:
-        return Encoder(model.source.directory, **changes)
-    with config.unlocked():
-        config.data.update(changes)
-    return make_encoder(config, model)
+    return model, params
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -192,14 +229,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vlm_jax.data import read_records
     from vlm_jax.evals.accuracy import accuracy
 
-    predictions = _writable(options.predictions, "--predictions") if options.predictions else None
+    predictions = None
+    if options.predictions:
+        predictions = _writable(options.predictions, "--predictions", b'", "index": ')
+    changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
+    config, encoder = _encoder(options, image_folder=options.image_folder, **changes)
     records = read_records(options.data, options.image_folder, options.split)
+    defaults = (config or get_config()).evaluation
     if not options.json:
         print("Reading the model ...", file=sys.stderr)
-    model, params, config = _open(options)
-    defaults = (config or get_config()).evaluation
-    changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
-    encoder = _encoder(model, config, image_folder=options.image_folder, **changes)
+    model, params = _load(options, encoder)
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -228,7 +267,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     }
     if predictions is not None:
         lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in found.predictions]
-        predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write(predictions, "\n".join(lines) + "\n", f"{len(lines)} predictions")
     if options.json:
         print(json.dumps(result))
     else:
@@ -242,14 +281,16 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     import vlm_jax
+    from vlm_jax.ends import end_tokens
 
-    model, params, config = _open(options)
-    encoder = _encoder(model, config)
+    _, encoder = _encoder(options)
     content: list[dict[str, str]] = [{"type": "image"} for _ in options.image]
     content.append({"type": "text", "text": options.prompt})
     record = {"messages": [{"role": "user", "content": content}], "images": options.image}
     example = encoder.prompt(record)
     batch = encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
+    model, params = _load(options, encoder)
+    eos, pad = end_tokens(model, encoder.chat.turn_end)
     new = vlm_jax.generate(
         model,
         params,
@@ -259,6 +300,8 @@ def _generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
     text = encoder.tokenizer.decode(new[0], skip_special_tokens=True)
     print(text.strip())
@@ -278,24 +321,64 @@ COMMANDS = {
 }
 
 
+def _overrides(options: argparse.Namespace, words: list[str]) -> dict[str, str]:
+    """Return {"section.key": value} of the words that are no options of the command itself."""
+    if not words:
+        return {}
+    from vlm_jax.config_words import overrides
+
+    return overrides(words, _names(options))
+
+
+def _refuse(options: argparse.Namespace, words: list[str]) -> None:
+    """Raise `UserError` for words that are no options of a command without a config."""
+    if not words:
+        return
+    word = words[0].partition("=")[0]
+    if word.startswith("--config"):
+        raise UserError(
+            f"'{word}' belongs to the commands {', '.join(CONFIGURED)}, which read a config. "
+            f"`vlm-jax {options.command} --help` lists this one's options."
+        )
+    guess = nearest(word, [f"--{name}" for name in _names(options)])
+    raise UserError(
+        f"'{word}' is no option of this command{guess}. `vlm-jax {options.command} --help` lists "
+        f"its options."
+    )
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    return [name.replace("_", "-") for name in vars(options) if name != "command"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C.
 
-    Of `plan`, 1 where the step does not fit.
+    Of `plan`, 1 where the step does not fit. Ctrl-C and SIGTERM end the process at once, with 130,
+    but for `train`, which saves first.
     """
-    # transformers advises to install torch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    with on_signal(end_at_once):  # before anything that takes time, such as importing JAX
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    from vlm_jax.hardware import USABLE
+
     # JAX takes three quarters of a GPU unless it is told; `plan` counts on this much.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(USABLE))
-    given, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     known = parser()
-    options = known.parse_args(given)
-    if overrides and options.command not in CONFIGURED:
-        known.error(f"--config.{overrides[0]} belongs to the commands {', '.join(CONFIGURED)}")
+    given = spelled(arguments)
+    options, others = known.parse_known_args(given)
+    if options.command is None:
+        if others:
+            known.error(f"a command comes first, and no {others[0]}")
+        known.print_help(sys.stderr)
+        return 2
     try:
         if options.command in CONFIGURED:
-            return CONFIGURED[options.command](options, overrides)
+            return CONFIGURED[options.command](options, _overrides(options, others))
+        _refuse(options, others)
         return COMMANDS[options.command](options)
     except (UserError, KeyboardInterrupt) as error:
         if options.debug:
@@ -303,13 +386,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(options, error)
 
 
+def _wrapped(text: str, stream: Any) -> str:
+    """Return a paragraph in lines that end at words where a terminal shows it; else as it is."""
+    if not stream.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
+
+
 def _report(options: argparse.Namespace, error: BaseException) -> int:
     """Say on stderr why a command ends, and return its exit code."""
     if options.debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        print("Stopped; nothing more was saved.", file=sys.stderr)
-        return 130
+        print(STOPPED, file=sys.stderr)
+        return INTERRUPTED
     paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
-    print(f"vlm-jax {options.command}: {paragraph}", file=sys.stderr)
+    print(_wrapped(f"vlm-jax {options.command}: {paragraph}", sys.stderr), file=sys.stderr)
     return 2

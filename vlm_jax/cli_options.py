@@ -1,9 +1,17 @@
-"""What may be written after `vlm-jax`: commands, their options, and --config.section.key=value."""
+"""What may be written after `vlm-jax`: commands, their options, and keys of a config."""
 
 import argparse
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from vlm_jax import __version__
+
+ANY_KEY = (
+    "Any key of the config can be set: --config.training.{example}, or by its name alone where one "
+    "section has it: --{example}. Every key is listed with its default and meaning in "
+    "vlm_jax/config.py."
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -11,7 +19,8 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="vlm-jax", description="Fine-tune vision-language models with JAX.", allow_abbrev=False
     )
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    whole.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -23,8 +32,7 @@ def parser() -> argparse.ArgumentParser:
     train = add(
         "train",
         "Train as a config says.",
-        epilog="Any key can be set: --config.training.learning_rate=1e-4. Every key is listed with "
-        "its default and meaning in vlm_jax/config.py.",
+        epilog=ANY_KEY.format(example="learning_rate=1e-4"),
     )
     _add_config(train)
     train.add_argument(
@@ -34,8 +42,15 @@ def parser() -> argparse.ArgumentParser:
         choices=("newest", "auto"),
         help="go on from the newest checkpoint; --resume=auto: where there is one, else begin",
     )
+    train.add_argument(
+        "--verbose", action="store_true", help="print all that is known of data, mesh and weights"
+    )
 
-    preview = add("preview", "Show what the model sees of a config's data, without its weights.")
+    preview = add(
+        "preview",
+        "Show what the model sees of a config's data, without its weights.",
+        epilog=ANY_KEY.format(example="max_seq_length=1024").replace("training.", "data."),
+    )
     _add_config(preview)
     preview.add_argument("--examples", type=_number(int, 1), default=16, metavar="N")
     preview.add_argument("--split", choices=("train", "eval"), default="train")
@@ -58,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     plan = add(
         "plan",
         "Compile a config's training step for hardware you do not have: does it fit, how fast?",
-        epilog="Exit codes: 0 it fits, 1 it does not, 2 bad input. Any key of the config can be "
-        "set: --config.training.per_device_train_batch_size=2.",
+        epilog="Exit codes: 0 it fits, 1 it does not, 2 bad input. "
+        + ANY_KEY.format(example="per_device_train_batch_size=2"),
     )
     _add_config(plan)
     plan.add_argument(
@@ -84,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--quantized", action="store_true", help="with --merge: keep 4-bit kernels in 4 bits"
     )
-    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument(
+        "--out", metavar="DIR", help="default: RUN/merged with --merge, else RUN/exported"
+    )
 
     evaluate = add("evaluate", "Count exact matches of generated answers.")
     _add_model(evaluate)
@@ -134,7 +151,13 @@ def _number(kind: type, least: float, most: float = math.inf) -> Callable[[str],
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", required=True, metavar="FILE", help=".py or .yaml config")
+    command.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help=".yaml or .py config; a .py file runs as a program: take only your own, and from "
+        "others YAML",
+    )
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -145,15 +168,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of --model")
 
 
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (other arguments, the `--config.section.key=value` ones as "section.key=value")."""
-    others: list[str] = []
-    overrides: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("--config."):
-            others.append(argument)
-            continue
-        key = argument.removeprefix("--config.")
-        overrides.append(key if "=" in key else f"{key}={next(rest, '')}")
-    return others, overrides
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with hyphens in the names of options, where others write underscores."""
+    return [
+        "=".join([name.replace("_", "-"), *value]) if argument.startswith("--") else argument
+        for argument in arguments
+        for name, *value in [argument.split("=", 1)]
+    ]

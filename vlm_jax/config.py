@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlm_jax.config_checks import check, check_choice
+from vlm_jax.config_checks import check, check_choice, unknown_keys
 from vlm_jax.config_files import read_file
 from vlm_jax.config_tables import (
     ALIASES,
@@ -17,10 +17,10 @@ from vlm_jax.config_tables import (
     METHODS,
     NONE_MEANS,
     NONE_WORDS,
+    SWITCHES,
     WORDS,
 )
-from vlm_jax.errors import UserError, nearest
-from vlm_jax.from_pytorch import told
+from vlm_jax.errors import UserError
 from vlm_jax.values import VALUES, plain
 
 
@@ -177,6 +177,9 @@ def get_config() -> ConfigDict:
     # its records comes an epoch); docs/DATA.md.
     d.train_file = placeholder(object)
     d.eval_file = placeholder(object)  # the same for evaluation; None: there is none
+    # Without an eval_file: the share of train_file's records that is held out to evaluate on, drawn
+    # by the seed of the order of the data.
+    d.eval_share = 0.0
     # Our names of columns -> the data's: {"question": "q_text", "image": "img"}; None: they agree.
     d.columns = placeholder(object)
     d.caption_prompt = "Describe this image."  # what the user says where images have captions only
@@ -196,7 +199,7 @@ def get_config() -> ConfigDict:
     d.eval_split = placeholder(str)  # the same of data.eval_file
     # Every image gets the pixels of a square of this side: on Qwen2-VL its aspect ratio is kept
     # (min_pixels = max_pixels = side x side, as when served); a tower of fixed size takes only its
-    # own side. 0: dynamic resolution.
+    # own side. 0, or the word dynamic: dynamic resolution.
     d.image_resolution = 0
     d.min_pixels = placeholder(int)  # of dynamic resolution; None: the checkpoint's own setting
     d.max_pixels = placeholder(int)  # of dynamic resolution: the limit on image tokens
@@ -243,7 +246,8 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
-def _types() -> dict[str, type]:
+def key_types() -> dict[str, type]:
+    """Return {"section.key": the type of its values} of every key."""
     default = get_config()
     types: dict[str, type] = {}
     for section in default:
@@ -273,8 +277,7 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
             listed = value.startswith("[") or re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value)
             return _words(value) if listed else value
         if kind is bool:
-            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-            return words[str(value).strip().lower()]
+            return SWITCHES[str(value).strip().lower()]
         if kind is tuple:
             return _words(value) if isinstance(value, str) else tuple(str(v) for v in value)
         if isinstance(value, bool):
@@ -291,11 +294,22 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
         raise ValueError
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         names = {tuple: "list of strings", str: "string", bool: "true or false"}
-        expected = str(error) if key in VALUES else names.get(kind, kind.__name__)
+        expected = (key in VALUES and str(error)) or names.get(kind, kind.__name__)
         raise UserError(
             f"The key '{key}' has the value {value!r} in {where}; expected {expected}. Its "
             f"default is {flatten_config(get_config())[key]!r}."
         ) from None
+
+
+def _known(given: str, value: Any) -> tuple[str, Any]:
+    """Return the key and value that a given key, perhaps by another name, and its value mean."""
+    key = ALIASES.get(given, given)
+    return WORDS.get(_spelled(key, value), (key, value))
+
+
+def _spelled(key: str, value: Any) -> str:
+    """Return a key with its value as `WORDS` has them."""
+    return f"{key}={str(value).strip().lower()}"
 
 
 def _with_implied(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,21 +325,13 @@ def _with_implied(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
     """Set flat `values` in `config`, with their aliases, types and names checked."""
-    types = _types()
+    types = key_types()
     optional = {key for key, value in flatten_config(get_config()).items() if value is None}
     seen: dict[str, str] = {}
-    for given, value in _with_implied(values).items():
-        key = ALIASES.get(given, given)
-        key, value = WORDS.get(f"{given}={value}", (key, value))
-        if key not in types:
-            theirs = told(*given.split(".")[:2]) if "." in given else None
-            if theirs is not None:
-                raise UserError(f"In {where}, {theirs} docs/FROM_PYTORCH.md lists all of its keys.")
-            raise UserError(
-                f"Unknown config key '{given}' in {where}{nearest(given, [*types, *ALIASES])}. "
-                f"Every key is listed with its meaning in vlm_jax/config.py; the sections are "
-                f"{', '.join(get_config())}."
-            )
+    words = {given: _known(given, value) for given, value in _with_implied(values).items()}
+    if unknown := [given for given, (key, _) in words.items() if key not in types]:
+        raise unknown_keys(unknown, where, types)
+    for given, (key, value) in words.items():
         if key in seen:
             raise UserError(f"{where} sets '{seen[key]}' and '{given}', which are one key: {key}.")
         seen[key] = given
@@ -366,7 +372,7 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
         file, tree = read_file(path)
         for section, values in tree.items():
             is_section = isinstance(values, Mapping | ConfigDict | FrozenConfigDict)
-            if section in config and not is_section and f"{section}={values}" not in WORDS:
+            if section in config and not is_section and _spelled(section, values) not in WORDS:
                 raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
         values = flatten_config(tree)
         if "method" in overrides:  # another method, and not what the file's one stood for

@@ -1,11 +1,15 @@
 """Which values of a run's config are refused, and why."""
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vlm_jax.config_tables import CHOICES, OPTIMIZERS, RANGES, REPORTERS
+from vlm_jax.config_tables import ALIASES, CHOICES, OPTIMIZERS, RANGES, REPORTERS
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.from_pytorch import told
+
+MOST_TOLD = 10  # unknown keys of one file that an error speaks of
 
 
 def check_choice(key: str, value: Any, allowed: Iterable[str | None]) -> None:
@@ -16,6 +20,52 @@ def check_choice(key: str, value: Any, allowed: Iterable[str | None]) -> None:
             f"'{key}' is {value!r}, which is not supported{nearest(value, named)}. "
             f"Supported: {', '.join(named)}."
         )
+
+
+def unknown_keys(given: Iterable[str], where: str, known: Iterable[str]) -> UserError:
+    """Return the error for keys that there are not: what each is called here, or the nearest one.
+
+    given: "section.key", or a key in no section. known: every "section.key" that there is.
+    """
+    given, known = list(given), list(known)
+    places = [where, *[""] * len(given)]  # said once
+    said = [_unknown(*one, known) for one in zip(given[:MOST_TOLD], places, strict=False)]
+    left = len(given) - len(said)
+    if any(theirs for theirs, _ in said):
+        more = "docs/FROM_PYTORCH.md lists all of their keys."
+    else:
+        sections = ", ".join(dict.fromkeys(key.split(".")[0] for key in known))
+        more = (
+            f"Every key is listed with its meaning in vlm_jax/config.py; the sections are "
+            f"{sections}."
+        )
+    if left > 0:
+        more = f"{left} more keys are not known. {more}"
+    return UserError(" ".join([*(words for _, words in said), more]))
+
+
+def _unknown(given: str, where: str, known: list[str]) -> tuple[bool, str]:
+    """Return whether another program has a key so named, and a sentence about it."""
+    section, _, name = given.partition(".")
+    if not name:
+        section, name = "", section
+    name = name.partition(".")[0]  # options of a key of theirs
+    theirs = told(section, name)
+    named: dict[str, dict[str, None]] = {}  # name of a key -> the keys that it may mean
+    for key in (*known, *ALIASES):
+        named.setdefault(key.split(".")[1], {})[ALIASES.get(key, key)] = None
+    if theirs is None and name not in named:
+        theirs = told(None, name)
+    if theirs is not None:
+        return True, f"In {where}, {theirs}" if where else theirs
+    # Few slips are in a word's first letter; without this 'freeze_vision' is near to 'revision'.
+    alike = [one for one in named if one[:1] == name[:1]]
+    close = difflib.get_close_matches(name, alike, n=1, cutoff=0.65)
+    meant = [key for one in close for key in named[one]]
+    meant = [key for key in meant if key.split(".")[0] == section] or meant
+    guess = f" (did you mean {' or '.join(map(repr, meant))}?)" if meant else ""
+    place = f" in {where}" if where else ""
+    return False, f"Unknown config key '{given}'{place}{guess}."
 
 
 def optimizer_name(name: str) -> str:
@@ -79,6 +129,16 @@ def check(flat: Mapping[str, Any]) -> None:
         raise UserError(
             f"'training.train_sampling_strategy' is {order}, but 'data.shuffle' is false, which "
             f"keeps the order of the records. Leave one of them out."
+        )
+    if flat["data.eval_share"] and flat["data.eval_file"] is not None:
+        raise UserError(
+            f"'data.eval_share' is {flat['data.eval_share']:g} and 'data.eval_file' is set: both "
+            f"say what to evaluate on. Leave one of them out."
+        )
+    if flat["data.eval_share"] and flat["data.streaming"]:
+        raise UserError(
+            "'data.eval_share' is set and 'data.streaming' is true: of a stream, whose length "
+            "nothing says, no share can be held out. Name a data.eval_file instead."
         )
     both = flat["data.min_pixels"], flat["data.max_pixels"]
     if None not in both and both[0] > both[1]:

@@ -1,7 +1,6 @@
 """Config files as trees of sections: YAML, JSON, and Python with get_config()."""
 
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import CONFIG_BYTES, parse_json, parse_yaml, read_text
 
 
 def read_file(path: str | Path) -> tuple[Path, Mapping[str, Any]]:
@@ -37,12 +37,8 @@ def _read_text(path: Path) -> Mapping[str, Any]:
 
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"'{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}."
-        ) from error
+        text = read_text(path, CONFIG_BYTES, "a config")
+        tree = parse_json(text, path) if kind == "JSON" else parse_yaml(text, path)
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"'{path}' is not valid {kind}: {error}") from error
     if not isinstance(tree, Mapping):

@@ -27,6 +27,7 @@ ALIASES = {
     "model.vision_lr_scale": "model.vision_encoder_lr_scale",
     "lora.rank": "lora.r",
     "lora.lora_r": "lora.r",
+    "lora.lora_rank": "lora.r",
     "lora.lora_alpha": "lora.alpha",
     "lora.lora_dropout": "lora.dropout",
     "lora.targets": "lora.target_modules",
@@ -42,25 +43,34 @@ ALIASES = {
     "training.batch_size": "training.per_device_train_batch_size",
     "training.lr": "training.learning_rate",
     "training.scheduler": "training.lr_scheduler_type",
+    "data.path": "data.train_file",
     "data.train_path": "data.train_file",
     "data.eval_path": "data.eval_file",
+    "data.val_file": "data.eval_file",
     "data.validation_file": "data.eval_file",
+    "data.val_split": "data.eval_split",
     "data.image_dir": "data.image_folder",
     "data.image_root": "data.image_folder",
     "data.max_length": "data.max_seq_length",
     "data.image_size": "data.image_resolution",
 }
 
-# A key with a word for its value -> the key and value that they mean.
+# A key with a word for its value, in lower case -> the key and value that they mean.
 WORDS: dict[str, tuple[str, Any]] = {
     "mesh=auto": ("mesh.auto", True),
     "training.eval_strategy=none": ("training.eval_strategy", "no"),
+    "training.report_to=false": ("training.report_to", "none"),
+    # YAML reads the word no as false.
+    **{
+        f"training.{name}_strategy=false": (f"training.{name}_strategy", "no")
+        for name in ("logging", "save", "eval")
+    },
     # transformers 4's key of what version 5 calls train_sampling_strategy.
     **{
         f"training.group_by_length={word}": ("training.train_sampling_strategy", order)
         for word, order in (
-            *((word, "group_by_length") for word in ("True", "true", "yes", "1")),
-            *((word, "random") for word in ("False", "false", "no", "0")),
+            *((word, "group_by_length") for word in ("true", "yes", "1")),
+            *((word, "random") for word in ("false", "no", "0")),
         )
     },
 }
@@ -169,6 +179,7 @@ RANGES: list[tuple[str, float, float]] = [
     (r"training\.(seed|data_seed)", 0, 2**31 - 1),
     (r"data\.(max_seq_length|max_patches|max_shapes)", 1, 1e9),
     (r"data\.max_bad_share", 0, 1),
+    (r"data\.eval_share", 0, 0.9),
     (r"data\.(video_)?(min_pixels|max_pixels)", 1, 1e12),
     (r"data\.video_(fps|min_frames|max_frames)", 1e-6, 1e9),
     (r"data\.max_image_pixels", 1, 178_956_970),  # Pillow refuses more itself
@@ -179,7 +190,18 @@ RANGES: list[tuple[str, float, float]] = [
     (r"mesh\.(data|fsdp|tensor|context)", -1, 1e6),
 ]
 
+SWITCHES = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
 # The YAML parser reads these words as None, and people mean the string.
 NONE_WORDS = ("none", "null", "~", "")
-# Keys whose None, TrainingArguments' default, is a number here.
-NONE_MEANS = {"training.save_total_limit": 0}
+# Keys whose None, as TrainingArguments and others have it, is a value here.
+NONE_MEANS: dict[str, Any] = {
+    "training.save_total_limit": 0,
+    "training.warmup_ratio": 0.0,
+    "training.max_grad_norm": 0.0,
+    "lora.bias": "none",
+    "model.dtype": "auto",
+    "data.image_resolution": 0,
+}

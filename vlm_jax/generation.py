@@ -5,9 +5,7 @@ Letters: B rows, T prompt tokens, N new tokens, V vocabulary.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax import processes
 from vlm_jax.batch import Batch
+from vlm_jax.ends import end_tokens
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.models.decoder import empty_cache
@@ -31,30 +30,6 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-
-
-def end_tokens(model: Model) -> tuple[tuple[int, ...], int]:
-    """Return (EOS ids, pad id) of generation_config.json, else of config.json."""
-    text = model.hf_config.get("text_config") or {}
-    settings = {**text, **{k: v for k, v in model.hf_config.items() if v is not None}}
-    if model.source is not None:
-        file = Path(model.source.directory) / "generation_config.json"
-        if file.exists():
-            try:
-                given = dict(json.loads(file.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"'{file}' holds no JSON object: {error}.") from error
-            settings.update({k: v for k, v in given.items() if v is not None})
-    eos = settings.get("eos_token_id")
-    ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-    pad = settings.get("pad_token_id")
-    pad = pad if pad is not None else (ids[0] if ids else 0)
-    if not all(isinstance(token, int) for token in (*ids, pad)):
-        raise UserError(
-            f"The checkpoint names eos_token_id {eos!r} and pad_token_id {pad!r}; expected whole "
-            f"numbers. Mend its generation_config.json or config.json."
-        )
-    return ids, pad
 
 
 def left_padded(batch: Batch) -> Batch:
@@ -148,11 +123,12 @@ def generate(
 
     Rows may differ in length and images and be padded on either side; one example a row. A row
     ends with its EOS token, then the pad id. temperature 0 is greedy. EOS and pad ids are those
-    of the checkpoint's generation_config.json unless given. Compiled once for each shape.
+    of the checkpoint's generation_config.json unless given, and with them the token that its chat
+    template ends an answer with (`Model.turn_end`). Compiled once for each shape.
     On a mesh (that of the parameters) rows are spread over data x fsdp where they divide; several
     processes all call it with the same rows, and get the same tokens.
     """
-    eos, pad = end_tokens(model)
+    eos, pad = end_tokens(model, model.turn_end if eos_token_id is None else None)
     if eos_token_id is not None:
         eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     pad = pad if pad_token_id is None else pad_token_id

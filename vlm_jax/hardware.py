@@ -139,6 +139,7 @@ def hardware(name: str) -> Hardware:
         count, text = int(many[1]), many[2]
     device, _, shape = text.partition(":")
     device = OTHER_NAMES.get(device, device)
+    asked = device.split("-")[0]  # without a count, for the nearest of the known
     if device not in DEVICES:
         tail = re.fullmatch(r"(.+)-(\d+)", device)
         before = OTHER_NAMES.get(tail[1], tail[1]) if tail else ""
@@ -148,7 +149,7 @@ def hardware(name: str) -> Hardware:
                 shape = str(max(1, int(shape) // 2))
     if device not in DEVICES or not re.fullmatch(r"(\d+(x\d+)*)?", shape) or (count and shape):
         raise UserError(
-            f"The hardware '{name}' is not known{nearest(device, DEVICES)}. Known are "
+            f"The hardware '{name}' is not known{nearest(asked, DEVICES)}. Known are "
             f"{', '.join(DEVICES)}, one of them or several: 'h100:8', 'v5e-4', 'v5e:2x2'."
         )
     known = DEVICES[device]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,8 @@ class Source:
     tensors: each tensor's name on disk -> (file name, dtype on disk), in the order of the files.
     repo: what the user called it: a hub id or a path. revision: of the hub, or None.
     beside: likewise the further tensors of 4-bit weights that nothing here reads.
+    adapter: the directory of the adapter that was loaded onto it, whose image settings, tokenizer
+        and chat template stand in place of the checkpoint's where it has them.
     """
 
     directory: str
@@ -33,6 +36,7 @@ class Source:
     repo: str
     revision: str | None = None
     beside: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    adapter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # by identity: hashable, so jit takes it as static
@@ -90,6 +94,23 @@ class Model:
         return (self.hf_config.get("text_config") or self.hf_config).get(
             "vocab_size", self.config.text.vocab_size
         )
+
+    @functools.cached_property
+    def turn_end(self) -> int | None:
+        """The id of the token that the checkpoint's chat template ends an answer with.
+
+        None where the model came from no directory, or there is no conversation to be had there:
+        it lacks a tokenizer or a template.
+        """
+        from vlm_jax.data import Chat
+
+        if self.source is None:
+            return None
+        cfg = self.config
+        try:
+            return Chat(self.source.directory, cfg.image_token_id, cfg.video_token_id).turn_end
+        except UserError:  # whoever encodes with it is told; arrays may come from elsewhere
+            return None
 
     @property
     def empty_example(self) -> Example:
@@ -218,7 +239,7 @@ class Model:
 
         if self.source is None:
             raise UserError("This model was not loaded from a directory, so it has no tokenizer.")
-        encoder = Encoder(self.source.directory, **options)
+        encoder = Encoder(self.source.directory, **{"adapter": self.source.adapter, **options})
         media = {"images": list(images), "videos": list(videos)}
         example = encoder.prompt({"messages": messages, **media})
         return self.collate([[example]], len(example["tokens"]), len(example["patches"]))
@@ -301,6 +322,14 @@ def _shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
     model = Model(family, config, jnp.dtype("float32"), {})
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     return {path: leaf.shape for path, leaf in flatten(params).items()}
+
+
+def with_adapter_files(model: Model, directory: str | Path) -> Model:
+    """Return the model whose encoders take what the directory of a loaded adapter has of theirs."""
+    if model.source is None:
+        return model
+    source = dataclasses.replace(model.source, adapter=str(Path(directory).absolute()))
+    return dataclasses.replace(model, source=source)
 
 
 def from_config(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.limits import check_patterns
 from vlm_jax.model import Model
 from vlm_jax.models import MODELS
 from vlm_jax.names import current_name, layer_names, module_name
@@ -167,17 +168,13 @@ def _skipped(model: Model, kernels: list[str], skip: tuple[str, ...]) -> list[st
     """
     found: dict[str, None] = {}
     modules = {path: layer_names(model, path) for path in flatten(model.abstract())}
+    every = [name for names in modules.values() for name in names]
+    check_patterns(skip, every, "value of model.llm_int8_skip_modules", lambda row: f"(?:{row}).*")
     for pattern in skip:
-        try:
-            hits = {
-                path: [_skips(model, pattern, name) for name in names]
-                for path, names in modules.items()
-            }
-        except re.error as error:
-            raise UserError(
-                f"model.llm_int8_skip_modules names {pattern!r}, which is no regular expression: "
-                f"{error}."
-            ) from error
+        hits = {
+            path: [_skips(model, pattern, name) for name in names]
+            for path, names in modules.items()
+        }
         for path in kernels:
             if any(hits[path]) and not all(hits[path]):
                 raise UserError(

@@ -5,16 +5,18 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from vlm_jax import config as configs
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.sources import is_list_of_sources
 from vlm_jax.errors import UserError
-from vlm_jax.hardware import GB, Hardware, hardware
+from vlm_jax.hardware import GB, USABLE, Hardware, hardware
 from vlm_jax.hub.load import resolve
 from vlm_jax.survey import RowChoice, Sizes, choose_row, measure, pixel_limits
 from vlm_jax.train.estimate import Estimate, estimate
+from vlm_jax.train.mesh import memory_of
 from vlm_jax.values import sources_value
 
 
@@ -29,17 +31,23 @@ class Method(NamedTuple):
     optim: str = "adamw"
 
 
-# From the dearest to the cheapest: what does not fit falls to the next one.
+# From the dearest to the cheapest: what does not fit falls to the next one whose rank is no larger.
+# Weights in 4 bits cost time, so they come where 16 bits do not fit.
 METHODS = (
     Method("full fine-tuning", 0, 0.1, False, 1e-5),
     Method("LoRA r=32, vision tower at a tenth", 32, 0.1, False, 1e-4),
     Method("LoRA r=16, vision tower at a tenth", 16, 0.1, False, 1e-4),
     Method("LoRA r=16, vision tower frozen", 16, 0.0, False, 2e-4),
     Method("LoRA r=8, vision tower frozen", 8, 0.0, False, 2e-4),
+    Method("LoRA r=4, vision tower frozen", 4, 0.0, False, 2e-4),
     Method("QLoRA r=16, vision tower frozen", 16, 0.0, True, 2e-4),
     Method("QLoRA r=4, vision tower frozen", 4, 0.0, True, 2e-4),
     Method("QLoRA r=4, 8-bit moments in pages", 4, 0.0, True, 2e-4, "paged_adamw_8bit"),
 )
+
+
+EVAL_SHARE = 0.1  # of the records, for evaluation
+EVAL_MOST = 1_000  # of them: more take time and tell little
 
 
 class Band(NamedTuple):
@@ -53,7 +61,7 @@ class Band(NamedTuple):
 
 
 BANDS = (
-    Band(1_000, 6, 3, 8, "few examples: a small adapter on frozen weights forgets least"),
+    Band(1_000, 5, 3, 8, "few examples: a small adapter on frozen weights forgets least"),
     Band(3_000, 4, 3, 16, "some thousand examples: a modest adapter, vision as it is"),
     Band(10_000, 3, 2, 16, "thousands of examples: an adapter of rank 16, vision as it is"),
     Band(30_000, 2, 2, 32, "enough to move the vision tower a little"),
@@ -104,19 +112,20 @@ def recommend(
     encoder = Encoder(directory, **access)
     count = len(records)
     band = next(one for one in BANDS if count < one.below)
-    start = band.method
+    methods = _suited(band.method)
     in_4_bits = bool(encoder.model.hf_config.get("quantization_config"))
     if in_4_bits:
-        start = max(start, next(i for i, m in enumerate(METHODS) if m.quantize))
+        methods = [at for at in methods if METHODS[at].quantize]
+    start = methods[0]
 
     chosen_at = len(METHODS)
     for max_pixels, reason in pixel_limits(encoder, records):
         limited = encoder.replace(max_pixels=max_pixels)
         found = measure(limited, records, max_pixels, reason)
         row = choose_row(encoder, found.sizes)
-        for at, method in enumerate(METHODS[start:], start):
+        for at in methods:
             made = _config(
-                method, band, row, found, machine,
+                METHODS[at], count, row, found,
                 {
                     "model": {"name_or_path": model, "revision": revision},
                     "data": {
@@ -129,7 +138,7 @@ def recommend(
                 },
             )  # fmt: skip
             # Copies of the model where one device holds it, else one copy that all share.
-            alone = _need(made, directory, row.shape)
+            alone = _need(made, encoder, row.shape)
             for shards in sorted({1, 1 if machine is None else machine.count}):
                 need = alone.over(shards)
                 if machine is None or need.total <= machine.usable:
@@ -150,8 +159,25 @@ def recommend(
         )
     if in_4_bits:
         made["model"].pop("quantize", None)
+    devices, budget = (1, _here()) if machine is None else (machine.count, machine.usable)
+    rows = max(1, round(band.batch / row.density / devices))
+    for micro_batches in (2**n for n in range(rows.bit_length() + 1)):
+        at_once = max(1, round(rows / micro_batches))
+        made["training"] |= {
+            "per_device_train_batch_size": at_once,
+            "gradient_accumulation_steps": micro_batches if at_once > 1 else rows,
+        }
+        need = _need(made, encoder, row.shape, at_once).over(shards)
+        if at_once == 1 or need.total <= budget:
+            break
     reasons = _reasons(count, band, start, chosen_at, row, found, need, machine, made)
     return Recommendation(METHODS[chosen_at], reasons, made, need, machine)
+
+
+def _suited(start: int) -> list[int]:
+    """Return the methods to try from one on: the dearest first, none of a larger rank."""
+    most = METHODS[start].rank or math.inf
+    return [i for i, one in enumerate(METHODS) if i >= start and one.rank <= most]
 
 
 # The config
@@ -159,14 +185,12 @@ def recommend(
 
 def _config(
     method: Method,
-    band: Band,
+    count: int,
     row: RowChoice,
     found: Sizes,
-    machine: Hardware | None,
     given: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    devices = 1 if machine is None else machine.count
-    accumulation = max(1, round(band.batch / row.density / devices))
+    band = next(one for one in BANDS if count < one.below)
     made: dict[str, dict[str, Any]] = {
         "model": {
             **given["model"],
@@ -178,12 +202,13 @@ def _config(
             **given["training"],
             "num_train_epochs": band.epochs,
             "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": accumulation,
+            "gradient_accumulation_steps": 2,  # gradients are summed: what needs most
             "learning_rate": method.rate,
             "optim": method.optim,
         },
         "data": {
             **given["data"],
+            "eval_share": float(f"{min(EVAL_SHARE, EVAL_MOST / count):.1g}") if count > 1 else None,
             "max_seq_length": row.shape[0],
             "max_pixels": found.max_pixels,
             "packing": row.packing,
@@ -205,10 +230,20 @@ def _mesh(machine: Hardware | None, shards: int) -> dict[str, dict[str, int]]:
     return {"mesh": {"devices": machine.count, "data": copies, "fsdp": shards}}
 
 
-def _need(made: dict[str, dict[str, Any]], directory: Path, shape: tuple[int, int]) -> Estimate:
+def _need(
+    made: dict[str, dict[str, Any]], encoder: Encoder, shape: tuple[int, int], rows: int = 1
+) -> Estimate:
     flat: dict[str, Any] = configs.flatten_config(made)
-    flat |= {"model.name_or_path": str(directory), "model.revision": None}
-    return estimate(configs.load(None, flat), shape)
+    flat |= {"model.name_or_path": encoder.directory, "model.revision": None}
+    return estimate(configs.load(None, flat), shape, rows, len(encoder.tokenizer))
+
+
+def _here() -> int:
+    """Return the bytes that a program may have of this machine's first device; 0: nothing says."""
+    try:
+        return int(memory_of(jax.local_devices()[0]) * USABLE)
+    except UserError:
+        return 0
 
 
 def _reasons(
@@ -250,7 +285,9 @@ def _reasons(
         text = f"about {side} x {side}: {found.reason}"
         rows.append(("max_pixels", f"{found.max_pixels:,}", text))
     training = made["training"]
-    step = training.get("gradient_accumulation_steps", 1) * (machine.count if machine else 1)
+    at_once = training["per_device_train_batch_size"]
+    micro_batches = training["gradient_accumulation_steps"]
+    step = at_once * micro_batches * (machine.count if machine else 1)
     if mesh := made.get("mesh"):
         shared = mesh["fsdp"] > 1
         text = "one device does not hold it all" if shared else "one device holds it all"
@@ -258,6 +295,13 @@ def _reasons(
     rows += [
         ("learning rate", f"{method.rate:g}", "usual for this method"),
         ("rows a step", f"{step}", f"about {round(step * row.density)} examples"),
+        (
+            "rows at once",
+            f"{at_once}",
+            "all of a device"
+            if micro_batches == 1
+            else f"in {micro_batches} micro-batches: more would not fit",
+        ),
         (
             "memory",
             f"{size(need.total)} a device",
@@ -267,13 +311,28 @@ def _reasons(
         ),
     ]
     if machine is None:
-        rows.append(("hardware", "not named", "nothing was checked against it"))
+        rows.append(
+            (
+                "hardware",
+                "not named",
+                "the method was checked against none, rows at once against this machine: name what "
+                "trains by --hardware",
+            )
+        )
     else:
         rows.append(
             (
                 "hardware",
                 f"{machine.count} x {machine.device}",
                 f"{machine.memory / GB:.0f} GB each, {machine.usable / GB:.1f} of them counted on",
+            )
+        )
+    if share := made["data"].get("eval_share"):
+        rows.append(
+            (
+                "held out",
+                f"{share:g} of them",
+                "to evaluate on; with a file for that set data.eval_file instead",
             )
         )
     if found.bad:

@@ -111,7 +111,7 @@ def choose_row(encoder: Encoder, sizes: np.ndarray) -> RowChoice:
     unit = family.patch_unit(model_config)
     length = round_up(int(np.quantile(sizes[:, 0], 0.99, method="higher")))
     fitting = sizes[sizes[:, 0] <= length]
-    patches = max(unit, round_up(int(fitting[:, 1].max()), unit))
+    patches = round_up(int(fitting[:, 1].max()), unit)
     shapes = choose_shapes(fitting, (length, patches), 4, unit)
     rows = min(8, len(fitting))
     padded = sum(rows * cost(np.array(shape)) for _, shape in group(fitting, rows, shapes))

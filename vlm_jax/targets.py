@@ -1,5 +1,6 @@
 """Which modules get low-rank matrices, and of which rank and scale, as PEFT decides it."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.linear import LoRAScale
+from vlm_jax.limits import PATTERNS, check_patterns
 from vlm_jax.methods import LoRA
 from vlm_jax.model import Model
 from vlm_jax.names import layer_names, stacked_layers
@@ -53,19 +55,33 @@ def adaptable(model: Model, params: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def whole(key: str) -> str:
+    """Return the regex over whole names that a key of rank_pattern or alpha_pattern stands for."""
+    return rf"(.*\.)?({key})"
+
+
+@functools.lru_cache(maxsize=PATTERNS)
+def _compiled_key(key: str) -> re.Pattern[str]:
+    return re.compile(whole(key))
+
+
 def pattern_key(keys: Iterable[str], module: str) -> str | None:
     """Return the first key of a rank_pattern or alpha_pattern that matches a module, or None."""
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", module)), None)
+    return next((key for key in keys if _compiled_key(key).fullmatch(module)), None)
 
 
 def layer_number(module: str, patterns: tuple[str, ...]) -> int | None:
     """Return the number of the layer that a module lies in, as layers_to_transform counts it."""
-    for pattern in patterns or (r"[^.]*",):
-        prefix = rf"(?:^|.*?\.){pattern}" if patterns else rf".*?\.{pattern}"
-        found = re.match(rf"{prefix}\.(\d+)\.", module)
+    for row in map(_numbered, patterns) if patterns else (r".*?\.[^.]*\.(?P<number>\d+)\..*",):
+        found = re.fullmatch(row, module)
         if found:
-            return int(found[1])
+            return int(found["number"])
     return None
+
+
+def _numbered(pattern: str) -> str:
+    """Return the regex over whole names that a row of layers_pattern stands for."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\..*"
 
 
 def is_excluded(module: str, exclude: str | tuple[str, ...]) -> bool:
@@ -120,8 +136,8 @@ def target_modules(model: Model, params: Mapping[str, Any], lora: LoRA) -> dict[
     adapted where it is named. Raises `UserError` for a target, a pattern, an excluded module or a
     layer that matches nothing.
     """
-    _check_patterns(lora)
     kernels = adaptable(model, params)
+    _check_patterns(lora, [module for path in kernels for module in layer_names(model, path)])
     chosen = _chosen(model, kernels, lora)
     named = {path: layer_names(model, path) for path in chosen}
     excluded = {
@@ -170,20 +186,22 @@ def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[
     return list(target_modules(model, params, lora))
 
 
-def _check_patterns(lora: LoRA) -> None:
+def _check_patterns(lora: LoRA, modules: list[str]) -> None:
+    """Raise `UserError` for regexes of a LoRA that are none or endless, and values that misfit."""
     for name in ("rank_pattern", "alpha_pattern"):
         least = 1 if name == "rank_pattern" else 0
+        check_patterns(list(getattr(lora, name)), modules, f"key of lora.{name}", whole)
         for key, value in getattr(lora, name).items():
-            _compiled(f"key of lora.{name}", key)
             kinds = (int,) if name == "rank_pattern" else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
                 what = "a whole number of 1 or more" if least else "a number of 0 or more"
                 raise UserError(f"lora.{name} gives {key!r} the value {value!r}; expected {what}.")
     if isinstance(lora.exclude_modules, str):
-        _compiled("value of lora.exclude_modules", lora.exclude_modules)
-    for pattern in lora.layers_pattern:
-        _compiled("value of lora.layers_pattern", pattern)
+        check_patterns([lora.exclude_modules], modules, "value of lora.exclude_modules")
+    check_patterns(lora.layers_pattern, modules, "value of lora.layers_pattern", _numbered)
     regex = isinstance(lora.targets, str) and lora.targets not in (*PRESETS, "all-linear")
+    if regex:
+        check_patterns([str(lora.targets)], modules, "LoRA target")
     if regex and lora.layers_to_transform:
         raise UserError(
             f"lora.layers_to_transform is set and the target is a regex, {lora.targets!r}; PEFT "
@@ -194,13 +212,6 @@ def _check_patterns(lora: LoRA) -> None:
             f"lora.layers_pattern, {list(lora.layers_pattern)}, says which numbers "
             f"lora.layers_to_transform means, which is not set. Set it, or leave both out."
         )
-
-
-def _compiled(what: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"The {what}, {pattern!r}, is no regular expression: {error}.") from error
 
 
 def _in_layers(lora: LoRA, named: Mapping[str, list[str]]) -> dict[str, list[bool]]:
@@ -300,9 +311,8 @@ def _no_target(model: Model, inside: list[str], target: str, lora: LoRA) -> User
 
 
 def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> dict[str, list[bool]]:
-    regex = _compiled("LoRA target", pattern)
     found = {
-        path: [bool(regex.fullmatch(module)) for module in layer_names(model, path)]
+        path: [bool(re.fullmatch(pattern, module)) for module in layer_names(model, path)]
         for path in kernels
     }
     chosen = {path: flags for path, flags in found.items() if any(flags)}

@@ -7,7 +7,6 @@ thread that looks for a word from the others, and ends its process at once when 
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,15 +17,13 @@ from typing import Any
 
 from vlm_jax import processes
 from vlm_jax.errors import UserError
+from vlm_jax.interrupts import INTERRUPTED, clear, ending, on_signal
 from vlm_jax.processes import Seat
 
 FAILED = "vlm_jax/failed"  # {"process", "code", "text"} of the first process that failed
 LEFT = "vlm_jax/left/"  # a key for each process that is about to end
 LOOK = 0.5  # seconds between looks
 PATIENCE = 20.0  # seconds that process 0, which holds the words, waits for the others to read them
-# What must be done before the process is ended from its side thread.
-at_sudden_end: list[Callable[[], None]] = []
-_ending = threading.Lock()  # taken by the thread that ends the process
 
 # It outlives its parent, and says what the parent said last, unless that was nothing.
 LAST_WORDS = "import os, sys; os.write(2, sys.stdin.buffer.read().split(b'\\0')[-1])"
@@ -38,28 +35,30 @@ def together(report: Callable[[BaseException], int]) -> Iterator[None]:
 
     report: says an exception on stderr and returns the exit code. Where the block raises in one
     process, that one reports it, the others say so, and all end with its code, within seconds and
-    wherever they are, so the exception never leaves this. SIGTERM counts as Ctrl-C. With one
-    process the block runs as if this were not here. Raises `UserError` for a wrong environment.
+    wherever they are, so the exception never leaves this. Ctrl-C or SIGTERM to one ends all, until
+    the block says what else they do. With one process the block runs as if this were not here.
+    Raises `UserError` for a wrong environment.
     """
     here = processes.seat()
     if here is None:
         yield
         return
-    with _last_words(here) as words:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        joined, done = False, threading.Event()
+    joined, done = threading.Event(), threading.Event()
+    with (
+        _last_words(here) as words,
+        on_signal(lambda number: _stopped(here, report, words, joined.is_set())),
+    ):
         try:
             processes.start(here)
-            joined = True
+            joined.set()
             watcher = threading.Thread(target=_watch, args=(here, done, words), daemon=True)
             watcher.start()
             yield
             processes.wait_for_all("the end")
         except BaseException as error:
-            _fail(here, error, report, words, joined)
+            _fail(here, error, report, words, joined.is_set())
         done.set()
         watcher.join()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -102,12 +101,10 @@ def _watch(here: Seat, done: threading.Event, words: Callable[[str], None]) -> N
     while not done.wait(LOOK):
         failure = _failure()
         if failure is not None and failure["process"] != here.number:
-            if not _ending.acquire(blocking=False):
-                return  # the main thread is at it
+            if not ending.acquire(blocking=False):
+                return  # another thread is at it
             _say_others(here, failure)
-            for act in reversed(at_sudden_end):
-                with contextlib.suppress(Exception):
-                    act()
+            clear()
             _leave(here, failure["code"], words)
 
 
@@ -131,11 +128,9 @@ def _fail(
     joined: bool,
 ) -> None:
     """Report an exception, tell the others if it had joined them, and end this process."""
-    if not _ending.acquire(blocking=False):
-        while True:  # the watching thread ends this process
+    if not ending.acquire(blocking=False):
+        while True:  # another thread ends this process
             time.sleep(1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     mine = isinstance(error, UserError | KeyboardInterrupt)
     failure = _explained(here) if joined and not mine else None
     if failure is not None:
@@ -154,10 +149,25 @@ def _fail(
     else:
         traceback.print_exception(error)
         code = 1
-    text = " ".join(str(error).split()) or "it was interrupted."
+    _tell(here, code, " ".join(str(error).split()), words, joined)
+
+
+def _stopped(
+    here: Seat, report: Callable[[BaseException], int], words: Callable[[str], None], joined: bool
+) -> None:
+    """End this process at once since it was told to, and the others with it."""
+    if ending.acquire(blocking=False):
+        clear()
+        with contextlib.suppress(Exception):  # the main thread may be in the midst of a line
+            report(KeyboardInterrupt())
+        _tell(here, INTERRUPTED, "", words, joined)
+
+
+def _tell(here: Seat, code: int, text: str, words: Callable[[str], None], joined: bool) -> None:
+    """Tell the others why this process ends, if it had joined them, and end it."""
     if joined:
         with contextlib.suppress(Exception):  # another was first, or there is no coordinator
-            told = {"process": here.number, "code": code, "text": text}
+            told = {"process": here.number, "code": code, "text": text or "it was interrupted."}
             processes.client().key_value_set(FAILED, json.dumps(told))
     _leave(here, code, words, joined)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import check_patterns
 
 Tree = Mapping[str, Any]
 Table = Sequence[tuple[str, Any]]
@@ -54,14 +55,8 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
     silently freeze, replicate or skip anything.
     """
     paths = list(paths)
-    rows = []
-    for pattern, value in table:
-        try:
-            rows.append((re.compile(pattern), value))
-        except re.error as error:
-            raise UserError(
-                f"The {what} has the row {pattern!r}, which is not a regular expression: {error}."
-            ) from error
+    check_patterns([pattern for pattern, _ in table], paths, f"row of the {what}")
+    rows = [(re.compile(pattern), value) for pattern, value in table]
     result: dict[str, Any] = {}
     used = [False] * len(rows)
     for path in paths:

@@ -7,12 +7,16 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from vlm_jax.errors import UserError
+from vlm_jax.limits import parse_yaml
+
 SOURCES = "a path, or a list of paths and of {path, weight, ...}"
 RANKS = "ranks by regex, {layers.0.*q_proj: 32}"
 ALPHAS = "alphas by regex, {layers.0.*q_proj: 64}"
 LAYERS = "numbers of layers, [0, 1, 2]"
 START = "true, or a word such as gaussian, pissa, loftq"
 COLUMNS = "our names of columns with the data's own, {question: q_text}"
+SIDE = "the side of a square in pixels, or dynamic"
 STEPS = "a number of steps, or a share of all steps below 1"
 OPTIONS = "the schedule's own options, {min_lr_rate: 0.1}"
 
@@ -62,6 +66,19 @@ def steps_value(value: Any) -> int | float:
     return int(number)
 
 
+def side_value(value: Any) -> int:
+    """Return the side of a square in pixels; 0 for the word dynamic."""
+    if str(value).strip().lower() == "dynamic":
+        return 0
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        number = math.nan
+    if not math.isfinite(number) or number != round(number):
+        raise ValueError(SIDE)
+    return int(number)
+
+
 def layers_value(value: Any) -> list[int]:
     """Return numbers of layers; raises `ValueError`, saying what it expects, for all else."""
     value = _parsed(value, LAYERS)
@@ -89,8 +106,8 @@ def _parsed(value: Any, expected: str) -> Any:
 
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
+            value = parse_yaml(value, "the value")
+        except (yaml.YAMLError, UserError):
             raise ValueError(f"{expected}, in YAML") from None
     return plain(value)
 
@@ -104,6 +121,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "lora.layers_to_transform": layers_value,
     "lora.init_lora_weights": start_value,
     "data.columns": map_value(COLUMNS),
+    "data.image_resolution": side_value,
     "training.lr_scheduler_kwargs": map_value(OPTIONS),
     **{
         f"training.{name}": steps_value

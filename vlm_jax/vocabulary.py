@@ -1,7 +1,7 @@
 """New tokens: rows beside the embedding and the head that train while the old ones stay frozen."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,6 +46,24 @@ def add_tokens(model: Model, params: Mapping[str, Any], count: int) -> tuple[Mod
     if not nested or "vocab_size" in config:  # some releases of transformers write it twice
         config["vocab_size"] = size
     return dataclasses.replace(model, hf_config=config), unflatten(dict(sorted(flat.items())))
+
+
+def spare_tokens(model: Model, tokens: Mapping[str, int]) -> list[str]:
+    """Return which tokens lie in rows that the base's own embedding had to spare.
+
+    tokens: what was added to a tokenizer, with ids. A checkpoint's config.json names its last ones
+    (those of images and videos), so ids behind all of them are of tokens that it does not know.
+    """
+    last = max(_named_ids(model.hf_config), default=-1)
+    return [token for token, id in tokens.items() if last < id < model.config.text.vocab_size]
+
+
+def _named_ids(config: Mapping[str, Any]) -> Iterator[int]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _named_ids(value)
+        elif key.endswith(("_token_id", "_token_index")):
+            yield from (id for id in (value if isinstance(value, list) else [value]) if id)
 
 
 def fold_added(flat: Mapping[str, Any]) -> dict[str, Any]:

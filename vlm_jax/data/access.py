@@ -7,11 +7,7 @@ import urllib.request
 from pathlib import Path
 
 from vlm_jax.errors import UserError
-
-# Twice Pillow's Image.MAX_IMAGE_PIXELS, above which Pillow itself refuses: 13,377 pixels squared.
-MAX_IMAGE_PIXELS = 178_956_970
-FETCH_SECONDS = 30
-FETCH_BYTES = 256 * 2**20
+from vlm_jax.limits import FETCH_BYTES, FETCH_SECONDS, MAX_IMAGE_PIXELS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,11 @@ from vlm_jax.data.formats import FORMATS
 from vlm_jax.data.jsonl import JsonRows, index_lines
 from vlm_jax.data.tables import CAPTION, IMAGE, index_table, tables_in
 from vlm_jax.errors import UserError
+from vlm_jax.magic import refuse_lost
 
 PROMPT = "Describe this image."
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # What the user says where a row has that and a caption, which is then the answer.
 ASKED = ("question", "query", "prompt", "instruction")
 
@@ -27,6 +28,7 @@ def read_captions(folder: Path, prompt: str, taken: Collection[str] = ()) -> Seq
         raise UserError(f"The directory '{folder}' has both {' and '.join(found)}: keep one.")
     if found:
         path = folder / found[0]
+        refuse_lost(path, f"The data file '{path}'")
         rows = index_lines(path) if path.suffix == ".jsonl" else index_table(path)
         return Metadata(rows, prompt, taken)
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)

@@ -4,6 +4,7 @@ The template is rendered once as it is; which characters the assistant writes co
 turns (never from searching token ids), and the tokenizer's offsets carry it over to tokens.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from vlm_jax.data.answers import find_answers
 from vlm_jax.data.template import Messages, Span, Template
-from vlm_jax.data.tokenizer import find_template, load_tokenizer, rename_tokens
+from vlm_jax.data.tokenizer import find_template, has_tokenizer, load_tokenizer, rename_tokens
 from vlm_jax.errors import UserError
 
 TRAIN_ON = ("all", "answers", "last")
@@ -25,6 +26,7 @@ SLOTS = ("\ue0f2", "\ue0f3")  # where an image's, a video's features go
 RESERVED = re.compile("[\ue0f0-\ue0f5]")  # and the marks of `Template`
 SPACE = re.compile(r"\s*")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no tokenizer takes it
+ANSWER = "The answer."  # of a conversation that is rendered to see how the template ends it
 
 
 class Chat:
@@ -35,12 +37,19 @@ class Chat:
     """
 
     def __init__(
-        self, directory: str | Path, image_token_id: int, video_token_id: int | None = None
+        self,
+        directory: str | Path,
+        image_token_id: int,
+        video_token_id: int | None = None,
+        adapter: str | Path | None = None,
     ):
-        tokenizer = self.tokenizer = load_tokenizer(directory)
+        """adapter: a directory whose tokenizer and template, where it has them, come first."""
+        home = directory if adapter is None or not has_tokenizer(adapter) else adapter
+        tokenizer = self.tokenizer = load_tokenizer(home)
         ids = [image_token_id] if video_token_id is None else [image_token_id, video_token_id]
         self.directory = str(directory)
-        self.template = find_template(directory, tokenizer)
+        places = [directory] if adapter is None else [adapter, directory]
+        self.template = find_template(places, home, tokenizer)
         self.compiled = Template(self.template, self.directory)
         self.has_marks = self.compiled.has_marks
         self.special = {**tokenizer.special_tokens_map}
@@ -112,14 +121,38 @@ class Chat:
         rendered, turns = self._turns(messages, prompt=True)
         return self._tokens(rendered, turns, [0.0] * len(turns), (image_tokens, video_tokens))[0]
 
+    @functools.cached_property
+    def turn_end(self) -> int | None:
+        """The id of the first token behind an answer, with which a model says that it is done.
+
+        It is the first special token that the template writes there, whatever follows; of a
+        template that writes none the tokenizer's EOS, which training puts there (see `encode`).
+        None where there is none of either. Raises `UserError` where the template refuses a question
+        and its answer, or writes another.
+        """
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": words}]}
+            for role, words in (("user", "The question?"), ("assistant", ANSWER))
+        ]
+        said, _, tail = self._render(messages, False)[0].rpartition(ANSWER)
+        if not said:
+            raise UserError(
+                f"The chat template of '{self.directory}' does not write the answer {ANSWER!r} of "
+                f"a conversation. Mend chat_template.jinja, or copy the checkpoint's own."
+            )
+        found = [(tail.find(end), -len(end), end) for end in self.ends if end in tail]
+        name = min(found)[2] if found else self.eos
+        return None if name is None else int(self.tokenizer.convert_tokens_to_ids(name))
+
+    def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
+        """Return the template's text and its generation marks."""
+        return self.compiled.render(messages, prompt, **self.special)
+
     def _turns(self, messages: Messages, prompt: bool) -> tuple[str, list[list[Span]]]:
         """Return the rendered text and, for every assistant turn, the spans of its answer."""
         messages = [self._escape(message) for message in messages]
 
-        def render(messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
-            return self.compiled.render(messages, prompt, **self.special)
-
-        return find_answers(render, messages, prompt, self.compiled, self.ends)
+        return find_answers(self._render, messages, prompt, self.compiled, self.ends)
 
     def _escape(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message with placeholders in its texts hidden from template and tokenizer."""

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
-from vlm_jax.data.access import MAX_IMAGE_PIXELS, Access
+from vlm_jax.data.access import Access
 from vlm_jax.data.boxes import fill
 from vlm_jax.data.chat import TRAIN_ON, Chat
 from vlm_jax.data.image_settings import check_processor, make_processor, read_settings
@@ -23,6 +22,7 @@ from vlm_jax.data.records import BadExample, Record, canonical, describe
 from vlm_jax.data.template import BadTemplate
 from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
 from vlm_jax.errors import UserError
+from vlm_jax.limits import MAX_IMAGE_PIXELS, read_json
 from vlm_jax.model import from_config
 
 ON_BAD_EXAMPLE = ("raise", "skip")
@@ -63,6 +63,8 @@ class Encoder:
     max_image_pixels, allow_absolute_paths, allow_urls: what may be read, see `Access`.
     video_fps, video_min_frames, video_max_frames, video_min_pixels, video_max_pixels: which frames
         of a video are taken and the pixels of each; None: the checkpoint's settings.
+    adapter: the directory of an adapter: the image and video settings, the tokenizer and the chat
+        template that it has stand in place of the checkpoint's, as it was trained with them.
     chat: the directory's tokenizer and template where they are loaded already, see `replace`.
     Raises `UserError` where a file is missing or an option cannot be met.
     """
@@ -88,6 +90,7 @@ class Encoder:
         video_max_frames: int | None = None,
         video_min_pixels: int | None = None,
         video_max_pixels: int | None = None,
+        adapter: str | Path | None = None,
         chat: Chat | None = None,
     ):
         arguments = {k: value for k, value in locals().items() if k not in ("self", "chat")}
@@ -105,18 +108,17 @@ class Encoder:
                 f"'{directory}' is no checkpoint directory: it has no config.json. Expected the "
                 f"local directory of a Hugging Face checkpoint."
             )
-        try:
-            self.model = from_config(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
+        self.model = from_config(read_json(path))
         self.directory = str(directory)
         self.max_seq_length, self.max_patches = max_seq_length, max_patches
         self.overlong = overlong
         self.train_on, self.on_bad_example = train_on, on_bad_example
         self.image_folder = None if image_folder is None else str(image_folder)
         config = self.model.config
-        self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id)
-        settings = read_settings(directory)
+        self.directories = [str(one) for one in (adapter, directory) if one is not None]
+        ids = config.image_token_id, config.video_token_id
+        self.chat = chat or Chat(directory, *ids, adapter)
+        settings = read_settings(*self.directories)
         processor: ImageProcessor | None = None
         if settings is not None:
             processor = make_processor(
@@ -127,7 +129,7 @@ class Encoder:
             )
             check_processor(processor, self.model, self.directory)
         video_processor: VideoProcessor | None = None
-        settings = read_video_settings(directory)
+        settings = read_video_settings(*self.directories)
         if config.video_token_id is not None and settings is not None:
             video_processor = make_video_processor(
                 settings,
@@ -152,7 +154,7 @@ class Encoder:
 
     def replace(self, **options: Any) -> "Encoder":
         """Return the encoder with other options; of one directory the tokenizer is loaded once."""
-        chat = None if "directory" in options else self.chat
+        chat = None if options.keys() & {"directory", "adapter"} else self.chat
         return Encoder(**{**self._remake.keywords, **options}, chat=chat)
 
     @property
@@ -164,11 +166,13 @@ class Encoder:
     def settings(self) -> dict[str, Any]:
         """All that the sizes of examples hang on, JSON-able: files by their content."""
         files = {
-            path.name: hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
+            f"{i} {path.name}": hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
+            for i, directory in enumerate(reversed(self.directories))
             for pattern in SIZE_FILES
-            for path in Path(self.directory).glob(pattern)
+            for path in Path(directory).glob(pattern)
         }
         options = {**self._remake.keywords, "directory": files, "image_folder": self.image_folder}
+        del options["adapter"]  # by its files, wherever they lie
         return {name: value for name, value in options.items() if name != "on_bad_example"}
 
     def encode(self, record: Record) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A checkpoint's image settings, `preprocessor_config.json`, to the processor they describe."""
 
-import json
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from vlm_jax.data.processors import Fixed, ImageProcessor, Patches
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.limits import LARGEST, SIZE, finite, read_json
 from vlm_jax.model import Model
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -74,29 +76,29 @@ IGNORED = {
 }
 
 
-def read_settings(directory: str | Path) -> dict[str, Any] | None:
-    """Return the image settings of a checkpoint directory, or None where it has none.
+def read_settings(*directories: str | Path) -> dict[str, Any] | None:
+    """Return the image settings of the first directory that has some, or None.
 
     `processor_config.json` with a nested "image_processor" (transformers 5 writes it) comes before
     `preprocessor_config.json`, as in transformers.
     """
     files = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
-    return read_first(directory, files)
+    return read_first(directories, files)
 
 
-def read_first(directory: str | Path, files: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
-    """Return the settings of the first (file, key within it) that a directory has, or None."""
-    for name, key in files:
+def read_first(
+    directories: Sequence[str | Path], files: Sequence[tuple[str, str]]
+) -> dict[str, Any] | None:
+    """Return the settings of the first (file, key within it) that a directory has, or None.
+
+    All files of the first directory come before those of the next one.
+    """
+    for directory, (name, key) in itertools.product(directories, files):
         path = Path(directory, name)
         if not path.is_file():
             continue
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"'{path}' is not JSON: line {error.lineno}, {error.msg}.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{path}' is not UTF-8 text: {error}.") from error
-        settings = raw.get(key) if key and isinstance(raw, Mapping) else raw
+        raw = read_json(path)
+        settings = raw.get(key) if key else raw
         if settings is not None and not isinstance(settings, Mapping):
             raise UserError(f"The image settings in '{path}' are no JSON object: {settings!r:.80}.")
         if settings is not None:
@@ -140,7 +142,10 @@ def make_processor(
     for key in defaults:
         expected = None if raw.get(key) is None else _misfit(key, raw[key], defaults[key])
         if expected is not None:
-            raise UserError(f"The image settings have {key}={raw[key]!r:.80}; expected {expected}.")
+            raise UserError(
+                f"The image settings have {key}={raw[key]!r:.80}; expected {expected}. They stand "
+                f"in preprocessor_config.json or processor_config.json."
+            )
     given = {key: raw[key] for key in defaults if raw.get(key) is not None}
     settings = {**defaults, **given, "image_processor_type": name}
     return make(settings, min_pixels, max_pixels, image_resolution)
@@ -149,17 +154,21 @@ def make_processor(
 def _misfit(key: str, value: Any, default: Any) -> str | None:
     """Return what was expected of a setting where its value is of another kind, else None."""
 
-    def count(value: Any, least: int = 1) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    def count(value: Any) -> bool:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and 1 <= value <= LARGEST.get(key, SIZE)
 
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and finite(value)
 
     if isinstance(default, bool):
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(default, tuple):
         listed = isinstance(value, list | tuple) and len(value) == 3 and all(map(number, value))
         fits, expected = listed or number(value), "three numbers"
+        if fits and key == "image_std":  # is divided by
+            fits = 0 not in (value if isinstance(value, list | tuple) else [value])
+            expected = "three numbers that are not 0"
     elif isinstance(default, float):
         fits, expected = number(value), "a number"
     elif key == "resample":
@@ -167,20 +176,21 @@ def _misfit(key: str, value: Any, default: Any) -> str | None:
     elif key in ("size", "crop_size"):
         sides = value.values() if isinstance(value, Mapping) else [value]
         fits = all(side is None or count(side) for side in sides)
-        expected = "an object of whole numbers such as height and width"
+        expected = f"an object of whole numbers up to {SIZE:,} such as height and width"
     else:
-        fits, expected = count(value), "a whole number of at least 1"
+        fits, expected = count(value), f"a whole number of 1 to {LARGEST.get(key, SIZE):,}"
     return None if fits else expected
 
 
 def check_processor(processor: ImageProcessor, model: Model, directory: str) -> None:
     """Raise `UserError` where the processor's pixels are not what the model takes."""
     config, family = model.config, model.family
-    values, grid = processor(np.zeros((32, 32, 3), np.uint8))
-    pixels = {"pixel_values": values[None] if grid is None else values}
+    side, merged = math.isqrt(processor.merged), family.merged_patches(config)
+    grid = None if processor.largest is None else (1, side, side)  # of one image feature
+    shape = processor.empty([grid]).shape  # no pixel is made: settings may ask for any number
+    pixels = {"pixel_values": np.zeros(shape, np.float32)}
     if grid is not None:
         pixels["image_grid_thw"] = np.array([grid], np.int64)
-    merged = family.merged_patches(config)
     try:
         if processor.merged != merged:
             raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")

@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+import contextlib
+import functools
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,8 @@ from PIL import Image, ImageOps
 
 from vlm_jax.data.access import SAFE, Access, check_pixels, find, located
 from vlm_jax.errors import UserError
+from vlm_jax.limits import IMAGE_FORMATS
+from vlm_jax.magic import HEIC, head_of, kind_of, sentence
 
 
 def open_image(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> Image.Image:
@@ -34,6 +38,11 @@ def open_image(source: Any, folder: str | Path | None = None, access: Access = S
 
 def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.Image:
     if isinstance(source, Image.Image):
+        if source.format not in (None, *IMAGE_FORMATS, HEIF):  # it may not be decoded yet
+            raise UserError(
+                f"a PIL image of the format {source.format} is not read: save it as PNG, or give "
+                f"image.convert('RGB')."
+            )
         return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8:
@@ -53,22 +62,20 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
     if isinstance(source, str | Path) and not str(source).startswith("data:"):
         text = str(source)
         found = find(text, folder, access)
-        if isinstance(found, bytes):
-            return _open(io.BytesIO(found), f"what '{text}' gave")
         if found is not None:
-            return _open(found, f"'{found}'")
+            return _open(found, "the file" if isinstance(found, Path) else "what it gave")
         data = _from_base64(text) if len(text) > 64 else None
         if data is None:
             path = located(text, folder)
             raise UserError(f"there is no file '{path if len(text) < 300 else text[:60] + '…'}'.")
-        return _open(io.BytesIO(data), "the base64 string")
+        return _open(data, "the base64 string")
     if isinstance(source, str):
         data = _from_base64(source.partition(",")[2])
         if data is None:
             raise UserError(f"the data URI '{source[:40]}…' does not hold base64.")
-        return _open(io.BytesIO(data), "the data URI")
+        return _open(data, "the data URI")
     if isinstance(source, bytes | bytearray):
-        return _open(io.BytesIO(source), f"the {len(source)} bytes")
+        return _open(bytes(source), f"its content ({len(source)} bytes)")
     raise UserError(
         f"an image is a path, bytes, a data URI, a PIL image or an array, "
         f"not {type(source).__name__}."
@@ -84,16 +91,56 @@ def _from_base64(text: str) -> bytes | None:
 
 # What Pillow raises for damaged and for suspiciously large files.
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+HEIF = "HEIF"
 
 
-def _open(file: Any, name: str) -> Image.Image:
+def _open(file: Path | bytes, subject: str) -> Image.Image:
+    """Open a file or its bytes; subject: what errors call it."""
+
+    def opened(*formats: str) -> Image.Image:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+
     try:
-        return Image.open(file)
+        return opened(*_formats())
     except DAMAGED as error:
-        raise UserError(f"{name} is not a readable image ({_first_line(error)}).") from error
+        head = head_of(file)
+        kind = kind_of(head)
+        if kind is HEIC and _reads_heic():
+            with contextlib.suppress(*DAMAGED):
+                return opened(HEIF)
+        elif kind is None or kind.medium != "image" or kind is HEIC:
+            raise UserError(sentence(kind, head, subject)) from error
+        what = kind.name.removeprefix("a still image ").strip("()")
+        why = "damaged or cut short: copy it again"
+        if isinstance(error, ValueError | Image.DecompressionBombError):  # Pillow's own limits
+            why = f"and Pillow does not open it ({_words(error)}): write it again"
+        raise UserError(f"{subject} is {what}, {why}.") from error
 
 
-def _first_line(error: BaseException) -> str:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return those of `IMAGE_FORMATS` that Pillow opens under their own name (MPO as JPEG)."""
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def _reads_heic() -> bool:
+    """Return whether pillow-heif is installed; Pillow has learned to use it then."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def damaged(error: BaseException) -> UserError:
+    """Return what to raise where a picture's header could be read and what follows cannot."""
+    return UserError(f"it is damaged or truncated and cannot be decoded ({_words(error)}).")
+
+
+def _words(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -121,10 +168,7 @@ def read_rgb(source: Any, folder: str | Path | None = None, access: Access = SAF
         result = rgb.copy() if rgb is image and getattr(image, "fp", None) is not None else rgb
         return result
     except DAMAGED as error:
-        name = f"'{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else "it"
-        raise UserError(
-            f"{name} is damaged or truncated and cannot be decoded ({_first_line(error)})."
-        ) from error
+        raise damaged(error) from error
     finally:
         if not given and result is not image:
             image.close()
@@ -150,14 +194,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def image_size(
     source: Any, folder: str | Path | None = None, access: Access = SAFE
 ) -> tuple[int, int]:
-    """Return (height, width) from the header, upright where the header already tells it.
-
-    A tag behind the pixels, as some PNG have it, is not looked for: a planner must not decode.
-    """
+    """Return (height, width) of what `read_image` gives, from the header and tags alone."""
     image = open_image(source, folder, access)
+    try:
+        return upright_size(image)
+    except DAMAGED as error:
+        raise damaged(error) from error
+    finally:
+        if image is not source:
+            image.close()
+
+
+TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # that may hold an orientation
+ORIENTATION = 0x0112
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return an opened image's (height, width) once it is turned by its tag; nothing is decoded.
+
+    The exception is a PNG that has the tag behind its pixels, which is found by decoding it.
+    """
     width, height = image.size
-    told = not image.info.keys().isdisjoint(("exif", "xmp", "XML:com.adobe.xmp"))
-    orientation = image.getexif().get(0x0112, 1) if told else 1
-    if not isinstance(source, Image.Image):
-        image.close()
+    if ORIENTATION in getattr(image, "tag_v2", {}):  # Pillow's size of a TIFF is the upright one
+        return height, width
+    tagged = not image.info.keys().isdisjoint(TAGS) or _has_late_tag(image)
+    orientation = image.getexif().get(ORIENTATION, 1) if tagged else 1
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def _has_late_tag(image: Image.Image) -> bool:
+    """Return whether a PNG that is not decoded yet has a tag behind its pixels."""
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None:
+        return False
+    place = file.tell()
+    try:
+        file.seek(8)
+        while len(start := file.read(8)) == 8 and start[4:] != b"IEND":
+            length, key = int.from_bytes(start[:4]), b""
+            if start[4:] in (b"tEXt", b"zTXt", b"iTXt"):
+                key = file.read(min(length, 80)).partition(b"\0")[0]
+                file.seek(-min(length, 80), 1)
+            if start[4:] == b"eXIf" or key.decode("latin-1") in TAGS:
+                return True
+            file.seek(length + 4, 1)  # a check sum is behind each
+        return False
+    finally:
+        file.seek(place)

@@ -31,12 +31,22 @@ IMAGE_FILE = r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)"
 SAID_IN_TURN = "toolcalls?|functioncall|reasoningcontent"
 
 
+def is_nothing(value: Any) -> bool:
+    """Return whether a value only fills a place: null, "", or a list or struct of such alone.
+
+    Arrow makes a struct of nulls of a null, and pads lists with nulls. No bytes are not nothing but
+    a damaged image.
+    """
+    if isinstance(value, Mapping):
+        return all(map(is_nothing, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_nothing, value))
+    return value is None or (isinstance(value, str) and not value)
+
+
 def is_given(row: Mapping[str, Any], key: str) -> bool:
     """Return whether a row has something under a key: columns that only others use are empty."""
-    value = row.get(key)
-    # No bytes are a damaged image, not none.
-    empty = isinstance(value, str | list | tuple | Mapping) and len(value) == 0
-    return value is not None and not empty
+    return not is_nothing(row.get(key))
 
 
 def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, where: str) -> None:

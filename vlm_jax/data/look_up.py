@@ -30,8 +30,9 @@ class LookUp:
     holds_pixels: Callable[[jax.Array], jax.Array]
 
     def __call__(self, batch: Batch) -> Batch:
-        (B, P), (c, f, v) = batch.patches.shape[:2], self.patch
-        bytes_BPcfv = batch.patches.reshape(B, P, c, -1, v).astype(jnp.int32)
+        (B, P, C), (c, f, v) = batch.patches.shape, self.patch
+        # How many frames travelled follows from C: of no patches reshape could not tell.
+        bytes_BPcfv = batch.patches.reshape(B, P, c, C // (c * v), v).astype(jnp.int32)
         first_cfv = 256 * jnp.arange(c, dtype=jnp.int32)[:, None, None]
         values_BPcfv = jnp.asarray(self.table.reshape(-1))[bytes_BPcfv + first_cfv[None, None]]
         values_BPcfv = jnp.broadcast_to(values_BPcfv, (B, P, c, f, v))

@@ -25,6 +25,7 @@ from vlm_jax.data.planner import Planner, State, Step
 from vlm_jax.data.records import BadExample, describe
 from vlm_jax.errors import UserError
 
+LINGER = 20.0  # seconds that a worker which is told to end still serves its run
 ENDLESS = 1 << 40  # steps of a training run, as Grain counts them
 
 
@@ -224,10 +225,13 @@ def _start_quiet_tracker() -> None:
 def _quiet_worker(parent: int, number: int, count: int) -> None:
     """Prepare a worker process: no accelerator, no part in Ctrl-C, no life without its parent.
 
+    Where SIGTERM comes to all processes at once, the run still does its step.
     parent: the process that started it, as that one knows itself: it may be dead by now.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end = lambda number, frame: threading.Timer(LINGER, os._exit, (1,)).start()  # noqa: E731
+    signal.signal(signal.SIGTERM, end)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -21,7 +21,8 @@ class Records(Sequence):
     """Raw rows of one source that become canonical when they are asked for.
 
     name: the file or data set, for errors. folder: where relative image paths start. columns:
-    {our name: the rows'}. Rows of a file are read by index; what holds them pickles by path.
+    {our name: the rows'}. chosen: int64 [N], the only rows there are, in this order; their ids and
+    places stay their own. Rows of a file are read by index; what holds them pickles by path.
     """
 
     def __init__(
@@ -31,21 +32,22 @@ class Records(Sequence):
         folder: str | None,
         columns: Mapping[str, str] | None = None,
         fingerprint: str | None = None,
+        chosen: np.ndarray | None = None,
     ):
-        self.rows, self.name, self.folder = rows, name, folder
+        self.rows, self.name, self.folder, self.chosen = rows, name, folder, chosen
         self.columns = dict(columns or {})
         self._given = fingerprint
         self._line = getattr(rows, "line", None)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows if self.chosen is None else self.chosen)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        index = int(index) % len(self)
+        index = self._own(int(index) % len(self))
         line = self._line and self._line(index)
         return canonical(
             self.rows[index], index, self.folder, self.name, line=line, columns=self.columns
@@ -53,8 +55,17 @@ class Records(Sequence):
 
     def place(self, index: int) -> str:
         """Return where a record stands, for errors: "'data.jsonl', line 17"."""
-        line = self._line and self._line(int(index))
-        return f"'{self.name}'" + (f", line {line}" if line else f", record {int(index)}")
+        index = self._own(int(index))
+        line = self._line and self._line(index)
+        return f"'{self.name}'" + (f", line {line}" if line else f", record {index}")
+
+    def _own(self, index: int) -> int:
+        return index if self.chosen is None else int(self.chosen[index])
+
+    def choose(self, indices: np.ndarray) -> "Records":
+        """Return these of the records alone, in this order. indices: int64 [N]."""
+        own = indices if self.chosen is None else self.chosen[indices]
+        return Records(self.rows, self.name, self.folder, self.columns, self._given, own)
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
@@ -63,6 +74,8 @@ class Records(Sequence):
         Of a file it is a hash of its bytes. What images hold is not in it, nor where they lie.
         """
         known = self._given or _hash_rows(self.rows)
+        if known and self.chosen is not None:
+            known = _hash([known, hashlib.blake2b(self.chosen.tobytes()).hexdigest()])
         return known and (_hash([known, self.columns]) if self.columns else known)
 
     def order(self, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:

@@ -17,7 +17,8 @@ PATCH_SHARES = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
 def pack(sizes: np.ndarray, capacity: Shape) -> list[np.ndarray]:
     """Return rows of example numbers, each in rising order; every example is in exactly one.
 
-    sizes int [N, 2] (tokens, patches), none above `capacity`. First-fit-decreasing: examples come
+    sizes int [N, 2] (tokens, patches), no tokens above `capacity`; an example of more patches makes
+    its row as wide as itself. First-fit-decreasing: examples come
     by the larger of their two shares of a row, largest first, and each goes to the first row that
     still has room for both its tokens and its patches (Johnson 1973; at most 11/9 of the optimum
     in one dimension). Depends on `sizes` and `capacity` alone.
@@ -37,7 +38,7 @@ def pack(sizes: np.ndarray, capacity: Shape) -> list[np.ndarray]:
         else:
             row = len(rows)
             rows.append([])
-            room[row] = capacity
+            room[row] = np.maximum(capacity, size)
         rows[row].append(int(example))
         room[row] -= size
     return [np.sort(np.array(row, np.int64)) for row in rows]
@@ -56,8 +57,6 @@ def patch_capacity(sizes: np.ndarray, tokens: int, most: int, unit: int) -> int:
     the one of those tried whose rows cost least to compute, and never below the largest example.
     """
     total_tokens, total_patches = (int(n) for n in sizes.sum(0))
-    if total_patches == 0:
-        return min(most, unit)
     balance = tokens * total_patches / total_tokens
     largest = int(sizes[:, 1].max())
     tried = sorted(

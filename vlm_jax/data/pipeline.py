@@ -19,7 +19,6 @@ from vlm_jax.data.measures import (
     SHRUNK,
     TURNS_DROPPED,
     Measures,
-    Size,
     StreamMeasures,
     measures_file,
 )
@@ -27,7 +26,7 @@ from vlm_jax.data.measuring import ALWAYS_DROPPED, Measurer
 from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.planner import Planner, State, Step
-from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up
+from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up, wider_shapes
 from vlm_jax.data.sources import read_records
 from vlm_jax.data.stream import Stream, StreamRecords
 from vlm_jax.errors import UserError
@@ -45,11 +44,11 @@ class Pipeline:
     rows: rows of the global batch. micro_batches: into how many of them a step cuts it.
     max_length: tokens of a row at most. Needed for packing, and where there are more than 2,000
         records. What is longer is treated by the encoder's `overlong` policy, never cut.
-    max_patches: likewise of patches; by default what the sample asks for.
+    max_patches: likewise of patches; by default as many as the tokens of a row stand for.
     packing: whether a row holds several examples, see `vlm_jax.data.packing`.
     max_shapes: how many (tokens, patches) shapes there may be, each of them one compilation. The
-        last one is the largest there is, so memory runs out at the start or never: a record that
-        was not measured and takes more is treated by the encoder's `overlong` policy.
+        last one is the largest that is foreseen, so that memory runs out at the start; a record
+        that was not measured then and has more patches makes a wider shape of its step.
     shuffle: a new order each epoch; False keeps the records' order.
     sampling: which examples make a step: "random", "sequential" (as without shuffle) or
         "group_by_length", transformers' train_sampling_strategy, whose megabatches of 50 steps
@@ -66,10 +65,11 @@ class Pipeline:
         (`if __name__ == "__main__":`), since processes are spawned. prefetch: batches that each
         keeps ready. threads: that decode the images of one batch, where there are no processes.
 
-    shapes: list of (T, P). steps_per_epoch: exact without packing where all records were measured
+    shapes: list of (T, P), P 0 where no record has images. wider: those beyond, that only what was
+    not foreseen needs. steps_per_epoch: exact without packing where all records were measured
     (2,000 or fewer), else estimated from a sample; None for a stream, whose order is its own, and
-    whose sample is its beginning. Raises `UserError` for bad records (see
-    `Encoder`) and where nothing is left.
+    whose sample is its beginning. Raises `UserError` for bad records (see `Encoder`) and where
+    nothing is left.
     """
 
     def __init__(
@@ -153,9 +153,7 @@ class Pipeline:
                 f"first of each kind of trouble: {why}"
             )
         sizes = self.measures.sizes(kept)[:, :2]
-        capacity, self.shapes = self._choose_shapes(sizes, max_shapes, kept, packing)
-        if not self.all_measured:
-            self._limit(self.shapes[-1][1], sample)
+        capacity, self.shapes, self.wider = self._choose_shapes(sizes, max_shapes, kept, packing)
         packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
         density = len(kept) / packed  # examples a row
         shuffle = shuffle and sampling != "sequential"
@@ -172,7 +170,7 @@ class Pipeline:
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
-            shapes=self.shapes,
+            shapes=self.shapes + self.wider,
             capacity=capacity,
             window=window,
             sampling=sampling,
@@ -221,7 +219,7 @@ class Pipeline:
             rows = sizes
             if self.planner.capacity is not None:
                 rows = row_sizes(pack(sizes[: 4 * SAMPLE], self.planner.capacity), sizes)
-            shares = padding(group(rows, self.rows, self.shapes), rows, self.rows)
+            shares = padding(group(rows, self.rows, self.planner.shapes), rows, self.rows)
         dropped = {reason: len(found) for reason, found in self.measures.reasons().items()}
         for one in self.damaged.values():
             dropped[one.reason] = dropped.get(one.reason, 0) + 1
@@ -244,6 +242,12 @@ class Pipeline:
             "shapes": [list(shape) for shape in self.shapes],
             "steps_per_epoch": self.steps_per_epoch,
         }
+
+    @property
+    def may_have_images(self) -> bool:
+        """Whether a record may have an image or video: False where all were measured, none has."""
+        kept = self.measures.kept(np.arange(self.measures.count))
+        return not self.all_measured or bool(self.measures.sizes(kept)[:, 1].any())
 
     def skipped(self) -> Iterator[Skipped]:
         """Yield every record that is known to be left out."""
@@ -296,7 +300,7 @@ class Pipeline:
         still = sizes[:, 3] & FILMED == 0
         return [
             Step([[int(index)] for index in kept[members]], shape, {}, bool(still[members].all()))
-            for members, shape in group(sizes[:, :2], self.rows, self.shapes)
+            for members, shape in group(sizes[:, :2], self.rows, self.planner.shapes)
         ]
 
     # Planning
@@ -310,19 +314,6 @@ class Pipeline:
         file = measures_file(self.records.name, self.records.fingerprint, settings)
         return Measures(len(self.records), file)
 
-    def _limit(self, patches: int, sample: np.ndarray) -> None:
-        """Hold records that are still to be measured to the last shape's patches, as tokens are."""
-        measured = np.array(self.measures.table[sample])
-        self.encoder = self.encoder.replace(max_patches=patches)
-        self.measures = self._open_measures()
-        self.measures.unknown(sample)  # room for them
-        self.measurer = Measurer(self.encoder, self.records, self.measures, self.measurer.skip_bad)
-        for index, row in zip(sample, measured, strict=True):
-            if row[0] >= 0:
-                self.measures.put(int(index), Size(*map(int, row[:4])))
-            else:
-                self.measurer.one(int(index))
-
     def _sample(self, seed: int) -> np.ndarray:
         """Return the records that shapes are chosen by."""
         if isinstance(self.records, StreamRecords):
@@ -334,12 +325,16 @@ class Pipeline:
 
     def _choose_shapes(
         self, sizes: np.ndarray, max_shapes: int, kept: np.ndarray, packing: bool
-    ) -> tuple[Shape | None, list[Shape]]:
-        """Return the capacity of a packed row, None without packing, and the ladder of shapes."""
+    ) -> tuple[Shape | None, list[Shape], list[Shape]]:
+        """Return the capacity of a packed row, None without packing; the ladder of shapes that the
+        sample asks for; and those beyond it, for what the sample did not foresee."""
         family, config = self.encoder.model.family, self.encoder.model.config
         unit = family.patch_unit(config)
         length, limit = self.encoder.max_seq_length, self.encoder.max_patches
         tokens, patches = (int(n) for n in sizes.max(0))
+        most = round_up((length or tokens) * family.merged_patches(config), unit)  # its tokens'
+        if limit is not None:
+            most = min(most, max(limit // unit, 1) * unit)
         if self.all_measured:
             tokens, patches = round_up(tokens), round_up(patches, unit)
         else:
@@ -349,21 +344,19 @@ class Pipeline:
             images *= self.encoder.most_patches()
             films = max(len(r["videos"]) for r in records) * self.encoder.most_video_patches()
             tokens = length or tokens
-            most = tokens * family.merged_patches(config)
-            patches = round_up(min(max(patches, images + films), most), unit)
-        if limit is not None:
-            patches = min(patches, max(limit // unit, 1) * unit)
+            patches = round_up(max(patches, images + films), unit)
+        patches = min(patches, most)
         if length is not None:
             tokens = min(tokens, length)
         capacity = None
         if packing:
             assert length is not None
-            most = round_up(length * family.merged_patches(config), unit)
-            most = most if limit is None else max(limit // unit, 1) * unit
             capacity = length, patch_capacity(sizes, length, most, unit)
             tokens, patches = length, max(patches, capacity[1])
             sizes = row_sizes(pack(sizes, capacity), sizes)
-        return capacity, choose_shapes(sizes, (tokens, patches), max_shapes, unit)
+        cap = tokens, patches
+        wider = [] if self.all_measured else wider_shapes(cap, most, unit)
+        return capacity, choose_shapes(sizes, cap, max_shapes, unit), wider
 
     # Making
 

@@ -44,7 +44,8 @@ class Planner:
     sampling: None: rows of like size make a step; "random": any; "group_by_length": those of a
     window from the longest to the shortest. Only where there is `shuffle`.
     capacity: tokens and patches of a packed row; None: a row holds one example. shapes: the
-    ladder, whose last one holds whatever may come. window: records that are planned together.
+    ladder, whose last one holds whatever may come, foreseen or not. window: records that are
+    planned together.
     drop_last: leave out an epoch's last rows that fill no micro-batch of `micro` rows; the others
     make a step, filled up with empty rows.
     """

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import IMAGE_PIXELS
 
 Grid = tuple[int, int, int] | None
 Pixels = np.ndarray | Image.Image  # RGB, uint8 [H, W, 3]
@@ -166,6 +167,12 @@ class Patches:
             )
         if image_resolution is not None:  # limits alone, since a served image knows no more
             low = high = (max(1, round(image_resolution / factor)) * factor) ** 2
+        if low > IMAGE_PIXELS:
+            raise UserError(
+                f"The image settings enlarge every image to at least {low:,} pixels (min_pixels, "
+                f"size.shortest_edge of preprocessor_config.json, or data.image_resolution); "
+                f"expected at most {IMAGE_PIXELS:,}."
+            )
         return cls(raw, int(low), int(high), value_table(raw))
 
     @property
@@ -236,11 +243,11 @@ class Patches:
             lines[:, :, :, :, channel] = own.transpose(0, 3, 1, 4, 2)
 
     def settings(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.raw.items() if value is not None}
         # Both spellings: 4.x reads the first two, 5.x the last.
-        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        return {**kept, **limits, "size": edges}
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "size": edges}
+        kept = {k: value for k, value in self.raw.items() if value is not None and k not in limits}
+        return {**kept, **limits}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,10 +287,23 @@ class Fixed:
                 f"The image settings have size {size}; expected shortest_edge alone, or height "
                 f"and width."
             )
+        if raw["do_center_crop"] and not {"height", "width"} <= {
+            k for k, n in (crop or {}).items() if n
+        }:
+            raise UserError(
+                f"The image settings have do_center_crop=true and crop_size {crop}; expected an "
+                f"object with height and width."
+            )
         if not raw["do_center_crop"] and not (raw["do_resize"] and edges == {"height", "width"}):
             raise UserError(
                 f"The image settings (size {size}, no centre crop) leave images of different "
                 f"sizes, but the vision tower takes one. Set crop_size, or height and width."
+            )
+        sides = [side for pair in (size, crop or {}) for side in pair.values() if side]
+        if max(sides, default=1) ** 2 > IMAGE_PIXELS:
+            raise UserError(
+                f"The image settings have size {size} and crop_size {crop}; a side may have "
+                f"{math.isqrt(IMAGE_PIXELS):,} pixels at most."
             )
         if image_resolution not in (None, processor.output[0]):
             raise UserError(
@@ -314,7 +334,25 @@ class Fixed:
         return 1
 
     def grid(self, height: int, width: int) -> Grid:
+        if self.raw["do_resize"]:
+            self._resized(height, width)  # raises
         return None
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that an image is resized to, before it is cropped."""
+        if self.raw["do_pad"]:
+            height = width = max(height, width)
+        short = self.raw["size"].get("shortest_edge")
+        if not short:
+            return self.raw["size"]["height"], self.raw["size"]["width"]
+        long = int(short * max(height, width) / min(height, width))
+        if long * short > IMAGE_PIXELS:
+            raise UserError(
+                f"an image of {height} x {width} pixels is so long that resizing its shorter side "
+                f"to {short} would give {long * short:,} pixels; expected at most "
+                f"{IMAGE_PIXELS:,}. Cut it."
+            )
+        return (long, short) if width <= height else (short, long)
 
     def empty(self, grids: Sequence[Grid], still: bool = False) -> np.ndarray:
         return np.empty((len(grids), 3, *self.output), np.uint8)
@@ -329,13 +367,7 @@ class Fixed:
             image = pad_to_square(image, tuple(int(mean * 255) for mean in raw["image_mean"]))
         array = None
         if raw["do_resize"]:
-            width, height = image.size
-            if short := raw["size"].get("shortest_edge"):
-                long = int(short * max(height, width) / min(height, width))
-                target = (long, short) if width <= height else (short, long)
-            else:
-                target = raw["size"]["height"], raw["size"]["width"]
-            array = resize(image, target, raw["resample"])
+            array = resize(image, self._resized(image.height, image.width), raw["resample"])
         array = np.array(image) if array is None else array
         if raw["do_center_crop"]:
             array = center_crop(array, self.output)

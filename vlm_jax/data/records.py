@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_jax.data.formats import IMAGES, VIDEOS, check_order, read_turns, rename_columns
 from vlm_jax.data.grounding import place_objects
-from vlm_jax.data.keys import is_given, refuse_unread
+from vlm_jax.data.keys import is_given, is_nothing, refuse_unread
 from vlm_jax.data.placeholders import refuse_foreign, refuse_inline
 from vlm_jax.errors import UserError
 
@@ -54,7 +54,8 @@ def canonical(
     A row has one of the formats of `vlm_jax.data.formats` (`conversations` of LLaVA and ShareGPT,
     `messages`, query/response, prompt/completion, question/answer, instruction/output) and, for
     pictures, `image` or `images`: one or a list; for films, `video` or `videos` likewise (a list of
-    image files under `video` is one video's frames). In a text that is a plain string, "<image>"
+    image files under `video` is one video's frames). What is null, empty or a struct of nulls there
+    is none. In a text that is a plain string, "<image>"
     is an image's place: outside the assistant's turns, where line breaks beside it are dropped, and
     within them where nothing else names any. Images that no marker or part names come first in the
     first user turn; other programs' words for them are refused there. Content given as parts is
@@ -107,9 +108,12 @@ def _media(row: Mapping[str, Any], keys: tuple[str, str], where: str) -> list[An
     if len(given) == 2:
         raise UserError(f"{where} has both {' and '.join(keys)}. Leave one of them out.")
     value = row[given[0]] if given else []
-    if given == ["video"] and isinstance(value, list | tuple) and all(map(_is_frame, value)):
-        return [list(value)]  # the frames of one
-    return list(value) if isinstance(value, list | tuple) else [value]
+    if not isinstance(value, list | tuple):
+        return [value]
+    found = [one for one in value if not is_nothing(one)]
+    if given == ["video"] and all(map(_is_frame, found)):
+        return [list(value)]  # the frames of one, each of which must be there
+    return found
 
 
 def _is_frame(value: Any) -> bool:
@@ -245,10 +249,11 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
         return "text", part["text"]
     if kind in ("image", "image_url"):
         keys = ("image", "image_url", "url", "path", "base64", "bytes")
-        value = next((part[key] for key in keys if part.get(key) is not None), None)
+        value = next((part[key] for key in keys if is_given(part, key)), None)
         if isinstance(source := part.get("source"), Mapping):  # Anthropic's
             value = source.get("url") or source.get("data")
-        return "image", value.get("url") if isinstance(value, Mapping) and "url" in value else value
+        value = value["url"] if isinstance(value, Mapping) and "url" in value else value
+        return "image", None if is_nothing(value) else value
     if kind in ("video", "video_url"):
         return "video", _video_part(part)
     raise UserError(
@@ -260,7 +265,7 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
 def _video_part(part: Mapping[str, Any]) -> Any:
     """Return a video part's own source, with what it says about sampling, or None."""
     keys = ("video", "video_url", "url", "path", "bytes")
-    said = {key: value for key, value in part.items() if value is not None and key != "type"}
+    said = {key: part[key] for key in part if is_given(part, key) and key != "type"}
     found = next((key for key in keys if key in said), None)
     value = said.pop(found) if found else None
     value = value["url"] if isinstance(value, Mapping) and "url" in value else value

@@ -39,8 +39,8 @@ def choose_shapes(sizes: np.ndarray, cap: Shape, max_shapes: int, unit: int) -> 
     """Return at most `max_shapes` shapes, cheapest first, that pad examples of `sizes` least.
 
     sizes int [N, 2]: tokens and patches of each example. cap: the last shape, which holds
-    everything that may come. unit: P is a multiple of it, and not 0 where `cap` has patches: a
-    text-only row carries an empty image part, so that every step trains the same leaves.
+    every one of them. unit: P is a multiple of it, and not 0 where `cap` has patches: a text-only
+    row carries an empty image part, so that mixed data needs no program of its own for text.
     Exact for a ladder whose rungs follow one order of the examples (by cost, T, or P).
     """
     least = min(unit, cap[1])
@@ -57,6 +57,18 @@ def choose_shapes(sizes: np.ndarray, cap: Shape, max_shapes: int, unit: int) -> 
             best = total, ladder
     assert best is not None
     return sorted(set(best[1]), key=lambda shape: (cost(np.array(shape)), shape))
+
+
+def wider_shapes(cap: Shape, most: int, unit: int) -> list[Shape]:
+    """Return the shapes beyond `cap`, for rows of more patches than a sample foresaw.
+
+    They double up to `most`, what a row may have at all, so that few compilations reach any row.
+    """
+    (tokens, patches), shapes = cap, []
+    while patches < most:
+        patches = min(most, round_up(max(2 * patches, unit), unit))
+        shapes.append((tokens, patches))
+    return shapes
 
 
 def _cut(

@@ -1,5 +1,7 @@
 """Where records come from: files, data sets, rows in memory, and lists of them."""
 
+import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from vlm_jax.data.jsonl import index_lines, index_list
 from vlm_jax.data.mixture import Mixture, Part, Records
 from vlm_jax.data.tables import CsvRows, index_table
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.magic import refuse_lost
 
 # The keys of one source of a list.
 SOURCE = (
@@ -152,6 +155,7 @@ def _from_file(path: Path, name: str, split: str | None) -> Any:
         )
     if split:
         raise UserError(f"The data file '{name}' has no splits, so there is no '{split}' in it.")
+    refuse_lost(path, f"The data file '{name}'")
     return READERS[wanted](decompress(path) if packed else path, name)
 
 
@@ -206,7 +210,10 @@ def _from_disk(path: Path, split: str | None, prompt: str, taken: Collection[str
                 f"'{split}' in it: give the directory of one split."
             )
         return captions
-    if not any(path.rglob("*.parquet")):
+    tables = sorted(path.rglob("*.parquet"))
+    for table in tables:
+        refuse_lost(table, f"The data file '{table}'")
+    if not tables:
         raise UserError(
             f"The directory '{path}' is no data set: expected what datasets.save_to_disk writes "
             f"(state.json or dataset_dict.json), *.parquet files, or images with captions "
@@ -250,16 +257,28 @@ def pick_split(data: Any, name: str, split: str | None) -> Any:
 
 
 def encoded_images(rows: Any) -> Any:
-    """Return a data set whose image columns give bytes or paths: a planner must not decode."""
+    """Return a data set whose pictures and films, however deep, are bytes or paths, not decoded.
+
+    A planner must not decode; and `datasets` would let Pillow open them as whatever they say they
+    are, see `limits.IMAGE_FORMATS`. Nothing is copied.
+    """
     features = getattr(rows, "features", None)
     if not features:
         return rows
-    from datasets import Image, Sequence
+    if hasattr(rows, "decode"):  # a stream
+        return rows.decode(False)
+    given = copy.deepcopy(rows)  # of the description: the table is shared
+    given.info.features = _encoded(features)
+    return given
 
-    for column, feature in features.items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(column, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            kind = type(feature) if not isinstance(feature, Sequence) else Sequence
-            rows = rows.cast_column(column, kind(Image(decode=False)))
-    return rows
+
+def _encoded(feature: Any) -> Any:
+    """Return a feature of `datasets`, or a tree of them, that gives what is stored."""
+    if isinstance(feature, Mapping):
+        made: Any = type(feature)  # Features, or a dict within them
+        return made({name: _encoded(one) for name, one in feature.items()})
+    if isinstance(feature, list | tuple):
+        return [_encoded(one) for one in feature]
+    if hasattr(feature, "feature"):
+        return dataclasses.replace(feature, feature=_encoded(feature.feature))
+    return dataclasses.replace(feature, decode=False) if hasattr(feature, "decode") else feature

@@ -15,6 +15,7 @@ from vlm_jax.data.records import Record, canonical
 from vlm_jax.data.sources import READERS, encoded_images, pick_split
 from vlm_jax.data.tables import CsvLines
 from vlm_jax.errors import UserError
+from vlm_jax.magic import refuse_lost
 
 
 class Stream:
@@ -88,6 +89,7 @@ def open_stream(
     try:
         if path is not None and path.is_file():
             folder = folder or str(path.parent)
+            refuse_lost(path, f"The data file '{path}'")
             if path.suffix in (".jsonl", ".ndjson"):
                 return Stream(JsonLines(path), name, folder, columns)
             if path.suffix.lower() in (".csv", ".tsv"):

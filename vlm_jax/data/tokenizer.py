@@ -1,10 +1,13 @@
 """The tokenizer and chat template of a checkpoint directory, from the files it has."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import is_file_name, read_json
+from vlm_jax.magic import refuse_lost
 
 
 def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
@@ -43,8 +46,18 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"'{directory}' has no tokenizer (none of {', '.join(FILES)}). Copy the checkpoint's "
             f"tokenizer files there: text cannot be encoded without them."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+    for name in FILES:
+        refuse_lost(Path(directory, name), f"The tokenizer file '{Path(directory, name)}'")
+    settings = Path(directory, "tokenizer_config.json")
+    given = read_json(settings) if settings.is_file() else {}
+    files = given.get("fast_tokenizer_files") or []
+    if not isinstance(files, list) or not all(map(is_file_name, files)):
+        raise UserError(
+            f"'{settings}' has fast_tokenizer_files = {files!r:.200}; expected names of files in "
+            f"its own directory. Delete the key: tokenizer.json is read without it."
+        )
+    try:  # a tokenizer's own code (auto_map) is never run, and nobody is asked whether to
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones for a damaged file
         raise UserError(f"The tokenizer in '{directory}' cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
@@ -56,30 +69,30 @@ def load_tokenizer(directory: str | Path) -> Any:
     return tokenizer
 
 
-def find_template(directory: str | Path, tokenizer: Any) -> str:
+def find_template(places: Sequence[str | Path], home: str | Path, tokenizer: Any) -> str:
     """Return the chat template: chat_template.jinja, then chat_template.json, then the
-    tokenizer's own (tokenizer_config.json), which is the order of transformers' processors."""
-    path = Path(directory, "chat_template.jinja")
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    path = Path(directory, "chat_template.json")
-    if path.is_file():
-        try:
-            template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"'{path}' is not JSON with the key 'chat_template': {error}."
-            ) from error
-        if not isinstance(template, str):
-            raise UserError(f"The chat_template in '{path}' is no text: {template!r:.80}.")
-        return template
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise UserError(
-            f"'{directory}' has no chat template (chat_template.jinja, chat_template.json, or "
-            f"chat_template in tokenizer_config.json). A base model has none: take the one of its "
-            f"instruction-tuned sister and put it there as chat_template.jinja."
-        )
-    return template
+    tokenizer's own (tokenizer_config.json), which is the order of transformers' processors.
+
+    places: directories, those of an earlier one first; home: the one that the tokenizer is of.
+    """
+    for place in places:
+        path = Path(place, "chat_template.jinja")
+        if path.is_file():
+            refuse_lost(path, f"The chat template '{path}'")
+            return path.read_text(encoding="utf-8")
+        path = Path(place, "chat_template.json")
+        if path.is_file():
+            template = read_json(path).get("chat_template")
+            if not isinstance(template, str):
+                raise UserError(f"The chat_template in '{path}' is no text: {template!r:.80}.")
+            return template
+        template = tokenizer.chat_template if place == home else None
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template:
+            return template
+    raise UserError(
+        f"'{places[-1]}' has no chat template (chat_template.jinja, chat_template.json, or "
+        f"chat_template in tokenizer_config.json). A base model has none: take the one of its "
+        f"instruction-tuned sister and put it there as chat_template.jinja."
+    )

@@ -15,12 +15,15 @@ import numpy as np
 
 from vlm_jax.data.image_settings import IGNORED, PROCESSORS, make_processor, read_first
 from vlm_jax.data.processors import Patches, look_up, smart_resize
-from vlm_jax.data.video import Sampling, Video
+from vlm_jax.data.sampling import Sampling, Video
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.limits import number
 
 FILES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", ""),
+)
+IMAGE_FILES = (
     ("processor_config.json", "image_processor"),
     ("preprocessor_config.json", ""),
 )
@@ -59,13 +62,10 @@ class VideoProcessor:
 
     def size(self, video: Video) -> tuple[int, int]:
         """Return the (height, width) in pixels that the video's frames are resized to."""
-        return self._size(video.count, video.height, video.width, video.pixels)
-
-    def _size(self, count: int, height: int, width: int, own: Mapping[str, int]) -> tuple[int, int]:
         raw = self.patches.raw
         factor = raw["patch_size"] * raw["merge_size"]
-        least = own.get("min_pixels", self.patches.min_pixels)
-        most = own.get("max_pixels", self.patches.max_pixels)
+        least = video.pixels.get("min_pixels", self.patches.min_pixels)
+        most = video.pixels.get("max_pixels", self.patches.max_pixels)
         if most < max(least, factor * factor):
             raise UserError(
                 f"a frame may have {least} to {most} pixels: max_pixels must be at least "
@@ -73,10 +73,10 @@ class VideoProcessor:
             )
         if self.cap:
             budget = int(self.max_video_tokens * factor * factor * 0.9)
-            share = budget * raw["temporal_patch_size"] // count
+            share = budget * raw["temporal_patch_size"] // video.count
             most = max(min(most, share), int(least * 1.05))
         most = max(least, factor * factor, min(most, self.limit))
-        return smart_resize(height, width, factor, least, int(most))
+        return smart_resize(video.height, video.width, factor, least, int(most))
 
     def grid(self, video: Video) -> tuple[int, int, int]:
         """Return (frames, height, width) in patches, from the header alone."""
@@ -122,19 +122,10 @@ class VideoProcessor:
 
         The last frame is repeated where their number is no multiple of a patch's frames.
         """
-        raw, depth = self.patches.raw, self.sampling.factor
-        cut = np.zeros(0, np.uint8)
-        shape, number, grid = (0, 0), -1, (0, 0, 0)
+        raw, depth, number = self.patches.raw, self.sampling.factor, -1
+        size, grid = self.size(video), self.grid(video)
+        cut = np.empty((grid[0], grid[1] * grid[2], 3, depth, raw["patch_size"] ** 2), np.uint8)
         for number, frame in enumerate(video.frames()):
-            if number == 0:  # upright only now: a header may not tell that it lies on its side
-                shape = frame.shape[:2]
-                size = self._size(video.count, *shape, video.pixels)
-                grid = (-(-video.count // depth), *(side // raw["patch_size"] for side in size))
-                cut = np.empty(
-                    (grid[0], grid[1] * grid[2], 3, depth, raw["patch_size"] ** 2), np.uint8
-                )
-            if frame.shape[:2] != shape:
-                raise UserError(f"its frame {number} has another size: {frame.shape[:2]}, {shape}.")
             self.patches.frame(frame, size, cut[number // depth, :, :, number % depth])
         if number + 1 != video.count:
             raise UserError(f"it has {number + 1} frames, but {video.count} were expected.")
@@ -143,13 +134,13 @@ class VideoProcessor:
         return cut.reshape(int(np.prod(grid)), -1), grid
 
 
-def read_video_settings(directory: str | Path) -> dict[str, Any] | None:
-    """Return the video settings of a checkpoint directory, or None where it has none.
+def read_video_settings(*directories: str | Path) -> dict[str, Any] | None:
+    """Return the video settings of the first directory that has some, or None.
 
     `processor_config.json` with "video_processor" comes before `video_preprocessor_config.json`;
-    where neither is there, the image settings hold for video too, as in transformers.
+    where no directory has either, the image settings hold for video too, as in transformers.
     """
-    return read_first(directory, FILES)
+    return read_first(directories, FILES) or read_first(directories, IMAGE_FILES)
 
 
 def make_video_processor(
@@ -193,6 +184,8 @@ def make_video_processor(
         value = own[key]
         if value is not None and not (isinstance(value, int | float) and value > 0):
             raise UserError(f"The video settings have {key}={value!r:.80}; expected a number > 0.")
+        if value is not None:
+            number(key, value, "file of video settings")
     sampling = Sampling(
         fps=float(fps or own["fps"] or Sampling.fps),
         min_frames=min_frames or own["min_frames"],

@@ -15,6 +15,7 @@ from vlm_jax.data.measuring import ALWAYS_DROPPED, reason_of
 from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.records import Record
 from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
+from vlm_jax.ends import end_tokens
 from vlm_jax.errors import UserError
 from vlm_jax.generation import generate
 from vlm_jax.model import Model
@@ -173,6 +174,7 @@ def accuracy(
         batch_size = -(-batch_size // row_parts(mesh)) * row_parts(mesh)
     count = min(len(records), max_examples) if max_examples > 0 else len(records)
     batches, skipped = _plan(encoder, records, count, batch_size)
+    eos, pad = end_tokens(model, encoder.chat.turn_end)
     # Each process finds out for itself what it can read: all must come to the same.
     readable = [record["index"] for planned, _ in batches for record in planned]
     processes.check_same("readable records", {"records": readable})
@@ -189,7 +191,7 @@ def accuracy(
         if not records_now:
             on_batch(done, total)
             continue
-        new = generate(model, params, batch, max_new_tokens)
+        new = generate(model, params, batch, max_new_tokens, eos_token_id=eos, pad_token_id=pad)
         texts = encoder.tokenizer.batch_decode(new[: len(records_now)], skip_special_tokens=True)
         for record, text in zip(records_now, texts, strict=True):
             expected, text = str(final_answer(record)), text.strip()

@@ -21,14 +21,16 @@ from safetensors.numpy import save_file
 from vlm_jax.adapters import shapes
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.base import base_is_here
+from vlm_jax.hub.beside import check_adapter
 from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import check_left_out, save_peft
 from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.hub.tensors import open_tensors, read_json
+from vlm_jax.hub.tensors import read_tensors
 from vlm_jax.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
 from vlm_jax.layers.linear import is_lora
+from vlm_jax.limits import read_json
 from vlm_jax.methods import Adapter, LoRA
-from vlm_jax.model import Model
+from vlm_jax.model import Model, with_adapter_files
 from vlm_jax.names import current_name, disk_places, to_disk, to_tree
 from vlm_jax.saved import base_places
 from vlm_jax.trees import flatten, unflatten
@@ -211,18 +213,18 @@ def load_adapter(
             f"'{directory}' holds no {WEIGHTS}. PEFT's adapters are read by load_peft; a pickle "
             f"(pytorch_adapter.bin) is not read: save it with use_safetensors=True."
         )
+    check_adapter(directory, (WEIGHTS,))
     adapter = _adapter_of(read_json(directory / CONFIG), directory)
     file = directory / WEIGHTS
     found: dict[str, np.ndarray] = {}
-    with open_tensors(file) as handle:
-        for key in handle.keys():
-            parts = KEY.fullmatch(key)
-            if parts is None:
-                raise UserError(f"'{file}' holds '{key}', which is no bottleneck adapter's tensor.")
-            module, _, part, number, leaf = parts.groups()
-            if part == "adapter_down" and number == "0" and adapter.norm:
-                continue  # the norm once more
-            found[current_name(model, f"{module}.{part}.{leaf}")] = handle.get_tensor(key)
+    for key, tensor in read_tensors(file):
+        parts = KEY.fullmatch(key)
+        if parts is None:
+            raise UserError(f"'{file}' holds '{key}', which is no bottleneck adapter's tensor.")
+        module, _, part, number, leaf = parts.groups()
+        if part == "adapter_down" and number == "0" and adapter.norm:
+            continue  # the norm once more
+        found[current_name(model, f"{module}.{part}.{leaf}")] = tensor
     stacks = {
         model.component(f"{stack}/kernel"): stack for stack in model.family.stacks(model.config)
     }
@@ -242,7 +244,6 @@ def load_adapter(
             f"In '{file}' the tensor of '{odd[0]}' {what}{nearest(odd[0], places)} ({len(odd)} "
             f"differ). It is an adapter of another base, or not whole; nothing was loaded."
         )
-    leaves = {path: np.zeros(shape, np.float32) for path, shape in wanted.items()}
     for name, place in places.items():
         if found[name].shape != place.shape:
             raise UserError(
@@ -250,6 +251,8 @@ def load_adapter(
                 f"the adapter's reduction_factor ask for {list(place.shape)}. It was made for "
                 f"another base."
             )
+    leaves = {path: np.zeros(shape, np.float32) for path, shape in wanted.items()}
+    for name, place in places.items():
         leaves[place.path][... if place.layer is None else place.layer] = to_tree(
             place.path, found[name]
         )
@@ -268,4 +271,5 @@ def load_adapter(
         adapter = dataclasses.replace(adapter, modules_to_save=other.modules_to_save)
         model, unused = dataclasses.replace(model, hf_config=other.hf_config), other.unused
         model = dataclasses.replace(model, config=other.config)
-    return dataclasses.replace(model, adapter=adapter, unused=unused, lora=None), dict(params)
+    model = dataclasses.replace(model, adapter=adapter, unused=unused, lora=None)
+    return with_adapter_files(model, directory), dict(params)

@@ -1,6 +1,8 @@
 """Directories and tensor files that appear whole or not at all."""
 
 import contextlib
+import fcntl
+import functools
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlm_jax.errors import UserError
+from vlm_jax.interrupts import at_sudden_end
 
 # What an adapter's directory is made of, PEFT's or a bottleneck adapter's: a new one replaces all.
 ADAPTER_PARTS = ("adapter_model.safetensors", "adapter.safetensors", "modules")
@@ -30,13 +33,16 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
     target = Path(directory).expanduser().absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _remove_leftovers(target)
+        temporary, held = _temporary(target)
     except OSError as error:
         raise UserError(
             f"The directory '{target}' cannot be made ({error.strerror}: '{error.filename}'). Take "
             f"another path."
         ) from error
     stale: list[Path] = []
+    remove = functools.partial(shutil.rmtree, temporary, ignore_errors=True)
+    at_sudden_end.append(remove)
     try:
         yield temporary
         for path in temporary.iterdir():  # some writers leave them readable by their owner alone
@@ -63,7 +69,42 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
             temporary.chmod(0o777 & ~_umask())
             os.replace(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove()
+        at_sudden_end.remove(remove)
+        os.close(held)
+
+
+PART = ".part"  # the end of the name of a directory that is not whole yet
+
+
+def _temporary(target: Path) -> tuple[Path, int]:
+    """Return a new directory beside the target, and a handle whose lock says that it is in use."""
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+        held = os.open(made, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if made.is_dir():
+            return made, held
+        os.close(held)  # another process took it for a leftover before it was locked
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what writers of the target left behind that were killed.
+
+    The system lets go of a lock when its process dies: what can be locked is nobody's.
+    """
+    for path in target.parent.iterdir():
+        own = path.name.lstrip(".").startswith(f"{target.name}.") and path.name.endswith(PART)
+        if not (own and path.name.startswith(".") and path.is_dir() and not path.is_symlink()):
+            continue
+        with contextlib.suppress(OSError):  # it is locked, gone, or cannot be locked here
+            held = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(held)
 
 
 def _umask() -> int:

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.errors import UserError
 from vlm_jax.hub.tensors import Block, Entry, read_tensor
+from vlm_jax.limits import all_finite, check_finite
 from vlm_jax.names import Place, to_tree
 from vlm_jax.quantization import Storage
 from vlm_jax.sharding import put
@@ -42,17 +43,8 @@ class Tensor:
         return read_tensor(self.entries[name or self.name])
 
     def dense(self, block: Block = ()) -> np.ndarray:
-        """Return the weight as it is on disk, or a block of it, of which alone is read.
-
-        Raises `UserError` where its shape is another than config.json says.
-        """
-        entry = self.entries[self.name]
-        if entry.shape != self.place.shape:
-            raise UserError(
-                f"The tensor '{self.name}' in '{entry.path}' has the shape {list(entry.shape)}; "
-                f"config.json asks for {list(self.place.shape)}."
-            )
-        return read_tensor(entry, block)
+        """Return the weight as it is on disk, or a block of it, of which alone is read."""
+        return read_tensor(self.entries[self.name], block)
 
     def in_tree(self, path: str, block: Block) -> np.ndarray:
         """Return a block of the weight as it lies in the tree, without the axis of layers."""
@@ -60,6 +52,22 @@ class Tensor:
             return to_tree(path, self.dense())[block]
         turned = path.endswith("/kernel")
         return to_tree(path, self.dense(block[::-1] if turned else block))
+
+    def fill(self, held: np.ndarray, path: str, block: Block) -> None:
+        """Write a block of the weight to where it is held; `UserError` where it is not finite.
+
+        What was written is looked at, which is still in the cache and whose dtype may be narrower.
+        """
+        read = self.in_tree(path, block)
+        with np.errstate(over="ignore", invalid="ignore"):
+            _fill(held, read)
+        if not all_finite(held):
+            file = self.entries[self.name].path
+            check_finite(read, self.name, file)
+            raise UserError(
+                f"The tensor '{self.name}' in '{file}' holds values that {held.dtype.name} cannot "
+                f"hold: they would be infinite. Load it in bfloat16 or float32."
+            )
 
 
 def block_here(shape: tuple[int, ...], sharding: Any) -> Block:
@@ -158,9 +166,9 @@ def read_leaf(
 
         def read(tensor: Tensor) -> None:
             if tensor.place.layer is None:
-                _fill(held, tensor.in_tree(path, block))
+                tensor.fill(held, path, block)
             else:  # layers are never spread
-                _fill(held[tensor.place.layer, ...], tensor.in_tree(path, block[1:]))
+                tensor.fill(held[tensor.place.layer, ...], path, block[1:])
 
         list(threads.map(read, tensors))  # raises what a thread raised
         return _put_block(held, block, shape, sharding), None
@@ -194,6 +202,7 @@ def read_leaf(
 def _quantized(tensor: Tensor, storage: Storage | None) -> bnb.Stored:
     assert storage is not None
     weight, name = tensor.dense(), f"The tensor '{tensor.name}'"
+    check_finite(weight, tensor.name, tensor.entries[tensor.name].path)
     check(weight.shape, storage.block, weight.dtype, name)
     flat = encode(storage.format, weight, storage.block, storage.double, name)
     return bnb.Stored(flat, storage.format, storage.block, kind(weight.dtype), weight.shape)

@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.hub.beside import check_base
 from vlm_jax.hub.leaves import Tensor, read_leaf
-from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_json, read_tensor
+from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_tensor
+from vlm_jax.limits import read_json
 from vlm_jax.model import Model, Source, from_config
 from vlm_jax.names import Place, current_name, disk_places
 from vlm_jax.quantization import Quantize, described, storages
@@ -69,6 +72,7 @@ def resolve(
 def _check(model: Model, found: dict[str, Entry], places: dict[str, Place], directory: Path):
     """Return {current name: (name on disk, Place)}; raise for missing and left-over tensors."""
     named = {current_name(model, name): name for name in found}
+    _check_layers(model, named, directory)
     missing = [name for name in places if name not in named]
     allowed = [(pattern, True) for pattern in model.family.UNUSED] + [(".*", False)]
     extra = [name for name in named if name not in places]
@@ -84,6 +88,49 @@ def _check(model: Model, found: dict[str, Entry], places: dict[str, Place], dire
             + "Every tensor must have its place: check that config.json belongs to these weights."
         )
     return {name: named[name] for name in places}
+
+
+def _check_sizes(
+    model: Model, entries: dict[str, Entry], places: dict[str, Place], on_disk: dict[str, str]
+) -> None:
+    """Raise where a dense tensor has another shape than config.json says, before room is made."""
+    stored = {bnb.weight_of(name) for name in entries}
+    for name, place in places.items():
+        entry = entries[on_disk[name]]
+        if entry.shape == place.shape or on_disk[name] in stored:
+            continue
+        wrong = set(place.shape) - set(entry.shape)
+        keys = ", ".join(f"{key} = {n}" for key, n in _numbers(model.hf_config) if n in wrong)
+        raise UserError(
+            f"The tensor '{on_disk[name]}' in '{entry.path}' has the shape {list(entry.shape)}; "
+            f"config.json asks for {list(place.shape)}{f' ({keys})' if keys else ''}. Take the "
+            f"config.json that belongs to these weights."
+        )
+
+
+def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the whole numbers of a config.json with the keys that lead to each."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int):
+            yield f"{prefix}{key}", value
+
+
+def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:
+    """Raise where the files hold another number of layers than config.json says."""
+    for stack, layers in model.family.stacks(model.config).items():
+        layer = re.compile(rf"{re.escape(stack.replace('/', '.'))}\.(\d{{1,9}})\.")
+        found = {int(hit[1]) for name in named if (hit := layer.match(name))}
+        if found and max(found) + 1 != layers:
+            keys = [key for key, n in _numbers(model.hf_config) if n == layers and n > 1]
+            keys = [k for k in keys if k.endswith(("layers", "depth"))]
+            said = ", ".join(keys) or "config.json"
+            raise UserError(
+                f"The weights in '{directory}' have the layers 0 to {max(found)} of "
+                f"'{stack.replace('/', '.')}', but config.json asks for {layers} layers ({said}). "
+                f"Take the config.json that belongs to these weights."
+            )
 
 
 def _check_tied_head(model: Model, found: dict[str, Entry]) -> None:
@@ -154,8 +201,16 @@ def load(
     Raises `UserError` for whatever does not fit, naming the tensor or field.
     """
     directory = resolve(str(path_or_repo_id), revision, token)
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file() and not (directory / "config.json").exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise UserError(
+            f"'{directory}' is an adapter and no whole checkpoint. Give its base, {base!r} by its "
+            f"own account, as the model, and this directory as the adapter."
+        )
     model = from_config(read_json(directory / "config.json"), dtype, remat)
     entries = find_tensors(directory)
+    check_base(directory, {entry.path.name for entry in entries.values()})
     _check_storage(model, entries, quantize, directory)
     # A 4-bit weight is several tensors: the others are read along with it.
     found, beside = dict(entries), dict[str, dict[str, str]]()
@@ -168,6 +223,7 @@ def load(
     shapes = flatten(model.abstract())
     places = disk_places(model, {path: leaf.shape for path, leaf in shapes.items()})
     on_disk = _check(model, found, places, directory)
+    _check_sizes(model, entries, places, on_disk)
     by_path: dict[str, list[Tensor]] = {}
     for name, place in places.items():
         by_path.setdefault(place.path, []).append(

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.hub.beside import PEFT_WEIGHTS, check_adapter
 from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
 from vlm_jax.hub.peft_config import read_config
-from vlm_jax.hub.tensors import open_tensors
+from vlm_jax.hub.tensors import open_tensors, read_tensors
 from vlm_jax.layers.linear import is_lora
+from vlm_jax.limits import check_patterns
 from vlm_jax.methods import LoRA
-from vlm_jax.model import Model
+from vlm_jax.model import Model, with_adapter_files
 from vlm_jax.names import Place, current_name, is_unused, to_tree
 from vlm_jax.processes import to_host
 from vlm_jax.saved import base_places, module_names, owners, peft_module, saved_modules
@@ -28,6 +30,7 @@ from vlm_jax.targets import (
     pattern_key,
     scales,
     slots,
+    whole,
 )
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.vocabulary import EMBEDDING, HEAD, add_tokens
@@ -56,8 +59,15 @@ def load_peft(
         raise UserError("These parameters hold LoRA matrices already; merge them first.")
     if not directory.is_dir():
         raise UserError(f"There is no adapter directory '{directory}'.")
+    inside = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
+    if inside and not (directory / "adapter_config.json").exists():
+        raise UserError(
+            f"'{directory}' is no adapter's directory, but holds some: {', '.join(inside[:6])}. "
+            f"Give one of them, such as '{directory / inside[0]}'."
+        )
     config = read_config(directory)
-    file = directory / "adapter_model.safetensors"
+    file = directory / PEFT_WEIGHTS
+    check_adapter(directory, (PEFT_WEIGHTS,))
     if not file.exists():
         raise UserError(
             f"'{directory}' holds no adapter_model.safetensors. A pickle adapter "
@@ -76,42 +86,41 @@ def load_peft(
     unused: dict[str, np.ndarray] = {}
     keeps_biases = (config.get("bias") or "none") != "none"
     tying = bool(config.get("ensure_weight_tying"))
-    with open_tensors(file) as handle:
-        for key in handle.keys():
-            tensor = handle.get_tensor(key)
-            name = key.removeprefix(PREFIX)
-            _check_kind(model, directory, key, current_name(model, name), tying)
-            lora_key = LORA_KEY.fullmatch(name)
-            if lora_key:
-                module = current_name(model, lora_key[1])
-                matrix = f"lora_{lora_key[2] or lora_key[3] or 'magnitude'}"
-                if module not in kernels:
-                    raise _homeless(directory, key, module, kernels)
-                path, layer = kernels[module]
-                called[module] = lora_key[1]
-                base = path.rsplit("/", 1)[0]
-                matrices.setdefault(f"{base}/{matrix}", {})[layer] = tensor.T
-                continue
-            plain = current_name(model, re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name))
-            copy_of = current_name(model, re.sub(r"\.(base_layer|original_module)(?=\.)", "", name))
-            if copy_of.endswith(".bias") and copy_of in places and keeps_biases:
-                biases[copy_of] = tensor  # an adapted module's lies below it, as base_layer.bias
-            elif copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
-                if copy_of not in places:
-                    raise _homeless(directory, key, copy_of, places)
-                if not _same(tensor, flat, places[copy_of]):
-                    raise UserError(
-                        f"The adapter in '{directory}' holds '{key}', a copy of the base's "
-                        f"'{copy_of}' whose values or shape are not those of the base loaded here: "
-                        f"it was made on another base, and its logits would differ. Load the base "
-                        f"that it names, {config.get('base_model_name_or_path')!r}."
-                    )
-            elif plain in places or (plain == f"{HEAD}.weight" and model.config.text.tied):
-                full[plain] = tensor
-            elif is_unused(model, plain):
-                unused[plain] = tensor
-            else:
-                raise _homeless(directory, key, plain, places)
+    for key, tensor in read_tensors(file):
+        name = key.removeprefix(PREFIX)
+        _check_kind(model, directory, key, current_name(model, name), tying)
+        lora_key = LORA_KEY.fullmatch(name)
+        if lora_key:
+            module = current_name(model, lora_key[1])
+            matrix = f"lora_{lora_key[2] or lora_key[3] or 'magnitude'}"
+            if module not in kernels:
+                _check_adaptable(model, directory, key, module, places)
+                raise _homeless(directory, key, module, kernels)
+            path, layer = kernels[module]
+            called[module] = lora_key[1]
+            base = path.rsplit("/", 1)[0]
+            matrices.setdefault(f"{base}/{matrix}", {})[layer] = tensor.T
+            continue
+        plain = current_name(model, re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name))
+        copy_of = current_name(model, re.sub(r"\.(base_layer|original_module)(?=\.)", "", name))
+        if copy_of.endswith(".bias") and copy_of in places and keeps_biases:
+            biases[copy_of] = tensor  # an adapted module's lies below it, as base_layer.bias
+        elif copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
+            if copy_of not in places:
+                raise _homeless(directory, key, copy_of, places)
+            if not _same(tensor, flat, places[copy_of]):
+                raise UserError(
+                    f"The adapter in '{directory}' holds '{key}', a copy of the base's "
+                    f"'{copy_of}' whose values or shape are not those of the base loaded here: "
+                    f"it was made on another base, and its logits would differ. Load the base "
+                    f"that it names, {config.get('base_model_name_or_path')!r}."
+                )
+        elif plain in places or (plain == f"{HEAD}.weight" and model.config.text.tied):
+            full[plain] = tensor
+        elif is_unused(model, plain):
+            unused[plain] = tensor
+        else:
+            raise _homeless(directory, key, plain, places)
     _check_tied(model, flat, places, full, config, directory)
     names = _saved_names(model, params, full, config)
     held = {**saved_modules(model, params, names).places, **{n: places[n] for n in biases}}
@@ -168,7 +177,8 @@ def load_peft(
             new[f"{path.rsplit('/', 1)[0]}/lora_scale"] = scales(own)
     ordered = {path: new[path] for path in sorted(new)}
     unused = {**model.unused, **unused}
-    return dataclasses.replace(model, lora=lora, unused=unused), unflatten(ordered)
+    model = dataclasses.replace(model, lora=lora, unused=unused)
+    return with_adapter_files(model, directory), unflatten(ordered)
 
 
 def _pattern(config: Mapping, name: str, called: Mapping[str, str]) -> dict[str, Any]:
@@ -177,6 +187,8 @@ def _pattern(config: Mapping, name: str, called: Mapping[str, str]) -> dict[str,
     called: adapted modules -> what the file calls them, which may be an older layout of names.
     """
     pattern = config.get(name) or {}
+    texts = [name for pair in called.items() for name in pair]
+    check_patterns(list(pattern), texts, f"key of {name} in adapter_config.json", whole)
     keys = {module: pattern_key(pattern, file_name) for module, file_name in called.items()}
     if all(pattern_key(pattern, module) == key for module, key in keys.items()):
         return dict(pattern)
@@ -273,6 +285,24 @@ def _new_tokens(model: Model, file: Path) -> int:
     return 0
 
 
+def _check_adaptable(
+    model: Model, directory: Path, key: str, module: str, places: Mapping[str, Place]
+) -> None:
+    """Raise for LoRA on a module that the base has but that no matrices are held of here."""
+    place = places.get(f"{module}.weight")
+    if place is None:
+        return
+    convolution = place.path in model.family.disk_shapes(model.config)
+    what = "a convolution, the patch embedding" if convolution else "no linear layer"
+    suffix = module.split(".")[-1]
+    raise UserError(
+        f"The adapter in '{directory}' holds '{key}', LoRA on '{module}', which is {what}: that is "
+        f"not supported, though the base is the right one. Merge it with peft into a checkpoint "
+        f"(merge_and_unload, save_pretrained) and give that as the model; or train without, as "
+        f"peft does where target_modules is a regex that leaves out '{suffix}' of this module."
+    )
+
+
 def _homeless(directory: Path, key: str, name: str, known: Mapping[str, Any]) -> UserError:
     return UserError(
         f"The adapter in '{directory}' holds '{key}', for which this model has no place"
@@ -307,7 +337,6 @@ def _stacked(
     def shape(rank: int) -> tuple[int, ...]:
         return {"lora_A": (inputs, rank), "lora_B": (rank, outputs)}.get(matrix, (outputs,))
 
-    leaf = np.zeros((*stack, *shape(max(slot.rank for slot in held))), np.float32)
     ranks = {slot.layer: slot.rank for slot in held}
     for layer, tensor in layers.items():
         if tensor.shape != shape(ranks[layer]):
@@ -317,6 +346,8 @@ def _stacked(
                 f"base's kernel ask for {list(shape(ranks[layer])[::-1])}. It was made for another "
                 f"rank or base, or one of the two files is another adapter's."
             )
+    leaf = np.zeros((*stack, *shape(max(ranks.values()))), np.float32)
+    for layer, tensor in layers.items():
         own = () if layer is None else (layer,)
         leaf[(*own, *(slice(size) for size in tensor.shape))] = tensor
     return leaf

@@ -1,8 +1,7 @@
 """Writes a whole checkpoint in the layout, dtypes and tying of the base it came from."""
 
+import copy
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,11 @@ import numpy as np
 
 from vlm_jax import processes
 from vlm_jax.adapters import check_no_adapter
+from vlm_jax.ends import FILE as GENERATION
+from vlm_jax.ends import exported
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_tensors
+from vlm_jax.hub.companions import IMAGES, VIDEOS, adapter_settings, copy_companions, write_settings
 from vlm_jax.hub.files import whole_directory, write_json, write_shards
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import DTYPES, open_tensors
@@ -27,16 +29,6 @@ from vlm_jax.vocabulary import fold_added
 from vlm_jax.weights import FourBit, bnb, dense
 from vlm_jax.weights.quantize import kind as kind_of
 
-# What stands beside the weights and belongs to the model's use.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-
-
-def _companions(source: Path) -> list[Path]:
-    """Return the tokenizer, processor and generation files of a checkpoint."""
-    found = {path for pattern in COMPANIONS for path in source.glob(pattern)}
-    skip = {"config.json", "adapter_config.json"}
-    return sorted(p for p in found if p.name not in skip and not p.name.endswith(".index.json"))
-
 
 def save_pretrained(
     model: Model,
@@ -47,17 +39,21 @@ def save_pretrained(
     quantized: bool | None = None,
     dtype: Any = None,
     processor: Mapping[str, Any] | None = None,
+    video_processor: Mapping[str, Any] | None = None,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write a checkpoint that `transformers` loads with no missing and no unexpected key.
 
     Tensor names, dtypes and tying are those of the base that `model` was loaded from, and its
-    tokenizer, processor and generation files are copied. merge: LoRA is merged into the weights;
-    without it a tree with LoRA is refused, for a plain checkpoint cannot hold it. quantized: write
-    4-bit kernels as bitsandbytes does, merged ones quantized again; False: write all of them
-    decoded. By default they stay in 4 bits unless there is LoRA to merge, of which requantizing
-    would round much away. dtype: of all tensors that are computed with, instead of the base's.
-    processor: settings that replace those in preprocessor_config.json, where training used others.
+    tokenizer, processor and generation files are copied; generation_config.json also lists the
+    token that the chat template ends an answer with, or others would write on. merge: LoRA is
+    merged into the weights; without it a tree with LoRA is refused, for a plain checkpoint cannot
+    hold it. quantized: write 4-bit kernels as bitsandbytes does, merged ones quantized again;
+    False: write all of them decoded. By default they stay in 4 bits unless there is LoRA to merge,
+    of which requantizing would round much away. dtype: of all tensors that are computed with,
+    instead of the base's. processor: settings that replace those in preprocessor_config.json, where
+    training used others; video_processor: likewise in video_preprocessor_config.json. By default
+    those of a loaded adapter's directory, whose tokenizer and chat template are copied too.
     Weights are merged, gathered from their devices and written one after another: the host holds a
     file of at most `max_shard_size` bytes at a time. All of several processes call it; one writes.
     Raises `UserError` where the base's own files are gone, or nothing is there in 4 bits to write.
@@ -162,34 +158,31 @@ def save_pretrained(
                 leaf_of(places[names[name][0]])
         processes.wait_for_all("the checkpoint is written")
         return
+    generation = exported(model)
     with whole_directory(directory) as folder:
         write_shards(folder, sizes, tensor, max_shard_size)
-        config = dict(model.hf_config)
-        config.pop("quantization_config", None)
+        config = copy.deepcopy(dict(model.hf_config))
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        for part in parts:
+            part.pop("quantization_config", None)
         if four_bit:
             others = {names[name][0]: name in beside.values() for name in unread}
             config["quantization_config"] = quantization_config(model, places, flat, others)
         if dtype is not None or source is None:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(
-                jnp.dtype(dtype or model.dtype)
-            )
+            named = "torch_dtype" if "torch_dtype" in config else "dtype"
+            config[named] = str(jnp.dtype(dtype or model.dtype))
+            for part in parts:
+                part |= {key: config[named] for key in ("torch_dtype", "dtype") if key in part}
         write_json(folder / "config.json", config)
         if source is not None:
-            for path in _companions(Path(source.directory)):
-                shutil.copyfile(path, folder / path.name)
-        if processor:
-            _write_processor(folder, processor)
+            adapter = Path(source.adapter) if source.adapter else None
+            copy_companions(Path(source.directory), adapter, folder)
+            if adapter is not None:
+                processor = processor or adapter_settings(adapter, IMAGES)
+                video_processor = video_processor or adapter_settings(adapter, VIDEOS)
+        if generation is not None:
+            write_json(folder / GENERATION, generation)
+        for name, settings in ((IMAGES, processor), (VIDEOS, video_processor)):
+            if settings:
+                write_settings(folder, name, settings)
     processes.wait_for_all("the checkpoint is written")
-
-
-def _write_processor(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write image settings wherever the base's files hold any: readers differ in which is first."""
-    file = folder / "preprocessor_config.json"
-    combined = folder / "processor_config.json"
-    nested = json.loads(combined.read_text()) if combined.exists() else {}
-    if "image_processor" in nested:
-        nested["image_processor"] = {**nested["image_processor"], **settings}
-        write_json(combined, nested)
-    if file.exists() or "image_processor" not in nested:
-        old = json.loads(file.read_text()) if file.exists() else {}
-        write_json(file, {**old, **settings})

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import UserError
-from vlm_jax.hub.load import read_json
+from vlm_jax.limits import read_json
 from vlm_jax.models.known import KNOWN
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import check_finite, is_file_name, read_json
+from vlm_jax.magic import lost
 
 Block = tuple[slice, ...]
 
@@ -31,21 +34,6 @@ class Entry(NamedTuple):
     start: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file; raise `UserError` where it is missing or no JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"There is no file '{path}'. A checkpoint directory needs it.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"'{path}' is not valid JSON: line {error.lineno}, {error.msg}.") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"'{path}' cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"'{path}' holds a JSON {type(value).__name__}; expected an object.")
-    return value
-
-
 def find_tensors(directory: Path) -> dict[str, Entry]:
     """Return where each tensor is of a checkpoint of one file or a sharded index; headers alone."""
     index = directory / "model.safetensors.index.json"
@@ -56,6 +44,13 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
                 f"'{index}' is no index of safetensors files: expected 'weight_map' to be an "
                 f"object of tensor names and the files they are in. Fetch it again, or delete it "
                 f"if there is only one file."
+            )
+        outside = [name for name in weight_map.values() if not is_file_name(name)]
+        if outside:
+            raise UserError(
+                f"'{index}' names the file '{outside[0]:.200}', which is not in its own directory. "
+                f"An index that came with a checkpoint must not reach for other files: take the "
+                f"checkpoint from its source, or move the file beside its index and name it so."
             )
         missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
         if missing:
@@ -85,11 +80,30 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
                 f"Text as M; M.from_pretrained('{directory}').save_pretrained('converted')\""
             )
         raise UserError(f"'{directory}' holds no *.safetensors files; a checkpoint needs them.")
-    return {name: entry for file in files for name, entry in read_header(directory / file).items()}
+    found: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_header(directory / file).items():
+            if name in found:
+                raise UserError(
+                    f"Both '{found[name].path}' and '{entry.path}' hold the tensor '{name}', and "
+                    f"no model.safetensors.index.json says which is meant. Delete the files of the "
+                    f"other checkpoint."
+                )
+            found[name] = entry
+    return found
 
 
 def _is_file_name(value: Any) -> bool:
     return isinstance(value, str) and value.endswith(".safetensors")
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, tensor) of a small file, an adapter's; `UserError` for values not finite."""
+    with open_tensors(path) as handle:
+        for name in handle.keys():
+            tensor = handle.get_tensor(name)
+            check_finite(tensor, name, path)
+            yield name, tensor
 
 
 def open_tensors(path: Path) -> Any:
@@ -98,8 +112,8 @@ def open_tensors(path: Path) -> Any:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"'{path}' could not be read as safetensors ({error}). It is damaged or incomplete: "
-            f"fetch it again."
+            f"'{path}' could not be read as safetensors ({error})."
+            f"{lost(path) or ' It is damaged or incomplete: fetch it again.'}"
         ) from error
 
 

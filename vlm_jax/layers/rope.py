@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ def rope_from_hf(
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"The {where} has the rope parameter {name} = {value!r}, no number.")
+        number(name, value, where)
+    number("rope_theta", float(given.get("rope_theta", theta)), where, above=0)
     if not isinstance(section, list | tuple) or not all(isinstance(n, int) for n in section):
         raise UserError(f"The {where} has mrope_section = {section!r}; expected whole numbers.")
     section = tuple(section)

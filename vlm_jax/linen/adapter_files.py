@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.adapter_files import CONFIG, WEIGHTS
 from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
-from vlm_jax.hub.tensors import open_tensors, read_json
+from vlm_jax.hub.tensors import read_tensors
+from vlm_jax.limits import read_json
 from vlm_jax.linen.adapt import adapt
 from vlm_jax.linen.adapted import ADAPTER, Adapted
 from vlm_jax.methods import Adapter
@@ -74,8 +75,7 @@ def load_adapted(
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     adapted, variables = adapt(module, params, Adapter(**fields), inputs=inputs)
     wanted = flatten(variables[ADAPTER])
-    with open_tensors(file) as handle:
-        held = {key: handle.get_tensor(key) for key in handle.keys()}
+    held = dict(read_tensors(file))
     for path in sorted(held.keys() ^ wanted.keys()):
         what = "is missing" if path in wanted else "has no place in this module"
         raise UserError(

@@ -16,6 +16,7 @@ import jax
 from vlm_jax.adapters import check_known, leaf_shapes
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.layers.bottleneck import Bottleneck, bottleneck
+from vlm_jax.limits import check_patterns
 from vlm_jax.linen.additions import Call, name_of, tell_no_dropout
 from vlm_jax.linen.parts import Site, first_argument, shape_of
 from vlm_jax.methods import Adapter
@@ -95,14 +96,10 @@ def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Si
     else:
         rows = {suffix: rf"(.*\.)?{re.escape(suffix)}" for suffix in targets}
     names = {path.replace("/", "."): site for path, site in found.items()}
+    check_patterns(list(rows.values()), list(names), "adapter target")
     hits: set[str] = set()
     for target, row in rows.items():
-        try:
-            matched = [name for name in names if re.fullmatch(row, name)]
-        except re.error as error:
-            raise UserError(
-                f"The adapter target {target!r} is no regular expression: {error}."
-            ) from error
+        matched = [name for name in names if re.fullmatch(row, name)]
         if not matched:
             ends = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if name))
             raise UserError(

@@ -18,10 +18,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.hub.beside import check_adapter
 from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import PREFIX
 from vlm_jax.hub.peft_config import read_config
-from vlm_jax.hub.tensors import open_tensors
+from vlm_jax.hub.tensors import read_tensors
 from vlm_jax.linen.adapt import check_module, check_supported
 from vlm_jax.linen.adapted import LORA, Adapted
 from vlm_jax.linen.additions import tell_deaf
@@ -171,6 +172,7 @@ def load_lora(
             f"There is no '{file}'. An adapter directory has it, beside adapter_config.json; a "
             f"pickle (adapter_model.bin) is not read: load it with peft and save it again."
         )
+    check_adapter(directory, (file.name,))
     config = read_config(directory, also=("fan_in_fan_out",))
     lora = LoRA(
         rank=config["r"],
@@ -193,24 +195,23 @@ def load_lora(
     named = named_layers(layers, names, every=False)
     matrices: dict[Layer, dict[int | None, dict[str, np.ndarray]]] = {}
     tying, of_head = bool(config.get("ensure_weight_tying")), {}
-    with open_tensors(file) as handle:
-        for key in handle.keys():
-            tensor, name = handle.get_tensor(key), key.removeprefix(PREFIX)
-            copy, lora_key = COPY.fullmatch(name), KEY.fullmatch(name)
-            if copy and copy[1] in named and named[copy[1]][0].weight == "embedding":
-                _check_copy(named[copy[1]][0], flat, tensor, key, directory)
-            elif lora_key and lora_key[1] in named:
-                layer, index = named[lora_key[1]]
-                if bool(lora_key[2]) != (layer.weight == "embedding"):
-                    raise UserError(f"'{key}' in '{file}' is of another kind than '{layer.name}'.")
-                held = matrices.setdefault(layer, {}).setdefault(index, {})
-                held[lora_key[3]] = tensor.T
-            elif tying and lora_key and not lora_key[2]:  # peft writes the tied head's once more
-                of_head[key] = lora_key[3], tensor
-            elif tying and copy:
-                of_head[key] = "", tensor
-            else:
-                raise _homeless(directory, key, found, named)
+    for key, tensor in read_tensors(file):
+        name = key.removeprefix(PREFIX)
+        copy, lora_key = COPY.fullmatch(name), KEY.fullmatch(name)
+        if copy and copy[1] in named and named[copy[1]][0].weight == "embedding":
+            _check_copy(named[copy[1]][0], flat, tensor, key, directory)
+        elif lora_key and lora_key[1] in named:
+            layer, index = named[lora_key[1]]
+            if bool(lora_key[2]) != (layer.weight == "embedding"):
+                raise UserError(f"'{key}' in '{file}' is of another kind than '{layer.name}'.")
+            held = matrices.setdefault(layer, {}).setdefault(index, {})
+            held[lora_key[3]] = tensor.T
+        elif tying and lora_key and not lora_key[2]:  # peft writes the tied head's once more
+            of_head[key] = lora_key[3], tensor
+        elif tying and copy:
+            of_head[key] = "", tensor
+        else:
+            raise _homeless(directory, key, found, named)
     if not matrices:
         raise UserError(f"'{file}' holds no LoRA matrices.")
     tied = [layer for layer in matrices if layer.attended]
@@ -244,8 +245,7 @@ def _stacked(
     """Return A or B of a layer, or of its stack, checked against its weight."""
     inside, outside = layer.size
     shape = {"A": (inside, rank), "B": (rank, outside)}[letter]
-    leaf = np.zeros((*layer.layers, *shape), np.float32)
-    for index, pair in held.items():
+    for pair in held.values():
         if len(pair) < 2:
             raise UserError(
                 f"'{file}' holds lora_{next(iter(pair))} of '{layer.name}' without its partner."
@@ -256,6 +256,8 @@ def _stacked(
                 f"{list(pair[letter].shape[::-1])}; rank {rank} and the module's weight ask for "
                 f"{list(shape[::-1])}. It was made for another base or rank."
             )
+    leaf = np.zeros((*layer.layers, *shape), np.float32)
+    for index, pair in held.items():
         leaf[... if index is None else index] = pair[letter]
     return leaf
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.limits import check_patterns
 from vlm_jax.linen.parts import Layer, Other
 from vlm_jax.targets import PRESETS
 
@@ -25,13 +26,8 @@ def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> li
             raise _nothing("all-linear", found)
         return _layers("all-linear", hits)
     if isinstance(targets, str) and targets not in PRESETS:
-        try:
-            regex = re.compile(targets)
-        except re.error as error:
-            raise UserError(
-                f"The LoRA target {targets!r} is no regular expression: {error}."
-            ) from error
-        hits = [one for one in found if regex.fullmatch(one.name)]
+        check_patterns([targets], [one.name for one in found], "LoRA target")
+        hits = [one for one in found if re.fullmatch(targets, one.name)]
         if not hits:
             raise _nothing(targets, found)
         return _layers(targets, hits, named=True)

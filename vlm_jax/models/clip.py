@@ -21,6 +21,7 @@ from vlm_jax.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
 from vlm_jax.layers.linear import Linear, LoRAScale, parameter
 from vlm_jax.layers.norm import LayerNorm
 from vlm_jax.layers.scan import Stack
+from vlm_jax.limits import number
 from vlm_jax.models.hf_config import Fields
 
 
@@ -95,8 +96,9 @@ def tower_from_hf(raw: dict[str, Any]) -> Tower:
         patch_size=size("patch_size"),
         channels=fields.size("num_channels", 3),
         activation=fields.require("hidden_act", tuple(ACTIVATIONS), kind.defaults["hidden_act"]),
-        epsilon=fields.take("layer_norm_eps", kind.defaults["layer_norm_eps"]),
+        epsilon=fields.positive("layer_norm_eps", kind.defaults["layer_norm_eps"]),
     )
+    number("patch_values", tower.channels * tower.patch_size**2, f"{where} (channels x size^2)")
     if tower.image_size < tower.patch_size or tower.width % tower.num_heads:
         raise UserError(
             f"The {where} has images of {tower.image_size} pixels in patches of "

@@ -142,6 +142,11 @@ def decoder_from_hf(
     kv_heads = fields.size("num_key_value_heads", None)
     kv_heads = (defaults["num_key_value_heads"] if absent else kv_heads) or heads
     head_dim = fields.size("head_dim", None) or hidden // heads
+    if head_dim % 2:
+        raise UserError(
+            f"The {where} has heads of {head_dim} numbers; rotary positions turn pairs, so it must "
+            f"be even: head_dim, or hidden_size / num_attention_heads."
+        )
     if heads % kv_heads:
         raise UserError(
             f"The {where} has {heads} query heads on {kv_heads} key and value heads: the latter "
@@ -166,7 +171,7 @@ def decoder_from_hf(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        epsilon=fields.take("rms_norm_eps", defaults["rms_norm_eps"]),
+        epsilon=fields.positive("rms_norm_eps", defaults["rms_norm_eps"]),
         activation=fields.require("hidden_act", tuple(ACTIVATIONS), "silu"),
         qkv_bias=is_qwen or bool(llama_bias),
         o_bias=bool(llama_bias),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.limits import number
 
 REQUIRED = object()
 NAMES = {
@@ -76,10 +77,18 @@ class Fields:
             raise UserError(f"The {self.where} has {name} = {value!r}; expected at least 1.")
         return value
 
+    def positive(self, name: str, default: float) -> float:
+        """Return a field that is a number above 0."""
+        value = self.take(name, default, float)
+        number(name, value, self.where, above=0)
+        return value
+
     def _checked(self, name: str, value: Any, kind: type, optional: bool) -> Any:
         others: dict[type, Any] = {float: (int, float), dict: Mapping}
         allowed = others.get(kind, kind)
         fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+        if fits and kind in (int, float):
+            number(name, value, self.where)
         if kind not in NAMES or fits or (value is None and optional):
             return value
         raise UserError(

@@ -68,3 +68,10 @@ KNOWN: dict[str, dict[str, Any]] = {
         num_key_value_heads=40,
     ),
 }
+
+# What their preprocessor_config.json says of the size of images, where that is dynamic.
+IMAGES: dict[str, dict[str, Any]] = {
+    name: {"min_pixels": 3136, "max_pixels": 12845056}
+    for name, config in KNOWN.items()
+    if config["model_type"] == "qwen2_vl"
+}

@@ -4,6 +4,7 @@ Letters: B rows, T tokens, P patches, C values a patch, D model, E tower width, 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.layers.activations import ACTIVATIONS
 from vlm_jax.layers.bottleneck import Bottleneck
 from vlm_jax.layers.linear import LoRAScale
+from vlm_jax.limits import number
 from vlm_jax.models.decoder import AXES as DECODER_AXES
 from vlm_jax.models.decoder import Decoder, DecoderConfig, decoder_from_hf
 from vlm_jax.models.hf_config import Fields
@@ -69,17 +71,23 @@ class Config:
             raise UserError(
                 f"The vision_config has {heads} heads for a width of {width}: they must divide it."
             )
+        if width // heads % 4:
+            raise UserError(
+                f"The vision_config has heads of {width // heads} numbers (embed_dim / num_heads); "
+                f"they are turned in pairs by two positions, so it must be a multiple of 4."
+            )
         vision.known.add("spatial_patch_size")
         shape = (channels, frames, patch, patch)
+        number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
         tower = Tower(
             depth=vision.size("depth", 32),
             width=width,
             num_heads=heads,
-            intermediate_size=int(width * vision.take("mlp_ratio", 4.0)),
+            intermediate_size=int(width * vision.positive("mlp_ratio", 4.0)),
             activation=vision.require("hidden_act", tuple(ACTIVATIONS), "quick_gelu"),
-            theta=float(Fields(rope, vision.where).take("rope_theta", 10000.0)),
+            theta=float(Fields(rope, vision.where).positive("rope_theta", 10000.0)),
             merge=vision.size("spatial_merge_size", 2),
-            patch_values=int(np.prod(shape)),
+            patch_values=math.prod(shape),
             patch_shape=shape,
         )
         vision.finish()

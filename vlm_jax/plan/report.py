@@ -54,7 +54,8 @@ class Report:
     peak: what the step needs. capacity: what a program may have. said: why. mesh: its sizes.
     rows, tokens, patches: of a step, of a row. parts: what the peak is made of; they add up to it.
     moments_host: moments in pages in the host's memory. exchanges, bytes_accessed, code: None where
-    nothing was compiled. cycles: of a TPU program. parameters: every leaf, where asked for.
+    nothing was compiled. cycles: of a TPU program. remedy: what to install so that it would be.
+    parameters: every leaf, where asked for.
     """
 
     model: str
@@ -81,6 +82,7 @@ class Report:
     host_memory: int
     host_rule: str
     compile_seconds: float | None
+    remedy: str | None = None
     parameters: list[leaves.Leaf] | None = None
 
     @property
@@ -137,8 +139,6 @@ def plan_step(
     own = leaves.parts(step)
     hopeless = own.device > device.usable  # a compiler would take minutes to say so
     found = (_compiled if compiles and not hopeless else _estimated)(step, device, own)
-    if device.compiles and not compiles:
-        found = dataclasses.replace(found, said=f"{found.said}. {INSTALL}")
     counted = work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape)
     total = work.total(counted.values())
     exchanges, accessed, cycles, seconds, out = None, None, None, None, None
@@ -196,6 +196,7 @@ def plan_step(
         host_memory=_host_memory(step, own, device),
         host_rule=HOST_RULE,
         compile_seconds=found.seconds,
+        remedy=INSTALL if device.compiles and not compiles else None,
         parameters=leaves.table(step) if parameters else None,
     )
 

@@ -24,6 +24,8 @@ def show(report: Report, console: Console | None = None) -> None:
         else:
             table.add_row(Text(what), Text(value), Text(note))
     console.print(table)
+    if report.remedy is not None:
+        console.print(report.remedy, markup=False, soft_wrap=True)  # a line to copy
     if report.parameters is None:
         return
     listed = Table(title=f"{len(report.parameters)} parameters")

@@ -98,7 +98,8 @@ def compile_step(
     them. config: a file, as for `vlm_jax.config.load`, or a config. topology: see
     `vlm_jax.plan.devices`. overrides: {"lora.r": 64}. mesh: its sizes, as {"fsdp": 4}.
     rows: of the whole step; default: the config's batch size x micro-batches x shards.
-    tokens, patches: of a row; default: data.max_seq_length, and one image of the largest size.
+    tokens, patches: of a row; default: data.max_seq_length, and one image of the largest size that
+    so many tokens stand for.
     Neither data, tokenizer nor weights are read. Raises `UserError` for what the config lacks, for
     an unknown topology, and where a program does not fit its memory.
     """
@@ -136,7 +137,7 @@ def prepare(
     shards = over.shape["data"] * over.shape["fsdp"]
     tokens = _whole("tokens", tokens, config.data.max_seq_length)
     unit = model.family.patch_unit(model.config)
-    patches = _whole("patches", patches, image_patches(config, model), unit, least=0)
+    patches = _whole("patches", patches, image_patches(config, model, tokens), unit, least=0)
     rows = _whole("rows", rows, rows_of(config, over), shards * parts)
     run = make_step(model, tx, parts, **step_options(config))
     batch = abstract_batch(model, rows, (tokens, patches), over)

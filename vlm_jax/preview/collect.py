@@ -16,7 +16,7 @@ from vlm_jax.data.records import canonical
 from vlm_jax.data.shapes import Shape
 from vlm_jax.errors import UserError
 from vlm_jax.hub.load import resolve
-from vlm_jax.hub.tensors import read_json
+from vlm_jax.limits import read_json
 from vlm_jax.model import Source, from_config
 from vlm_jax.preview.example import Example, Picture, Reader
 from vlm_jax.sharding import mesh_sizes
@@ -96,7 +96,7 @@ class Preview:
 def preview(config: ConfigDict, examples: int = 16, split: str = "train") -> Preview:
     """Return the first examples that a run of this config trains on, in its order; no weights.
 
-    split: "train", or "eval" for data.eval_file as an evaluation goes through it. Raises
+    split: "train", or "eval" for what a run evaluates on, as an evaluation goes through it. Raises
     `UserError` for whatever training would refuse before its first step.
     """
     pipeline = open_pipeline(config, split)
@@ -122,7 +122,7 @@ def open_pipeline(config: ConfigDict, split: str = "train") -> Pipeline:
     """Return the pipeline that training would make; of a hub checkpoint only small files come."""
     if split not in SPLITS:
         raise UserError(f"There is no split '{split}'; expected one of {', '.join(SPLITS)}.")
-    name, d, t = base_name(config), config.data, config.training
+    name, t = base_name(config), config.training
     directory = resolve(name, config.model.revision, weights=False)
     source = Source(str(directory), {}, name, config.model.revision)
     model = from_config(read_json(directory / "config.json"), source=source)
@@ -130,9 +130,9 @@ def open_pipeline(config: ConfigDict, split: str = "train") -> Pipeline:
     encoder, shards = make_encoder(config, model), shards_of(config)
     if split == "eval":
         rows = t.per_device_eval_batch_size * shards
-        return make_pipeline(config, encoder, d.eval_file, d.eval_split, rows, "eval_file")
+        return make_pipeline(config, encoder, rows, training=False)
     rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * shards
-    return make_pipeline(config, encoder, d.train_file, d.train_split, rows, "train_file")
+    return make_pipeline(config, encoder, rows)
 
 
 def shards_of(config: ConfigDict) -> int:

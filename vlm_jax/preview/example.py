@@ -192,9 +192,10 @@ class Reader:
     ) -> tuple[list[str], np.ndarray, list[Picture]]:
         """Return each token's kind ("" for text), the number of its picture (0), the pictures."""
         index = np.asarray(batch.image_index[row])[here]
-        of_patch = np.asarray(batch.patch_segments[row])  # [P]
-        merged = self.family.merged_patches(self.config)
-        segment = np.where(index >= 0, of_patch[np.maximum(index, 0) * merged], 0)
+        of_patch = np.asarray(batch.patch_segments[row])  # [P], and P may be 0
+        merged, seen = self.family.merged_patches(self.config), index >= 0
+        segment = np.zeros(len(index), of_patch.dtype)
+        segment[seen] = of_patch[index[seen] * merged]
         names = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
         kinds = [
             names[token] if s else "" for token, s in zip(tokens.tolist(), segment, strict=True)

@@ -9,6 +9,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from vlm_jax.errors import marked
 from vlm_jax.preview.collect import Histogram, Preview, first_messages
 from vlm_jax.preview.example import Picture, Piece
 
@@ -20,9 +21,13 @@ SMALL = 200  # and about at least: less is enlarged by a whole number
 
 
 def render(preview: Preview) -> str:
-    """Return the page; whatever comes from data is escaped."""
+    """Return the page; whatever comes from data is escaped, and hidden characters are marks."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: marked(value) if isinstance(value, str) else value,
     )
     environment.filters.update(
         number=lambda value: f"{value:,}",
@@ -44,15 +49,9 @@ def render(preview: Preview) -> str:
     )
 
 
-# Control characters as their pictures: a terminal would obey them.
-CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "␡"}
-CONTROL |= {code: f"\\x{code:02x}" for code in range(128, 160)}
-CONTROL |= {ord("\n"): "↵\n", ord("\t"): "⇥\t"}
-
-
 def visible(text: str) -> str:
-    """Return text with its line breaks and control characters marked, so that they are seen."""
-    return text.translate(CONTROL)
+    """Return text with what is not seen as marks: line breaks, and see `errors.marked`."""
+    return marked(text.replace("\n", "↵\n").replace("\t", "⇥\t"))
 
 
 def weight(piece: Piece) -> str:

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.text import Text
 
+from vlm_jax.errors import marked
 from vlm_jax.preview.collect import Preview, Row, first_messages
 from vlm_jax.preview.example import Example, Piece
 from vlm_jax.preview.page import visible, weight
@@ -25,7 +26,8 @@ def show(preview: Preview, console: Console | None = None) -> None:
     colour = console.color_system is not None
 
     def line(text: Text | str = "", style: str = "") -> None:
-        text = Text(text) if isinstance(text, str) else text  # never markup: data may hold "[b]"
+        # Never markup: data may hold "[b]".
+        text = Text(marked(text)) if isinstance(text, str) else text
         console.print(text, style=style, soft_wrap=not console.is_terminal)
 
     how = "as an evaluation goes through them" if preview.split == "eval" else "in training's order"
@@ -123,7 +125,7 @@ def tokens(pieces: list[Piece], colour: bool) -> Text:
     """Return an example's tokens; without colours, loss stands in brackets, run by run."""
     text = Text()
     for i, piece in enumerate(pieces):
-        written = f"{piece.text} × {piece.count:,}" if piece.number else visible(piece.text)
+        written = visible(piece.text) + (f" × {piece.count:,}" if piece.number else "")
         if colour:
             begins = i == 0 or pieces[i - 1].weight != piece.weight
             text.append((weight(piece) if begins else "") + written, STYLES[piece.kind])

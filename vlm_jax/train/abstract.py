@@ -41,13 +41,14 @@ def abstract_base(config: ConfigDict) -> tuple[Model, dict[str, Any]]:
 
 
 def abstract_run(
-    config: ConfigDict, mesh: Mesh
+    config: ConfigDict, mesh: Mesh, tokens: int | None = None
 ) -> tuple[Model, optax.GradientTransformation, TrainState, Any]:
     """Return (model, optimizer, state, frozen): a run's, its arrays as shapes with shardings.
 
     The schedule's length, which data decide, stands in as 1 where training.max_steps is not set:
-    the program is the same but for that number. A tokenizer is looked at only where the base is a
-    directory that holds one. Raises `UserError` for a config with model.adapter.
+    the program is the same but for that number. tokens: of the base's tokenizer; None: it is loaded
+    where the base is a directory that holds one. Raises `UserError` for a config with
+    model.adapter.
     """
     if config.model.adapter is not None:
         raise UserError(
@@ -56,7 +57,8 @@ def abstract_run(
         )
     base, shapes = abstract_base(config)
     directory = Path(base_name(config)).expanduser()
-    tokens = len(load_tokenizer(directory)) if has_tokenizer(directory) else 0
+    if tokens is None:
+        tokens = len(load_tokenizer(directory)) if has_tokenizer(directory) else 0
     made: dict[str, Any] = {}
 
     def build(params: dict[str, Any]) -> dict[str, Any]:

@@ -34,15 +34,15 @@ def adapt(
     Where the tokenizer has more tokens than the embedding, rows for them are added and trained;
     a loaded adapter must bring them itself, else `UserError`.
     """
-    if tokens > model.config.text.vocab_size and config.model.adapter is None:
-        model, params = add_tokens(model, params, tokens - model.config.text.vocab_size)
+    if tokens > model.vocab_size and config.model.adapter is None:
+        model, params = add_tokens(model, params, tokens - model.vocab_size)
     model, params, table = adapt_base(config, model, params)
-    if tokens > model.config.text.vocab_size:
+    if tokens > model.vocab_size:
         raise UserError(
             f"The tokenizer of '{config.model.name_or_path}' has {tokens} tokens, but with the "
-            f"adapter '{config.model.adapter}' the embedding has {model.config.text.vocab_size} "
-            f"rows. Rows are not added to a loaded adapter: give the tokenizer that it was "
-            f"trained with, or merge it first (vlm-jax export --merge) and train from the result."
+            f"adapter '{config.model.adapter}' the embedding has {model.vocab_size} rows. Rows are "
+            f"not added to a loaded adapter: give the tokenizer that it was trained with, or merge "
+            f"it first (vlm-jax export --merge) and train from the result."
         )
     return model, params, table
 

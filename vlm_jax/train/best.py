@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from vlm_jax.errors import UserError
+from vlm_jax.train.run import evaluates
 
 # What an evaluation gives that can tell the better model -> whether more of it is better.
 METRICS = {"loss": False, "accuracy": True}
@@ -73,9 +74,10 @@ def metric_of(config: ConfigDict, asked: str) -> Best:
     """
     t = config.training
     metric = (t.metric_for_best_model or "loss").removeprefix("eval_")
-    if config.data.eval_file is None:
+    if not evaluates(config):
         raise UserError(
-            f"{asked} there is nothing to evaluate on: set data.eval_file, or leave it out."
+            f"{asked} there is nothing to evaluate on: set data.eval_file or data.eval_share, or "
+            f"leave it out."
         )
     if metric == "accuracy" and not config.evaluation.accuracy:
         raise UserError(

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ from vlm_jax.train.losses import loss
 from vlm_jax.train.step import TrainState
 
 Shape = tuple[int, int]  # tokens, patches
+Tell = Callable[[str], AbstractContextManager[Any]]
 LESS_MEMORY = (
     "Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-    "data.max_seq_length or data.max_pixels, or set training.gradient_checkpointing=true."
+    "data.max_seq_length, data.max_pixels or data.max_patches, or set "
+    "training.gradient_checkpointing=true."
 )
 
 
@@ -71,25 +74,47 @@ def compile_step(
 class OnceAShape:
     """A function of (..., batch), compiled when a batch of a new shape comes.
 
-    shapes: all there may be, (rows, T, P). compiling: seconds that the last call spent on it.
+    shapes: (rows, T, P), all that are foreseen. wider: others that there may be. compiling:
+    seconds that the last call spent on it. tell: shows words while a block lasts. why: what stands
+    in them behind the shape.
     """
 
-    def __init__(self, jitted: Callable, shapes: Iterable[tuple[int, int, int]]):
-        self.jitted, self.shapes = jitted, frozenset(shapes)
+    def __init__(
+        self,
+        jitted: Callable,
+        shapes: Iterable[tuple[int, int, int]],
+        wider: Iterable[tuple[int, int, int]] = (),
+        tell: Tell = nullcontext,
+        why: str = "",
+    ):
+        self.jitted, self.shapes, self.wider = jitted, frozenset(shapes), frozenset(wider)
+        self.tell, self.why = tell, why
         self.compiled: set[tuple[int, int, int]] = set()
         self.compiling = 0.0
 
     def __call__(self, *args: Any) -> Any:
         batch = args[-1]
-        assert batch.shape in self.shapes, f"{batch.shape} is not one of {sorted(self.shapes)}"
+        every = self.shapes | self.wider
+        assert batch.shape in every, f"{batch.shape} is not one of {sorted(every)}"
         start = time.perf_counter()
-        with rows_over(batch.tokens.sharding):
+        new = batch.shape not in self.compiled
+        with rows_over(batch.tokens.sharding), self.told(batch.shape) if new else nullcontext():
             result = self.jitted(*args)
         # A program that is there is dispatched and runs on behind the call.
-        new = batch.shape not in self.compiled
-        self.compiled.add(batch.shape)
         self.compiling = time.perf_counter() - start if new else 0.0
         return result
+
+    def told(self, shape: tuple[int, int, int]) -> AbstractContextManager[Any]:
+        """Tell that a shape is compiled while a block lasts, and count it as compiled."""
+        self.compiled.add(shape)
+        _, tokens, patches = shape
+        number, count = len(self.compiled), len(self.shapes)
+        of = f", {number} of {count} shapes" if 1 < count >= number else ""
+        return self.tell(f"compiling {tokens} x {patches}{self.why}{of}")
+
+
+def _of(rows: int, shapes: Iterable[Shape]) -> list[tuple[int, int, int]]:
+    return [(rows, *shape) for shape in shapes]
 
 
 def compile_largest_step(
@@ -100,17 +125,20 @@ def compile_largest_step(
     shapes: Sequence[Shape],
     rows: int,
     mesh: Any,
+    wider: Sequence[Shape] = (),
+    tell: Tell = nullcontext,
 ) -> OnceAShape:
-    """Return the step for all shapes, compiled for the last one, which is the largest.
+    """Return the step for all shapes, compiled for the last one, which is the largest foreseen.
 
-    Raises `UserError` where that does not fit into memory; then none of the others fails so.
+    wider: those that may come unforeseen. Raises `UserError` where the last one does not fit into
+    memory; then none of those before it fails so.
     """
     check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
-    compiled, jitted = compile_step(run, state, frozen, batch)
+    steps = OnceAShape(run, _of(rows, shapes), _of(rows, wider), tell)
+    with steps.told((rows, *shapes[-1])):
+        compiled, steps.jitted = compile_step(run, state, frozen, batch)
     _check_memory(compiled, shapes[-1], rows)
-    steps = OnceAShape(jitted, ((rows, *shape) for shape in shapes))
-    steps.compiled.add((rows, *shapes[-1]))
     return steps
 
 
@@ -122,6 +150,8 @@ def compile_largest_loss(
     rows: int,
     mesh: Any,
     label_smoothing: float = 0.0,
+    wider: Sequence[Shape] = (),
+    tell: Tell = nullcontext,
 ) -> OnceAShape:
     """Return (trainable, frozen, batch) -> (loss_sum, tokens), compiled as the step is."""
     jitted = jax.jit(
@@ -131,9 +161,10 @@ def compile_largest_loss(
     )
     check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
-    with rows_over(batch.tokens.sharding):
+    losses = OnceAShape(jitted, _of(rows, shapes), _of(rows, wider), tell, " to evaluate")
+    with rows_over(batch.tokens.sharding), losses.told((rows, *shapes[-1])):
         jitted.lower(state.result, frozen, batch).compile()
-    return OnceAShape(jitted, ((rows, *shape) for shape in shapes))
+    return losses
 
 
 def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:

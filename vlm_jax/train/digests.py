@@ -42,11 +42,11 @@ def _samples(file: BinaryIO) -> Iterator[tuple[int, int]]:
     data = 8 + int.from_bytes(file.read(8), "little")
     try:
         entries = json.loads(file.read(min(data, LONGEST_HEADER) - 8))
-    except ValueError:
-        length, spans = FILE_SAMPLE_BYTES, [(0, os.fstat(file.fileno()).st_size)]
-    else:
         entries.pop("__metadata__", None)
         offsets = sorted(entry["data_offsets"] for entry in entries.values())
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        length, spans = FILE_SAMPLE_BYTES, [(0, os.fstat(file.fileno()).st_size)]
+    else:
         length, spans = SAMPLE_BYTES, [(data + start, data + end) for start, end in offsets]
         yield 0, data
     for start, end in spans:

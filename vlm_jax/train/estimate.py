@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vlm_jax.data.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
+from vlm_jax.models.known import IMAGES
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.abstract import abstract_base, abstract_run
 from vlm_jax.train.base import base_name
@@ -49,11 +50,13 @@ class Estimate(NamedTuple):
         return Estimate(weights, trained, moments, self.activations + self.head)
 
 
-def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
-    """Return what a step of `rows` rows of `shape` needs on one device; nothing is allocated.
+def estimate(
+    config: ConfigDict, shape: Shape, rows: int = 1, tokens: int | None = None
+) -> Estimate:
+    """Return what a step of `rows` rows of `shape` at once needs on one device.
 
-    The config's mesh is not looked at. Of the model only config.json is read. Raises `UserError`
-    for what the config lacks.
+    Nothing is allocated. The config's mesh is not looked at. Of the model only config.json is read.
+    tokens: as `abstract_run` takes it. Raises `UserError` for what the config lacks.
     """
     one = config.copy_and_resolve_references()
     with one.unlocked():
@@ -61,7 +64,7 @@ def estimate(config: ConfigDict, shape: Shape, rows: int = 1) -> Estimate:
             {"auto": False, "devices": 1, "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         )
     mesh = make_mesh(devices=jax.devices()[:1])
-    model, _, state, frozen = abstract_run(one, mesh)
+    model, _, state, frozen = abstract_run(one, mesh, tokens)
     masters = nbytes(state.trainable)
     paged = config.training.optim.startswith("paged")
     moments = (0 if paged else nbytes(state.opt_state)) + nbytes(state.ema)
@@ -158,39 +161,51 @@ def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int
 def row_shape(config: ConfigDict) -> Shape:
     """Return tokens and patches of a full row with one image of the largest size.
 
-    There are no more patches than those that data.max_seq_length tokens stand for, and so many
-    where nothing says how large an image is.
+    Where nothing says how large an image is, the tokens all stand for patches.
     """
     model, tokens = abstract_base(config)[0], config.data.max_seq_length
+    try:
+        return tokens, image_patches(config, model)
+    except UserError:
+        return tokens, _most_patches(config, model, tokens)
+
+
+def _most_patches(config: ConfigDict, model: Model, tokens: int) -> int:
+    """Return the patches that so many tokens stand for, or data.max_patches where that is less."""
     unit = model.family.patch_unit(model.config)
     most = max(tokens * model.family.merged_patches(model.config) // unit * unit, unit)
-    most = min(most, config.data.max_patches or most)
-    try:
-        return tokens, min(image_patches(config, model), most)
-    except UserError:
-        return tokens, most
+    return min(most, config.data.max_patches or most)
 
 
-def image_patches(config: ConfigDict, model: Model) -> int:
-    """Return the patches of a row that holds one image of the largest size."""
+def image_patches(config: ConfigDict, model: Model, tokens: int | None = None) -> int:
+    """Return the patches of a row that holds one image of the largest size.
+
+    tokens: of the row, which holds no more patches than they stand for; None: data.max_seq_length.
+    """
     family, d = model.family, config.data
     unit = family.patch_unit(model.config)
     if not family.HAS_GRIDS:  # an image has one size
         return unit
-    directory = Path(base_name(config)).expanduser()
-    settings = read_settings(directory) if directory.is_dir() else None
-    if settings is None and not (d.max_pixels or d.image_resolution):
+    directory, adapter = Path(base_name(config)).expanduser(), config.model.adapter
+    settings = read_settings(*([] if adapter is None else [adapter]), directory)
+    known = IMAGES.get(base_name(config), {})
+    if not (settings or known or d.max_pixels or d.image_resolution):
         raise UserError(
             f"Nothing says how large an image may be: '{directory}' is no directory with image "
             f"settings. Set data.max_pixels or data.image_resolution, or give the patches of a row."
         )
     vision = model.config.vision
-    own = {"image_processor_type": family.IMAGE_PROCESSOR, "merge_size": vision.merge}
+    own = {
+        "image_processor_type": family.IMAGE_PROCESSOR,
+        "merge_size": vision.merge,
+        "patch_size": vision.patch_shape[-1],
+    }
     processor = make_processor(
-        settings or {**own, "patch_size": vision.patch_shape[-1]},
+        settings or {**own, **known},
         min_pixels=d.min_pixels,
         max_pixels=d.max_pixels,
         image_resolution=d.image_resolution or None,
     )
     assert processor.largest is not None
-    return -(-processor.largest // unit) * unit
+    largest = -(-processor.largest // unit) * unit
+    return min(largest, _most_patches(config, model, tokens or d.max_seq_length))

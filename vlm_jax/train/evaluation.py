@@ -1,7 +1,7 @@
 """An evaluation of a run: the loss over held-out examples, and the accuracy of its answers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,10 +29,12 @@ def evaluated(
     frozen: Any,
     feed: Feed,
     check: Callable[[], None],
+    answered: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Return the loss over all of data.eval_file and the accuracy of generated answers.
+    """Return the loss over all held-out examples and the accuracy of generated answers.
 
     check: called first and behind each batch; what it raises ends the evaluation.
+    answered(done, total): called behind each batch of answers.
     """
     start = time.perf_counter()
     check()
@@ -46,6 +48,11 @@ def evaluated(
     e = config.evaluation
     if e.accuracy:
         assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
+
+        def on_batch(done: int, total: int) -> None:
+            answered(done, total)
+            check()
+
         found = accuracy(
             model,
             join(state.result, frozen),
@@ -54,8 +61,17 @@ def evaluated(
             max_new_tokens=e.max_new_tokens,
             batch_size=e.batch_size,
             max_examples=e.max_examples,
-            on_batch=lambda done, total: check(),
+            on_batch=on_batch,
         )
         values["accuracy"], values["examples"] = found.accuracy, len(found.predictions)
     # One process's word: what is chosen by it must be the same in all.
     return processes.gather("evaluation", {**values, "seconds": time.perf_counter() - start})[0]
+
+
+def told(found: Mapping[str, float]) -> str:
+    """Return what an evaluation found, for people."""
+    words = [f"evaluation: loss {found['loss']:.4f}"]
+    if "accuracy" in found:
+        right = round(found["accuracy"] * found["examples"])
+        words.append(f"{right} of {found['examples']} right")
+    return ", ".join([*words, f"{found['seconds']:.0f} s"])

@@ -57,6 +57,7 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
             "train_file": sources_identity(configs.plain(d.train_file)),
             **{key: d[key] for key in DATA_KEYS},
             **({"columns": configs.plain(d.columns)} if d.columns else {}),
+            **({"eval_share": d.eval_share} if d.eval_share else {}),
         },
         "training": {
             "rows": rows,

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from vlm_jax import processes
-from vlm_jax.data import Pipeline
 from vlm_jax.hub.files import write_json
 from vlm_jax.quantization import summary
 from vlm_jax.sharding import row_parts, row_share
@@ -22,49 +21,57 @@ from vlm_jax.train.compile import (
     out_of_memory_explained,
 )
 from vlm_jax.train.counts import trainable_line
-from vlm_jax.train.evaluation import evaluated
+from vlm_jax.train.evaluation import evaluated, told
 from vlm_jax.train.feed import Feed
 from vlm_jax.train.identity import identity, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import (
+    Lines,
     check_reporters,
-    numbers,
     open_log,
     print_report,
-    progress_bar,
 )
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.output import nothing_half_written, output_directory
 from vlm_jax.train.patience import Patience, patience_of
 from vlm_jax.train.place import on_mesh
 from vlm_jax.train.places import Claim, Places, places_of
+from vlm_jax.train.progress import Bar, Doing
 from vlm_jax.train.recipe import report
 from vlm_jax.train.result import write_result
 from vlm_jax.train.run import (
     absolute_paths,
     build,
+    evaluates,
     make_pipeline,
     state_options,
     step_options,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
 from vlm_jax.train.stop import Stopped, interruptible
+from vlm_jax.train.told import details, headline
 from vlm_jax.train.turns import every, total_steps
-from vlm_jax.train.watch import Watch, added_only, idle_components
+from vlm_jax.train.watch import Watch, added_only, idle_components, untrained_tokens
 from vlm_jax.trees import flatten, join, split
 from vlm_jax.weights import is_quantized
 
 
 @out_of_memory_explained()
-def train(config: ConfigDict, resume: bool | str = False, console: Console | None = None) -> dict:
+def train(
+    config: ConfigDict,
+    resume: bool | str = False,
+    console: Console | None = None,
+    verbose: bool = False,
+) -> dict:
     """Train as the config says and return {"steps", "interrupted", "output", ...}.
 
     `training.output_dir` then holds config.json, metrics.jsonl (a line a logged step),
     evaluations.jsonl, tensorboard/, checkpoints/, and at the end adapter/ in PEFT's format, or
     model/ where the language model trained in full; with load_best_model_at_end also best.json,
     which says of what step. resume: go on from the newest checkpoint, to the very numbers that a
-    run without a stop gives; "auto": where there is a run. Ctrl-C or SIGTERM saves a checkpoint;
-    an evaluation that it meets is given up, and is the first thing that the resumed run does.
+    run without a stop gives; "auto": where there is a run. verbose: print the details of data and
+    weights too. Ctrl-C or SIGTERM saves a checkpoint; an evaluation that it meets is given up, and
+    is the first thing that the resumed run does.
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
@@ -73,12 +80,12 @@ def train(config: ConfigDict, resume: bool | str = False, console: Console | Non
     best, patience = best_of(config), patience_of(config)
     if not processes.is_primary():  # the first process speaks for all
         console = Console(quiet=True)
-    console = console or Console()
+    console = console or Lines()
     with output_directory(places, resume) as (resumes, warning):
         if warning is not None:
             console.print(warning, highlight=False, soft_wrap=True)
         claim = places.claim() if places.in_bucket and processes.is_primary() else None
-        return _train(config, resumes, console, places, best, patience, claim)
+        return _train(config, resumes, console, places, best, patience, claim, verbose)
 
 
 def _train(
@@ -89,6 +96,7 @@ def _train(
     best: Best | None,
     patience: Patience | None,
     claim: Claim | None,
+    verbose: bool,
 ) -> dict:
     directory = places.directory
     t, start = config.training, time.perf_counter()
@@ -99,13 +107,10 @@ def _train(
     model, params, table, encoder = build(config, mesh)
     rows, share = rows_of(config, mesh), row_share(mesh)
     eval_rows = t.per_device_eval_batch_size * row_parts(mesh)
-    d = config.data
-    data = make_pipeline(config, encoder, d.train_file, d.train_split, rows, "train_file", share)
+    data = make_pipeline(config, encoder, rows, share)
     held_out = None
-    if d.eval_file is not None:
-        held_out = make_pipeline(
-            config, encoder, d.eval_file, d.eval_split, eval_rows, "eval_file", share
-        )
+    if evaluates(config):
+        held_out = make_pipeline(config, encoder, eval_rows, share, training=False)
 
     # How
     total = total_steps(t.max_steps, t.num_train_epochs, data.steps_per_epoch)
@@ -116,27 +121,31 @@ def _train(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
     four = any(is_quantized(leaf) for leaf in flatten(params).values())
-    for line in summary(model, params) if four else []:
+    weights = summary(model, params) if four else []
+    shown = [headline(data, held_out, rows, total, mesh), *weights[:1]]
+    for line in shown + (weights[1:] + details(data, model) if verbose else []):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(
-        f"norms and softmax in float32; layers are "
-        f"{'kept for' if model.remat == 'none' else 'computed again in'} the backward pass "
-        f"({model.remat}); no gradient is taken of frozen weights, so inputs need none",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(_describe(data, rows, total, mesh), highlight=False, soft_wrap=True)
     trainable, frozen = split(params, table)
     trained = list(flatten(trainable))
-    patches = max(P for _, P in data.shapes)
-    for name in idle_components({model.component(path) for path in trained}, patches):
+    idle = idle_components({model.component(path) for path in trained}, data.may_have_images)
+    for name in idle:
         console.print(
             f"Warning: the {name} is to be trained, but data.train_file has no image: it stays as "
             f"it is.",
             highlight=False,
             soft_wrap=True,
         )
-    tx = optimizer(trainable, table, settings)
+    spare = untrained_tokens(model, trained, encoder.tokenizer.get_added_vocab())
+    if spare:
+        console.print(
+            f"Warning: the rows of {len(spare)} tokens that were added to the tokenizer "
+            f"({', '.join(spare[:3])}{' ...' * (len(spare) > 3)}) lie in the frozen embedding: "
+            f"nothing trains them. lora.modules_to_save=embed_tokens does.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    still = [path for path in trained if model.component(path) in idle]
+    tx = optimizer(trainable, table, settings, still)
     state = on_mesh(init_state(trainable, tx, t.seed, **state_options(config)), mesh)
     del params, trainable
 
@@ -159,11 +168,23 @@ def _train(
 
     # The largest shapes are compiled first, so that what cannot run fails now
     run = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
-    run_step = compile_largest_step(run, model, state, frozen, data.shapes, rows, mesh)
+    doing = Doing(console)
+    run_step = compile_largest_step(
+        run, model, state, frozen, data.shapes, rows, mesh, data.wider, doing
+    )
     losses = None
     if held_out is not None:
+        smoothing = t.label_smoothing_factor
         losses = compile_largest_loss(
-            model, state, frozen, held_out.shapes, eval_rows, mesh, t.label_smoothing_factor
+            model,
+            state,
+            frozen,
+            held_out.shapes,
+            eval_rows,
+            mesh,
+            smoothing,
+            held_out.wider,
+            doing,
         )
     feed = Feed(encoder, mesh)
 
@@ -189,28 +210,21 @@ def _train(
         watch = Watch(log, rate, epoch, lambda step: step == first or log_at(step), rare)
         save_at = every(t.save_strategy, t.save_steps, epoch, total)
         eval_at = every(t.eval_strategy, t.eval_steps, epoch, total, t.eval_delay)
-        bar = progress_bar(console)
         batches: Any = data.batches(place, feed.bytes_only)
         with (
             interruptible(mesh) as stop,  # until the last checkpoint is whole
             checkpoints,
             contextlib.closing(batches),
-            bar,
+            (bar := Bar(doing, total, step, stop.asked.is_set)).drawn(),
             contextlib.closing(log),
         ):
-            task = bar.add_task("train", total=total, completed=step, numbers="")
-
-            def show(line: dict | None) -> None:
-                if line is not None:
-                    bar.update(task, completed=line["step"], numbers=numbers(line))
-                    if not console.is_terminal:
-                        console.print(
-                            f"step {line['step']}/{total}  {numbers(line)}", highlight=False
-                        )
 
             def evaluate(state: TrainState) -> None:
                 assert held_out is not None
-                with contextlib.suppress(Stopped):  # the evaluation stays pending
+                with (
+                    contextlib.suppress(Stopped),  # the evaluation stays pending
+                    doing("evaluating", line=False),
+                ):
                     found = evaluated(
                         config=config,
                         model=model,
@@ -221,10 +235,12 @@ def _train(
                         frozen=frozen,
                         feed=feed,
                         check=stop.check,
+                        answered=lambda done, of: doing.say(f"evaluating {done}/{of}"),
                     )
                     log.write_evaluation(step, found)
-                    console.print(f"step {step}/{total}  {_words(found)}", highlight=False)
+                    console.print(f"step {step}/{total}  {told(found)}", highlight=False)
                     watch.meter.leave_out(found["seconds"])
+                    bar.leave_out(found["seconds"])
                     take(found)
 
             def take(found: dict[str, float]) -> None:
@@ -256,25 +272,28 @@ def _train(
                 watch.meter.leave_out(run_step.compiling)
                 step += 1
                 stop.step_done()
-                show(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
+                bar.line(watch.push(step, ids, metrics, bool(batch.patch_segments.any())))
+                bar.stepped(step, watch.newest, run_step.compiling)
                 due = save_at(step) or step == total
                 saving = due or stop.now()
                 ends = step == total and (t.eval_strategy != "steps" or t.eval_delay <= step)
                 pending = held_out is not None and (eval_at(step) or ends)
                 if saving or pending or step == 1:
-                    show(watch.flush())  # a broken step's checkpoint must not replace a good one
+                    bar.line(
+                        watch.flush()
+                    )  # a broken step's checkpoint must not replace a good one
                 # One that may be the best holds its value, and all hold what decides whether the
                 # run stops early. One out of turn is no candidate, for a run that nobody stopped
                 # would lack it. Others come before an evaluation, which takes time and may fail.
                 candidate = due and best is not None
-                told = pending and (candidate or patience is not None)
-                if saving and not told:
+                later = pending and (candidate or patience is not None)
+                if saving and not later:
                     save(state)
                 if pending:
                     evaluate(state)
-                if saving and told:
+                if saving and later:
                     save(state, candidate)
-            show(watch.flush())
+            bar.line(watch.flush())
             save(state)
 
     outcome: dict[str, Any] = {"steps": step, "output": str(directory), "evaluation": evaluation}
@@ -323,33 +342,6 @@ def _train(
     return outcome
 
 
-def _describe(data: Pipeline, rows: int, total: int, mesh: Any) -> str:
-    report = data.report
-    dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
-    shapes = ", ".join(f"{T}x{P}" for T, P in data.shapes)
-    fitted = "".join(
-        f", {report[key]} {words}"
-        for key, words in (
-            ("shrunk", "with smaller images"),
-            ("turns_dropped", "without old turns"),
-        )
-        if report[key]
-    )
-    packed = "packed rows" if report["packing"] else "rows"
-    return (
-        f"{report['records']} records, of which {report['measured']} were measured and "
-        f"{report['examples']} kept (dropped: {dropped or 'none'}{fitted}); "
-        f"{packed} of tokens x patches {shapes}, of which {report['padding']:.1%} of tokens and "
-        f"{report['patch_padding']:.1%} of patches stay empty; {rows} rows a step on {mesh.size} "
-        f"devices ({' x '.join(f'{name} {n}' for name, n in mesh.shape.items() if n > 1) or 'one'})"
-        f"; {data.steps_per_epoch or 'an unknown number of'} steps an epoch, {total} in all"
-    )
-
-
-def _words(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
 def _best_trainable(
     best: Best, checkpoints: Checkpoints, last: Any, step: int, console: Console, kept: str
 ) -> tuple[Any, dict[str, Any]]:
@@ -361,14 +353,14 @@ def _best_trainable(
     chosen = checkpoints.best_step
     if chosen is None:
         words = (
-            f"Warning: no checkpoint was saved with a finite {best.metric} on data.eval_file: the "
+            f"Warning: no checkpoint was saved with a finite {best.metric} on held-out data: the "
             f"result is the last step's."
         )
         console.print(words, highlight=False, soft_wrap=True)
         return last, {"step": step, "metric": best.metric, "value": None}
     value = checkpoints.evaluations[chosen][best.metric]
     console.print(
-        f"The result is step {chosen}'s: its {best.metric} on data.eval_file, {value:.4f}, is the "
+        f"The result is step {chosen}'s: its {best.metric} on held-out data, {value:.4f}, is the "
         f"best of all checkpoints.",
         highlight=False,
         soft_wrap=True,

@@ -1,23 +1,16 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and the terminal."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and tables."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table as RichTable
 
 from vlm_jax import processes
@@ -25,6 +18,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hub.files import write_whole
 
 HOSTED = ("wandb", "trackio")  # packages with wandb's interface
+ONLINE = ("online", "shared")  # wandb's modes that need a key
 Writer = Callable[[int, Mapping[str, Any]], None]
 
 
@@ -70,13 +64,37 @@ def _cut(path: Path, step: int) -> dict[str, Any]:
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Raise `UserError` where a reporter is not installed."""
+    """Raise `UserError` where a reporter is not installed, or wandb has nobody to write for."""
     for name in names:
         if name in HOSTED and importlib.util.find_spec(name) is None:
             raise UserError(
                 f"training.report_to names '{name}', which is not installed: pip install "
                 f"'vlm_jax[{name}]', or leave it out."
             )
+    if "wandb" in names and processes.is_primary():
+        wandb: Any = importlib.import_module("wandb")
+        if wandb.setup().settings.mode in ONLINE:
+            with _explained("wandb", "cannot log in"):
+                wandb.login()
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Raise `UserError` with what to do where a reporter fails inside; each has its own errors."""
+    remedy = f"Leave {name} out of training.report_to to train without it."
+    if name == "wandb":
+        remedy = (
+            "Run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which writes into "
+            "the run's directory for a later `wandb sync`; or leave wandb out of "
+            "training.report_to."
+        )
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise UserError(
+            f"training.report_to names '{name}', which {what}: {reason}. {remedy}"
+        ) from error
 
 
 class Reporter(Protocol):
@@ -137,17 +155,22 @@ class Log:
         self.evaluations = JsonLines(directory / "evaluations.jsonl", resume_step)
         self.writers: list[Writer] = []
         self.closers: list[Callable[[], Any]] = [self.metrics.close, self.evaluations.close]
-        for name in report_to:
-            if name == "tensorboard":
-                self._tensorboard(directory, resume_step)
-            elif name in HOSTED:
-                self._hosted(name, directory, run_name, project, config or {})
+        try:
+            for name in report_to:
+                if name == "tensorboard":
+                    self._tensorboard(directory, resume_step)
+                elif name in HOSTED:
+                    self._hosted(name, directory, run_name, project, config or {})
+        except BaseException:
+            self.close()
+            raise
 
     def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
         from tensorboardX import SummaryWriter
 
         purge = None if resume_step is None else resume_step + 1
-        board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+        with _explained("tensorboard", "cannot write"):
+            board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
         def write(step: int, values: Mapping[str, Any]) -> None:
             for name, value in values.items():
@@ -165,7 +188,12 @@ class Log:
         config: Mapping[str, Any],
     ) -> None:
         module: Any = importlib.import_module(name)
-        module.init(project=project, name=run_name or directory.name, config=dict(config))
+        # Else wandb writes where the command was given; trackio has a place of its own.
+        place = {"dir": os.environ.get("WANDB_DIR") or str(directory)} if name == "wandb" else {}
+        with _explained(name, "cannot start"):
+            module.init(
+                project=project, name=run_name or directory.name, config=dict(config), **place
+            )
         self.writers.append(lambda step, values: module.log(dict(values), step=step))
         self.closers.append(module.finish)
 
@@ -230,22 +258,18 @@ class Meter:
         return values
 
 
-def progress_bar(console: Console) -> Progress:
-    """Return the bar of a run: steps, loss, learning rate, answer tokens/s, ETA.
+class Lines(Console):
+    """A console of plain lines: whole ones in a log, broken at words on a terminal.
 
-    Where the console is no terminal it draws nothing: the log lines say the same.
+    Nothing in them is markup: a path may hold brackets.
     """
-    return Progress(
-        TextColumn("[bold]train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+
+    def __init__(self) -> None:
+        super().__init__(markup=False)
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """Print as `Console` does; soft_wrap: where this is no terminal, do not break lines."""
+        super().print(*objects, soft_wrap=soft_wrap and not self.is_terminal, **options)
 
 
 def numbers(values: Mapping[str, Any]) -> str:

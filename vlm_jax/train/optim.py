@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -145,7 +145,7 @@ def one_group(
 
 
 def optimizer(
-    trainable: Mapping[str, Any], table: Table, training: Any
+    trainable: Mapping[str, Any], table: Table, training: Any, still: Collection[str] = ()
 ) -> optax.GradientTransformation:
     """Return the optax transformation that trains each leaf as its row of the table says.
 
@@ -155,7 +155,8 @@ def optimizer(
     mapping or object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped
     by their global norm over all that trains, then go to one optimizer a group; its state exists
     for trained leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says.
-    Norms and biases do not decay. What Muon does not take, see `rules.MUON`, AdamW does.
+    Norms and biases do not decay, nor do the paths in `still`, which no gradient will reach: torch
+    passes such a parameter over. What Muon does not take, see `rules.MUON`, AdamW does.
     Raises `UserError` where nothing trains, or a group or the optimizer is unknown.
     """
     settings = OptimizerSettings.of(training)
@@ -180,7 +181,9 @@ def optimizer(
         # Inside multi_transform the leaves of other groups are empty nodes.
         masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
         flags = match(DECAY, flatten(tree), "decay table", unused="allow")
-        return map_leaves(lambda path, leaf: leaf if masked(leaf) else flags[path], tree)
+        return map_leaves(
+            lambda path, leaf: leaf if masked(leaf) else flags[path] and path not in still, tree
+        )
 
     shardings = {
         path: None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)

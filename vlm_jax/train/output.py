@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlm_jax import processes, together
+from vlm_jax import processes
 from vlm_jax.errors import UserError
+from vlm_jax.interrupts import at_sudden_end
 from vlm_jax.train.places import Places
 
 # What a run writes while it trains, and its result.
-LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "checkpoints")
+LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "wandb", "checkpoints")
 RESULTS = ("adapter", "model")
 # One of these in a directory means that it holds a run.
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", *RESULTS)
@@ -97,7 +98,7 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
             with contextlib.suppress(OSError):
                 one.rmdir()
 
-    together.at_sudden_end.append(release)
+    at_sudden_end.append(release)
     try:
         with file:
             file.truncate(0)
@@ -108,7 +109,7 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
             finally:
                 release()  # while it is still locked
     finally:
-        together.at_sudden_end.remove(release)
+        at_sudden_end.remove(release)
 
 
 def _check_shared(directory: Path, mark: str) -> None:
@@ -215,7 +216,7 @@ def nothing_half_written(places: Places) -> Iterator[None]:
     except OSError as error:
         raise _cannot_be_made(directory, error) from error
     if primary:
-        together.at_sudden_end.append(clean)
+        at_sudden_end.append(clean)
     try:
         yield
     except BaseException as error:
@@ -236,7 +237,7 @@ def nothing_half_written(places: Places) -> Iterator[None]:
         raise UserError(f"{told} {how}") from error
     finally:
         if primary:
-            together.at_sudden_end.remove(clean)
+            at_sudden_end.remove(clean)
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
+from vlm_jax.data import Encoder
 from vlm_jax.errors import UserError
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
 from vlm_jax.hub.load import load, resolve
@@ -15,12 +16,12 @@ from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import find_tensors
 from vlm_jax.model import Model
 from vlm_jax.sharding import make_mesh, shard_params
-from vlm_jax.train.base import compute_dtype, load_base
+from vlm_jax.train.base import base_name, compute_dtype, load_base
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.identity import identity
 from vlm_jax.train.mesh import mesh_for_reading
 from vlm_jax.train.places import places_of
-from vlm_jax.train.run import build, state_options
+from vlm_jax.train.run import build, encoder_of, state_options
 from vlm_jax.trees import join, split
 from vlm_jax.weights import bnb
 
@@ -38,28 +39,45 @@ def stored_dtype(directory: Path) -> str:
     return narrow[kinds.pop()] if len(kinds) == 1 and kinds <= narrow.keys() else "float32"
 
 
-def load_run(
-    directory: str | Path, exact: bool = False
-) -> tuple[Model, dict[str, Any], ConfigDict]:
-    """Return (model, params, config) of a run: its result, or its newest checkpoint without one.
+def open_run(directory: str | Path) -> tuple[ConfigDict, Encoder]:
+    """Return a run's config and encoder; no weights are read. Raises where it has no weights."""
+    config = _config_of(directory := Path(directory).expanduser())
+    full = directory / "model"
+    if full.is_dir():
+        return config, encoder_of(config, full)
+    adapter = directory / "adapter"
+    if not adapter.is_dir() and not places_of(config, directory).saved_steps():
+        raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
+    base = resolve(base_name(config), config.model.revision, weights=False)
+    return config, encoder_of(config, base, adapter if adapter.is_dir() else None)
 
-    exact: in the dtype that the base is stored in, so that no weight is rounded; otherwise in the
-    run's compute dtype. It is spread over this process's devices where one has no room for it, see
-    `mesh_for_reading`.
-    """
-    directory = Path(directory).expanduser()
+
+def _config_of(directory: Path) -> ConfigDict:
     if not (directory / "config.json").is_file():
         raise UserError(
             f"'{directory}' holds no run: there is no config.json. Give the training.output_dir of "
             f"a run."
         )
     try:
-        config = configs.load(directory / "config.json")
+        return configs.load(directory / "config.json")
     except UserError as error:
         raise UserError(
             f"The run in '{directory}' cannot be read: {error} If this is a checkpoint and no run, "
             f"give it by --model."
         ) from error
+
+
+def load_run(
+    directory: str | Path, exact: bool = False, encoder: Encoder | None = None
+) -> tuple[Model, dict[str, Any], ConfigDict]:
+    """Return (model, params, config) of a run: its result, or its newest checkpoint without one.
+
+    exact: in the dtype that the base is stored in, so that no weight is rounded; otherwise in the
+    run's compute dtype. encoder: the run's, where it is open already. It is spread over this
+    process's devices where one has no room for it, see `mesh_for_reading`.
+    """
+    directory = Path(directory).expanduser()
+    config = _config_of(directory)
     full = directory / "model"
     if exact:
         base = resolve(config.model.name_or_path, config.model.revision)
@@ -69,6 +87,8 @@ def load_run(
     mesh = mesh_for_reading(config)
     if full.is_dir():
         model, params = load(str(full), compute_dtype(config), mesh=mesh)
+        with config.unlocked():  # whose settings and tokenizer the result holds
+            config.model.adapter = None
         return model, params, config
     if (directory / "adapter").is_dir():
         model, params = load_adapted(config, directory / "adapter", mesh)
@@ -76,7 +96,8 @@ def load_run(
     places = places_of(config, directory)
     if not places.saved_steps():
         raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
-    model, params, table, _ = build(config, mesh or make_mesh(devices=jax.local_devices()[:1]))
+    one = mesh or make_mesh(devices=jax.local_devices()[:1])
+    model, params, table, _ = build(config, one, encoder)
     trainable, frozen = split(params, table)
     options = state_options(config)
     kept, dtype = ("ema", jnp.float32) if options["ema"] else ("trainable", options["param_dtype"])

@@ -46,7 +46,13 @@ def write_result(
     in_full = model.lora is None and model.adapter is None
     path = directory / ("model" if in_full else "adapter")
     if in_full:
-        save_pretrained(model, params, path, processor=encoder.image_settings())
+        save_pretrained(
+            model,
+            params,
+            path,
+            processor=encoder.image_settings(),
+            video_processor=encoder.video_settings(),
+        )
     else:
         params = _here(model, params)
         if processes.is_primary():

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
 from vlm_jax.data import Encoder, Pipeline, read_records
+from vlm_jax.data.held_out import hold_out
 from vlm_jax.data.stream import open_stream
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
@@ -19,23 +20,40 @@ from vlm_jax.train.base import load_base
 
 
 def build(
-    config: ConfigDict, mesh: Any
+    config: ConfigDict, mesh: Any, encoder: Encoder | None = None
 ) -> tuple[Model, dict[str, Any], list[tuple[str, str]], Encoder]:
-    """Return (model, params, training table, encoder): the base with what is added to train."""
+    """Return (model, params, training table, encoder): the base with what is added to train.
+
+    encoder: the base's, where it is made already.
+    """
     kind_of(config.lora.init_lora_weights)  # before weights are read
     model, params = load_base(config, mesh)
-    encoder = make_encoder(config, model)
+    encoder = encoder or make_encoder(config, model)
     model, params, table = adapt(config, model, params, len(encoder.tokenizer))
     check_spread(model, params, mesh)
     return model, shard_params(model, params, mesh), table, encoder
 
 
 def make_encoder(config: ConfigDict, model: Model) -> Encoder:
-    """Return the encoder of the model's own tokenizer and images, with the config's options."""
-    d = config.data
+    """Return the encoder of the model's own tokenizer and images, with the config's options.
+
+    What an adapter's directory has of them, the loaded one's or else model.adapter's, comes first.
+    """
     assert model.source is not None
+    return encoder_of(config, model.source.directory, model.source.adapter)
+
+
+def encoder_of(
+    config: ConfigDict, directory: str | Path, adapter: str | Path | None = None
+) -> Encoder:
+    """Return the encoder of a checkpoint's directory, with the config's options.
+
+    adapter: a directory whose tokenizer and settings come first; by default model.adapter.
+    """
+    d = config.data
     return Encoder(
-        model.source.directory,
+        directory,
+        adapter=adapter or config.model.adapter,
         max_seq_length=d.max_seq_length,
         max_patches=d.max_patches,
         overlong=d.overlong,
@@ -56,34 +74,49 @@ def make_encoder(config: ConfigDict, model: Model) -> Encoder:
     )
 
 
+def evaluates(config: ConfigDict) -> bool:
+    """Return whether a run of this config has anything to evaluate on."""
+    return config.data.eval_file is not None or config.data.eval_share > 0
+
+
+def _records(config: ConfigDict, training: bool) -> Any:
+    """Return what a run trains on, or what it evaluates on."""
+    d = config.data
+    which = "train" if training or d.eval_share else "eval"
+    source, split = configs.plain(d[f"{which}_file"]), d[f"{which}_split"]
+    if source is None:
+        raise UserError(
+            f"The config names no data: set data.{which}_file to a .json, .jsonl, .csv or .parquet "
+            f"file, or a data set."
+        )
+    columns = configs.plain(d.columns)
+    if d.streaming and training:
+        return open_stream(source, d.image_folder, split, columns, d.caption_prompt)
+    records = read_records(
+        source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
+    )
+    if d.eval_share:
+        left, held = hold_out(records, d.eval_share, data_seed(config))
+        return left if training else held
+    return records
+
+
 def make_pipeline(
     config: ConfigDict,
     encoder: Encoder,
-    file: Any,
-    split: str | None,
     rows: int,
-    name: str,
     share: tuple[int, int] = (0, 1),
+    *,
+    training: bool = True,
 ) -> Pipeline:
-    """Return the pipeline of one data file. rows: of the global batch; share: `row_share`."""
-    if file is None:
-        raise UserError(
-            f"The config names no data: set data.{name} to a .json, .jsonl, .csv or .parquet file, "
-            f"or a data set."
-        )
-    d, source, training = config.data, configs.plain(file), name == "train_file"
-    columns = configs.plain(d.columns)
-    records: Any
-    if d.streaming and training:
-        records = open_stream(source, d.image_folder, split, columns, d.caption_prompt)
-    else:
-        records = read_records(
-            source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
-        )
-    index, count = share
+    """Return the pipeline of a run's data. rows: of the global batch; share: `row_share`.
+
+    training: what it trains on; otherwise what it evaluates on.
+    """
+    d, (index, count) = config.data, share
     return Pipeline(
         encoder,
-        records,
+        _records(config, training),
         rows=rows,
         micro_batches=config.training.gradient_accumulation_steps if training else 1,
         process_index=index,

@@ -3,8 +3,8 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax import processes
+from vlm_jax.interrupts import on_signal
+
+GRACE = 3.0  # seconds after a signal in which another one means the same
 
 
 class Stopped(Exception):
@@ -64,20 +67,21 @@ class Stop:
 
 @contextlib.contextmanager
 def interruptible(mesh: Mesh) -> Iterator[Stop]:
-    """Yield a `Stop` that the first Ctrl-C or SIGTERM asks; the second one ends the program."""
+    """Yield a `Stop` that Ctrl-C or SIGTERM asks, as often as they come.
+
+    Schedulers signal a process and its group, and again. Only a Ctrl-C that comes `GRACE` seconds
+    after the first signal or later is a person who will not wait: it ends the program at once.
+    """
     stop = Stop(mesh)
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
+    first: list[float] = []
 
-    def handle(number: int, frame: Any) -> None:
-        if stop.asked.is_set():
-            raise KeyboardInterrupt
+    def ask(number: int) -> None:
+        now = time.monotonic()
         stop.asked.set()
+        if not first:
+            first.append(now)
+        elif number == signal.SIGINT and now - first[0] > GRACE:
+            around(number)
 
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signal(ask) as around:
         yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

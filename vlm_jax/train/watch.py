@@ -1,25 +1,26 @@
 """Reads what each step gave, one step late, and stops a run that learns nothing or breaks."""
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 
 from vlm_jax.errors import UserError
+from vlm_jax.model import Model
 from vlm_jax.train.metrics import Meter, Reporter
-from vlm_jax.vocabulary import is_added
+from vlm_jax.vocabulary import EMBEDDING, is_added, spare_tokens
 
 # Components that see a gradient only in a batch with images.
 NEED_IMAGES = ("vision", "projector")
 
 
-def idle_components(trained: Collection[str], patches: int) -> list[str]:
-    """Return the trained components that data of rows of `patches` patches cannot reach.
+def idle_components(trained: Collection[str], images: bool) -> list[str]:
+    """Return the trained components that data cannot reach; images: whether it may have some.
 
     Raises `UserError` where that is all of them.
     """
-    idle = [] if patches else [name for name in NEED_IMAGES if name in trained]
+    idle = [] if images else [name for name in NEED_IMAGES if name in trained]
     if idle and set(trained) <= set(idle):
         raise UserError(
             f"Only the {' and the '.join(idle)} would train, but data.train_file has no image that "
@@ -27,6 +28,12 @@ def idle_components(trained: Collection[str], patches: int) -> list[str]:
             f"or model.language_model_lr_scale)."
         )
     return idle
+
+
+def untrained_tokens(model: Model, trained: Iterable[str], tokens: Mapping[str, int]) -> list[str]:
+    """Return the new tokens of a tokenizer whose rows nothing trains; see `spare_tokens`."""
+    reached = any(path.startswith(f"{EMBEDDING}/") and not is_added(path) for path in trained)
+    return [] if reached else spare_tokens(model, tokens)
 
 
 def added_only(trained: Iterable[str], component: Callable[[str], str]) -> set[str]:
@@ -57,6 +64,7 @@ class Watch:
         self.rare = rare
         self.meter = Meter()
         self.waiting: tuple | None = None
+        self.newest: float | None = None  # loss that was read
         self.unseen: set[str] | None = None  # trained components still to show a gradient
 
     def push(self, step: int, ids: list[str], metrics: Any, images: bool) -> dict | None:
@@ -78,6 +86,7 @@ class Watch:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise self._not_finite(step, ids, values)
+        self.newest = values["loss"]
         self._check_gradients(step, values, images)
         self.meter.add(values["loss"], values["tokens"])
         if not self.log_at(step):
@@ -92,11 +101,17 @@ class Watch:
         return {"step": step, **line}
 
     def _not_finite(self, step: int, ids: list[str], values: dict[str, float]) -> UserError:
+        remedy = "Look at these examples, or lower training.learning_rate."
+        if step == 1:
+            remedy = (
+                "Nothing was updated before it, so no learning rate is at fault: the weights are "
+                "(those read are finite, but values may grow beyond what model.dtype holds; does "
+                "the base answer, by vlm-jax generate?), or the examples are."
+            )
         return UserError(
             f"Step {step} gave loss {values['loss']} and gradient norm {values['grad_norm']}, so "
             f"the run stops. Its examples were {', '.join(ids[:16])}"
-            f"{' and more' if len(ids) > 16 else ''}. Look at these examples, or lower "
-            f"training.learning_rate."
+            f"{' and more' if len(ids) > 16 else ''}. {remedy}"
         )
 
     def _check_gradients(self, step: int, values: dict[str, float], images: bool) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.limits import all_finite
 from vlm_jax.weights import FORMATS, dynamic8
 from vlm_jax.weights.fourbit import BLOCKS, FourBit
 from vlm_jax.weights.packing import (
@@ -148,10 +149,10 @@ def from_tensors(
     try:
         state = json.loads(bytes(np.asarray(tensors[keys[0]], np.uint8)))
         kind, block, dtype = state["quant_type"], state["blocksize"], state["dtype"]
-        stated = tuple(state["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        stated = tuple(int(size) for size in state["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise refuse(f"'{name}{keys[0]}' holds no settings ({error}).") from error
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise refuse(f"its quant_type is {kind!r}; known are {', '.join(FORMATS)}.")
     if block not in BLOCKS:
         raise refuse(f"its blocksize is {block!r}; known are {', '.join(map(str, BLOCKS))}.")
@@ -182,6 +183,9 @@ def from_tensors(
                 f"{list(shape)} in blocks of {block} needs {length} of "
                 f"{np.dtype(types[suffix]).name}."
             )
+    for suffix in (".absmax", ".nested_absmax"):
+        if suffix in tensors and not all_finite(tensors[suffix]):
+            raise refuse(f"'{name}{suffix}' holds NaN or infinity.")
     maps = {".quant_map": np.asarray(format.VALUES, np.float32)}
     if double:
         maps[".nested_quant_map"] = dynamic8.dynamic_map(signed=True)

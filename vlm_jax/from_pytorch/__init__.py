@@ -1,20 +1,12 @@
-"""Every key of TrainingArguments, LoraConfig and BitsAndBytesConfig, and what it is here.
+"""Every key of TrainingArguments, LoraConfig, BitsAndBytesConfig, and what it is here.
 
-The tables of docs/FROM_PYTORCH.md are made of these, and so are the errors for keys that this
-program does not take.
+So too of TRL's SFTConfig and of LLaMA-Factory. The tables of docs/FROM_PYTORCH.md are made of
+these, and so are the errors for keys that this program does not take.
 """
 
-from typing import NamedTuple
-
-SAME, RENAMED, NOT_NEEDED, REFUSED = "same", "renamed", "not needed", "refused"
-
-
-class Said(NamedTuple):
-    """What a key is here. words: what differs (same), our key (renamed), or why not."""
-
-    kind: str
-    words: str = ""
-
+from vlm_jax.from_pytorch.llama_factory import LLAMA_FACTORY
+from vlm_jax.from_pytorch.said import NOT_NEEDED, REFUSED, RENAMED, SAME, Said
+from vlm_jax.from_pytorch.trl import SFT_CONFIG
 
 _HUB = "nothing is uploaded; `hf upload` takes the run's adapter/ or model/"
 _TRACKIO = "nothing is uploaded; trackio's own commands do"
@@ -246,18 +238,23 @@ BITS_AND_BYTES_CONFIG = {
 }
 
 _QUANTIZED = ("model", "quantization", "quantization_config", "bnb")
-# Sections of a config, the class whose keys people write there, and its table.
+# Sections of a config, the class or program whose keys people write there, and its table.
 TABLES = [
     (("training",), "TrainingArguments", TRAINING_ARGUMENTS),
+    (("training", "data"), "SFTConfig", SFT_CONFIG),
     (("lora",), "LoraConfig", LORA_CONFIG),
     (_QUANTIZED, "BitsAndBytesConfig", BITS_AND_BYTES_CONFIG),
+    (("model", "data", "lora", "training"), "LLaMA-Factory", LLAMA_FACTORY),
 ]
 
 
-def told(section: str, key: str) -> str | None:
-    """Return what to say of a key of theirs that is no key here; None: they have none so named."""
+def told(section: str | None, key: str) -> str | None:
+    """Return what to say of a key of theirs that is no key here; None: they have none so named.
+
+    section: the one it stands in; None: none, so that the first of the tables has the word.
+    """
     for sections, owner, table in TABLES:
-        if section in sections and key in table and table[key].kind != SAME:
+        if section in (None, *sections) and key in table and table[key].kind != SAME:
             kind, words = table[key]
             called = f"'{key}' of {owner} is"
             if kind == RENAMED:

@@ -1,0 +1,99 @@
+"""What lies beside the files that are read: weights that would be passed over are refused by name.
+
+docs/DESIGN.md, section 4, lists what each directory may hold and what becomes of it.
+"""
+
+import fnmatch
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlm_jax.errors import UserError
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.npz")
+# Of weights that trained beside the matrices: the file -> who writes it there.
+TRAINED = {
+    "non_lora_state_dict.bin": "2U1's trainers",
+    "non_lora_trainables.bin": "LLaVA's trainer",
+    "mm_projector.bin": "LLaVA's first stage",
+    "vit.safetensors": "ms-swift",
+    "model_head.safetensors": "the adapters library",
+}
+# What else is called so and changes no answer: a trainer's state, the same weights once more as a
+# pickle, and the value head of reinforcement learning.
+HARMLESS = (
+    *("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args*"),
+    *("adapter_model.bin", "pytorch_adapter.bin", "value_head.*", "v_head.*"),
+)
+
+
+def check_adapter(directory: Path, own: Iterable[str]) -> None:
+    """Raise `UserError` for weights in an adapter's directory that are none of its `own` files."""
+    for name in _weights(directory):
+        if name in own or any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS):
+            continue
+        path, writer = directory / name, TRAINED.get(name)
+        if writer is None:
+            raise UserError(
+                f"The adapter's directory '{directory}' holds '{name}' too, which may be weights "
+                f"that were trained beside it, and is not read: without them a model would answer "
+                f"that nobody trained. If it is no part of the adapter, move it elsewhere; "
+                f"otherwise merge both with the program that wrote them."
+            )
+        if name == "mm_projector.bin":
+            remedy = (
+                "Convert the whole model to its Hugging Face layout with transformers' "
+                "convert_llava_weights_to_hf.py and give that as the model."
+            )
+        elif path.suffix == ".safetensors":
+            remedy = "Merge both with the program that wrote them, and give that as the model."
+        else:
+            remedy = _add_line(directory, path)
+        raise UserError(
+            f"The adapter's directory '{directory}' holds '{name}' too: {writer} wrote it, with "
+            f"weights that were trained in full beside the LoRA matrices. It is not read, and "
+            f"without it a model would answer that nobody trained. {remedy}"
+        )
+
+
+def _add_line(directory: Path, path: Path) -> str:
+    """Return how a pickle's tensors get into the adapter's own file, from where they are read."""
+    code = (
+        f"import torch; from safetensors.torch import load_file as l, save_file as s; "
+        f"f = '{directory / PEFT_WEIGHTS}'; more = torch.load('{path}', weights_only=True); "
+        f"s(l(f) | {{k: v.contiguous() for k, v in more.items()}}, f, {{'format': 'pt'}})"
+    )
+    return (
+        f"It is a pickle, which can run code when opened. Add its tensors to the adapter's own "
+        f'file once where torch is installed, then delete it: python -c "{code}"'
+    )
+
+
+def check_base(directory: Path, read: Iterable[str]) -> None:
+    """Raise `UserError` where a checkpoint's directory holds weights that change its answers.
+
+    read: the files of weights that are read.
+    """
+    read, found = set(read), _weights(directory)
+    for name in found:
+        if name in TRAINED and name not in read:
+            raise UserError(
+                f"'{directory}' holds '{name}' beside a whole checkpoint: {TRAINED[name]} wrote "
+                f"it, with weights that take the place of the checkpoint's. It is not read: merge "
+                f"both with the program that wrote them, or move it elsewhere."
+            )
+    if PEFT_WEIGHTS in found:
+        raise UserError(
+            f"'{directory}' holds a whole checkpoint and an adapter, '{PEFT_WEIGHTS}', and "
+            f"transformers would answer with both. Move the adapter's files to a directory of "
+            f"their own, and give that as the adapter where it is meant."
+        )
+    if read and "model.safetensors" in found and "model.safetensors" not in read:
+        raise UserError(
+            f"'{directory}' holds model.safetensors and an index of other files, and readers "
+            f"differ in which comes first. Delete the ones that are not meant."
+        )
+
+
+def _weights(directory: Path) -> list[str]:
+    return sorted({path.name for pattern in WEIGHTS for path in directory.glob(pattern)})

@@ -1,0 +1,78 @@
+"""What stands beside the weights of an export: copied of the base and of a loaded adapter."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.hub.files import write_json
+from vlm_jax.limits import read_json
+
+IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
+TEMPLATE = ("chat_template*", "additional_chat_templates")  # the latter a directory
+TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "*.tiktoken"),
+)
+COPIED = ("*.json", "*.jinja", "*.txt", *TOKENIZER, *TEMPLATE)
+# What is written anew, or belongs to how the weights came to be.
+OTHERS = {
+    *("config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"),
+    *("quant_config.json",),
+}
+# Settings -> their key in processor_config.json, which readers look into first.
+NESTED = {IMAGES: "image_processor", VIDEOS: "video_processor"}
+
+
+def companions(base: Path, adapter: Path | None) -> list[Path]:
+    """Return the tokenizer, processor and generation files of a checkpoint.
+
+    Of an adapter's directory its tokenizer and its chat template stand in their place.
+    """
+    found = _found(base)
+    if adapter is None:
+        return found
+    for kind in (TOKENIZER, TEMPLATE):
+        theirs = _of(kind, _found(adapter))
+        inner = kind is TEMPLATE and _key(adapter / "tokenizer_config.json", "chat_template")
+        if theirs or inner:
+            found = [path for path in found if path not in _of(kind, found)] + theirs
+    return found
+
+
+def copy_companions(base: Path, adapter: Path | None, folder: Path) -> None:
+    for path in companions(base, adapter):
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, folder / path.name)
+
+
+def adapter_settings(adapter: Path, name: str) -> dict[str, Any] | None:
+    """Return the settings of images or videos that an adapter's directory holds, or None."""
+    path = adapter / name
+    nested = _key(adapter / "processor_config.json", NESTED[name])
+    return nested or (read_json(path) if path.is_file() else None)
+
+
+def _key(file: Path, key: str) -> Any:
+    """Return a value of a JSON file; None where there is no such file or key."""
+    return read_json(file).get(key) if file.is_file() else None
+
+
+def write_settings(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Write settings wherever the base's files hold any: readers differ in which is first."""
+    file, combined = folder / name, folder / "processor_config.json"
+    nested = read_json(combined) if combined.exists() else {}
+    key = NESTED[name]
+    if key in nested:
+        write_json(combined, {**nested, key: {**nested[key], **settings}})
+    if file.exists() or key not in nested:
+        write_json(file, {**(read_json(file) if file.exists() else {}), **settings})
+
+
+def _found(directory: Path) -> list[Path]:
+    found = {path for pattern in COPIED for path in directory.glob(pattern)}
+    return sorted(p for p in found if p.name not in OTHERS and not p.name.endswith(".index.json"))
+
+
+def _of(kind: Sequence[str], paths: Sequence[Path]) -> list[Path]:
+    return [path for path in paths if any(map(path.match, kind))]

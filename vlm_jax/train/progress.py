@@ -1,0 +1,173 @@
+"""What a person sees of a run while it goes on: a bar on a terminal, a few lines in a log file."""
+
+import contextlib
+import datetime
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+from vlm_jax.interrupts import at_sudden_end
+from vlm_jax.train.metrics import numbers
+
+RECENT = 20  # steps by whose times the end is foretold
+WIDE = 100  # columns of a terminal that has room for all; at 80 a line must do without some
+REFRESH = 4  # times a second
+SHOW_CURSOR = b"\x1b[?25h\n"
+
+
+class _Told(ProgressColumn):
+    """A column of what a function says at the moment."""
+
+    def __init__(self, tell: Callable[[], str], style: str = ""):
+        super().__init__()
+        self.tell, self.style = tell, style
+
+    def render(self, task: Task) -> Text:
+        return Text(self.tell(), self.style, no_wrap=True)
+
+
+@contextlib.contextmanager
+def _live(bar: Progress) -> Iterator[None]:
+    """Draw a bar while a block lasts; where the process ends within, the cursor comes back."""
+
+    def restore() -> None:
+        os.write(bar.console.file.fileno(), SHOW_CURSOR)
+
+    if bar.disable:
+        yield
+        return
+    at_sudden_end.append(restore)
+    try:
+        with bar:
+            yield
+    finally:
+        at_sudden_end.remove(restore)
+
+
+class Doing:
+    """What is being done that is no step, with its seconds: compiling, evaluating.
+
+    Where the console is no terminal it is a line each time, of what takes long alone.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.words, self.since = "", 0.0
+        self.bar: Progress | None = None  # a bar that is drawn, and shows it
+
+    def __call__(self, words: str, line: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Show words while a block lasts. line: they are worth a line in a log file."""
+        return self._during(words, line)
+
+    @contextlib.contextmanager
+    def _during(self, words: str, line: bool) -> Iterator[None]:
+        before = self.words, self.since
+        self.words, self.since = words, time.perf_counter()
+        if line and not self.console.is_terminal:
+            self.console.print(words, highlight=False, soft_wrap=True)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._set, *before)
+            if self.bar is None:  # alone, and its last state stays as a line
+                alone = Progress(
+                    _Told(self.text),
+                    console=self.console,
+                    refresh_per_second=REFRESH,
+                    disable=not self.console.is_terminal,
+                )
+                alone.add_task("")
+                stack.enter_context(_live(alone))
+            yield
+
+    def _set(self, words: str, since: float) -> None:
+        self.words, self.since = words, since
+
+    def say(self, words: str) -> None:
+        """Change the words of what is being done; its seconds go on."""
+        self.words = words
+
+    def text(self) -> str:
+        """Return the words and their seconds; "" where only steps are done."""
+        return self.words and f"{self.words}  {time.perf_counter() - self.since:.0f} s"
+
+
+class Bar:
+    """The bar of a run: steps, the newest loss, the time to the end, and what else is being done.
+
+    step: where the run begins. stopping: whether it has been told to stop.
+    """
+
+    def __init__(self, doing: Doing, total: int, step: int, stopping: Callable[[], bool]):
+        self.doing, self.console, self.total, self.step = doing, doing.console, total, step
+        self.stopping = stopping
+        self.newest, self.rest = "", ""
+        self.times: deque[float] = deque(maxlen=RECENT)
+        self.last: float | None = None  # when the step before this one was read
+        wide = self.console.width >= WIDE
+        self.bar = Progress(
+            _Told(self._now, "bold"),
+            BarColumn(30 if wide else 12),
+            MofNCompleteColumn(),
+            _Told(lambda: "" if self.doing.words else f"{self.newest}{self.rest}"),
+            *([TimeElapsedColumn()] if wide else []),
+            _Told(self._left),
+            console=self.console,
+            refresh_per_second=REFRESH,
+            disable=not self.console.is_terminal,
+        )
+
+    @contextlib.contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Draw the bar while a block lasts."""
+        self.task = self.bar.add_task("", total=self.total, completed=self.step)
+        self.doing.bar = self.bar
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self.doing, "bar", None)
+            stack.enter_context(_live(self.bar))
+            yield
+
+    def stepped(self, step: int, loss: float | None, left_out: float = 0.0) -> None:
+        """Move to a step; loss: the newest one known. left_out: seconds that were no step's."""
+        now = time.perf_counter()
+        if self.last is not None:
+            self.times.append(max(now - self.last - left_out, 0.0))
+        self.last, self.step = now, step
+        self.newest = "" if loss is None else f"loss {loss:.4f}"
+        self.bar.update(self.task, completed=step)
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time off that was no step's, as that of an evaluation."""
+        self.last = None if self.last is None else self.last + seconds
+
+    def line(self, line: Mapping[str, Any] | None) -> None:
+        """Show a line of metrics, where there is one."""
+        if line is None:
+            return
+        rate = f"  lr {line['learning_rate']:.1e}" if self.console.width >= WIDE else ""
+        self.rest = f"{rate}  {line['tokens_per_second']:,.0f} tokens/s"
+        if not self.console.is_terminal:
+            words = f"step {line['step']}/{self.total}  {numbers(line)}"
+            self.console.print(words, highlight=False, soft_wrap=True)
+
+    def _now(self) -> str:
+        return self.doing.text() or ("stopping" if self.stopping() else "train")
+
+    def _left(self) -> str:
+        if self.doing.words and self.console.width < WIDE:
+            return ""
+        if not self.times:
+            return "ETA -:--:--"
+        seconds = sum(self.times) / len(self.times) * (self.total - self.step)
+        return f"ETA {datetime.timedelta(seconds=round(seconds))}"
