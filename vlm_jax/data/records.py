@@ -250,6 +250,8 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
     if kind in ("image", "image_url"):
         keys = ("image", "image_url", "url", "path", "base64", "bytes")
         value = next((part[key] for key in keys if is_given(part, key)), None)
+        if isinstance(source := part.get("source"), Mapping):  # Anthropic's
+            value = source.get("url") or source.get("data")
         value = value["url"] if isinstance(value, Mapping) and "url" in value else value
         return "image", None if is_nothing(value) else value
     if kind in ("video", "video_url"):
