@@ -5,10 +5,12 @@ import errno
 import json
 import resource
 
+import jax.numpy as jnp
 import pytest
 from runs import lines, make_base, make_data, run
 
 from vlm_jax import UserError
+from vlm_jax.cli import main
 from vlm_jax.hub.files import write_json
 from vlm_jax.train import loop
 from vlm_jax.train.checkpoint import Checkpoints
@@ -74,3 +76,29 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, m
     assert outcome["steps"] == 4
     ours, theirs = (lines(d / "metrics.jsonl") for d in (tmp_path / "full", straight))
     assert json.dumps([row["loss"] for row in ours]) == json.dumps([row["loss"] for row in theirs])
+
+
+def test_a_save_without_room_prints_nothing_of_its_threads(tmp_path, capfd):
+    """The run tells it in a sentence; orbax's threads and tensorstore's would add tracebacks."""
+    checkpoints = Checkpoints(tmp_path, {})
+    state = {f"leaf{n}": jnp.full(5000, n, jnp.float32) for n in range(8)}
+    with no_room(), pytest.raises(Exception, match="File too large"):
+        checkpoints.save(1, state, {})
+        checkpoints.finish()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_machine_without_memory_is_told_in_a_sentence(monkeypatch, tmp_path, capsys):
+    def ends(*_):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(loop, "places_of", ends)
+    assert main(["train", f"--config={write_config(tmp_path)}"]) == 2
+    said = capsys.readouterr().err
+    assert "ran out of memory (std::bad_alloc)" in said and said.count("\n") == 1
+
+
+def write_config(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name_or_path: x}\n")
+    return file

@@ -380,7 +380,7 @@ def _main(arguments: Sequence[str]) -> int:
             return CONFIGURED[options.command](options, _overrides(options, others))
         _refuse(options, others)
         return COMMANDS[options.command](options)
-    except (UserError, KeyboardInterrupt) as error:
+    except (UserError, MemoryError, KeyboardInterrupt) as error:
         if options.debug:
             raise
         return _report(options, error)
@@ -401,6 +401,8 @@ def _report(options: argparse.Namespace, error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(STOPPED, file=sys.stderr)
         return INTERRUPTED
+    if isinstance(error, MemoryError):  # of a library in C++ it says std::bad_alloc
+        error = UserError(f"This machine ran out of memory ({error}). Take one with more.")
     paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
     print(_wrapped(f"vlm-jax {options.command}: {paragraph}", sys.stderr), file=sys.stderr)
     return 2

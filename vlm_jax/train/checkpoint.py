@@ -21,6 +21,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.train.best import Best, kept
 from vlm_jax.train.output import SEEN_WITHIN
 from vlm_jax.train.places import Claim
+from vlm_jax.train.quiet import tell_failed_saves_once
 from vlm_jax.train.repage import kept_otherwise
 from vlm_jax.train.step import TrainState
 
@@ -83,6 +84,7 @@ class Checkpoints:
         self.keep, self.best = keep, best
         self.claim: Claim | None = None
         self.wrote = False
+        tell_failed_saves_once()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
             todelete_subdir=TRASH,

@@ -27,9 +27,15 @@ LESS_MEMORY = (
 
 @contextlib.contextmanager
 def out_of_memory_explained() -> Iterator[None]:
-    """Raise `UserError` with what to change where a device's memory runs out inside."""
+    """Raise `UserError` with what to change where a device's or the host's memory runs out."""
     try:
         yield
+    except MemoryError as error:
+        raise UserError(
+            f"This machine ran out of memory ({str(error) or 'MemoryError'}). Lower "
+            f"training.dataloader_num_workers or data.max_seq_length, end other programs, or take "
+            f"a machine with more; `vlm-jax plan` says what loading takes."
+        ) from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -32,7 +32,7 @@ from vlm_jax.train.metrics import (
     print_report,
 )
 from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
-from vlm_jax.train.output import nothing_half_written, output_directory
+from vlm_jax.train.output import nothing_half_written, output_directory, result_half_written
 from vlm_jax.train.patience import Patience, patience_of
 from vlm_jax.train.place import on_mesh
 from vlm_jax.train.places import Claim, Places, places_of
@@ -336,7 +336,8 @@ def _train(
             write_json(directory / "best.json", outcome["best"])
     elif processes.is_primary():
         (directory / "best.json").unlink(missing_ok=True)
-    result = write_result(model, join(trainable, frozen), directory, encoder)
+    with result_half_written(places):
+        result = write_result(model, join(trainable, frozen), directory, encoder)
     outcome["result"] = str(result)
     console.print(f"Wrote '{result}'.", highlight=False, soft_wrap=True)
     return outcome

@@ -240,6 +240,20 @@ def nothing_half_written(places: Places) -> Iterator[None]:
             at_sudden_end.remove(clean)
 
 
+@contextlib.contextmanager
+def result_half_written(places: Places) -> Iterator[None]:
+    """Raise `UserError` where the disk is full in a block that writes the result of a run."""
+    try:
+        yield
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise UserError(
+            f"There is no room left on the disk of '{places.directory}' for the result. All steps "
+            f"are done and saved: once this is mended, add --resume, which only writes it."
+        ) from error
+
+
 def _disk_is_full(error: BaseException | None) -> bool:
     """Return whether an exception, or one behind it, says so: orbax and tensorstore do in words."""
     while error is not None:
