@@ -314,6 +314,8 @@ def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):
     ask = ["--image", image, "--prompt", "What color is it?", "--max-new-tokens", "3"]
     assert main(["generate", *model, *ask]) == 0
     assert capsys.readouterr().out.strip() == results[0]["answers"][0]
+    assert main(["generate", *model, *ask, "--temperature", "2", "--top-k", "40"]) == 0
+    assert capsys.readouterr().out.strip() != results[0]["answers"][0]  # drawn
 
 
 def test_what_is_missing_is_told_before_weights_are_read(capsys, place, tmp_path, monkeypatch):
@@ -387,21 +389,14 @@ def test_a_loaded_adapter_moves_the_logits(place, straight):
     assert np.abs(ours - base).max() > 1e-3  # training has moved it
 
 
-def test_lines_break_at_words_on_a_terminal_and_nowhere_else(place, tmp_path, monkeypatch, capsys):
-    """At 40 columns; a log keeps whole lines. A path's brackets are no markup."""
-    run = tmp_path / "[bold]"
-    made = make_config(place / "base", place / "data/train.jsonl", run, "training.max_steps=1")
+def test_lines_break_at_words_on_a_terminal(place, straight, tmp_path, monkeypatch, capsys):
+    """Those of errors and of a run. That a log keeps whole lines shows test_features.py."""
+    run = straight[1]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(config.to_dict(made)))
-    monkeypatch.setenv("COLUMNS", "40")
-    command = ["train", "--config", str(recipe), "--verbose"]
-    assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "norms and softmax in float32; layers are kept for the backward pass (none); no" in said
-    assert f"Wrote '{run}/adapter'." in said
+    recipe.write_text(yaml.safe_dump(config.to_dict(config.load(run / "config.json"))))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "41")
-    assert main(command) == 2  # a run is there already
+    assert main(["train", "--config", str(recipe)]) == 2  # a run is there already
     told = capsys.readouterr().err
     assert max(map(len, told.replace(str(run), "").splitlines())) <= 41
     assert told.split("'")[2].split() == ["already", "holds", "a", "run", "(config.json,",

@@ -298,7 +298,7 @@ def _reasons(
         (
             "rows at once",
             f"{at_once}",
-            "all of a device"
+            "as many as a step has on a device"
             if micro_batches == 1
             else f"in {micro_batches} micro-batches: more would not fit",
         ),
@@ -331,7 +331,7 @@ def _reasons(
         rows.append(
             (
                 "held out",
-                f"{share:g} of them",
+                f"{share:.0%} of them",
                 "to evaluate on; with a file for that set data.eval_file instead",
             )
         )

@@ -240,8 +240,8 @@ NAMED = (
     Named(
         "an unknown key of a config is passed over",
         "config.py",
-        "if key not in types:\n",
-        "if key not in types:\n            continue\n",
+        "raise unknown_keys(unknown, where, types)",
+        "words = {given: words[given] for given in words if given not in unknown}",
         ("tests/test_config.py::test_what_is_wrong_is_named",),
     ),
 )

@@ -144,7 +144,7 @@ TRAINING_ARGUMENTS = {
     "debug": Said(REFUSED, "JAX_DEBUG_NANS=true in the environment finds what is not finite"),
     "skip_memory_metrics": Said(NOT_NEEDED, "`vlm-jax plan` tells a step's memory before a run"),
     "do_train": Said(NOT_NEEDED, "`vlm-jax train` does"),
-    "do_eval": Said(NOT_NEEDED, "data.eval_file does, and `vlm-jax evaluate`"),
+    "do_eval": Said(NOT_NEEDED, "data.eval_file or data.eval_share does, and `vlm-jax evaluate`"),
     "do_predict": Said(NOT_NEEDED, "`vlm-jax generate` does"),
     "resume_from_checkpoint": Said(REFUSED, "`vlm-jax train --resume` goes on from the newest"),
     "local_rank": Said(NOT_NEEDED, "a process finds its number in the cluster's environment"),

@@ -248,6 +248,8 @@ def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Found:
     }
     peak, capacity = own.device + sum(beside.values()), device.usable
     said = f"{capacity / device.memory:.0%} of the memory are counted on"
+    if device.limit is not None:  # more than its maker states, in round numbers
+        said = "by estimate, in what its compiler lets a program have"
     if own.device > capacity:
         said = f"weights and moments alone take {own.device / GIB:.2f} of {capacity / GIB:.2f} GiB"
     return _Found(ESTIMATED, peak, capacity, peak <= capacity, said, beside)

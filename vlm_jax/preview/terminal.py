@@ -31,7 +31,9 @@ def show(preview: Preview, console: Console | None = None) -> None:
         console.print(text, style=style, soft_wrap=not console.is_terminal)
 
     how = "as an evaluation goes through them" if preview.split == "eval" else "in training's order"
-    line(f"{preview.data}, the first {len(preview.examples)} examples {how}", "bold")
+    count = len(preview.examples)
+    first = "first example" if count == 1 else f"first {count} examples"
+    line(f"{preview.data}, the {first} {how}", "bold")
     line(f"encoded for {preview.model}")
     line()
     for setting in preview.settings:
