@@ -30,7 +30,9 @@ def companions(base: Path, adapter: Path | None) -> list[Path]:
     Of an adapter's directory its tokenizer and its chat template stand in their place.
     """
     found = _found(base)
-    for kind in (TOKENIZER, TEMPLATE) if adapter is not None else ():
+    if adapter is None:
+        return found
+    for kind in (TOKENIZER, TEMPLATE):
         theirs = _of(kind, _found(adapter))
         inner = kind is TEMPLATE and _key(adapter / "tokenizer_config.json", "chat_template")
         if theirs or inner:
