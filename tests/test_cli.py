@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -375,7 +376,8 @@ def test_advice_to_install_torch_is_silenced_and_nothing_else(quiet):
         f"{'import vlm_jax' if quiet else ''}\n"
         "import transformers; transformers.utils.logging.get_logger('transformers').warning('More')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "More" in done.stderr
     assert ("PyTorch was not found" in done.stderr) != quiet
 

@@ -152,7 +152,7 @@ def test_a_row_that_cannot_be_read_says_so_itself(folder, text, message):
 def test_a_file_that_is_no_table_says_so(folder, monkeypatch):
     file = folder / "a.csv"
     for data, message in (
-        (b"", "is empty: its first row names the columns"),
+        (b"\n,,\n", "is empty: its first row names the columns"),
         (b"image,image\na,b\n", "has the column 'image' twice"),
         ("image,caption\n".encode("utf-16"), "is UTF-16, not UTF-8"),
         (b"image,caption\n", "holds no records"),
