@@ -339,7 +339,9 @@ def test_an_export_lies_in_the_run_and_loads_one_tokenizer(
     if not finished:
         shutil.rmtree(run / "adapter")
     loaded, load = [], AutoTokenizer.from_pretrained
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda d: loaded.append(d) or load(d))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda d, **k: loaded.append(d) or load(d, **k)
+    )
     assert main(["export", "--run", str(run)]) == 0
     assert (run / "exported/adapter_model.safetensors").is_file() and len(loaded) == 1
     assert "read it back: logits are equal" in capsys.readouterr().out

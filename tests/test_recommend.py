@@ -119,7 +119,9 @@ def test_what_does_not_fit_falls_to_a_cheaper_method(large):
 
 def test_as_many_rows_at_once_as_fit(tiny, large, monkeypatch):
     loaded, load = [], AutoTokenizer.from_pretrained
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda d: loaded.append(d) or load(d))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda d, **k: loaded.append(d) or load(d, **k)
+    )
     training = recommend(rows(200), tiny, "rtx4080").config["training"]
     assert len(loaded) == 1
     assert training["gradient_accumulation_steps"] == 1
