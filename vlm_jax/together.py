@@ -104,7 +104,6 @@ def _watch(here: Seat, done: threading.Event, words: Callable[[str], None]) -> N
             if not ending.acquire(blocking=False):
                 return  # another thread is at it
             _say_others(here, failure)
-            clear()
             _leave(here, failure["code"], words)
 
 
@@ -157,7 +156,6 @@ def _stopped(
 ) -> None:
     """End this process at once since it was told to, and the others with it."""
     if ending.acquire(blocking=False):
-        clear()
         with contextlib.suppress(Exception):  # the main thread may be in the midst of a line
             report(KeyboardInterrupt())
         _tell(here, INTERRUPTED, "", words, joined)
@@ -201,6 +199,7 @@ def _leave(here: Seat, code: int, words: Callable[[str], None], joined: bool = T
     if joined:
         with contextlib.suppress(Exception):
             _tell_leaving(here)
+    clear()  # last, since the main thread may go on until now
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -116,8 +116,7 @@ class Encoder:
         self.image_folder = None if image_folder is None else str(image_folder)
         config = self.model.config
         self.directories = [str(one) for one in (adapter, directory) if one is not None]
-        ids = config.image_token_id, config.video_token_id
-        self.chat = chat or Chat(directory, *ids, adapter)
+        self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id, adapter)
         settings = read_settings(*self.directories)
         processor: ImageProcessor | None = None
         if settings is not None:

@@ -169,9 +169,8 @@ class Patches:
             low = high = (max(1, round(image_resolution / factor)) * factor) ** 2
         if low > IMAGE_PIXELS:
             raise UserError(
-                f"The image settings enlarge every image to at least {low:,} pixels (min_pixels, "
-                f"size.shortest_edge of preprocessor_config.json, or data.image_resolution); "
-                f"expected at most {IMAGE_PIXELS:,}."
+                f"The image settings (preprocessor_config.json) enlarge each image to at least "
+                f"{low:,} pixels, by min_pixels or its kin; expected at most {IMAGE_PIXELS:,}."
             )
         return cls(raw, int(low), int(high), value_table(raw))
 
@@ -348,9 +347,8 @@ class Fixed:
         long = int(short * max(height, width) / min(height, width))
         if long * short > IMAGE_PIXELS:
             raise UserError(
-                f"an image of {height} x {width} pixels is so long that resizing its shorter side "
-                f"to {short} would give {long * short:,} pixels; expected at most "
-                f"{IMAGE_PIXELS:,}. Cut it."
+                f"an image of {height} x {width} pixels, resized to {short} on its shorter side, "
+                f"would have {long * short:,} pixels; expected at most {IMAGE_PIXELS:,}."
             )
         return (long, short) if width <= height else (short, long)
 
