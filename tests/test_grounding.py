@@ -202,3 +202,11 @@ def test_the_command_shows_and_compares_them(tmp_path, capsys):
     assert "learns to write" in (said := capsys.readouterr().out)
     assert "<|box_start|>(250,250),(500,500)<|box_end|>" in said and SQUARE in said
     assert "objects" not in str(Encoder(base, image_folder=tmp_path).grounded(canonical(record)))
+
+
+def test_boxes_stay_in_a_generated_answer(qwen):
+    """Special tokens as they are: without them no answer would equal its record's."""
+    chat = Encoder(qwen).chat
+    end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = chat.tokenizer.encode("<|box_start|>(1,2),(3,4)<|box_end|><|im_end|>")
+    assert chat.answer([*ids, end, 5], {end}) == "<|box_start|>(1,2),(3,4)<|box_end|>"

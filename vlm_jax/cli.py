@@ -303,8 +303,7 @@ def _generate(options: argparse.Namespace) -> int:
         eos_token_id=eos,
         pad_token_id=pad,
     )
-    text = encoder.tokenizer.decode(new[0], skip_special_tokens=True)
-    print(text.strip())
+    print(encoder.chat.answer(new[0], eos).strip())
     return 0
 
 

@@ -5,8 +5,9 @@ turns (never from searching token ids), and the tokenizer's offsets carry it ove
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,14 @@ class Chat:
         found = [(tail.find(end), -len(end), end) for end in self.ends if end in tail]
         name = min(found)[2] if found else self.eos
         return None if name is None else int(self.tokenizer.convert_tokens_to_ids(name))
+
+    def answer(self, tokens: Sequence[int], ends: Collection[int]) -> str:
+        """Return the text of generated ids [N] up to the first that ends an answer.
+
+        Special tokens stay in it, for they may be what was learned (`<|box_start|>`, new tokens).
+        """
+        ids = itertools.takewhile(lambda token: token not in ends, map(int, tokens))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[Span]]:
         """Return the template's text and its generation marks."""

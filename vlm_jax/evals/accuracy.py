@@ -192,7 +192,7 @@ def accuracy(
             on_batch(done, total)
             continue
         new = generate(model, params, batch, max_new_tokens, eos_token_id=eos, pad_token_id=pad)
-        texts = encoder.tokenizer.batch_decode(new[: len(records_now)], skip_special_tokens=True)
+        texts = [encoder.chat.answer(row, eos) for row in new[: len(records_now)]]
         for record, text in zip(records_now, texts, strict=True):
             expected, text = str(final_answer(record)), text.strip()
             asked = [message for message in record["messages"] if message["role"] == "user"]
