@@ -46,7 +46,8 @@ def test_a_run_writes_what_it_promises(straight):
     assert "LoRA" in text and "nothing (frozen)" in text
     head = "\n12 of 12 records, 12 to evaluate on; 2 rows a step; 4 steps, 6 an epoch\n"
     assert head in text and "float32" not in text  # the rest is for --verbose
-    assert "  examples 12  seconds " in text  # whole numbers as such
+    right = round(12 * evaluation["accuracy"])
+    assert f"step 4/4  evaluation: loss {evaluation['loss']:.4f}, {right} of 12 right, " in text
     adapter = json.loads((directory / "adapter/adapter_config.json").read_text())
     assert adapter["modules_to_save"] == ["merger"] and adapter["r"] == 2
 
