@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 
 import vlm_jax
@@ -131,12 +132,25 @@ def test_an_adapters_settings_come_before_the_bases(capsys, load, place, adapter
     template = (place / "base/chat_template.jinja").read_text()
     (adapter / "chat_template.jinja").write_text(template + "more")
     assert len(tokens(load(adapter)[0])) > len(fewer)
-    shutil.copy(place / "base/tokenizer.json", adapter)
-    shutil.copy(place / "base/tokenizer_config.json", adapter)
+    shutil.copy(place / "base/tokenizer_config.json", adapter)  # settings alone are no tokenizer
     assert len(tokens(load(adapter)[0])) > len(fewer)
+    shutil.copy(place / "base/tokenizer.json", adapter)
+    assert len(tokens(load(adapter)[0])) > len(fewer)
+    (adapter / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|endoftext|>"))
+    model = load(adapter)[0]
+    assert model.turn_end == Encoder(place / "base", adapter=adapter).chat.turn_end != plain[-2]
     (adapter / "tokenizer.json").write_text("{")
     code, said = ask(capsys, place, place / "base", "--adapter", str(adapter))
     assert code == 2 and f"The tokenizer in '{adapter}' cannot be loaded" in said
+
+
+def test_a_run_that_goes_on_from_an_adapter_hands_its_words_on(place, adapter, tmp_path):
+    template = (place / "base/chat_template.jinja").read_text() + "{# another #}"
+    (adapter / "chat_template.jinja").write_text(template)
+    (adapter / "tokenizer_config.json").write_text("{}")
+    _, directory, _ = runs.run(place, tmp_path / "run", f"model.adapter={adapter}")
+    assert (directory / "adapter/chat_template.jinja").read_text() == template
+    assert not (directory / "adapter/tokenizer_config.json").exists()
 
 
 def test_sizes_are_kept_apart_for_other_settings_of_an_adapter(place, adapter):

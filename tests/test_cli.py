@@ -234,6 +234,7 @@ def test_overrides_belong_to_train(capsys):
         (["--config.lora.r", "8", "--method", "qlora"], {"lora.r": "8", "method": "qlora"}),
         (["--lr", "1e-4", "--max_steps", "-1"],
          {"training.learning_rate": "1e-4", "training.max_steps": "-1"}),
+        (["--group_by_length", "--lora.r=8"], {"training.group_by_length": "true", "lora.r": "8"}),
         (["--load_in_4bit", "--mesh", "auto"], {"model.load_in_4bit": "true", "mesh": "auto"}),
         (["--target_modules", "q_proj", "v_proj"], {"lora.target_modules": "q_proj,v_proj"}),
         (["--group_by_length", "true"], {"training.group_by_length": "true"}),

@@ -221,7 +221,10 @@ def test_one_tensor_in_two_files(refused, base):
 
 IMAGES = [
     ({"min_pixels": 10**12, "max_pixels": 10**13}, "min_pixels=1000000000000; expected a whole"),
-    ({"min_pixels": 10**8, "max_pixels": 10**9}, "at least 100,000,000 pixels, by min_pixels"),
+    (
+        {"min_pixels": 10**8, "max_pixels": 10**9},
+        "at least 100,000,000 pixels, by the image settings",
+    ),
     ({"patch_size": 10**6}, "patch_size=1000000; expected a whole number of 1 to 256"),
     ({"temporal_patch_size": 10**6}, "temporal_patch_size=1000000"),
     ({"image_std": [0.5, 0, 0.5]}, "image_std=[0.5, 0, 0.5]; expected three numbers that are not"),

@@ -82,6 +82,9 @@ def test_only_a_later_ctrl_c_gives_the_save_up(place, tmp_path, monkeypatch):
     monkeypatch.setattr(stop, "GRACE", -1.0)
     signalled(monkeypatch, [signal.SIGTERM, signal.SIGTERM])
     assert run(place, tmp_path / "one")[0]["interrupted"]
+    # One alone, which Python's handler brings behind the thread that hears it at once.
+    signalled(monkeypatch, [signal.SIGINT])
+    assert run(place, tmp_path / "two")[0]["interrupted"]
     signalled(monkeypatch, [signal.SIGTERM, signal.SIGINT])
     with pytest.raises(KeyboardInterrupt):
         run(place, tmp_path / "other")

@@ -93,6 +93,13 @@ HTML = (
 
 def test_other_words_are_words():
     assert contents(row(HTML, HTML, image="a"))[1] == [HTML]
+    answer = "![image](a.png) \\includegraphics{image} </image>"
+    assert contents(row("Write it down.", answer, image="a"))[1] == [answer]
+
+
+def test_a_row_of_several_formats_is_read_by_the_one_that_says_more():
+    both = {"query": "q", "response": "r", "prompt": "Answer in a word."}
+    assert contents(both) == contents({"query": "q", "response": "r"})
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ def test_a_file_that_is_no_table_says_so(folder, monkeypatch):
         (b"\n,,\n", "is empty: its first row names the columns"),
         (b"image,image\na,b\n", "has the column 'image' twice"),
         ("image,caption\n".encode("utf-16"), "is UTF-16, not UTF-8"),
+        (b"image,caption\ra.png,one\r", "is not CSV: the row that begins on line 1"),
         (b"image,caption\n", "holds no records"),
         (b"image,caption\n,\n,\n\n", "holds no records"),
     ):

@@ -171,7 +171,7 @@ def _write(file: Path, text: str, what: str) -> None:
 
     content = text.encode(errors="backslashreplace")  # of a half surrogate pair, as in JSON
     instead = ", in place of the file that was there" if file.is_file() else ""
-    if file.exists() and not file.is_file():  # /dev/stdout
+    if file.is_symlink() or (file.exists() and not file.is_file()):  # /dev/stdout
         file.write_bytes(content)
     else:
         write_whole(file, content)
@@ -199,12 +199,15 @@ def _encoder(options: argparse.Namespace, **changes: Any) -> tuple[Any, Any]:
         config, encoder = open_run(options.run)
         return config, encoder.replace(**changes)
     from vlm_jax.data import Encoder
-    from vlm_jax.hub.load import resolve
+    from vlm_jax.hub.load import check_headers, resolve
 
     adapter = Path(options.adapter).expanduser() if options.adapter else None
     if adapter is not None and not adapter.is_dir():
         raise UserError(f"There is no adapter directory '{adapter}'.")
-    return None, Encoder(resolve(options.model, weights=False), adapter=adapter, **changes)
+    directory = resolve(options.model, weights=False)
+    if Path(options.model).expanduser().is_dir():  # else the weights are still to be fetched
+        check_headers(directory)
+    return None, Encoder(directory, adapter=adapter, **changes)
 
 
 def _load(options: argparse.Namespace, encoder: Any) -> tuple[Any, Any]:

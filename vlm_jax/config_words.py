@@ -39,7 +39,7 @@ def overrides(words: Sequence[str], options: Iterable[str] = ()) -> dict[str, st
         else:
             key = _key(name, values, word.partition("=")[0], types, options)
         kind = types.get(ALIASES.get(key, key))
-        if not values and kind is bool:
+        if not values and (kind is bool or f"{key}={SWITCH}" in WORDS):
             values = [SWITCH]
         if not values:
             raise UserError(f"'{word}' has no value: write --config.{key}=VALUE.")

@@ -77,10 +77,12 @@ def _listening() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(descriptor)
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # else it was set by C
+                signal.signal(number, handler)
         os.close(write)
-        thread.join()
-        os.close(read)
+        thread.join(1.0)  # a child that was forked holds the pipe too
+        if not thread.is_alive():
+            os.close(read)
 
 
 def _raise(number: int) -> None:

@@ -78,10 +78,10 @@ TEMPLATE_NUMBER = 2**20  # an argument (a width, a count), and the bits of a num
 CSV_ROW_BYTES = 64 * 2**20  # a row may hold a picture in base64
 
 
-def shallow(tree: Any, file: Any) -> None:
+def shallow(tree: Any, file: Any, hint: str = "") -> None:
     """Raise `UserError` where settings are nested too deep, too many, or hold NaN or infinity.
 
-    file: what errors name.
+    file: what errors name. hint: what they say of a number that is none.
     """
     waiting, seen = [("", tree, 1)], 0
     while waiting:
@@ -94,7 +94,7 @@ def shallow(tree: Any, file: Any) -> None:
         elif isinstance(value, int | float) and not finite(value):
             raise UserError(
                 f"'{file}' has {key.lstrip('.')} = {number_word(value)}; expected a finite number. "
-                f"The file is damaged, or was written by a run that diverged."
+                f"{hint}"
             )
         if depth > DEPTH or seen > VALUES:
             much = f"more than {VALUES:,} values" if seen > VALUES else f"more than {DEPTH} levels"
@@ -156,7 +156,7 @@ def parse_json(text: str, file: Any) -> Any:
         ) from None
     except ValueError as error:  # of Python's, see sys.set_int_max_str_digits
         raise UserError(f"'{file}' holds a number of more than 4,300 digits.") from error
-    shallow(tree, file)
+    shallow(tree, file, " The file is damaged, or was written by a run that diverged.")
     return tree
 
 
@@ -248,8 +248,9 @@ def check_finite(array: np.ndarray, name: str, file: Any) -> None:
         )
 
 
-# What cannot be counted: a group that is repeated, or matched again by reference.
-REPEATED = re.compile(r"\)[*+{]|\\[1-9]|\(\?P=")
+# What cannot be counted: a group that is repeated, or matched again by reference, and patterns
+# whose white space means nothing.
+REPEATED = re.compile(r"\)[*+{]|\\[1-9]|\(\?P=|\(\?[a-zA-Z]*x")
 
 
 @functools.lru_cache(maxsize=4096)

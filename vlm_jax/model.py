@@ -106,9 +106,9 @@ class Model:
 
         if self.source is None:
             return None
-        cfg = self.config
+        ids, source = (self.config.image_token_id, self.config.video_token_id), self.source
         try:
-            return Chat(self.source.directory, cfg.image_token_id, cfg.video_token_id).turn_end
+            return Chat(source.directory, *ids, source.adapter).turn_end
         except UserError:  # whoever encodes with it is told; arrays may come from elsewhere
             return None
 

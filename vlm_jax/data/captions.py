@@ -74,7 +74,9 @@ def as_turns(row: Any, where: str, prompt: str, taken: Collection[str]) -> dict[
         """Return and take out what stands under one of the names."""
         given = [name for name in names if name not in taken and rest.get(name) is not None]
         if len(given) > 1:
-            raise UserError(f"{where} has both {' and '.join(given)}: keep one.")
+            raise UserError(
+                f"{where} has both {' and '.join(given)}: keep one, or name it in data.columns."
+            )
         return rest.pop(given[0]) if given else None
 
     image = take(IMAGE)

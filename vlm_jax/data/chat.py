@@ -68,7 +68,7 @@ class Chat:
             added = token_id in tokenizer.added_tokens_decoder
             if not added or self.encoder.token_to_id(slot) != token_id:
                 raise UserError(
-                    f"The tokenizer in '{directory}' does not have the placeholder {name!r} (id "
+                    f"The tokenizer in '{home}' does not have the placeholder {name!r} (id "
                     f"{token_id} in config.json) as an added token. Do both files belong together?"
                 )
 

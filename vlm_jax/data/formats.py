@@ -56,6 +56,8 @@ def read_turns(
     chats = [name for name in found if name in CHATS]
     if len(found) > 1:
         found = chats or [n for n in found if mapped.keys() & set(FORMATS[n].needed)] or found
+        # Its columns are also parts of others, which say more of a row.
+        found = [name for name in found if name != "prompt and response"] or found
     read = BESIDE.union(*(FORMATS[name].needed + FORMATS[name].optional for name in found))
     for key in read & row.keys():
         value = row[key]

@@ -9,11 +9,12 @@ from vlm_jax.errors import UserError
 # Behind a word: "<image_0>", "<image 1>", "<|image_pad|>", "<ImageHere>", "<IMG_CONTEXT>", ...
 BEHIND = r"([ _-]?(\d+|here|placeholder|pad|context|soft_token|token|start|end|bos|eos|break|sep))?"
 BEFORE = r"((start|begin|end)_of_|fake_token_around_)?"
+# Markdown's "![image](a.png)" and LaTeX's "\includegraphics{image}" are none.
 # kind -> what other programs write: Qwen, InternVL, Phi, Pixtral, Gemma, Idefics, LLaVA, MMMU.
 FOREIGN = {
-    "image": rf"<\|?/?{BEFORE}(image|img|vision){BEHIND}/?\|?>|<im_(start|end|patch)>"
-    rf"|\[/?(image|img){BEHIND}\]|\{{(image|img){BEHIND}\}}",
-    "video": rf"<\|?/?{BEFORE}(video|vision){BEHIND}/?\|?>|\[/?video{BEHIND}\]",
+    "image": rf"<\|?{BEFORE}(image|img|vision){BEHIND}/?\|?>|<im_(start|end|patch)>"
+    rf"|(?<!!)\[(image|img){BEHIND}\](?!\()|(?<!\w)\{{(image|img){BEHIND}\}}",
+    "video": rf"<\|?{BEFORE}(video|vision){BEHIND}/?\|?>|(?<!!)\[video{BEHIND}\](?!\()",
 }
 # A file named within the text, as Qwen-VL's and the older ms-swift's data have it.
 INLINE = r"<(img|audio)>\s*([^<>\s]+\.\w{2,5}|https?://[^<>\s]+|data:[^<>\s]+)\s*</\1>"

@@ -169,8 +169,9 @@ class Patches:
             low = high = (max(1, round(image_resolution / factor)) * factor) ** 2
         if low > IMAGE_PIXELS:
             raise UserError(
-                f"The image settings (preprocessor_config.json) enlarge each image to at least "
-                f"{low:,} pixels, by min_pixels or its kin; expected at most {IMAGE_PIXELS:,}."
+                f"Each image is to be enlarged to at least {low:,} pixels, by the image settings "
+                f"(preprocessor_config.json), data.min_pixels or data.image_resolution; expected "
+                f"at most {IMAGE_PIXELS:,}."
             )
         return cls(raw, int(low), int(high), value_table(raw))
 

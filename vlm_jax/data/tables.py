@@ -40,7 +40,7 @@ class _Reader:
         said = re.match(rb"sep=([,;\t])\r?\n", head.removeprefix(BOM))
         if said:  # Excel's
             self.place, self.line = file.seek(self.place + said.end()), 2
-        first = head[self.place :].partition(b"\n")[0].decode(errors="replace")
+        first = re.split(rb"[\r\n]", head[self.place :], maxsplit=1)[0].decode(errors="replace")
         self.separator = said[1].decode() if said else _separator(first, name)
         # The module's own limit, for the whole process, is 128 KiB; a row is bounded below.
         csv.field_size_limit(max(csv.field_size_limit(), CSV_ROW_BYTES))

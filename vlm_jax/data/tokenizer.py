@@ -29,12 +29,13 @@ def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
     return Tokenizer.from_str(json.dumps(raw))
 
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+FILES = (*VOCABULARIES, "tokenizer_config.json")
 
 
 def has_tokenizer(directory: str | Path) -> bool:
-    """Return whether a directory holds any of a tokenizer's files."""
-    return any(Path(directory, name).is_file() for name in FILES)
+    """Return whether a directory holds a tokenizer: settings alone are none."""
+    return any(Path(directory, name).is_file() for name in VOCABULARIES)
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -43,8 +44,8 @@ def load_tokenizer(directory: str | Path) -> Any:
 
     if not has_tokenizer(directory):
         raise UserError(
-            f"'{directory}' has no tokenizer (none of {', '.join(FILES)}). Copy the checkpoint's "
-            f"tokenizer files there: text cannot be encoded without them."
+            f"'{directory}' has no tokenizer (none of {', '.join(VOCABULARIES)}). Copy the "
+            f"checkpoint's tokenizer files there: text cannot be encoded without them."
         )
     for name in FILES:
         refuse_lost(Path(directory, name), f"The tokenizer file '{Path(directory, name)}'")

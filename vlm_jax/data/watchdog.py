@@ -50,9 +50,10 @@ def _end(job: list[int]) -> None:
 
 def _start() -> None:
     global _watch
-    if _watch is None or not _watch.is_alive():
-        _watch = threading.Thread(target=_tick, name="watchdog", daemon=True)
-        _watch.start()
+    with _lock:
+        if _watch is None or not _watch.is_alive():
+            _watch = threading.Thread(target=_tick, name="watchdog", daemon=True)
+            _watch.start()
 
 
 def _tick() -> None:

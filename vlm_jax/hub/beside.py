@@ -23,6 +23,7 @@ TRAINED = {
 # pickle, and the value head of reinforcement learning.
 HARMLESS = (
     *("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args*"),
+    *("sampler*", "dl_state_dict*"),
     *("adapter_model.bin", "pytorch_adapter.bin", "value_head.*", "v_head.*"),
 )
 

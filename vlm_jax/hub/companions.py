@@ -1,7 +1,7 @@
 """What stands beside the weights of an export: copied of the base and of a loaded adapter."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.model", "*.tiktoken"),
 )
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 COPIED = ("*.json", "*.jinja", "*.txt", *TOKENIZER, *TEMPLATE)
 # What is written anew, or belongs to how the weights came to be.
 OTHERS = {
@@ -33,15 +34,31 @@ def companions(base: Path, adapter: Path | None) -> list[Path]:
     if adapter is None:
         return found
     for kind in (TOKENIZER, TEMPLATE):
-        theirs = _of(kind, _found(adapter))
+        theirs = spoken(adapter, kind)
         inner = kind is TEMPLATE and _key(adapter / "tokenizer_config.json", "chat_template")
         if theirs or inner:
             found = [path for path in found if path not in _of(kind, found)] + theirs
     return found
 
 
+def spoken(adapter: Path, *kinds: Sequence[str]) -> list[Path]:
+    """Return the files of an adapter's tokenizer (if it is whole) and chat template."""
+    found = _found(adapter)
+    whole = any(path.name in VOCABULARIES for path in found)
+    return [
+        path
+        for kind in kinds or (TOKENIZER, TEMPLATE)
+        for path in _of(kind, found)
+        if whole or kind is TEMPLATE
+    ]
+
+
 def copy_companions(base: Path, adapter: Path | None, folder: Path) -> None:
-    for path in companions(base, adapter):
+    copy_all(companions(base, adapter), folder)
+
+
+def copy_all(paths: Iterable[Path], folder: Path) -> None:
+    for path in paths:
         copy = shutil.copytree if path.is_dir() else shutil.copyfile
         copy(path, folder / path.name)
 

@@ -42,6 +42,7 @@ def resolve(
     """
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
+        _check_not_adapter(path)
         return path
     looks_local = path.is_absolute() or str(path_or_repo_id).startswith((".", "~"))
     if looks_local or path.exists() or str(path_or_repo_id).count("/") != 1:
@@ -67,6 +68,16 @@ def resolve(
             f"Check the spelling, the network, and for gated models your token."
         ) from error
     return Path(found)
+
+
+def _check_not_adapter(directory: Path) -> None:
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file() and not (directory / "config.json").exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise UserError(
+            f"'{directory}' is an adapter and no whole checkpoint. Give its base, {base!r} by its "
+            f"own account, as the model, and this directory as the adapter."
+        )
 
 
 def _check(model: Model, found: dict[str, Entry], places: dict[str, Place], directory: Path):
@@ -131,6 +142,12 @@ def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:
                 f"'{stack.replace('/', '.')}', but config.json asks for {layers} layers ({said}). "
                 f"Take the config.json that belongs to these weights."
             )
+
+
+def check_headers(directory: Path) -> None:
+    """Raise `UserError` for a checkpoint that cannot be loaded, as far as its headers tell."""
+    model = from_config(read_json(directory / "config.json"))
+    _check_layers(model, [current_name(model, name) for name in find_tensors(directory)], directory)
 
 
 def _check_tied_head(model: Model, found: dict[str, Entry]) -> None:
@@ -201,13 +218,6 @@ def load(
     Raises `UserError` for whatever does not fit, naming the tensor or field.
     """
     directory = resolve(str(path_or_repo_id), revision, token)
-    adapter = directory / "adapter_config.json"
-    if adapter.is_file() and not (directory / "config.json").exists():
-        base = read_json(adapter).get("base_model_name_or_path")
-        raise UserError(
-            f"'{directory}' is an adapter and no whole checkpoint. Give its base, {base!r} by its "
-            f"own account, as the model, and this directory as the adapter."
-        )
     model = from_config(read_json(directory / "config.json"), dtype, remat)
     entries = find_tensors(directory)
     check_base(directory, {entry.path.name for entry in entries.values()})

@@ -187,7 +187,7 @@ def image_patches(config: ConfigDict, model: Model, tokens: int | None = None) -
     if not family.HAS_GRIDS:  # an image has one size
         return unit
     directory, adapter = Path(base_name(config)).expanduser(), config.model.adapter
-    settings = read_settings(*([] if adapter is None else [adapter]), directory)
+    settings = read_settings(*([] if adapter is None else [Path(adapter).expanduser()]), directory)
     known = IMAGES.get(base_name(config), {})
     if not (settings or known or d.max_pixels or d.image_resolution):
         raise UserError(

@@ -44,6 +44,8 @@ def open_run(directory: str | Path) -> tuple[ConfigDict, Encoder]:
     config = _config_of(directory := Path(directory).expanduser())
     full = directory / "model"
     if full.is_dir():
+        with config.unlocked():
+            config.model.adapter = None  # the model holds what it had
         return config, encoder_of(config, full)
     adapter = directory / "adapter"
     if not adapter.is_dir() and not places_of(config, directory).saved_steps():

@@ -7,6 +7,7 @@ from typing import Any
 from vlm_jax import processes
 from vlm_jax.data import Encoder
 from vlm_jax.hub.adapter_files import save_adapter
+from vlm_jax.hub.companions import copy_all, spoken
 from vlm_jax.hub.files import whole_directory, write_json
 from vlm_jax.hub.peft import save_peft
 from vlm_jax.hub.save import save_pretrained
@@ -23,11 +24,14 @@ def write_adapter(
 ) -> None:
     """Write an adapter with its image settings; it appears whole or not at all.
 
-    LoRA is in PEFT's format, a bottleneck adapter in the `adapters` library's.
+    The tokenizer and chat template of an adapter that training went on from come along. LoRA is in
+    PEFT's format, a bottleneck adapter in the `adapters` library's.
     """
     save = save_peft if model.adapter is None else save_adapter
     with whole_directory(directory) as folder:
         save(model, params, folder, compare_base=False)  # see check_kept
+        for before in encoder.directories[:-1]:  # the last one is the base
+            copy_all(spoken(Path(before)), folder)
         settings = encoder.image_settings()
         if settings is not None:  # served images must be cut as the trained ones were
             write_json(folder / "preprocessor_config.json", settings)

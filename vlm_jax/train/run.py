@@ -50,10 +50,10 @@ def encoder_of(
 
     adapter: a directory whose tokenizer and settings come first; by default model.adapter.
     """
-    d = config.data
+    d, adapter = config.data, adapter or config.model.adapter
     return Encoder(
         directory,
-        adapter=adapter or config.model.adapter,
+        adapter=None if adapter is None else Path(adapter).expanduser(),
         max_seq_length=d.max_seq_length,
         max_patches=d.max_patches,
         overlong=d.overlong,
@@ -86,8 +86,8 @@ def _records(config: ConfigDict, training: bool) -> Any:
     source, split = configs.plain(d[f"{which}_file"]), d[f"{which}_split"]
     if source is None:
         raise UserError(
-            f"The config names no data: set data.{which}_file to a .json, .jsonl, .csv or .parquet "
-            f"file, or a data set."
+            f"The config names no data: set data.{which}_file to a .json, .jsonl, .csv, .tsv or "
+            f".parquet file, or a data set."
         )
     columns = configs.plain(d.columns)
     if d.streaming and training:

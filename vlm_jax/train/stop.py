@@ -73,14 +73,17 @@ def interruptible(mesh: Mesh) -> Iterator[Stop]:
     after the first signal or later is a person who will not wait: it ends the program at once.
     """
     stop = Stop(mesh)
-    first: list[float] = []
+    # Both Python's handler and the thread of `interrupts` bring a signal, the former when what the
+    # main thread does in C is over: each counts from the first one that it brought.
+    first: dict[int, float] = {}
 
     def ask(number: int) -> None:
         now = time.monotonic()
         stop.asked.set()
-        if not first:
-            first.append(now)
-        elif number == signal.SIGINT and now - first[0] > GRACE:
+        thread = threading.get_ident()
+        if thread not in first:
+            first[thread] = now
+        elif number == signal.SIGINT and now - first[thread] > GRACE:
             around(number)
 
     with on_signal(ask) as around:
