@@ -321,7 +321,7 @@ def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):
 
 
 def test_what_is_missing_is_told_before_weights_are_read(capsys, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(vlm_jax.hub.load, "find_tensors", None)  # nobody comes so far
+    monkeypatch.setattr(vlm_jax.hub.load, "read_leaf", None)  # nobody comes so far
     run, data, base = ("--run", str(tmp_path)), ("--data", "no.jsonl"), str(place / "base")
     assert "holds no run" in wrong(capsys, "export", *run)
     assert "holds no run" in wrong(capsys, "evaluate", *run, *data)

@@ -31,7 +31,7 @@ LEVELS = [
     ("evals", "survey", "linen"),
     ("train",),
     ("plan",),
-    ("preview", "recommend"),
+    ("preview", "recommend", "cli_output"),
     ("cli",),
 ]
 ROOT = ""  # vlm_jax/__init__.py, which only names things, lazily

@@ -4,18 +4,16 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.cli_options import parser, spelled
+from vlm_jax.cli_output import wrapped, writable, write
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.interrupts import INTERRUPTED, STOPPED, end_at_once, on_signal
-from vlm_jax.magic import head_of
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -37,7 +35,7 @@ def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     config = configs.load(options.config, overrides)
     page = options.out or (None if options.text else "preview.html")
-    file = _writable(page, "--out", b"<title>Preview of ") if page else None
+    file = writable(page, "--out", b"<title>Preview of ") if page else None
     from vlm_jax.preview.collect import preview
 
     seen = preview(config, options.examples, options.split)
@@ -48,7 +46,7 @@ def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if file is not None:
         from vlm_jax.preview.page import render
 
-        _write(file, render(seen), f"{len(seen.examples)} examples")
+        write(file, render(seen), f"{len(seen.examples)} examples")
     return 0
 
 
@@ -67,7 +65,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         first = "Compiling takes up to some minutes for a large model ..."
         if not compilers():
             first = f"There is no compiler for it here, so memory is estimated. {INSTALL}"
-        print(_wrapped(first, sys.stderr), file=sys.stderr)
+        print(wrapped(first, sys.stderr), file=sys.stderr)
     sizes: dict[str, Any] = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
         return _fit(options, config, sizes)
@@ -109,7 +107,7 @@ def _fit(options: argparse.Namespace, config: Any, sizes: dict[str, Any]) -> int
 
 
 def _recommend(options: argparse.Namespace) -> int:
-    file = None if options.out is None else _writable(options.out, "--out")
+    file = None if options.out is None else writable(options.out, "--out")
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -146,43 +144,11 @@ def _recommend(options: argparse.Namespace) -> int:
     return 0
 
 
-def _writable(name: str, option: str, mark: bytes | None = None) -> Path:
-    """Return the path of a file to write, or raise before any work where it cannot be.
-
-    mark: what the beginning of such a file holds; another file of that name is not replaced.
-    """
-    file = Path(name).expanduser()
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(
-            f"{option} '{file}' cannot be written: it must name a file in a directory that is "
-            f"there and can be written. Make '{file.parent}', or take another path."
-        )
-    if mark is not None and file.is_file() and mark not in (head_of(file) or mark):
-        raise UserError(
-            f"{option} '{file}' is there already, and is no file of this kind. Delete it, or take "
-            f"another path."
-        )
-    return file
-
-
-def _write(file: Path, text: str, what: str) -> None:
-    """Write a file in one step, and say so, and whether another one went for it."""
-    from vlm_jax.hub.files import write_whole
-
-    content = text.encode(errors="backslashreplace")  # of a half surrogate pair, as in JSON
-    instead = ", in place of the file that was there" if file.is_file() else ""
-    if file.is_symlink() or (file.exists() and not file.is_file()):  # /dev/stdout
-        file.write_bytes(content)
-    else:
-        write_whole(file, content)
-    print(f"Wrote {what} to '{file}'{instead}.", file=sys.stderr)
-
-
 def _export(options: argparse.Namespace) -> int:
     from vlm_jax.train.export import export
 
     done = export(options.run, options.out, options.merge, options.quantized)
-    print(_wrapped(str(done), sys.stdout))
+    print(wrapped(str(done), sys.stdout))
     return 0
 
 
@@ -234,7 +200,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     predictions = None
     if options.predictions:
-        predictions = _writable(options.predictions, "--predictions", b'", "index": ')
+        predictions = writable(options.predictions, "--predictions", b'", "index": ')
     changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
     config, encoder = _encoder(options, image_folder=options.image_folder, **changes)
     records = read_records(options.data, options.image_folder, options.split)
@@ -270,7 +236,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     }
     if predictions is not None:
         lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in found.predictions]
-        _write(predictions, "\n".join(lines) + "\n", f"{len(lines)} predictions")
+        write(predictions, "\n".join(lines) + "\n", f"{len(lines)} predictions")
     if options.json:
         print(json.dumps(result))
     else:
@@ -388,14 +354,6 @@ def _main(arguments: Sequence[str]) -> int:
         return _report(options, error)
 
 
-def _wrapped(text: str, stream: Any) -> str:
-    """Return a paragraph in lines that end at words where a terminal shows it; else as it is."""
-    if not stream.isatty():
-        return text
-    columns = shutil.get_terminal_size().columns
-    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
-
-
 def _report(options: argparse.Namespace, error: BaseException) -> int:
     """Say on stderr why a command ends, and return its exit code."""
     if options.debug:
@@ -406,5 +364,5 @@ def _report(options: argparse.Namespace, error: BaseException) -> int:
     if isinstance(error, MemoryError):  # of a library in C++ it says std::bad_alloc
         error = UserError(f"This machine ran out of memory ({error}). Take one with more.")
     paragraph = re.sub(r"\s*\n\s*", " ", str(error).strip())  # other libraries' have lines
-    print(_wrapped(f"vlm-jax {options.command}: {paragraph}", sys.stderr), file=sys.stderr)
+    print(wrapped(f"vlm-jax {options.command}: {paragraph}", sys.stderr), file=sys.stderr)
     return 2
