@@ -94,7 +94,7 @@ def test_anchors_of_a_real_config_are_read():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("num_hidden_layers", 1001, "at most 1,000"),
+        ("num_hidden_layers", 20_000, "at most 16,384"),
         ("vocab_size", 2**31, "at most 2,147,483,647"),
         ("anything", float("nan"), "a finite number"),
         ("anything", 10**400, "a finite number"),

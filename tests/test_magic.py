@@ -188,7 +188,7 @@ def test_files_of_a_checkpoint_that_were_not_fetched(tmp_path):
         ("tokenizer.json", POINTER, "tokenizer file '.*tokenizer.json' cannot be read.*LFS"),
         ("chat_template.jinja", PAGE, "template '.*jinja' cannot be read. The file is a web page"),
         ("config.json", PAGE, "config.json' is not valid JSON.*is a web page"),
-        ("preprocessor_config.json", b"", "preprocessor_config.json' is not JSON.*is empty"),
+        ("preprocessor_config.json", b"", "preprocessor_config.json' is not valid JSON.*is empty"),
     ):
         base = qwen2_vl_files(tmp_path / name)
         (base / name).write_bytes(content)

@@ -32,7 +32,7 @@ SIZE = 2**31 - 1  # what an index of an array holds
 NUMBER = 1e30  # what is computed with has to be a float32
 # Key of a config.json or of image settings -> its most, where less than SIZE.
 LARGEST: dict[str, float] = {
-    **dict.fromkeys(("num_hidden_layers", "depth"), 1_000),  # the deepest have 126
+    **dict.fromkeys(("num_hidden_layers", "depth"), 1 << 14),  # 126; 12,000 are planned for
     **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim"), 1 << 18),  # 53,248
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 1 << 12),  # 128
     **{"head_dim": 1 << 12, "mlp_ratio": 1_000},  # 512, 5.4

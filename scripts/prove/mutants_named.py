@@ -197,9 +197,9 @@ NAMED = (
     ),
     Named(
         "the user's turn carries loss",
-        "data/chat.py",
-        "return len(before), len(after)",
-        "return 0, len(after)",
+        "data/answers.py",
+        "return edge.start, edge.end",
+        "return 0, edge.end",
         ("tests/test_chat.py::test_loss_runs_through_the_end_of_turn[plain]",),
     ),
     Named(

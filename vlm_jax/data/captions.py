@@ -79,7 +79,7 @@ def as_turns(row: Any, where: str, prompt: str, taken: Collection[str]) -> dict[
             )
         return rest.pop(given[0]) if given else None
 
-    image = take(IMAGE)
+    image = take(IMAGE) or None
     made = {} if image is None else {"image": image}
     if any(_has(rest, form.needed) for form in FORMATS.values()):
         return {**rest, **made}
