@@ -93,7 +93,7 @@ def shallow(tree: Any, file: Any, hint: str = "") -> None:
             waiting += [(f"{key}[{i}]", one, depth + 1) for i, one in enumerate(value)]
         elif isinstance(value, int | float) and not finite(value):
             raise UserError(
-                f"'{file}' has {key.lstrip('.')} = {number_word(value)}; expected a finite number. "
+                f"'{file}' has {key.lstrip('.')} = {number_word(value)}; expected a finite number."
                 f"{hint}"
             )
         if depth > DEPTH or seen > VALUES:
