@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.processors import Fixed, ImageProcessor, Patches
+from vlm_jax.data.fixed_size import Fixed
+from vlm_jax.data.processors import ImageProcessor, Patches
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.limits import LARGEST, SIZE, finite, read_json
 from vlm_jax.model import Model
