@@ -147,7 +147,8 @@ def write_page(file: Path, before: Accuracy, after: Accuracy, records, count: in
             f"<b>{question}</b><span>{answer}{truth}</span><s>{earlier}</s></figcaption></figure>"
         )
     style = (
-        "body{padding:0 16px;font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:1100px;color:#222}"
+        "body{padding:0 16px}"
+        "body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:1100px;color:#222}"
         "main{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14px}"
         "figure{display:flex;gap:12px;margin:0;padding:10px;border:1px solid #ddd;"
         "border-left:5px solid #2a9d62;border-radius:6px}figure.wrong{border-left-color:#c8402f}"
