@@ -6,6 +6,7 @@ test_methods.py. Nothing here needs a checkpoint's weights.
 
 import copy
 import functools
+import itertools
 import json
 import math
 import re
@@ -292,6 +293,13 @@ def test_a_4_bit_format(name, double):
     exact = np.stack([np.resize(values, 128), np.zeros(128), np.resize([0, 1], 128)], axis=1)
     leaf = quantize(form, exact.astype(np.float32), 64, False)
     np.testing.assert_array_equal(decoded(leaf, jnp.float32), exact.astype(np.float32))
+
+
+def test_no_format_has_the_structure_of_another():
+    # JAX would run the program of one for the other.
+    kernel = np.ones((64, 1), np.float32)
+    kinds = [jax.tree.structure(quantize(form, kernel, 64)) for form in FORMATS.values()]
+    assert all(a != b for a, b in itertools.combinations(kinds, 2))
 
 
 # Record formats

@@ -12,6 +12,7 @@ columns and scales are flat. Stacked layers lead with the layer axis in every ar
 
 import dataclasses
 import math
+import operator
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -143,10 +144,18 @@ class FourBit:
 
 
 def register(format: Format) -> Format:
-    """Make a format a pytree; used as a decorator."""
-    jax.tree_util.register_dataclass(
+    """Make a format a pytree; used as a decorator.
+
+    Not with `register_dataclass`: JAX takes two classes of it with equal fields for one structure,
+    so that a program compiled for one format may be run for the other.
+    """
+    data, meta = ("codes", "absmax", "nested", "offset"), ("block", "dtype", "used")
+    keys = [jax.tree_util.GetAttrKey(name) for name in data]
+    arrays, settings = operator.attrgetter(*data), operator.attrgetter(*meta)
+    jax.tree_util.register_pytree_with_keys(
         format,
-        data_fields=["codes", "absmax", "nested", "offset"],
-        meta_fields=["block", "dtype", "used"],
+        lambda leaf: (zip(keys, arrays(leaf), strict=True), settings(leaf)),
+        lambda settings, arrays: format(*(*arrays, *settings)),
+        lambda leaf: (arrays(leaf), settings(leaf)),
     )
     return format
