@@ -23,15 +23,15 @@ from quickstart import CONSOLE, ROOT, evaluate, write_data
 
 from vlm_jax import config as configs
 from vlm_jax import plan
-from vlm_jax.config_tables import METHODS
+from vlm_jax.config.choices import METHODS
 from vlm_jax.data import read_records
 from vlm_jax.plan.leaves import parts
 from vlm_jax.plan.step import prepare
 from vlm_jax.train.compile import compile_step
-from vlm_jax.train.counts import count_parameters
 from vlm_jax.train.loop import train
-from vlm_jax.train.reading import load_run
-from vlm_jax.train.run import make_encoder
+from vlm_jax.train.results import load_run
+from vlm_jax.train.setup import make_encoder
+from vlm_jax.train.trainable import count_parameters
 from vlm_jax.trees import flatten
 
 NAMES = {

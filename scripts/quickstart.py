@@ -30,12 +30,10 @@ from vlm_jax import config as configs
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.errors import UserError
 from vlm_jax.evals.accuracy import Accuracy, Prediction, accuracy
-from vlm_jax.hub.files import write_json
-from vlm_jax.train.base import load_base
-from vlm_jax.train.export import export
+from vlm_jax.files.atomic import write_json
 from vlm_jax.train.loop import train
-from vlm_jax.train.reading import load_run
-from vlm_jax.train.run import make_encoder
+from vlm_jax.train.results import export, load_run
+from vlm_jax.train.setup import load_base, make_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSOLE = Console()

@@ -10,10 +10,10 @@ from checkpoint_files import qwen2_vl_files, write_image
 from PIL import Image
 
 from vlm_jax.data import Encoder, read_records
-from vlm_jax.data.access import SAFE, Access
-from vlm_jax.data.images import image_size, read_image
+from vlm_jax.data.media.access import SAFE, Access
+from vlm_jax.data.media.images import image_size, read_image
 from vlm_jax.errors import UserError
-from vlm_jax.limits import FETCH_BYTES
+from vlm_jax.files.limits import FETCH_BYTES
 
 
 def saved(image, **options):

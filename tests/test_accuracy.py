@@ -8,7 +8,7 @@ import pytest
 import vlm_jax
 from vlm_jax import UserError, generation
 from vlm_jax.data import Encoder, read_records
-from vlm_jax.data.tokenizer import load_tokenizer
+from vlm_jax.data.text.tokenizer import load_tokenizer
 from vlm_jax.evals import accuracy as module
 from vlm_jax.evals.accuracy import accuracy, normalise
 

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 
 import vlm_jax
 from vlm_jax import LoRA, UserError
-from vlm_jax.linen.files import named_layers
-from vlm_jax.train.rules import promoting
+from vlm_jax.linen.codec import named_layers
+from vlm_jax.train.optimizers import promoting
 from vlm_jax.trees import flatten, unflatten
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 8))

@@ -18,7 +18,7 @@ from test_adapt import TOKENS, make_pair, moved, run
 
 import vlm_jax
 from vlm_jax import Adapter, LoRA, Quantization, UserError
-from vlm_jax.train.rules import promoting
+from vlm_jax.train.optimizers import promoting
 from vlm_jax.trees import flatten, unflatten
 
 X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)

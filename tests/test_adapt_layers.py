@@ -12,9 +12,9 @@ from test_adapt import moved, run
 
 import vlm_jax
 from vlm_jax import LoRA, Quantization, UserError
-from vlm_jax.layers.linear import Linear, LoRAScale
-from vlm_jax.linen.find import Layer
-from vlm_jax.targets import PRESETS
+from vlm_jax.adapters.targets import PRESETS
+from vlm_jax.linen.discover import Layer
+from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.trees import flatten, unflatten
 
 ALL = LoRA(3, 6, targets="all-linear")

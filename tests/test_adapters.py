@@ -12,9 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 from vlm_jax import UserError
-from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.train.export import export
-from vlm_jax.train.reading import load_run
+from vlm_jax.models.layers.bottleneck import is_adapter
+from vlm_jax.train.results import export, load_run
 from vlm_jax.trees import flatten, unflatten
 
 

@@ -19,9 +19,10 @@ from PIL import Image
 from runs import write_recipe
 
 from vlm_jax.cli import main
-from vlm_jax.data import Encoder, answers
+from vlm_jax.data import Encoder
 from vlm_jax.data.overlong import drop_exchanges
-from vlm_jax.data.template import Template
+from vlm_jax.data.text import answers
+from vlm_jax.data.text.template import Template
 from vlm_jax.errors import UserError
 
 TURN = (

@@ -19,8 +19,8 @@ import vlm_jax
 from vlm_jax import UserError
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder
-from vlm_jax.hub.beside import TRAINED
-from vlm_jax.hub.files import whole_directory
+from vlm_jax.files.atomic import whole_directory
+from vlm_jax.hub.unread_weights import TRAINED
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_a_run_s_video_settings_are_in_its_merged_export(place, straight, tmp_pa
 
 KILLED = """
 import os, sys
-from vlm_jax.hub.files import whole_directory
+from vlm_jax.files.atomic import whole_directory
 with whole_directory(sys.argv[1]) as folder:
     (folder / "half").write_text("x")
     print("writing", flush=True)

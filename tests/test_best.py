@@ -12,8 +12,8 @@ from test_checkpoint import make_state
 
 from vlm_jax import UserError
 from vlm_jax.train import loop
-from vlm_jax.train.best import Best, best_of, kept
 from vlm_jax.train.checkpoint import Checkpoints, flat_state
+from vlm_jax.train.selection import Best, best_of, kept
 
 
 def test_the_best_value_wins_and_of_equal_ones_the_earliest():

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from several import free_port, started, wait_until, written
 
 from vlm_jax import UserError, config
-from vlm_jax.train import loop, watch
-from vlm_jax.train.places import Claim, places_of
-from vlm_jax.train.reading import load_run
+from vlm_jax.train import loop, metrics
+from vlm_jax.train.results import load_run
+from vlm_jax.train.run_dir import Claim, places_of
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def place(tmp_path_factory):
 
 
 def stop_after(monkeypatch, step):
-    push = watch.Watch.push
+    push = metrics.Watch.push
 
     def push_and_interrupt(self, now, *rest):
         if now == step:
@@ -105,7 +105,7 @@ def test_old_checkpoints_go_and_a_damaged_one_is_put_aside(place, bucket):
 
 def test_the_last_run_that_came_writes(place, bucket, monkeypatch):
     there = "training.checkpoint_dir=gs://bucket/runs/third"
-    push = watch.Watch.push
+    push = metrics.Watch.push
 
     def another_comes(self, step, *rest):
         if step == 3:

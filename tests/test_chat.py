@@ -16,7 +16,7 @@ from checkpoint_files import (
 )
 from transformers import AutoTokenizer
 
-from vlm_jax.data.chat import Chat, apply_edits
+from vlm_jax.data.text.chat import Chat, apply_edits
 from vlm_jax.errors import UserError
 
 TALK = [

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import UserError, processes
+from vlm_jax import UserError
+from vlm_jax.distributed import processes
 from vlm_jax.train.checkpoint import Checkpoints, flat_state
 
 pytestmark = pytest.mark.exact

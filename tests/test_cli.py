@@ -21,8 +21,8 @@ import vlm_jax
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder, Pipeline
-from vlm_jax.train import export as exporting
-from vlm_jax.train.metrics import Lines
+from vlm_jax.train import results as exporting
+from vlm_jax.train.trackers import Lines
 
 
 def test_help_does_not_import_jax():

@@ -3,8 +3,8 @@
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_jax.train import digests
-from vlm_jax.train.digests import base_identity
+from vlm_jax.train import fingerprint
+from vlm_jax.train.fingerprint import base_identity
 
 MIB = 1 << 20
 NAMES = ["embed", *(f"layers.{n}.q_proj" for n in range(6)), "norm"]
@@ -44,7 +44,7 @@ def test_other_names_another_config_and_the_end_of_a_tensor_are_seen(tmp_path):
 
 def test_little_is_read(tmp_path):
     with open(write(tmp_path) / "model.safetensors", "rb") as file:
-        lengths = [length for _, length in digests._samples(file)]
+        lengths = [length for _, length in fingerprint._samples(file)]
     assert len(lengths) == 1 + 3 * len(NAMES) and sum(lengths) < 8 * MIB / 100
 
 

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 from vlm_jax import UserError
-from vlm_jax.layers.linear import dora_matmul, matmul
+from vlm_jax.models.layers.linear import dora_matmul, matmul
 from vlm_jax.sharding import make_mesh, param_shardings
-from vlm_jax.train.export import export
+from vlm_jax.train.results import export
 from vlm_jax.trees import flatten, unflatten
 
 LORA = vlm_jax.LoRA(2, 4, targets="llama", dora=True)

@@ -23,7 +23,7 @@ import vlm_jax
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Chat, Encoder
-from vlm_jax.ends import end_tokens
+from vlm_jax.generation import end_tokens
 from vlm_jax.model import Source
 from vlm_jax.trees import flatten, unflatten
 

@@ -8,10 +8,10 @@ import pytest
 from runs import make_config, run
 
 import vlm_jax
-from vlm_jax.train import export as exporting
-from vlm_jax.train import mesh, reading
+from vlm_jax.train import mesh
+from vlm_jax.train import results as exporting
 from vlm_jax.train.mesh import mesh_for_reading
-from vlm_jax.train.run import make_encoder
+from vlm_jax.train.setup import make_encoder
 
 SPREAD = (
     *("mesh.devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "training.max_steps=1"),
@@ -43,7 +43,7 @@ def test_files_are_those_of_one_device(trained, tmp_path, monkeypatch, finished)
     shutil.copytree(trained, directory)
     if not finished:  # then its checkpoint is read, without the optimizer's state
         shutil.rmtree(directory / "adapter")
-        monkeypatch.setattr(reading.Checkpoints, "restore", None)
+        monkeypatch.setattr(exporting.Checkpoints, "restore", None)
     lay, logits = [], exporting._logits
 
     def looking(model, params, batch):
@@ -62,7 +62,7 @@ def test_files_are_those_of_one_device(trained, tmp_path, monkeypatch, finished)
     # The run and what is read back: a quarter of the matrices each, and small leaves whole.
     assert len(lay) == 2 * len(kinds)
     assert all(devices == 4 and held < 0.5 for devices, held in lay), lay
-    monkeypatch.setattr(reading, "mesh_for_reading", lambda config: None)
+    monkeypatch.setattr(exporting, "mesh_for_reading", lambda config: None)
     for name, options in kinds.items():
         exporting.export(directory, tmp_path / f"{name} of one", *options)
         assert lay[-1] == (1, 1.0)
@@ -72,11 +72,11 @@ def test_files_are_those_of_one_device(trained, tmp_path, monkeypatch, finished)
 def test_an_answer_from_several_devices_is_that_of_one(trained, monkeypatch):
     answers = []
     for devices in (4, 1):
-        model, params, config = reading.load_run(trained)
+        model, params, config = exporting.load_run(trained)
         assert share(params)[0] == devices
         batch = exporting.probe(make_encoder(config, model))
         answers.append(vlm_jax.generate(model, params, batch, 3))
-        monkeypatch.setattr(reading, "mesh_for_reading", lambda config: None)
+        monkeypatch.setattr(exporting, "mesh_for_reading", lambda config: None)
     np.testing.assert_array_equal(*answers)
 
 

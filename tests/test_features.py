@@ -17,7 +17,7 @@ from test_video import write_video
 
 import vlm_jax
 from vlm_jax.cli import main
-from vlm_jax.train import export as exporting
+from vlm_jax.train import results as exporting
 
 PACKED = {
     "method": "dora",

@@ -13,10 +13,10 @@ from PIL import Image, features
 
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder
-from vlm_jax.data import animation as animations
-from vlm_jax.data.access import SAFE
-from vlm_jax.data.film import open_film
-from vlm_jax.data.video import Sampling, open_video
+from vlm_jax.data.media import animation as animations
+from vlm_jax.data.media.access import SAFE
+from vlm_jax.data.media.video import Sampling, open_video
+from vlm_jax.data.media.video_file import open_film
 from vlm_jax.errors import UserError
 
 av = pytest.importorskip("av", reason="PyAV is not installed (pip install 'vlm_jax[video]')")

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from vlm_jax.data import cache
-from vlm_jax.data.records import canonical
-from vlm_jax.data.sources import read_records
-from vlm_jax.data.stream import open_stream
+from vlm_jax.data.records.record import canonical
+from vlm_jax.data.records.sources import read_records
+from vlm_jax.data.records.stream import open_stream
 from vlm_jax.errors import UserError
 
 

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from vlm_jax import UserError, config
-from vlm_jax.from_pytorch import LLAMA_FACTORY, NOT_NEEDED, REFUSED, RENAMED, SAME, TABLES
+from vlm_jax.config.from_pytorch import LLAMA_FACTORY, NOT_NEEDED, REFUSED, RENAMED, SAME, TABLES
 
 PAGE = Path(__file__).parents[1] / "docs" / "FROM_PYTORCH.md"
 OURS = config.flatten_config(config.load(None))

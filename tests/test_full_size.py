@@ -9,10 +9,10 @@ import pytest
 
 import vlm_jax
 from vlm_jax import config as configs
-from vlm_jax.models.known import KNOWN
+from vlm_jax.adapters.targets import target_kernels
+from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.sharding import make_mesh, param_shardings
-from vlm_jax.targets import target_kernels
-from vlm_jax.train.recipe import lora_modules_to_save, training_table
+from vlm_jax.train.trainable import lora_modules_to_save, training_table
 from vlm_jax.trees import flatten, match
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -15,14 +15,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import vlm_jax
 from vlm_jax import UserError
-from vlm_jax.train import watch
+from vlm_jax.train import metrics
 from vlm_jax.train.checkpoint import flat_state
-from vlm_jax.train.counts import trainable_line
-from vlm_jax.train.reading import load_run
-from vlm_jax.train.recipe import report, training_table
-from vlm_jax.train.rounding import stochastic_round
-from vlm_jax.train.step import averaged
-from vlm_jax.trees import flatten, layer_factors, layer_words, match, parse_group, unflatten
+from vlm_jax.train.results import load_run
+from vlm_jax.train.step import averaged, stochastic_round
+from vlm_jax.train.trainable import report, trainable_line, training_table
+from vlm_jax.trees import (
+    flatten,
+    layer_factors,
+    layer_words,
+    match,
+    parse_group,
+    unflatten,
+)
 
 pytestmark = pytest.mark.exact
 
@@ -185,7 +190,7 @@ OPTIONS = (
 
 def test_a_run_of_all_of_them_resumes_to_the_bit(place, monkeypatch):
     make_base(place / "deep", layers=2)
-    push = watch.Watch.push
+    push = metrics.Watch.push
 
     def push_and_interrupt(self, step, *rest):
         if step == 2:
@@ -194,10 +199,10 @@ def test_a_run_of_all_of_them_resumes_to_the_bit(place, monkeypatch):
 
     straight, directory, _ = run(place, "all", *OPTIONS, base="deep")
     assert straight["steps"] == 4
-    monkeypatch.setattr(watch.Watch, "push", push_and_interrupt)
+    monkeypatch.setattr(metrics.Watch, "push", push_and_interrupt)
     stopped, other, _ = run(place, "all stopped", *OPTIONS, base="deep")
     assert stopped["interrupted"] and stopped["steps"] == 2
-    monkeypatch.setattr(watch.Watch, "push", push)
+    monkeypatch.setattr(metrics.Watch, "push", push)
     average = flatten(load_run(other)[1])  # of the checkpoint: there is no result yet
     run(place, "all stopped", *OPTIONS, base="deep", resume=True)
     losses = [[row["loss"] for row in lines(d / "metrics.jsonl")] for d in (directory, other)]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder, encode
-from vlm_jax.data.records import BadExample, canonical
+from vlm_jax.data.records.record import BadExample, canonical
 from vlm_jax.errors import UserError
 
 TOKENS = ["<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"]

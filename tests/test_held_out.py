@@ -10,8 +10,8 @@ from runs import lines, make_config, run, same_run
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import read_records
-from vlm_jax.data.held_out import hold_out
-from vlm_jax.train import watch
+from vlm_jax.data.records.held_out import hold_out
+from vlm_jax.train import metrics
 
 
 def rows(count, name="r"):
@@ -62,13 +62,13 @@ def test_a_run_holds_out_the_same_when_it_goes_on(place, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config.to_dict(made)))
     seen = []
-    push = watch.Watch.push
+    push = metrics.Watch.push
 
     def noted(self, step, ids, *rest):
         seen.extend(ids)
         return push(self, step, ids, *rest)
 
-    monkeypatch.setattr(watch.Watch, "push", noted)
+    monkeypatch.setattr(metrics.Watch, "push", noted)
     assert main(["train", "--config", str(recipe), "--eval-share", "0.25"]) == 0
     out = ids(hold_out(read_records(place / "data/train.jsonl"), 0.25, seed=42)[1])
     assert len(out) == 3 and not {*seen} & {*out} and len({*seen}) > 5
@@ -79,10 +79,10 @@ def test_a_run_holds_out_the_same_when_it_goes_on(place, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return push(self, step, ids, *rest)
 
-    monkeypatch.setattr(watch.Watch, "push", interrupted)
+    monkeypatch.setattr(metrics.Watch, "push", interrupted)
     options = ("training.eval_steps=2", "evaluation.accuracy=false", "data.eval_share=0.25")
     assert run(place, "held stopped", *options)[0]["interrupted"]
-    monkeypatch.setattr(watch.Watch, "push", push)
+    monkeypatch.setattr(metrics.Watch, "push", push)
     with pytest.raises(UserError, match="eval_share"):
         run(place, "held stopped", *options[:2], "data.eval_share=0.5", resume=True)
     run(place, "held stopped", *options, resume=True)

@@ -9,8 +9,8 @@ from references import llava, qwen2_vl
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
-from vlm_jax import processes
-from vlm_jax.hub.files import whole_directory, write_shards
+from vlm_jax.distributed import processes
+from vlm_jax.files.atomic import whole_directory, write_shards
 from vlm_jax.hub.tensors import DTYPES, read_header, read_tensor
 from vlm_jax.model import Model, _shapes
 

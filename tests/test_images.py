@@ -12,8 +12,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from vlm_jax.data.image_settings import PROCESSORS, make_processor, read_settings
-from vlm_jax.data.images import image_size, read_image
+from vlm_jax.data.media.image_settings import PROCESSORS, make_processor, read_settings
+from vlm_jax.data.media.images import image_size, read_image
 from vlm_jax.errors import UserError
 
 REFERENCES = {

@@ -12,8 +12,8 @@ import yaml
 from runs import make_config, run
 
 from vlm_jax import config
-from vlm_jax.interrupts import on_signal
-from vlm_jax.train import loop, stop
+from vlm_jax.distributed.interrupts import on_signal
+from vlm_jax.train import loop, preemption
 
 
 def test_a_signal_goes_to_the_innermost_block():
@@ -79,7 +79,7 @@ def test_signals_that_are_repeated_are_one(place, tmp_path, monkeypatch):
 
 
 def test_only_a_later_ctrl_c_gives_the_save_up(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(stop, "GRACE", -1.0)
+    monkeypatch.setattr(preemption, "GRACE", -1.0)
     signalled(monkeypatch, [signal.SIGTERM, signal.SIGTERM])
     assert run(place, tmp_path / "one")[0]["interrupted"]
     # One alone, which Python's handler brings behind the thread that hears it at once.

@@ -9,9 +9,9 @@ import pickle
 import numpy as np
 import pytest
 
-from vlm_jax.data import jsonl
-from vlm_jax.data.jsonl import index_lines, index_list
-from vlm_jax.data.sources import read_records
+from vlm_jax.data.records import jsonl
+from vlm_jax.data.records.jsonl import index_lines, index_list
+from vlm_jax.data.records.sources import read_records
 from vlm_jax.errors import UserError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import UserError, limits
-from vlm_jax.limits import (
+from vlm_jax import UserError
+from vlm_jax.files import limits
+from vlm_jax.files.limits import (
     all_finite,
     check_patterns,
     is_file_name,

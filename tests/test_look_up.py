@@ -9,7 +9,7 @@ from checkpoint_files import llava_files, qwen2_vl_files, write_image
 
 from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.sharding import make_mesh
-from vlm_jax.train.feed import Feed
+from vlm_jax.train.placement import Feed
 
 pytestmark = pytest.mark.exact
 

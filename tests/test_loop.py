@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 import vlm_jax
 from vlm_jax import UserError
 from vlm_jax.sharding import make_mesh
-from vlm_jax.train import loop, moments, watch
-from vlm_jax.train.reading import load_run
-from vlm_jax.train.run import build
+from vlm_jax.train import loop, metrics, moments
+from vlm_jax.train.results import load_run
+from vlm_jax.train.setup import build
 from vlm_jax.trees import flatten
 
 pytestmark = pytest.mark.exact
@@ -62,7 +62,7 @@ def test_only_what_the_table_names_has_changed(place, straight):
 
 
 def test_stop_and_resume_equals_no_stop(place, straight, monkeypatch):
-    push = watch.Watch.push
+    push = metrics.Watch.push
 
     def push_and_interrupt(self, step, ids, metrics, images):
         if step == 2:
@@ -302,9 +302,9 @@ def test_what_fails_later_keeps_its_checkpoints_and_resumes(place):
 
 
 def test_a_trained_component_without_gradient_stops_the_run():
-    watching = watch.Watch(None, lambda step: 0.0, 1, lambda step: step % 10 == 0)
-    metrics = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1.0, "grad_norm/language_model": 1.0}
-    text_only = {**metrics, "grad_norm/projector": 0.0}
+    watching = metrics.Watch(None, lambda step: 0.0, 1, lambda step: step % 10 == 0)
+    told = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1.0, "grad_norm/language_model": 1.0}
+    text_only = {**told, "grad_norm/projector": 0.0}
     watching.push(1, ["a"], text_only, images=False)  # no image: the projector may wait
     watching.flush()
     watching.push(2, ["b"], text_only, images=True)
@@ -314,21 +314,21 @@ def test_a_trained_component_without_gradient_stops_the_run():
 
 def test_rows_of_new_tokens_may_wait_for_their_token():
     paths = ["model/language_model/embed_tokens/added", "lm_head/added", "lm_head/kernel"]
-    rare = watch.added_only(paths, lambda path: "head" if "head" in path else "embeddings")
+    rare = metrics.added_only(paths, lambda path: "head" if "head" in path else "embeddings")
     assert rare == {"embeddings"}
-    watching = watch.Watch(None, lambda step: 0.0, 1, lambda step: step % 10 == 0, rare)
-    metrics = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1.0, "grad_norm/embeddings": 0.0}
-    watching.push(1, ["a"], metrics, images=True)
+    watching = metrics.Watch(None, lambda step: 0.0, 1, lambda step: step % 10 == 0, rare)
+    told = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1.0, "grad_norm/embeddings": 0.0}
+    watching.push(1, ["a"], told, images=True)
     watching.flush()
     assert watching.unseen == {"embeddings"}
-    watching.push(2, ["b"], {**metrics, "grad_norm/embeddings": 1.0}, images=True)
+    watching.push(2, ["b"], {**told, "grad_norm/embeddings": 1.0}, images=True)
     watching.flush()
     assert watching.unseen == set()
 
 
 def test_components_that_no_image_reaches_are_told_at_the_start(place, monkeypatch):
-    assert watch.idle_components(["language_model", "projector"], 64) == []
-    assert watch.idle_components(["language_model", "projector"], 0) == ["projector"]
+    assert metrics.idle_components(["language_model", "projector"], 64) == []
+    assert metrics.idle_components(["language_model", "projector"], 0) == ["projector"]
     rows = [json.loads(line) for line in (place / "data/train.jsonl").read_text().splitlines()]
     for row in rows:
         del row["image"]

@@ -8,8 +8,8 @@ import pytest
 from references import llava, our_logits, qwen2_vl, qwen2_vl_inputs
 
 import vlm_jax
-from vlm_jax.layers.linear import Linear, LoRAScale
-from vlm_jax.targets import PRESETS, target_kernels
+from vlm_jax.adapters.targets import PRESETS, target_kernels
+from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.trees import flatten, unflatten
 
 LLAVA_7B = {

@@ -9,8 +9,7 @@ from safetensors.numpy import load_file
 
 import vlm_jax
 from vlm_jax import UserError
-from vlm_jax.train.export import export
-from vlm_jax.train.reading import load_run
+from vlm_jax.train.results import export, load_run
 from vlm_jax.trees import flatten
 
 

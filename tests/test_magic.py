@@ -15,13 +15,13 @@ from PIL import Image, PngImagePlugin
 import vlm_jax
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder, read_records
-from vlm_jax.data.access import SAFE
-from vlm_jax.data.images import image_size, read_image
-from vlm_jax.data.stream import open_stream
-from vlm_jax.data.video import Sampling, open_video
+from vlm_jax.data.media.access import SAFE
+from vlm_jax.data.media.images import image_size, read_image
+from vlm_jax.data.media.video import Sampling, open_video
+from vlm_jax.data.records.stream import open_stream
 from vlm_jax.errors import UserError
-from vlm_jax.limits import IMAGE_FORMATS
-from vlm_jax.magic import HEAD, kind_of
+from vlm_jax.files.file_types import HEAD, kind_of
+from vlm_jax.files.limits import IMAGE_FORMATS
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
 PAGE = b"<!-- x -->\n<!DOCTYPE HTML>\n<html><body>Sign in</body></html>"
@@ -86,7 +86,7 @@ def test_what_is_neither_a_picture_nor_a_film(data, message):
 )
 def test_what_is_no_picture(data, message, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
-    vlm_jax.data.images._reads_heic.cache_clear()
+    vlm_jax.data.media.images._reads_heic.cache_clear()
     with pytest.raises(UserError, match=message):
         read_image(data)
 

@@ -14,11 +14,11 @@ from references import IMAGE, VIDEO, media, quiet, wide
 from tiers import fast
 
 import vlm_jax
-from vlm_jax.layers.partition import rows_over
+from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.plan import collectives
 from vlm_jax.sharding import make_mesh, shard_batch, shard_params
 from vlm_jax.train.compile import abstract_batch
-from vlm_jax.train.place import on_mesh
+from vlm_jax.train.placement import on_mesh
 from vlm_jax.trees import flatten
 
 TOKENS = 64

@@ -15,10 +15,10 @@ from tiers import fast
 import vlm_jax
 from vlm_jax import UserError
 from vlm_jax import config as configs
-from vlm_jax.config_tables import METHODS
-from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.layers.linear import is_lora
-from vlm_jax.layers.partition import rows_over
+from vlm_jax.config.choices import METHODS
+from vlm_jax.models.layers.bottleneck import is_adapter
+from vlm_jax.models.layers.linear import is_lora
+from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.sharding import make_mesh, shard_batch, shard_params
 from vlm_jax.train.adapt import adapt_base
 from vlm_jax.trees import flatten

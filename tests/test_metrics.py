@@ -9,8 +9,8 @@ from runs import make_config
 
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
-from vlm_jax.train import loop, metrics
-from vlm_jax.train.metrics import JsonLines, Log, Meter, check_reporters
+from vlm_jax.train import loop, trackers
+from vlm_jax.train.trackers import JsonLines, Log, Meter, check_reporters
 
 
 def test_resume_cuts_lines_of_steps_that_are_done_again(tmp_path):
@@ -98,7 +98,7 @@ def test_the_loss_of_a_line_is_the_mean_over_its_answer_tokens():
 
 def test_time_that_is_left_out_is_in_no_rate_and_loses_no_loss(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trackers.time, "perf_counter", lambda: now[0])
     meter = Meter()
     meter.add(1.0, 10.0)
     now[0] += 2.0  # a step

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from vlm_jax import config as configs
-from vlm_jax.data.mixture import Mixture, Part, Records
-from vlm_jax.data.sources import read_records
+from vlm_jax.data.records.mixture import Mixture, Part, Records
+from vlm_jax.data.records.sources import read_records
 from vlm_jax.errors import UserError
-from vlm_jax.train.identity import sources_identity
-from vlm_jax.train.run import absolute_paths
+from vlm_jax.train.fingerprint import sources_identity
+from vlm_jax.train.setup import absolute_paths
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 
 from vlm_jax import config as configs
 from vlm_jax import load
+from vlm_jax.adapters.added_tokens import EMBEDDING
 from vlm_jax.cli import main
-from vlm_jax.config_tables import METHODS
+from vlm_jax.config.choices import METHODS
 from vlm_jax.sharding import make_mesh
-from vlm_jax.train.run import build
-from vlm_jax.train.watch import untrained_tokens
+from vlm_jax.train.metrics import untrained_tokens
+from vlm_jax.train.setup import build
 from vlm_jax.trees import flatten, split
-from vlm_jax.vocabulary import EMBEDDING
 
 ROWS = 512  # of the base's embedding
 

@@ -11,8 +11,8 @@ from checkpoint_files import write_image
 
 from vlm_jax import config
 from vlm_jax.cli import main
-from vlm_jax.data.records import canonical
-from vlm_jax.data.sources import read_records
+from vlm_jax.data.records.record import canonical
+from vlm_jax.data.records.sources import read_records
 from vlm_jax.errors import UserError
 
 NULLS = {"bytes": None, "path": None}  # as Arrow has it where a struct's row is null

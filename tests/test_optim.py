@@ -13,7 +13,7 @@ from transformers import TrainingArguments, get_scheduler
 
 import vlm_jax
 from vlm_jax import UserError
-from vlm_jax.train.optim import OptimizerSettings, learning_rate
+from vlm_jax.train.optimizer import OptimizerSettings, learning_rate
 from vlm_jax.trees import parse_group
 
 TABLE = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_jax.data.records import canonical
+from vlm_jax.data.records.record import canonical
 from vlm_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]

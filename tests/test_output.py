@@ -11,10 +11,10 @@ from runs import lines, make_base, make_data, run
 
 from vlm_jax import UserError
 from vlm_jax.cli import main
-from vlm_jax.hub.files import write_json
+from vlm_jax.files.atomic import write_json
 from vlm_jax.train import loop
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.metrics import JsonLines
+from vlm_jax.train.trackers import JsonLines
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ from several import programs
 from transformers import TrainingArguments
 
 import vlm_jax
-from vlm_jax import UserError, config, config_tables
+from vlm_jax import UserError, config
+from vlm_jax.config import choices
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train import moments
 from vlm_jax.train.checkpoint import Checkpoints, flat_state
-from vlm_jax.train.optim import OptimizerSettings
-from vlm_jax.train.place import on_mesh
+from vlm_jax.train.optimizer import OptimizerSettings
+from vlm_jax.train.placement import on_mesh
 from vlm_jax.trees import flatten, unflatten
 
 pytestmark = pytest.mark.exact
@@ -178,7 +179,7 @@ def test_a_run_goes_on_with_the_other_paging_bit_for_bit(tmp_path, before):
 
 GOES_ON = """
 import sys
-from vlm_jax.together import together
+from vlm_jax.distributed.failures import together
 
 with together(lambda error: 2):
     from test_paged import begin
@@ -277,7 +278,7 @@ def test_a_device_without_host_memory_is_refused(monkeypatch):
 
 def test_names_of_optimizers(tmp_path):
     trainable = drawn()
-    for name, same in config_tables.OPTIMIZERS.items():
+    for name, same in choices.OPTIMIZERS.items():
         assert config.load(None, [f"training.optim={name}"]).training.optim == name
         state = vlm_jax.optimizer(trainable, TABLE, {"optim": name}).init(trainable)
         other = vlm_jax.optimizer(trainable, TABLE, {"optim": same}).init(trainable)
@@ -285,7 +286,7 @@ def test_names_of_optimizers(tmp_path):
     args = TrainingArguments(str(tmp_path), optim="paged_adamw_32bit", use_cpu=True, max_steps=3)
     assert OptimizerSettings.of(args).optim == "paged_adamw_32bit"
     assert OptimizerSettings.of(TrainingArguments(str(tmp_path), use_cpu=True)).optim in (
-        config_tables.OPTIMIZERS
+        choices.OPTIMIZERS
     )
     with pytest.raises(UserError, match="did you mean 'paged_adamw'"):
         vlm_jax.optimizer(trainable, TABLE, {"optim": "pagd_adamw"})

@@ -11,10 +11,10 @@ from tiers import fast
 
 import vlm_jax.data.pipeline as pipeline_module
 from vlm_jax.data import Encoder, Pipeline, encode, read_records
-from vlm_jax.data.images import read_image
-from vlm_jax.data.making import Steps
+from vlm_jax.data.loader import Steps
+from vlm_jax.data.media.images import read_image
+from vlm_jax.data.records.stream import open_stream
 from vlm_jax.data.shapes import LEAST_GAIN, choose_shapes, cost, group, round_up
-from vlm_jax.data.stream import open_stream
 from vlm_jax.errors import UserError
 
 WORDS = "What color is the ball and the box? "

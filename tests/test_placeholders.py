@@ -10,7 +10,7 @@ from runs import write_recipe
 
 from vlm_jax.cli import main
 from vlm_jax.data import encode
-from vlm_jax.data.records import BadExample, canonical
+from vlm_jax.data.records.record import BadExample, canonical
 from vlm_jax.errors import UserError
 
 

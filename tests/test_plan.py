@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax import UserError, config, plan
-from vlm_jax.models.known import KNOWN
+from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.sharding import make_mesh
-from vlm_jax.train.abstract import abstract_run
+from vlm_jax.train.setup import abstract_run
 from vlm_jax.trees import flatten
 
 GPU = pytest.mark.skipif(

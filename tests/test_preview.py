@@ -16,8 +16,8 @@ from rich.console import Console
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder, Pipeline, read_records
-from vlm_jax.data.images import read_image
-from vlm_jax.data.processors import resize, smart_resize, value_table
+from vlm_jax.data.media.images import read_image
+from vlm_jax.data.media.processors import resize, smart_resize, value_table
 from vlm_jax.hub.load import SETTINGS
 from vlm_jax.preview import page, terminal
 from vlm_jax.preview.collect import collect, histogram, preview, shards_of

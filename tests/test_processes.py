@@ -26,8 +26,9 @@ from several import (
     written,
 )
 
-from vlm_jax import UserError, processes
+from vlm_jax import UserError
 from vlm_jax.cli import main
+from vlm_jax.distributed import processes
 from vlm_jax.sharding import share_of
 from vlm_jax.train.mesh import mesh_of
 
@@ -300,14 +301,14 @@ def test_what_one_process_cannot_do_ends_all_with_its_words(place):
 
 SAVES = """
 import sys
-from vlm_jax.together import together
+from vlm_jax.distributed.failures import together
 
 with together(lambda error: 2):
     from test_checkpoint import make_state
     from vlm_jax import processes
     from vlm_jax.sharding import make_mesh
     from vlm_jax.train.checkpoint import Checkpoints
-    from vlm_jax.train.place import on_mesh
+    from vlm_jax.train.placement import on_mesh
 
     state = on_mesh(make_state(), make_mesh())
     with Checkpoints(sys.argv[1], {}) as checkpoints:

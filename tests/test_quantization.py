@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
 import vlm_jax
-from vlm_jax.lora import requantization_error
+from vlm_jax.adapters.lora import requantization_error
 from vlm_jax.names import module_name, stacked_layers
 from vlm_jax.quantization import Quantization, abstract, storages, summary
 from vlm_jax.sharding import make_mesh, shard_params

@@ -5,7 +5,7 @@ import pytest
 import vlm_jax
 from vlm_jax import config
 from vlm_jax.quantization import Quantization
-from vlm_jax.train.base import quantization_of
+from vlm_jax.train.setup import quantization_of
 
 
 def settings(**model):

@@ -10,13 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import vlm_jax
 from vlm_jax import UserError, config
-from vlm_jax.models.known import KNOWN
+from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.adapt import adapt_base, check_kept
 from vlm_jax.train.compile import abstract_batch
-from vlm_jax.train.counts import trainable_line
-from vlm_jax.train.place import abstract, abstract_state
-from vlm_jax.train.recipe import report
+from vlm_jax.train.placement import abstract, abstract_state
+from vlm_jax.train.trainable import report, trainable_line
 from vlm_jax.trees import flatten, match
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -14,17 +14,17 @@ from runs import make_config
 from tiers import fast
 from transformers import AutoTokenizer
 
-import vlm_jax.survey as survey
+import vlm_jax.data.statistics as survey
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder
+from vlm_jax.data.statistics import choose_row
 from vlm_jax.hardware import DEVICES, hardware
-from vlm_jax.recommend import METHODS, recommend
-from vlm_jax.survey import choose_row
+from vlm_jax.plan.recommend import METHODS, recommend
 from vlm_jax.train.adapt import adapt
-from vlm_jax.train.base import load_base
 from vlm_jax.train.estimate import beside_masters, estimate, nbytes
 from vlm_jax.train.loop import train
+from vlm_jax.train.setup import load_base
 from vlm_jax.trees import split
 
 

@@ -21,18 +21,18 @@ from checkpoint_files import qwen2_vl_files
 
 import vlm_jax
 from vlm_jax import UserError
-from vlm_jax.config_tables import OPTIMIZERS
+from vlm_jax.adapters.targets import PRESETS, target_modules
+from vlm_jax.config.choices import OPTIMIZERS
 from vlm_jax.data import Encoder
-from vlm_jax.data.formats import CHATS
-from vlm_jax.data.formats import FORMATS as RECORDS
-from vlm_jax.data.records import canonical
-from vlm_jax.data.tokenizer import load_tokenizer
+from vlm_jax.data.records.formats import CHATS
+from vlm_jax.data.records.formats import FORMATS as RECORDS
+from vlm_jax.data.records.record import canonical
+from vlm_jax.data.text.tokenizer import load_tokenizer
 from vlm_jax.models import MODELS
-from vlm_jax.models.known import KNOWN
+from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.names import current_name, disk_places, is_unused, to_disk, to_tree
 from vlm_jax.sharding import make_mesh, param_shardings, replicate
-from vlm_jax.targets import PRESETS, target_modules
-from vlm_jax.train.place import on_mesh
+from vlm_jax.train.placement import on_mesh
 from vlm_jax.trees import flatten, match
 from vlm_jax.weights import FORMATS, dense, is_quantized
 from vlm_jax.weights.quantize import quantize

@@ -9,8 +9,8 @@ from references import quiet, qwen2_vl, qwen2_vl_inputs
 
 import vlm_jax
 from vlm_jax import config, plan
-from vlm_jax.layers.scan import REMAT
-from vlm_jax.train.base import remat_of
+from vlm_jax.models.layers.scan import REMAT
+from vlm_jax.train.setup import remat_of
 from vlm_jax.trees import flatten
 
 TABLE = [(r"model/visual/.*", "frozen"), (r".*", "full")]

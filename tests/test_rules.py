@@ -12,13 +12,13 @@ from transformers.optimization import Adafactor
 
 import vlm_jax
 from vlm_jax import UserError
-from vlm_jax.config_checks import optimizer_name
-from vlm_jax.config_tables import OPTIMIZERS
+from vlm_jax.config.checks import optimizer_name
+from vlm_jax.config.choices import OPTIMIZERS
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.checkpoint import Checkpoints, flat_state
 from vlm_jax.train.estimate import estimate
-from vlm_jax.train.place import abstract_state, on_mesh
-from vlm_jax.train.rules import promoting, takes
+from vlm_jax.train.optimizers import promoting, takes
+from vlm_jax.train.placement import abstract_state, on_mesh
 from vlm_jax.trees import flatten, unflatten
 
 TABLE = [("tower/.*", "full(0.5)"), (".*/lora_.", "lora"), (".*", "full")]

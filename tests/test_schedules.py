@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from vlm_jax import UserError, config
-from vlm_jax.train.optim import OptimizerSettings, learning_rate
+from vlm_jax.train.optimizer import OptimizerSettings, learning_rate
 from vlm_jax.train.schedules import SCHEDULES
 
 pytestmark = pytest.mark.exact

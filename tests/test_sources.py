@@ -6,8 +6,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from vlm_jax.data.records import canonical
-from vlm_jax.data.sources import read_records
+from vlm_jax.data.records.record import canonical
+from vlm_jax.data.records.sources import read_records
 from vlm_jax.errors import UserError
 
 LLAVA = {

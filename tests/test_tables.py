@@ -11,9 +11,9 @@ from PIL import Image
 from runs import write_recipe
 
 from vlm_jax.cli import main
-from vlm_jax.data import tables
-from vlm_jax.data.sources import read_records
-from vlm_jax.data.stream import open_stream
+from vlm_jax.data.records import tables
+from vlm_jax.data.records.sources import read_records
+from vlm_jax.data.records.stream import open_stream
 from vlm_jax.errors import UserError
 
 ODD = ["plain", 'a "quoted", word', "two\nlines", "semi;colon\ttab", " ä\u2028b ", "x" * 200_000]

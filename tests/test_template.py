@@ -9,9 +9,9 @@ from runs import make_data, write_recipe
 from transformers.utils import chat_template_utils
 
 from vlm_jax.cli import main
-from vlm_jax.data import sandbox, template
-from vlm_jax.data.template import BadTemplate, Template
-from vlm_jax.data.watchdog import within
+from vlm_jax.data.text import sandbox, template
+from vlm_jax.data.text.template import BadTemplate, Template
+from vlm_jax.data.text.watchdog import within
 
 TALK = [text("user", "Which?"), text("assistant", "red"), text("user", "sure?")]
 GROWING = "{% set n = namespace(x='aaaaaaaaa') %}{% for i in range(60) %}"

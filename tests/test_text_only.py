@@ -19,8 +19,8 @@ from vlm_jax import config
 from vlm_jax.batch import pad_patches
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder, Pipeline
+from vlm_jax.data.records.stream import open_stream
 from vlm_jax.data.shapes import wider_shapes
-from vlm_jax.data.stream import open_stream
 from vlm_jax.trees import flatten
 
 FILES = {"qwen2_vl": qwen2_vl_files, "llava": llava_files}

@@ -22,10 +22,8 @@ import vlm_jax
 from vlm_jax import UserError, config
 from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.train import loop
-from vlm_jax.train.best import Best
-from vlm_jax.train.patience import Patience
-from vlm_jax.train.run import make_encoder
-from vlm_jax.train.turns import every
+from vlm_jax.train.selection import Best, Patience, every
+from vlm_jax.train.setup import make_encoder
 
 
 def their_turns(args, epoch, total):

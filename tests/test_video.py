@@ -9,11 +9,11 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlm_jax.data import Encoder, encode, read_records
-from vlm_jax.data.access import SAFE, Access
 from vlm_jax.data.encode import BadExample
-from vlm_jax.data.records import canonical
-from vlm_jax.data.video import Sampling, open_video
-from vlm_jax.data.video_processor import make_video_processor, read_video_settings
+from vlm_jax.data.media.access import SAFE, Access
+from vlm_jax.data.media.video import Sampling, open_video
+from vlm_jax.data.media.video_processor import make_video_processor, read_video_settings
+from vlm_jax.data.records.record import canonical
 from vlm_jax.errors import UserError
 
 ANSWER = {"role": "assistant", "content": "red"}

@@ -29,7 +29,7 @@ class Batch:
     positions int32 [B, T], or [B, 3, T] (time, height, width) for M-RoPE.
     image_index int32 [B, T]: which image feature of the row replaces this token; -1 for none.
     patches float32 [B, P, C]: pixels of each patch, flattened as the family's towers expect; on
-        their way to the device they may be uint8 and of one frame, see `vlm_jax.data.look_up`.
+        their way to the device they may be uint8 and of one frame, see `models.pixel_table`.
     patch_segments int32 [B, P]: which image (or video frame) a patch belongs to; 0 is padding.
     patch_positions int32 [B, P] or [B, P, 2]: where in its image a patch lies.
     """
@@ -79,7 +79,7 @@ def collate(
     A row's examples are packed one after another; segments and images are numbered through the
     row. `like` is any example of the same family: it gives the shapes of an empty row. `merge` is
     how many patches make one image feature (`merged_patches` of the family's config). `pixels` is
-    the dtype of the examples' patches: uint8 before `vlm_jax.data.look_up`. Without `padded` the
+    the dtype of the examples' patches: uint8 before `models.pixel_table`. Without `padded` the
     batch's patches are [N, C], those of all rows one after another, until `pad_patches`.
     Raises `ValueError` where a row does not fit: nothing is ever cut.
     """

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.cli_options import parser, spelled
-from vlm_jax.cli_output import wrapped, writable, write
+from vlm_jax.config.options import parser, spelled
+from vlm_jax.distributed.interrupts import INTERRUPTED, STOPPED, end_at_once, on_signal
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.interrupts import INTERRUPTED, STOPPED, end_at_once, on_signal
+from vlm_jax.files.output import wrapped, writable, write
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax import config as configs
 
     config = configs.load(options.config, overrides)  # bad keys are told before JAX is there
-    from vlm_jax.together import together
+    from vlm_jax.distributed.failures import together
 
     resume = "auto" if options.resume == "auto" else options.resume is not None
     with together(lambda error: _report(options, error)):
@@ -112,7 +112,7 @@ def _recommend(options: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from vlm_jax.recommend import check_out, recommend, write
+    from vlm_jax.plan.recommend import check_out, recommend, write
 
     if file is not None:
         check_out(file)
@@ -145,7 +145,7 @@ def _recommend(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from vlm_jax.train.export import export
+    from vlm_jax.train.results import export
 
     done = export(options.run, options.out, options.merge, options.quantized)
     print(wrapped(str(done), sys.stdout))
@@ -160,7 +160,7 @@ def _encoder(options: argparse.Namespace, **changes: Any) -> tuple[Any, Any]:
     if options.run is not None:
         if options.adapter or options.dtype:
             raise UserError("--adapter and --dtype belong to --model; a run has its own.")
-        from vlm_jax.train.reading import open_run
+        from vlm_jax.train.results import open_run
 
         config, encoder = open_run(options.run)
         return config, encoder.replace(**changes)
@@ -181,7 +181,7 @@ def _load(options: argparse.Namespace, encoder: Any) -> tuple[Any, Any]:
     import vlm_jax
 
     if options.run is not None:
-        from vlm_jax.train.reading import load_run
+        from vlm_jax.train.results import load_run
 
         return load_run(options.run, encoder=encoder)[:2]
     model, params = vlm_jax.load(options.model, options.dtype or "float32")
@@ -194,7 +194,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     import dataclasses
     import time
 
-    from vlm_jax.config import get_config
+    from vlm_jax.config.schema import get_config
     from vlm_jax.data import read_records
     from vlm_jax.evals.accuracy import accuracy
 
@@ -250,7 +250,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     import vlm_jax
-    from vlm_jax.ends import end_tokens
+    from vlm_jax.generation import end_tokens
 
     _, encoder = _encoder(options)
     content: list[dict[str, str]] = [{"type": "image"} for _ in options.image]
@@ -293,7 +293,7 @@ def _overrides(options: argparse.Namespace, words: list[str]) -> dict[str, str]:
     """Return {"section.key": value} of the words that are no options of the command itself."""
     if not words:
         return {}
-    from vlm_jax.config_words import overrides
+    from vlm_jax.config.words import overrides
 
     return overrides(words, _names(options))
 

@@ -1,11 +1,13 @@
-"""Generation: one prefill, then decoding with a KV cache in one compiled loop.
+"""Generation: one prefill, then decoding with a KV cache in one compiled loop, to an end token.
 
-Letters: B rows, T prompt tokens, N new tokens, V vocabulary.
+An answer ends at the EOS tokens of the checkpoint's files and at the one that its chat template
+writes. Letters: B rows, T prompt tokens, N new tokens, V vocabulary.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax import processes
 from vlm_jax.batch import Batch
-from vlm_jax.ends import end_tokens
+from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
+from vlm_jax.files.limits import SIZE, read_json
 from vlm_jax.model import Model
 from vlm_jax.models.decoder import empty_cache
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -149,3 +151,61 @@ def generate(
         new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p, top_k), eos=eos, pad=pad,
     )  # fmt: skip
     return processes.to_host(out)
+
+
+FILE = "generation_config.json"
+
+
+def generation_file(model: Model) -> dict[str, Any]:
+    """Return what the checkpoint's generation_config.json says; nothing where there is none.
+
+    Raises `UserError` where it holds no object.
+    """
+    if model.source is None:
+        return {}
+    file = Path(model.source.directory) / FILE
+    if not file.exists():
+        return {}
+    return read_json(file)
+
+
+def settings(model: Model) -> dict[str, Any]:
+    """Return the checkpoint's fields for generation: those of that file, else of config.json."""
+    found: dict[str, Any] = {}
+    text = model.hf_config.get("text_config") or {}
+    for given in (text, model.hf_config, generation_file(model)):
+        found.update({key: value for key, value in given.items() if value is not None})
+    return found
+
+
+def end_tokens(model: Model, turn_end: int | None = None) -> tuple[tuple[int, ...], int]:
+    """Return (EOS ids, pad id) of generation_config.json, else of config.json.
+
+    turn_end: what the chat template ends an answer with, which joins the EOS ids. A base model's
+    EOS is another, but a model that was trained on conversations writes this one.
+    """
+    given = settings(model)
+    eos, pad = given.get("eos_token_id"), given.get("pad_token_id")
+    ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
+    if turn_end is not None and turn_end not in ids:
+        ids = (*ids, turn_end)
+    pad = pad if pad is not None else (ids[0] if ids else 0)
+    if not all(isinstance(token, int) and abs(token) <= SIZE for token in (*ids, pad)):
+        raise UserError(
+            f"The checkpoint names eos_token_id {eos!r} and pad_token_id {pad!r}; expected whole "
+            f"numbers. Mend its generation_config.json or config.json."
+        )
+    return ids, pad
+
+
+def exported(model: Model) -> dict[str, Any] | None:
+    """Return the generation_config.json with which others stop where an answer ends.
+
+    None where the checkpoint's own files say so, or no chat template is known.
+    """
+    ids, pad = end_tokens(model, model.turn_end)
+    if ids == end_tokens(model)[0]:
+        return None
+    # Without the file transformers reads these in config.json; with it, it does not.
+    special = {"bos_token_id": settings(model).get("bos_token_id"), "pad_token_id": pad}
+    return {**special, **generation_file(model), "eos_token_id": list(ids)}

@@ -13,9 +13,9 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example, collate
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.layers.scan import REMAT
-from vlm_jax.methods import Adapter, LoRA
 from vlm_jax.models import MODELS
+from vlm_jax.models.layers.scan import REMAT
+from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.trees import flatten, match, unflatten
 

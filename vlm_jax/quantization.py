@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.limits import check_patterns
+from vlm_jax.files.limits import check_patterns
 from vlm_jax.model import Model
 from vlm_jax.models import MODELS
 from vlm_jax.names import current_name, layer_names, module_name

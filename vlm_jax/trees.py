@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.errors import UserError
-from vlm_jax.limits import check_patterns
+from vlm_jax.files.limits import check_patterns
 
 Tree = Mapping[str, Any]
 Table = Sequence[tuple[str, Any]]

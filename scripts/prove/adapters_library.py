@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaModel
 
 import vlm_jax
-from vlm_jax.layers.bottleneck import is_adapter
+from vlm_jax.models.layers.bottleneck import is_adapter
 from vlm_jax.names import disk_places, to_disk
 from vlm_jax.trees import flatten, unflatten
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm_jax.models.known import KNOWN
+from vlm_jax.models.reference_configs import KNOWN
 
 TINY = Path(__file__).resolve().parents[2] / "assets" / "qwen2_vl_tiny_scenes"
 MAX_PIXELS = 512 * 28 * 28

@@ -15,7 +15,7 @@ import jax
 from load_in_4bit import peak, write_checkpoint
 
 import vlm_jax
-from vlm_jax.targets import PRESETS
+from vlm_jax.adapters.targets import PRESETS
 from vlm_jax.trees import flatten
 
 FILE = 1_000_000_000  # bytes of one file

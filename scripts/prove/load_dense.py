@@ -33,8 +33,8 @@ READERS = (OURS, THEIRS, "load_file, copied", "from_pretrained, mapped", "load_f
 def write_checkpoint(directory: Path, dtype: str) -> None:
     """Write a random Qwen2-VL of 120 M parameters, or of 240 M with twice the layers."""
     import vlm_jax
-    from vlm_jax.hub.files import write_json, write_shards
-    from vlm_jax.models.known import KNOWN
+    from vlm_jax.files.atomic import write_json, write_shards
+    from vlm_jax.models.reference_configs import KNOWN
     from vlm_jax.names import disk_places
     from vlm_jax.trees import flatten
 

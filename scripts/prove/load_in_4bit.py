@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 import vlm_jax
-from vlm_jax.hub.files import write_json, write_shards
-from vlm_jax.models.known import KNOWN
+from vlm_jax.files.atomic import write_json, write_shards
+from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.names import disk_places
 from vlm_jax.quantization import summary
 from vlm_jax.trees import flatten

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import vlm_jax
 from vlm_jax import plan, quantization
-from vlm_jax.models.known import KNOWN
+from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 

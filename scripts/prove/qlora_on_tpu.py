@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.layers.linear import Linear, LoRAScale
-from vlm_jax.layers.scan import Stack
+from vlm_jax.models.layers.linear import Linear, LoRAScale
+from vlm_jax.models.layers.scan import Stack
 from vlm_jax.plan import collectives, estimated_seconds, topologies
 from vlm_jax.quantization import NAMES
 from vlm_jax.sharding import BATCH, leaf_sharding, make_mesh, used_on_mesh

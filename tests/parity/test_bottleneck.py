@@ -11,9 +11,9 @@ from references import our_logits, quiet, tensors
 from test_peft import build
 
 import vlm_jax
-from vlm_jax.layers.bottleneck import is_adapter
+from vlm_jax.models.layers.bottleneck import is_adapter
 from vlm_jax.names import disk_places, to_disk, to_tree
-from vlm_jax.train.recipe import training_table
+from vlm_jax.train.trainable import training_table
 from vlm_jax.trees import flatten
 
 ADAPTERS = {

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 import vlm_jax
-from vlm_jax.models.known import KNOWN
-from vlm_jax.targets import PRESETS
-from vlm_jax.train.counts import leaf_sizes
+from vlm_jax.adapters.targets import PRESETS
+from vlm_jax.models.reference_configs import KNOWN
+from vlm_jax.train.trainable import leaf_sizes
 
 SEVEN = "|".join(PRESETS["llama"])
 LM = rf".*language_model.*({SEVEN})"

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import vlm_jax
-from vlm_jax.from_pytorch import LORA_CONFIG, REFUSED
+from vlm_jax.config.from_pytorch import LORA_CONFIG, REFUSED
 from vlm_jax.hub.peft_config import HARMLESS, HARMLESS_VALUES, READ
 
 REFUSED_FIELDS = [field for field, said in LORA_CONFIG.items() if said.kind == REFUSED]

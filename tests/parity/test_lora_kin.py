@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from test_peft import assert_equal_logits, assert_twenty_equal_steps, build, to_legacy
 
 import vlm_jax
-from vlm_jax.targets import slots
+from vlm_jax.adapters.targets import slots
 from vlm_jax.trees import flatten, join, unflatten
 
 NUMBERED = r"layers\.0\.self_attn\.q_proj"

@@ -9,7 +9,7 @@ import pytest
 from checkpoint_files import llava_files, qwen2_vl_files, text
 from transformers import AutoTokenizer
 
-from vlm_jax.data.chat import Chat
+from vlm_jax.data.text.chat import Chat
 
 WORDS = (
     "what color is the ball ? It's red, and\nthe box is 12 blue; Über ASSISTANT: user <b> \t [INST]"

@@ -14,8 +14,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import vlm_jax
 from vlm_jax.data import Encoder
-from vlm_jax.data.image_settings import make_processor
-from vlm_jax.data.images import read_image
+from vlm_jax.data.media.image_settings import make_processor
+from vlm_jax.data.media.images import read_image
 from vlm_jax.errors import UserError
 
 CROPPED = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}

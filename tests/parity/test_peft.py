@@ -16,7 +16,7 @@ from references import llava, llava_inputs, our_logits, quiet, qwen2_vl, qwen2_v
 
 import vlm_jax
 from vlm_jax.names import current_name, disk_places, to_tree
-from vlm_jax.train.recipe import training_table
+from vlm_jax.train.trainable import training_table
 from vlm_jax.trees import flatten, unflatten
 
 FAMILIES = ["qwen2_vl", "llava"]

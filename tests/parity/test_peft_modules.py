@@ -15,7 +15,7 @@ from test_peft import assert_equal_logits
 from transformers import LlavaForConditionalGeneration, Qwen2VLForConditionalGeneration
 
 import vlm_jax
-from vlm_jax.saved import saved_leaves
+from vlm_jax.adapters.modules_to_save import saved_leaves
 from vlm_jax.trees import flatten, unflatten
 
 TIED = dict(text=dict(tie_word_embeddings=True), tie_word_embeddings=True)

@@ -13,9 +13,9 @@ from references import our_logits, quiet, wide
 from test_peft import assert_equal_logits, assert_twenty_equal_steps, build
 
 import vlm_jax
-from vlm_jax.layers.linear import Linear, LoRAScale
-from vlm_jax.starts import random_start, singular_factors
-from vlm_jax.targets import slots
+from vlm_jax.adapters.lora_init import random_start, singular_factors
+from vlm_jax.adapters.targets import slots
+from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights import FourBit, dense
 

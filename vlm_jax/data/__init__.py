@@ -1,8 +1,8 @@
 """Host side, numpy only: records in, batches out."""
 
-from vlm_jax.data.chat import Chat
 from vlm_jax.data.encode import Encoder, encode
 from vlm_jax.data.pipeline import Pipeline
-from vlm_jax.data.sources import read_records
+from vlm_jax.data.records.sources import read_records
+from vlm_jax.data.text.chat import Chat
 
 __all__ = ["Chat", "Encoder", "Pipeline", "encode", "read_records"]

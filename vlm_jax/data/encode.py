@@ -9,21 +9,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
-from vlm_jax.data.access import Access
-from vlm_jax.data.boxes import fill
-from vlm_jax.data.chat import TRAIN_ON, Chat
-from vlm_jax.data.image_settings import check_processor, make_processor, read_settings
-from vlm_jax.data.look_up import LookUp
-from vlm_jax.data.measures import FILMED, SHRUNK, TURNS_DROPPED, Size
-from vlm_jax.data.media import KINDS, Grids, Media
+from vlm_jax.data.lengths import FILMED, SHRUNK, TURNS_DROPPED, Size
+from vlm_jax.data.media.access import Access
+from vlm_jax.data.media.headers import KINDS, Grids, Media
+from vlm_jax.data.media.image_settings import check_processor, make_processor, read_settings
+from vlm_jax.data.media.processors import Grid, ImageProcessor, look_up
+from vlm_jax.data.media.video_processor import (
+    VideoProcessor,
+    make_video_processor,
+    read_video_settings,
+)
 from vlm_jax.data.overlong import POLICIES, Trial, fit, too_long
-from vlm_jax.data.processors import Grid, ImageProcessor, look_up
-from vlm_jax.data.records import BadExample, Record, canonical, describe
-from vlm_jax.data.template import BadTemplate
-from vlm_jax.data.video_processor import VideoProcessor, make_video_processor, read_video_settings
+from vlm_jax.data.records.boxes import fill
+from vlm_jax.data.records.record import BadExample, Record, canonical, describe
+from vlm_jax.data.text.chat import TRAIN_ON, Chat
+from vlm_jax.data.text.template import BadTemplate
 from vlm_jax.errors import UserError
-from vlm_jax.limits import MAX_IMAGE_PIXELS, read_json
+from vlm_jax.files.limits import MAX_IMAGE_PIXELS, read_json
 from vlm_jax.model import from_config
+from vlm_jax.models.pixel_table import LookUp
 
 ON_BAD_EXAMPLE = ("raise", "skip")
 # What of a checkpoint directory the sizes of examples hang on.

@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from vlm_jax.data.encode import Encoder
-from vlm_jax.data.measures import REASONS, Measures
-from vlm_jax.data.mixture import Mixture, Records
-from vlm_jax.data.records import BadExample
-from vlm_jax.data.stream import StreamRecords
-from vlm_jax.data.template import BadTemplate
+from vlm_jax.data.lengths import REASONS, Measures
+from vlm_jax.data.records.mixture import Mixture, Records
+from vlm_jax.data.records.record import BadExample
+from vlm_jax.data.records.stream import StreamRecords
+from vlm_jax.data.text.template import BadTemplate
 from vlm_jax.errors import UserError
 
 # Left out under every policy but data.overlong="error": nothing is wrong with them.

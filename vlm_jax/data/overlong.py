@@ -6,7 +6,7 @@ An image is whole or not there at all: its tokens are never truncated, and neith
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vlm_jax.data.records import BadExample, Record, describe
+from vlm_jax.data.records.record import BadExample, Record, describe
 
 # data.overlong -> what is tried, in this order, before the example is left out.
 POLICIES: dict[str, tuple[str, ...]] = {

@@ -13,8 +13,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch
 from vlm_jax.data.encode import Encoder
-from vlm_jax.data.making import Made, Making, Skipped, Steps, batches
-from vlm_jax.data.measures import (
+from vlm_jax.data.lengths import (
     FILMED,
     SHRUNK,
     TURNS_DROPPED,
@@ -22,13 +21,14 @@ from vlm_jax.data.measures import (
     StreamMeasures,
     measures_file,
 )
+from vlm_jax.data.loader import Made, Making, Skipped, Steps, batches
 from vlm_jax.data.measuring import ALWAYS_DROPPED, Measurer
-from vlm_jax.data.mixture import Mixture, Records
 from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.planner import Planner, State, Step
+from vlm_jax.data.records.mixture import Mixture, Records
+from vlm_jax.data.records.sources import read_records
+from vlm_jax.data.records.stream import Stream, StreamRecords
 from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up, wider_shapes
-from vlm_jax.data.sources import read_records
-from vlm_jax.data.stream import Stream, StreamRecords
 from vlm_jax.errors import UserError
 
 SAMPLE = 2000  # records that are measured before the first step

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm_jax.data.measures import FILMED
+from vlm_jax.data.lengths import FILMED
 from vlm_jax.data.measuring import Measurer
 from vlm_jax.data.packing import pack, row_sizes
+from vlm_jax.data.records.stream import StreamRecords
 from vlm_jax.data.shapes import Shape, cost, fit
-from vlm_jax.data.stream import StreamRecords
 from vlm_jax.errors import UserError
 
 State = dict[str, int]

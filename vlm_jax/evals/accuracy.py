@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import processes
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.encode import Encoder
 from vlm_jax.data.measuring import ALWAYS_DROPPED, reason_of
-from vlm_jax.data.mixture import Mixture, Records
-from vlm_jax.data.records import Record
+from vlm_jax.data.records.mixture import Mixture, Records
+from vlm_jax.data.records.record import Record
 from vlm_jax.data.shapes import Shape, choose_shapes, group, round_up
-from vlm_jax.ends import end_tokens
+from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
-from vlm_jax.generation import generate
+from vlm_jax.generation import end_tokens, generate
 from vlm_jax.model import Model
 from vlm_jax.sharding import mesh_under, row_parts
 

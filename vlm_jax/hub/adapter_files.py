@@ -18,23 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_jax.adapters import shapes
+from vlm_jax.adapters.added_tokens import is_added
+from vlm_jax.adapters.bottleneck import shapes
+from vlm_jax.adapters.modules_to_save import base_places
 from vlm_jax.errors import UserError, nearest
+from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
+from vlm_jax.files.limits import read_json
 from vlm_jax.hub.base import base_is_here
-from vlm_jax.hub.beside import check_adapter
-from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.peft import check_left_out, save_peft
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import read_tensors
-from vlm_jax.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
-from vlm_jax.layers.linear import is_lora
-from vlm_jax.limits import read_json
-from vlm_jax.methods import Adapter, LoRA
+from vlm_jax.hub.unread_weights import check_adapter
 from vlm_jax.model import Model, with_adapter_files
+from vlm_jax.models.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
+from vlm_jax.models.layers.linear import is_lora
+from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.names import current_name, disk_places, to_disk, to_tree
-from vlm_jax.saved import base_places
 from vlm_jax.trees import flatten, unflatten
-from vlm_jax.vocabulary import is_added
 
 CONFIG, WEIGHTS, MODULES = "adapter_config.json", "adapter.safetensors", "modules"
 # Fields of the library's BnConfig that say which kind an adapter is.
@@ -88,7 +88,7 @@ def save_adapter(
     that was trained but would be left out.
     """
     if not isinstance(model, Model):
-        from vlm_jax.linen.adapter_files import save_adapted  # a higher level, as in `merge`
+        from vlm_jax.linen.codec import save_adapted  # a higher level, as in `merge`
 
         if (name, compare_base) != ("default", True):
             raise UserError("name and compare_base mean nothing for a foreign module: omit them.")
@@ -200,7 +200,7 @@ def load_adapter(
     a tree that holds an adapter or LoRA already.
     """
     if not isinstance(model, Model):
-        from vlm_jax.linen.adapter_files import load_adapted  # a higher level, as in `merge`
+        from vlm_jax.linen.codec import load_adapted  # a higher level, as in `merge`
 
         return load_adapted(model, params, directory, inputs)
     if inputs is not None:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.hub.files import write_json
-from vlm_jax.limits import read_json
+from vlm_jax.files.atomic import write_json
+from vlm_jax.files.limits import read_json
 
 IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
 TEMPLATE = ("chat_template*", "additional_chat_templates")  # the latter a directory

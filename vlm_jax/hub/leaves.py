@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.errors import UserError
+from vlm_jax.files.limits import all_finite, check_finite
 from vlm_jax.hub.tensors import Block, Entry, read_tensor
-from vlm_jax.limits import all_finite, check_finite
 from vlm_jax.names import Place, to_tree
 from vlm_jax.quantization import Storage
 from vlm_jax.sharding import put

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.hub.beside import check_base
+from vlm_jax.files.limits import read_json
 from vlm_jax.hub.leaves import Tensor, read_leaf
 from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_tensor
-from vlm_jax.limits import read_json
+from vlm_jax.hub.unread_weights import check_base
 from vlm_jax.model import Model, Source, from_config
 from vlm_jax.names import Place, current_name, disk_places
 from vlm_jax.quantization import Quantize, described, storages

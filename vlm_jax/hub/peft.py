@@ -15,12 +15,16 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD, fold_added, is_added
+from vlm_jax.adapters.lora_init import FROM_KERNEL, kind_of
+from vlm_jax.adapters.modules_to_save import base_places, bias_places, module_names, saved_modules
+from vlm_jax.adapters.targets import layer_number, slots
 from vlm_jax.errors import UserError
+from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.base import base_is_here, base_tensors
-from vlm_jax.hub.files import ADAPTER_PARTS, whole_directory, write_json
-from vlm_jax.layers.linear import less_start
-from vlm_jax.methods import LoRA
 from vlm_jax.model import Model
+from vlm_jax.models.layers.linear import less_start
+from vlm_jax.models.methods import LoRA
 from vlm_jax.names import (
     Place,
     disk_places,
@@ -29,11 +33,7 @@ from vlm_jax.names import (
     to_disk,
     to_tree,
 )
-from vlm_jax.saved import base_places, bias_places, module_names, saved_modules
-from vlm_jax.starts import FROM_KERNEL, kind_of
-from vlm_jax.targets import layer_number, slots
 from vlm_jax.trees import flatten
-from vlm_jax.vocabulary import EMBEDDING, HEAD, fold_added, is_added
 from vlm_jax.weights import FourBit
 
 PREFIX = "base_model.model."

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.adapters.lora import BIASES
 from vlm_jax.errors import UserError
-from vlm_jax.limits import read_json
-from vlm_jax.lora import BIASES
+from vlm_jax.files.limits import read_json
 
 # Fields of adapter_config.json that are read, or that change nothing here.
 READ = frozenset(

@@ -9,19 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.errors import UserError, nearest
-from vlm_jax.hub.beside import PEFT_WEIGHTS, check_adapter
-from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
-from vlm_jax.hub.peft_config import read_config
-from vlm_jax.hub.tensors import open_tensors, read_tensors
-from vlm_jax.layers.linear import is_lora
-from vlm_jax.limits import check_patterns
-from vlm_jax.methods import LoRA
-from vlm_jax.model import Model, with_adapter_files
-from vlm_jax.names import Place, current_name, is_unused, to_tree
-from vlm_jax.processes import to_host
-from vlm_jax.saved import base_places, module_names, owners, peft_module, saved_modules
-from vlm_jax.targets import (
+from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD, add_tokens
+from vlm_jax.adapters.modules_to_save import (
+    base_places,
+    module_names,
+    owners,
+    peft_module,
+    saved_modules,
+)
+from vlm_jax.adapters.targets import (
     EMBEDDING_LEAF,
     PROJECTOR_NAMES,
     Slot,
@@ -32,8 +28,18 @@ from vlm_jax.targets import (
     slots,
     whole,
 )
+from vlm_jax.distributed.processes import to_host
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.files.limits import check_patterns
+from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
+from vlm_jax.hub.peft_config import read_config
+from vlm_jax.hub.tensors import open_tensors, read_tensors
+from vlm_jax.hub.unread_weights import PEFT_WEIGHTS, check_adapter
+from vlm_jax.model import Model, with_adapter_files
+from vlm_jax.models.layers.linear import is_lora
+from vlm_jax.models.methods import LoRA
+from vlm_jax.names import Place, current_name, is_unused, to_tree
 from vlm_jax.trees import flatten, unflatten
-from vlm_jax.vocabulary import EMBEDDING, HEAD, add_tokens
 
 # A module, and A or B of its matrices; none of them: its norms of columns.
 LORA_KEY = re.compile(

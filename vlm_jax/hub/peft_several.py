@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.adapters.lora import left_out
+from vlm_jax.adapters.targets import scales, slots
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.layers.linear import is_lora
-from vlm_jax.lora import left_out
-from vlm_jax.methods import LoRA
 from vlm_jax.model import Model
+from vlm_jax.models.layers.linear import is_lora
+from vlm_jax.models.methods import LoRA
 from vlm_jax.names import layer_names
-from vlm_jax.targets import scales, slots
 from vlm_jax.trees import flatten, unflatten
 
 

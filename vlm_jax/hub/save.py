@@ -10,22 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax import processes
-from vlm_jax.adapters import check_no_adapter
-from vlm_jax.ends import FILE as GENERATION
-from vlm_jax.ends import exported
+from vlm_jax.adapters.added_tokens import fold_added
+from vlm_jax.adapters.bottleneck import check_no_adapter
+from vlm_jax.adapters.lora import merged_leaf
+from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
+from vlm_jax.files.atomic import whole_directory, write_json, write_shards
+from vlm_jax.generation import FILE as GENERATION
+from vlm_jax.generation import exported
 from vlm_jax.hub.base import base_tensors
-from vlm_jax.hub.companions import IMAGES, VIDEOS, adapter_settings, copy_companions, write_settings
-from vlm_jax.hub.files import whole_directory, write_json, write_shards
+from vlm_jax.hub.companions import (
+    IMAGES,
+    VIDEOS,
+    adapter_settings,
+    copy_companions,
+    write_settings,
+)
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import DTYPES, open_tensors
-from vlm_jax.layers.linear import is_lora
-from vlm_jax.lora import merged_leaf
 from vlm_jax.model import Model
+from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.names import Place, current_name, disk_places, is_unused, to_disk
 from vlm_jax.trees import flatten
-from vlm_jax.vocabulary import fold_added
 from vlm_jax.weights import FourBit, bnb, dense
 from vlm_jax.weights.quantize import kind as kind_of
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import UserError
-from vlm_jax.limits import read_json
-from vlm_jax.models.known import KNOWN
+from vlm_jax.files.limits import read_json
+from vlm_jax.models.reference_configs import KNOWN
 
 
 def read_hf_config(
@@ -14,7 +14,7 @@ def read_hf_config(
 ) -> dict[str, Any]:
     """Return the config.json of a checkpoint directory or hub id; no other file is fetched.
 
-    The hub ids of `vlm_jax.models.known`, at their default revision, need no network. Raises
+    The hub ids of `models.reference_configs`, at their default revision, need no network. Raises
     `UserError` where there is neither a directory nor such a repository.
     """
     path = Path(path_or_repo_id).expanduser()

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
-from vlm_jax.limits import check_finite, is_file_name, read_json
-from vlm_jax.magic import lost
+from vlm_jax.files.file_types import lost
+from vlm_jax.files.limits import check_finite, is_file_name, read_json
 
 Block = tuple[slice, ...]
 

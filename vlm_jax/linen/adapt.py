@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from vlm_jax.adapters import fresh
+from vlm_jax.adapters.bottleneck import fresh
+from vlm_jax.adapters.lora import check_numbers
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.layers.linear import fresh_a, weight_update
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
-from vlm_jax.linen.additions import nnx_text, tell_deaf
-from vlm_jax.linen.bottlenecks import check_adapter, chosen_sites, site_shapes
-from vlm_jax.linen.find import look
-from vlm_jax.linen.parts import Layer, Other, Site
-from vlm_jax.linen.stacks import joined, unboxed
-from vlm_jax.linen.targets import chosen
-from vlm_jax.lora import check_numbers
-from vlm_jax.methods import Adapter, LoRA
+from vlm_jax.linen.discover import look
+from vlm_jax.linen.intercept import nnx_text, tell_deaf
+from vlm_jax.linen.parts import Layer, Other, Site, joined, unboxed
+from vlm_jax.linen.targets import check_adapter, chosen, chosen_sites, site_shapes
+from vlm_jax.models.layers.linear import fresh_a, weight_update
+from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.quantization import NAMES, Quantization
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights import FourBit, dense

@@ -7,11 +7,10 @@ from typing import Any
 import flax.linen as nn
 
 from vlm_jax.errors import UserError
-from vlm_jax.linen.additions import LEAF, Addition, LowRank, interceptor
-from vlm_jax.linen.bottlenecks import beside, site_shapes
-from vlm_jax.linen.parts import Layer, Site
-from vlm_jax.linen.stacks import joined, unboxed
-from vlm_jax.methods import Adapter, LoRA
+from vlm_jax.linen.intercept import LEAF, Addition, LowRank, interceptor
+from vlm_jax.linen.parts import Layer, Site, joined, unboxed
+from vlm_jax.linen.targets import beside, site_shapes
+from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.trees import flatten, unflatten
 
 LORA, ADAPTER = "lora", "adapter"  # the collections

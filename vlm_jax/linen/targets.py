@@ -1,12 +1,26 @@
-"""Which layers of a Linen module a LoRA's targets mean."""
+"""Where LoRA and bottleneck adapters go in a Linen module, and what a bottleneck adds there.
 
+A module of input x and output y becomes y + A(y) (houlsby, https://arxiv.org/abs/1902.00751) or
+y + A(x) (parallel, https://arxiv.org/abs/2110.04366), over last axes, with A of
+`layers.bottleneck.bottleneck`. What pfeiffer reads, the sum of y and the residual stream
+(https://arxiv.org/abs/2005.00247), no call of a module sees.
+"""
+
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+import jax
+
+from vlm_jax.adapters.bottleneck import check_known, leaf_shapes
+from vlm_jax.adapters.targets import PRESETS
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.limits import check_patterns
-from vlm_jax.linen.parts import Layer, Other
-from vlm_jax.targets import PRESETS
+from vlm_jax.files.limits import check_patterns
+from vlm_jax.linen.intercept import Call, name_of, tell_no_dropout
+from vlm_jax.linen.parts import Layer, Other, Site, first_argument, shape_of
+from vlm_jax.models.layers.bottleneck import Bottleneck, bottleneck
+from vlm_jax.models.methods import Adapter
 
 
 def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> list[Layer]:
@@ -84,3 +98,141 @@ def _nothing(target: str, found: Sequence[Layer | Other]) -> UserError:
         f"preset ({', '.join(PRESETS)}), 'all-linear', or one regex over whole names such as "
         f"'{names[0] if names else 'layers_0.q_proj'}'."
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """An addition: the leaves of one bottleneck, nested as `bottleneck` takes them."""
+
+    idle: ClassVar[str] = (
+        "was called, and not its __call__, whose output an adapter changes: it would do nothing. "
+        "Leave it out of the adapter's targets, or name the modules that it calls."
+    )
+
+    leaves: Any
+    form: Bottleneck
+
+    def change(self, call: Call, y: Any) -> Any:
+        context = call.context
+        if context.method_name != "__call__" or "__call__" in call.within:  # as super()'s
+            return None
+        read, module = y, context.module
+        if self.form.reads == "input":
+            read = first_argument(context.orig_method, call.args, call.kwargs)
+        down, up = (self.leaves[name]["kernel"].shape for name in ("adapter_down", "adapter_up"))
+        x_shape, y_shape = shape_of(read), shape_of(y)
+        widths = x_shape[-1:], y_shape[-1:]
+        if x_shape[:-1] != y_shape[:-1] or widths != (down[:-1], up[1:]):  # of no stack, too
+            raise UserError(
+                f"The adapter of '{name_of(module)}' has the matrices {list(down)} and {list(up)}, "
+                f"but reads {x_shape} and changes {y_shape} in this call, unlike in the one that "
+                f"adapt traced. Give adapt `inputs=` of such a call, or take it out of the targets."
+            )
+        if self.form.dropout > 0 and not module.has_rng("dropout"):
+            tell_no_dropout("adapter", self.form.dropout, [name_of(module)])
+        return y + bottleneck(module, self.form, self.leaves, read, y.dtype)
+
+
+jax.tree_util.register_dataclass(Beside, data_fields=["leaves"], meta_fields=["form"])
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """Raise `UserError` for what adapters of foreign modules lack, and without targets."""
+    check_known(adapter)
+    if adapter.form.reads == "sum":
+        raise UserError(
+            "An adapter of kind 'pfeiffer' reads the sum of the residual stream and a block's "
+            "output, which no call of a foreign module sees. Take Adapter('houlsby', ...) with the "
+            "MLP alone as target, which reads that output before the sum."
+        )
+    lacking = {
+        "components": "looking into components of a vision-language model (targets name modules)",
+        "modules_to_save": "saving further modules in full (train them as leaves of 'params')",
+    }
+    for name, what in lacking.items():
+        if getattr(adapter, name) != getattr(Adapter(), name):
+            raise UserError(
+                f"The adapter has {name}={getattr(adapter, name)!r}, but {what} is not supported "
+                f"by adapt. Leave it out."
+            )
+    if not adapter.targets:
+        raise UserError(
+            "The adapter's targets are empty. Name the modules whose output gets one: suffixes "
+            "such as ('attn', 'mlp'), or one regex over whole dotted names."
+        )
+
+
+def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Site, ...]:
+    """Return the modules that get an adapter, in the tree's order; found: by path.
+
+    Raises `UserError` for a target that matches nothing, and by name for a module that the trace
+    did not reach, that gives no single array, or, where A reads its input, takes none that fits.
+    """
+    targets = adapter.targets
+    if isinstance(targets, str):
+        rows = {targets: targets}
+    else:
+        rows = {suffix: rf"(.*\.)?{re.escape(suffix)}" for suffix in targets}
+    names = {path.replace("/", "."): site for path, site in found.items()}
+    check_patterns(list(rows.values()), list(names), "adapter target")
+    hits: set[str] = set()
+    for target, row in rows.items():
+        matched = [name for name in names if re.fullmatch(row, name)]
+        if not matched:
+            ends = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if name))
+            raise UserError(
+                f"The adapter target '{target}' matches no module{nearest(target, ends)}. There "
+                f"are {', '.join(ends[:20]) or 'none'}. Name suffixes, or one regex over whole "
+                f"names such as '{next((name for name in names if '.' in name), 'block_0.mlp')}'."
+            )
+        for name in matched:
+            _check_site(name, names[name], target, adapter)
+        hits |= set(matched)
+    return tuple(site for name, site in names.items() if name in hits and site is not None)
+
+
+def _check_site(name: str, site: Site | None, target: str, adapter: Adapter) -> None:
+    """Raise `UserError` where a module cannot have an adapter."""
+    reads_x, why = adapter.form.reads == "input", None
+    if site is None:
+        why = (
+            "no call that was traced reached its __call__. Give adapt `inputs=`, what "
+            "`module.apply` takes behind the variables, or name the modules that are called"
+        )
+    elif isinstance(site.y, str):
+        why = (
+            f"it is a {site.kind} and gives {site.y}, not one array of floating-point numbers. "
+            f"Name the module in it that does"
+        )
+    elif reads_x and (isinstance(site.x, str) or site.x[:-1] != site.y[:-1]):
+        why = (
+            f"'parallel' reads its first argument, which is {site.x} and gives {site.y}: not one "
+            f"row for each of its rows. Take 'houlsby', which reads what it gives"
+        )
+    elif site.depth and (site.depth > 1 or site.stack is None):
+        why = "its parameters are a stack of stacks, or no stack that one nn.scan makes"
+    elif site.stack is not None and not site.stack.takes(1):
+        why = (
+            f"its layers are stacked along axis {site.stack.axis}, which biases have not: take "
+            f"nn.scan(..., variable_axes={{'params': 0}})"
+        )
+    if why is not None:
+        where = f"'{name}'" if name else "the whole module"
+        raise UserError(f"The adapter target '{target}' means {where}, but {why}.")
+
+
+def site_shapes(site: Site, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Return {path: shape} of the leaves of a module's adapter."""
+    read = site.x if adapter.form.reads == "input" else site.y
+    assert not isinstance(read, str) and not isinstance(site.y, str)  # `chosen_sites` saw to it
+    lead = () if site.stack is None else (site.stack.count,)
+    base = f"{site.path}/" if site.path else ""
+    return leaf_shapes(adapter, base, read[-1], site.y[-1], lead)
+
+
+def beside(site: Site, adapter: Adapter, leaves: Any, dropout: bool) -> Beside:
+    """Return the addition of a module; leaves: nested; dropout: whether `apply` has an rng."""
+    if site.stack is not None:
+        leaves = jax.tree.map(site.stack.lay, leaves)
+    rate = float(adapter.dropout) if dropout and site.hears else 0.0  # else `adapt` told it
+    return Beside(leaves, dataclasses.replace(adapter.form, dropout=rate))

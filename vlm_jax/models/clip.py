@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.layers.activations import ACTIVATIONS
-from vlm_jax.layers.attention import attention
-from vlm_jax.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
-from vlm_jax.layers.linear import Linear, LoRAScale, parameter
-from vlm_jax.layers.norm import LayerNorm
-from vlm_jax.layers.scan import Stack
-from vlm_jax.limits import number
+from vlm_jax.files.limits import number
 from vlm_jax.models.hf_config import Fields
+from vlm_jax.models.layers.activations import ACTIVATIONS
+from vlm_jax.models.layers.attention import attention
+from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
+from vlm_jax.models.layers.linear import Linear, LoRAScale, parameter
+from vlm_jax.models.layers.norm import LayerNorm
+from vlm_jax.models.layers.scan import Stack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
-from vlm_jax.layers.activations import ACTIVATIONS
-from vlm_jax.layers.attention import attention
-from vlm_jax.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
-from vlm_jax.layers.linear import Embed, Linear, LoRAScale
-from vlm_jax.layers.norm import RMSNorm
-from vlm_jax.layers.rope import Rope, apply_rope, rope_angles, rope_from_hf
-from vlm_jax.layers.scan import Stack
 from vlm_jax.models.hf_config import REQUIRED, Fields
+from vlm_jax.models.layers.activations import ACTIVATIONS
+from vlm_jax.models.layers.attention import attention
+from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
+from vlm_jax.models.layers.linear import Embed, Linear, LoRAScale
+from vlm_jax.models.layers.norm import RMSNorm
+from vlm_jax.models.layers.rope import Rope, apply_rope, rope_angles, rope_from_hf
+from vlm_jax.models.layers.scan import Stack
 
 
 @dataclasses.dataclass(frozen=True)

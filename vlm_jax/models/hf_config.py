@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.limits import number
+from vlm_jax.files.limits import number
 
 REQUIRED = object()
 NAMES = {

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.layers.activations import ACTIVATIONS
-from vlm_jax.layers.bottleneck import Bottleneck
-from vlm_jax.layers.linear import Linear, LoRAScale
 from vlm_jax.models.clip import Tower, VisionTower, cut_patches, tower_from_hf
 from vlm_jax.models.decoder import AXES as DECODER_AXES
 from vlm_jax.models.decoder import Decoder, DecoderConfig, decoder_from_hf
 from vlm_jax.models.hf_config import Fields
+from vlm_jax.models.layers.activations import ACTIVATIONS
+from vlm_jax.models.layers.bottleneck import Bottleneck
+from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.models.vlm import VisionLanguageModel
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from vlm_jax.layers.activations import ACTIVATIONS
-from vlm_jax.layers.attention import attention
-from vlm_jax.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
-from vlm_jax.layers.linear import Linear, LoRAScale
-from vlm_jax.layers.norm import LayerNorm
-from vlm_jax.layers.rope import apply_rope, grid_angles
-from vlm_jax.layers.scan import Stack
+from vlm_jax.models.layers.activations import ACTIVATIONS
+from vlm_jax.models.layers.attention import attention
+from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
+from vlm_jax.models.layers.linear import Linear, LoRAScale
+from vlm_jax.models.layers.norm import LayerNorm
+from vlm_jax.models.layers.rope import apply_rope, grid_angles
+from vlm_jax.models.layers.scan import Stack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.layers.activations import ACTIVATIONS
-from vlm_jax.layers.bottleneck import Bottleneck
-from vlm_jax.layers.linear import LoRAScale
-from vlm_jax.limits import number
+from vlm_jax.files.limits import number
 from vlm_jax.models.decoder import AXES as DECODER_AXES
 from vlm_jax.models.decoder import Decoder, DecoderConfig, decoder_from_hf
 from vlm_jax.models.hf_config import Fields
+from vlm_jax.models.layers.activations import ACTIVATIONS
+from vlm_jax.models.layers.bottleneck import Bottleneck
+from vlm_jax.models.layers.linear import LoRAScale
 from vlm_jax.models.qwen2_vit import Tower, Visual
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.positions import mrope, vision_positions, vision_segments

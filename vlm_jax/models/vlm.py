@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.batch import Batch
-from vlm_jax.layers.bottleneck import Bottleneck
-from vlm_jax.layers.linear import Linear, LoRAScale
-from vlm_jax.layers.partition import gather_places
+from vlm_jax.models.layers.bottleneck import Bottleneck
+from vlm_jax.models.layers.linear import Linear, LoRAScale
+from vlm_jax.models.layers.partition import gather_places
 
 
 def place_features(x_BTD: jax.Array, features_BFD: jax.Array, image_index_BT: jax.Array):

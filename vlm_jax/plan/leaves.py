@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.layers.linear import is_lora
+from vlm_jax.models.layers.bottleneck import is_adapter
+from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.plan.step import Step
 from vlm_jax.train.moments import HOST
 from vlm_jax.trees import flatten

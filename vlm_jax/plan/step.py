@@ -16,12 +16,11 @@ from vlm_jax.errors import UserError
 from vlm_jax.hardware import Hardware
 from vlm_jax.model import Model
 from vlm_jax.plan.topologies import OPTIONS, devices
-from vlm_jax.train.abstract import abstract_run
 from vlm_jax.train.compile import abstract_batch, out_of_memory_explained
 from vlm_jax.train.compile import compile_step as compile_run
 from vlm_jax.train.estimate import image_patches
 from vlm_jax.train.mesh import mesh_of, rows_of, sizes_of
-from vlm_jax.train.run import step_options
+from vlm_jax.train.setup import abstract_run, step_options
 from vlm_jax.train.step import TrainState, make_step
 
 

@@ -10,18 +10,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.data import Pipeline
-from vlm_jax.data.measures import SHRUNK, TURNS_DROPPED
+from vlm_jax.data.lengths import SHRUNK, TURNS_DROPPED
 from vlm_jax.data.planner import Step
-from vlm_jax.data.records import canonical
+from vlm_jax.data.records.record import canonical
 from vlm_jax.data.shapes import Shape
 from vlm_jax.errors import UserError
+from vlm_jax.files.limits import read_json
 from vlm_jax.hub.load import resolve
-from vlm_jax.limits import read_json
 from vlm_jax.model import Source, from_config
 from vlm_jax.preview.example import Example, Picture, Reader
 from vlm_jax.sharding import mesh_sizes
-from vlm_jax.train.base import base_name, check_type
-from vlm_jax.train.run import data_seed, make_encoder, make_pipeline
+from vlm_jax.train.setup import base_name, check_type, data_seed, make_encoder, make_pipeline
 
 SPLITS = ("train", "eval")
 BARS = 24  # of a histogram, at most

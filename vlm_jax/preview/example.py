@@ -12,7 +12,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch
 from vlm_jax.data.encode import Encoder
-from vlm_jax.data.processors import value_table
+from vlm_jax.data.media.processors import value_table
 
 LONGEST_CHARACTER = 8  # tokens that may share one character, at most
 

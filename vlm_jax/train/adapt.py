@@ -8,21 +8,22 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
+from vlm_jax.adapters.added_tokens import EMBEDDING, add_tokens, is_added
+from vlm_jax.adapters.bottleneck import add_adapter
+from vlm_jax.adapters.lora import add_lora
+from vlm_jax.adapters.modules_to_save import bias_leaves, saved_modules
+from vlm_jax.adapters.targets import PRESETS, slots, target_kernels, target_modules
 from vlm_jax.errors import UserError
+from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
 from vlm_jax.hub.peft import starts_from_kernel
 from vlm_jax.hub.peft_load import load_peft
-from vlm_jax.layers.bottleneck import is_adapter
-from vlm_jax.layers.linear import is_lora
-from vlm_jax.lora import add_lora
-from vlm_jax.methods import LoRA
 from vlm_jax.model import Model
+from vlm_jax.models.layers.bottleneck import is_adapter
+from vlm_jax.models.layers.linear import is_lora
+from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.names import layer_names
-from vlm_jax.saved import bias_leaves, saved_modules
-from vlm_jax.targets import PRESETS, slots, target_kernels, target_modules
-from vlm_jax.train.bottlenecks import adapt_bottlenecks
-from vlm_jax.train.recipe import lora_modules_to_save, training_table
+from vlm_jax.train.trainable import lora_modules_to_save, training_table
 from vlm_jax.trees import Table, flatten, split
-from vlm_jax.vocabulary import EMBEDDING, add_tokens, is_added
 from vlm_jax.weights import is_quantized
 
 
@@ -194,3 +195,64 @@ def _continue_lora(
     return dataclasses.replace(
         model, lora=dataclasses.replace(own, dropout=lora.dropout, modules_to_save=saved)
     )
+
+
+def adapter_of(config: ConfigDict) -> Adapter:
+    """Return what a config's adapter section asks for."""
+    asked = dict(config.adapter)
+    return Adapter(kind=asked.pop("type"), **asked)
+
+
+def adapt_bottlenecks(
+    config: ConfigDict, model: Model, params: dict[str, Any]
+) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
+    """Return (model, params, training table) of a base with the config's bottleneck adapters.
+
+    Raises `UserError` where model.adapter holds LoRA, or adapters of another kind.
+    """
+    m, adapter = config.model, adapter_of(config)
+    scales = {
+        "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
+        "projector_lr_scale": m.projector_lr_scale,
+    }
+    brought: tuple[str, ...] = ()
+    if m.adapter is not None:
+        read = load_adapter if is_adapter_directory(m.adapter) else load_peft
+        model, params = read(model, params, m.adapter)
+        brought = model.modules_to_save
+        if any(map(is_lora, flatten(params))):
+            raise UserError(
+                f"'{m.adapter}' holds LoRA matrices, and adapter.type asks for bottleneck adapters "
+                f"beside them. Merge them first (vlm-jax export --merge) and train from the result."
+            )
+    if model.adapter is None:  # of LLaVA's first stage there are modules alone
+        key = jax.random.key(config.training.seed)
+        model, params = add_adapter(model, params, adapter, key)
+    else:
+        _check_same(model.adapter, adapter, m.adapter)
+    places = [path for path in flatten(params) if is_adapter(path)]
+    saved = lora_modules_to_save(model, places, modules_to_save=adapter.modules_to_save, **scales)
+    modules = tuple(dict.fromkeys((*brought, *saved)))
+    adapter = dataclasses.replace(adapter, modules_to_save=modules)
+    model = dataclasses.replace(model, adapter=adapter, lora=None)
+    table = training_table(
+        model,
+        params,
+        language_model_lr_scale=m.language_model_lr_scale,
+        freeze_layers=m.freeze_layers,
+        vision_layer_decay=m.vision_layer_decay,
+        modules_to_save=saved,
+        **scales,
+    )
+    return model, params, table
+
+
+def _check_same(own: Adapter, asked: Adapter, directory: str) -> None:
+    """Raise where a loaded adapter computes otherwise than the config asks."""
+    for name in ("kind", "reduction_factor", "non_linearity", "scaling", "norm", "components"):
+        ours, theirs = getattr(own, name), getattr(asked, name)
+        if ours != theirs and (name != "components" or set(ours) != set(theirs)):
+            raise UserError(
+                f"The adapter '{directory}' has {name}={getattr(own, name)!r}, but the config's "
+                f"adapter section says {getattr(asked, name)!r}. Set the adapter's own value."
+            )

@@ -16,13 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vlm_jax import processes
+from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
-from vlm_jax.train.best import Best, kept
-from vlm_jax.train.output import SEEN_WITHIN
-from vlm_jax.train.places import Claim
-from vlm_jax.train.quiet import tell_failed_saves_once
-from vlm_jax.train.repage import kept_otherwise
+from vlm_jax.train.moments import kept_otherwise
+from vlm_jax.train.progress import tell_failed_saves_once
+from vlm_jax.train.run_dir import SEEN_WITHIN, Claim
+from vlm_jax.train.selection import Best, kept
 from vlm_jax.train.step import TrainState
 
 FORMAT = 2  # of what a checkpoint says of itself; 1 knew a base by three samples of each file

@@ -10,8 +10,8 @@ import jax
 
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
-from vlm_jax.layers.partition import rows_over
 from vlm_jax.model import Model
+from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.sharding import batch_shardings, check_lengths
 from vlm_jax.train.losses import loss
 from vlm_jax.train.step import TrainState

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlm_jax.data.image_settings import make_processor, read_settings
+from vlm_jax.data.media.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
-from vlm_jax.models.known import IMAGES
+from vlm_jax.models.reference_configs import IMAGES
 from vlm_jax.sharding import make_mesh
-from vlm_jax.train.abstract import abstract_base, abstract_run
-from vlm_jax.train.base import base_name
 from vlm_jax.train.losses import CHUNK_POSITIONS, head_of
+from vlm_jax.train.setup import abstract_base, abstract_run, base_name
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 

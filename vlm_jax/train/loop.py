@@ -9,37 +9,41 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from vlm_jax import processes
-from vlm_jax.hub.files import write_json
+from vlm_jax.distributed import processes
+from vlm_jax.files.atomic import write_json
 from vlm_jax.quantization import summary
 from vlm_jax.sharding import row_parts, row_share
-from vlm_jax.train.best import Best, best_of
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     compile_largest_loss,
     compile_largest_step,
     out_of_memory_explained,
 )
-from vlm_jax.train.counts import trainable_line
-from vlm_jax.train.evaluation import evaluated, told
-from vlm_jax.train.feed import Feed
-from vlm_jax.train.identity import identity, settings_of
+from vlm_jax.train.fingerprint import identity, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import (
-    Lines,
-    check_reporters,
-    open_log,
-    print_report,
+    Watch,
+    added_only,
+    evaluated,
+    idle_components,
+    told,
+    untrained_tokens,
 )
-from vlm_jax.train.optim import OptimizerSettings, learning_rate, optimizer
-from vlm_jax.train.output import nothing_half_written, output_directory, result_half_written
-from vlm_jax.train.patience import Patience, patience_of
-from vlm_jax.train.place import on_mesh
-from vlm_jax.train.places import Claim, Places, places_of
-from vlm_jax.train.progress import Bar, Doing
-from vlm_jax.train.recipe import report
-from vlm_jax.train.result import write_result
-from vlm_jax.train.run import (
+from vlm_jax.train.optimizer import OptimizerSettings, learning_rate, optimizer
+from vlm_jax.train.placement import Feed, on_mesh
+from vlm_jax.train.preemption import Stopped, interruptible
+from vlm_jax.train.progress import Bar, Doing, details, headline
+from vlm_jax.train.results import write_result
+from vlm_jax.train.run_dir import (
+    Claim,
+    Places,
+    nothing_half_written,
+    output_directory,
+    places_of,
+    result_half_written,
+)
+from vlm_jax.train.selection import Best, Patience, best_of, every, patience_of, total_steps
+from vlm_jax.train.setup import (
     absolute_paths,
     build,
     evaluates,
@@ -48,10 +52,8 @@ from vlm_jax.train.run import (
     step_options,
 )
 from vlm_jax.train.step import TrainState, init_state, make_step
-from vlm_jax.train.stop import Stopped, interruptible
-from vlm_jax.train.told import details, headline
-from vlm_jax.train.turns import every, total_steps
-from vlm_jax.train.watch import Watch, added_only, idle_components, untrained_tokens
+from vlm_jax.train.trackers import Lines, check_reporters, open_log, print_report
+from vlm_jax.train.trainable import report, trainable_line
 from vlm_jax.trees import flatten, join, split
 from vlm_jax.weights import is_quantized
 

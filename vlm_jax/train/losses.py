@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD
 from vlm_jax.batch import Batch
-from vlm_jax.layers import partition
 from vlm_jax.model import Model
+from vlm_jax.models.layers import partition
 from vlm_jax.sharding import gathered
 from vlm_jax.trees import flatten, join, unflatten
-from vlm_jax.vocabulary import EMBEDDING, HEAD
 
 # Logits of about this many positions exist at a time on a device.
 CHUNK_POSITIONS = 1024

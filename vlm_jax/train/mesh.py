@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vlm_jax import processes
+from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
 from vlm_jax.hardware import DEVICES
 from vlm_jax.sharding import LEAST_SPREAD, make_mesh, mesh_sizes, row_parts, spread
-from vlm_jax.train.abstract import abstract_base
 from vlm_jax.train.estimate import estimate, row_shape
+from vlm_jax.train.setup import abstract_base
 
 # An estimate from shapes was up to an eighth below what a compiler took.
 ROOM = 0.85
@@ -27,7 +27,7 @@ def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sha
         if jax.process_count() != processes.count():
             raise UserError(
                 f"JAX sees {jax.process_count()} processes that were not connected: call "
-                f"vlm_jax.processes.start() before anything touches a device."
+                f"vlm_jax.distributed.processes.start() before anything touches a device."
             )
         if processes.count() > 1 and 0 < wanted < len(devices):
             raise UserError(

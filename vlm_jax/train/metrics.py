@@ -1,294 +1,202 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and tables."""
+"""What each step and each evaluation gave; a run that learns nothing or breaks is stopped."""
 
-import contextlib
-import importlib
-import importlib.util
-import json
-import os
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
+import jax
+import numpy as np
+from ml_collections import ConfigDict
 
-from vlm_jax import processes
+from vlm_jax.adapters.added_tokens import EMBEDDING, is_added, spare_tokens
+from vlm_jax.data import Encoder, Pipeline
+from vlm_jax.data.records.stream import StreamRecords
+from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
-from vlm_jax.hub.files import write_whole
+from vlm_jax.evals.accuracy import accuracy
+from vlm_jax.model import Model
+from vlm_jax.train.placement import Feed
+from vlm_jax.train.step import TrainState
+from vlm_jax.train.trackers import Meter, Reporter
+from vlm_jax.trees import join
 
-HOSTED = ("wandb", "trackio")  # packages with wandb's interface
-ONLINE = ("online", "shared")  # wandb's modes that need a key
-Writer = Callable[[int, Mapping[str, Any]], None]
+# Components that see a gradient only in a batch with images.
+NEED_IMAGES = ("vision", "projector")
 
 
-class JsonLines:
-    """One JSON object a line, whole after each write. Lines past `resume_step` are cut off.
+def idle_components(trained: Collection[str], images: bool) -> list[str]:
+    """Return the trained components that data cannot reach; images: whether it may have some.
 
-    The others are in the file at any moment, whatever ends the process in the midst of it.
-    last: the last object that was there before; {} where there was none.
+    Raises `UserError` where that is all of them.
     """
-
-    def __init__(self, path: Path, resume_step: int | None = None):
-        self.last: dict[str, Any] = {}
-        if resume_step is not None and path.exists():
-            self.last = _cut(path, resume_step)
-        mode = "w" if resume_step is None else "a"
-        self.file = open(path, mode, encoding="utf-8")
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _cut(path: Path, step: int) -> dict[str, Any]:
-    """Take the lines out of a file that are of later steps or not whole; return the last left."""
-    old, kept, last = path.read_bytes(), [], {}
-    for line in old.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line of a run that was killed while writing
-            continue
-        if row["step"] <= step:
-            kept.append(line + b"\n")
-            last = row
-    new = b"".join(kept)
-    if old.startswith(new):
-        os.truncate(path, len(new))  # takes no room on the disk
-    else:
-        write_whole(path, new)
-    return last
-
-
-def check_reporters(names: Sequence[str]) -> None:
-    """Raise `UserError` where a reporter is not installed, or wandb has nobody to write for."""
-    for name in names:
-        if name in HOSTED and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"training.report_to names '{name}', which is not installed: pip install "
-                f"'vlm_jax[{name}]', or leave it out."
-            )
-    if "wandb" in names and processes.is_primary():
-        wandb: Any = importlib.import_module("wandb")
-        if wandb.setup().settings.mode in ONLINE:
-            with _explained("wandb", "cannot log in"):
-                wandb.login()
-
-
-@contextlib.contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
-    """Raise `UserError` with what to do where a reporter fails inside; each has its own errors."""
-    remedy = f"Leave {name} out of training.report_to to train without it."
-    if name == "wandb":
-        remedy = (
-            "Run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which writes into "
-            "the run's directory for a later `wandb sync`; or leave wandb out of "
-            "training.report_to."
-        )
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    idle = [] if images else [name for name in NEED_IMAGES if name in trained]
+    if idle and set(trained) <= set(idle):
         raise UserError(
-            f"training.report_to names '{name}', which {what}: {reason}. {remedy}"
-        ) from error
+            f"Only the {' and the '.join(idle)} would train, but data.train_file has no image that "
+            f"could reach it. Give data with images, or train the language model too (lora.enabled "
+            f"or model.language_model_lr_scale)."
+        )
+    return idle
 
 
-class Reporter(Protocol):
-    """What takes the numbers of a run."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line of training metrics."""
-
-    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line of evaluation results."""
-
-    def evaluated(self, step: int) -> dict[str, float] | None:
-        """Return what was written of an evaluation of this step before the run was resumed."""
-
-    def close(self) -> None:
-        """Finish what is being written."""
+def untrained_tokens(model: Model, trained: Iterable[str], tokens: Mapping[str, int]) -> list[str]:
+    """Return the new tokens of a tokenizer whose rows nothing trains; see `spare_tokens`."""
+    reached = any(path.startswith(f"{EMBEDDING}/") and not is_added(path) for path in trained)
+    return [] if reached else spare_tokens(model, tokens)
 
 
-class Silent:
-    """Takes numbers and writes none: the log of a process that another one speaks for."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-    def evaluated(self, step: int) -> dict[str, float] | None:
-        return None
-
-    def close(self) -> None:
-        pass
+def added_only(trained: Iterable[str], component: Callable[[str], str]) -> set[str]:
+    """Return the components of which only rows of new tokens train, of all trained paths."""
+    trained = list(trained)
+    return {component(path) for path in trained} - {
+        component(path) for path in trained if not is_added(path)
+    }
 
 
-def open_log(directory: Path, report_to: Sequence[str], **options: Any) -> Reporter:
-    """Return `Log` of these arguments in the first process, and a silent one in others."""
-    return Log(directory, report_to, **options) if processes.is_primary() else Silent()
+class Watch:
+    """Reads each step's metrics one step late, checks them and logs them.
 
-
-class Log:
-    """Everything a run reports while it trains.
-
-    directory: the run's. report_to: tensorboard, wandb, trackio, none. resume_step: None for a new
-    run, else the step it goes on from. `check_reporters` first.
+    Late, because reading waits for the device, which by then works on the next step.
+    rare: components that may go without a gradient, as rows of tokens do that a batch lacks.
     """
 
     def __init__(
         self,
-        directory: Path,
-        report_to: Sequence[str],
-        *,
-        run_name: str | None = None,
-        project: str = "vlm_jax",
-        config: Mapping[str, Any] | None = None,
-        resume_step: int | None = None,
+        log: Reporter,
+        rate: Callable[[int], Any],
+        steps_per_epoch: int,
+        log_at: Callable[[int], bool],
+        rare: Collection[str] = (),
     ):
-        self.metrics = JsonLines(directory / "metrics.jsonl", resume_step)
-        self.evaluations = JsonLines(directory / "evaluations.jsonl", resume_step)
-        self.writers: list[Writer] = []
-        self.closers: list[Callable[[], Any]] = [self.metrics.close, self.evaluations.close]
-        try:
-            for name in report_to:
-                if name == "tensorboard":
-                    self._tensorboard(directory, resume_step)
-                elif name in HOSTED:
-                    self._hosted(name, directory, run_name, project, config or {})
-        except BaseException:
-            self.close()
-            raise
+        self.log, self.rate, self.steps_per_epoch = log, rate, steps_per_epoch
+        self.log_at = log_at
+        self.rare = rare
+        self.meter = Meter()
+        self.waiting: tuple | None = None
+        self.newest: float | None = None  # loss that was read
+        self.unseen: set[str] | None = None  # trained components still to show a gradient
 
-    def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
-        from tensorboardX import SummaryWriter
+    def push(self, step: int, ids: list[str], metrics: Any, images: bool) -> dict | None:
+        """Take a step's metrics, and return the log line of the one before if it is due."""
+        line = self.flush()
+        self.waiting = (step, ids, metrics, images)
+        return line
 
-        purge = None if resume_step is None else resume_step + 1
-        with _explained("tensorboard", "cannot write"):
-            board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+    def flush(self) -> dict | None:
+        """Read what is waiting, and return its log line if it is due.
 
-        def write(step: int, values: Mapping[str, Any]) -> None:
-            for name, value in values.items():
-                board.add_scalar(name, value, step)
-
-        self.writers.append(write)
-        self.closers.append(board.close)
-
-    def _hosted(
-        self,
-        name: str,
-        directory: Path,
-        run_name: str | None,
-        project: str,
-        config: Mapping[str, Any],
-    ) -> None:
-        module: Any = importlib.import_module(name)
-        # Else wandb writes where the command was given; trackio has a place of its own.
-        place = {"dir": os.environ.get("WANDB_DIR") or str(directory)} if name == "wandb" else {}
-        with _explained(name, "cannot start"):
-            module.init(
-                project=project, name=run_name or directory.name, config=dict(config), **place
-            )
-        self.writers.append(lambda step, values: module.log(dict(values), step=step))
-        self.closers.append(module.finish)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line of training metrics."""
-        self.metrics.write(step, values)
-        self._publish(step, {f"train/{name}": value for name, value in values.items()})
-
-    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line of evaluation results."""
-        self.evaluations.write(step, values)
-        self._publish(step, {f"eval/{name}": value for name, value in values.items()})
-
-    def evaluated(self, step: int) -> dict[str, float] | None:
-        """Return what was written of an evaluation of this step before the run was resumed."""
-        values = dict(self.evaluations.last)
-        return values if values.pop("step", None) == step else None
-
-    def _publish(self, step: int, values: Mapping[str, Any]) -> None:
-        for write in self.writers:
-            write(step, values)
-
-    def close(self) -> None:
-        for close in self.closers:
-            close()
-
-
-class Meter:
-    """Sums of the steps since the last logged one."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.loss = self.tokens = self.waited = 0.0
-        self.start = time.perf_counter()
-
-    def add(self, loss: float, tokens: float) -> None:
-        self.loss, self.tokens = self.loss + loss * tokens, self.tokens + tokens
-
-    def leave_out(self, seconds: float) -> None:
-        """Take time off that was spent on neither steps nor data, as compiling and evaluating."""
-        self.start += seconds
-
-    def wait(self, seconds: float) -> None:
-        """Count time in which the loop waited for a batch."""
-        self.waited += seconds
-
-    def read(self) -> dict[str, float]:
-        """Return the mean loss and the answer tokens, in all and per second; start anew.
-
-        data_wait: the share of the time in which the loop waited for a batch.
+        Raises `UserError` for a loss or gradient that is not finite, and for a trained component
+        whose gradient is zero where it should first have one.
         """
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        values = {
-            "loss": self.loss / max(self.tokens, 1e-9),
-            "tokens": self.tokens,
-            "tokens_per_second": self.tokens / seconds,
-            "data_wait": round(self.waited / seconds, 4),
+        if self.waiting is None:
+            return None
+        step, ids, metrics, images = self.waiting
+        self.waiting = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise self._not_finite(step, ids, values)
+        self.newest = values["loss"]
+        self._check_gradients(step, values, images)
+        self.meter.add(values["loss"], values["tokens"])
+        if not self.log_at(step):
+            return None
+        line = {
+            **self.meter.read(),
+            "learning_rate": float(f"{float(self.rate(step - 1)):.6g}"),
+            **{name: value for name, value in values.items() if name.startswith("grad_norm")},
+            "epoch": step / self.steps_per_epoch,
         }
-        self.reset()
-        return values
+        self.log.write(step, line)
+        return {"step": step, **line}
+
+    def _not_finite(self, step: int, ids: list[str], values: dict[str, float]) -> UserError:
+        remedy = "Look at these examples, or lower training.learning_rate."
+        if step == 1:
+            remedy = (
+                "Nothing was updated before it, so no learning rate is at fault: the weights are "
+                "(those read are finite, but values may grow beyond what model.dtype holds; does "
+                "the base answer, by vlm-jax generate?), or the examples are."
+            )
+        return UserError(
+            f"Step {step} gave loss {values['loss']} and gradient norm {values['grad_norm']}, so "
+            f"the run stops. Its examples were {', '.join(ids[:16])}"
+            f"{' and more' if len(ids) > 16 else ''}. {remedy}"
+        )
+
+    def _check_gradients(self, step: int, values: dict[str, float], images: bool) -> None:
+        if self.unseen is None:
+            prefix = "grad_norm/"
+            self.unseen = {n.removeprefix(prefix) for n in values if n.startswith(prefix)}
+        for component in sorted(self.unseen):
+            if component in NEED_IMAGES and not images:
+                continue
+            zero = values[f"grad_norm/{component}"] == 0
+            if component in self.rare and zero:
+                continue
+            self.unseen.discard(component)
+            if zero:
+                raise UserError(
+                    f"The {component} is to be trained, but its gradient is zero at step {step}, "
+                    f"so nothing of it would be learned. Freeze it (model.*_lr_scale, lora.*), or "
+                    f"look whether the data can reach it."
+                )
 
 
-class Lines(Console):
-    """A console of plain lines: whole ones in a log, broken at words on a terminal.
+def evaluated(
+    *,
+    config: ConfigDict,
+    model: Model,
+    encoder: Encoder,
+    held_out: Pipeline,
+    losses: Any,
+    state: TrainState,
+    frozen: Any,
+    feed: Feed,
+    check: Callable[[], None],
+    answered: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Return the loss over all held-out examples and the accuracy of generated answers.
 
-    Nothing in them is markup: a path may hold brackets.
+    check: called first and behind each batch; what it raises ends the evaluation.
+    answered(done, total): called behind each batch of answers.
     """
+    start = time.perf_counter()
+    check()
+    sums: list[Any] = []
+    for batch, _ in held_out.eval_batches(feed.bytes_only):
+        sums.append(losses(state.result, frozen, feed(batch)))
+        jax.block_until_ready(sums[-2:-1])  # or a stop would wait for all that is dispatched
+        check()
+    total, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
+    values = {"loss": float(total / max(tokens, 1e-9))}
+    e = config.evaluation
+    if e.accuracy:
+        assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
 
-    def __init__(self) -> None:
-        super().__init__(markup=False)
+        def on_batch(done: int, total: int) -> None:
+            answered(done, total)
+            check()
 
-    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
-        """Print as `Console` does; soft_wrap: where this is no terminal, do not break lines."""
-        super().print(*objects, soft_wrap=soft_wrap and not self.is_terminal, **options)
+        found = accuracy(
+            model,
+            join(state.result, frozen),
+            encoder,
+            held_out.records,
+            max_new_tokens=e.max_new_tokens,
+            batch_size=e.batch_size,
+            max_examples=e.max_examples,
+            on_batch=on_batch,
+        )
+        values["accuracy"], values["examples"] = found.accuracy, len(found.predictions)
+    # One process's word: what is chosen by it must be the same in all.
+    return processes.gather("evaluation", {**values, "seconds": time.perf_counter() - start})[0]
 
 
-def numbers(values: Mapping[str, Any]) -> str:
-    """Return one line's worth of metrics for people."""
-    return (
-        f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-        f"{values['tokens_per_second']:,.0f} answer tokens/s"
-    )
-
-
-def print_report(console: Console, rows: Sequence[Mapping[str, Any]], line: str) -> None:
-    """Print the table of what trains and PEFT's line."""
-    table = RichTable(title="What trains", title_justify="left")
-    table.add_column("component")
-    table.add_column("trains")
-    table.add_column("parameters", justify="right")
-    table.add_column("learning rate", justify="right")
-    for row in rows:
-        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
-        table.add_row(row["component"], row["trains"], f"{row['parameters']:,d}", rate)
-    console.print(table)
-    console.print(line, highlight=False, soft_wrap=True)
+def told(found: Mapping[str, float]) -> str:
+    """Return what an evaluation found, for people."""
+    words = [f"evaluation: loss {found['loss']:.4f}"]
+    if "accuracy" in found:
+        right = round(found["accuracy"] * found["examples"])
+        words.append(f"{right} of {found['examples']} right")
+    return ", ".join([*words, f"{found['seconds']:.0f} s"])

@@ -2,7 +2,8 @@
 
 A store sees a leaf through a view, an array of the same numbers in which its blocks are an axis.
 What is kept of a view may be cut into equal pages, updated one after the other: then it can lie in
-host memory, and what an update needs besides is as large as a page.
+host memory, and what an update needs besides is as large as a page. A checkpoint saved in pages
+resumes a run without them, and the other way.
 """
 
 import dataclasses
@@ -303,3 +304,34 @@ def advance(
     arrays = pages.comb(view), mean, square
     updates, mean, square = jax.lax.fori_loop(0, pages.count, turn, arrays)
     return store.restore(pages.join(updates)), mean, square
+
+
+def kept_otherwise(
+    moment: Any, shape: tuple[int, ...]
+) -> tuple[jax.ShapeDtypeStruct, Callable[[jax.Array], jax.Array]] | None:
+    """Return (a struct of `moment` as a checkpoint holds it, what makes an array of it `moment`).
+
+    shape: in the checkpoint. None where it is not that of the moment's pages if it is whole here,
+    or of the whole one if it is in pages here; 8-bit moments of large leaves have one shape both
+    ways. The struct lies in the memory and on the shards of `moment`, so that neither reading nor
+    turning makes a whole copy anywhere.
+    """
+    whole, paged = sorted((tuple(moment.shape), tuple(shape)), key=len)
+    pages = pages_of(Plain(whole), whole, paged=True)
+    if pages is None or (
+        paged != jax.eval_shape(pages.split, jax.ShapeDtypeStruct(whole, moment.dtype)).shape
+    ):
+        return None
+    to_pages = moment.shape == paged
+    axes = Plain(whole).origin
+    origin = tuple((axis + 1,) for (axis,) in axes) if to_pages else ((), *axes)
+    there = placed(moment.sharding, shape, origin, None)
+
+    def turn(x: jax.Array) -> jax.Array:
+        change = pages.split if to_pages else pages.unite
+        if moment.sharding.memory_kind != HOST:
+            return change(x)
+        return jax.device_put(change(jax.device_put(x, Space.Device)), Space.Host)
+
+    struct = jax.ShapeDtypeStruct(shape, moment.dtype, sharding=there)
+    return struct, jax.jit(turn, out_shardings=moment.sharding)

@@ -1,11 +1,14 @@
-"""What a person sees of a run while it goes on: a bar on a terminal, a few lines in a log file."""
+"""What a person sees of a run: its data and step before it begins, then a bar or log lines."""
 
 import contextlib
 import datetime
+import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,8 +22,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from vlm_jax.interrupts import at_sudden_end
-from vlm_jax.train.metrics import numbers
+from vlm_jax.data import Pipeline
+from vlm_jax.distributed.interrupts import at_sudden_end
+from vlm_jax.model import Model
+from vlm_jax.train.trackers import numbers
 
 RECENT = 20  # steps by whose times the end is foretold
 WIDE = 100  # columns of a terminal that has room for all; at 80 a line must do without some
@@ -171,3 +176,72 @@ class Bar:
             return "ETA -:--:--"
         seconds = sum(self.times) / len(self.times) * (self.total - self.step)
         return f"ETA {datetime.timedelta(seconds=round(seconds))}"
+
+
+def headline(data: Pipeline, held_out: Pipeline | None, rows: int, total: int, mesh: Any) -> str:
+    """Return how many records are trained and evaluated on, and in how many rows and steps."""
+    report = data.report
+    kept, seen, records = (report[key] for key in ("examples", "measured", "records"))
+    words = f"{kept:,} of {_many(records, 'record')}"
+    if seen < records:
+        words = f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
+    left_out = [f"{count:,} {reason}" for reason, count in report["dropped"].items()]
+    changed = (("shrunk", "with smaller images"), ("turns_dropped", "without old turns"))
+    notes = [f"{report[key]:,} {said}" for key, said in changed if report[key]]
+    if left_out:
+        notes.insert(0, f"left out: {', '.join(left_out)}")
+    if notes:
+        words += f" ({'; '.join(notes)})"
+    if held_out is not None:
+        words += f", {held_out.report['records']:,} to evaluate on"
+    words += f"; {_many(rows, 'row')} a step"
+    if mesh.size > 1:
+        sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
+        words += f" on {mesh.size} devices ({sizes})"
+    words += f"; {_many(total, 'step')}"
+    epoch = data.steps_per_epoch
+    return words if epoch is None else f"{words}, {epoch:,} an epoch"
+
+
+def details(data: Pipeline, model: Model) -> list[str]:
+    """Return what `--verbose` prints: the shapes of rows, what stays empty, how a step computes."""
+    report = data.report
+    shapes = ", ".join(f"{tokens} x {patches}" for tokens, patches in data.shapes)
+    again = "kept for" if model.remat == "none" else "computed again in"
+    return [
+        f"{'packed rows' if report['packing'] else 'rows'} of tokens x patches: {shapes}; "
+        f"{report['padding']:.1%} of tokens and {report['patch_padding']:.1%} of patches stay "
+        f"empty",
+        f"norms and softmax in float32; layers are {again} the backward pass ({model.remat}); no "
+        f"gradient is taken of frozen weights, so inputs need none",
+    ]
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
+def tell_failed_saves_once() -> None:
+    """Leave out what threads of a failed save print, for the rest of the process.
+
+    `Checkpoints.finish` raises the first failure. Each of orbax's threads logs its own besides, and
+    tensorstore's, whose writes are still under way, find the loop closed that they report to.
+    """
+    logging.getLogger("absl").addFilter(_is_news)
+    if getattr(sys.unraisablehook, "__module__", None) != __name__:
+        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.exc_info or "orbax" not in Path(record.pathname).parts
+
+
+def _without_closed_loops(
+    hook: Callable[["sys.UnraisableHookArgs"], object],
+) -> Callable[["sys.UnraisableHookArgs"], object]:
+    def filtered(met: "sys.UnraisableHookArgs") -> None:
+        closed = met.exc_type is RuntimeError and str(met.exc_value) == "Event loop is closed"
+        if not (closed and met.object is None):
+            hook(met)
+
+    return filtered

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.limits import all_finite
+from vlm_jax.files.limits import all_finite
 from vlm_jax.weights import FORMATS, dynamic8
 from vlm_jax.weights.fourbit import BLOCKS, FourBit
 from vlm_jax.weights.packing import (

@@ -1,0 +1,1 @@
+"""What is added to a frozen base: LoRA, bottleneck adapters, modules in full, tokens."""

@@ -1,0 +1,351 @@
+"""LoRA on a parameter tree: fresh matrices, merging.
+
+Layers of a stack may differ in rank and scale. Their matrices are then of the largest rank, and
+what a layer has less of it are columns of A and rows of B that are zero: each is the other's
+gradient, so they stay zero under any optimizer. `lora_scale` [L], float32 and never trained, holds
+the scales where they are not all the one that `LoRA` says; 0 is a layer without matrices.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.adapters import lora_init
+from vlm_jax.adapters.added_tokens import is_added
+from vlm_jax.adapters.bottleneck import check_no_adapter
+from vlm_jax.adapters.modules_to_save import bias_leaves, saved_leaves
+from vlm_jax.adapters.targets import (
+    EMBEDDING_LEAF,
+    Slot,
+    is_uniform,
+    rank_mask,
+    scales,
+    slots,
+    target_modules,
+)
+from vlm_jax.distributed import processes
+from vlm_jax.errors import UserError
+from vlm_jax.model import Model
+from vlm_jax.models.layers.linear import column_norms, fresh_a, is_lora, less_start, weight_update
+from vlm_jax.models.methods import LoRA
+from vlm_jax.names import current_name, layer_names, to_tree
+from vlm_jax.trees import flatten, unflatten
+from vlm_jax.weights import FourBit, dense
+from vlm_jax.weights.quantize import lying_as, requantized
+
+BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
+
+
+def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels: list[str]) -> None:
+    in_full = set(saved_leaves(model, params, lora.modules_to_save))
+    for path in (path for path in flatten(params) if is_added(path)):
+        in_full |= {path.replace("/added", leaf) for leaf in ("/kernel", "/embedding")}
+    codes = [path for path in in_full if isinstance(flatten(params).get(path), FourBit)]
+    if codes:
+        raise UserError(
+            f"modules_to_save, {list(lora.modules_to_save)}, trains '{min(codes)}' in full, which "
+            f"is stored in 4 bits: codes have no gradient, and an adapter cannot hold them. Take "
+            f"the module out of modules_to_save, or keep it dense: leave it out of the components "
+            f"that are quantized, or name it among the skipped modules."
+        )
+    both = [path for path in kernels if path in in_full]
+    if both:
+        raise UserError(
+            f"'{both[0]}' is both a LoRA target and in modules_to_save, or has rows of added "
+            f"tokens. A layer gets low-rank matrices or trains in full, not both: take it out of "
+            f"one of the two."
+        )
+
+
+def check_numbers(lora: LoRA) -> None:
+    """Raise `UserError` for a rank, dropout or word that means nothing."""
+    if lora.rank < 1:
+        raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
+    if lora.bias not in BIASES:
+        raise UserError(f"LoRA.bias is {lora.bias!r}; it must be one of {', '.join(BIASES)}.")
+
+
+def add_lora(
+    model: Model, params: Mapping[str, Any], lora: LoRA, key: jax.Array
+) -> tuple[Model, dict[str, Any]]:
+    """Return the model and a new tree with fresh `lora_A` [in, R] and `lora_B` [R, out] leaves.
+
+    A is kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(in), and B zero, as in
+    PEFT: the adapted model starts equal to the base. Both are float32; scanned layers lead with
+    the layer axis. lora.dora adds `lora_magnitude` [out], the norms of the kernel's columns. Of
+    the embedding A is zero and B normal. Layers that differ: see the top of this file. The
+    old tree stays as it was. Raises `UserError` for a target or module that
+    matches nothing, or where LoRA is there already.
+    """
+    flat = flatten(params)
+    if any(is_lora(path) for path in flat):
+        raise UserError("These parameters hold LoRA matrices already; merge them first.")
+    check_no_adapter(flat, "LoRA goes on a base without")
+    check_numbers(lora)
+    name, _ = lora_init.kind_of(lora.init)
+    hits = target_modules(model, params, lora)
+    kernels = list(hits)
+    _check_overlap(model, params, lora, kernels)
+    if lora.dora and EMBEDDING_LEAF in kernels:
+        raise UserError(
+            "DoRA is asked for on 'embed_tokens', but an embedding has no columns whose norms "
+            "DoRA's learned ones could replace here. Take it out of the targets, or set dora=False."
+        )
+    lora = dataclasses.replace(lora, left_out=left_out(model, hits))
+    for path, one in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
+        held = slots(model, lora, path)
+        *layers, inputs, outputs = flat[path].shape
+        rank = max(slot.rank for slot in held)
+        base = path.rsplit("/", 1)[0]
+        start: dict[str, Any] = {}
+        shape_a, shape_b = (*layers, inputs, rank), (*layers, rank, outputs)
+        if path == EMBEDDING_LEAF:
+            if name not in ("true", "gaussian"):
+                raise UserError(
+                    f"init_lora_weights={lora.init!r} is not defined for an embedding, in PEFT "
+                    f"neither: take 'embed_tokens' out of the targets, or start at random (true)."
+                )
+            a, b = jnp.zeros(shape_a, jnp.float32), jax.random.normal(one, shape_b, jnp.float32)
+        elif name != "true":
+            start = _start(model, lora, path, flat[path], one)
+            flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
+            a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
+        else:
+            a, b = fresh_a(one, shape_a), jnp.zeros(shape_b, jnp.float32)
+        flat[f"{base}/lora_A"] = a * rank_mask(held)[..., None, :] if layers else a
+        flat[f"{base}/lora_B"] = b
+        if lora.dora:
+            filled = (
+                name in lora_init.FROM_LOSS or "kernel" in start
+            )  # it starts at the sum's norms
+            norms = _sum_norms(flat, base, held) if filled else _norms(flat[path])
+            some = rank_mask(held)[:, :1]  # none of a layer left out
+            flat[f"{base}/lora_magnitude"] = norms * some if layers else norms
+        if not is_uniform(lora, held):
+            flat[f"{base}/lora_scale"] = scales(held)
+    model, params = dataclasses.replace(model, lora=lora), unflatten(flat)
+    bias_leaves(model, params)
+    return model, params
+
+
+def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> dict[str, Any]:
+    """Return the leaves of a start that is not the usual one, the kernel among them if it changes.
+
+    See lora_init.py. Layer by layer, on the device where the kernel is.
+    """
+    name, iterations = lora_init.kind_of(lora.init)
+    held, four = slots(model, lora, path), isinstance(kernel, FourBit)
+    if name in lora_init.FROM_LOSS and not four:
+        raise UserError(
+            f"init_lora_weights={lora.init!r} fills up what 4 bits lost, and '{path}' is dense: "
+            f"quantize the base (model.quantize=nf4), or take 'pissa'."
+        )
+    takes = name in lora_init.FROM_KERNEL
+    read = _originals(model, path, kernel) if takes or name in lora_init.FROM_LOSS else None
+    *_, inputs, outputs = kernel.shape
+    rank = max(slot.rank for slot in held)
+    made = []
+    for slot, one in zip(held, jax.random.split(key, len(held)), strict=True):
+        old = _one(kernel, slot.layer)
+        if slot.rank == 0:
+            a, b = jnp.zeros((inputs, rank)), jnp.zeros((rank, outputs))
+        elif read is None:
+            a, b = lora_init.random_start(name, one, inputs, slot.rank, outputs)
+        elif slot.scale == 0:
+            raise UserError(f"init_lora_weights={lora.init!r} needs an alpha above 0.")
+        else:
+            whole = read(slot)
+            left = whole if takes else whole - dense(old, jnp.float32)
+            a, b = lora_init.factors(name, left, slot.rank, slot.scale, iterations, one)
+            if takes and four:
+                old = requantized(old, whole - slot.scale * a @ b, f"'{path}' after its start")
+        lacking = rank - a.shape[1]
+        a, b = jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
+        made.append({"lora_A": a, "lora_B": b} | ({"kernel": old} if takes and four else {}))
+    leaves = made[0]
+    if held[0].layer is not None:
+        leaves = jax.tree.map(lambda *layers: jnp.stack(layers), *made)
+    if "kernel" in leaves:
+        leaves["kernel"] = lying_as(leaves["kernel"], kernel)
+    elif takes:
+        leaves |= {"start_A": leaves["lora_A"], "start_B": leaves["lora_B"]}
+    return leaves
+
+
+def _originals(model: Model, path: str, kernel: Any) -> Callable[[Slot], jax.Array]:
+    """Return a function to a kernel's layers in float32, before they were put in 4 bits."""
+    if not isinstance(kernel, FourBit) or isinstance(kernel.codes, jax.core.Tracer):
+        return lambda slot: dense(_one(kernel, slot.layer), jnp.float32)
+    from vlm_jax.hub.base import base_tensors  # as this is above, and files are read for it alone
+
+    source = model.source
+    names = {current_name(model, name): name for name in source.tensors} if source else {}
+    first = names.get(f"{layer_names(model, path)[0]}.weight")
+    if source is None or first is None or any(n.startswith(first) for n in source.beside):
+        raise UserError(
+            f"'{path}' is stored in 4 bits, and its weights before that, from which this start "
+            f"(init_lora_weights) is made, are not in the base's files. Load a base in 16 or 32 "
+            f"bits with model.quantize, or start at random (true)."
+        )
+    if processes.count() > 1:
+        raise UserError(
+            "A start that is made of 4-bit kernels (init_lora_weights) reads the base's files in "
+            "one process. Make it there and save it, or start at random (true)."
+        )
+    read = base_tensors(model)
+    return lambda slot: jnp.asarray(to_tree(path, read(f"{slot.module}.weight")), jnp.float32)
+
+
+def left_out(model: Model, hits: Mapping[str, list[bool]]) -> tuple[str, ...]:
+    """Return `LoRA.left_out` of {kernel: for each of its layers whether it is adapted}."""
+    return tuple(
+        module
+        for path, flags in hits.items()
+        for module, hit in zip(layer_names(model, path), flags, strict=True)
+        if not hit
+    )
+
+
+def merge(
+    model: Model | Any, params: Mapping[str, Any], requantize: bool = False
+) -> dict[str, Any]:
+    """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
+
+    Of DoRA the columns of that have the learned norms.
+
+    The sum is formed in float32 and stored in the kernel's dtype. A quantized kernel is decoded and
+    becomes dense in the model's dtype; requantize: it becomes a quantized one of the same format
+    again, on the same devices, which rounds most of a small update away (`requantization_error`
+    measures it). The old tree is untouched. Of a foreign module that `adapt` returned, `params` are
+    its variables, and the result is its own "params", all dense. Raises `UserError` for matrices
+    that were made for another shape, and where requantize finds nothing in 4 bits.
+    """
+    if not isinstance(model, Model):
+        from vlm_jax.linen.adapt import merge_adapted  # a higher level: it takes what is above
+
+        return merge_adapted(model, params, requantize)
+    flat = flatten(params)
+    check_no_adapter(flat, "A merged model is one without")
+    if requantize and not any(isinstance(leaf, FourBit) for leaf in flat.values()):
+        raise UserError(
+            "requantize=True makes merged kernels 4-bit again, but these parameters hold no 4-bit "
+            "kernel. Load the base with quantize='nf4-dq', or merge without requantize."
+        )
+    return unflatten(
+        {
+            path: merged_leaf(model, flat, path, requantize=requantize)
+            for path in flat
+            if not is_lora(path)
+        }
+    )
+
+
+def merged_leaf(
+    model: Model,
+    flat: Mapping[str, Any],
+    path: str,
+    layer: int | None = None,
+    requantize: bool = False,
+) -> Any:
+    """Return one leaf of a flat tree as `merge` makes it, or one layer of its stack.
+
+    A leaf without LoRA is returned as it is.
+    """
+    base, kernel = path.rsplit("/", 1)[0], _one(flat[path], layer)
+    if not path.endswith(("/kernel", "/embedding")) or f"{base}/lora_A" not in flat:
+        return kernel
+    if path == EMBEDDING_LEAF and model.config.text.tied:
+        raise UserError(
+            "The embedding has LoRA matrices and this model's head is tied to it: the matrices "
+            "change the embedding alone, as in PEFT, so merging would untie them. Keep the "
+            "adapter (save_peft), or merge it with peft, which unties the head."
+        )
+    summed: Any = _merged(model, flat, base, kernel, layer)
+    if not isinstance(kernel, FourBit):
+        return summed.astype(kernel.dtype)
+    if not requantize:
+        return summed.astype(model.dtype)
+    return lying_as(requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
+
+
+def _one(leaf: Any, layer: int | None) -> Any:
+    """Return one layer of a stack, or what is none."""
+    return leaf if layer is None else jax.tree.map(lambda array: array[layer], leaf)
+
+
+def _norms(kernel: Any) -> jax.Array:
+    """Return the norms of a kernel's columns, float32 [..., out], a layer of a stack at a time."""
+    if len(kernel.shape) > 2:
+        return jax.lax.map(_norms, kernel)
+    return jnp.linalg.norm(dense(kernel, jnp.float32), axis=-2)
+
+
+def _sum_norms(flat: Mapping[str, Any], base: str, held: list[Slot]) -> jax.Array:
+    """Return the norms of the columns of a kernel and what its matrices add, float32 [..., out]."""
+
+    def leaf(name: str, slot: Slot) -> Any:
+        return _one(flat[f"{base}/{name}"], slot.layer)
+
+    norms = [
+        column_norms(leaf("kernel", s), leaf("lora_A", s), leaf("lora_B", s), s.scale) for s in held
+    ]
+    return norms[0] if held[0].layer is None else jnp.stack(norms)
+
+
+def _merged(
+    model: Model, flat: Mapping[str, Any], base: str, kernel: Any, layer: int | None
+) -> jax.Array:
+    """Return a kernel with its adapter in it, in float32: their sum, or DoRA's."""
+    assert model.lora is not None
+    a, b = (_one(flat[f"{base}/{name}"], layer) for name in ("lora_A", "lora_B"))
+    *layers, inputs, outputs = kernel.shape
+    rank = a.shape[-1]
+    if a.shape != (*layers, inputs, rank) or b.shape != (*layers, rank, outputs):
+        raise UserError(
+            f"The LoRA matrices of '{base}' are {list(a.shape)} and {list(b.shape)}, made for "
+            f"another shape than its kernel's, {list(kernel.shape)}. Take the adapter that was "
+            f"trained on this base."
+        )
+    if f"{base}/start_A" in flat:
+        start = (_one(flat[f"{base}/{name}"], layer) for name in ("start_A", "start_B"))
+        a, b = less_start(a, b, *start)
+    scale: Any = model.lora.scale.scale(rank)
+    if f"{base}/lora_scale" in flat:
+        scale = _one(flat[f"{base}/lora_scale"], layer)[..., None, None]
+    summed = dense(kernel, jnp.float32) + weight_update(a, b, scale)
+    if f"{base}/lora_magnitude" not in flat:
+        return summed
+    magnitude = _one(flat[f"{base}/lora_magnitude"], layer)
+    learned = summed * (magnitude / jnp.linalg.norm(summed, axis=-2))[..., None, :]
+    return jnp.where(jnp.asarray(scale) == 0, summed, learned)  # a layer without matrices
+
+
+def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how far 4-bit kernels that are merged and quantized again lie from the exact sums.
+
+    The first is the error's norm over the norm of the weights, the second over that of the
+    updates: at 1 as much is lost as was learned.
+    """
+    flat = flatten(params)
+    error = weight = update = 0.0
+    for path, kernel in flat.items():
+        if not isinstance(kernel, FourBit):
+            continue
+        base, stack = path.rsplit("/", 1)[0], len(kernel.shape) > 2
+        if f"{base}/lora_A" not in flat:
+            continue
+        for layer in range(kernel.shape[0]) if stack else (None,):  # a stack may have no room
+            before = _one(kernel, layer)
+            exact = _merged(model, flat, base, before, layer)
+            after = dense(merged_leaf(model, flat, path, layer, requantize=True), jnp.float32)
+            error += float(jnp.sum((after - exact) ** 2))
+            weight += float(jnp.sum(exact**2))
+            update += float(jnp.sum((exact - dense(before, jnp.float32)) ** 2))
+    root = math.sqrt
+    return root(error / max(weight, 1e-30)), root(error / max(update, 1e-30))

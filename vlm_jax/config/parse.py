@@ -1,0 +1,130 @@
+"""Values of config keys that are lists and maps: sources of data, names of columns."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from vlm_jax.errors import UserError
+from vlm_jax.files.limits import parse_yaml
+
+SOURCES = "a path, or a list of paths and of {path, weight, ...}"
+RANKS = "ranks by regex, {layers.0.*q_proj: 32}"
+ALPHAS = "alphas by regex, {layers.0.*q_proj: 64}"
+LAYERS = "numbers of layers, [0, 1, 2]"
+START = "true, or a word such as gaussian, pissa, loftq"
+COLUMNS = "our names of columns with the data's own, {question: q_text}"
+SIDE = "the side of a square in pixels, or dynamic"
+STEPS = "a number of steps, or a share of all steps below 1"
+OPTIONS = "the schedule's own options, {min_lr_rate: 0.1}"
+
+
+def plain(value: Any) -> Any:
+    """Return lists and maps as JSON has them, whatever ml_collections made of them."""
+    if isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def sources_value(value: Any) -> Any:
+    """Return a path, or a list of paths and maps; raises `ValueError`, saying what it expects."""
+    value = _parsed(value, SOURCES)
+    value = [value] if isinstance(value, dict) else value
+    listed = value if isinstance(value, list) else [value]
+    named = all(isinstance(one, str) or (isinstance(one, dict) and "path" in one) for one in listed)
+    if not listed or not named:
+        raise ValueError(SOURCES)
+    return value
+
+
+def map_value(expected: str) -> Callable[[Any], dict[str, Any]]:
+    """Return what reads a map, and raises `ValueError` with what is expected for all else."""
+
+    def read(value: Any) -> dict[str, Any]:
+        value = _parsed(value, expected)
+        if not isinstance(value, dict):
+            raise ValueError(expected)
+        return value
+
+    return read
+
+
+def steps_value(value: Any) -> int | float:
+    """Return a whole number of steps, or a share of all of them above 0 and below 1."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except ValueError:
+        number = math.nan
+    if 0 < number < 1:
+        return number
+    if not number >= 0 or number != round(number):
+        raise ValueError(STEPS)
+    return int(number)
+
+
+def side_value(value: Any) -> int:
+    """Return the side of a square in pixels; 0 for the word dynamic."""
+    if str(value).strip().lower() == "dynamic":
+        return 0
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        number = math.nan
+    if not math.isfinite(number) or number != round(number):
+        raise ValueError(SIDE)
+    return int(number)
+
+
+def layers_value(value: Any) -> list[int]:
+    """Return numbers of layers; raises `ValueError`, saying what it expects, for all else."""
+    value = _parsed(value, LAYERS)
+    if isinstance(value, str):
+        value = value.split(",")
+    try:
+        numbers = [int(str(one)) for one in (value if isinstance(value, list) else [value])]
+    except ValueError:
+        raise ValueError(LAYERS) from None
+    if isinstance(value, bool) or any(number < 0 for number in numbers):
+        raise ValueError(LAYERS)
+    return numbers
+
+
+def start_value(value: Any) -> str:
+    """Return a value of init_lora_weights as a word."""
+    if not isinstance(value, bool | str) or not str(value).strip():
+        raise ValueError(START)
+    return str(value).strip().lower()
+
+
+def _parsed(value: Any, expected: str) -> Any:
+    """Return a value as JSON has it; text in brackets, as on the command line, is read as YAML."""
+    import yaml
+
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            value = parse_yaml(value, "the value")
+        except (yaml.YAMLError, UserError):
+            raise ValueError(f"{expected}, in YAML") from None
+    return plain(value)
+
+
+# Key -> what reads its value.
+VALUES: dict[str, Callable[[Any], Any]] = {
+    "data.train_file": sources_value,
+    "data.eval_file": sources_value,
+    "lora.rank_pattern": map_value(RANKS),
+    "lora.alpha_pattern": map_value(ALPHAS),
+    "lora.layers_to_transform": layers_value,
+    "lora.init_lora_weights": start_value,
+    "data.columns": map_value(COLUMNS),
+    "data.image_resolution": side_value,
+    "training.lr_scheduler_kwargs": map_value(OPTIONS),
+    **{
+        f"training.{name}": steps_value
+        for name in ("warmup_steps", "logging_steps", "save_steps", "eval_steps")
+    },
+}

@@ -1,0 +1,93 @@
+"""Keys of a config as words of a command line: with their section or without, in any spelling."""
+
+from collections.abc import Iterable, Sequence
+
+from vlm_jax.config.checks import unknown_keys
+from vlm_jax.config.choices import ALIASES, WORDS
+from vlm_jax.config.schema import key_types
+from vlm_jax.errors import UserError, nearest
+
+SWITCH = "true"  # the value of a key that is true or false and has none
+# What somebody most likely means who writes a section for a key.
+MEANT = {
+    "model": "name_or_path",
+    "lora": "r",
+    "adapter": "type",
+    "training": "output_dir",
+    "data": "train_file",
+    "evaluation": "accuracy",
+    "mesh": "fsdp",
+}
+
+
+def overrides(words: Sequence[str], options: Iterable[str] = ()) -> dict[str, str]:
+    """Return {"section.key": value} of the words that are no options of a command.
+
+    words: "--config.lora.r=8", "--lora.r", "8", "--learning-rate=1e-4", "--method", "qlora": a key
+    goes by its name alone where one section has it. A list may be several words. options: names of
+    the command's own options, for the error. Raises `UserError` for a word that no key begins, a
+    key that there is not, a name of several keys, and a key without a value.
+    """
+    types, found = key_types(), {}
+    for word, values in _groups(words):
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.removeprefix("config.").replace("-", "_")
+        if equals:
+            values = [value, *values]
+        if f"{name}={' '.join(values)}" in WORDS:  # mesh=auto
+            key = name
+        else:
+            key = _key(name, values, word.partition("=")[0], types, options)
+        kind = types.get(ALIASES.get(key, key))
+        if not values and (kind is bool or f"{key}={SWITCH}" in WORDS):
+            values = [SWITCH]
+        if not values:
+            raise UserError(f"'{word}' has no value: write --config.{key}=VALUE.")
+        if len(values) > 1 and kind is not tuple:
+            raise UserError(
+                f"'{word}' takes one value, and {len(values)} follow it: {' '.join(values)}. Put a "
+                f"value that has spaces in quotes."
+            )
+        found[key] = ",".join(values)
+    return found
+
+
+def _groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return [(a word that begins with --, the words behind it)]."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            groups.append((word, []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            raise UserError(
+                f"'{word}' belongs to no option. A config file follows --config, and a key of it "
+                f"is set by --config.section.key=value."
+            )
+    return groups
+
+
+def _key(
+    name: str, values: list[str], word: str, types: dict[str, type], options: Iterable[str]
+) -> str:
+    """Return the one key that a name means: itself where it names a section or none is needed."""
+    if "." in name or name == "method":
+        return name
+    value = values[0] if values else "VALUE"
+    if name in MEANT:
+        raise UserError(
+            f"'{word}' names a section of the config, not a key. Write "
+            f"--config.{name}.{MEANT[name]}={value}, or another of its keys; vlm_jax/config.py "
+            f"lists them."
+        )
+    known = (*types, *ALIASES, *(key.partition("=")[0] for key in WORDS if "." in key))
+    meant = sorted({ALIASES.get(key, key) for key in known if key.split(".")[1] == name})
+    if len(meant) > 1:
+        forms = " or ".join(f"--config.{key}={value}" for key in meant)
+        raise UserError(f"'{word}' may mean several keys of the config: write {forms}.")
+    if not meant:
+        if guess := nearest(word, [f"--{option}" for option in options]):
+            raise UserError(f"There is no option '{word}'{guess}.")
+        raise unknown_keys([name], "the command", types)
+    return meant[0]

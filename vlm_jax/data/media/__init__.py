@@ -1,0 +1,1 @@
+"""Images and videos: from files to the pixels of patches."""

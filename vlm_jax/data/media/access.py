@@ -1,0 +1,95 @@
+"""From where images and videos may be read: files under the media root, others if allowed."""
+
+import dataclasses
+import os
+import re
+import urllib.request
+from pathlib import Path
+
+from vlm_jax.errors import UserError
+from vlm_jax.files.limits import FETCH_BYTES, FETCH_SECONDS, MAX_IMAGE_PIXELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """What reading may do; the defaults are what is safe with a data file from elsewhere.
+
+    allow_absolute_paths: read files outside the media root. allow_urls: fetch http(s) addresses.
+    max_pixels: the most pixels of an image or a frame, by its header.
+    """
+
+    allow_absolute_paths: bool = False
+    allow_urls: bool = False
+    max_pixels: int = MAX_IMAGE_PIXELS
+
+
+SAFE = Access()
+
+
+def find(text: str, folder: str | Path | None, access: Access) -> Path | bytes | None:
+    """Return the file that a path means, an address's bytes, or None where there is no such file.
+
+    folder: the media root, where relative paths start and which no path may leave (by `..`, as an
+    absolute path, or over a symbolic link). None, as for rows made in memory: any path goes.
+    Raises `UserError` for what `access` does not allow.
+    """
+    scheme = re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
+    if scheme and scheme[1].lower() in ("http", "https"):
+        return _fetch(text, access)
+    if scheme and scheme[1].lower() != "file":
+        raise UserError(
+            f"'{text}' is an address of a kind that images are not read from: download it, and "
+            f"give the file's path."
+        )
+    path = located(text, folder)
+    try:
+        if not path.is_file():
+            return None
+    except (OSError, ValueError):  # a long base64 string is no path, nor is one with a null byte
+        return None
+    if folder is None or access.allow_absolute_paths:
+        return path
+    # By os.path: pathlib takes several times as long, twice for every image.
+    root, real = os.path.realpath(Path(folder).expanduser()), os.path.realpath(path)
+    if os.path.commonpath((root, real)) != root:
+        raise UserError(
+            f"'{path}' lies outside the media root '{root}' (links followed), and files outside "
+            f"are not read unless data.allow_absolute_paths is true. Set it if you trust the data "
+            f"file, or set data.image_folder to a directory that holds all its images and videos."
+        )
+    return path
+
+
+def located(text: str, folder: str | Path | None) -> Path:
+    """Return where a path of a record points: from the media root, or the home of "~/"."""
+    own = Path(text.removeprefix("file://"))
+    return Path(folder or "").expanduser() / (own.expanduser() if text.startswith("~/") else own)
+
+
+def _fetch(address: str, access: Access) -> bytes:
+    if not access.allow_urls:
+        raise UserError(
+            f"'{address}' is an address, which is not fetched unless data.allow_urls is true. Set "
+            f"it, or download the file and give its path, which is faster and the same every epoch."
+        )
+    try:
+        with urllib.request.urlopen(address, timeout=FETCH_SECONDS) as response:
+            data = response.read(FETCH_BYTES + 1)
+    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+        raise UserError(f"'{address}' could not be fetched: {error}.") from error
+    if len(data) > FETCH_BYTES:
+        raise UserError(
+            f"'{address}' has more than {FETCH_BYTES} bytes, the most that is fetched. Download it "
+            f"and give its path."
+        )
+    return data
+
+
+def check_pixels(width: int, height: int, access: Access) -> None:
+    """Raise `UserError` for a picture of more pixels than allowed, before any is decoded."""
+    if width * height > access.max_pixels:
+        raise UserError(
+            f"it has {width} x {height} = {width * height} pixels, more than "
+            f"data.max_image_pixels = {access.max_pixels}. It is not decoded: shrink the file, or "
+            f"raise the limit."
+        )

@@ -1,0 +1,164 @@
+"""Pixels of a tower that takes images of one size: CLIP, SigLIP, LLaVA. See `processors`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.data.media.processors import Grid, Pixels, look_up, picture, resize, value_table
+from vlm_jax.errors import UserError
+from vlm_jax.files.limits import IMAGE_PIXELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """CLIP, SigLIP and LLaVA: every image becomes one size, float32 [3, height, width].
+
+    In this order, each where the settings ask for it: pad to a square in the mean colour, resize
+    (to `size`, or its shorter side to it), crop the centre, rescale, normalise.
+    """
+
+    raw: dict[str, Any]
+    table: np.ndarray = dataclasses.field(repr=False, compare=False)
+
+    @classmethod
+    def from_settings(
+        cls,
+        raw: dict[str, Any],
+        min_pixels: int | None,
+        max_pixels: int | None,
+        image_resolution: int | None,
+    ) -> "Fixed":
+        if min_pixels is not None or max_pixels is not None:
+            raise UserError(
+                "min_pixels and max_pixels have no effect on this checkpoint: its image processor "
+                f"({raw['image_processor_type']}) gives every image one size. Remove them."
+            )
+        size, crop = raw["size"], raw["crop_size"]
+        if isinstance(size, int):
+            square = {"height": size, "width": size}
+            size = square if raw["default_to_square"] else {"shortest_edge": size}
+        if isinstance(crop, int):
+            crop = {"height": crop, "width": crop}
+        processor = cls({**raw, "size": size, "crop_size": crop}, value_table(raw))
+        edges = {key for key, value in size.items() if value}
+        if raw["do_resize"] and edges not in ({"shortest_edge"}, {"height", "width"}):
+            raise UserError(
+                f"The image settings have size {size}; expected shortest_edge alone, or height "
+                f"and width."
+            )
+        if raw["do_center_crop"] and not {"height", "width"} <= {
+            k for k, n in (crop or {}).items() if n
+        }:
+            raise UserError(
+                f"The image settings have do_center_crop=true and crop_size {crop}; expected an "
+                f"object with height and width."
+            )
+        if not raw["do_center_crop"] and not (raw["do_resize"] and edges == {"height", "width"}):
+            raise UserError(
+                f"The image settings (size {size}, no centre crop) leave images of different "
+                f"sizes, but the vision tower takes one. Set crop_size, or height and width."
+            )
+        sides = [side for pair in (size, crop or {}) for side in pair.values() if side]
+        if max(sides, default=1) ** 2 > IMAGE_PIXELS:
+            raise UserError(
+                f"The image settings have size {size} and crop_size {crop}; a side may have "
+                f"{math.isqrt(IMAGE_PIXELS):,} pixels at most."
+            )
+        if image_resolution not in (None, processor.output[0]):
+            raise UserError(
+                f"data.image_resolution is {image_resolution}, but this checkpoint's vision tower "
+                f"takes {processor.output[0]} x {processor.output[1]} pixels only. Remove it."
+            )
+        return processor
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """(height, width) that every image becomes."""
+        target = self.raw["crop_size"] if self.raw["do_center_crop"] else self.raw["size"]
+        return target["height"], target["width"]
+
+    @property
+    def largest(self) -> int | None:
+        return None
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        return None
+
+    def limited(self, max_pixels: int) -> "Fixed":
+        return self
+
+    @property
+    def merged(self) -> int:
+        return 1
+
+    def grid(self, height: int, width: int) -> Grid:
+        if self.raw["do_resize"]:
+            self._resized(height, width)  # raises
+        return None
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that an image is resized to, before it is cropped."""
+        if self.raw["do_pad"]:
+            height = width = max(height, width)
+        short = self.raw["size"].get("shortest_edge")
+        if not short:
+            return self.raw["size"]["height"], self.raw["size"]["width"]
+        long = int(short * max(height, width) / min(height, width))
+        if long * short > IMAGE_PIXELS:
+            raise UserError(
+                f"an image of {height} x {width} pixels, resized to {short} on its shorter side, "
+                f"would have {long * short:,} pixels; expected at most {IMAGE_PIXELS:,}."
+            )
+        return (long, short) if width <= height else (short, long)
+
+    def empty(self, grids: Sequence[Grid], still: bool = False) -> np.ndarray:
+        return np.empty((len(grids), 3, *self.output), np.uint8)
+
+    def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:
+        cut, grid = self.cut(pixels)
+        return look_up(self.table, cut[None])[0], grid
+
+    def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
+        raw, image = self.raw, picture(pixels)
+        if raw["do_pad"]:
+            image = pad_to_square(image, tuple(int(mean * 255) for mean in raw["image_mean"]))
+        array = None
+        if raw["do_resize"]:
+            array = resize(image, self._resized(image.height, image.width), raw["resample"])
+        array = np.array(image) if array is None else array
+        if raw["do_center_crop"]:
+            array = center_crop(array, self.output)
+        out = self.empty([None])[0] if out is None else out
+        out[:] = array.transpose(2, 0, 1)
+        return out, None
+
+    def settings(self) -> dict[str, Any]:
+        return {key: value for key, value in self.raw.items() if value is not None}
+
+
+def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """Return the image in the middle of a square of `color` as long as its longer side."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the middle (height, width) of the image; black where the image is smaller."""
+    spans = []
+    for have, want in zip(pixels.shape[:2], size, strict=True):
+        start = abs((have - want) // 2)  # cropping rounds down, padding up, as the reference does
+        if have >= want:
+            spans.append((slice(0, want), slice(start, start + want)))
+        else:
+            spans.append((slice(start, start + have), slice(0, have)))
+    (to_rows, from_rows), (to_columns, from_columns) = spans
+    cropped = np.zeros((*size, 3), np.uint8)
+    cropped[to_rows, to_columns] = pixels[from_rows, from_columns]
+    return cropped

@@ -1,0 +1,204 @@
+"""A checkpoint's image settings, `preprocessor_config.json`, to the processor they describe."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.media.fixed_size import Fixed
+from vlm_jax.data.media.processors import ImageProcessor, Patches
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.files.limits import LARGEST, SIZE, finite, read_json
+from vlm_jax.model import Model
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+COMMON: dict[str, Any] = {
+    "do_resize": True,
+    "default_to_square": False,  # what a bare integer as size means
+    "resample": 3,  # bicubic
+    "do_center_crop": False,
+    "crop_size": None,
+    "do_pad": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "do_convert_rgb": True,
+}
+CLIP = {
+    **COMMON,
+    "size": {"shortest_edge": 224},
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+}
+# image_processor_type -> (what makes the processor, the defaults of keys a file leaves out).
+PROCESSORS: dict[str, tuple[Callable[..., ImageProcessor], dict[str, Any]]] = {
+    "Qwen2VLImageProcessor": (
+        Patches.from_settings,
+        {
+            **COMMON,
+            "size": None,
+            "min_pixels": None,
+            "max_pixels": None,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+        },
+    ),
+    "CLIPImageProcessor": (Fixed.from_settings, CLIP),
+    "LlavaImageProcessor": (Fixed.from_settings, CLIP),
+    "SiglipImageProcessor": (
+        Fixed.from_settings,
+        {
+            **COMMON,
+            "size": {"height": 224, "width": 224},
+            "image_mean": (0.5, 0.5, 0.5),
+            "image_std": (0.5, 0.5, 0.5),
+        },
+    ),
+}
+# Keys that settings files carry and that change no pixel of a still image here.
+IGNORED = {
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "auto_map",
+    "return_tensors",
+    "data_format",
+    "input_data_format",
+    "device",
+    "disable_grouping",
+    "image_seq_length",
+    "_valid_processor_keys",
+}
+
+
+def read_settings(*directories: str | Path) -> dict[str, Any] | None:
+    """Return the image settings of the first directory that has some, or None.
+
+    `processor_config.json` with a nested "image_processor" (transformers 5 writes it) comes before
+    `preprocessor_config.json`, as in transformers.
+    """
+    files = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
+    return read_first(directories, files)
+
+
+def read_first(
+    directories: Sequence[str | Path], files: Sequence[tuple[str, str]]
+) -> dict[str, Any] | None:
+    """Return the settings of the first (file, key within it) that a directory has, or None.
+
+    All files of the first directory come before those of the next one.
+    """
+    for directory, (name, key) in itertools.product(directories, files):
+        path = Path(directory, name)
+        if not path.is_file():
+            continue
+        raw = read_json(path)
+        settings = raw.get(key) if key else raw
+        if settings is not None and not isinstance(settings, Mapping):
+            raise UserError(f"The image settings in '{path}' are no JSON object: {settings!r:.80}.")
+        if settings is not None:
+            return dict(settings)
+    return None
+
+
+def make_processor(
+    raw: Mapping[str, Any],
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    image_resolution: int | None = None,
+) -> ImageProcessor:
+    """Return the image processor that settings (`preprocessor_config.json`) describe.
+
+    min_pixels, max_pixels: replace the file's limits (dynamic resolution only). image_resolution:
+    the side of a square; where resolution is dynamic it is rounded to whole merge blocks and its
+    area becomes both limits, so that an image keeps its aspect ratio, as it does when served; a
+    tower of fixed size takes only its own side. Raises `UserError` for an unknown type or an
+    unsupported key.
+    """
+    named = raw.get("image_processor_type") or raw.get("feature_extractor_type")
+    name = str(named or "").removesuffix("Fast").removesuffix("Pil")
+    name = name.replace("FeatureExtractor", "ImageProcessor")
+    if name not in PROCESSORS:
+        raise UserError(
+            f"The image settings (preprocessor_config.json) have image_processor_type {named!r}, "
+            f"which is not supported{nearest(name, PROCESSORS)}. "
+            f"Supported: {', '.join(PROCESSORS)}."
+        )
+    make, defaults = PROCESSORS[name]
+    for key, value in raw.items():
+        if key not in defaults and key not in IGNORED and value not in (None, False):
+            raise UserError(
+                f"The image settings have {key}={value!r}, whose effect on {name} is not known"
+                f"{nearest(key, defaults)}. Known keys: {', '.join(defaults)}."
+            )
+    if name != "LlavaImageProcessor" and raw.get("do_pad"):
+        raise UserError(f"The image settings have do_pad=true, which {name} is not known to do.")
+    for key in defaults:
+        expected = None if raw.get(key) is None else _misfit(key, raw[key], defaults[key])
+        if expected is not None:
+            raise UserError(
+                f"The image settings have {key}={raw[key]!r:.80}; expected {expected}. They stand "
+                f"in preprocessor_config.json or processor_config.json."
+            )
+    given = {key: raw[key] for key in defaults if raw.get(key) is not None}
+    settings = {**defaults, **given, "image_processor_type": name}
+    return make(settings, min_pixels, max_pixels, image_resolution)
+
+
+def _misfit(key: str, value: Any, default: Any) -> str | None:
+    """Return what was expected of a setting where its value is of another kind, else None."""
+
+    def count(value: Any) -> bool:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and 1 <= value <= LARGEST.get(key, SIZE)
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and finite(value)
+
+    if isinstance(default, bool):
+        fits, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, tuple):
+        listed = isinstance(value, list | tuple) and len(value) == 3 and all(map(number, value))
+        fits, expected = listed or number(value), "three numbers"
+        if fits and key == "image_std":  # is divided by
+            fits = 0 not in (value if isinstance(value, list | tuple) else [value])
+            expected = "three numbers that are not 0"
+    elif isinstance(default, float):
+        fits, expected = number(value), "a number"
+    elif key == "resample":
+        fits, expected = value in range(6), "one of Pillow's filters, 0 to 5"
+    elif key in ("size", "crop_size"):
+        sides = value.values() if isinstance(value, Mapping) else [value]
+        fits = all(side is None or count(side) for side in sides)
+        expected = f"an object of whole numbers up to {SIZE:,} such as height and width"
+    else:
+        fits, expected = count(value), f"a whole number of 1 to {LARGEST.get(key, SIZE):,}"
+    return None if fits else expected
+
+
+def check_processor(processor: ImageProcessor, model: Model, directory: str) -> None:
+    """Raise `UserError` where the processor's pixels are not what the model takes."""
+    config, family = model.config, model.family
+    side, merged = math.isqrt(processor.merged), family.merged_patches(config)
+    grid = None if processor.largest is None else (1, side, side)  # of one image feature
+    shape = processor.empty([grid]).shape  # no pixel is made: settings may ask for any number
+    pixels = {"pixel_values": np.zeros(shape, np.float32)}
+    if grid is not None:
+        pixels["image_grid_thw"] = np.array([grid], np.int64)
+    try:
+        if processor.merged != merged:
+            raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")
+        tokens = np.full(family.image_tokens(config, grid), config.image_token_id)
+        family.layout(config, tokens, **pixels)
+    except UserError as error:
+        raise UserError(
+            f"The image settings of '{directory}' (preprocessor_config.json) do not fit "
+            f"its config.json: {error}"
+        ) from error

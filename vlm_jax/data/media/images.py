@@ -1,0 +1,243 @@
+"""Reads an image from wherever a record keeps it: header alone for its size, or RGB pixels."""
+
+import base64
+import binascii
+import contextlib
+import functools
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlm_jax.data.media.access import SAFE, Access, check_pixels, find, located
+from vlm_jax.errors import UserError
+from vlm_jax.files.file_types import HEIC, head_of, kind_of, sentence
+from vlm_jax.files.limits import IMAGE_FORMATS
+
+
+def open_image(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> Image.Image:
+    """Return the image with only its header read; of an animation, its first frame.
+
+    source: a path (relative ones against `folder`), bytes, a `data:` URI or bare base64, a PIL
+    image, a uint8 array [H, W] or [H, W, C], or a dict with `bytes` or `path` as `datasets` has.
+    access: what may be read, see `find`. Raises `UserError` that says what the source is; the
+    caller adds whose image it is.
+    """
+    image = _open_any(source, folder, access)
+    try:
+        check_pixels(*image.size, access)
+    except UserError:
+        if image is not source:
+            image.close()
+        raise
+    return image
+
+
+def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.Image:
+    if isinstance(source, Image.Image):
+        if source.format not in (None, *IMAGE_FORMATS, HEIF):  # it may not be decoded yet
+            raise UserError(
+                f"a PIL image of the format {source.format} is not read: save it as PNG, or give "
+                f"image.convert('RGB')."
+            )
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise UserError(f"an image array must be uint8, this one is {source.dtype}.")
+        if source.ndim == 3 and source.shape[2] == 1:
+            source = source[:, :, 0]
+        if source.ndim != 2 and not (source.ndim == 3 and source.shape[2] in (2, 3, 4)):
+            raise UserError(
+                f"an image array must be [H, W] or [H, W, 1 to 4], this one is {source.shape}."
+            )
+        return Image.fromarray(source)
+    if isinstance(source, Mapping):
+        value = source.get("bytes") or source.get("path")
+        if not value:
+            raise UserError(f"an image dict needs 'bytes' or 'path'; it has {sorted(source)}.")
+        return _open_any(value, folder, access)
+    if isinstance(source, str | Path) and not str(source).startswith("data:"):
+        text = str(source)
+        found = find(text, folder, access)
+        if found is not None:
+            return _open(found, "the file" if isinstance(found, Path) else "what it gave")
+        data = _from_base64(text) if len(text) > 64 else None
+        if data is None:
+            path = located(text, folder)
+            raise UserError(f"there is no file '{path if len(text) < 300 else text[:60] + '…'}'.")
+        return _open(data, "the base64 string")
+    if isinstance(source, str):
+        data = _from_base64(source.partition(",")[2])
+        if data is None:
+            raise UserError(f"the data URI '{source[:40]}…' does not hold base64.")
+        return _open(data, "the data URI")
+    if isinstance(source, bytes | bytearray):
+        return _open(bytes(source), f"its content ({len(source)} bytes)")
+    raise UserError(
+        f"an image is a path, bytes, a data URI, a PIL image or an array, "
+        f"not {type(source).__name__}."
+    )
+
+
+def _from_base64(text: str) -> bytes | None:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+# What Pillow raises for damaged and for suspiciously large files.
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+HEIF = "HEIF"
+
+
+def _open(file: Path | bytes, subject: str) -> Image.Image:
+    """Open a file or its bytes; subject: what errors call it."""
+
+    def opened(*formats: str) -> Image.Image:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+
+    try:
+        return opened(*_formats())
+    except DAMAGED as error:
+        head = head_of(file)
+        kind = kind_of(head)
+        if kind is HEIC and _reads_heic():
+            with contextlib.suppress(*DAMAGED):
+                return opened(HEIF)
+        elif kind is None or kind.medium != "image" or kind is HEIC:
+            raise UserError(sentence(kind, head, subject)) from error
+        what = kind.name.removeprefix("a still image ").strip("()")
+        why = "damaged or cut short: copy it again"
+        if isinstance(error, ValueError | Image.DecompressionBombError):  # Pillow's own limits
+            why = f"and Pillow does not open it ({_words(error)}): write it again"
+        raise UserError(f"{subject} is {what}, {why}.") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return those of `IMAGE_FORMATS` that Pillow opens under their own name (MPO as JPEG)."""
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def _reads_heic() -> bool:
+    """Return whether pillow-heif is installed; Pillow has learned to use it then."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def damaged(error: BaseException) -> UserError:
+    """Return what to raise where a picture's header could be read and what follows cannot."""
+    return UserError(f"it is damaged or truncated and cannot be decoded ({_words(error)}).")
+
+
+def _words(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_image(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> np.ndarray:
+    """Return uint8 [H, W, 3]: the image turned upright by its EXIF tag, in RGB.
+
+    Transparency lies on white, as transformers' processors have it; 16-bit grey keeps its upper
+    eight bits (Pillow's own conversion clips it to white). `source` as in `open_image`.
+    Raises `UserError` for an unreadable or truncated image.
+    """
+    return np.array(read_rgb(source, folder, access))
+
+
+def read_rgb(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> Image.Image:
+    """Return what `read_image` does as a Pillow image, which spares copies where it is resized."""
+    image = open_image(source, folder, access)
+    given = image is source
+    result: Image.Image | None = None
+    try:
+        if not given:
+            ImageOps.exif_transpose(image, in_place=True)
+        rgb = to_rgb(ImageOps.exif_transpose(image) if given else image)
+        rgb.load()
+        # Pillow closes a file that it has read to its end, but not one with further frames.
+        result = rgb.copy() if rgb is image and getattr(image, "fp", None) is not None else rgb
+        return result
+    except DAMAGED as error:
+        raise damaged(error) from error
+    finally:
+        if not given and result is not image:
+            image.close()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image in RGB, itself where it is; see `read_image`."""
+    if image.mode == "F":
+        raise UserError("a floating-point image has no agreed range: save it as 8-bit RGB.")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:  # Pillow opens some 16-bit files as 32-bit
+            raise UserError("a 32-bit grey image has no agreed range: save it as 8-bit RGB.")
+        high = (grey >> 8).astype(np.uint8)
+        return Image.fromarray(np.repeat(high[:, :, None], 3, axis=2))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def image_size(
+    source: Any, folder: str | Path | None = None, access: Access = SAFE
+) -> tuple[int, int]:
+    """Return (height, width) of what `read_image` gives, from the header and tags alone."""
+    image = open_image(source, folder, access)
+    try:
+        return upright_size(image)
+    except DAMAGED as error:
+        raise damaged(error) from error
+    finally:
+        if image is not source:
+            image.close()
+
+
+TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # that may hold an orientation
+ORIENTATION = 0x0112
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return an opened image's (height, width) once it is turned by its tag; nothing is decoded.
+
+    The exception is a PNG that has the tag behind its pixels, which is found by decoding it.
+    """
+    width, height = image.size
+    if ORIENTATION in getattr(image, "tag_v2", {}):  # Pillow's size of a TIFF is the upright one
+        return height, width
+    tagged = not image.info.keys().isdisjoint(TAGS) or _has_late_tag(image)
+    orientation = image.getexif().get(ORIENTATION, 1) if tagged else 1
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def _has_late_tag(image: Image.Image) -> bool:
+    """Return whether a PNG that is not decoded yet has a tag behind its pixels."""
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None:
+        return False
+    place = file.tell()
+    try:
+        file.seek(8)
+        while len(start := file.read(8)) == 8 and start[4:] != b"IEND":
+            length, key = int.from_bytes(start[:4]), b""
+            if start[4:] in (b"tEXt", b"zTXt", b"iTXt"):
+                key = file.read(min(length, 80)).partition(b"\0")[0]
+                file.seek(-min(length, 80), 1)
+            if start[4:] == b"eXIf" or key.decode("latin-1") in TAGS:
+                return True
+            file.seek(length + 4, 1)  # a check sum is behind each
+        return False
+    finally:
+        file.seek(place)

@@ -1,0 +1,133 @@
+"""Opens a video, whatever a record gives for one: its sampled frames, their number and size."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.media.access import Access, find
+from vlm_jax.data.media.animation import open_animation
+from vlm_jax.data.media.frame_sampling import Sampling, Video
+from vlm_jax.data.media.images import image_size, read_image
+from vlm_jax.data.media.video_file import open_film
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.files.file_types import head_of, kind_of, sentence
+
+# What a video dict may say beside its source; the names are those of Qwen's utilities.
+SAMPLING = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+PIXELS = ("min_pixels", "max_pixels")
+SOURCES = ("video", "bytes", "path", "url")  # `datasets` gives bytes and the path they had
+
+
+def open_video(source: Any, folder: str | Path | None, access: Access, sampling: Sampling) -> Video:
+    """Return the video with its header read, and its first frame where only that tells the size.
+
+    source: a path or an address, bytes, a list of frame images (each as `read_image` takes it,
+    all taken, the last repeated to fill a patch), an array [frames, H, W, 3], or a dict of one of
+    these as "video" and any of `SAMPLING` and `PIXELS`. An animated picture is a video.
+    Raises `UserError` that says what is wrong; the caller adds whose video it is.
+    """
+    options: dict[str, Any] = {}
+    if isinstance(source, Mapping):
+        source, options = _unpack(source)
+    pixels = {key: int(options.pop(key)) for key in PIXELS if key in options}
+    if "fps" in options:  # the checkpoint's own number of frames, if it sets one, gives way
+        sampling = dataclasses.replace(sampling, nframes=None)
+    sampling = dataclasses.replace(sampling, **options)
+    if isinstance(source, np.ndarray) and source.ndim == 4:
+        source = list(source)
+    if isinstance(source, list | tuple):
+        return _open_frames(list(source), folder, access, sampling, options, pixels)
+    subject, file = _find(source, folder, access)
+    head = head_of(file)
+    kind = kind_of(head)
+    if kind is None or kind.medium == "video":  # some videos begin with nothing of their own
+        return open_film(file, subject, access, sampling, pixels)
+    if kind.medium == "image":
+        return open_animation(file, sentence(kind, head, subject), access, sampling, pixels)
+    raise UserError(sentence(kind, head, subject))
+
+
+def _unpack(source: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    options = {key: value for key, value in source.items() if value is not None}
+    given = [options.pop(key) for key in SOURCES if key in options]
+    known = (*SOURCES, *SAMPLING, *PIXELS)
+    unknown = sorted(map(str, options.keys() - {*known, "type"}))
+    options.pop("type", None)
+    if unknown or not given:
+        what = f"has '{unknown[0]}'{nearest(unknown[0], known)}" if unknown else "has no 'video'"
+        raise UserError(f"the video {what}; expected 'video' and any of {', '.join(known[4:])}.")
+    for key, value in options.items():
+        least = 0 if key in ("video_start", "video_end") else 1e-9
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = key in ("fps", "video_start", "video_end") or isinstance(value, int)
+        if not (number and whole and least <= value < math.inf):
+            raise UserError(f"its {key} is {value!r}; expected a positive number.")
+    if "fps" in options and "nframes" in options:
+        raise UserError("it has both fps and nframes, which exclude each other. Leave one out.")
+    return given[0], options
+
+
+def _find(source: Any, folder: str | Path | None, access: Access) -> tuple[str, Path | bytes]:
+    if isinstance(source, bytes | bytearray):
+        return f"its content ({len(source)} bytes)", bytes(source)
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"a video is a path, bytes, a list of frames, or a dict with 'video', not "
+            f"{type(source).__name__}."
+        )
+    text = str(source)
+    found = find(text, folder, access)
+    if found is None:
+        raise UserError(f"there is no file '{str(Path(folder or '', text))[:300]}'.")
+    return "the file" if isinstance(found, Path) else "what it gave", found
+
+
+def _open_frames(
+    frames: list[Any],
+    folder: str | Path | None,
+    access: Access,
+    sampling: Sampling,
+    options: dict[str, Any],
+    pixels: dict[str, int],
+) -> Video:
+    """A list of frames is taken whole; `fps` tells how it was sampled and changes nothing."""
+    if not frames:
+        raise UserError("the list of frames is empty.")
+    for key in ("video_start", "video_end"):
+        if key in options:
+            raise UserError(f"it has {key}, but a list of frames has no seconds. Take it out.")
+    if sampling.nframes is not None:
+        frames = [frames[i] for i in sampling.indices(len(frames), 1.0)]
+    if len(frames) > sampling.max_frames:
+        raise UserError(
+            f"it lists {len(frames)} frames, more than max_frames = {sampling.max_frames}. List "
+            f"fewer, give nframes, or raise data.video_max_frames."
+        )
+    sizes = [
+        _named(number, image_size, frame, folder, access) for number, frame in enumerate(frames)
+    ]
+    for number, size in enumerate(sizes):
+        if size != sizes[0]:
+            raise UserError(
+                f"frame {number} has {size[0]} x {size[1]} pixels and frame 0 has {sizes[0][0]} x "
+                f"{sizes[0][1]}: the frames of a video must have one size."
+            )
+
+    def read() -> Iterator[np.ndarray]:
+        for number, frame in enumerate(frames):
+            yield _named(number, read_image, frame, folder, access)
+
+    height, width = sizes[0]
+    return Video(len(frames), height, width, read, pixels)
+
+
+def _named(number: int, read: Callable[..., Any], frame: Any, *where: Any) -> Any:
+    try:
+        return read(frame, *where)
+    except UserError as error:
+        name = f" '{frame}'" if isinstance(frame, str | Path) and len(str(frame)) < 300 else ""
+        raise UserError(f"frame {number}{name}: {error}") from error

@@ -1,0 +1,203 @@
+"""A checkpoint's video settings, and the patches they make of frames.
+
+Resizing is Pillow's, frame by frame, as for images: the reference resizes by torchvision, whose
+bicubic filter differs from Pillow's in the last bit of some values. Sizes, order and numbers are
+those of transformers' `Qwen2VLVideoProcessor`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.media.frame_sampling import Sampling, Video
+from vlm_jax.data.media.image_settings import IGNORED, PROCESSORS, make_processor, read_first
+from vlm_jax.data.media.processors import Patches, look_up, smart_resize
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.files.limits import number
+
+FILES = (
+    ("processor_config.json", "video_processor"),
+    ("video_preprocessor_config.json", ""),
+)
+IMAGE_FILES = (
+    ("processor_config.json", "image_processor"),
+    ("preprocessor_config.json", ""),
+)
+NAME, IMAGE_NAME = "Qwen2VLVideoProcessor", "Qwen2VLImageProcessor"
+# What a file leaves out.
+SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}
+OWN: dict[str, Any] = {  # settings that images do not have
+    "fps": None,
+    "num_frames": None,
+    "min_frames": 4,
+    "max_frames": 768,
+    "do_sample_frames": False,  # here frames are always sampled, as Qwen's utilities do first
+    "cap_pixels_per_frame": None,
+    "max_video_tokens": 128000,
+}
+NO_EFFECT = IGNORED | {"video_processor_type", "return_metadata", "video_metadata"}
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoProcessor:
+    """Frames to float32 [P, C] and (frames, height, width) in patches.
+
+    patches: how one frame is cut. sampling: which frames, where a record does not say.
+    cap: whether all frames share `max_video_tokens`, so that many frames become small ones.
+    """
+
+    patches: Patches
+    sampling: Sampling
+    cap: bool
+    max_video_tokens: int
+    limit: float = math.inf  # pixels of a frame, as far as the least allows
+
+    def limited(self, max_pixels: int) -> "VideoProcessor":
+        """Return the processor whose frames have at most so many pixels, or their least."""
+        return dataclasses.replace(self, limit=max_pixels)
+
+    def size(self, video: Video) -> tuple[int, int]:
+        """Return the (height, width) in pixels that the video's frames are resized to."""
+        raw = self.patches.raw
+        factor = raw["patch_size"] * raw["merge_size"]
+        least = video.pixels.get("min_pixels", self.patches.min_pixels)
+        most = video.pixels.get("max_pixels", self.patches.max_pixels)
+        if most < max(least, factor * factor):
+            raise UserError(
+                f"a frame may have {least} to {most} pixels: max_pixels must be at least "
+                f"min_pixels and one token's {factor * factor} pixels."
+            )
+        if self.cap:
+            budget = int(self.max_video_tokens * factor * factor * 0.9)
+            share = budget * raw["temporal_patch_size"] // video.count
+            most = max(min(most, share), int(least * 1.05))
+        most = max(least, factor * factor, min(most, self.limit))
+        return smart_resize(video.height, video.width, factor, least, int(most))
+
+    def grid(self, video: Video) -> tuple[int, int, int]:
+        """Return (frames, height, width) in patches, from the header alone."""
+        height, width = self.size(video)
+        patch, frames = self.patches.raw["patch_size"], self.sampling.factor
+        return -(-video.count // frames), height // patch, width // patch
+
+    @property
+    def largest(self) -> int:
+        """The most patches a video may have whose record sets nothing itself."""
+        most = self.patches.largest
+        assert most is not None  # every image has its own size
+        return -(-self.sampling.max_frames // self.sampling.factor) * most
+
+    def settings(self) -> dict[str, Any]:
+        """Return the `video_preprocessor_config.json` that serves videos as they are cut here."""
+        sampling = self.sampling
+        count = {"num_frames": sampling.nframes} if sampling.nframes else {"fps": sampling.fps}
+        frame = self.patches.settings()
+        del frame["image_processor_type"]
+        return {
+            **frame,
+            "video_processor_type": NAME,
+            **count,
+            "min_frames": sampling.min_frames,
+            "max_frames": sampling.max_frames,
+            "cap_pixels_per_frame": self.cap,
+            "max_video_tokens": self.max_video_tokens,
+        }
+
+    @property
+    def table(self) -> np.ndarray:
+        """float32 [3, 256]: the value of each byte of each channel."""
+        return self.patches.table
+
+    def __call__(self, video: Video) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Return (pixel values float32 [P, C], grid)."""
+        cut, grid = self.cut(video)
+        return look_up(self.table, cut), grid
+
+    def cut(self, video: Video) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Return (bytes uint8 [P, C], grid); frames are decoded, resized and let go one by one.
+
+        The last frame is repeated where their number is no multiple of a patch's frames.
+        """
+        raw, depth, number = self.patches.raw, self.sampling.factor, -1
+        size, grid = self.size(video), self.grid(video)
+        cut = np.empty((grid[0], grid[1] * grid[2], 3, depth, raw["patch_size"] ** 2), np.uint8)
+        for number, frame in enumerate(video.frames()):
+            self.patches.frame(frame, size, cut[number // depth, :, :, number % depth])
+        if number + 1 != video.count:
+            raise UserError(f"it has {number + 1} frames, but {video.count} were expected.")
+        last = number % depth
+        cut[-1, :, :, last + 1 :] = cut[-1, :, :, last : last + 1]
+        return cut.reshape(int(np.prod(grid)), -1), grid
+
+
+def read_video_settings(*directories: str | Path) -> dict[str, Any] | None:
+    """Return the video settings of the first directory that has some, or None.
+
+    `processor_config.json` with "video_processor" comes before `video_preprocessor_config.json`;
+    where no directory has either, the image settings hold for video too, as in transformers.
+    """
+    return read_first(directories, FILES) or read_first(directories, IMAGE_FILES)
+
+
+def make_video_processor(
+    raw: Mapping[str, Any],
+    *,
+    fps: float | None = None,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> VideoProcessor:
+    """Return the video processor that settings describe; arguments replace what they say.
+
+    Raises `UserError` for an unknown type or key.
+    """
+    named = raw.get("video_processor_type") or raw.get("image_processor_type")
+    name = str(named or "").removesuffix("Fast").removesuffix("Pil")
+    if name not in (NAME, IMAGE_NAME):
+        raise UserError(
+            f"The video settings have the type {named!r}, which is not supported"
+            f"{nearest(name, [NAME])}. Supported: {NAME}."
+        )
+    cut = PROCESSORS[IMAGE_NAME][1]
+    for key, value in raw.items():
+        if key not in {*cut, *OWN, *NO_EFFECT} and value not in (None, False):
+            raise UserError(
+                f"The video settings have {key}={value!r:.80}, whose effect on {NAME} is not known"
+                f"{nearest(key, [*cut, *OWN])}. Known keys: {', '.join([*cut, *OWN])}."
+            )
+    frames = {key: raw[key] for key in cut if raw.get(key) is not None}
+    if name == NAME:
+        frames["size"] = {**SIZE, **frames.get("size", {})}
+    processor = make_processor(
+        {**frames, "image_processor_type": IMAGE_NAME},
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    assert isinstance(processor, Patches)
+    own = {**OWN, **{key: raw[key] for key in OWN if raw.get(key) is not None}}
+    for key in ("fps", "num_frames", "min_frames", "max_frames", "max_video_tokens"):
+        value = own[key]
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise UserError(f"The video settings have {key}={value!r:.80}; expected a number > 0.")
+        if value is not None:
+            number(key, value, "file of video settings")
+    sampling = Sampling(
+        fps=float(fps or own["fps"] or Sampling.fps),
+        min_frames=min_frames or own["min_frames"],
+        max_frames=max_frames or own["max_frames"],
+        nframes=None if fps else own["num_frames"],
+        factor=processor.raw["temporal_patch_size"],
+    )
+    if sampling.max_frames < max(sampling.min_frames, sampling.factor):
+        raise UserError(
+            f"A video may have {sampling.min_frames} to {sampling.max_frames} frames: "
+            f"data.video_max_frames must be at least data.video_min_frames and {sampling.factor}."
+        )
+    return VideoProcessor(
+        processor, sampling, bool(own["cap_pixels_per_frame"]), own["max_video_tokens"]
+    )

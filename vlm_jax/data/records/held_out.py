@@ -1,0 +1,44 @@
+"""A share of the records that is held out of training, to evaluate on."""
+
+import dataclasses
+
+import numpy as np
+
+from vlm_jax.data.records.mixture import Mixture, Records
+from vlm_jax.errors import UserError
+
+
+def hold_out(
+    records: Records | Mixture, share: float, seed: int
+) -> tuple[Records | Mixture, Records | Mixture]:
+    """Return (what is left to train on, what is held out): every record in one of the two.
+
+    Of a mixture each source gives its share. What is held out hangs on nothing but the number of
+    records and the seed, so that it is the same in every process and when a run goes on; it comes
+    in random order, of which the first ones are a fair sample. One record at least is held out, and
+    one left. Raises `UserError` where a source has only one.
+    """
+    if isinstance(records, Mixture):
+        pairs = [_halves(part.records, share, seed) for part in records.parts]
+        left = [
+            dataclasses.replace(part, records=one)
+            for part, (one, _) in zip(records.parts, pairs, strict=True)
+        ]
+        held = [
+            dataclasses.replace(part, records=other, weight=None, epochs=None)
+            for part, (_, other) in zip(records.parts, pairs, strict=True)
+        ]
+        return Mixture(left), Mixture(held)
+    return _halves(records, share, seed)
+
+
+def _halves(records: Records, share: float, seed: int) -> tuple[Records, Records]:
+    count = len(records)
+    if count < 2:
+        raise UserError(
+            f"data.eval_share is {share:g}, but '{records.name}' has one record, of which nothing "
+            f"can be held out. Leave data.eval_share out, or name a data.eval_file."
+        )
+    number = min(max(1, round(share * count)), count - 1)
+    drawn = np.random.default_rng([seed, count]).permutation(count)
+    return records.choose(np.sort(drawn[number:])), records.choose(drawn[:number])

@@ -1,0 +1,1 @@
+"""Conversations as tokens: the chat template, in bounds, and where answers stand."""

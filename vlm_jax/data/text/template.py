@@ -1,0 +1,84 @@
+"""A checkpoint's chat template, rendered within limits of time and size."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vlm_jax.data.text.sandbox import END, START, TooLarge, compile_template
+from vlm_jax.data.text.watchdog import within
+from vlm_jax.errors import UserError
+from vlm_jax.files.limits import TEMPLATE_SECONDS, TEMPLATE_SOURCE
+
+Span = tuple[int, int]
+Messages = Sequence[dict[str, Any]]
+
+
+class BadTemplate(UserError):
+    """A template that no conversation can be rendered by: no record's fault."""
+
+
+class Template:
+    """A template as transformers compiles it, with `{% generation %}` marks. Thread-safe.
+
+    directory: for errors. Raises `UserError` for what is no valid Jinja, or too large.
+    """
+
+    def __init__(self, source: str, directory: str):
+        self.source, self.directory = source, directory
+        self._refused: str | None = None
+        self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        if len(source) > TEMPLATE_SOURCE:
+            raise UserError(
+                f"The chat template of '{directory}' has {len(source)} characters, and more than "
+                f"{TEMPLATE_SOURCE} are not read. Copy the checkpoint's own."
+            )
+        try:
+            self._compiled = within(TEMPLATE_SECONDS, compile_template, source)
+        except Exception as error:  # Python compiles what Jinja writes, and has limits of its own
+            raise UserError(
+                f"The chat template of '{directory}' is no valid Jinja: {_said(error)}. Mend "
+                f"chat_template.jinja, or copy the checkpoint's own."
+            ) from error
+
+    def render(self, messages: Messages, prompt: bool, **values: Any) -> tuple[str, list[Span]]:
+        """Return the text and what its generation marks hold.
+
+        prompt: with what asks the assistant to write. Raises `UserError` where the template
+        refuses the conversation, `BadTemplate` where it takes too long or asks for too much.
+        """
+        if self._refused is not None:  # or each record would take as long again
+            raise BadTemplate(self._refused)
+        values |= {"tools": None, "documents": None, "add_generation_prompt": prompt}
+        try:
+            text = within(TEMPLATE_SECONDS, self._compiled.render, messages=messages, **values)
+        except (TimeoutError, TooLarge) as error:
+            self._refused = (
+                f"The chat template of '{self.directory}' {error}, for one conversation, which "
+                f"needs nothing of the kind: it is damaged, or meant to stop whoever uses it. Copy "
+                f"the checkpoint's own chat_template.jinja."
+            )
+            raise BadTemplate(self._refused) from error
+        except Exception as error:  # a template is the checkpoint's own code
+            roles = [message["role"] for message in messages]
+            few = ", ".join(roles[:6]) + (f", ... {len(roles)} in all" if len(roles) > 6 else "")
+            raise UserError(
+                f"The chat template of '{self.directory}' refuses the conversation ({few}): "
+                f"{_said(error)}. Check the roles and their order."
+            ) from error
+        return _take_marks(text) if self.has_marks else (text, [])
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip().rstrip(".") or type(error).__name__
+
+
+def _take_marks(text: str) -> tuple[str, list[Span]]:
+    """Return the text without its marks, and what each pair of them held."""
+    pieces, places, length = [], [], 0
+    for piece in re.split(f"([{START}{END}])", text):
+        if piece in (START, END):
+            places.append(length)
+        else:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), list(zip(places[::2], places[1::2], strict=False))

@@ -1,0 +1,216 @@
+"""Processes that train together end together: one that fails, or is killed, ends the others.
+
+A process that waits for another inside a collective cannot be reached from outside, so each has a
+thread that looks for a word from the others, and ends its process at once when there is one.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vlm_jax.distributed import processes
+from vlm_jax.distributed.interrupts import INTERRUPTED, clear, ending, on_signal
+from vlm_jax.distributed.processes import Seat
+from vlm_jax.errors import UserError
+
+FAILED = "vlm_jax/failed"  # {"process", "code", "text"} of the first process that failed
+LEFT = "vlm_jax/left/"  # a key for each process that is about to end
+LOOK = 0.5  # seconds between looks
+PATIENCE = 20.0  # seconds that process 0, which holds the words, waits for the others to read them
+
+# It outlives its parent, and says what the parent said last, unless that was nothing.
+LAST_WORDS = "import os, sys; os.write(2, sys.stdin.buffer.read().split(b'\\0')[-1])"
+
+
+@contextlib.contextmanager
+def together(report: Callable[[BaseException], int]) -> Iterator[None]:
+    """Start the processes that the environment names, run a block in each, and end all alike.
+
+    report: says an exception on stderr and returns the exit code. Where the block raises in one
+    process, that one reports it, the others say so, and all end with its code, within seconds and
+    wherever they are, so the exception never leaves this. Ctrl-C or SIGTERM to one ends all, until
+    the block says what else they do. With one process the block runs as if this were not here.
+    Raises `UserError` for a wrong environment.
+    """
+    here = processes.seat()
+    if here is None:
+        yield
+        return
+    joined, done = threading.Event(), threading.Event()
+    with (
+        _last_words(here) as words,
+        on_signal(lambda number: _stopped(here, report, words, joined.is_set())),
+    ):
+        try:
+            processes.start(here)
+            joined.set()
+            watcher = threading.Thread(target=_watch, args=(here, done, words), daemon=True)
+            watcher.start()
+            yield
+            processes.wait_for_all("the end")
+        except BaseException as error:
+            _fail(here, error, report, words, joined.is_set())
+        done.set()
+        watcher.join()
+
+
+@contextlib.contextmanager
+def _last_words(here: Seat) -> Iterator[Callable[[str], None]]:
+    """Yield what sets the words that stand on stderr if this process ends without its own.
+
+    JAX aborts a process where it finds another one dead, and an operating system that is out of
+    memory kills one: nothing in the process can speak then, so a small child does.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", LAST_WORDS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is not meant for it
+    )
+    pipe = child.stdin
+    assert pipe is not None
+
+    def say(words: str) -> None:
+        pipe.write(b"\0" + words.encode())
+        pipe.flush()
+
+    say(
+        f"vlm-jax train: {here} ended without a word of its own: it was killed, or JAX ended it "
+        f"because another process died or was killed (lines above this one say so, and the "
+        f"output of the others may say why). What was saved is whole: start all processes again, "
+        f"with --resume if there is a checkpoint.\n"
+    )
+    try:
+        yield say
+    finally:
+        with contextlib.suppress(OSError):  # it may have been killed
+            say("")
+            pipe.close()
+        child.wait()
+
+
+def _watch(here: Seat, done: threading.Event, words: Callable[[str], None]) -> None:
+    """End this process where another one has failed."""
+    while not done.wait(LOOK):
+        failure = _failure()
+        if failure is not None and failure["process"] != here.number:
+            if not ending.acquire(blocking=False):
+                return  # another thread is at it
+            _say_others(here, failure)
+            _leave(here, failure["code"], words)
+
+
+def _failure() -> dict[str, Any] | None:
+    try:
+        return json.loads(processes.client().key_value_try_get(FAILED))
+    except Exception:  # not there; or the coordinator is gone, of which JAX's own thread knows
+        return None
+
+
+def _say_others(here: Seat, failure: dict[str, Any]) -> None:
+    which = f"process {failure['process']} of {here.count}"
+    print(f"vlm-jax train: {which} stopped the run: {failure['text']}", file=sys.stderr)
+
+
+def _fail(
+    here: Seat,
+    error: BaseException,
+    report: Callable[[BaseException], int],
+    words: Callable[[str], None],
+    joined: bool,
+) -> None:
+    """Report an exception, tell the others if it had joined them, and end this process."""
+    if not ending.acquire(blocking=False):
+        while True:  # another thread ends this process
+            time.sleep(1)
+    mine = isinstance(error, UserError | KeyboardInterrupt)
+    failure = _explained(here) if joined and not mine else None
+    if failure is not None:
+        _say_others(here, failure)
+        code = failure["code"]
+    elif mine:
+        code = report(error)
+    elif _is_of_others(error):
+        error = UserError(
+            f"{str(here).capitalize()} can no longer reach another one, which may have died or "
+            f"been killed ({str(error).splitlines()[0][:300]}). What was saved is whole: start all "
+            f"processes again, with --resume if there is a checkpoint."
+        )
+        report(error)
+        code = 1
+    else:
+        traceback.print_exception(error)
+        code = 1
+    _tell(here, code, " ".join(str(error).split()), words, joined)
+
+
+def _stopped(
+    here: Seat, report: Callable[[BaseException], int], words: Callable[[str], None], joined: bool
+) -> None:
+    """End this process at once since it was told to, and the others with it."""
+    if ending.acquire(blocking=False):
+        with contextlib.suppress(Exception):  # the main thread may be in the midst of a line
+            report(KeyboardInterrupt())
+        _tell(here, INTERRUPTED, "", words, joined)
+
+
+def _tell(here: Seat, code: int, text: str, words: Callable[[str], None], joined: bool) -> None:
+    """Tell the others why this process ends, if it had joined them, and end it."""
+    if joined:
+        with contextlib.suppress(Exception):  # another was first, or there is no coordinator
+            told = {"process": here.number, "code": code, "text": text or "it was interrupted."}
+            processes.client().key_value_set(FAILED, json.dumps(told))
+    _leave(here, code, words, joined)
+
+
+def _explained(here: Seat) -> dict[str, Any] | None:
+    """Return another process's failure, where that is why this one failed too."""
+    for _ in range(6):
+        failure = _failure()
+        if failure is not None and failure["process"] != here.number:
+            return failure
+        time.sleep(LOOK)
+    return None
+
+
+def _is_of_others(error: BaseException) -> bool:
+    """Return whether an exception is one of communication."""
+    import jax
+
+    signs = ("gloo", "connection", "unavailable", "peer", "heartbeat", "coordination", "nccl")
+    text = str(error).lower()
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
+
+
+def _leave(here: Seat, code: int, words: Callable[[str], None], joined: bool = True) -> None:
+    """End this process, at once; process 0 once the others know.
+
+    An ordinary exit would wait for the others in JAX, and JAX abort those that process 0 leaves.
+    """
+    with contextlib.suppress(Exception):
+        words("")
+    if joined:
+        with contextlib.suppress(Exception):
+            _tell_leaving(here)
+    clear()  # last, since the main thread may go on until now
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _tell_leaving(here: Seat) -> None:
+    client, end = processes.client(), time.monotonic() + PATIENCE
+    client.key_value_set(f"{LEFT}{here.number}", "")
+    while here.number == 0 and time.monotonic() < end:
+        if len(client.key_value_dir_get(LEFT)) == here.count:
+            time.sleep(LOOK)  # for the last one to end
+            return
+        time.sleep(0.1)

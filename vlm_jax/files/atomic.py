@@ -1,0 +1,164 @@
+"""Directories and tensor files that appear whole or not at all."""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vlm_jax.distributed.interrupts import at_sudden_end
+from vlm_jax.errors import UserError
+
+# What an adapter's directory is made of, PEFT's or a bottleneck adapter's: a new one replaces all.
+ADAPTER_PARTS = ("adapter_model.safetensors", "adapter.safetensors", "modules")
+
+
+@contextlib.contextmanager
+def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield a temporary directory whose files move to `directory` when the block ends well.
+
+    Where the block raises, nothing of it remains. Files of the same name are replaced, each in
+    one atomic step; other files in an existing directory stay, except weights of the same
+    checkpoint in another number of shards, and what the glob patterns of instead_of name: parts
+    of an earlier save that would be read with this one. Raises `UserError` where it cannot be made.
+    """
+    target = Path(directory).expanduser().absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        temporary, held = _temporary(target)
+    except OSError as error:
+        raise UserError(
+            f"The directory '{target}' cannot be made ({error.strerror}: '{error.filename}'). Take "
+            f"another path."
+        ) from error
+    stale: list[Path] = []
+    remove = functools.partial(shutil.rmtree, temporary, ignore_errors=True)
+    at_sudden_end.append(remove)
+    try:
+        yield temporary
+        for path in temporary.iterdir():  # some writers leave them readable by their owner alone
+            if not path.is_dir():
+                path.chmod(0o666 & ~_umask())
+        if target.exists():
+            fresh = {path.name for path in temporary.iterdir()}
+            patterns = list(instead_of)
+            if "model.safetensors" in fresh or "model.safetensors.index.json" in fresh:
+                # Readers differ in whether shards or a single file come first: leave one kind.
+                patterns += ["model*.safetensors", "model*.index.json"]
+            for pattern in patterns:
+                stale += [old for old in target.glob(pattern) if old.name not in fresh]
+            for path in sorted(temporary.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(target / path.name, ignore_errors=True)
+                os.replace(path, target / path.name)
+            for old in stale:
+                if old.is_dir():
+                    shutil.rmtree(old)
+                else:
+                    old.unlink()
+        else:
+            temporary.chmod(0o777 & ~_umask())
+            os.replace(temporary, target)
+    finally:
+        remove()
+        at_sudden_end.remove(remove)
+        os.close(held)
+
+
+PART = ".part"  # the end of the name of a directory that is not whole yet
+
+
+def _temporary(target: Path) -> tuple[Path, int]:
+    """Return a new directory beside the target, and a handle whose lock says that it is in use."""
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+        held = os.open(made, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if made.is_dir():
+            return made, held
+        os.close(held)  # another process took it for a leftover before it was locked
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what writers of the target left behind that were killed.
+
+    The system lets go of a lock when its process dies: what can be locked is nobody's.
+    """
+    for path in target.parent.iterdir():
+        own = path.name.lstrip(".").startswith(f"{target.name}.") and path.name.endswith(PART)
+        if not (own and path.name.startswith(".") and path.is_dir() and not path.is_symlink()):
+            continue
+        with contextlib.suppress(OSError):  # it is locked, gone, or cannot be locked here
+            held = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(held)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step: where that fails or is cut short, what was there before stays."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON with a final newline, as `write_whole` does."""
+    write_whole(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
+
+
+def write_shards(
+    directory: Path,
+    sizes: dict[str, int],
+    tensor: Callable[[str], np.ndarray],
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write `model.safetensors`, or shards and their index where it exceeds `shard_bytes`.
+
+    sizes: {tensor name: bytes}; tensor(name) makes one array when its shard is written, so that
+    no more than one shard is on the host at a time.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    index = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: np.ascontiguousarray(tensor(name)) for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        del tensors  # before those of the next one are made
+        index.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = {"total_size": sum(sizes.values())}
+        write_json(
+            directory / "model.safetensors.index.json", {"metadata": total, "weight_map": index}
+        )

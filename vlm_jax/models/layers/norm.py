@@ -1,0 +1,46 @@
+"""LayerNorm and RMSNorm, computed in float32: the mean of squares overflows or rounds in bf16."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.models.layers.linear import along_last, parameter
+
+
+class RMSNorm(nn.Module):
+    """https://arxiv.org/abs/1910.07467. [..., D] to [..., D]."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        return normed.astype(self.dtype) * along_last(scale.astype(self.dtype), x)
+
+
+class LayerNorm(nn.Module):
+    """https://arxiv.org/abs/1607.06450. [..., D] to [..., D]."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+def layer_norm(x: jax.Array, scale: Any, bias: Any, epsilon: float) -> jax.Array:
+    """Return float32 [..., D] of x [..., D], scale and bias [D]."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + epsilon)
+    scale, bias = (along_last(v.astype(jnp.float32), x) for v in (scale, bias))
+    return normed * scale + bias

@@ -1,0 +1,201 @@
+"""Rotary position embeddings: frequencies for every scaling in use, and their application.
+
+Letters: B batch, T query, N heads, H head dim, A axes (1, or 3 for M-RoPE: time, height, width).
+RoPE: https://arxiv.org/abs/2104.09864; M-RoPE: https://arxiv.org/abs/2409.12191, section 2.1.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.files.limits import number
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How positions become angles; the names are those of Hugging Face's `rope_parameters`."""
+
+    head_dim: int
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    max_position: int = 0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    mrope_section: tuple[int, ...] = ()
+
+
+_KNOWN = frozenset(
+    """rope_type type rope_theta factor original_max_position_embeddings low_freq_factor
+    high_freq_factor beta_fast beta_slow attention_factor truncate mscale mscale_all_dim
+    mrope_section partial_rotary_factor""".split()
+)
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def rope_from_hf(
+    parameters: Mapping[str, Any] | None, theta: float, head_dim: int, max_position: int, where: str
+) -> Rope:
+    """Return the `Rope` of `rope_parameters` (5.x) or `rope_scaling` (4.x), or raise by name."""
+    given = {name: value for name, value in (parameters or {}).items() if value is not None}
+    unknown = sorted(given.keys() - _KNOWN)
+    if unknown:
+        raise UserError(f"The rope parameters of the {where} hold unknown fields: {unknown}.")
+    section = given.get("mrope_section", ())
+    for name, value in given.items():
+        if name in ("rope_type", "type", "truncate", "mrope_section"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"The {where} has the rope parameter {name} = {value!r}, no number.")
+        number(name, value, where)
+    number("rope_theta", float(given.get("rope_theta", theta)), where, above=0)
+    if not isinstance(section, list | tuple) or not all(isinstance(n, int) for n in section):
+        raise UserError(f"The {where} has mrope_section = {section!r}; expected whole numbers.")
+    section = tuple(section)
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "mrope":  # 4.x's name of the default frequencies with three axes
+        kind = "default"
+    if kind not in KINDS:
+        raise UserError(
+            f"The {where} asks for rope type '{kind}', which is not supported; supported: "
+            f"{', '.join(KINDS)} and mrope."
+        )
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"The {where} sets partial_rotary_factor, which is not supported.")
+    if section and sum(section) != head_dim // 2:
+        raise UserError(
+            f"The mrope_section {list(section)} of the {where} sums to {sum(section)}, but half "
+            f"the head dimension is {head_dim // 2}; the two must be equal."
+        )
+    original = given.get("original_max_position_embeddings") or max_position
+    factor = given.get("factor") or (max_position / original if kind == "yarn" else 1.0)
+    return Rope(
+        head_dim=head_dim,
+        theta=float(given.get("rope_theta", theta)),
+        kind=kind,
+        factor=float(factor),
+        max_position=max_position,
+        original_max_position=original,
+        low_freq_factor=given.get("low_freq_factor", 1.0),
+        high_freq_factor=given.get("high_freq_factor", 4.0),
+        beta_fast=given.get("beta_fast") or 32.0,
+        beta_slow=given.get("beta_slow") or 1.0,
+        attention_factor=given.get("attention_factor"),
+        truncate=given.get("truncate", True),
+        mscale=given.get("mscale"),
+        mscale_all_dim=given.get("mscale_all_dim"),
+        mrope_section=section,
+    )
+
+
+def _plain_frequencies(theta: float, head_dim: int) -> np.ndarray:
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (1.0 / np.float32(theta) ** exponent).astype(np.float32)
+
+
+def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
+    wavelength = 2 * math.pi / frequencies
+    low = rope.original_max_position / rope.low_freq_factor
+    high = rope.original_max_position / rope.high_freq_factor
+    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    scaled = np.where(wavelength > low, frequencies / rope.factor, frequencies)
+    return np.where((wavelength <= low) & (wavelength >= high), blended, scaled).astype(np.float32)
+
+
+def _yarn(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
+    """https://arxiv.org/abs/2309.00071, section 3.2: interpolate only the slow dimensions."""
+
+    def dimension(rotations: float) -> float:
+        turns = rope.original_max_position / (rotations * 2 * math.pi)
+        return rope.head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.head_dim - 1)
+    width = (high - low) or 0.001
+    ramp = np.clip((np.arange(rope.head_dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    return (frequencies / rope.factor * ramp + frequencies * (1 - ramp)).astype(np.float32)
+
+
+def _attention_factor(rope: Rope) -> float:
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def scale(multiplier: float) -> float:
+        return 0.1 * multiplier * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return scale(rope.mscale) / scale(rope.mscale_all_dim)
+    return scale(1.0)
+
+
+def _frequencies(rope: Rope, positions: Any) -> Any:
+    """Return float32 [H/2]; a traced value only for "dynamic", which depends on the length."""
+    plain = _plain_frequencies(rope.theta, rope.head_dim)
+    if rope.kind == "linear":
+        return plain / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        return _llama3(rope, plain)
+    if rope.kind == "yarn":
+        return _yarn(rope, plain)
+    if rope.kind == "dynamic":
+        length = jnp.maximum(jnp.max(positions) + 1, rope.max_position).astype(jnp.float32)
+        stretch = rope.factor * length / rope.max_position - (rope.factor - 1)
+        theta = rope.theta * stretch ** (rope.head_dim / (rope.head_dim - 2))
+        exponent = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)
+        return 1.0 / theta**exponent
+    return plain
+
+
+def rope_angles(rope: Rope, positions: Any) -> tuple[Any, Any]:
+    """Return `(cos, sin)`, float32 [B, T, H/2], of positions int [B, T] or [B, 3, T].
+
+    With three axes, `mrope_section` says how many frequencies turn with time, height, width.
+    """
+    frequencies = jnp.asarray(_frequencies(rope, positions))
+    # float32: at position 30,000 a bfloat16 angle is off by whole turns.
+    if positions.ndim == 3:
+        angles_B3TH = positions.astype(jnp.float32)[..., None] * frequencies[None, None, None, :]
+        axis = np.repeat(np.arange(len(rope.mrope_section)), rope.mrope_section)
+        angles = jnp.stack([angles_B3TH[:, a, :, i] for i, a in enumerate(axis)], axis=-1)
+    else:
+        angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    factor = _attention_factor(rope)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def grid_angles(positions_BP2: Any, head_dim: int, theta: float) -> tuple[Any, Any]:
+    """Return `(cos, sin)`, float32 [B, P, H/2], of 2-D patch positions (height, width).
+
+    The first quarter of the head turns with the height, the second with the width.
+    """
+    frequencies = jnp.asarray(_plain_frequencies(theta, head_dim // 2))
+    angles_BP2F = positions_BP2.astype(jnp.float32)[..., None] * frequencies[None, None, None, :]
+    angles = angles_BP2F.reshape(*positions_BP2.shape[:2], head_dim // 2)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BTNH: Any, cos_BTH: Any, sin_BTH: Any) -> Any:
+    """Rotate the halves of each head, Hugging Face's convention; computed in float32."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)

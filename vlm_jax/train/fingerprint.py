@@ -1,0 +1,150 @@
+"""What must be the same when a run goes on from its checkpoint; digests of the files it reads."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ml_collections import ConfigDict
+
+from vlm_jax import config as configs
+from vlm_jax.config.checks import optimizer_name
+from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
+from vlm_jax.model import Model
+from vlm_jax.train.setup import compute_dtype, quantization_of
+from vlm_jax.trees import Table
+
+# Config keys of data that decide which batches come.
+DATA_KEYS = (
+    *("max_seq_length", "image_resolution", "min_pixels", "max_pixels", "max_shapes"),
+    # Not on_bad_example: up to a bad example that stops a run, "skip" gives the same batches.
+    *("train_split", "shuffle", "train_on", "max_patches", "packing", "overlong"),
+    *("video_fps", "video_min_frames", "video_max_frames", "video_min_pixels", "video_max_pixels"),
+)
+
+# Where things lie, which may differ from host to host.
+PLACES = (
+    *("model.name_or_path", "model.adapter", "training.output_dir", "training.run_name"),
+    *("data.train_file", "data.eval_file", "data.image_folder"),
+)
+
+
+def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[str, Any]:
+    """Return what must be the same when a run goes on, as JSON values.
+
+    Schedules, limits, logging and the places of files may change; what the state and the order of
+    the data mean may not.
+    """
+    assert model.source is not None
+    d, t, quantized = config.data, config.training, quantization_of(config)
+    adapter = Path(config.model.adapter or "", "adapter_model.safetensors")
+    if config.model.adapter and is_adapter_directory(config.model.adapter):
+        adapter = Path(config.model.adapter, WEIGHTS)
+    own = {} if model.adapter is None else dataclasses.asdict(model.adapter)
+    own.pop("targets", None)  # of foreign modules alone: older checkpoints have no such field
+    return {
+        "base": base_identity(model.source.directory),
+        "model": {
+            "dtype": compute_dtype(config),
+            "adapter": file_identity(adapter),
+            **({} if quantized is None else {"quantize": str(quantized)}),
+        },
+        "training table": [list(row) for row in table],
+        "lora": None if model.lora is None else dataclasses.asdict(model.lora),
+        "adapter": own or None,
+        "data": {
+            "train_file": sources_identity(configs.plain(d.train_file)),
+            **{key: d[key] for key in DATA_KEYS},
+            **({"columns": configs.plain(d.columns)} if d.columns else {}),
+            **({"eval_share": d.eval_share} if d.eval_share else {}),
+        },
+        "training": {
+            "rows": rows,
+            "gradient_accumulation_steps": t.gradient_accumulation_steps,
+            "seed": t.seed,
+            "dataloader_drop_last": t.dataloader_drop_last,
+            # Absent where unset, as in checkpoints that are older than these keys.
+            **{
+                key: t[key]
+                for key in ("data_seed", "train_sampling_strategy")
+                if t[key] is not None
+            },
+            # Paging moves moments and changes no number: a run may go on without it, or with it.
+            "optim": optimizer_name(t.optim).removeprefix("paged_"),
+        },
+    }
+
+
+def settings_of(config: ConfigDict) -> dict[str, str]:
+    """Return {"section.key": value in words} of a config, but for where things lie."""
+    flat = configs.flatten_config(config)
+    return {key: str(value) for key, value in flat.items() if key not in PLACES}
+
+
+def sources_identity(source: Any) -> Any:
+    """Return the digest of a data file, or of each source of a list, beside how it is read."""
+    if isinstance(source, list):
+        return [sources_identity(one) for one in source]
+    if isinstance(source, Mapping):
+        said = {key: value for key, value in source.items() if key not in ("path", "image_folder")}
+        return {**said, "path": sources_identity(source["path"])}
+    return file_identity(Path(source).expanduser())
+
+
+SAMPLE_BYTES = 1 << 10  # of a tensor, three times
+FILE_SAMPLE_BYTES = 1 << 20  # of a file that has no tensors, three times
+LONGEST_HEADER = 100_000_000  # bytes, the format's own limit: a longer one is no safetensors file
+
+
+def base_identity(directory: str | Path) -> dict[str, str]:
+    """Return {file: digest} of what makes a base checkpoint this one, wherever it lies.
+
+    config.json counts whole; of a weights file its header and three samples of each tensor, so
+    that a base of many gigabytes is told in a moment from one in which a LoRA is merged.
+    """
+    directory = Path(directory)
+    identity = {}
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        digest = hashlib.sha256()
+        # A file system may want buffers of many mebibytes, which each sample would fill.
+        with open(path, "rb", buffering=SAMPLE_BYTES) as file:
+            digest.update(str(path.stat().st_size).encode())
+            for start, length in _samples(file):
+                file.seek(start)
+                digest.update(file.read(length))
+        identity[path.name] = digest.hexdigest()
+    return identity
+
+
+def _samples(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) of the bytes that stand for a file, see `base_identity`.
+
+    Files that are called safetensors may be none, such as Git LFS pointers of weights that were
+    not fetched: they are sampled as one piece.
+    https://huggingface.co/docs/safetensors/index#format
+    """
+    data = 8 + int.from_bytes(file.read(8), "little")
+    try:
+        entries = json.loads(file.read(min(data, LONGEST_HEADER) - 8))
+        entries.pop("__metadata__", None)
+        offsets = sorted(entry["data_offsets"] for entry in entries.values())
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        length, spans = FILE_SAMPLE_BYTES, [(0, os.fstat(file.fileno()).st_size)]
+    else:
+        length, spans = SAMPLE_BYTES, [(data + start, data + end) for start, end in offsets]
+        yield 0, data
+    for start, end in spans:
+        for at in (start, (start + end) // 2, max(start, end - length)):
+            yield at, min(length, end - at)
+
+
+def file_identity(path: str | Path) -> str:
+    """Return the digest of a file's bytes, or "" for what is no file (a directory, a hub id)."""
+    path = Path(path)
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,333 @@
+"""The optimizer over a training table's groups, with layer-wise rates; AdamW equals torch's."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from vlm_jax.config.checks import optimizer_name
+from vlm_jax.config.schema import coerce, get_config
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.model import Model
+from vlm_jax.train.optimizers import RULES, each_tensor, scale_by_adam, takes
+from vlm_jax.train.schedules import schedule
+from vlm_jax.trees import (
+    FROZEN,
+    Table,
+    flatten,
+    layer_factors,
+    layer_words,
+    map_leaves,
+    match,
+    parse_group,
+)
+from vlm_jax.weights import is_quantized
+
+# Decay pulls a weight towards zero; a norm's scale and a bias have no business there.
+DECAY: Table = [(r"(.*/)?(bias|scale|lora_scale)", False), (r".*", True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """What `optimizer` reads of a run's `training` section, under TrainingArguments' names.
+
+    optim: a key of `config_tables.OPTIMIZERS`.
+    max_steps: all optimizer steps of the run, above 0 wherever the schedule depends on it.
+    warmup_steps: above 0 it overrides warmup_ratio; below 1 it is a share of max_steps itself.
+    max_grad_norm: 0 turns clipping off.
+    """
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    optim: str = "adamw"
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None
+    warmup_ratio: float = 0.0
+    warmup_steps: float = 0
+    max_steps: int = -1
+
+    @classmethod
+    def of(cls, training: Any) -> "OptimizerSettings":
+        """Return the settings of a mapping or of any object with TrainingArguments' attributes.
+
+        Keys may be left out, for the defaults above; but where neither a schedule nor max_steps
+        is given, the learning rate is constant (after the warm-up, if there is one). Numbers may
+        be strings, as YAML reads 2e-4. Raises `UserError` for an unknown key of a mapping and for
+        a value of the wrong type.
+        """
+        if isinstance(training, cls):
+            return training
+        types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+        if isinstance(training, Mapping | ConfigDict):
+            known = {*types, *get_config().training}
+            for key in training:
+                if key not in known:
+                    raise UserError(f"Unknown training key '{key}'{nearest(key, known)}.")
+            given = {name: training[name] for name in types if name in training}
+        else:
+            given = {name: getattr(training, name, None) for name in types}
+        for name in ("lr_scheduler_type", "optim"):  # TrainingArguments holds enumerations
+            given[name] = getattr(given.get(name), "value", given.get(name))
+        values = {
+            name: coerce(f"training.{name}", value, types[name], False, "the training settings")
+            for name, value in given.items()
+            if value is not None
+        }
+        if "lr_scheduler_type" not in values and values.get("max_steps", -1) <= 0:
+            values["lr_scheduler_type"] = "constant_with_warmup"
+        return cls(**values)
+
+    @property
+    def warmup(self) -> int:
+        """Steps over which the learning rate rises linearly from 0."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        share = self.warmup_steps or self.warmup_ratio
+        if share > 0 and self.max_steps <= 0:
+            raise UserError("training.warmup_ratio is a share of training.max_steps: set it too.")
+        return math.ceil(max(self.max_steps, 0) * share)
+
+
+def learning_rate(settings: OptimizerSettings) -> Callable[[Any], jax.Array]:
+    """Return `step -> learning rate` of a group of scale 1, see `schedule`."""
+    kind = settings.lr_scheduler_type
+    warmup = 0 if kind == "constant" else settings.warmup
+    options = settings.lr_scheduler_kwargs or {}
+    return schedule(kind, settings.learning_rate, warmup, settings.max_steps, options)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scale all gradients by min(1, limit / (norm + 1e-6)), torch's `clip_grad_norm_`.
+
+    optax's own divides by the norm alone, and only above the limit.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        # In float32: a sum of squares in bfloat16 has two digits, and leaves may differ in dtype.
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
+        factor = jnp.minimum(1.0, limit / (norm + 1e-6))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def one_group(
+    settings: OptimizerSettings,
+    kind: str,
+    scale: float,
+    decay_mask: Callable[[Any], Any],
+    shardings: Mapping[str, Any],
+) -> optax.GradientTransformation:
+    """Return the optimizer of one group, with decay beside it (https://arxiv.org/abs/1711.05101).
+
+    kind: a key of `RULES`, or one of AdamW's names, which say how its moments are kept.
+    """
+    schedule = learning_rate(settings)
+    beta1, beta2 = settings.adam_beta1, settings.adam_beta2
+    if kind in RULES:
+        rule = each_tensor(RULES[kind](beta1, beta2))
+    else:
+        rule = scale_by_adam(
+            beta1,
+            beta2,
+            settings.adam_epsilon,
+            eight_bit=kind.endswith("_8bit"),
+            paged=kind.startswith("paged_"),
+            shardings=shardings,
+        )
+    return optax.chain(
+        rule,
+        optax.add_decayed_weights(settings.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(lambda step: scale * schedule(step)),
+    )
+
+
+def optimizer(
+    trainable: Mapping[str, Any], table: Table, training: Any, still: Collection[str] = ()
+) -> optax.GradientTransformation:
+    """Return the optax transformation that trains each leaf as its row of the table says.
+
+    trainable: the first tree of `vlm_jax.split(params, table)`. table: ordered (regex, group)
+    rows; the number in "full(0.1)" or "lora(2)" scales the learning rate, those of
+    "full(1; layers 0*8, 1*24)" each layer's: 0 freezes it, though it has a state. training: a
+    mapping or object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped
+    by their global norm over all that trains, then go to one optimizer a group; its state exists
+    for trained leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says.
+    Norms and biases do not decay, nor do the paths in `still`, which no gradient will reach: torch
+    passes such a parameter over. What Muon does not take, see `rules.MUON`, AdamW does.
+    Raises `UserError` where nothing trains, or a group or the optimizer is unknown.
+    """
+    settings = OptimizerSettings.of(training)
+    groups = match(table, flatten(trainable), "training table", unused="allow")
+    if not groups:
+        raise UserError("Nothing is left to train: the training table freezes every parameter.")
+    frozen = [path for path, group in groups.items() if parse_group(group)[0] == FROZEN]
+    if frozen:
+        raise UserError(
+            f"The training table freezes '{frozen[0]}', which is among the trainable leaves. Pass "
+            f"the first tree of vlm_jax.split(params, table) with the same table."
+        )
+
+    quantized = [path for path, leaf in flatten(trainable).items() if is_quantized(leaf)]
+    if quantized:
+        raise UserError(
+            f"The training table trains '{quantized[0]}', which is stored in 4 bits: codes have no "
+            f"gradient. Freeze it and train LoRA beside it, or load the base without quantize."
+        )
+
+    def decay_mask(tree: Any) -> Any:
+        # Inside multi_transform the leaves of other groups are empty nodes.
+        masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+        flags = match(DECAY, flatten(tree), "decay table", unused="allow")
+        return map_leaves(
+            lambda path, leaf: leaf if masked(leaf) else flags[path] and path not in still, tree
+        )
+
+    shardings = {
+        path: None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        for path, leaf in flatten(trainable).items()
+    }
+    check_layers(groups, {path: leaf.shape for path, leaf in flatten(trainable).items()})
+    kind = optimizer_name(settings.optim)
+    own = {path: takes(kind, path) for path in groups}
+    # A group that two optimizers share has two names; checkpoints know the others by their own.
+    names = {path: group if own[path] else f"{group} adamw" for path, group in groups.items()}
+    transforms = {
+        name: one_group(
+            settings,
+            kind if own[path] else "adamw",
+            parse_group(groups[path])[1],
+            decay_mask,
+            shardings,
+        )
+        for path, name in names.items()
+    }
+    labels = map_leaves(lambda path, _: names[path], trainable)
+    groups_tx = optax.multi_transform(transforms, labels)
+    # Without a limit it is infinite: the state keeps one structure whatever the settings.
+    limit = settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf
+    clip = clip_by_global_norm(limit)
+    if any_layers(groups):  # neither of these has a state, so checkpoints keep their names
+        clip = optax.chain(frozen_layers(groups), clip)
+        inner, layers = groups_tx, scaled(groups)
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            updates, state = inner.update(updates, state, params)
+            return layers.update(updates, optax.EmptyState(), params)[0], state
+
+        groups_tx = optax.GradientTransformation(inner.init, update)
+    return optax.chain(clip, groups_tx)
+
+
+# Of a tower, what comes behind its blocks.
+BEHIND = r".*/(post_layernorm|norm)/.*"
+
+
+def rates_of_layers(
+    model: Model, paths: Sequence[str], freeze_layers: int, vision_layer_decay: float
+) -> dict[str, tuple[float, ...] | float]:
+    """Return {regex of paths: factor of the rate, or one for each layer of a stack}.
+
+    freeze_layers: blocks of the language model that do not train, from the lowest on.
+    vision_layer_decay: what each block of the tower is slower by than the one above it, and what
+    lies below the blocks than the lowest (https://arxiv.org/abs/2106.08254, appendix H).
+    Raises `UserError` where no block would be left.
+    """
+    found: dict[str, tuple[float, ...] | float] = {}
+    for prefix, count in model.family.stacks(model.config).items():
+        inside = [path for path in paths if path.startswith(f"{prefix}/")]
+        if not inside:
+            continue
+        component = model.component(inside[0])
+        if component == "language_model" and freeze_layers > 0:
+            if freeze_layers >= count:
+                raise UserError(
+                    f"model.freeze_layers is {freeze_layers}, but the language model has {count} "
+                    f"layers. Take fewer, or model.language_model_lr_scale=0.0 to freeze it all."
+                )
+            found[f"{prefix}/.*"] = (0.0,) * freeze_layers + (1.0,) * (count - freeze_layers)
+        if component == "vision" and vision_layer_decay < 1:
+            found[f"{prefix}/.*"] = tuple(vision_layer_decay ** (count - i) for i in range(count))
+            for path in paths:
+                if model.component(path) == "vision" and path not in inside:
+                    if not re.fullmatch(BEHIND, path):
+                        found[re.escape(path)] = vision_layer_decay ** (count + 1)
+    return found
+
+
+def with_rates(
+    rows: Sequence[tuple[str, str]],
+    rates: Mapping[str, tuple[float, ...] | float],
+    paths: Sequence[str],
+) -> list[tuple[str, str]]:
+    """Return a training table whose groups hold the rates of `rates_of_layers`.
+
+    A row that trains such leaves gets one above it for them.
+    """
+    made: list[tuple[str, str]] = []
+    for pattern, group in rows:
+        for regex, factor in rates.items() if group != FROZEN else ():
+            row = f"(?={regex}$){pattern}"
+            if any(re.fullmatch(row, path) for path in paths):
+                method, scale = parse_group(group)
+                if isinstance(factor, tuple):
+                    made.append((row, f"{method}({scale!r}; layers {layer_words(factor)})"))
+                else:
+                    made.append((row, f"{method}({float(f'{scale * factor:g}')!r})"))
+        made.append((pattern, group))
+    return made
+
+
+def check_layers(groups: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `UserError` where a group has numbers of other layers than a leaf of it."""
+    for path, group in groups.items():
+        factors = layer_factors(group)
+        if factors is not None and shapes[path][:1] != (len(factors),):
+            raise UserError(
+                f"The training table has the group {group!r} for '{path}', which is of shape "
+                f"{shapes[path]}: it needs one number for each of its "
+                f"{shapes[path][0] if shapes[path] else 0} layers."
+            )
+
+
+def scaled(groups: Mapping[str, str]) -> optax.GradientTransformation:
+    """Return what multiplies each leaf by its group's factors of layers; frozen ones do not move.
+
+    Their update is -0.0, which leaves even the sign of a zero as it was. As gradients they are then
+    zeros, of which no norm takes notice.
+    """
+    factors = {path: layer_factors(group) for path, group in groups.items()}
+
+    def one(path: str, leaf: Any) -> Any:
+        numbers = factors.get(path)
+        if numbers is None or isinstance(leaf, optax.MaskedNode):
+            return leaf
+        factor = jnp.asarray(numbers, leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))
+        return jnp.where(factor == 0, jnp.asarray(-0.0, leaf.dtype), factor * leaf)
+
+    return optax.stateless(lambda updates, _: map_leaves(one, updates))
+
+
+def frozen_layers(groups: Mapping[str, str]) -> optax.GradientTransformation:
+    """Return what takes the gradients of frozen layers away."""
+    only = {
+        path: f"full(1; layers {layer_words(float(f > 0) for f in factors)})"
+        for path, group in groups.items()
+        if (factors := layer_factors(group)) is not None and 0 in factors
+    }
+    return scaled(only)
+
+
+def any_layers(groups: Mapping[str, str]) -> bool:
+    return any(layer_factors(group) is not None for group in groups.values())

@@ -1,0 +1,94 @@
+"""Where a training state lies on the mesh, as arrays and as shapes alike; batches put there.
+
+Float32 masters have the sharding of their parameter, moments that of their leaf, as the optimizer's
+own `init` places them; scalars and keys are replicated.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.batch import Batch
+from vlm_jax.data import Encoder
+from vlm_jax.sharding import BATCH, put, shard_batch
+from vlm_jax.train.step import TrainState
+
+
+def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
+    """Return the state with each leaf on the mesh: scalars and keys on all of its devices.
+
+    What lies in host memory, a paged optimizer's moments, stays there.
+    """
+
+    def place(leaf: jax.Array) -> jax.Array:
+        on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        kind = leaf.sharding.memory_kind
+        target = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+        return leaf if on_mesh else put(leaf, target)
+
+    return jax.tree.map(place, state)
+
+
+def abstract_state(
+    trainable: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    param_dtype: Any = jnp.float32,
+    ema: bool = False,
+) -> TrainState:
+    """Return the state before the first step as shapes: `init_state`'s, laid out by `on_mesh`.
+
+    trainable: shapes with shardings on the mesh.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+
+    def of(dtype: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+            dict(trainable),
+        )
+
+    masters = of(jnp.float32)
+    step, rng, average = jnp.zeros((), jnp.int32), jax.random.key(0), masters if ema else None
+    state = TrainState(step, of(param_dtype), tx.init(masters), rng, average)
+    return jax.tree.map(place, state)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Return the tree's shapes with their shardings: what `jit(...).lower` takes for arrays."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+class Feed:
+    """Called with a host's batch, returns it on the mesh, rows over data x fsdp.
+
+    bytes_only: whether the batch's patches must be bytes, as `Pipeline.batches` gives them then.
+    """
+
+    def __init__(self, encoder: Encoder, mesh: Any):
+        self.mesh, look_up = mesh, encoder.look_up
+        self.bytes_only = look_up is not None
+        self.look_up: Any = None
+        if look_up is not None:
+            rows = NamedSharding(mesh, PartitionSpec(BATCH))
+            self.look_up = jax.jit(lambda batch: look_up(batch).patches, out_shardings=rows)
+
+    def __call__(self, batch: Batch) -> Batch:
+        batch = shard_batch(batch, self.mesh)
+        if self.look_up is None:
+            return batch
+        return dataclasses.replace(batch, patches=self.look_up(batch))

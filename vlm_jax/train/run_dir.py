@@ -1,0 +1,377 @@
+"""A run's directory: locked for one run, refused where it holds another; its checkpoints' place.
+
+Of several processes the first one checks, locks, makes and clears it; the others must see it.
+Checkpoints may lie in a bucket.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlm_jax.distributed import processes
+from vlm_jax.distributed.interrupts import at_sudden_end
+from vlm_jax.errors import UserError
+
+BUCKET = "gs://"  # what orbax and tensorstore read and write beside directories
+OWNER = "owner.txt"  # beside checkpoints in a bucket: the run that may write there
+
+
+class Places(NamedTuple):
+    """directory: of logs and results. checkpoints: in it, or in a bucket."""
+
+    directory: Path
+    checkpoints: epath.Path
+
+    @property
+    def in_bucket(self) -> bool:
+        """Whether checkpoints lie in a bucket, so that only one process needs the directory."""
+        return str(self.checkpoints).startswith(BUCKET)
+
+    def saved_steps(self) -> list[int]:
+        """Return the steps with a whole checkpoint, oldest first.
+
+        Raises `UserError` where a bucket cannot be read.
+        """
+        with self._bucket_errors():
+            found = list(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
+            return sorted(
+                int(path.name)
+                for path in found
+                if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
+            )
+
+    def claim(self) -> "Claim":
+        """Return a new claim of the bucket; raise `UserError` where it cannot be written."""
+        with self._bucket_errors():
+            return Claim(self.checkpoints)
+
+    def claimed(self) -> str | None:
+        """Return which run claimed the bucket last, in words; None: none, or there is no bucket."""
+        with self._bucket_errors():
+            file = self.checkpoints / OWNER
+            return file.read_text().split(",")[0] if self.in_bucket and file.exists() else None
+
+    @contextlib.contextmanager
+    def _bucket_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # clients of buckets raise their own
+            if not self.in_bucket:
+                raise
+            raise UserError(
+                f"'{self.checkpoints}' cannot be reached: "
+                f"{str(error).splitlines()[0][:300] if str(error) else type(error).__name__}. "
+                f"Check training.checkpoint_dir, and that this host may read and write the bucket "
+                f"(gcloud auth application-default login)."
+            ) from error
+
+
+def places_of(config: ConfigDict, directory: Path | None = None) -> Places:
+    """Return where a run of this config writes; directory: instead of training.output_dir.
+
+    Raises `UserError` for an address where a directory must be, for a checkpoint_dir that is no
+    bucket which orbax takes, and where the package for it is missing.
+    """
+    output, apart = config.training.output_dir, config.training.checkpoint_dir
+    if directory is None and "://" in output:
+        raise UserError(
+            f"training.output_dir is '{output}'. A run locks and appends to what it writes there, "
+            f"which a bucket does not do: give a directory, and the address in "
+            f"training.checkpoint_dir (docs/PODS.md)."
+        )
+    directory = directory or Path(output).expanduser()
+    if apart is None:
+        return Places(directory, epath.Path(directory.absolute()) / "checkpoints")
+    if not apart.startswith(BUCKET):
+        raise UserError(
+            f"training.checkpoint_dir is '{apart}'; expected the address of a bucket that orbax "
+            f"takes, as {BUCKET}bucket/run1. On a disk checkpoints lie in training.output_dir: "
+            f"leave checkpoint_dir out."
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(
+            f"'{apart}' needs the package gcsfs, which is not installed: "
+            f'pip install "vlm_jax[gcs]"'
+        )
+    return Places(directory, epath.Path(apart))
+
+
+class Claim:
+    """The right to write checkpoints to a bucket, which knows no locks: the last run has it.
+
+    A run that another one has taken the place of, as after a restart that it slept through, learns
+    of it before it would write. The mark stays when a run ends: whoever goes on claims anew.
+    """
+
+    def __init__(self, directory: Any):
+        self.file = epath.Path(directory) / OWNER
+        self.mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}\n"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(self.mark)
+
+    def check(self) -> None:
+        """Raise `UserError` where another run has claimed the place since."""
+        owner = self.file.read_text() if self.file.exists() else "nobody: its mark was deleted"
+        if owner != self.mark:
+            raise UserError(
+                f"Another run writes its checkpoints to '{self.file.parent}' now "
+                f"({owner.split(',')[0]}). This one ends; start it again with another "
+                f"training.checkpoint_dir."
+            )
+
+
+# What a run writes while it trains, and its result.
+LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "wandb", "checkpoints")
+RESULTS = ("adapter", "model")
+# One of these in a directory means that it holds a run.
+CONTENTS = ("config.json", "metrics.jsonl", "checkpoints", *RESULTS)
+LOCK = ".lock"  # there while a run lives; the system lets go of it where a run is killed
+SEEN_WITHIN = 60  # seconds: network file systems show a new file to other hosts late
+
+
+@contextlib.contextmanager
+def output_directory(places: Places, resume: bool | str) -> Iterator[tuple[bool, str | None]]:
+    """Hold the directory for one run while a block lasts; yield whether to resume, and a warning.
+
+    resume: "auto" resumes where there is a run. The warning may be None. All processes enter it.
+    Raises `UserError` as `check_output` does, where another run is at work in the directory, and
+    where processes do not all see one and the same although they write their checkpoints there.
+    """
+    directory = places.directory
+    with contextlib.ExitStack() as stack:
+        mark, warning = "", None
+        if processes.is_primary():
+            if resume == "auto":
+                resume = _holds_run(places)
+            check_output(places, bool(resume))
+            mark = secrets.token_hex(8)
+            warning = stack.enter_context(_locked(directory, mark))
+            check_output(places, bool(resume))  # now that nobody else can change it
+        mark, resumed = processes.gather("output directory", [mark, resume])[0]
+        if not (processes.is_primary() or places.in_bucket):
+            _check_shared(directory, mark)
+        yield resumed, warning
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, mark: str) -> Iterator[str | None]:
+    """Hold the directory's lock, and make the directory for it; yield a warning, or None."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_be_made(directory, error) from error
+    path, warning = directory / LOCK, None
+    while True:
+        try:
+            file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"The lock '{path}' of the output directory cannot be opened ({error.strerror}). "
+                f"If no run is at work there, delete it, or take another training.output_dir."
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                owner = file.read().split("\n")[0] or "another process"
+            raise UserError(
+                f"Another run is at work in the output directory '{directory}' ({owner}). Wait for "
+                f"its end or stop it, or take another training.output_dir."
+            ) from None
+        except OSError as error:  # a file system without locks
+            warning = (
+                f"Warning: '{directory}' cannot be locked ({error.strerror}), so a second run "
+                f"there would not be refused: start none."
+            )
+        try:
+            same = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if same:
+            break
+        file.close()  # the run before took it away meanwhile
+
+    def release() -> None:
+        path.unlink(missing_ok=True)
+        for one in made:  # of a run that failed early nothing stays
+            with contextlib.suppress(OSError):
+                one.rmdir()
+
+    at_sudden_end.append(release)
+    try:
+        with file:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{mark}\n")
+            file.flush()
+            try:
+                yield warning
+            finally:
+                release()  # while it is still locked
+    finally:
+        at_sudden_end.remove(release)
+
+
+def _check_shared(directory: Path, mark: str) -> None:
+    """Raise `UserError` where this process does not see the lock of the first one."""
+    end = time.monotonic() + SEEN_WITHIN
+    while True:
+        with contextlib.suppress(OSError):
+            os.listdir(directory)  # a network file system looks anew
+            if mark in (directory / LOCK).read_text(encoding="utf-8"):
+                return
+        if time.monotonic() > end:
+            raise UserError(
+                f"The output directory '{directory}' of process {processes.number()} is not that "
+                f"of process 0. Checkpoints are written by all processes into one directory: name "
+                f"one in training.output_dir that all hosts share, such as one on a network file "
+                f"system, or a bucket in training.checkpoint_dir."
+            )
+        time.sleep(0.2)
+
+
+def _cannot_be_made(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"The output directory '{directory}' cannot be made ({error.strerror}). Take another "
+        f"training.output_dir."
+    )
+
+
+def _holds_run(places: Places) -> bool:
+    """Return whether there is a run to resume; of one in a bucket the logs may be lost."""
+    return (places.directory / "config.json").exists() or places.claimed() is not None
+
+
+def check_output(places: Places, resume: bool) -> None:
+    """Raise `UserError` where a run could not write, would meet another's files, or finds none.
+
+    resume: there must be a run; otherwise there must be none.
+    """
+    directory = places.directory
+    try:
+        os.lstat(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name too long, a byte that no name has
+        raise UserError(
+            f"training.output_dir is {str(directory)!r}, which cannot be a directory: {error}."
+        ) from error
+    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise UserError(
+            f"The output directory '{directory}' cannot be made: '{there}' is a file. Take another "
+            f"training.output_dir."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"The output directory '{directory}' cannot be written: there is no permission to "
+            f"write in '{there}'. Take another training.output_dir."
+        )
+    held = [name for name in CONTENTS if (directory / name).exists()]
+    if held and not resume:
+        raise UserError(
+            f"The output directory '{directory}' already holds a run ({', '.join(held)}). Go on "
+            f"with it by --resume, take another training.output_dir, or delete it."
+        )
+    if not resume and (owner := places.claimed()):
+        raise UserError(
+            f"'{places.checkpoints}' is already a run's ({owner}). Go on with it by --resume, "
+            f"which ends that run if it is still at work, or take another training.checkpoint_dir."
+        )
+    if resume and not _holds_run(places):
+        raise UserError(
+            f"There is no run to resume in '{directory}': it has no config.json. Check "
+            f"training.output_dir, or start without --resume."
+        )
+
+
+@contextlib.contextmanager
+def nothing_half_written(places: Places) -> Iterator[None]:
+    """Make the directory of a run for a block that writes it.
+
+    Where the block fails before a checkpoint is saved, what it wrote is removed, so that the same
+    command can be given again; files that were there before stay, and so does everything of a run
+    whose checkpoints go to a bucket, which may not be there any more. Where it fails later,
+    everything stays. A `UserError` then also says how to go on.
+    """
+    directory = places.directory
+    made = not directory.exists()
+    new = [directory / name for name in LOGS if not (directory / name).exists()]
+
+    def clean() -> None:
+        if places.in_bucket or places.saved_steps():
+            return
+        for path in new:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if made and not any(directory.iterdir()):
+            directory.rmdir()
+
+    primary = processes.is_primary()
+    processes.wait_for_all("the directory was looked at")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_be_made(directory, error) from error
+    if primary:
+        at_sudden_end.append(clean)
+    try:
+        yield
+    except BaseException as error:
+        saved = [] if places.in_bucket else places.saved_steps()
+        if primary:
+            clean()
+        told: BaseException = error
+        if _disk_is_full(error):
+            told = UserError(f"There is no room left on the disk of '{directory}'.")
+        if not isinstance(told, UserError):
+            raise
+        how = "Nothing had been saved yet: once this is mended, give the same command again."
+        if places.in_bucket:
+            how = "Once this is mended, go on by --resume from the last checkpoint that is whole."
+        if saved:
+            newest = places.checkpoints / str(saved[-1])
+            how = f"The last good checkpoint is '{newest}': once this is mended, add --resume."
+        raise UserError(f"{told} {how}") from error
+    finally:
+        if primary:
+            at_sudden_end.remove(clean)
+
+
+@contextlib.contextmanager
+def result_half_written(places: Places) -> Iterator[None]:
+    """Raise `UserError` where the disk is full in a block that writes the result of a run."""
+    try:
+        yield
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise UserError(
+            f"There is no room left on the disk of '{places.directory}' for the result. All steps "
+            f"are done and saved: once this is mended, add --resume, which only writes it."
+        ) from error
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an exception, or one behind it, says so: orbax and tensorstore do in words."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

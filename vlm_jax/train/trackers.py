@@ -1,0 +1,294 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and tables."""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from vlm_jax.distributed import processes
+from vlm_jax.errors import UserError
+from vlm_jax.files.atomic import write_whole
+
+HOSTED = ("wandb", "trackio")  # packages with wandb's interface
+ONLINE = ("online", "shared")  # wandb's modes that need a key
+Writer = Callable[[int, Mapping[str, Any]], None]
+
+
+class JsonLines:
+    """One JSON object a line, whole after each write. Lines past `resume_step` are cut off.
+
+    The others are in the file at any moment, whatever ends the process in the midst of it.
+    last: the last object that was there before; {} where there was none.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        self.last: dict[str, Any] = {}
+        if resume_step is not None and path.exists():
+            self.last = _cut(path, resume_step)
+        mode = "w" if resume_step is None else "a"
+        self.file = open(path, mode, encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _cut(path: Path, step: int) -> dict[str, Any]:
+    """Take the lines out of a file that are of later steps or not whole; return the last left."""
+    old, kept, last = path.read_bytes(), [], {}
+    for line in old.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a run that was killed while writing
+            continue
+        if row["step"] <= step:
+            kept.append(line + b"\n")
+            last = row
+    new = b"".join(kept)
+    if old.startswith(new):
+        os.truncate(path, len(new))  # takes no room on the disk
+    else:
+        write_whole(path, new)
+    return last
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise `UserError` where a reporter is not installed, or wandb has nobody to write for."""
+    for name in names:
+        if name in HOSTED and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"training.report_to names '{name}', which is not installed: pip install "
+                f"'vlm_jax[{name}]', or leave it out."
+            )
+    if "wandb" in names and processes.is_primary():
+        wandb: Any = importlib.import_module("wandb")
+        if wandb.setup().settings.mode in ONLINE:
+            with _explained("wandb", "cannot log in"):
+                wandb.login()
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Raise `UserError` with what to do where a reporter fails inside; each has its own errors."""
+    remedy = f"Leave {name} out of training.report_to to train without it."
+    if name == "wandb":
+        remedy = (
+            "Run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which writes into "
+            "the run's directory for a later `wandb sync`; or leave wandb out of "
+            "training.report_to."
+        )
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise UserError(
+            f"training.report_to names '{name}', which {what}: {reason}. {remedy}"
+        ) from error
+
+
+class Reporter(Protocol):
+    """What takes the numbers of a run."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line of training metrics."""
+
+    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line of evaluation results."""
+
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        """Return what was written of an evaluation of this step before the run was resumed."""
+
+    def close(self) -> None:
+        """Finish what is being written."""
+
+
+class Silent:
+    """Takes numbers and writes none: the log of a process that another one speaks for."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def open_log(directory: Path, report_to: Sequence[str], **options: Any) -> Reporter:
+    """Return `Log` of these arguments in the first process, and a silent one in others."""
+    return Log(directory, report_to, **options) if processes.is_primary() else Silent()
+
+
+class Log:
+    """Everything a run reports while it trains.
+
+    directory: the run's. report_to: tensorboard, wandb, trackio, none. resume_step: None for a new
+    run, else the step it goes on from. `check_reporters` first.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        report_to: Sequence[str],
+        *,
+        run_name: str | None = None,
+        project: str = "vlm_jax",
+        config: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+    ):
+        self.metrics = JsonLines(directory / "metrics.jsonl", resume_step)
+        self.evaluations = JsonLines(directory / "evaluations.jsonl", resume_step)
+        self.writers: list[Writer] = []
+        self.closers: list[Callable[[], Any]] = [self.metrics.close, self.evaluations.close]
+        try:
+            for name in report_to:
+                if name == "tensorboard":
+                    self._tensorboard(directory, resume_step)
+                elif name in HOSTED:
+                    self._hosted(name, directory, run_name, project, config or {})
+        except BaseException:
+            self.close()
+            raise
+
+    def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
+        from tensorboardX import SummaryWriter
+
+        purge = None if resume_step is None else resume_step + 1
+        with _explained("tensorboard", "cannot write"):
+            board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+        def write(step: int, values: Mapping[str, Any]) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self.writers.append(write)
+        self.closers.append(board.close)
+
+    def _hosted(
+        self,
+        name: str,
+        directory: Path,
+        run_name: str | None,
+        project: str,
+        config: Mapping[str, Any],
+    ) -> None:
+        module: Any = importlib.import_module(name)
+        # Else wandb writes where the command was given; trackio has a place of its own.
+        place = {"dir": os.environ.get("WANDB_DIR") or str(directory)} if name == "wandb" else {}
+        with _explained(name, "cannot start"):
+            module.init(
+                project=project, name=run_name or directory.name, config=dict(config), **place
+            )
+        self.writers.append(lambda step, values: module.log(dict(values), step=step))
+        self.closers.append(module.finish)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line of training metrics."""
+        self.metrics.write(step, values)
+        self._publish(step, {f"train/{name}": value for name, value in values.items()})
+
+    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line of evaluation results."""
+        self.evaluations.write(step, values)
+        self._publish(step, {f"eval/{name}": value for name, value in values.items()})
+
+    def evaluated(self, step: int) -> dict[str, float] | None:
+        """Return what was written of an evaluation of this step before the run was resumed."""
+        values = dict(self.evaluations.last)
+        return values if values.pop("step", None) == step else None
+
+    def _publish(self, step: int, values: Mapping[str, Any]) -> None:
+        for write in self.writers:
+            write(step, values)
+
+    def close(self) -> None:
+        for close in self.closers:
+            close()
+
+
+class Meter:
+    """Sums of the steps since the last logged one."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss = self.tokens = self.waited = 0.0
+        self.start = time.perf_counter()
+
+    def add(self, loss: float, tokens: float) -> None:
+        self.loss, self.tokens = self.loss + loss * tokens, self.tokens + tokens
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time off that was spent on neither steps nor data, as compiling and evaluating."""
+        self.start += seconds
+
+    def wait(self, seconds: float) -> None:
+        """Count time in which the loop waited for a batch."""
+        self.waited += seconds
+
+    def read(self) -> dict[str, float]:
+        """Return the mean loss and the answer tokens, in all and per second; start anew.
+
+        data_wait: the share of the time in which the loop waited for a batch.
+        """
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        values = {
+            "loss": self.loss / max(self.tokens, 1e-9),
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / seconds,
+            "data_wait": round(self.waited / seconds, 4),
+        }
+        self.reset()
+        return values
+
+
+class Lines(Console):
+    """A console of plain lines: whole ones in a log, broken at words on a terminal.
+
+    Nothing in them is markup: a path may hold brackets.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(markup=False)
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """Print as `Console` does; soft_wrap: where this is no terminal, do not break lines."""
+        super().print(*objects, soft_wrap=soft_wrap and not self.is_terminal, **options)
+
+
+def numbers(values: Mapping[str, Any]) -> str:
+    """Return one line's worth of metrics for people."""
+    return (
+        f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+        f"{values['tokens_per_second']:,.0f} answer tokens/s"
+    )
+
+
+def print_report(console: Console, rows: Sequence[Mapping[str, Any]], line: str) -> None:
+    """Print the table of what trains and PEFT's line."""
+    table = RichTable(title="What trains", title_justify="left")
+    table.add_column("component")
+    table.add_column("trains")
+    table.add_column("parameters", justify="right")
+    table.add_column("learning rate", justify="right")
+    for row in rows:
+        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        table.add_row(row["component"], row["trains"], f"{row['parameters']:,d}", rate)
+    console.print(table)
+    console.print(line, highlight=False, soft_wrap=True)
