@@ -24,6 +24,7 @@ from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Chat, Encoder
 from vlm_jax.generation import end_tokens
+from vlm_jax.hub.base import CheckpointFiles
 from vlm_jax.model import Source
 from vlm_jax.trees import flatten, unflatten
 
@@ -89,6 +90,7 @@ def test_it_joins_what_the_files_say(tmp_path, family):
     made = lambda: vlm_jax.from_config(  # noqa: E731
         json.loads((tmp_path / "config.json").read_text()),
         source=Source(str(tmp_path), {}, "x"),
+        files=CheckpointFiles(),
     )
     end = made().turn_end
     assert end == Encoder(tmp_path).chat.turn_end is not None

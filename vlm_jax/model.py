@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +39,26 @@ class Source:
     adapter: str | None = None
 
 
+class Files(Protocol):
+    """What a model reads of its checkpoint later on; `vlm_jax.load` gives it one."""
+
+    def prompt(self, model: "Model", record: dict[str, Any], options: dict[str, Any]) -> Example:
+        """Return the example of a conversation that awaits its answer."""
+
+    def turn_end(self, model: "Model") -> int | None:
+        """Return the id of the token that the chat template ends an answer with."""
+
+    def tensors(self, model: "Model") -> Callable[[str], np.ndarray]:
+        """Return a function from a tensor's name, in the current layout, to the base's array."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # by identity: hashable, so jit takes it as static
 class Model:
     """A vision-language model without its parameters.
 
     `apply({"params": params}, batch)` is pure; parameters are a nested dict, see `vlm_jax.load`.
-    unused: tensors of a loaded adapter that nothing here reads, for exports: {name: array}.
+    files: what is read of the checkpoint later on, as for `encode`; None of a model that was not
+    loaded. unused: tensors of a loaded adapter that nothing here reads, for exports: {name: array}.
     """
 
     family: ModuleType
@@ -56,6 +70,7 @@ class Model:
     remat: str = "none"
     unused: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     adapter: Adapter | None = None
+    files: Files | None = None
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -99,18 +114,9 @@ class Model:
     def turn_end(self) -> int | None:
         """The id of the token that the checkpoint's chat template ends an answer with.
 
-        None where the model came from no directory, or there is no conversation to be had there:
-        it lacks a tokenizer or a template.
+        None where the model came from no directory, or that has no tokenizer or no template.
         """
-        from vlm_jax.data import Chat
-
-        if self.source is None:
-            return None
-        ids, source = (self.config.image_token_id, self.config.video_token_id), self.source
-        try:
-            return Chat(source.directory, *ids, source.adapter).turn_end
-        except UserError:  # whoever encodes with it is told; arrays may come from elsewhere
-            return None
+        return None if self.files is None else self.files.turn_end(self)
 
     @property
     def empty_example(self) -> Example:
@@ -235,13 +241,10 @@ class Model:
         image part; videos: paths, lists of frames or dicts, one for each video part (see
         docs/DATA.md). Needs the checkpoint's tokenizer, chat template and image settings.
         """
-        from vlm_jax.data import Encoder
-
-        if self.source is None:
+        if self.files is None:
             raise UserError("This model was not loaded from a directory, so it has no tokenizer.")
-        encoder = Encoder(self.source.directory, **{"adapter": self.source.adapter, **options})
-        media = {"images": list(images), "videos": list(videos)}
-        example = encoder.prompt({"messages": messages, **media})
+        record = {"messages": messages, "images": list(images), "videos": list(videos)}
+        example = self.files.prompt(self, record, options)
         return self.collate([[example]], len(example["tokens"]), len(example["patches"]))
 
 
@@ -333,7 +336,11 @@ def with_adapter_files(model: Model, directory: str | Path) -> Model:
 
 
 def from_config(
-    hf_config: dict[str, Any], dtype: Any = "float32", remat: str = "none", source: Any = None
+    hf_config: dict[str, Any],
+    dtype: Any = "float32",
+    remat: str = "none",
+    source: Source | None = None,
+    files: Files | None = None,
 ) -> Model:
     """Return the `Model` that a Hugging Face config.json describes; `model.init` makes parameters.
 
@@ -354,4 +361,6 @@ def from_config(
         raise UserError(f"Unknown remat policy '{remat}'; known: {', '.join(REMAT)}.")
     family = MODELS[model_type]
     config = family.Config.from_hf(hf_config)
-    return Model(family, config, jnp.dtype(dtype), dict(hf_config), source, remat=remat)
+    return Model(
+        family, config, jnp.dtype(dtype), dict(hf_config), source, remat=remat, files=files
+    )

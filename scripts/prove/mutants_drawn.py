@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PACKAGE = "vlm_jax"
-PATHS = ("layers", "train", "weights", "hub", "data", "lora.py", "generation.py", "positions.py")
+PATHS = (
+    "models/layers",
+    "train",
+    "weights",
+    "hub",
+    "data",
+    "adapters/lora.py",
+    "generation.py",
+    "positions.py",
+)
 SAME = ({"Is", "Eq"}, {"IsNot", "NotEq"})
 PRINTING = {"print", "warn", "log"}
 

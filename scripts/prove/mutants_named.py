@@ -176,7 +176,7 @@ NAMED = (
     ),
     Named(
         "merged weights lack B A",
-        "lora.py",
+        "adapters/lora.py",
         "summed = dense(kernel, jnp.float32) + weight_update(a, b, scale)",
         "summed = dense(kernel, jnp.float32) + 0 * weight_update(a, b, scale)",
         (f"{PEFT}test_merged_equals_adapted_and_loads_in_transformers[qwen2_vl]",),
@@ -239,7 +239,7 @@ NAMED = (
     ),
     Named(
         "an unknown key of a config is passed over",
-        "config.py",
+        "config/schema.py",
         "raise unknown_keys(unknown, where, types)",
         "words = {given: words[given] for given in words if given not in unknown}",
         ("tests/test_config.py::test_what_is_wrong_is_named",),

@@ -182,12 +182,15 @@ def _originals(model: Model, path: str, kernel: Any) -> Callable[[Slot], jax.Arr
     """Return a function to a kernel's layers in float32, before they were put in 4 bits."""
     if not isinstance(kernel, FourBit) or isinstance(kernel.codes, jax.core.Tracer):
         return lambda slot: dense(_one(kernel, slot.layer), jnp.float32)
-    from vlm_jax.hub.base import base_tensors  # as this is above, and files are read for it alone
-
     source = model.source
     names = {current_name(model, name): name for name in source.tensors} if source else {}
     first = names.get(f"{layer_names(model, path)[0]}.weight")
-    if source is None or first is None or any(n.startswith(first) for n in source.beside):
+    if (
+        model.files is None
+        or source is None
+        or first is None
+        or any(n.startswith(first) for n in source.beside)
+    ):
         raise UserError(
             f"'{path}' is stored in 4 bits, and its weights before that, from which this start "
             f"(init_lora_weights) is made, are not in the base's files. Load a base in 16 or 32 "
@@ -198,7 +201,7 @@ def _originals(model: Model, path: str, kernel: Any) -> Callable[[Slot], jax.Arr
             "A start that is made of 4-bit kernels (init_lora_weights) reads the base's files in "
             "one process. Make it there and save it, or start at random (true)."
         )
-    read = base_tensors(model)
+    read = model.files.tensors(model)
     return lambda slot: jnp.asarray(to_tree(path, read(f"{slot.module}.weight")), jnp.float32)
 
 
@@ -212,9 +215,7 @@ def left_out(model: Model, hits: Mapping[str, list[bool]]) -> tuple[str, ...]:
     )
 
 
-def merge(
-    model: Model | Any, params: Mapping[str, Any], requantize: bool = False
-) -> dict[str, Any]:
+def merge(model: Model, params: Mapping[str, Any], requantize: bool = False) -> dict[str, Any]:
     """Return a new tree without LoRA whose logits equal the adapted ones: W + alpha/r A B.
 
     Of DoRA the columns of that have the learned norms.
@@ -222,14 +223,9 @@ def merge(
     The sum is formed in float32 and stored in the kernel's dtype. A quantized kernel is decoded and
     becomes dense in the model's dtype; requantize: it becomes a quantized one of the same format
     again, on the same devices, which rounds most of a small update away (`requantization_error`
-    measures it). The old tree is untouched. Of a foreign module that `adapt` returned, `params` are
-    its variables, and the result is its own "params", all dense. Raises `UserError` for matrices
-    that were made for another shape, and where requantize finds nothing in 4 bits.
+    measures it). The old tree is untouched. Raises `UserError` for matrices that were made for
+    another shape, and where requantize finds nothing in 4 bits.
     """
-    if not isinstance(model, Model):
-        from vlm_jax.linen.adapt import merge_adapted  # a higher level: it takes what is above
-
-        return merge_adapted(model, params, requantize)
     flat = flatten(params)
     check_no_adapter(flat, "A merged model is one without")
     if requantize and not any(isinstance(leaf, FourBit) for leaf in flat.values()):

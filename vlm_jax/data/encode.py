@@ -53,8 +53,7 @@ class Encoder:
 
     directory: holds config.json, tokenizer and chat template, and image settings where records
         have images.
-    max_seq_length: the most tokens an example may have, image placeholders included; None: any.
-    max_patches: likewise of its patches.
+    max_seq_length, max_patches: the most tokens, placeholders included, and patches; None: any.
     overlong: what is done about an example above these: "shrink_pixels" of its images down to the
         least, then drop leading turns, then leave it out; "drop_turns"; "drop"; "error".
     min_pixels, max_pixels: replace the checkpoint's limits (dynamic resolution).

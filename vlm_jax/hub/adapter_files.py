@@ -72,7 +72,7 @@ def _on_disk(name: str, adapter: str, norm: bool) -> list[str]:
 
 
 def save_adapter(
-    model: Model | Any,
+    model: Model,
     params: Mapping[str, Any],
     directory: str | Path,
     name: str = "default",
@@ -83,16 +83,9 @@ def save_adapter(
 
     name: the adapter's, as the `adapters` library calls it. compare_base: as for `save_peft`. The
     directory appears whole or not at all. `load_adapter` gives the same tree again, to the bit.
-    Of a foreign module that `adapt` returned, `params` are its variables, and the files' format is
-    our own, which has no name. Raises `UserError` where the tree holds no adapter, and for a leaf
-    that was trained but would be left out.
+    Raises `UserError` where the tree holds no adapter, and for a leaf that was trained but would be
+    left out.
     """
-    if not isinstance(model, Model):
-        from vlm_jax.linen.codec import save_adapted  # a higher level, as in `merge`
-
-        if (name, compare_base) != ("default", True):
-            raise UserError("name and compare_base mean nothing for a foreign module: omit them.")
-        return save_adapted(model, params, directory)
     adapter, flat = model.adapter, flatten(params)
     held = {path: leaf for path, leaf in flat.items() if is_adapter(path)}
     if adapter is None or not held:
@@ -190,21 +183,14 @@ def _adapter_of(config: Mapping[str, Any], directory: Path) -> Adapter:
 
 
 def load_adapter(
-    model: Model | Any, params: Mapping[str, Any], directory: str | Path, *, inputs: Any = None
-) -> tuple[Any, dict[str, Any]]:
+    model: Model, params: Mapping[str, Any], directory: str | Path
+) -> tuple[Model, dict[str, Any]]:
     """Return the model and a new tree with a bottleneck adapter's files in place.
 
-    Several go onto one base each by itself: see `with_adapter`. Of a foreign module, as `adapt`
-    takes it, the adapted module and its variables; inputs: as for `adapt`. Raises `UserError` for
-    what is not supported, another base's adapter, a tensor that is missing or has no place, and for
-    a tree that holds an adapter or LoRA already.
+    Several go onto one base each by itself: see `with_adapter`. Raises `UserError` for what is not
+    supported, another base's adapter, a tensor that is missing or has no place, and for a tree that
+    holds an adapter or LoRA already.
     """
-    if not isinstance(model, Model):
-        from vlm_jax.linen.codec import load_adapted  # a higher level, as in `merge`
-
-        return load_adapted(model, params, directory, inputs)
-    if inputs is not None:
-        raise UserError("inputs is for foreign modules; this library's own models need none.")
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise UserError(f"There is no adapter directory '{directory}'.")

@@ -1,4 +1,4 @@
-"""Single tensors of the checkpoint that a model was loaded from."""
+"""What is read later of the checkpoint that a model was loaded from: tensors, its tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,11 +6,39 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.batch import Example
 from vlm_jax.errors import UserError
 from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.model import Model
 from vlm_jax.names import current_name
 from vlm_jax.weights import bnb
+
+
+class CheckpointFiles:
+    """The `model.Files` of a model that came from a directory.
+
+    `data` is imported where it is needed: with transformers' tokenizers it takes seconds.
+    """
+
+    def prompt(self, model: Model, record: dict[str, Any], options: dict[str, Any]) -> Example:
+        from vlm_jax.data import Encoder
+
+        assert model.source is not None
+        encoder = Encoder(model.source.directory, **{"adapter": model.source.adapter, **options})
+        return encoder.prompt(record)
+
+    def turn_end(self, model: Model) -> int | None:
+        from vlm_jax.data import Chat
+
+        assert model.source is not None
+        ids = model.config.image_token_id, model.config.video_token_id
+        try:
+            return Chat(model.source.directory, *ids, model.source.adapter).turn_end
+        except UserError:  # whoever encodes with it is told; arrays may come from elsewhere
+            return None
+
+    def tensors(self, model: Model) -> Callable[[str], np.ndarray]:
+        return base_tensors(model)
 
 
 def base_is_here(model: Model) -> bool:

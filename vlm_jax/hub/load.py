@@ -13,6 +13,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import read_json
+from vlm_jax.hub.base import CheckpointFiles
 from vlm_jax.hub.leaves import Tensor, read_leaf
 from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_tensor
 from vlm_jax.hub.unread_weights import check_base
@@ -268,7 +269,7 @@ def load(
         revision,
         {name: listed[name] for name in entries if bnb.weight_of(name) in unread},
     )
-    return from_config(model.hf_config, dtype, remat, source), unflatten(params)
+    return from_config(model.hf_config, dtype, remat, source, CheckpointFiles()), unflatten(params)
 
 
 def _sharding(model: Model, mesh: Any, path: str, leaf: Any) -> Any:

@@ -138,7 +138,7 @@ def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.n
                 own = {n: x if slot.layer is None else x[slot.layer] for n, x in leaves.items()}
                 own["lora_A"] = own["lora_A"][:, : slot.rank]
                 own["lora_B"] = own["lora_B"][: slot.rank]
-                if "start_A" in own:  # for the base as it is in its files: see starts.py
+                if "start_A" in own:  # for the base as it is in its files: see lora_init.py
                     start_a, start_b = own.pop("start_A"), own.pop("start_B")
                     start = start_a[:, : slot.rank], start_b[: slot.rank]
                     own["lora_A"], own["lora_B"] = map(

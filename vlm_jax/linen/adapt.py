@@ -10,12 +10,14 @@ from flax.core import meta
 
 from vlm_jax.adapters.bottleneck import fresh
 from vlm_jax.adapters.lora import check_numbers
+from vlm_jax.adapters.lora import merge as merge_lora
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
 from vlm_jax.linen.intercept import nnx_text, tell_deaf
 from vlm_jax.linen.parts import Layer, Other, Site, joined, unboxed
 from vlm_jax.linen.targets import check_adapter, chosen, chosen_sites, site_shapes
+from vlm_jax.model import Model
 from vlm_jax.models.layers.linear import fresh_a, weight_update
 from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.quantization import NAMES, Quantization
@@ -195,14 +197,19 @@ def _quantized(layer: Layer, flat: Mapping[str, Any], method: Quantization) -> F
     return quantize(storage.format, matrix, storage.block, storage.double, f"'{layer.leaf}'")
 
 
-def merge_adapted(
-    adapted: Adapted, variables: Mapping[str, Any], requantize: bool = False
+def merge(
+    model: Model | Adapted, params: Mapping[str, Any], requantize: bool = False
 ) -> dict[str, Any]:
-    """Return params for the module's own `apply`: no LoRA, and nothing in 4 bits.
+    """Return a new tree without LoRA whose outputs equal the adapted ones.
 
-    variables: {"params": ..., "lora": ...}. Sums are formed in float32 and stored in the weight's
-    dtype; a 4-bit kernel becomes dense, in the dtype that was quantized.
+    See `adapters.lora.merge` for a `Model`. Of a foreign module that `adapt` returned, `params` are
+    its variables, {"params": ..., "lora": ...}, and the result is for its own `apply`: no LoRA, and
+    nothing in 4 bits. Sums are formed in float32 and stored in the weight's dtype; a 4-bit kernel
+    becomes dense, in the dtype that was quantized.
     """
+    if isinstance(model, Model):
+        return merge_lora(model, params, requantize)
+    adapted, variables = model, params
     if requantize:
         raise UserError(
             "requantize=True keeps 4-bit kernels, which a Linen module cannot apply by itself. "

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.files.limits import read_json
+from vlm_jax.hub import adapter_files
 from vlm_jax.hub.adapter_files import CONFIG, WEIGHTS
 from vlm_jax.hub.peft import PREFIX
 from vlm_jax.hub.peft_config import read_config
@@ -34,6 +35,7 @@ from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
 from vlm_jax.linen.intercept import tell_deaf
 from vlm_jax.linen.parts import Layer, Other, joined, unboxed
+from vlm_jax.model import Model
 from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.trees import flatten, match, unflatten
 from vlm_jax.weights import FourBit, dense
@@ -311,11 +313,25 @@ def _homeless(
 FORMAT = "vlm_jax.adapt 1"
 
 
-def save_adapted(adapted: Any, variables: Mapping[str, Any], directory: str | Path) -> None:
-    """Write the bottleneck adapters of a foreign module; variables: with "adapter".
+def save_adapter(
+    model: Model | Adapted,
+    params: Mapping[str, Any],
+    directory: str | Path,
+    name: str = "default",
+    *,
+    compare_base: bool = True,
+) -> None:
+    """Write the bottleneck adapter of a model, see `hub.adapter_files.save_adapter`.
 
-    The directory appears whole or not at all. Raises `UserError` where there is none to save.
+    Of a foreign module that `adapt` returned, `params` are its variables, with "adapter", and the
+    files' format is our own, which has no name. The directory appears whole or not at all. Raises
+    `UserError` where there is none to save.
     """
+    if isinstance(model, Model):
+        return adapter_files.save_adapter(model, params, directory, name, compare_base=compare_base)
+    if (name, compare_base) != ("default", True):
+        raise UserError("name and compare_base mean nothing for a foreign module: omit them.")
+    adapted, variables = model, params
     if not isinstance(adapted, Adapted) or adapted.adapter is None:
         raise UserError(
             "There is no bottleneck adapter to save: save_adapter takes a model of this library "
@@ -331,14 +347,23 @@ def save_adapted(adapted: Any, variables: Mapping[str, Any], directory: str | Pa
         write_json(folder / CONFIG, config)
 
 
-def load_adapted(
-    module: nn.Module, params: Mapping[str, Any], directory: str | Path, inputs: Any
-) -> tuple[Adapted, dict[str, Any]]:
-    """Return the adapted module and its variables, as `adapt` does, from such files.
+def load_adapter(
+    model: Model | nn.Module,
+    params: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    inputs: Any = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Return a model and a new tree with a bottleneck adapter's files in place.
 
-    Raises `UserError` for files of another format, and for a leaf that is missing, has no place, or
-    has another shape than this module asks for.
+    See `hub.adapter_files.load_adapter`. Of a foreign module, as `adapt` takes it, the adapted
+    module and its variables; inputs: as for `adapt`. Raises `UserError` for files of another
+    format, and for a leaf that is missing, has no place, or has another shape than asked for.
     """
+    if isinstance(model, Model):
+        if inputs is not None:
+            raise UserError("inputs is for foreign modules; this library's own models need none.")
+        return adapter_files.load_adapter(model, params, directory)
     directory = Path(directory).expanduser()
     file = directory / WEIGHTS
     if not file.is_file():
@@ -355,7 +380,7 @@ def load_adapted(
             f"goes onto such a model: load_adapter(model, params, directory)."
         )
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    adapted, variables = adapt(module, params, Adapter(**fields), inputs=inputs)
+    adapted, variables = adapt(model, params, Adapter(**fields), inputs=inputs)
     wanted = flatten(variables[ADAPTER])
     held = dict(read_tensors(file))
     for path in sorted(held.keys() ^ wanted.keys()):

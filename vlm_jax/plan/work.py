@@ -88,7 +88,7 @@ def count(
         read = ()
 
     def product(path: str) -> Work:
-        # Where matrices started is one product with them, gradients included (see starts.py).
+        # Where matrices started is one product with them, gradients included (see lora_init.py).
         name = path.rsplit("/", 1)[1].replace("start_", "lora_")
         learns, in_stack = path in trained or "/start_" in path, path.startswith(stacks)
         component = "head" if owner[path] == "embeddings" else owner[path]  # a tied one

@@ -124,7 +124,7 @@ def kernel_product(
 ) -> jax.Array:
     """Return x @ (kernel - scale A0 @ B0), in x's dtype.
 
-    start: (A0, B0), what matrices took of the kernel at their start (see starts.py), or None. It is
+    start: (A0, B0), what matrices took of the kernel at their start (see lora_init.py), or None. It is
     the frozen weight's part, on which dropout does not act.
     """
     y = matmul(x, kernel)
@@ -189,7 +189,7 @@ class Linear(nn.Module):
     """[..., in] to [..., features]; kernel [in, out], lora_A [in, R], lora_B [R, out].
 
     With lora_magnitude [out] too it is DoRA's. lora_scale [] is this layer's own scale.
-    start_A and start_B, shaped as A and B, are what these took of the kernel (see starts.py).
+    start_A and start_B, shaped as A and B, are what these took of the kernel (see lora_init.py).
     """
 
     features: int
@@ -218,7 +218,7 @@ class Linear(nn.Module):
                 y = lora_matmul(x, *factors)
         else:
             y = matmul(x, kernel)
-        if self.has_variable("params", "added"):  # outputs of new tokens: see vocabulary.py
+        if self.has_variable("params", "added"):  # outputs of new tokens: see added_tokens.py
             added = dense(self.get_variable("params", "added"), self.dtype)
             y = jnp.concatenate([y, matmul(x, added)], axis=-1)
         if self.use_bias:
@@ -230,7 +230,7 @@ class Linear(nn.Module):
 class Embed(nn.Module):
     """int [B, T] to [B, T, D]; embedding [V, D]; `attend` is the tied head.
 
-    Rows of new tokens, where there are any, are a leaf of their own (see vocabulary.py). LoRA's
+    Rows of new tokens, where there are any, are a leaf of their own (see added_tokens.py). LoRA's
     matrices, lora_A [V, R] and lora_B [R, D], have no dropout and leave the tied head alone, as in
     PEFT.
     """
