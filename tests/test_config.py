@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_jax import UserError, config
+from vlm_jax.config import choices
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,8 +102,8 @@ def test_names_that_others_use_are_known():
     with pytest.raises(UserError, match="one key: model.name_or_path"):
         config.load(None, ["model.name=x", "model.name_or_path=y"])
     known = config.flatten_config(config.get_config())
-    assert set(config.ALIASES.values()) <= known.keys()
-    assert not config.ALIASES.keys() & known.keys()
+    assert set(choices.ALIASES.values()) <= known.keys()
+    assert not choices.ALIASES.keys() & known.keys()
 
 
 @pytest.mark.parametrize(

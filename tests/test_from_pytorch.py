@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from vlm_jax import UserError, config
+from vlm_jax.config import choices
 from vlm_jax.config.from_pytorch import LLAMA_FACTORY, NOT_NEEDED, REFUSED, RENAMED, SAME, TABLES
 
 PAGE = Path(__file__).parents[1] / "docs" / "FROM_PYTORCH.md"
@@ -95,8 +96,8 @@ def test_what_the_tables_say_holds(places, owner, table):
         if kind == RENAMED:
             target = re.match(r"\w+\.\w+", words)
             assert target is not None and target[0] in OURS, key
-            assert config.ALIASES.get(ours, target[0]) == target[0]
-        if ours in config.ALIASES:
+            assert choices.ALIASES.get(ours, target[0]) == target[0]
+        if ours in choices.ALIASES:
             continue
         if ours in OURS:  # fp16 is a key, so that a recipe may say false
             with pytest.raises(UserError, match="not supported"):
@@ -104,7 +105,7 @@ def test_what_the_tables_say_holds(places, owner, table):
             continue
         for place in places:
             given = f"{place}.{key}"
-            if given in OURS or given in config.ALIASES:
+            if given in OURS or given in choices.ALIASES:
                 continue
             # One that two programs have is told in the words of the one read first there.
             first = next(t[key] for at, _, t in TABLES if place in at and key in t)

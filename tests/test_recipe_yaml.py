@@ -6,6 +6,7 @@ from test_metrics import wandb
 
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
+from vlm_jax.config import choices
 
 RECIPE = """
 model:
@@ -122,7 +123,7 @@ def test_spellings_of_yaml(tmp_path, key, text, value):
     section, name = key.split(".")
     file = tmp_path / "one.yaml"
     file.write_text(f"{section}: {{{name}: {text}}}\n")
-    key = config.ALIASES.get(key, key)
+    key = choices.ALIASES.get(key, key)
     assert config.flatten_config(config.load(file))[key] == value
 
 

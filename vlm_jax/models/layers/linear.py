@@ -124,8 +124,8 @@ def kernel_product(
 ) -> jax.Array:
     """Return x @ (kernel - scale A0 @ B0), in x's dtype.
 
-    start: (A0, B0), what matrices took of the kernel at their start (see lora_init.py), or None. It is
-    the frozen weight's part, on which dropout does not act.
+    start: (A0, B0), what matrices took of the kernel at their start (see lora_init.py), or None. It
+    is the frozen weight's part, on which dropout does not act.
     """
     y = matmul(x, kernel)
     return y if start is None else y - lora_update(x, *start, scale)
