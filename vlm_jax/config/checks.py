@@ -113,6 +113,14 @@ def check(flat: Mapping[str, Any]) -> None:
             "'training.fp16' is true, which is not supported: float16 needs loss scaling. Set "
             "training.bf16=true (any GPU since Ampere, any TPU) or neither, for float32."
         )
+    window = flat["training.profile_steps"]
+    first, _, last = window.partition("-")
+    if window and not (
+        re.fullmatch(r"[1-9]\d*(-\d+)?", window) and int(first) <= int(last or first)
+    ):
+        raise UserError(
+            f"'training.profile_steps' is '{window}'; expected steps from and to, such as 10-13."
+        )
     for name in flat["training.report_to"]:
         if name not in REPORTERS:
             raise UserError(

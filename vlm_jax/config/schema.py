@@ -161,6 +161,7 @@ def get_config() -> ConfigDict:
     # where a step takes longer than its images. metrics.jsonl's data_wait tells.
     t.dataloader_num_workers = 0
     t.dataloader_drop_last = False  # leave out an epoch's last rows that fill no batch
+    t.profile_steps = ""  # "10-13": jax.profiler's trace of these steps, in output_dir/profile
     t.report_to = ("tensorboard",)  # tensorboard, wandb, trackio, none; metrics.jsonl is always
     t.seed = 42  # of LoRA's A, dropout and the order of the data
     t.data_seed = placeholder(int)  # of the order of the data alone; None: seed

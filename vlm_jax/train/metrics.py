@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,30 @@ from vlm_jax.trees import join
 
 # Components that see a gradient only in a batch with images.
 NEED_IMAGES = ("vision", "projector")
+
+
+def untrained(
+    model: Model, paths: Sequence[str], images: bool, tokenizer: Any
+) -> tuple[list[str], list[str]]:
+    """Return (the components among these trained paths that data cannot reach, warnings).
+
+    images: whether the data may have some. The warnings are of these components, and of tokens
+    that were added to the tokenizer while the embedding is frozen.
+    """
+    idle = idle_components({model.component(path) for path in paths}, images)
+    warnings = [
+        f"Warning: the {name} is to be trained, but data.train_file has no image: it stays as it "
+        f"is."
+        for name in idle
+    ]
+    spare = untrained_tokens(model, paths, tokenizer.get_added_vocab())
+    if spare:
+        warnings.append(
+            f"Warning: the rows of {len(spare)} tokens that were added to the tokenizer "
+            f"({', '.join(spare[:3])}{' ...' * (len(spare) > 3)}) lie in the frozen embedding: "
+            f"nothing trains them. lora.modules_to_save=embed_tokens does."
+        )
+    return idle, warnings
 
 
 def idle_components(trained: Collection[str], images: bool) -> list[str]:

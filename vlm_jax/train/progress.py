@@ -25,7 +25,11 @@ from rich.text import Text
 from vlm_jax.data import Pipeline
 from vlm_jax.distributed.interrupts import at_sudden_end
 from vlm_jax.model import Model
-from vlm_jax.train.trackers import numbers
+from vlm_jax.quantization import summary
+from vlm_jax.train.selection import Standing
+from vlm_jax.train.trackers import numbers, say
+from vlm_jax.trees import flatten
+from vlm_jax.weights import is_quantized
 
 RECENT = 20  # steps by whose times the end is foretold
 WIDE = 100  # columns of a terminal that has room for all; at 80 a line must do without some
@@ -82,7 +86,7 @@ class Doing:
         before = self.words, self.since
         self.words, self.since = words, time.perf_counter()
         if line and not self.console.is_terminal:
-            self.console.print(words, highlight=False, soft_wrap=True)
+            say(self.console, words)
         with contextlib.ExitStack() as stack:
             stack.callback(self._set, *before)
             if self.bar is None:  # alone, and its last state stays as a line
@@ -163,8 +167,7 @@ class Bar:
         rate = f"  lr {line['learning_rate']:.1e}" if self.console.width >= WIDE else ""
         self.rest = f"{rate}  {line['tokens_per_second']:,.0f} tokens/s"
         if not self.console.is_terminal:
-            words = f"step {line['step']}/{self.total}  {numbers(line)}"
-            self.console.print(words, highlight=False, soft_wrap=True)
+            say(self.console, f"step {line['step']}/{self.total}  {numbers(line)}")
 
     def _now(self) -> str:
         return self.doing.text() or ("stopping" if self.stopping() else "train")
@@ -201,6 +204,48 @@ def headline(data: Pipeline, held_out: Pipeline | None, rows: int, total: int, m
     words += f"; {_many(total, 'step')}"
     epoch = data.steps_per_epoch
     return words if epoch is None else f"{words}, {epoch:,} an epoch"
+
+
+def opening_lines(
+    model: Model,
+    params: Mapping[str, Any],
+    data: Pipeline,
+    held_out: Pipeline | None,
+    rows: int,
+    total: int,
+    mesh: Any,
+    verbose: bool,
+) -> list[str]:
+    """Return what a run says of its data and weights before its first step."""
+    four = any(is_quantized(leaf) for leaf in flatten(params).values())
+    weights = summary(model, params) if four else []
+    shown = [headline(data, held_out, rows, total, mesh), *weights[:1]]
+    return shown + (weights[1:] + details(data, model) if verbose else [])
+
+
+def closing_lines(
+    outcome: Mapping[str, Any], run: Standing, checkpoints: Any, total: int
+) -> list[str]:
+    """Return what was left out of the data, and why a run ends before its last step."""
+    report, step = outcome["data"], run.step
+    lines = [
+        f"Left out {count} ({reason}): {report['first_dropped'][reason]}"
+        for reason, count in report["dropped"].items()
+    ]
+    if outcome["interrupted"]:
+        unseen = ", before its evaluation" if run.pending else ""
+        lines.append(
+            f"Stopped after step {step} of {total}{unseen}; saved '{checkpoints / str(step)}'. Go "
+            f"on with --resume."
+        )
+    elif run.patience is not None and outcome["stopped_early"]:
+        patience = run.patience
+        lines.append(
+            f"Stopped early, after step {step} of {total}: {patience.waited} evaluations in a row "
+            f"did not better the {patience.measure.metric}, {patience.best:.4f}, by more than "
+            f"{patience.threshold:g}."
+        )
+    return lines
 
 
 def details(data: Pipeline, model: Model) -> list[str]:

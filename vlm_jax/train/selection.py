@@ -1,9 +1,9 @@
-"""When a run evaluates, saves and stops early, and which checkpoint is the best one."""
+"""When a run logs, evaluates, saves and stops early, and which checkpoint is the best one."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -195,3 +195,136 @@ def every(
     period = {"no": 0, "steps": interval, "epoch": steps_per_epoch}[strategy]
     first = delay * steps_per_epoch if strategy == "epoch" else delay
     return lambda step: period > 0 and step % period == 0 and step >= first
+
+
+class Due(NamedTuple):
+    """What is done after a step, in this order: "save", "evaluate".
+
+    candidate: the save is one that may be the best, and holds the value of that evaluation.
+    """
+
+    actions: tuple[str, ...]
+    candidate: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """At which of its `total` steps a run logs, saves and evaluates, by TrainingArguments' rules.
+
+    chooses: the best checkpoint is looked for. patient: evaluations may stop the run early.
+    """
+
+    total: int
+    log: Callable[[int], bool]
+    save: Callable[[int], bool]
+    evaluate: Callable[[int], bool]
+    chooses: bool
+    patient: bool
+
+    @classmethod
+    def of(
+        cls,
+        t: Any,
+        epoch: int,
+        total: int,
+        held_out: bool,
+        best: Best | None,
+        patience: Patience | None,
+    ) -> "Intervals":
+        """Return those of the section `training`. epoch: its steps. held_out: data is."""
+        log = every(t.logging_strategy, t.logging_steps, epoch, total)
+        evaluation = every(t.eval_strategy, t.eval_steps, epoch, total, t.eval_delay)
+        ends = t.eval_strategy != "steps" or t.eval_delay <= total  # evaluated after the last step
+        return cls(
+            total,
+            lambda step: log(step) or (step == 1 and t.logging_first_step),
+            every(t.save_strategy, t.save_steps, epoch, total),
+            lambda step: held_out and (evaluation(step) or (ends and step == total)),
+            best is not None,
+            patience is not None,
+        )
+
+    def saves(self, step: int) -> bool:
+        """Return whether a run that nobody stops has a checkpoint of this step."""
+        return self.save(step) or step == self.total
+
+    def due(self, step: int, stopping: bool) -> Due:
+        """Return what is due after a step. stopping: it is the last one, because of a signal.
+
+        A checkpoint that may be the best holds its evaluation, and where runs stop early all hold
+        what decides that: these are saved after it. Others come before it, since an evaluation
+        takes time and may fail. One out of turn is no candidate: a run that nobody stopped would
+        lack it.
+        """
+        evaluating = self.evaluate(step)
+        candidate = evaluating and self.chooses and self.saves(step)
+        order = ("save", "evaluate")
+        if candidate or (evaluating and self.patient):
+            order = ("evaluate", "save")
+        wanted = {"save": self.saves(step) or stopping, "evaluate": evaluating}
+        return Due(tuple(action for action in order if wanted[action]), candidate)
+
+
+@dataclasses.dataclass
+class Standing:
+    """Where a run stands: what its next checkpoint holds.
+
+    place: the position in the data. pending: whether this step is still to be evaluated.
+    evaluation: the newest one's values.
+    """
+
+    state: Any
+    pending: bool
+    patience: Patience | None
+    step: int = 0
+    place: dict[str, int] = dataclasses.field(default_factory=lambda: {"epoch": 0, "step": 0})
+    evaluation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run stops early here."""
+        return self.patience is not None and self.patience.over
+
+    def restore(self, checkpoints: Any, held_out: bool, warn: Callable[[str], None]) -> None:
+        """Go on from the newest checkpoint that can be read."""
+        self.state, self.place = checkpoints.restore_newest(self.state, warn)
+        self.step = int(self.state.step)
+        self.pending = checkpoints.pending(self.step) and held_out
+        if self.patience is not None:
+            self.patience = self.patience.at(checkpoints.patience(self.step))
+
+    def take(self, found: Mapping[str, float]) -> None:
+        """Take the evaluation of this step; the one before the first step is only shown."""
+        self.evaluation, self.pending = found, False
+        if self.step > 0 and self.patience is not None:
+            self.patience = self.patience.after(found)
+
+    def note(self, candidate: bool) -> tuple[Mapping[str, float] | None, Any, bool]:
+        """Return what `Checkpoints.save` takes beside the state: evaluation, patience, pending."""
+        found = self.evaluation if candidate and not self.pending else None
+        return found, self.patience and self.patience.note, self.pending
+
+
+def best_leaves(
+    best: Best, checkpoints: Any, last: Any, step: int, kept: str
+) -> tuple[Any, dict[str, Any], str]:
+    """Return (the best checkpoint's leaves, {"step", "metric", "value"}, a line that says so).
+
+    last: those of the last step, `step`, which are taken where no checkpoint has a value. kept:
+    which leaves of a state they are, trainable or ema.
+    """
+    chosen = checkpoints.best_step
+    if chosen is None:
+        line = (
+            f"Warning: no checkpoint was saved with a finite {best.metric} on held-out data: the "
+            f"result is the last step's."
+        )
+        return last, {"step": step, "metric": best.metric, "value": None}, line
+    value = checkpoints.evaluations[chosen][best.metric]
+    line = (
+        f"The result is step {chosen}'s: its {best.metric} on held-out data, {value:.4f}, is the "
+        f"best of all checkpoints."
+    )
+    if chosen != step:
+        last = checkpoints.restore_trainable(last, chosen, kept)
+    return last, {"step": chosen, "metric": best.metric, "value": value}, line

@@ -1,15 +1,17 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and tables."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, tables, profiles."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -272,6 +274,11 @@ class Lines(Console):
         super().print(*objects, soft_wrap=soft_wrap and not self.is_terminal, **options)
 
 
+def say(console: Console, words: str) -> None:
+    """Print a line as it is: no number is coloured, and no log breaks it."""
+    console.print(words, highlight=False, soft_wrap=True)
+
+
 def numbers(values: Mapping[str, Any]) -> str:
     """Return one line's worth of metrics for people."""
     return (
@@ -291,4 +298,50 @@ def print_report(console: Console, rows: Sequence[Mapping[str, Any]], line: str)
         rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
         table.add_row(row["component"], row["trains"], f"{row['parameters']:,d}", rate)
     console.print(table)
-    console.print(line, highlight=False, soft_wrap=True)
+    say(console, line)
+
+
+def write_skipped(file: Path, skipped: Iterable[Any]) -> None:
+    """Write the records that no process could use, one a line; no file where there are none."""
+    known = processes.gather("skipped", [dataclasses.asdict(one) for one in skipped])
+    lines = list({one["index"]: one for found in known for one in found}.values())
+    if lines and processes.is_primary():
+        file.write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+
+
+class Profiler:
+    """Writes a trace of some steps, `jax.profiler`'s, which TensorBoard and Perfetto show.
+
+    steps: "10-13", or "" for none. Closed where the run ends within.
+    """
+
+    def __init__(self, steps: str, directory: Path, console: Console):
+        first, _, last = steps.partition("-")
+        self.window = (int(first) - 1, int(last or first)) if steps else None
+        self.directory, self.console, self.running = directory, console, False
+
+    def start(self, step: int) -> None:
+        """Begin where a run begins within the steps."""
+        if self.window is not None and self.window[0] <= step < self.window[1]:
+            self.toggle(step)
+
+    def at(self, step: int) -> bool:
+        """Return whether it begins or ends behind this step."""
+        return self.window is not None and (
+            step == self.window[1] if self.running else step == self.window[0]
+        )
+
+    def toggle(self, step: int) -> None:
+        if not self.running:
+            jax.profiler.start_trace(str(self.directory))
+        else:
+            jax.profiler.stop_trace()
+            say(self.console, f"Wrote the profile until step {step} to '{self.directory}'.")
+        self.running = not self.running
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.running:
+            jax.profiler.stop_trace()

@@ -1,0 +1,54 @@
+"""What is due after a step, and in which order: a table."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vlm_jax.train.selection import Best, Intervals, Patience
+
+LOSS = Best("loss", False)
+SECTION = {
+    **{"logging_strategy": "steps", "logging_steps": 5, "logging_first_step": True},
+    **{"save_strategy": "steps", "save_steps": 4},
+    **{"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 0},
+}
+
+
+def intervals(held_out=True, best=None, patience=None, **changes):
+    t = SimpleNamespace(**{**SECTION, **changes})
+    return Intervals.of(t, 3, 10, held_out, best, patience)
+
+
+NOTHING, SAVE, EVALUATE = (), ("save",), ("evaluate",)
+SAVE_FIRST, EVALUATE_FIRST = ("save", "evaluate"), ("evaluate", "save")
+# what a run has -> step, whether a signal stops it there -> what is done, whether it may be the best
+TABLE = [
+    ({}, 1, False, NOTHING, False),
+    ({}, 2, False, EVALUATE, False),
+    ({}, 3, True, SAVE, False),
+    ({}, 4, False, SAVE_FIRST, False),  # an evaluation may fail: the checkpoint comes before it
+    ({}, 10, False, SAVE_FIRST, False),
+    ({"best": LOSS}, 4, False, EVALUATE_FIRST, True),
+    ({"best": LOSS}, 2, True, SAVE_FIRST, False),  # out of turn: no candidate
+    ({"best": LOSS}, 10, False, EVALUATE_FIRST, True),
+    ({"patience": Patience(LOSS, 3)}, 4, False, EVALUATE_FIRST, False),
+    ({"patience": Patience(LOSS, 3)}, 2, True, EVALUATE_FIRST, False),
+    ({"held_out": False}, 4, False, SAVE, False),
+    ({"held_out": False}, 10, False, SAVE, False),
+    ({"eval_strategy": "no"}, 4, False, SAVE, False),
+    ({"eval_strategy": "no"}, 10, False, SAVE_FIRST, False),  # behind the last step always
+    ({"eval_strategy": "epoch", "save_strategy": "no"}, 3, False, EVALUATE, False),
+    ({"eval_steps": 3}, 10, False, SAVE_FIRST, False),
+    ({"eval_delay": 11}, 10, False, SAVE, False),
+]
+
+
+@pytest.mark.parametrize(("has", "step", "stopping", "actions", "candidate"), TABLE)
+def test_what_is_due_after_a_step(has, step, stopping, actions, candidate):
+    assert intervals(**has).due(step, stopping) == (actions, candidate)
+
+
+def test_the_first_step_has_a_line_where_that_is_asked():
+    logged = [step for step in range(1, 11) if intervals().log(step)]
+    assert logged == [1, 5, 10]
+    assert not intervals(logging_first_step=False).log(1)
