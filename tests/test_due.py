@@ -21,7 +21,7 @@ def intervals(held_out=True, best=None, patience=None, **changes):
 
 NOTHING, SAVE, EVALUATE = (), ("save",), ("evaluate",)
 SAVE_FIRST, EVALUATE_FIRST = ("save", "evaluate"), ("evaluate", "save")
-# what a run has -> step, whether a signal stops it there -> what is done, whether it may be the best
+# What a run has; a step, whether a signal stops it there; what is done, whether it is a candidate.
 TABLE = [
     ({}, 1, False, NOTHING, False),
     ({}, 2, False, EVALUATE, False),

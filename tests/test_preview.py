@@ -355,12 +355,11 @@ def test_bad_input_is_one_paragraph(qwen, tmp_path, capsys):
 
 def test_a_mesh_need_not_be_here(qwen, tmp_path):
     made = config.load(write_config(tmp_path, *qwen))
-    with made.unlocked():
-        made.mesh.update({"devices": 0, "data": 4, "fsdp": 8, "tensor": 2})
-        assert shards_of(made) == 32
-        made.mesh.update({"devices": 256, "data": -1})
-        assert shards_of(made) == 128
-        made.mesh.update({"devices": 12, "fsdp": 8})
+    made = made.having({"mesh.data": 4, "mesh.fsdp": 8, "mesh.tensor": 2})
+    assert shards_of(made) == 32
+    made = made.having({"mesh.devices": 256, "mesh.data": -1})
+    assert shards_of(made) == 128
+    made = made.having({"mesh.devices": 12})
     with pytest.raises(UserError, match="does not cover 12 devices"):
         shards_of(made)
 

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.plan.report import Report, plan_step
 
 
@@ -43,7 +42,7 @@ LAST_RESORT = (
 )
 
 
-def settings(config: ConfigDict, policy: str) -> list[dict[str, Any]]:
+def settings(config: RunSpec, policy: str) -> list[dict[str, Any]]:
     """Return a policy's settings, those that need less memory first.
 
     Each has the config's own number of rows a step, in more or fewer micro-batches: what is learned
@@ -63,7 +62,7 @@ def settings(config: ConfigDict, policy: str) -> list[dict[str, Any]]:
 
 
 def fit(
-    config: ConfigDict,
+    config: RunSpec,
     topology: str,
     *,
     tokens: int | None = None,

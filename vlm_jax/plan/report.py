@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.hardware import DEVICES, GB, GIB, Device, hardware
 from vlm_jax.plan import leaves, program, traffic, work
 from vlm_jax.plan.speed import Speed, sent, speed
@@ -112,7 +113,7 @@ class _Found:
 
 
 def plan_step(
-    config: str | Path | ConfigDict,
+    config: str | Path | RunSpec | ConfigDict,
     topology: str,
     *,
     overrides: Mapping[str, Any] | None = None,

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.errors import UserError
 from vlm_jax.hardware import Hardware
 from vlm_jax.model import Model
@@ -32,7 +33,7 @@ class Step:
     of all its micro_batches and devices.
     """
 
-    config: ConfigDict
+    config: RunSpec
     model: Model
     mesh: Mesh | AbstractMesh
     run: Callable
@@ -81,7 +82,7 @@ def readable(compiled: jax.stages.Compiled, dump: Path) -> jax.stages.Compiled:
 
 
 def compile_step(
-    config: str | Path | ConfigDict,
+    config: str | Path | RunSpec | ConfigDict,
     topology: str,
     *,
     overrides: Mapping[str, Any] | None = None,
@@ -110,15 +111,15 @@ def compile_step(
         return step.compile()
 
 
-def load(config: str | Path | ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+def load(config: str | Path | RunSpec | ConfigDict, changes: Mapping[str, Any]) -> RunSpec:
     """Return a config, given as one or as a file, with {"section.key": value} changed."""
-    if isinstance(config, ConfigDict):
-        return configs.load(None, {**configs.flatten_config(config), **changes})
-    return configs.load(config, changes)
+    if isinstance(config, str | Path):
+        return configs.load(config, changes)
+    return configs.load(None, {**RunSpec.of(config).flat(), **changes})
 
 
 def prepare(
-    config: ConfigDict,
+    config: RunSpec,
     found: Sequence[Any] | Hardware,
     *,
     rows: int | None = None,
@@ -143,7 +144,7 @@ def prepare(
     return Step(config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts)
 
 
-def abstract_mesh(config: ConfigDict, machine: Hardware) -> AbstractMesh:
+def abstract_mesh(config: RunSpec, machine: Hardware) -> AbstractMesh:
     """Return the mesh of a config's `mesh` section over devices that nobody describes."""
     m, count = config.mesh, machine.count
     if m.devices > count:

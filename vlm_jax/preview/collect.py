@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Pipeline
 from vlm_jax.data.lengths import SHRUNK, TURNS_DROPPED
 from vlm_jax.data.planner import Step
@@ -92,7 +93,7 @@ class Preview:
         return sum(example.loss_tokens for example in self.examples)
 
 
-def preview(config: ConfigDict, examples: int = 16, split: str = "train") -> Preview:
+def preview(config: RunSpec | ConfigDict, examples: int = 16, split: str = "train") -> Preview:
     """Return the first examples that a run of this config trains on, in its order; no weights.
 
     split: "train", or "eval" for what a run evaluates on, as an evaluation goes through it. Raises
@@ -117,7 +118,7 @@ def preview(config: ConfigDict, examples: int = 16, split: str = "train") -> Pre
     )
 
 
-def open_pipeline(config: ConfigDict, split: str = "train") -> Pipeline:
+def open_pipeline(config: RunSpec, split: str = "train") -> Pipeline:
     """Return the pipeline that training would make; of a hub checkpoint only small files come."""
     if split not in SPLITS:
         raise UserError(f"There is no split '{split}'; expected one of {', '.join(SPLITS)}.")
@@ -134,7 +135,7 @@ def open_pipeline(config: ConfigDict, split: str = "train") -> Pipeline:
     return make_pipeline(config, encoder, rows)
 
 
-def shards_of(config: ConfigDict) -> int:
+def shards_of(config: RunSpec) -> int:
     """Return among how many devices a step's rows are divided; such a mesh need not be here."""
     m = config.mesh
     asked = m.data, m.fsdp, m.tensor, m.context
@@ -269,7 +270,7 @@ def _round_width(least: float) -> int:
         power *= 10
 
 
-def settings(config: ConfigDict, pipeline: Pipeline, films: bool = False) -> list[Setting]:
+def settings(config: RunSpec, pipeline: Pipeline, films: bool = False) -> list[Setting]:
     """Return what decides how examples look, as it came out; films: whether there are videos."""
     t, encoder = config.training, pipeline.encoder
     media = encoder.media

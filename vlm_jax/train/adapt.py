@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
 from vlm_jax.adapters.added_tokens import EMBEDDING, add_tokens, is_added
@@ -13,6 +12,7 @@ from vlm_jax.adapters.bottleneck import add_adapter
 from vlm_jax.adapters.lora import add_lora
 from vlm_jax.adapters.modules_to_save import bias_leaves, saved_modules
 from vlm_jax.adapters.targets import PRESETS, slots, target_kernels, target_modules
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.errors import UserError
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
 from vlm_jax.hub.peft import starts_from_kernel
@@ -28,7 +28,7 @@ from vlm_jax.weights import is_quantized
 
 
 def adapt(
-    config: ConfigDict, model: Model, params: Mapping[str, Any], tokens: int
+    config: RunSpec, model: Model, params: Mapping[str, Any], tokens: int
 ) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
     """Return (model, params, training table) of a base and its tokenizer of `tokens` tokens.
 
@@ -49,7 +49,7 @@ def adapt(
 
 
 def adapt_base(
-    config: ConfigDict, model: Model, params: Mapping[str, Any]
+    config: RunSpec, model: Model, params: Mapping[str, Any]
 ) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
     """Return (model, params, training table) of a base: what `adapt` adds beside tokens.
 
@@ -68,7 +68,7 @@ def adapt_base(
         for path in flatten(params)
         if path.endswith("/lora_A")
     ]
-    scales = {
+    scales: dict[str, Any] = {
         "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
         "projector_lr_scale": m.projector_lr_scale,
     }
@@ -147,7 +147,7 @@ def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
 
 
 def _continue_lora(
-    model: Model, params: Mapping[str, Any], lora: LoRA, config: ConfigDict, adapted: list[str]
+    model: Model, params: Mapping[str, Any], lora: LoRA, config: RunSpec, adapted: list[str]
 ) -> Model:
     """Return the model whose loaded LoRA goes on training, with this run's dropout.
 
@@ -197,21 +197,21 @@ def _continue_lora(
     )
 
 
-def adapter_of(config: ConfigDict) -> Adapter:
+def adapter_of(config: RunSpec) -> Adapter:
     """Return what a config's adapter section asks for."""
-    asked = dict(config.adapter)
+    asked = dataclasses.asdict(config.adapter)
     return Adapter(kind=asked.pop("type"), **asked)
 
 
 def adapt_bottlenecks(
-    config: ConfigDict, model: Model, params: dict[str, Any]
+    config: RunSpec, model: Model, params: dict[str, Any]
 ) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
     """Return (model, params, training table) of a base with the config's bottleneck adapters.
 
     Raises `UserError` where model.adapter holds LoRA, or adapters of another kind.
     """
     m, adapter = config.model, adapter_of(config)
-    scales = {
+    scales: dict[str, Any] = {
         "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
         "projector_lr_scale": m.projector_lr_scale,
     }
@@ -229,7 +229,7 @@ def adapt_bottlenecks(
         key = jax.random.key(config.training.seed)
         model, params = add_adapter(model, params, adapter, key)
     else:
-        _check_same(model.adapter, adapter, m.adapter)
+        _check_same(model.adapter, adapter, str(m.adapter))
     places = [path for path in flatten(params) if is_adapter(path)]
     saved = lora_modules_to_save(model, places, modules_to_save=adapter.modules_to_save, **scales)
     modules = tuple(dict.fromkeys((*brought, *saved)))

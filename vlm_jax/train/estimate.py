@@ -4,14 +4,15 @@ Weights, masters, moments and gradients are counted leaf by leaf. Activations fo
 of the layers; a compiler may do better or worse: `vlm_jax.plan.compile_step` asks it.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from vlm_jax.config.specs import MeshSpec, RunSpec
 from vlm_jax.data.media.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
@@ -49,19 +50,13 @@ class Estimate(NamedTuple):
         return Estimate(weights, trained, moments, self.activations + self.head)
 
 
-def estimate(
-    config: ConfigDict, shape: Shape, rows: int = 1, tokens: int | None = None
-) -> Estimate:
+def estimate(config: RunSpec, shape: Shape, rows: int = 1, tokens: int | None = None) -> Estimate:
     """Return what a step of `rows` rows of `shape` at once needs on one device.
 
     Nothing is allocated. The config's mesh is not looked at. Of the model only config.json is read.
     tokens: as `abstract_run` takes it. Raises `UserError` for what the config lacks.
     """
-    one = config.copy_and_resolve_references()
-    with one.unlocked():
-        one.mesh.update(
-            {"auto": False, "devices": 1, "data": 1, "fsdp": 1, "tensor": 1, "context": 1}
-        )
+    one = dataclasses.replace(config, mesh=MeshSpec(devices=1, data=1))
     mesh = make_mesh(devices=jax.devices()[:1])
     model, _, state, frozen = abstract_run(one, mesh, tokens)
     masters = nbytes(state.trainable)
@@ -77,7 +72,7 @@ def estimate(
     )
 
 
-def beside_masters(config: ConfigDict, model: Model, masters: int) -> int:
+def beside_masters(config: RunSpec, model: Model, masters: int) -> int:
     """Return the bytes of gradients and copies of so many bytes of masters.
 
     Gradients are float32, those of one micro-batch and their sum, and copies are of the compute
@@ -157,7 +152,7 @@ def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int
     return kept + pixels + max(2 * inside, (1 + tower) * seen, head) + 2 * decoded * size
 
 
-def row_shape(config: ConfigDict) -> Shape:
+def row_shape(config: RunSpec) -> Shape:
     """Return tokens and patches of a full row with one image of the largest size.
 
     Where nothing says how large an image is, the tokens all stand for patches.
@@ -169,14 +164,14 @@ def row_shape(config: ConfigDict) -> Shape:
         return tokens, _most_patches(config, model, tokens)
 
 
-def _most_patches(config: ConfigDict, model: Model, tokens: int) -> int:
+def _most_patches(config: RunSpec, model: Model, tokens: int) -> int:
     """Return the patches that so many tokens stand for, or data.max_patches where that is less."""
     unit = model.family.patch_unit(model.config)
     most = max(tokens * model.family.merged_patches(model.config) // unit * unit, unit)
     return min(most, config.data.max_patches or most)
 
 
-def image_patches(config: ConfigDict, model: Model, tokens: int | None = None) -> int:
+def image_patches(config: RunSpec, model: Model, tokens: int | None = None) -> int:
     """Return the patches of a row that holds one image of the largest size.
 
     tokens: of the row, which holds no more patches than they stand for; None: data.max_seq_length.

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ml_collections import ConfigDict
-
 from vlm_jax import config as configs
 from vlm_jax.config.checks import optimizer_name
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
 from vlm_jax.model import Model
 from vlm_jax.train.setup import compute_dtype, quantization_of
@@ -32,7 +31,7 @@ PLACES = (
 )
 
 
-def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[str, Any]:
+def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str, Any]:
     """Return what must be the same when a run goes on, as JSON values.
 
     Schedules, limits, logging and the places of files may change; what the state and the order of
@@ -57,7 +56,7 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
         "adapter": own or None,
         "data": {
             "train_file": sources_identity(configs.plain(d.train_file)),
-            **{key: d[key] for key in DATA_KEYS},
+            **{key: getattr(d, key) for key in DATA_KEYS},
             **({"columns": configs.plain(d.columns)} if d.columns else {}),
             **({"eval_share": d.eval_share} if d.eval_share else {}),
         },
@@ -68,9 +67,9 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
             "dataloader_drop_last": t.dataloader_drop_last,
             # Absent where unset, as in checkpoints that are older than these keys.
             **{
-                key: t[key]
+                key: value
                 for key in ("data_seed", "train_sampling_strategy")
-                if t[key] is not None
+                if (value := getattr(t, key)) is not None
             },
             # Paging moves moments and changes no number: a run may go on without it, or with it.
             "optim": optimizer_name(t.optim).removeprefix("paged_"),
@@ -78,9 +77,9 @@ def identity(config: ConfigDict, model: Model, table: Table, rows: int) -> dict[
     }
 
 
-def settings_of(config: ConfigDict) -> dict[str, str]:
+def settings_of(config: RunSpec) -> dict[str, str]:
     """Return {"section.key": value in words} of a config, but for where things lie."""
-    flat = configs.flatten_config(config)
+    flat = config.flat()
     return {key: str(value) for key, value in flat.items() if key not in PLACES}
 
 

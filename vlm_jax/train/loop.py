@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.files.atomic import write_json
 from vlm_jax.sharding import row_parts, row_share
@@ -66,7 +67,7 @@ from vlm_jax.trees import flatten, join, split
 
 @out_of_memory_explained()
 def train(
-    config: ConfigDict,
+    config: RunSpec | ConfigDict,
     resume: bool | str = False,
     console: Console | None = None,
     verbose: bool = False,
@@ -83,6 +84,7 @@ def train(
     Raises `UserError` for bad input, a component without gradient, and a loss that is not finite:
     mostly before anything is written. What fails before the first checkpoint leaves no files.
     """
+    config = RunSpec.of(config)
     places = places_of(config)
     check_reporters(config.training.report_to)
     best, patience = best_of(config), patience_of(config)
@@ -96,7 +98,7 @@ def train(
 
 
 def _train(
-    config: ConfigDict,
+    config: RunSpec,
     places: Places,
     resume: bool,
     best: Best | None,

@@ -1,13 +1,14 @@
 """The mesh of a run: as its config says, or as large a share of a copy as its memory asks for."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from vlm_jax.config.specs import MeshSpec, RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
 from vlm_jax.hardware import DEVICES
@@ -19,7 +20,7 @@ from vlm_jax.train.setup import abstract_base
 ROOM = 0.85
 
 
-def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+def mesh_of(config: RunSpec, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Return the mesh that the config's `mesh` section asks for, over `devices` (default: all)."""
     wanted = config.mesh.devices
     if devices is None:
@@ -44,7 +45,7 @@ def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sha
     return make_mesh(**sizes, devices=over)
 
 
-def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
+def sizes_of(config: RunSpec, count: int, memory: int) -> dict[str, int]:
     """Return the mesh's sizes over `count` devices with so many bytes each.
 
     With mesh.auto the parameters are spread over as few devices as hold a copy by estimate, over
@@ -67,9 +68,7 @@ def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
             f"and tensor at 1 or more."
         )
     shards = mesh_sizes(count, -1, 1, m.tensor)["data"]
-    one = config.copy_and_resolve_references()
-    with one.unlocked():
-        one.model.adapter = None  # it counts as the LoRA that the config describes
+    one = config.having({"model.adapter": None})  # it counts as the LoRA that is described
     need = estimate(one, row_shape(one), config.training.per_device_train_batch_size)
     base = abstract_base(one)
     useful = [
@@ -81,7 +80,7 @@ def sizes_of(config: ConfigDict, count: int, memory: int) -> dict[str, int]:
     return mesh_sizes(count, -1, next(fitting, useful[-1]), m.tensor)
 
 
-def mesh_for_reading(config: ConfigDict) -> jax.sharding.Mesh | None:
+def mesh_for_reading(config: RunSpec) -> jax.sharding.Mesh | None:
     """Return a mesh that holds one copy of what a run of this config gave; None: one device does.
 
     Of this process's devices it takes as many as share a copy in the config's own mesh; where that
@@ -93,9 +92,8 @@ def mesh_for_reading(config: ConfigDict) -> jax.sharding.Mesh | None:
         return None
     sizes = {"fsdp": m.fsdp, "tensor": m.tensor, "context": m.context}
     if m.auto or not 1 < math.prod(sizes.values()) <= len(devices):
-        picking = config.copy_and_resolve_references()
-        with picking.unlocked():
-            picking.mesh.update({"auto": True, "data": -1, "fsdp": 1, "tensor": 1, "context": 1})
+        sizes_free = MeshSpec(auto=True, devices=m.devices)
+        picking = dataclasses.replace(config, mesh=sizes_free)
         picked = sizes_of(picking, len(devices), memory_of(devices[0]))
         sizes = {"fsdp": picked["fsdp"]}
     count = math.prod(sizes.values())
@@ -126,7 +124,7 @@ def memory_of(device: Any) -> int:
     )
 
 
-def rows_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
+def rows_of(config: RunSpec, mesh: jax.sharding.Mesh) -> int:
     """Return the rows of one step: of all micro-batches and all devices."""
     t = config.training
     return t.per_device_train_batch_size * t.gradient_accumulation_steps * row_parts(mesh)

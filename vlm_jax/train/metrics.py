@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from vlm_jax.adapters.added_tokens import EMBEDDING, is_added, spare_tokens
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.data.records.stream import StreamRecords
 from vlm_jax.distributed import processes
@@ -169,7 +169,7 @@ class Watch:
 
 def evaluated(
     *,
-    config: ConfigDict,
+    config: RunSpec,
     model: Model,
     encoder: Encoder,
     held_out: Pipeline,

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
 from vlm_jax import config as configs
@@ -16,6 +15,7 @@ from vlm_jax.adapters.added_tokens import is_added
 from vlm_jax.adapters.lora import requantization_error
 from vlm_jax.adapters.modules_to_save import bias_leaves, saved_modules
 from vlm_jax.batch import Batch
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
@@ -61,13 +61,12 @@ def stored_dtype(directory: Path) -> str:
     return narrow[kinds.pop()] if len(kinds) == 1 and kinds <= narrow.keys() else "float32"
 
 
-def open_run(directory: str | Path) -> tuple[ConfigDict, Encoder]:
+def open_run(directory: str | Path) -> tuple[RunSpec, Encoder]:
     """Return a run's config and encoder; no weights are read. Raises where it has no weights."""
     config = _config_of(directory := Path(directory).expanduser())
     full = directory / "model"
     if full.is_dir():
-        with config.unlocked():
-            config.model.adapter = None  # the model holds what it had
+        config = config.having({"model.adapter": None})  # the model holds what it had
         return config, encoder_of(config, full)
     adapter = directory / "adapter"
     if not adapter.is_dir() and not places_of(config, directory).saved_steps():
@@ -76,7 +75,7 @@ def open_run(directory: str | Path) -> tuple[ConfigDict, Encoder]:
     return config, encoder_of(config, base, adapter if adapter.is_dir() else None)
 
 
-def _config_of(directory: Path) -> ConfigDict:
+def _config_of(directory: Path) -> RunSpec:
     if not (directory / "config.json").is_file():
         raise UserError(
             f"'{directory}' holds no run: there is no config.json. Give the training.output_dir of "
@@ -93,7 +92,7 @@ def _config_of(directory: Path) -> ConfigDict:
 
 def load_run(
     directory: str | Path, exact: bool = False, encoder: Encoder | None = None
-) -> tuple[Model, dict[str, Any], ConfigDict]:
+) -> tuple[Model, dict[str, Any], RunSpec]:
     """Return (model, params, config) of a run: its result, or its newest checkpoint without one.
 
     exact: in the dtype that the base is stored in, so that no weight is rounded; otherwise in the
@@ -104,16 +103,13 @@ def load_run(
     config = _config_of(directory)
     full = directory / "model"
     if exact:
-        base = resolve(config.model.name_or_path, config.model.revision)
-        dtype = stored_dtype(full if full.is_dir() else base)
-        with config.unlocked():
-            config.model.dtype = dtype
+        base = resolve(base_name(config), config.model.revision)
+        config = config.having({"model.dtype": stored_dtype(full if full.is_dir() else base)})
     mesh = mesh_for_reading(config)
     if full.is_dir():
         model, params = load(str(full), compute_dtype(config), mesh=mesh)
-        with config.unlocked():  # whose settings and tokenizer the result holds
-            config.model.adapter = None
-        return model, params, config
+        # The result holds the adapter's settings and tokenizer too.
+        return model, params, config.having({"model.adapter": None})
     if (directory / "adapter").is_dir():
         model, params = load_adapted(config, directory / "adapter", mesh)
         return model, params, config
@@ -136,9 +132,7 @@ def load_run(
     return model, join(trained, frozen), config
 
 
-def load_adapted(
-    config: ConfigDict, adapter: Path, mesh: Any = None
-) -> tuple[Model, dict[str, Any]]:
+def load_adapted(config: RunSpec, adapter: Path, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
     """Return the base of a config with the adapter of a directory, PEFT's or a bottleneck's."""
     model, params = load_base(config, mesh)
     read = load_adapter if is_adapter_directory(adapter) else load_peft

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.distributed.interrupts import at_sudden_end
 from vlm_jax.errors import UserError
@@ -79,7 +79,7 @@ class Places(NamedTuple):
             ) from error
 
 
-def places_of(config: ConfigDict, directory: Path | None = None) -> Places:
+def places_of(config: RunSpec, directory: Path | None = None) -> Places:
     """Return where a run of this config writes; directory: instead of training.output_dir.
 
     Raises `UserError` for an address where a directory must be, for a checkpoint_dir that is no

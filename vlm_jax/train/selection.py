@@ -5,8 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.errors import UserError
 from vlm_jax.train.setup import evaluates
 
@@ -36,7 +35,7 @@ class Best:
         return min(found)[1] if found else None
 
 
-def best_of(config: ConfigDict) -> Best | None:
+def best_of(config: RunSpec) -> Best | None:
     """Return how a run of this config chooses among its checkpoints; None: it takes the last.
 
     Raises `UserError` where it could not choose, since what it saves is not evaluated: the rules
@@ -68,7 +67,7 @@ def best_of(config: ConfigDict) -> Best | None:
     return best
 
 
-def metric_of(config: ConfigDict, asked: str) -> Best:
+def metric_of(config: RunSpec, asked: str) -> Best:
     """Return what a run of this config compares evaluations by.
 
     asked: the first words of the `UserError` where there is nothing to compare.
@@ -148,7 +147,7 @@ class Patience:
         return dataclasses.replace(self, best=value if better else best, waited=waited)
 
 
-def patience_of(config: ConfigDict) -> Patience | None:
+def patience_of(config: RunSpec) -> Patience | None:
     """Return the rule by which a run of this config stops early; None: it does not.
 
     Raises `UserError` where nothing is evaluated that could stop it.

@@ -1,5 +1,6 @@
 """What a run is built from: base, method, data; really, or as shapes and shardings alone."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from vlm_jax import config as configs
 from vlm_jax import quantization
 from vlm_jax.adapters.lora_init import kind_of
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.records.held_out import hold_out
 from vlm_jax.data.records.stream import open_stream
@@ -30,7 +31,7 @@ from vlm_jax.train.step import TrainState
 from vlm_jax.trees import split
 
 
-def compute_dtype(config: ConfigDict) -> str:
+def compute_dtype(config: RunSpec) -> str:
     """Return the dtype of frozen weights and computation."""
     m = config.model
     if m.dtype != "auto":
@@ -40,7 +41,7 @@ def compute_dtype(config: ConfigDict) -> str:
     return "bfloat16" if config.training.bf16 else "float32"
 
 
-def quantization_of(config: ConfigDict) -> Quantization | None:
+def quantization_of(config: RunSpec) -> Quantization | None:
     """Return what of the base is quantized, by model.quantize or `BitsAndBytesConfig`'s keys."""
     m = config.model
     storage = m.quantize
@@ -52,13 +53,13 @@ def quantization_of(config: ConfigDict) -> Quantization | None:
     return Quantization(storage, tuple(m.quantize_components), tuple(m.llm_int8_skip_modules))
 
 
-def remat_of(config: ConfigDict) -> str:
+def remat_of(config: RunSpec) -> str:
     """Return the remat policy, a key of `layers.scan.REMAT`: the one named, or a block's."""
     named = config.training.remat_policy
     return named or ("block" if config.training.gradient_checkpointing else "none")
 
 
-def base_name(config: ConfigDict) -> str:
+def base_name(config: RunSpec) -> str:
     """Return the base's directory or hub id; raise `UserError` where the config names none."""
     if config.model.name_or_path is None:
         raise UserError(
@@ -68,14 +69,14 @@ def base_name(config: ConfigDict) -> str:
     return config.model.name_or_path
 
 
-def check_type(config: ConfigDict, model: Model) -> None:
+def check_type(config: RunSpec, model: Model) -> None:
     """Raise `UserError` where the base is not of the family that the config says."""
     wanted, found = config.model.type, model.hf_config["model_type"]
     if wanted is not None and wanted != found:
         raise UserError(f"model.type is '{wanted}', but '{base_name(config)}' is a '{found}'.")
 
 
-def load_base(config: ConfigDict, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
+def load_base(config: RunSpec, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
     """Return the base checkpoint of a config, in its compute dtype."""
     m, name, dtype = config.model, base_name(config), compute_dtype(config)
     model, params = load(
@@ -86,7 +87,7 @@ def load_base(config: ConfigDict, mesh: Any = None) -> tuple[Model, dict[str, An
 
 
 def build(
-    config: ConfigDict, mesh: Any, encoder: Encoder | None = None
+    config: RunSpec, mesh: Any, encoder: Encoder | None = None
 ) -> tuple[Model, dict[str, Any], list[tuple[str, str]], Encoder]:
     """Return (model, params, training table, encoder): the base with what is added to train.
 
@@ -100,7 +101,7 @@ def build(
     return model, shard_params(model, params, mesh), table, encoder
 
 
-def make_encoder(config: ConfigDict, model: Model) -> Encoder:
+def make_encoder(config: RunSpec, model: Model) -> Encoder:
     """Return the encoder of the model's own tokenizer and images, with the config's options.
 
     What an adapter's directory has of them, the loaded one's or else model.adapter's, comes first.
@@ -110,7 +111,7 @@ def make_encoder(config: ConfigDict, model: Model) -> Encoder:
 
 
 def encoder_of(
-    config: ConfigDict, directory: str | Path, adapter: str | Path | None = None
+    config: RunSpec, directory: str | Path, adapter: str | Path | None = None
 ) -> Encoder:
     """Return the encoder of a checkpoint's directory, with the config's options.
 
@@ -140,16 +141,16 @@ def encoder_of(
     )
 
 
-def evaluates(config: ConfigDict) -> bool:
+def evaluates(config: RunSpec) -> bool:
     """Return whether a run of this config has anything to evaluate on."""
     return config.data.eval_file is not None or config.data.eval_share > 0
 
 
-def _records(config: ConfigDict, training: bool) -> Any:
+def _records(config: RunSpec, training: bool) -> Any:
     """Return what a run trains on, or what it evaluates on."""
     d = config.data
     which = "train" if training or d.eval_share else "eval"
-    source, split = configs.plain(d[f"{which}_file"]), d[f"{which}_split"]
+    source, split = (configs.plain(getattr(d, f"{which}_{key}")) for key in ("file", "split"))
     if source is None:
         raise UserError(
             f"The config names no data: set data.{which}_file to a .json, .jsonl, .csv, .tsv or "
@@ -168,7 +169,7 @@ def _records(config: ConfigDict, training: bool) -> Any:
 
 
 def make_pipeline(
-    config: ConfigDict,
+    config: RunSpec,
     encoder: Encoder,
     rows: int,
     share: tuple[int, int] = (0, 1),
@@ -198,7 +199,7 @@ def make_pipeline(
     )
 
 
-def step_options(config: ConfigDict) -> dict[str, Any]:
+def step_options(config: RunSpec) -> dict[str, Any]:
     """Return the options of `make_step` that the config's training section sets."""
     t = config.training
     return {
@@ -208,13 +209,13 @@ def step_options(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def state_options(config: ConfigDict) -> dict[str, Any]:
+def state_options(config: RunSpec) -> dict[str, Any]:
     """Return the options of `init_state` that the config's training section sets."""
     t = config.training
     return {"param_dtype": jnp.dtype(t.param_dtype), "ema": t.ema_decay > 0}
 
 
-def data_seed(config: ConfigDict) -> int:
+def data_seed(config: RunSpec) -> int:
     """Return the seed of the order of the data."""
     t = config.training
     return t.seed if t.data_seed is None else t.data_seed
@@ -231,9 +232,9 @@ def _absolute(value: Any) -> Any:
     return str(Path(value).expanduser().resolve()) if there else value
 
 
-def absolute_paths(config: ConfigDict) -> dict[str, Any]:
+def absolute_paths(config: RunSpec) -> dict[str, Any]:
     """Return the config as plain values whose paths hold from any working directory."""
-    tree = configs.to_dict(config)
+    tree = config.to_dict()
     for section, key in (
         *(("model", "name_or_path"), ("model", "adapter"), ("data", "train_file")),
         *(("data", "eval_file"), ("data", "image_folder"), ("training", "output_dir")),
@@ -246,7 +247,7 @@ def absolute_paths(config: ConfigDict) -> dict[str, Any]:
     return tree
 
 
-def abstract_base(config: ConfigDict) -> tuple[Model, dict[str, Any]]:
+def abstract_base(config: RunSpec) -> tuple[Model, dict[str, Any]]:
     """Return the base of a config as `load_base` does, with shapes for arrays.
 
     Only config.json is read. A frozen leaf may be any pytree of shapes.
@@ -258,7 +259,7 @@ def abstract_base(config: ConfigDict) -> tuple[Model, dict[str, Any]]:
 
 
 def abstract_run(
-    config: ConfigDict, mesh: Mesh, tokens: int | None = None
+    config: RunSpec, mesh: Mesh, tokens: int | None = None
 ) -> tuple[Model, optax.GradientTransformation, TrainState, Any]:
     """Return (model, optimizer, state, frozen): a run's, its arrays as shapes with shardings.
 
@@ -287,6 +288,8 @@ def abstract_run(
     check_spread(model, params, mesh)
     shardings = param_shardings(model, params, mesh)
     trainable, frozen = split(abstract(used_on_mesh(params, shardings), shardings), table)
-    training = {**config.training, "max_steps": max(1, config.training.max_steps)}
-    tx = optimizer(trainable, table, OptimizerSettings.of(training))
+    settings = OptimizerSettings.of(config.training)
+    tx = optimizer(
+        trainable, table, dataclasses.replace(settings, max_steps=max(1, settings.max_steps))
+    )
     return model, tx, abstract_state(trainable, tx, mesh, **state_options(config)), frozen
