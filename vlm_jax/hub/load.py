@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,12 @@ def resolve(
     revision: str | None = None,
     token: str | None = None,
     weights: bool = True,
+    files: Sequence[str] = (),
 ) -> Path:
     """Return the local directory of a checkpoint, downloading a hub repository if it is one.
 
-    weights: False fetches only the small files: config, tokenizer, image settings.
+    weights: False fetches only the small files: config, tokenizer, image settings. files: these
+    alone.
     """
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
@@ -60,7 +62,7 @@ def resolve(
             path_or_repo_id,
             revision=revision,
             token=token,
-            allow_patterns=NEEDED if weights else SETTINGS,
+            allow_patterns=list(files) or (NEEDED if weights else SETTINGS),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
