@@ -217,14 +217,10 @@ def load_adapter(
         if part == "adapter_down" and number == "0" and adapter.norm:
             continue  # the norm once more
         found[current_name(model, f"{module}.{part}.{leaf}")] = tensor
-    stacks = {
-        model.component(f"{stack}/kernel"): stack for stack in model.family.stacks(model.config)
-    }
-    names = {component: stack.replace("/", ".") for component, stack in stacks.items()}
     components = tuple(
-        component
-        for component, stack in names.items()
-        if any(name.startswith(f"{stack}.") for name in found)
+        model.component(f"{stack}/kernel")
+        for stack in model.family.stacks(model.config)
+        if any(name.startswith(f"{stack.replace('/', '.')}.") for name in found)
     )
     adapter = dataclasses.replace(adapter, components=components or adapter.components)
     wanted = shapes(model, adapter)
@@ -236,13 +232,9 @@ def load_adapter(
     flat = flatten(params)
     check_bare(flat)
     params = unflatten({**flat, **{path: jnp.asarray(leaf) for path, leaf in leaves.items()}})
-    unused = model.unused
+    model = dataclasses.replace(model, lora=None)
     if (directory / MODULES).is_dir():
-        other, params = load_peft(
-            dataclasses.replace(model, lora=None), params, directory / MODULES
-        )
-        adapter = dataclasses.replace(adapter, modules_to_save=other.modules_to_save)
-        model, unused = dataclasses.replace(model, hf_config=other.hf_config), other.unused
-        model = dataclasses.replace(model, config=other.config)
-    model = dataclasses.replace(model, adapter=adapter, unused=unused, lora=None)
+        model, params = load_peft(model, params, directory / MODULES)
+        adapter = dataclasses.replace(adapter, modules_to_save=model.modules_to_save)
+    model = dataclasses.replace(model, adapter=adapter, lora=None)
     return with_adapter_files(model, directory), dict(params)

@@ -5,6 +5,7 @@ module is `.base_layer.bias`. See peft_files.py for the matrices.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,24 +127,21 @@ def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, P
     places: the tensors left out, by name. Quantized leaves never train.
     """
     read = base_tensors(model)
-    for path in dict.fromkeys(place.path for place in places.values()):
+    fetched = functools.lru_cache(maxsize=1)(lambda path: np.asarray(jax.device_get(flat[path])))
+    for name, place in places.items():  # the layers of a leaf follow one another
+        path = place.path
         if not isinstance(flat[path], jax.Array | np.ndarray):
             continue
-        leaf = np.asarray(jax.device_get(flat[path]))
-        for name, place in places.items():
-            if place.path != path:
-                continue
-            expected = to_tree(path, read(name)).astype(model.dtype).astype(leaf.dtype)
-            if np.array_equal(expected, leaf[place.index]):
-                continue
-            module = path.split("/")[-2]
+        leaf = fetched(path)
+        expected = to_tree(path, read(name)).astype(model.dtype).astype(leaf.dtype)
+        if not np.array_equal(expected, leaf[place.index]):
             raise UserError(
                 f"The leaf '{path}' differs from the base checkpoint's tensor '{name}', but the "
                 f"adapter would leave it out: it holds the LoRA matrices and the modules of "
                 f"LoRA.modules_to_save. If the leaf was trained, add a module that it lies in, "
-                f"such as '{module}', to modules_to_save, or write a whole checkpoint with "
-                f"save_pretrained. If an earlier adapter was merged into it, save that model with "
-                f"save_pretrained first, and adapt what vlm_jax.load reads of it."
+                f"such as '{path.split('/')[-2]}', to modules_to_save, or write a whole checkpoint "
+                f"with save_pretrained. If an earlier adapter was merged into it, save that model "
+                f"with save_pretrained first, and adapt what vlm_jax.load reads of it."
             )
 
 
