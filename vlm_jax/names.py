@@ -10,6 +10,7 @@ axis, so their path has no layer number; the last key says what the leaf is:
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,11 @@ class Place:
     layer: int | None
     shape: tuple[int, ...]
 
+    @property
+    def index(self) -> Any:
+        """What the leaf is indexed with for this tensor."""
+        return ... if self.layer is None else self.layer
+
 
 def module_name(model: Model, path: str, layer: int | None) -> str:
     """Return the Hugging Face name of the module that owns a leaf, in the current layout."""
@@ -48,10 +54,16 @@ def stacked_layers(model: Model, path: str) -> int | None:
     return None
 
 
+def layers_of(model: Model, path: str) -> dict[str, int | None]:
+    """Return {module name: layer} of each layer that a leaf stacks ({name: None}: of no stack)."""
+    layers = stacked_layers(model, path)
+    numbers = [None] if layers is None else range(layers)
+    return {module_name(model, path, layer): layer for layer in numbers}
+
+
 def layer_names(model: Model, path: str) -> list[str]:
     """Return the module names of each layer that a leaf stacks (one for a plain leaf)."""
-    layers = stacked_layers(model, path)
-    return [module_name(model, path, i) for i in ([None] if layers is None else range(layers))]
+    return list(layers_of(model, path))
 
 
 def disk_places(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
@@ -60,11 +72,9 @@ def disk_places(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, P
     places = {}
     for path, shape in shapes.items():
         leaf = path.rsplit("/", 1)[1]
-        layers = stacked_layers(model, path)
-        one = shape if layers is None else shape[1:]
+        one = shape if stacked_layers(model, path) is None else shape[1:]
         on_disk = convolutions.get(path, one[::-1] if leaf == "kernel" else one)
-        for layer in [None] if layers is None else range(layers):
-            module = module_name(model, path, layer)
+        for module, layer in layers_of(model, path).items():
             name = f"{module}.{LEAVES[leaf]}" if leaf in LEAVES else f"{module}.{leaf}"
             places[name] = Place(path, layer, tuple(on_disk))
     return places

@@ -183,9 +183,9 @@ NAMED = (
     ),
     Named(
         "an adapter's file says the scale where alpha belongs",
-        "hub/peft.py",
-        '"lora_alpha": lora.alpha * by,',
-        '"lora_alpha": lora.alpha * by / lora.rank,',
+        "hub/peft_config.py",
+        '"lora_alpha": lora.alpha,',
+        '"lora_alpha": lora.alpha / lora.rank,',
         (f"{PEFT}test_our_adapter_in_peft[qwen2_vl-preset]",),
     ),
     Named(

@@ -1,12 +1,12 @@
 """Bottleneck adapters on a parameter tree: fresh ones, several on one base, their average."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn import initializers
 
 from vlm_jax.adapters.added_tokens import is_added
 from vlm_jax.adapters.modules_to_save import saved_modules
@@ -14,32 +14,14 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.model import Model
 from vlm_jax.models.layers.activations import ACTIVATIONS
 from vlm_jax.models.layers.bottleneck import KINDS, is_adapter
-from vlm_jax.models.layers.linear import is_lora
+from vlm_jax.models.layers.linear import fresh_a, is_lora
 from vlm_jax.models.methods import Adapter
 from vlm_jax.trees import flatten, unflatten
 
-
-def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return 0.02 * jax.random.normal(key, shape, jnp.float32)
-
-
-def _truncated(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return 0.01 * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
-
-
-def _kaiming(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    bound = 1 / math.sqrt(shape[-2])  # a = sqrt(5)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-def _zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    del key
-    return jnp.zeros(shape, jnp.float32)
-
-
+_normal, _truncated = initializers.normal(0.02), initializers.truncated_normal(0.01)
 # Name -> how down and up start; biases are zero.
 INIT: dict[str, tuple[Callable, Callable]] = {
-    "mam_adapter": (_kaiming, _zeros),
+    "mam_adapter": (fresh_a, initializers.zeros),
     "bert": (_normal, _normal),
     "houlsby": (_truncated, _truncated),
 }
@@ -140,11 +122,7 @@ def add_adapter(
     that are not known, and where there are adapters or LoRA already.
     """
     flat = flatten(params)
-    if any(is_adapter(path) or is_lora(path) for path in flat):
-        raise UserError(
-            "These parameters hold LoRA matrices or adapters already. Merge LoRA first; to switch "
-            "adapters take with_adapter."
-        )
+    check_bare(flat)
     if adapter.targets:
         raise UserError(
             f"The adapter has targets={adapter.targets!r}, which are for the modules that adapt "
@@ -153,6 +131,15 @@ def add_adapter(
         )
     flat |= fresh(adapter, shapes(model, adapter), key)
     return dataclasses.replace(model, adapter=adapter), unflatten(flat)
+
+
+def check_bare(flat: Iterable[str]) -> None:
+    """Raise `UserError` where a flat tree holds LoRA matrices or bottleneck adapters."""
+    if any(is_adapter(path) or is_lora(path) for path in flat):
+        raise UserError(
+            "These parameters hold LoRA matrices or an adapter already. Merge LoRA first; put each "
+            "adapter onto the base, and switch by with_adapter."
+        )
 
 
 def check_no_adapter(flat: Iterable[str], why: str) -> None:

@@ -71,6 +71,18 @@ def check_numbers(lora: LoRA) -> None:
         raise UserError(f"LoRA.bias is {lora.bias!r}; it must be one of {', '.join(BIASES)}.")
 
 
+def usual_start(
+    key: jax.Array, shape_a: tuple[int, ...], shape_b: tuple[int, ...], embedding: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Return A and B as PEFT starts them, one of the two zero.
+
+    A is uniform within 1/sqrt(in). Of an embedding, whose A is looked up, B is normal instead.
+    """
+    if embedding:
+        return jnp.zeros(shape_a, jnp.float32), jax.random.normal(key, shape_b, jnp.float32)
+    return fresh_a(key, shape_a), jnp.zeros(shape_b, jnp.float32)
+
+
 def add_lora(
     model: Model, params: Mapping[str, Any], lora: LoRA, key: jax.Array
 ) -> tuple[Model, dict[str, Any]]:
@@ -111,13 +123,13 @@ def add_lora(
                     f"init_lora_weights={lora.init!r} is not defined for an embedding, in PEFT "
                     f"neither: take 'embed_tokens' out of the targets, or start at random (true)."
                 )
-            a, b = jnp.zeros(shape_a, jnp.float32), jax.random.normal(one, shape_b, jnp.float32)
+            a, b = usual_start(one, shape_a, shape_b, embedding=True)
         elif name != "true":
             start = _start(model, lora, path, flat[path], one)
             flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
             a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
         else:
-            a, b = fresh_a(one, shape_a), jnp.zeros(shape_b, jnp.float32)
+            a, b = usual_start(one, shape_a, shape_b)
         flat[f"{base}/lora_A"] = a * rank_mask(held)[..., None, :] if layers else a
         flat[f"{base}/lora_B"] = b
         if lora.dora:

@@ -57,6 +57,11 @@ def kind_of(init: bool | str) -> tuple[str, int | None]:
     return word, None
 
 
+def starts_from_kernel(init: bool | str) -> bool:
+    """Return whether matrices start with a part of their kernel, which these are left without."""
+    return kind_of(init)[0] in FROM_KERNEL
+
+
 def random_start(
     name: str, key: jax.Array, inputs: int, rank: int, outputs: int
 ) -> tuple[jax.Array, jax.Array]:

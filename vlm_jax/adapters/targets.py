@@ -1,8 +1,9 @@
 """Which modules get low-rank matrices, and of which rank and scale, as PEFT decides it."""
 
 import functools
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from vlm_jax.files.limits import PATTERNS, check_patterns
 from vlm_jax.model import Model
 from vlm_jax.models.layers.linear import LoRAScale
 from vlm_jax.models.methods import LoRA
-from vlm_jax.names import layer_names, stacked_layers
+from vlm_jax.names import layer_names, layers_of
 from vlm_jax.trees import flatten
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -27,6 +28,29 @@ PRESETS: dict[str, tuple[str, ...]] = {
 # The projector by our name, by LLaVA's old one, and by what families call it.
 PROJECTOR_NAMES = ("projector", "mm_projector", "multi_modal_projector", "merger")
 EMBEDDING_LEAF = f"{EMBEDDING}/embedding"
+
+
+ALPHA = 1e9  # as of a config, see RANGES
+
+
+def is_number(value: Any, least: float, most: float = math.inf) -> bool:
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and least <= value <= most
+
+
+def is_rank(value: Any) -> bool:
+    return isinstance(value, int) and is_number(value, 1)
+
+
+def is_alpha(value: Any) -> bool:
+    return is_number(value, 0, ALPHA)
+
+
+# Fields of LoRA: what their values may be.
+PATTERN_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank_pattern": (is_rank, "a whole number of 1 or more"),
+    "alpha_pattern": (is_alpha, f"a number of 0 to {ALPHA:g}"),
+}
 
 
 class Slot(NamedTuple):
@@ -84,29 +108,66 @@ def _numbered(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\..*"
 
 
-def is_excluded(module: str, exclude: str | tuple[str, ...]) -> bool:
-    """Return whether exclude_modules, a regex or suffixes, means a module."""
-    if isinstance(exclude, str):
-        return bool(re.fullmatch(exclude, module))
-    return f".{module}".endswith(tuple(f".{name}" for name in exclude))
+def means(words: str | tuple[str, ...], module: str) -> bool:
+    """Return whether a regex over whole names, or suffixes of whole parts, mean a module."""
+    if isinstance(words, str):
+        return bool(re.fullmatch(words, module))
+    return f".{module}".endswith(tuple(f".{suffix}" for suffix in words))
+
+
+def resolve_targets(
+    targets: str | tuple[str, ...],
+    modules: Collection[str],
+    linear: Collection[str],
+    near: Collection[str] | None = None,
+) -> dict[str, list[str]]:
+    """Return {target: the modules that it means}, [] where it means none.
+
+    targets: one regex over whole names of modules, "all-linear", the name of a preset, or suffixes,
+    of whole dotted parts. linear: what "all-linear" means. near: where suffixes look, if not among
+    all. Raises `UserError` for what is no regex.
+    """
+    if targets == "all-linear":
+        return {targets: list(linear)}
+    if isinstance(targets, str) and targets not in PRESETS:
+        check_patterns([targets], modules, "LoRA target")
+        return {targets: [module for module in modules if means(targets, module)]}
+    near = modules if near is None else near
+    return {one: [m for m in near if means((one,), m)] for one in suffixes_of(targets)}
+
+
+def suffixes_of(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return the suffixes that targets are, or a preset stands for; of a regex there are none."""
+    return PRESETS.get(targets, ()) if isinstance(targets, str) else targets
+
+
+def no_target(target: str, modules: Iterable[str], where: str) -> UserError:
+    """Return the error for a target that means none of the modules."""
+    modules = list(modules)
+    ends = list(dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules))
+    return UserError(
+        f"The LoRA target {target!r} matches no linear layer or embedding of {where}"
+        f"{nearest(target, ends)}. Layers there: {', '.join(ends[:20]) or 'none'}. Name suffixes, "
+        f"a preset ({', '.join(PRESETS)}), 'all-linear', or one regex over whole names such as "
+        f"'{modules[0] if modules else 'layers.0.q_proj'}'."
+    )
 
 
 def slots(model: Model, lora: LoRA, path: str) -> list[Slot]:
     """Return what each module of a leaf, a kernel or a matrix beside it, has of an adapter."""
-    found = []
-    out = set(lora.left_out)
-    stacked = stacked_layers(model, path) is not None
-    for i, module in enumerate(layer_names(model, path)):
+
+    def slot(module: str, layer: int | None) -> Slot:
         if module in out:
-            found.append(Slot(module, i if stacked else None, 0, 0, 0.0))
-            continue
+            return Slot(module, layer, 0, 0, 0.0)
         rank_key = pattern_key(lora.rank_pattern, module)
         alpha_key = pattern_key(lora.alpha_pattern, module)
         rank = lora.rank if rank_key is None else lora.rank_pattern[rank_key]
         alpha = lora.alpha if alpha_key is None else lora.alpha_pattern[alpha_key]
         scale = LoRAScale(float(alpha), rslora=lora.rslora).scale(rank)
-        found.append(Slot(module, i if stacked else None, rank, alpha, scale))
-    return found
+        return Slot(module, layer, rank, alpha, scale)
+
+    out = set(lora.left_out)
+    return [slot(module, layer) for module, layer in layers_of(model, path).items()]
 
 
 def is_uniform(lora: LoRA, held: list[Slot]) -> bool:
@@ -136,49 +197,38 @@ def target_modules(model: Model, params: Mapping[str, Any], lora: LoRA) -> dict[
     adapted where it is named. Raises `UserError` for a target, a pattern, an excluded module or a
     layer that matches nothing.
     """
-    kernels = adaptable(model, params)
-    _check_patterns(lora, [module for path in kernels for module in layer_names(model, path)])
-    chosen = _chosen(model, kernels, lora)
-    named = {path: layer_names(model, path) for path in chosen}
-    excluded = {
-        path: [is_excluded(module, lora.exclude_modules) for module in modules]
-        for path, modules in named.items()
-    }
+    layers = {path: layer_names(model, path) for path in adaptable(model, params)}
+    homes = {module: path for path, modules in layers.items() for module in modules}
+    _check_patterns(lora, homes)
+    chosen = _chosen(model, homes, lora)
     # What lies outside of lora.components, as a vision tower that is never reached, may be excluded
     # too: a config that peft takes says so.
-    modules = [module for path in kernels for module in layer_names(model, path)]
-    if lora.exclude_modules and not any(is_excluded(m, lora.exclude_modules) for m in modules):
-        known = sorted({module.split(".")[-1] for module in modules})
+    excluded = {module for module in homes if means(lora.exclude_modules, module)}
+    if lora.exclude_modules and not excluded:
+        known = sorted({module.split(".")[-1] for module in homes})
         raise UserError(
             f"lora.exclude_modules, {lora.exclude_modules!r}, matches none of the layers that can "
             f"have LoRA, {', '.join(known)}. It takes suffixes of module names, or one regex "
-            f"over whole names such as '{modules[0]}'."
+            f"over whole names such as '{next(iter(homes))}'."
         )
-    inside = _in_layers(lora, named)
-    hits = {
-        path: [
-            hit and layer and not out
-            for hit, layer, out in zip(chosen[path], inside[path], excluded[path], strict=True)
-        ]
-        for path in chosen
-    }
-    hits = {path: flags for path, flags in hits.items() if any(flags)}
-    if chosen and not hits:
+    left = _in_layers(lora, chosen) - excluded
+    if chosen and not left:
         raise UserError(
             f"No layer is left to adapt: lora.exclude_modules, {lora.exclude_modules!r}, and "
             f"lora.layers_to_transform, {list(lora.layers_to_transform)}, take out all that the "
             f"targets name. Take one of them back."
         )
-    modules = [m for p, flags in hits.items() for m, on in zip(named[p], flags, strict=True) if on]
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in PATTERN_VALUES:
         for key in getattr(lora, name):
-            if not any(pattern_key((key,), module) for module in modules):
+            if not any(pattern_key((key,), module) for module in left):
+                one = min(left or homes)
                 raise UserError(
                     f"The key {key!r} of lora.{name} matches no layer that is adapted. It is a "
                     f"regex over the end of a module's name, from a dot on, such as "
-                    f"'{modules[0].split('.')[-1]}' of '{modules[0]}'."
+                    f"'{one.split('.')[-1]}' of '{one}'."
                 )
-    return hits
+    hits = {path: [module in left for module in modules] for path, modules in layers.items()}
+    return {path: flags for path, flags in hits.items() if any(flags)}
 
 
 def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[str]:
@@ -186,22 +236,19 @@ def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[
     return list(target_modules(model, params, lora))
 
 
-def _check_patterns(lora: LoRA, modules: list[str]) -> None:
+def _check_patterns(lora: LoRA, modules: Collection[str]) -> None:
     """Raise `UserError` for regexes of a LoRA that are none or endless, and values that misfit."""
-    for name in ("rank_pattern", "alpha_pattern"):
-        least = 1 if name == "rank_pattern" else 0
+    for name, (fits, expected) in PATTERN_VALUES.items():
         check_patterns(list(getattr(lora, name)), modules, f"key of lora.{name}", whole)
         for key, value in getattr(lora, name).items():
-            kinds = (int,) if name == "rank_pattern" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
-                what = "a whole number of 1 or more" if least else "a number of 0 or more"
-                raise UserError(f"lora.{name} gives {key!r} the value {value!r}; expected {what}.")
+            if not fits(value):
+                raise UserError(
+                    f"lora.{name} gives {key!r} the value {value!r}; expected {expected}."
+                )
     if isinstance(lora.exclude_modules, str):
         check_patterns([lora.exclude_modules], modules, "value of lora.exclude_modules")
     check_patterns(lora.layers_pattern, modules, "value of lora.layers_pattern", _numbered)
     regex = isinstance(lora.targets, str) and lora.targets not in (*PRESETS, "all-linear")
-    if regex:
-        check_patterns([str(lora.targets)], modules, "LoRA target")
     if regex and lora.layers_to_transform:
         raise UserError(
             f"lora.layers_to_transform is set and the target is a regex, {lora.targets!r}; PEFT "
@@ -214,18 +261,15 @@ def _check_patterns(lora: LoRA, modules: list[str]) -> None:
         )
 
 
-def _in_layers(lora: LoRA, named: Mapping[str, list[str]]) -> dict[str, list[bool]]:
-    """Return for each layer whether layers_to_transform lets it be adapted.
+def _in_layers(lora: LoRA, modules: set[str]) -> set[str]:
+    """Return the modules that layers_to_transform lets be adapted.
 
     As in PEFT, a target that is a module's whole name, "lm_head" for one, is adapted in any case.
     """
     if not lora.layers_to_transform:
-        return {path: [True] * len(modules) for path, modules in named.items()}
-    numbers = {
-        path: [layer_number(module, lora.layers_pattern) for module in modules]
-        for path, modules in named.items()
-    }
-    known = {number for found in numbers.values() for number in found if number is not None}
+        return modules
+    numbers = {module: layer_number(module, lora.layers_pattern) for module in modules}
+    known = {number for number in numbers.values() if number is not None}
     unknown = sorted(set(lora.layers_to_transform) - known)
     if unknown:
         having = f"the layers 0 to {max(known)}" if known else "no numbered layer"
@@ -233,93 +277,35 @@ def _in_layers(lora: LoRA, named: Mapping[str, list[str]]) -> dict[str, list[boo
             f"lora.layers_to_transform names the layer {unknown[0]}, but the LoRA targets are in "
             f"{having}{f' after {list(lora.layers_pattern)}' if lora.layers_pattern else ''}."
         )
-    wanted, whole = set(lora.layers_to_transform), set(_names(lora.targets))
-    return {
-        path: [
-            number in wanted or module in whole
-            for number, module in zip(found, named[path], strict=True)
-        ]
-        for path, found in numbers.items()
-    }
+    named = suffixes_of(lora.targets)
+    return {m for m in modules if numbers[m] in lora.layers_to_transform or m in named}
 
 
-def _names(targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return the suffixes that targets are, or a preset stands for; of a regex there are none."""
-    return PRESETS.get(targets, ()) if isinstance(targets, str) else targets
-
-
-def _chosen(model: Model, kernels: list[str], lora: LoRA) -> dict[str, list[bool]]:
-    """Return {kernel: for each layer whether lora.targets means it}, of those that it means."""
-    inside = [
-        path
-        for path in kernels
-        if model.component(path) in lora.components and path != EMBEDDING_LEAF
-    ]
-    targets = lora.targets
-    if isinstance(targets, str):
-        if targets == "all-linear":  # PEFT's leaves the output layer alone
-            inner = [path for path in inside if model.component(path) != "head"]
-            if not inner:
-                holding = {model.component(path) for path in kernels if path != EMBEDDING_LEAF}
-                raise UserError(
-                    f"The LoRA target 'all-linear' finds no linear layer in the components "
-                    f"{list(lora.components)}; those that hold some are "
-                    f"{', '.join(sorted(holding - {'head'}))}. The head is left out, as in PEFT: "
-                    f"name it, as 'lm_head', to adapt it."
-                )
-            return _whole(model, inner)
-        if targets not in PRESETS:
-            return _regex_kernels(model, kernels, targets)
-        targets = PRESETS[targets]
-    named = [*inside, *(path for path in kernels if path == EMBEDDING_LEAF)]
-    chosen: dict[str, list[bool]] = {}
-    for target in targets:
-        if target in PROJECTOR_NAMES:
-            found = _whole(model, [p for p in kernels if model.component(p) == "projector"])
-        else:
-            found = {
-                path: [f".{module}".endswith(f".{target}") for module in layer_names(model, path)]
-                for path in named
-            }
-            found = {path: flags for path, flags in found.items() if any(flags)}
-        if not found:
-            raise _no_target(model, inside, target, lora)
-        for path, flags in found.items():
-            both = zip(chosen.get(path, flags), flags, strict=True)
-            chosen[path] = [before or now for before, now in both]
-    return {path: chosen[path] for path in kernels if path in chosen}
-
-
-def _whole(model: Model, kernels: Iterable[str]) -> dict[str, list[bool]]:
-    return {path: [True] * len(layer_names(model, path)) for path in kernels}
-
-
-def _no_target(model: Model, inside: list[str], target: str, lora: LoRA) -> UserError:
-    if target.split(".")[-1] == HEAD and model.config.text.tied:
-        return UserError(
-            f"The LoRA target '{target}' is tied to the embedding in this model: the head has no "
-            f"weight of its own. Name 'embed_tokens', whose matrices leave the head as it is (as "
-            f"in PEFT), or train both in full by modules_to_save=('embed_tokens',)."
-        )
-    known = sorted({path.split("/")[-2] for path in inside})
-    return UserError(
-        f"The LoRA target '{target}' matches no linear layer of the "
-        f"{' or '.join(lora.components)}{nearest(target, known)}. Layers there: "
-        f"{', '.join(known)}. Name suffixes, a preset ({', '.join(PRESETS)}), "
-        f"'all-linear', or one regex over whole module names."
-    )
-
-
-def _regex_kernels(model: Model, kernels: list[str], pattern: str) -> dict[str, list[bool]]:
-    found = {
-        path: [bool(re.fullmatch(pattern, module)) for module in layer_names(model, path)]
-        for path in kernels
-    }
-    chosen = {path: flags for path, flags in found.items() if any(flags)}
-    if not chosen:
-        raise UserError(
-            f"The LoRA target {pattern!r} matches no linear layer. A string is a regex over whole "
-            f"module names such as '{layer_names(model, kernels[0])[0]}'; for name suffixes "
-            f"pass a list, e.g. ['q_proj', 'v_proj']."
-        )
-    return chosen
+def _chosen(model: Model, homes: Mapping[str, str], lora: LoRA) -> set[str]:
+    """Return the modules that lora.targets means; homes: {module: its kernel} of all."""
+    parts = {module: model.component(path) for module, path in homes.items()}
+    embeddings = [module for module, path in homes.items() if path == EMBEDDING_LEAF]
+    inside = [m for m, part in parts.items() if part in lora.components and m not in embeddings]
+    linear = [m for m in inside if parts[m] != "head"]  # PEFT's leaves the output layer alone
+    meant = resolve_targets(lora.targets, homes, linear, [*inside, *embeddings])
+    for target, found in meant.items():
+        if target in PROJECTOR_NAMES and not isinstance(lora.targets, str):
+            found += [m for m, part in parts.items() if part == "projector" and m not in found]
+        if found:
+            continue
+        if target == "all-linear":
+            holding = {part for module, part in parts.items() if module not in embeddings}
+            raise UserError(
+                f"The LoRA target 'all-linear' finds no linear layer in the components "
+                f"{list(lora.components)}; those that hold some are "
+                f"{', '.join(sorted(holding - {'head'}))}. The head is left out, as in PEFT: "
+                f"name it, as 'lm_head', to adapt it."
+            )
+        if target.split(".")[-1] == HEAD and model.config.text.tied:
+            raise UserError(
+                f"The LoRA target '{target}' is tied to the embedding in this model: the head has "
+                f"no weight of its own. Name 'embed_tokens', whose matrices leave the head as it "
+                f"is (as in PEFT), or train both in full by modules_to_save=('embed_tokens',)."
+            )
+        raise no_target(target, inside or homes, f"the {' or '.join(lora.components)}")
+    return {module for found in meant.values() for module in found}

@@ -13,27 +13,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from vlm_jax.adapters.added_tokens import is_added
-from vlm_jax.adapters.bottleneck import shapes
+from vlm_jax.adapters.bottleneck import check_bare, shapes
 from vlm_jax.adapters.modules_to_save import base_places
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.files.limits import read_json
 from vlm_jax.hub.base import base_is_here
-from vlm_jax.hub.peft import check_left_out, save_peft
+from vlm_jax.hub.peft import check_left_out, disk_tensors, save_peft
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.tensors import read_tensors
-from vlm_jax.hub.unread_weights import check_adapter
+from vlm_jax.hub.unread_weights import adapter_weights
 from vlm_jax.model import Model, with_adapter_files
 from vlm_jax.models.layers.bottleneck import ATTENTION, KINDS, OUTPUT, is_adapter
-from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.models.methods import Adapter, LoRA
-from vlm_jax.names import current_name, disk_places, to_disk, to_tree
+from vlm_jax.names import current_name, disk_places, to_tree
 from vlm_jax.trees import flatten, unflatten
 
 CONFIG, WEIGHTS, MODULES = "adapter_config.json", "adapter.safetensors", "modules"
@@ -103,11 +101,8 @@ def save_adapter(
         model, adapter=None, lora=LoRA(targets=(), modules_to_save=adapter.modules_to_save)
     )
     tensors: dict[str, np.ndarray] = {}
-    for tensor, place in disk_places(model, {p: leaf.shape for p, leaf in held.items()}).items():
-        leaf = np.asarray(jax.device_get(held[place.path]))
-        value = np.ascontiguousarray(
-            to_disk(place, leaf[... if place.layer is None else place.layer])
-        )
+    places = disk_places(model, {path: leaf.shape for path, leaf in held.items()})
+    for tensor, value in disk_tensors(held, places).items():
         tensors |= dict.fromkeys(_on_disk(tensor, name, adapter.norm), value)
     source = model.source
     config = {
@@ -182,6 +177,25 @@ def _adapter_of(config: Mapping[str, Any], directory: Path) -> Adapter:
     )
 
 
+def check_tensors(
+    file: Path, held: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise `UserError` where a file's tensors are not those wanted, {name: shape}."""
+    for name in sorted(held.keys() - wanted.keys()) or sorted(wanted.keys() - held.keys()):
+        what = "has no place in this model" if name in held else "is missing"
+        raise UserError(
+            f"In '{file}' the tensor '{name}' {what}{nearest(name, wanted.keys() - held.keys())}. "
+            f"It is an adapter of another base, or not whole; nothing was loaded."
+        )
+    for name, shape in wanted.items():
+        if held[name].shape != shape:
+            raise UserError(
+                f"'{file}' holds '{name}' with the shape {list(held[name].shape)}; this model and "
+                f"the adapter's reduction_factor ask for {list(shape)}. It was made for another "
+                f"base."
+            )
+
+
 def load_adapter(
     model: Model, params: Mapping[str, Any], directory: str | Path
 ) -> tuple[Model, dict[str, Any]]:
@@ -192,16 +206,8 @@ def load_adapter(
     holds an adapter or LoRA already.
     """
     directory = Path(directory).expanduser()
-    if not directory.is_dir():
-        raise UserError(f"There is no adapter directory '{directory}'.")
-    if not is_adapter_directory(directory):
-        raise UserError(
-            f"'{directory}' holds no {WEIGHTS}. PEFT's adapters are read by load_peft; a pickle "
-            f"(pytorch_adapter.bin) is not read: save it with use_safetensors=True."
-        )
-    check_adapter(directory, (WEIGHTS,))
+    file = adapter_weights(directory, WEIGHTS)
     adapter = _adapter_of(read_json(directory / CONFIG), directory)
-    file = directory / WEIGHTS
     found: dict[str, np.ndarray] = {}
     for key, tensor in read_tensors(file):
         parts = KEY.fullmatch(key)
@@ -211,51 +217,24 @@ def load_adapter(
         if part == "adapter_down" and number == "0" and adapter.norm:
             continue  # the norm once more
         found[current_name(model, f"{module}.{part}.{leaf}")] = tensor
-    stacks = {
-        model.component(f"{stack}/kernel"): stack for stack in model.family.stacks(model.config)
-    }
-    names = {component: stack.replace("/", ".") for component, stack in stacks.items()}
     components = tuple(
-        component
-        for component, stack in names.items()
-        if any(name.startswith(f"{stack}.") for name in found)
+        model.component(f"{stack}/kernel")
+        for stack in model.family.stacks(model.config)
+        if any(name.startswith(f"{stack.replace('/', '.')}.") for name in found)
     )
     adapter = dataclasses.replace(adapter, components=components or adapter.components)
     wanted = shapes(model, adapter)
     places = disk_places(model, wanted)
-    odd = sorted(found.keys() - places.keys()) or sorted(places.keys() - found.keys())
-    if odd:
-        what = "has no place in this model" if odd[0] in found else "is missing"
-        raise UserError(
-            f"In '{file}' the tensor of '{odd[0]}' {what}{nearest(odd[0], places)} ({len(odd)} "
-            f"differ). It is an adapter of another base, or not whole; nothing was loaded."
-        )
-    for name, place in places.items():
-        if found[name].shape != place.shape:
-            raise UserError(
-                f"'{file}' holds '{name}' with the shape {list(found[name].shape)}; this model and "
-                f"the adapter's reduction_factor ask for {list(place.shape)}. It was made for "
-                f"another base."
-            )
+    check_tensors(file, found, {name: place.shape for name, place in places.items()})
     leaves = {path: np.zeros(shape, np.float32) for path, shape in wanted.items()}
     for name, place in places.items():
-        leaves[place.path][... if place.layer is None else place.layer] = to_tree(
-            place.path, found[name]
-        )
+        leaves[place.path][place.index] = to_tree(place.path, found[name])
     flat = flatten(params)
-    if any(is_lora(path) or is_adapter(path) for path in flat):
-        raise UserError(
-            "These parameters hold LoRA matrices or an adapter already. Merge LoRA first; load "
-            "each adapter onto the base, and switch by with_adapter."
-        )
+    check_bare(flat)
     params = unflatten({**flat, **{path: jnp.asarray(leaf) for path, leaf in leaves.items()}})
-    unused = model.unused
+    model = dataclasses.replace(model, lora=None)
     if (directory / MODULES).is_dir():
-        other, params = load_peft(
-            dataclasses.replace(model, lora=None), params, directory / MODULES
-        )
-        adapter = dataclasses.replace(adapter, modules_to_save=other.modules_to_save)
-        model, unused = dataclasses.replace(model, hf_config=other.hf_config), other.unused
-        model = dataclasses.replace(model, config=other.config)
-    model = dataclasses.replace(model, adapter=adapter, unused=unused, lora=None)
+        model, params = load_peft(model, params, directory / MODULES)
+        adapter = dataclasses.replace(adapter, modules_to_save=model.modules_to_save)
+    model = dataclasses.replace(model, adapter=adapter, lora=None)
     return with_adapter_files(model, directory), dict(params)

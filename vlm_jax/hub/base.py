@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm_jax.batch import Example
 from vlm_jax.errors import UserError
+from vlm_jax.files.limits import read_json
 from vlm_jax.hub.tensors import open_tensors
 from vlm_jax.model import Model
 from vlm_jax.names import current_name
@@ -44,6 +45,12 @@ class CheckpointFiles:
 def base_is_here(model: Model) -> bool:
     """Return whether the files of the base can be read."""
     return model.source is not None and Path(model.source.directory).is_dir()
+
+
+def named_base(adapter: Path) -> str | None:
+    """Return what an adapter's directory calls its base, a hub id or a path, if anything."""
+    config = read_json(adapter / "adapter_config.json")
+    return config.get("base_model_name_or_path") or config.get("model_name")
 
 
 def base_tensors(model: Model) -> Callable[[str], np.ndarray]:

@@ -53,10 +53,6 @@ def spoken(adapter: Path, *kinds: Sequence[str]) -> list[Path]:
     ]
 
 
-def copy_companions(base: Path, adapter: Path | None, folder: Path) -> None:
-    copy_all(companions(base, adapter), folder)
-
-
 def copy_all(paths: Iterable[Path], folder: Path) -> None:
     for path in paths:
         copy = shutil.copytree if path.is_dir() else shutil.copyfile

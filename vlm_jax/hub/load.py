@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import read_json
-from vlm_jax.hub.base import CheckpointFiles
+from vlm_jax.hub.base import CheckpointFiles, named_base
 from vlm_jax.hub.leaves import Tensor, read_leaf
 from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_tensor
 from vlm_jax.hub.unread_weights import check_base
@@ -36,10 +36,12 @@ def resolve(
     revision: str | None = None,
     token: str | None = None,
     weights: bool = True,
+    files: Sequence[str] = (),
 ) -> Path:
     """Return the local directory of a checkpoint, downloading a hub repository if it is one.
 
-    weights: False fetches only the small files: config, tokenizer, image settings.
+    weights: False fetches only the small files: config, tokenizer, image settings. files: these
+    alone.
     """
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
@@ -60,7 +62,7 @@ def resolve(
             path_or_repo_id,
             revision=revision,
             token=token,
-            allow_patterns=NEEDED if weights else SETTINGS,
+            allow_patterns=list(files) or (NEEDED if weights else SETTINGS),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
@@ -72,13 +74,13 @@ def resolve(
 
 
 def _check_not_adapter(directory: Path) -> None:
-    adapter = directory / "adapter_config.json"
-    if adapter.is_file() and not (directory / "config.json").exists():
-        base = read_json(adapter).get("base_model_name_or_path")
-        raise UserError(
-            f"'{directory}' is an adapter and no whole checkpoint. Give its base, {base!r} by its "
-            f"own account, as the model, and this directory as the adapter."
-        )
+    if (directory / "config.json").exists() or not (directory / "adapter_config.json").is_file():
+        return
+    raise UserError(
+        f"'{directory}' is an adapter and no whole checkpoint. Give its base, "
+        f"{named_base(directory)!r} by its own account, as the model, and this directory as the "
+        f"adapter."
+    )
 
 
 def _check(model: Model, found: dict[str, Entry], places: dict[str, Place], directory: Path):

@@ -1,54 +1,45 @@
-"""Writes PEFT adapter directories: adapter_config.json + adapter_model.safetensors.
+"""Writes the LoRA of a model as a PEFT adapter: its matrices, and what it holds in full.
 
-A key is `base_model.model.<module>.lora_A.weight` of shape [R, in] (ours transposed), or
-`.lora_magnitude_vector` of shape [out], of an embedding `.lora_embedding_A`, or for modules_to_save
-the plain tensor name behind the same prefix; a bias of an adapted module is `.base_layer.bias`.
-Of layers that differ in rank each has its own.
+Modules of modules_to_save have their plain tensor names behind PEFT's prefix; a bias of an adapted
+module is `.base_layer.bias`. See peft_files.py for the matrices.
 """
 
-import re
+import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
-from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD, fold_added, is_added
-from vlm_jax.adapters.lora_init import FROM_KERNEL, kind_of
+from vlm_jax.adapters.added_tokens import HEAD, fold_added, is_added
+from vlm_jax.adapters.lora_init import starts_from_kernel
 from vlm_jax.adapters.modules_to_save import base_places, bias_places, module_names, saved_modules
-from vlm_jax.adapters.targets import layer_number, slots
+from vlm_jax.adapters.targets import EMBEDDING_LEAF, adaptable, layer_number, means, slots
 from vlm_jax.errors import UserError
-from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.hub.base import base_is_here, base_tensors
+from vlm_jax.hub.peft_config import NO_TARGETS, config_of
+from vlm_jax.hub.peft_files import PREFIX, Home, Matrices, to_tensors, unstacked, write_adapter
 from vlm_jax.model import Model
 from vlm_jax.models.layers.linear import less_start
 from vlm_jax.models.methods import LoRA
-from vlm_jax.names import (
-    Place,
-    disk_places,
-    module_name,
-    stacked_layers,
-    to_disk,
-    to_tree,
-)
+from vlm_jax.names import Place, disk_places, layers_of, to_disk, to_tree
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 
-PREFIX = "base_model.model."
 EMBEDDING_TENSOR = "model.language_model.embed_tokens.weight"
-NO_TARGETS = "dummy-target-modules"  # peft's name for an adapter without matrices
 
 
-def layer_modules(model: Model, paths: list[str]) -> dict[str, tuple[str, int | None]]:
-    """Return {Hugging Face module name: (leaf path, layer)} of every layer of the leaves."""
-    named = {}
-    for path in paths:
-        layers = stacked_layers(model, path)
-        for layer in [None] if layers is None else range(layers):
-            named[module_name(model, path, layer)] = (path, layer)
-    return named
+def module_homes(model: Model, params: Mapping[str, Any]) -> dict[str, Home]:
+    """Return {Hugging Face module name: where its matrices lie} of what can be adapted."""
+    flat = flatten(params)
+    return {
+        module: Home(path[: path.rindex("/") + 1], layer, flat[path].shape, path == EMBEDDING_LEAF)
+        for path in adaptable(model, flat)
+        for module, layer in layers_of(model, path).items()
+    }
 
 
 def _suffix(module: str) -> str:
@@ -73,57 +64,37 @@ def _targets(model: Model, modules: set[str], adapted: set[str]) -> dict[str, An
         return {"target_modules": NO_TARGETS, **fields}
     suffixes = sorted({_suffix(module) for module in adapted})
     regex = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
-    hit = {m for m in modules if f".{m}".endswith(tuple(f".{suffix}" for suffix in suffixes))}
-    numbers = {layer_number(module, ()) for module in adapted}
-    some = None if None in numbers else sorted(n for n in numbers if n is not None)
-    for layers in (None, some):
-        for exclude in (None, regex):
-            left = {module for module in hit if not (exclude and re.fullmatch(exclude, module))}
-            if layers is not None:
-                left = {module for module in left if layer_number(module, ()) in layers}
-            if left == adapted:
-                fields |= {"exclude_modules": exclude, "layers_to_transform": layers}
-                return {"target_modules": suffixes, **fields}
+    hit = {module for module in modules if means(tuple(suffixes), module)}
+    numbers = {module: layer_number(module, ()) for module in hit}
+    some = {numbers[module] for module in adapted}
+    for layers, exclude in itertools.product((None, some - {None}), (None, regex)):
+        left = {module for module in hit if exclude is None or not means(exclude, module)}
+        if layers is not None:
+            left = {module for module in left if numbers[module] in layers}
+        if left == adapted:
+            fields["exclude_modules"] = exclude
+            fields["layers_to_transform"] = layers and sorted(layers)
+            return {"target_modules": suffixes, **fields}
     return {"target_modules": sorted(adapted), **fields}
 
 
-# A leaf -> the end of its tensor's name in PEFT's files, of a layer and of an embedding.
-MATRICES = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_magnitude": "lora_magnitude_vector",
-}
-OF_EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+def _matrices(model: Model, flat: Mapping[str, Any], homes: Mapping[str, Home]) -> Matrices:
+    """Return the matrices of every adapted module, without the zeros that fill up its stack.
 
-
-def starts_from_kernel(lora: LoRA) -> bool:
-    """Return whether matrices start with a part of their kernel, which these are left without."""
-    return kind_of(lora.init)[0] in FROM_KERNEL
-
-
-def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """Return {module: {"lora_A": [in, R], "lora_B": [R, out], ...}} of every adapted layer.
-
-    Each has its own rank, without the zeros that fill up its stack. Raises `UserError` where the
-    leaves have another rank or scale than the model's `LoRA` says.
+    Raises `UserError` where the leaves have another rank or scale than the model's `LoRA` says.
     """
     assert model.lora is not None
-    found = {}
+    ranks: dict[str, int] = {}
     for path in [path for path in flat if path.endswith("/lora_A")]:
         base, held = path.rsplit("/", 1)[0], slots(model, model.lora, path)
-        leaves = {
-            name: np.asarray(jax.device_get(flat[f"{base}/{name}"]))
-            for name in (*MATRICES, "start_A", "start_B")
-            if f"{base}/{name}" in flat
-        }
-        if isinstance(flat.get(f"{base}/kernel"), FourBit) and starts_from_kernel(model.lora):
+        if isinstance(flat.get(f"{base}/kernel"), FourBit) and starts_from_kernel(model.lora.init):
             raise UserError(
                 f"The 4-bit kernel '{base}' was made anew when its matrices started "
                 f"(init_lora_weights={model.lora.init!r}), and an adapter is for the base as it "
                 f"is: no file could mean these logits. Write a whole checkpoint with "
                 f"save_pretrained(merge=True); 'loftq' leaves the codes as they are."
             )
-        rank = leaves["lora_A"].shape[-1]
+        rank = flat[path].shape[-1]
         scale = np.asarray(flat.get(f"{base}/lora_scale", model.lora.scale.scale(rank)), np.float32)
         said = np.asarray([slot.scale for slot in held], np.float32)
         if rank != max(slot.rank for slot in held) or not np.all(scale == said):
@@ -133,30 +104,21 @@ def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.n
                 f"file would mean other logits. Save with the model that add_lora, load_peft or "
                 f"combine_peft_adapters returned beside these parameters."
             )
-        for slot in held:
-            if slot.rank:
-                own = {n: x if slot.layer is None else x[slot.layer] for n, x in leaves.items()}
-                own["lora_A"] = own["lora_A"][:, : slot.rank]
-                own["lora_B"] = own["lora_B"][: slot.rank]
-                if "start_A" in own:  # for the base as it is in its files: see lora_init.py
-                    start_a, start_b = own.pop("start_A"), own.pop("start_B")
-                    start = start_a[:, : slot.rank], start_b[: slot.rank]
-                    own["lora_A"], own["lora_B"] = map(
-                        np.asarray, less_start(own["lora_A"], own["lora_B"], *start)
-                    )
-                found[slot.module] = own
+        ranks |= {slot.module: slot.rank for slot in held if slot.rank}
+    found = unstacked(flat, homes, ranks)
+    for own in found.values():
+        if "start_A" in own:  # for the base as it is in its files: see lora_init.py
+            pairs = less_start(*(own.pop(n) for n in ("lora_A", "lora_B", "start_A", "start_B")))
+            own["lora_A"], own["lora_B"] = map(np.asarray, pairs)
     return found
 
 
-def _tensors(flat: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, np.ndarray]:
+def disk_tensors(flat: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, np.ndarray]:
     """Return {name: tensor as on disk}; each leaf is fetched once."""
-    leaves = {place.path: None for place in places.values()}
-    held = {path: np.asarray(jax.device_get(flat[path])) for path in leaves}
-    slices = {
-        name: held[place.path][... if place.layer is None else place.layer]
-        for name, place in places.items()
-    }
-    return {n: np.ascontiguousarray(to_disk(places[n], leaf)) for n, leaf in slices.items()}
+    paths = dict.fromkeys(place.path for place in places.values())
+    held = {path: np.asarray(jax.device_get(flat[path])) for path in paths}
+    slices = {name: to_disk(place, held[place.path][place.index]) for name, place in places.items()}
+    return {name: np.ascontiguousarray(tensor) for name, tensor in slices.items()}
 
 
 def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, Place]) -> None:
@@ -165,27 +127,21 @@ def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, P
     places: the tensors left out, by name. Quantized leaves never train.
     """
     read = base_tensors(model)
-    paths = dict.fromkeys(place.path for place in places.values())
-    named: dict[str, list[str]] = {path: [] for path in paths}
-    for name, place in places.items():
-        named[place.path].append(name)
-    for path, names in named.items():
+    fetched = functools.lru_cache(maxsize=1)(lambda path: np.asarray(jax.device_get(flat[path])))
+    for name, place in places.items():  # the layers of a leaf follow one another
+        path = place.path
         if not isinstance(flat[path], jax.Array | np.ndarray):
             continue
-        leaf = np.asarray(jax.device_get(flat[path]))
-        for name in names:
-            layer = places[name].layer
-            expected = to_tree(path, read(name)).astype(model.dtype).astype(leaf.dtype)
-            if np.array_equal(expected, leaf[... if layer is None else layer]):
-                continue
-            module = path.split("/")[-2]
+        leaf = fetched(path)
+        expected = to_tree(path, read(name)).astype(model.dtype).astype(leaf.dtype)
+        if not np.array_equal(expected, leaf[place.index]):
             raise UserError(
                 f"The leaf '{path}' differs from the base checkpoint's tensor '{name}', but the "
                 f"adapter would leave it out: it holds the LoRA matrices and the modules of "
                 f"LoRA.modules_to_save. If the leaf was trained, add a module that it lies in, "
-                f"such as '{module}', to modules_to_save, or write a whole checkpoint with "
-                f"save_pretrained. If an earlier adapter was merged into it, save that model with "
-                f"save_pretrained first, and adapt what vlm_jax.load reads of it."
+                f"such as '{path.split('/')[-2]}', to modules_to_save, or write a whole checkpoint "
+                f"with save_pretrained. If an earlier adapter was merged into it, save that model "
+                f"with save_pretrained first, and adapt what vlm_jax.load reads of it."
             )
 
 
@@ -203,10 +159,10 @@ def save_peft(
     Raises `UserError` where there is nothing to save, and for a leaf that was trained or merged
     but would be left out.
     """
-    flat = flatten(params)
-    lora = model.lora
+    flat, lora = flatten(params), model.lora
     doubled = any(path.endswith("/start_A") for path in flat)
-    matrices = {} if lora is None else _matrices(model, flat)
+    homes = module_homes(model, flat)
+    matrices = {} if lora is None else _matrices(model, flat, homes)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     if lora is None or not (matrices or lora.modules_to_save or added):
         raise UserError(
@@ -227,15 +183,11 @@ def save_peft(
         inside = saved.places.keys() | biases.keys()
         left = {name: place for name, place in places.items() if name not in inside}
         check_left_out(model, flat, left)
-    tensors: dict[str, np.ndarray] = {}
-    for module, leaves in matrices.items():
-        for name, leaf in leaves.items():
-            ends = OF_EMBEDDING if module == EMBEDDING.replace("/", ".") else MATRICES
-            tensors[f"{PREFIX}{module}.{ends[name]}"] = np.ascontiguousarray(leaf.T)
+    tensors = to_tensors(matrices, homes)
     flat = fold_added(flat)
     whole = disk_places(model, {path: flat[path].shape for path in saved.leaves})
-    held = _tensors(flat, {name: whole[name] for name in saved.places})
-    for name, bias in _tensors(flat, biases).items():
+    held = disk_tensors(flat, {name: whole[name] for name in saved.places})
+    for name, bias in disk_tensors(flat, biases).items():
         if name not in saved.places:
             module = name.removesuffix(".bias")
             tensors[f"{PREFIX}{module}{'.base_layer' * (module in matrices)}.bias"] = bias
@@ -245,34 +197,31 @@ def save_peft(
         read = base_tensors(model)
         held |= {name: read(name) for name in missing}
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in held.items()}
-    modules = module_names(model, params)
-    times = 2 if doubled else 1  # and alphas by as much as keeps the scales
-    by = 2**0.5 if doubled and lora.rslora else times
-    # Only long-standing fields: older releases of peft refuse those they do not know.
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "auto_mapping": None,
-        "base_model_name_or_path": model.source.repo if model.source else None,
-        "revision": model.source.revision if model.source else None,
-        "inference_mode": True,
-        "r": lora.rank * times,
-        "lora_alpha": lora.alpha * by,
-        "lora_dropout": lora.dropout,
-        "bias": lora.bias,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        **_targets(model, modules, set(matrices)),
+    modules = {
+        **_targets(model, module_names(model, params), set(matrices)),
         "modules_to_save": list(saved.names) or None,
-        "rank_pattern": {key: rank * times for key, rank in lora.rank_pattern.items()},
-        "alpha_pattern": {key: alpha * by for key, alpha in lora.alpha_pattern.items()},
-        "use_rslora": lora.rslora,
-        "use_dora": lora.dora,
     }
+    config = config_of(
+        _doubled(lora) if doubled else lora,
+        modules,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.source.repo if model.source else None,
+        revision=model.source.revision if model.source else None,
+    )
     if model.config.text.tied and EMBEDDING_TENSOR in held:
         # Or peft would replace the embedding and leave the head at the base's values.
         config["ensure_weight_tying"] = True
         tensors[f"{PREFIX}{HEAD}.weight"] = tensors[f"{PREFIX}{EMBEDDING_TENSOR}"]
-    with whole_directory(directory, ADAPTER_PARTS) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(folder / "adapter_config.json", config)
+    write_adapter(directory, tensors, config)
+
+
+def _doubled(lora: LoRA) -> LoRA:
+    """Return a LoRA of twice the ranks, with alphas that keep the scales."""
+    by = 2**0.5 if lora.rslora else 2
+    return dataclasses.replace(
+        lora,
+        rank=lora.rank * 2,
+        alpha=lora.alpha * by,
+        rank_pattern={key: rank * 2 for key, rank in lora.rank_pattern.items()},
+        alpha_pattern={key: alpha * by for key, alpha in lora.alpha_pattern.items()},
+    )

@@ -1,7 +1,6 @@
 """Reads PEFT adapter directories, in every layout of names that transformers has had."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,7 @@ from vlm_jax.adapters.modules_to_save import (
     saved_modules,
 )
 from vlm_jax.adapters.targets import (
-    EMBEDDING_LEAF,
     PROJECTOR_NAMES,
-    Slot,
-    adaptable,
     is_uniform,
     pattern_key,
     scales,
@@ -29,23 +25,28 @@ from vlm_jax.adapters.targets import (
     whole,
 )
 from vlm_jax.distributed.processes import to_host
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError
 from vlm_jax.files.limits import check_patterns
-from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
+from vlm_jax.hub.peft import EMBEDDING_TENSOR, module_homes
 from vlm_jax.hub.peft_config import read_config
-from vlm_jax.hub.tensors import open_tensors, read_tensors
-from vlm_jax.hub.unread_weights import PEFT_WEIGHTS, check_adapter
+from vlm_jax.hub.peft_files import (
+    Key,
+    Matrices,
+    another_base,
+    is_same,
+    no_home,
+    parse_key,
+    stacked,
+)
+from vlm_jax.hub.tensors import read_header, read_tensors
+from vlm_jax.hub.unread_weights import PEFT_WEIGHTS, adapter_weights
 from vlm_jax.model import Model, with_adapter_files
 from vlm_jax.models.layers.linear import is_lora
-from vlm_jax.models.methods import LoRA
 from vlm_jax.names import Place, current_name, is_unused, to_tree
 from vlm_jax.trees import flatten, unflatten
 
-# A module, and A or B of its matrices; none of them: its norms of columns.
-LORA_KEY = re.compile(
-    r"(.*)\.lora_(?:(A|B)(?:\.default)?\.weight|embedding_(A|B)(?:\.default)?"
-    r"|magnitude_vector(?:\.default)?(?:\.weight)?)"
-)
+EMBEDDING_END = "embed_tokens.weight"
+UNKNOWN = "It belongs to another base model or to an unknown layout; nothing was loaded."
 
 
 def load_peft(
@@ -63,84 +64,53 @@ def load_peft(
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
         raise UserError("These parameters hold LoRA matrices already; merge them first.")
-    if not directory.is_dir():
-        raise UserError(f"There is no adapter directory '{directory}'.")
-    inside = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
-    if inside and not (directory / "adapter_config.json").exists():
-        raise UserError(
-            f"'{directory}' is no adapter's directory, but holds some: {', '.join(inside[:6])}. "
-            f"Give one of them, such as '{directory / inside[0]}'."
-        )
-    config = read_config(directory)
-    file = directory / PEFT_WEIGHTS
-    check_adapter(directory, (PEFT_WEIGHTS,))
-    if not file.exists():
-        raise UserError(
-            f"'{directory}' holds no adapter_model.safetensors. A pickle adapter "
-            f"(adapter_model.bin) is not read: load it with peft and save it again."
-        )
-    new_tokens = _new_tokens(model, file)
-    if new_tokens:  # the adapter was trained with more tokens than the base has
-        model, params = add_tokens(model, params, new_tokens)
+    file = adapter_weights(directory, PEFT_WEIGHTS)
+    config, lora = read_config(directory)
+    counts = [x.shape[0] for key, x in read_header(file).items() if key.endswith(EMBEDDING_END)]
+    if (more := max(counts, default=0) - model.config.text.vocab_size) > 0:
+        # The adapter was trained with more tokens than the base has.
+        model, params = add_tokens(model, params, more)
         flat = flatten(params)
-    kernels = layer_modules(model, adaptable(model, params))
-    places = base_places(model, params)
-    matrices: dict[str, dict[int | None, np.ndarray]] = {}
+    homes, places = module_homes(model, flat), base_places(model, params)
+    tied = model.config.text.tied
+    matrices: Matrices = {}
     called: dict[str, str] = {}  # adapted modules -> what the file calls them
     full: dict[str, np.ndarray] = {}  # whole tensors, by their name in the current layout
     biases: dict[str, np.ndarray] = {}
     unused: dict[str, np.ndarray] = {}
-    keeps_biases = (config.get("bias") or "none") != "none"
-    tying = bool(config.get("ensure_weight_tying"))
     for key, tensor in read_tensors(file):
-        name = key.removeprefix(PREFIX)
-        _check_kind(model, directory, key, current_name(model, name), tying)
-        lora_key = LORA_KEY.fullmatch(name)
-        if lora_key:
-            module = current_name(model, lora_key[1])
-            matrix = f"lora_{lora_key[2] or lora_key[3] or 'magnitude'}"
-            if module not in kernels:
-                _check_adaptable(model, directory, key, module, places)
-                raise _homeless(directory, key, module, kernels)
-            path, layer = kernels[module]
-            called[module] = lora_key[1]
-            base = path.rsplit("/", 1)[0]
-            matrices.setdefault(f"{base}/{matrix}", {})[layer] = tensor.T
-            continue
-        plain = current_name(model, re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name))
-        copy_of = current_name(model, re.sub(r"\.(base_layer|original_module)(?=\.)", "", name))
-        if copy_of.endswith(".bias") and copy_of in places and keeps_biases:
-            biases[copy_of] = tensor  # an adapted module's lies below it, as base_layer.bias
-        elif copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
-            if copy_of not in places:
-                raise _homeless(directory, key, copy_of, places)
-            if not _same(tensor, flat, places[copy_of]):
-                raise UserError(
-                    f"The adapter in '{directory}' holds '{key}', a copy of the base's "
-                    f"'{copy_of}' whose values or shape are not those of the base loaded here: "
-                    f"it was made on another base, and its logits would differ. Load the base "
-                    f"that it names, {config.get('base_model_name_or_path')!r}."
-                )
-        elif plain in places or (plain == f"{HEAD}.weight" and model.config.text.tied):
-            full[plain] = tensor
-        elif is_unused(model, plain):
-            unused[plain] = tensor
+        said = parse_key(key)
+        name = current_name(model, said.name)
+        _check_kind(model, directory, key, said._replace(name=name), config)
+        if said.leaf is not None:
+            if name not in homes:
+                _check_adaptable(model, directory, key, name, places)
+                raise no_home(directory, key, name, homes, UNKNOWN)
+            called[name] = said.name
+            matrices.setdefault(name, {})[said.leaf] = tensor.T
+        elif name.endswith(".bias") and name in places and lora.bias != "none":
+            biases[name] = tensor  # an adapted module's lies below it, as base_layer.bias
+        elif said.copy and name in places:
+            if not _is_base(tensor, flat, places[name]):
+                raise another_base(directory, key, name, config)
+        elif not said.copy and (name in places or (tied and name == f"{HEAD}.weight")):
+            full[name] = tensor
+        elif not said.copy and is_unused(model, name):
+            unused[name] = tensor
         else:
-            raise _homeless(directory, key, plain, places)
+            raise no_home(directory, key, name, places, UNKNOWN)
     _check_tied(model, flat, places, full, config, directory)
-    names = _saved_names(model, params, full, config)
-    held = {**saved_modules(model, params, names).places, **{n: places[n] for n in biases}}
-    full |= biases
+    full = {name: tensor for name, tensor in full.items() if name in places}  # not the tied head
     fresh: dict[str, np.ndarray] = {}
     for name, tensor in full.items():
-        if name not in places:
-            continue  # the tied head, which is the embedding once more
         place = places[name]
-        added = f"{place.path.rsplit('/', 1)[0]}/added"
+        added, rows = f"{place.path.rsplit('/', 1)[0]}/added", place.shape[0]
         if added in flat:
-            old = place.shape[0]
-            fresh[added] = to_tree(place.path, tensor[old:])
-            tensor = tensor[:old]
+            fresh[added], full[name] = to_tree(place.path, tensor[rows:]), tensor[:rows]
+    names = _saved_names(model, params, full, config)
+    held = {**saved_modules(model, params, names).places, **{n: places[n] for n in biases}}
+    for name, tensor in (full | biases).items():
+        place = places[name]
         if tensor.shape != place.shape:
             raise UserError(
                 f"The tensor '{name}' in '{file}' has the shape {list(tensor.shape)}; the "
@@ -149,50 +119,33 @@ def load_peft(
         if name in held:
             if place.path not in fresh:
                 fresh[place.path] = np.array(to_host(flat[place.path]), np.float32)
-            fresh[place.path][... if place.layer is None else place.layer] = to_tree(
-                place.path, tensor
-            )
-    new = {**flat, **{path: jnp.asarray(leaf) for path, leaf in fresh.items()}}
-    targets = config.get("target_modules") or ()
-    if targets == NO_TARGETS:
-        targets = ()
-    bases = {path.rsplit("/", 1)[0] for path in matrices}
-    lora = LoRA(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout") or 0.0,
-        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            fresh[place.path][place.index] = to_tree(place.path, tensor)
+    bases = {homes[module].prefix for module in called}
+    lora = dataclasses.replace(
+        lora,
         modules_to_save=names,
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-        rank_pattern=_pattern(config, "rank_pattern", called),
-        alpha_pattern=_pattern(config, "alpha_pattern", called),
-        bias=config.get("bias") or "none",
-        left_out=tuple(
-            module
-            for module, (path, _) in kernels.items()
-            if path.rsplit("/", 1)[0] in bases and module not in called
-        ),
+        rank_pattern=_pattern(lora.rank_pattern, "rank_pattern", called),
+        alpha_pattern=_pattern(lora.alpha_pattern, "alpha_pattern", called),
+        left_out=tuple(m for m, home in homes.items() if home.prefix in bases and m not in called),
     )
-    if lora.dora:
-        _check_norms(matrices, file)
-    for path, layers in matrices.items():
-        own = slots(model, lora, path)
-        new[path] = jnp.asarray(_stacked(flat, path, layers, matrices, own, file))
-        if not is_uniform(lora, own):
-            new[f"{path.rsplit('/', 1)[0]}/lora_scale"] = scales(own)
-    ordered = {path: new[path] for path in sorted(new)}
-    unused = {**model.unused, **unused}
-    model = dataclasses.replace(model, lora=lora, unused=unused)
-    return with_adapter_files(model, directory), unflatten(ordered)
+    own = {base: slots(model, lora, f"{base}lora_A") for base in sorted(bases)}
+    ranks = {slot.module: slot.rank for held in own.values() for slot in held}
+    fresh |= stacked(matrices, homes, ranks, lora.dora, file)
+    new = {**flat, **{path: jnp.asarray(leaf) for path, leaf in fresh.items()}}
+    for base, slots_of in own.items():
+        if not is_uniform(lora, slots_of):
+            new[f"{base}lora_scale"] = scales(slots_of)
+    model = dataclasses.replace(model, lora=lora, unused={**model.unused, **unused})
+    return with_adapter_files(model, directory), unflatten(
+        {path: new[path] for path in sorted(new)}
+    )
 
 
-def _pattern(config: Mapping, name: str, called: Mapping[str, str]) -> dict[str, Any]:
+def _pattern(pattern: Mapping[str, Any], name: str, called: Mapping[str, str]) -> dict[str, Any]:
     """Return a rank_pattern or alpha_pattern that means for our names what it means for the file's.
 
     called: adapted modules -> what the file calls them, which may be an older layout of names.
     """
-    pattern = config.get(name) or {}
     texts = [name for pair in called.items() for name in pair]
     check_patterns(list(pattern), texts, f"key of {name} in adapter_config.json", whole)
     keys = {module: pattern_key(pattern, file_name) for module, file_name in called.items()}
@@ -219,33 +172,29 @@ def _saved_names(
     held = saved_modules(model, params, names).places
     flat = flatten(params)
     for name, tensor in full.items():
-        if name not in places or name in held:
-            continue
-        added = f"{places[name].path.rsplit('/', 1)[0]}/added" in flat
-        if not _same(tensor[: places[name].shape[0]] if added else tensor, flat, places[name]):
+        if name not in held and not _is_base(tensor, flat, places[name]):
             names.append(owners(name)[-1])
     return tuple(dict.fromkeys(names))
 
 
-def _same(tensor: np.ndarray, flat: Mapping[str, Any], place: Place) -> bool:
-    """Return whether a tensor is the base's own, in the narrower dtype of the two."""
-    if tensor.shape != place.shape:
-        return False
-    layer = ... if place.layer is None else place.layer
-    leaf, other = to_host(flat[place.path][layer]), to_tree(place.path, tensor)
-    kind = other.dtype if other.dtype.itemsize < leaf.dtype.itemsize else leaf.dtype
-    return np.array_equal(leaf.astype(kind), other.astype(kind))
+def _is_base(tensor: np.ndarray, flat: Mapping[str, Any], place: Place) -> bool:
+    """Return whether a tensor is the base's own."""
+    return tensor.shape == place.shape and is_same(
+        to_tree(place.path, tensor), to_host(flat[place.path][place.index])
+    )
 
 
-def _check_kind(model: Model, directory: Path, key: str, name: str, tying: bool) -> None:
+def _check_kind(
+    model: Model, directory: Path, key: str, said: Key, config: Mapping[str, Any]
+) -> None:
     """Raise for DoRA on an embedding and LoRA on a head tied to it: none is held here."""
-    what = None
-    embedding = EMBEDDING_TENSOR.removesuffix(".weight")
-    if name.startswith(f"{embedding}.lora_magnitude"):
+    what, tied = None, model.config.text.tied
+    embedding, head = said.name == EMBEDDING.replace("/", "."), said.name.startswith(HEAD)
+    if embedding and said.leaf == "lora_magnitude":
         what = "DoRA on an embedding"
-    elif tying and name.startswith(f"{embedding}.lora_") and model.config.text.tied:
+    elif embedding and said.leaf and tied and config.get("ensure_weight_tying"):
         what = "LoRA on an embedding and a head that are tied to each other (ensure_weight_tying)"
-    elif re.match(rf"{HEAD}\.(lora_|base_layer\.)", name) and model.config.text.tied:
+    elif head and tied and (said.leaf or said.copy):
         what = "LoRA on a head that is tied to the embedding"
     if what is not None:
         raise UserError(
@@ -263,32 +212,21 @@ def _check_tied(
     if not model.config.text.tied:
         return
     embedding, head = full.get(EMBEDDING_TENSOR), full.get(f"{HEAD}.weight")
-    if head is not None:
-        place = places[EMBEDDING_TENSOR]
-        one = np.array_equal(head, embedding) if embedding is not None else _same(head, flat, place)
-        if not one:
-            raise UserError(
-                f"The adapter in '{directory}' holds a head, 'lm_head.weight', that differs from "
-                f"the embedding; here the head is tied to the embedding. Merge it with peft into "
-                f"an untied checkpoint."
+    place, why = places[EMBEDDING_TENSOR], None
+    if head is not None and embedding is not None and np.array_equal(head, embedding):
+        return
+    if head is not None and (embedding is not None or not _is_base(head, flat, place)):
+        why = f"a head, '{HEAD}.weight', that differs from the embedding"
+    elif head is None and embedding is not None and not config.get("ensure_weight_tying"):
+        if not _is_base(embedding, flat, place):
+            why = (
+                "a trained embedding but not ensure_weight_tying, so peft leaves the head as it is"
             )
-    elif embedding is not None and not config.get("ensure_weight_tying"):
-        if not _same(embedding, flat, places[EMBEDDING_TENSOR]):
-            raise UserError(
-                f"The adapter in '{directory}' holds a trained embedding but not "
-                f"ensure_weight_tying, so peft leaves the head at the base's values; here the head "
-                f"is tied to the embedding. Merge it with peft into an untied checkpoint."
-            )
-
-
-def _new_tokens(model: Model, file: Path) -> int:
-    """Return how many more tokens an adapter's embedding has than the base."""
-    with open_tensors(file) as handle:
-        for key in handle.keys():
-            if key.endswith("embed_tokens.weight"):
-                rows = int(handle.get_slice(key).get_shape()[0])
-                return max(0, rows - model.config.text.vocab_size)
-    return 0
+    if why is not None:
+        raise UserError(
+            f"The adapter in '{directory}' holds {why}; here the head is tied to the embedding. "
+            f"Merge it with peft into an untied checkpoint."
+        )
 
 
 def _check_adaptable(
@@ -307,53 +245,3 @@ def _check_adaptable(
         f"(merge_and_unload, save_pretrained) and give that as the model; or train without, as "
         f"peft does where target_modules is a regex that leaves out '{suffix}' of this module."
     )
-
-
-def _homeless(directory: Path, key: str, name: str, known: Mapping[str, Any]) -> UserError:
-    return UserError(
-        f"The adapter in '{directory}' holds '{key}', for which this model has no place"
-        f"{nearest(name, known)}. It belongs to another base model or to an unknown layout; "
-        f"nothing was loaded."
-    )
-
-
-def _check_norms(matrices: Mapping[str, Any], file: Path) -> None:
-    """Raise for DoRA without the norms of some layer."""
-    for path in [path for path in matrices if path.endswith("/lora_A")]:
-        base = path.removesuffix("/lora_A")
-        if matrices.get(f"{base}/lora_magnitude", {}).keys() != matrices[path].keys():
-            raise UserError(
-                f"'{file}' is DoRA's (use_dora), but some layer of '{base}' lacks its "
-                f"lora_magnitude_vector."
-            )
-
-
-def _stacked(
-    flat: Mapping[str, Any], path: str, layers: dict[int | None, np.ndarray],
-    matrices: Mapping[str, Any], held: list[Slot], file: Path,
-) -> np.ndarray:  # fmt: skip
-    """Return one leaf of the given layers, checked against the base's kernel."""
-    base, matrix = path.rsplit("/", 1)
-    partner = f"{base}/{'lora_B' if matrix == 'lora_A' else 'lora_A'}"
-    if matrices.get(partner, {}).keys() != layers.keys():
-        raise UserError(f"'{file}' holds {matrix} of '{base}' without its partner in some layer.")
-    kernel = flat[EMBEDDING_LEAF if base == EMBEDDING else f"{base}/kernel"]
-    *stack, inputs, outputs = kernel.shape
-
-    def shape(rank: int) -> tuple[int, ...]:
-        return {"lora_A": (inputs, rank), "lora_B": (rank, outputs)}.get(matrix, (outputs,))
-
-    ranks = {slot.layer: slot.rank for slot in held}
-    for layer, tensor in layers.items():
-        if tensor.shape != shape(ranks[layer]):
-            raise UserError(
-                f"'{file}' holds {matrix} of '{base}' with the shape {list(tensor.shape[::-1])}; "
-                f"rank {ranks[layer]}, by r and rank_pattern in adapter_config.json, and the "
-                f"base's kernel ask for {list(shape(ranks[layer])[::-1])}. It was made for another "
-                f"rank or base, or one of the two files is another adapter's."
-            )
-    leaf = np.zeros((*stack, *shape(max(ranks.values()))), np.float32)
-    for layer, tensor in layers.items():
-        own = () if layer is None else (layer,)
-        leaf[(*own, *(slice(size) for size in tensor.shape))] = tensor
-    return leaf

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from vlm_jax.hub.companions import (
     IMAGES,
     VIDEOS,
     adapter_settings,
-    copy_companions,
+    companions,
+    copy_all,
     write_settings,
 )
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
@@ -142,20 +144,20 @@ def save_pretrained(
             assert read_base is not None
             return read_base(current)
         place = places[current]
-        target = jnp.dtype(dtype or DTYPES.get(kind, kind))
         leaf = leaf_of(place)
         if isinstance(leaf, FourBit):
             leaf = dense(jax.tree.map(jnp.asarray, leaf), jnp.float32)
-        return to_disk(place, np.asarray(leaf).astype(target))
+        return to_disk(place, np.asarray(leaf).astype(stored(kind)))
 
-    sizes = dict.fromkeys(names, 0)
-    for name, (current, kind) in names.items():
-        if current in places:
-            item = jnp.dtype(dtype or DTYPES.get(kind, kind)).itemsize
-            sizes[name] = item * int(np.prod(places[current].shape))
-    sizes = {name: size for name, size in sizes.items() if name not in four_bit}
-    sizes |= {name: size for name, (_, size) in four_bit.items()}
-    sizes |= dict.fromkeys(beside, 0)
+    def stored(kind: str) -> np.dtype:
+        return jnp.dtype(dtype or DTYPES.get(kind, kind))
+
+    sizes = {
+        name: stored(kind).itemsize * math.prod(places[current].shape) if current in places else 0
+        for name, (current, kind) in names.items()
+        if name not in four_bit
+    }
+    sizes |= {name: size for name, (_, size) in four_bit.items()} | dict.fromkeys(beside, 0)
     if not primary:  # it helps to gather what the first one writes, in its order
         for name in dict.fromkeys(
             four_bit[name][0] if name in four_bit else name for name in sizes
@@ -182,7 +184,7 @@ def save_pretrained(
         write_json(folder / "config.json", config)
         if source is not None:
             adapter = Path(source.adapter) if source.adapter else None
-            copy_companions(Path(source.directory), adapter, folder)
+            copy_all(companions(Path(source.directory), adapter), folder)
             if adapter is not None:
                 processor = processor or adapter_settings(adapter, IMAGES)
                 video_processor = video_processor or adapter_settings(adapter, VIDEOS)

@@ -28,10 +28,35 @@ HARMLESS = (
 )
 
 
-def check_adapter(directory: Path, own: Iterable[str]) -> None:
-    """Raise `UserError` for weights in an adapter's directory that are none of its `own` files."""
+def adapter_weights(directory: Path, file: str) -> Path:
+    """Return the path of an adapter's weights, which lie in a file of that name.
+
+    Raises `UserError` where it is not there, and for other weights beside it.
+    """
+    path = directory / file
+    if not directory.is_dir():
+        raise UserError(f"There is no adapter directory '{directory}'.")
+    inside = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
+    if inside and not (directory / "adapter_config.json").exists():
+        raise UserError(
+            f"'{directory}' is no adapter's directory, but holds some: {', '.join(inside[:6])}. "
+            f"Give one of them, such as '{directory / inside[0]}'."
+        )
+    if not path.is_file():
+        raise UserError(
+            f"'{directory}' holds no {file}. LoRA is in adapter_model.safetensors, read by "
+            f"load_peft and load_lora, a bottleneck adapter in adapter.safetensors, read by "
+            f"load_adapter. A pickle (*.bin) is not read: load it with the library that wrote it "
+            f"and save it as safetensors."
+        )
+    _check_beside(directory, file)
+    return path
+
+
+def _check_beside(directory: Path, own: str) -> None:
+    """Raise `UserError` for weights in an adapter's directory that are not its `own` file."""
     for name in _weights(directory):
-        if name in own or any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS):
+        if name == own or any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS):
             continue
         path, writer = directory / name, TRAINED.get(name)
         if writer is None:

@@ -9,16 +9,22 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from vlm_jax.adapters.bottleneck import fresh
-from vlm_jax.adapters.lora import check_numbers
+from vlm_jax.adapters.lora import check_numbers, usual_start
 from vlm_jax.adapters.lora import merge as merge_lora
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
 from vlm_jax.linen.intercept import nnx_text, tell_deaf
-from vlm_jax.linen.parts import Layer, Other, Site, joined, unboxed
-from vlm_jax.linen.targets import check_adapter, chosen, chosen_sites, site_shapes
+from vlm_jax.linen.parts import Layer, Other, Site, unboxed
+from vlm_jax.linen.targets import (
+    check_adapter,
+    check_lacking,
+    chosen,
+    chosen_sites,
+    site_shapes,
+)
 from vlm_jax.model import Model
-from vlm_jax.models.layers.linear import fresh_a, weight_update
+from vlm_jax.models.layers.linear import weight_update
 from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.quantization import NAMES, Quantization
 from vlm_jax.trees import flatten, unflatten
@@ -124,7 +130,6 @@ def check_module(module: Any) -> None:
 def check_supported(lora: LoRA) -> None:
     """Raise `UserError` for what LoRA on foreign modules lacks."""
     check_numbers(lora)
-    default = LoRA()
     lacking = {
         "dora": "DoRA",
         "modules_to_save": "saving further modules in full (train them as leaves of 'params')",
@@ -137,25 +142,14 @@ def check_supported(lora: LoRA) -> None:
         "bias": "training biases beside the matrices (train them as leaves of 'params')",
         "init": "a start other than PEFT's usual one",
     }
-    for name, what in lacking.items():
-        if getattr(lora, name) != getattr(default, name):
-            raise UserError(
-                f"LoRA has {name}={getattr(lora, name)!r}, but {what} is not supported by adapt. "
-                f"Leave it out."
-            )
+    check_lacking(lora, lacking)
 
 
 def _fresh(layers: tuple[Layer, ...], rank: int, key: jax.Array) -> dict[str, Any]:
-    made = {}
+    made: dict[str, jax.Array] = {}
     for layer, one in zip(layers, jax.random.split(key, len(layers)), strict=True):
-        (inside, outside), lead = layer.size, layer.layers
-        a, b = (*lead, inside, rank), (*lead, rank, outside)
-        if layer.weight == "embedding":  # A's rows are looked up: it starts at zero instead
-            made[joined(layer.path, "lora_A")] = jnp.zeros(a, jnp.float32)
-            made[joined(layer.path, "lora_B")] = jax.random.normal(one, b, jnp.float32)
-        else:
-            made[joined(layer.path, "lora_A")] = fresh_a(one, a)
-            made[joined(layer.path, "lora_B")] = jnp.zeros(b, jnp.float32)
+        (a, shape_a), (b, shape_b) = layer.matrices(rank).items()
+        made[a], made[b] = usual_start(one, shape_a, shape_b, layer.weight == "embedding")
     return unflatten(made)
 
 

@@ -86,15 +86,11 @@ class Adapted:
                     f"The parameters hold no '{layer.leaf}', which has LoRA. Are they another "
                     f"module's?"
                 )
-            (inside, outside), lead = layer.size, layer.layers
             why = f"rank {rank} and its {layer.weight}"
-            wanted[joined(layer.path, "lora_A")] = (*lead, inside, rank), why
-            wanted[joined(layer.path, "lora_B")] = (*lead, rank, outside), why
+            wanted |= {path: (shape, why) for path, shape in layer.matrices(rank).items()}
         held = _held(variables, LORA, wanted, [layer.name for layer in self.layers])
-        return [
-            (layer, (held[joined(layer.path, "lora_A")], held[joined(layer.path, "lora_B")]))
-            for layer in self.layers
-        ]
+        of = {layer: [held[path] for path in layer.matrices(rank)] for layer in self.layers}
+        return [(layer, (a, b)) for layer, (a, b) in of.items()]
 
     def bottlenecks(self, variables: Mapping[str, Any]) -> list[tuple[Site, dict[str, Any]]]:
         """Return each module that has an adapter with its nested leaves, checked."""

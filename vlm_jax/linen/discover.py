@@ -178,26 +178,21 @@ def look(
     `apply` checks, and others are `Other`. Raises `UserError` where a call with `inputs` fails.
     """
     seen: Seen | None = None
-    if inputs is not None:
+    given = [as_arguments(inputs)] if inputs is not None else ((one, {}) for one in guesses(flat))
+    for args, kwargs in given:
         try:
-            seen = see(module, params, flat, *as_arguments(inputs))
+            seen = see(module, params, flat, args, kwargs)
+            break
         except UserError:
             raise
-        except Exception as error:
-            raise UserError(
-                f"The module could not be called with the `inputs` that adapt was given: "
-                f"{type(error).__name__}: {str(error)[:300]}. Give what `module.apply` takes "
-                f"behind the variables: an array, a tuple of arguments, or a dict of named ones."
-            ) from error
-    else:
-        for arguments in guesses(flat):
-            try:
-                seen = see(module, params, flat, arguments, {})
-                break
-            except UserError:
-                raise
-            except Exception:  # whatever a foreign module raises for what it does not take
-                continue
+        except Exception as error:  # whatever a foreign module raises for what it does not take
+            if inputs is not None:
+                raise UserError(
+                    f"The module could not be called with the `inputs` that adapt was given: "
+                    f"{type(error).__name__}: {str(error)[:300]}. Give what `module.apply` takes "
+                    f"behind the variables: an array, a tuple of arguments, or a dict of named "
+                    f"ones."
+                ) from error
     layers = [_found(path, name, flat, seen) for path, name in owners(flat).items()]
     above = {path[:i] for path in flat for i in range(len(path)) if path[i] == "/"}
     sites: dict[str, Site | None] = dict.fromkeys(("", *sorted(above)))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from opt_einsum.parser import parse_einsum_input
 
 from vlm_jax.errors import UserError
+from vlm_jax.linen.parts import as_weight
 from vlm_jax.models.layers.linear import dropped, lora_update, matmul
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit, dense
@@ -230,6 +231,7 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
     dense weight.
     """
     how = product(layer, module, args, kwargs)
+    order = (*how.inputs, *how.outputs)
     leaf, bias = own(module, "kernel"), own(module, "bias")
     given, rest = first(args, kwargs), args[1:]
     dtype = getattr(module, "dtype", None) or jnp.result_type(given, leaf.dtype)
@@ -237,7 +239,7 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
 
     @jax.checkpoint
     def run(x: Any, leaf: FourBit, bias: Any) -> Any:
-        variables = {"kernel": from_matrix(dense(leaf, dtype), how)}
+        variables = {"kernel": as_weight(dense(leaf, dtype), how.shape, order)}
         if bias is not None:
             variables["bias"] = bias
         plain = module.clone(parent=None)
@@ -245,13 +247,6 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
         return plain.apply({"params": variables}, x, *rest, method=method, **more)
 
     return run(given, leaf, bias)
-
-
-def from_matrix(matrix: jax.Array, how: Product) -> jax.Array:
-    """Return a matrix [in, out] as the layer's own kernel."""
-    order = (*how.inputs, *how.outputs)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return matrix.reshape([how.shape[i] for i in order]).transpose(back)
 
 
 def interceptor() -> Callable[..., Any]:

@@ -106,6 +106,14 @@ def stack_of(
     return None
 
 
+def as_weight(matrix: jax.Array, shape: Shape, order: Shape) -> jax.Array:
+    """Return a matrix [.., in, out] as the weight [.., *shape], whose axes lie in it in `order`."""
+    lead = matrix.shape[:-2]
+    back = (len(lead) + order.index(axis) for axis in range(len(order)))
+    weight = matrix.reshape(*lead, *(shape[axis] for axis in order))
+    return weight.transpose((*range(len(lead)), *back))
+
+
 WEIGHTS = ("kernel", "embedding")  # the leaves that make their module a layer
 
 
@@ -133,6 +141,15 @@ class Layer:
         return self.path.replace("/", ".")
 
     @property
+    def names(self) -> dict[str, int | None]:
+        """{dotted name: number in a stack}: that of a stack's layer has it behind the stack's."""
+        if self.stack is None:
+            return {self.name: None}
+        head = self.stack.root.replace("/", ".")
+        rest = self.name[len(head) :]
+        return {f"{head}.{i}{rest}".strip("."): i for i in range(self.stack.count)}
+
+    @property
     def leaf(self) -> str:
         return f"{self.path}/{self.weight}" if self.path else self.weight
 
@@ -149,6 +166,14 @@ class Layer:
         )
         return inside, outside
 
+    def matrices(self, rank: int) -> dict[str, Shape]:
+        """Return {path: shape} of its LoRA's A and B."""
+        (inside, outside), base = self.size, joined(self.path, "lora_")
+        return {
+            f"{base}A": (*self.layers, inside, rank),
+            f"{base}B": (*self.layers, rank, outside),
+        }
+
     def matrix(self, weight: jax.Array) -> jax.Array:
         """Return a weight as [in, out] or [layers, in, out]."""
         if self.stack is not None:
@@ -159,10 +184,7 @@ class Layer:
 
     def unmatrix(self, matrix: jax.Array) -> jax.Array:
         """Return the weight that `matrix` was given."""
-        lead, order = len(self.layers), (*self.inputs, *self.outputs)
-        weight = matrix.reshape(*self.layers, *(self.shape[i] for i in order))
-        back = sorted(range(len(order)), key=order.__getitem__)
-        weight = weight.transpose((*range(lead), *(lead + i for i in back)))
+        weight = as_weight(matrix, self.shape, (*self.inputs, *self.outputs))
         return weight if self.stack is None else self.stack.lay(weight)
 
 

@@ -7,20 +7,19 @@ y + A(x) (parallel, https://arxiv.org/abs/2110.04366), over last axes, with A of
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 
 from vlm_jax.adapters.bottleneck import check_known, leaf_shapes
-from vlm_jax.adapters.targets import PRESETS
+from vlm_jax.adapters.targets import PRESETS, means, no_target, resolve_targets, suffixes_of
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import check_patterns
 from vlm_jax.linen.intercept import Call, name_of, tell_no_dropout
 from vlm_jax.linen.parts import Layer, Other, Site, first_argument, shape_of
 from vlm_jax.models.layers.bottleneck import Bottleneck, bottleneck
-from vlm_jax.models.methods import Adapter
+from vlm_jax.models.methods import Adapter, LoRA
 
 
 def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> list[Layer]:
@@ -34,33 +33,32 @@ def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> li
     by the name of a module around them, and are an error where they are named themselves.
     Raises `UserError` for a target that matches nothing, or what cannot be adapted.
     """
-    if targets == "all-linear":
-        hits = [one for one in found if _is_linear(one)]
-        if not hits:
-            raise _nothing("all-linear", found)
-        return _layers("all-linear", hits)
-    if isinstance(targets, str) and targets not in PRESETS:
-        check_patterns([targets], [one.name for one in found], "LoRA target")
-        hits = [one for one in found if re.fullmatch(targets, one.name)]
-        if not hits:
-            raise _nothing(targets, found)
-        return _layers(targets, hits, named=True)
-    names = PRESETS[targets] if isinstance(targets, str) else targets
-    if not names:
+    by_name = {one.name: one for one in found}
+    linear = [one.name for one in found if _is_linear(one)]
+    meant = resolve_targets(targets, by_name, linear)
+    if not meant:
         raise UserError(
             f"LoRA's targets are empty. Name suffixes, a preset ({', '.join(PRESETS)}), "
             f"'all-linear', or one regex over whole names."
         )
     wanted: set[str] = set()
-    for name in names:
-        hits, named = [one for one in found if _ends(one.name, name)], targets not in PRESETS
-        if not hits:
-            hits = [one for one in found if _is_linear(one) and _lies_in(one.name, name)]
-            named = False
-        layers = _layers(name, hits, named)
+    for target, names in meant.items():
+        named = targets != "all-linear" and targets not in PRESETS
+        if not names and target in suffixes_of(targets):
+            names, named = [name for name in linear if _lies_in(name, target)], False
+        hits = [by_name[name] for name in names]
+        for one in hits:
+            if isinstance(one, Other) and (named or one.unknown):
+                raise UserError(
+                    f"The LoRA target '{target}' means '{one.name}', which cannot be adapted: "
+                    f"{one.why}. LoRA goes on nn.Dense, nn.DenseGeneral, nn.Einsum without a batch "
+                    f"axis and nn.Embed."
+                )
+        layers = {one.path for one in hits if isinstance(one, Layer)}
         if not layers:
-            raise _nothing(name, found)
-        wanted |= {layer.path for layer in layers}
+            others = [one.name for one in found if isinstance(one, Layer)]
+            raise no_target(target, others, "the module")
+        wanted |= layers
     return [one for one in found if isinstance(one, Layer) and one.path in wanted]
 
 
@@ -68,36 +66,10 @@ def _is_linear(one: Layer | Other) -> bool:
     return one.unknown if isinstance(one, Other) else one.weight == "kernel"
 
 
-def _ends(name: str, suffix: str) -> bool:
-    return f".{name}".endswith(f".{suffix}")
-
-
 def _lies_in(name: str, module: str) -> bool:
     """Return whether one of the modules around `name` is named so."""
     parts = name.split(".")
-    return any(_ends(".".join(parts[:i]), module) for i in range(1, len(parts)))
-
-
-def _layers(target: str, hits: Sequence[Layer | Other], named: bool = False) -> list[Layer]:
-    for one in hits:
-        if isinstance(one, Other) and (named or one.unknown):
-            raise UserError(
-                f"The LoRA target '{target}' means '{one.name}', which cannot be adapted: "
-                f"{one.why}. LoRA goes on nn.Dense, nn.DenseGeneral, nn.Einsum without a batch "
-                f"axis and nn.Embed."
-            )
-    return [one for one in hits if isinstance(one, Layer)]
-
-
-def _nothing(target: str, found: Sequence[Layer | Other]) -> UserError:
-    names = [one.name for one in found if isinstance(one, Layer)]
-    ends = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-    return UserError(
-        f"The LoRA target '{target}' matches no linear layer or embedding of the module"
-        f"{nearest(target, ends)}. It has {', '.join(ends[:20]) or 'none'}. Name suffixes, a "
-        f"preset ({', '.join(PRESETS)}), 'all-linear', or one regex over whole names such as "
-        f"'{names[0] if names else 'layers_0.q_proj'}'."
-    )
+    return any(means((module,), ".".join(parts[:i])) for i in range(1, len(parts)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +121,22 @@ def check_adapter(adapter: Adapter) -> None:
         "components": "looking into components of a vision-language model (targets name modules)",
         "modules_to_save": "saving further modules in full (train them as leaves of 'params')",
     }
-    for name, what in lacking.items():
-        if getattr(adapter, name) != getattr(Adapter(), name):
-            raise UserError(
-                f"The adapter has {name}={getattr(adapter, name)!r}, but {what} is not supported "
-                f"by adapt. Leave it out."
-            )
+    check_lacking(adapter, lacking)
     if not adapter.targets:
         raise UserError(
             "The adapter's targets are empty. Name the modules whose output gets one: suffixes "
             "such as ('attn', 'mlp'), or one regex over whole dotted names."
         )
+
+
+def check_lacking(method: LoRA | Adapter, lacking: Mapping[str, str]) -> None:
+    """Raise `UserError` where a field says anything; lacking: {field: what it asks for}."""
+    for name, what in lacking.items():
+        if getattr(method, name) != getattr(type(method)(), name):
+            raise UserError(
+                f"{type(method).__name__} has {name}={getattr(method, name)!r}, but {what} is not "
+                f"supported by adapt. Leave it out."
+            )
 
 
 def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Site, ...]:
@@ -169,15 +146,13 @@ def chosen_sites(found: Mapping[str, Site | None], adapter: Adapter) -> tuple[Si
     did not reach, that gives no single array, or, where A reads its input, takes none that fits.
     """
     targets = adapter.targets
-    if isinstance(targets, str):
-        rows = {targets: targets}
-    else:
-        rows = {suffix: rf"(.*\.)?{re.escape(suffix)}" for suffix in targets}
     names = {path.replace("/", "."): site for path, site in found.items()}
-    check_patterns(list(rows.values()), list(names), "adapter target")
+    if isinstance(targets, str):
+        check_patterns([targets], list(names), "adapter target")
     hits: set[str] = set()
-    for target, row in rows.items():
-        matched = [name for name in names if re.fullmatch(row, name)]
+    for target in (targets,) if isinstance(targets, str) else targets:
+        words = targets if isinstance(targets, str) else (target,)
+        matched = [name for name in names if means(words, name)]
         if not matched:
             ends = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if name))
             raise UserError(

@@ -10,12 +10,12 @@ from vlm_jax import config as configs
 from vlm_jax.adapters.added_tokens import EMBEDDING, add_tokens, is_added
 from vlm_jax.adapters.bottleneck import add_adapter
 from vlm_jax.adapters.lora import add_lora
+from vlm_jax.adapters.lora_init import starts_from_kernel
 from vlm_jax.adapters.modules_to_save import bias_leaves, saved_modules
 from vlm_jax.adapters.targets import PRESETS, slots, target_kernels, target_modules
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.errors import UserError
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
-from vlm_jax.hub.peft import starts_from_kernel
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.model import Model
 from vlm_jax.models.layers.bottleneck import is_adapter
@@ -124,7 +124,7 @@ def adapt_base(
 def _check_start(lora: LoRA, params: Mapping[str, Any], kernels: list[str]) -> None:
     """Raise before a run whose adapter would be for other codes than its base's."""
     flat = flatten(params)
-    if starts_from_kernel(lora) and any(is_quantized(flat[path]) for path in kernels):
+    if starts_from_kernel(lora.init) and any(is_quantized(flat[path]) for path in kernels):
         raise UserError(
             f"lora.init_lora_weights is {lora.init!r}, which makes the codes of a 4-bit base anew, "
             f"and the run's adapter could not hold them. Take 'loftq', which leaves the codes as "

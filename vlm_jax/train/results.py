@@ -22,6 +22,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.files.atomic import whole_directory, write_json
 from vlm_jax.generation import generate
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter, save_adapter
+from vlm_jax.hub.base import named_base
 from vlm_jax.hub.companions import copy_all, spoken
 from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft import save_peft
@@ -112,6 +113,11 @@ def load_run(
         return model, params, config.having({"model.adapter": None})
     if (directory / "adapter").is_dir():
         model, params = load_adapted(config, directory / "adapter", mesh)
+        if (
+            model.source is not None
+        ):  # the base by the user's name: config.json's paths are absolute
+            repo = named_base(directory / "adapter") or model.source.repo
+            model = dataclasses.replace(model, source=dataclasses.replace(model.source, repo=repo))
         return model, params, config
     places = places_of(config, directory)
     if not places.saved_steps():
