@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD
+from vlm_jax.adapters.added_tokens import HEAD
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import PATTERNS, check_patterns
 from vlm_jax.model import Model
+from vlm_jax.models import MODELS
 from vlm_jax.models.layers.linear import LoRAScale
 from vlm_jax.models.methods import LoRA
 from vlm_jax.names import layer_names, stacked_layers
@@ -25,8 +26,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "vit": ("qkv", "proj"),
 }
 # The projector by our name, by LLaVA's old one, and by what families call it.
-PROJECTOR_NAMES = ("projector", "mm_projector", "multi_modal_projector", "merger")
-EMBEDDING_LEAF = f"{EMBEDDING}/embedding"
+PROJECTOR_NAMES = {"projector", "mm_projector", *(f.PROJECTOR for f in MODELS.values())}
 
 
 class Slot(NamedTuple):
@@ -42,16 +42,21 @@ class Slot(NamedTuple):
     scale: float
 
 
+def embedding_leaf(model: Model) -> str:
+    """Return the path of the token embedding's weight."""
+    return f"{model.config.embedding}/embedding"
+
+
 def adaptable(model: Model, params: Mapping[str, Any]) -> list[str]:
     """Return the kernels that can have matrices, in the tree's order, and the embedding.
 
     Not those of convolutions: PEFT gives them another kind of LoRA.
     """
-    convolutions = model.family.disk_shapes(model.config)
+    convolutions = model.config.disk_shapes
     return [
         path
         for path in flatten(params)
-        if (path.endswith("/kernel") and path not in convolutions) or path == EMBEDDING_LEAF
+        if (path.endswith("/kernel") and path not in convolutions) or path == embedding_leaf(model)
     ]
 
 
@@ -253,14 +258,16 @@ def _chosen(model: Model, kernels: list[str], lora: LoRA) -> dict[str, list[bool
     inside = [
         path
         for path in kernels
-        if model.component(path) in lora.components and path != EMBEDDING_LEAF
+        if model.component(path) in lora.components and path != embedding_leaf(model)
     ]
     targets = lora.targets
     if isinstance(targets, str):
         if targets == "all-linear":  # PEFT's leaves the output layer alone
             inner = [path for path in inside if model.component(path) != "head"]
             if not inner:
-                holding = {model.component(path) for path in kernels if path != EMBEDDING_LEAF}
+                holding = {
+                    model.component(path) for path in kernels if path != embedding_leaf(model)
+                }
                 raise UserError(
                     f"The LoRA target 'all-linear' finds no linear layer in the components "
                     f"{list(lora.components)}; those that hold some are "
@@ -271,7 +278,7 @@ def _chosen(model: Model, kernels: list[str], lora: LoRA) -> dict[str, list[bool
         if targets not in PRESETS:
             return _regex_kernels(model, kernels, targets)
         targets = PRESETS[targets]
-    named = [*inside, *(path for path in kernels if path == EMBEDDING_LEAF)]
+    named = [*inside, *(path for path in kernels if path == embedding_leaf(model))]
     chosen: dict[str, list[bool]] = {}
     for target in targets:
         if target in PROJECTOR_NAMES:

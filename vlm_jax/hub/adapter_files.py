@@ -211,9 +211,7 @@ def load_adapter(
         if part == "adapter_down" and number == "0" and adapter.norm:
             continue  # the norm once more
         found[current_name(model, f"{module}.{part}.{leaf}")] = tensor
-    stacks = {
-        model.component(f"{stack}/kernel"): stack for stack in model.family.stacks(model.config)
-    }
+    stacks = {model.component(f"{stack}/kernel"): stack for stack in model.config.stacks}
     names = {component: stack.replace("/", ".") for component, stack in stacks.items()}
     components = tuple(
         component

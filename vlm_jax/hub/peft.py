@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD, fold_added, is_added
+from vlm_jax.adapters.added_tokens import HEAD, fold_added, is_added
 from vlm_jax.adapters.lora_init import FROM_KERNEL, kind_of
 from vlm_jax.adapters.modules_to_save import base_places, bias_places, module_names, saved_modules
 from vlm_jax.adapters.targets import layer_number, slots
@@ -28,6 +28,7 @@ from vlm_jax.models.methods import LoRA
 from vlm_jax.names import (
     Place,
     disk_places,
+    embedding_name,
     module_name,
     stacked_layers,
     to_disk,
@@ -37,7 +38,6 @@ from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 
 PREFIX = "base_model.model."
-EMBEDDING_TENSOR = "model.language_model.embed_tokens.weight"
 NO_TARGETS = "dummy-target-modules"  # peft's name for an adapter without matrices
 
 
@@ -72,7 +72,7 @@ def _targets(model: Model, modules: set[str], adapted: set[str]) -> dict[str, An
     if not adapted:  # modules_to_save alone; an empty list is an error to peft
         return {"target_modules": NO_TARGETS, **fields}
     suffixes = sorted({_suffix(module) for module in adapted})
-    regex = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
+    regex = rf".*(?:{model.config.VISION}|{model.config.PROJECTOR}).*"
     hit = {m for m in modules if f".{m}".endswith(tuple(f".{suffix}" for suffix in suffixes))}
     numbers = {layer_number(module, ()) for module in adapted}
     some = None if None in numbers else sorted(n for n in numbers if n is not None)
@@ -230,7 +230,7 @@ def save_peft(
     tensors: dict[str, np.ndarray] = {}
     for module, leaves in matrices.items():
         for name, leaf in leaves.items():
-            ends = OF_EMBEDDING if module == EMBEDDING.replace("/", ".") else MATRICES
+            ends = OF_EMBEDDING if module == embedding_name(model) else MATRICES
             tensors[f"{PREFIX}{module}.{ends[name]}"] = np.ascontiguousarray(leaf.T)
     flat = fold_added(flat)
     whole = disk_places(model, {path: flat[path].shape for path in saved.leaves})
@@ -269,10 +269,11 @@ def save_peft(
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
     }
-    if model.config.text.tied and EMBEDDING_TENSOR in held:
+    embedding = f"{embedding_name(model)}.weight"
+    if model.config.text.tied and embedding in held:
         # Or peft would replace the embedding and leave the head at the base's values.
         config["ensure_weight_tying"] = True
-        tensors[f"{PREFIX}{HEAD}.weight"] = tensors[f"{PREFIX}{EMBEDDING_TENSOR}"]
+        tensors[f"{PREFIX}{HEAD}.weight"] = tensors[f"{PREFIX}{embedding}"]
     with whole_directory(directory, ADAPTER_PARTS) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)

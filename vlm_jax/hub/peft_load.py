@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD, add_tokens
+from vlm_jax.adapters.added_tokens import HEAD, add_tokens
 from vlm_jax.adapters.modules_to_save import (
     base_places,
     module_names,
@@ -18,7 +18,6 @@ from vlm_jax.adapters.modules_to_save import (
     saved_modules,
 )
 from vlm_jax.adapters.targets import (
-    EMBEDDING_LEAF,
     PROJECTOR_NAMES,
     Slot,
     adaptable,
@@ -31,14 +30,14 @@ from vlm_jax.adapters.targets import (
 from vlm_jax.distributed.processes import to_host
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import check_patterns
-from vlm_jax.hub.peft import EMBEDDING_TENSOR, NO_TARGETS, PREFIX, layer_modules
+from vlm_jax.hub.peft import NO_TARGETS, PREFIX, layer_modules
 from vlm_jax.hub.peft_config import read_config
 from vlm_jax.hub.tensors import open_tensors, read_tensors
 from vlm_jax.hub.unread_weights import PEFT_WEIGHTS, check_adapter
 from vlm_jax.model import Model, with_adapter_files
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.models.methods import LoRA
-from vlm_jax.names import Place, current_name, is_unused, to_tree
+from vlm_jax.names import Place, current_name, embedding_name, is_unused, to_tree
 from vlm_jax.trees import flatten, unflatten
 
 # A module, and A or B of its matrices; none of them: its norms of columns.
@@ -240,7 +239,7 @@ def _same(tensor: np.ndarray, flat: Mapping[str, Any], place: Place) -> bool:
 def _check_kind(model: Model, directory: Path, key: str, name: str, tying: bool) -> None:
     """Raise for DoRA on an embedding and LoRA on a head tied to it: none is held here."""
     what = None
-    embedding = EMBEDDING_TENSOR.removesuffix(".weight")
+    embedding = embedding_name(model)
     if name.startswith(f"{embedding}.lora_magnitude"):
         what = "DoRA on an embedding"
     elif tying and name.startswith(f"{embedding}.lora_") and model.config.text.tied:
@@ -262,9 +261,9 @@ def _check_tied(
     """Refuse an embedding and a head that are one here and two in the adapter."""
     if not model.config.text.tied:
         return
-    embedding, head = full.get(EMBEDDING_TENSOR), full.get(f"{HEAD}.weight")
+    name = f"{embedding_name(model)}.weight"
+    embedding, head, place = full.get(name), full.get(f"{HEAD}.weight"), places[name]
     if head is not None:
-        place = places[EMBEDDING_TENSOR]
         one = np.array_equal(head, embedding) if embedding is not None else _same(head, flat, place)
         if not one:
             raise UserError(
@@ -273,7 +272,7 @@ def _check_tied(
                 f"an untied checkpoint."
             )
     elif embedding is not None and not config.get("ensure_weight_tying"):
-        if not _same(embedding, flat, places[EMBEDDING_TENSOR]):
+        if not _same(embedding, flat, place):
             raise UserError(
                 f"The adapter in '{directory}' holds a trained embedding but not "
                 f"ensure_weight_tying, so peft leaves the head at the base's values; here the head "
@@ -298,7 +297,7 @@ def _check_adaptable(
     place = places.get(f"{module}.weight")
     if place is None:
         return
-    convolution = place.path in model.family.disk_shapes(model.config)
+    convolution = place.path in model.config.disk_shapes
     what = "a convolution, the patch embedding" if convolution else "no linear layer"
     suffix = module.split(".")[-1]
     raise UserError(
@@ -337,7 +336,7 @@ def _stacked(
     partner = f"{base}/{'lora_B' if matrix == 'lora_A' else 'lora_A'}"
     if matrices.get(partner, {}).keys() != layers.keys():
         raise UserError(f"'{file}' holds {matrix} of '{base}' without its partner in some layer.")
-    kernel = flat[EMBEDDING_LEAF if base == EMBEDDING else f"{base}/kernel"]
+    kernel = flat[next(p for p in (f"{base}/kernel", f"{base}/embedding") if p in flat)]
     *stack, inputs, outputs = kernel.shape
 
     def shape(rank: int) -> tuple[int, ...]:
