@@ -8,6 +8,7 @@ import pytest
 from checkpoint_files import llava_files, qwen2_vl_files, write_image
 
 from vlm_jax.data import Encoder, Pipeline
+from vlm_jax.models.pixel_table import LookUp
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.placement import Feed
 
@@ -81,7 +82,7 @@ def test_images_and_videos_of_different_values_are_looked_up_where_they_are_made
     other.pop("image_processor_type")
     (base / "video_preprocessor_config.json").write_text(json.dumps(other))
     encoder = Encoder(base)
-    assert encoder.look_up is None
+    assert encoder.value_table is None
     feed = Feed(encoder, make_mesh(devices=jax.devices()[:1]))
     pipeline = Pipeline(encoder, make_rows(tmp_path, films=range(6)), rows=2)
     batch, _, _ = next(pipeline.batches(None, feed.bytes_only))
@@ -111,7 +112,8 @@ def test_an_evaluation_carries_one_frame_of_stills_too(tmp_path, workers):
     data = make_rows(tmp_path, films=(2,))
     pipeline = Pipeline(base, data, rows=2, max_length=256, workers=workers)
     encoder = pipeline.encoder
-    look_up = jax.jit(lambda batch: encoder.look_up(batch).patches)
+    values_of = LookUp(encoder.value_table, encoder.config)
+    look_up = jax.jit(lambda batch: values_of(batch).patches)
     widths = set()
     pairs = zip(pipeline.eval_batches(), pipeline.eval_batches(bytes_only=True), strict=True)
     for (values, ids), (cut, _) in pairs:

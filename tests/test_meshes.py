@@ -42,12 +42,12 @@ def example(model, rng, *parts):
     for part in parts:
         if isinstance(part, int):
             tokens += rng.integers(3, 90, part).tolist()
-        elif model.family.HAS_GRIDS:
+        elif model.config.HAS_GRIDS:
             kind = VIDEO if part[0] > 1 else IMAGE
             tokens += media(kind, *part)
             grids[kind].append(part)
         else:
-            tokens += [cfg.image_token_id] * model.family.image_tokens(cfg)
+            tokens += [cfg.image_token_id] * cfg.image_tokens()
             images += 1
     given = {}
     for kind, (values, grid) in {
@@ -63,7 +63,7 @@ def example(model, rng, *parts):
     tokens = np.array(tokens)
     placeholder = np.isin(tokens, [cfg.image_token_id, cfg.video_token_id or -1])
     weights = np.where(placeholder, 0, rng.uniform(0.5, 1.5, len(tokens))).astype(np.float32)
-    return {"tokens": tokens, "weights": weights, **model.family.layout(cfg, tokens, **given)}
+    return {"tokens": tokens, "weights": weights, **cfg.layout(tokens, given)}
 
 
 def packed_batch(model):
@@ -81,7 +81,7 @@ def packed_batch(model):
         [],
     ]
     made = [[example(model, rng, *parts) for parts in row] for row in rows]
-    unit = model.family.patch_unit(model.config)
+    unit = model.config.patch_unit
     most = max(sum(len(e["patches"]) for e in row) for row in made)
     return model.collate(made, TOKENS, -(-most // unit) * unit)
 

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 
 from vlm_jax import config as configs
 from vlm_jax import load
-from vlm_jax.adapters.added_tokens import EMBEDDING
 from vlm_jax.cli import main
 from vlm_jax.config.choices import METHODS
 from vlm_jax.sharding import make_mesh
@@ -77,6 +76,6 @@ def test_every_method_adds_rows(place, tmp_path, base, method):
     model, params, table, encoder = build(made, make_mesh(devices=jax.devices()[:1]))
     trained = flatten(split(params, table)[0])
     assert model.vocab_size == ROWS + 2 == len(encoder.tokenizer)
-    assert trained[f"{EMBEDDING}/added"].shape[0] == 2
+    assert trained["model/language_model/embed_tokens/added"].shape[0] == 2
     left = untrained_tokens(model, trained, encoder.tokenizer.get_added_vocab())
     assert bool(left) == (method not in ("full", "saved"))

@@ -87,7 +87,7 @@ def test_packed_loss_and_gradients_are_those_of_rows_of_their_own(family, tmp_pa
     encoder = Encoder(FILES[family](tmp_path), image_folder=tmp_path)
     records = [conversation(tmp_path, seed, *m) for seed, m in enumerate(MEDIA[family])]
     examples = [encoder.example(record) for record in records]
-    model = encoder.model
+    model = vlm_jax.from_config(encoder.hf_config)
     params = model.init(jax.random.key(0))
     # Wide enough that attention is far from uniform, so that a leak would show.
     params = jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, params)
@@ -112,7 +112,7 @@ def test_packed_loss_and_gradients_are_those_of_rows_of_their_own(family, tmp_pa
         return float(value), float(tokens), flatten(gradients)
 
     longest, most = (max(len(e[k]) for e in examples) for k in ("tokens", "patches"))
-    unit = model.family.patch_unit(model.config)
+    unit = model.config.patch_unit
     total = sum(len(e["tokens"]) for e in examples), sum(len(e["patches"]) for e in examples)
     whole = -(-total[1] // unit) * unit
     alone = run([[example] for example in examples], longest, -(-most // unit) * unit)

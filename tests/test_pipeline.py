@@ -75,7 +75,7 @@ def test_encode_gives_the_arrays_of_the_reference_processor(qwen, folder):
         np.testing.assert_array_equal(got["pixel_values"], want["pixel_values"])
         np.testing.assert_array_equal(got["image_grid_thw"], want["image_grid_thw"])
         features = int(want["image_grid_thw"].prod(1).sum()) // 4
-        assert (got["tokens"] == qwen.model.config.image_token_id).sum() == features
+        assert (got["tokens"] == qwen.config.image_token_id).sum() == features
 
 
 def test_measuring_by_headers_equals_encoding(qwen, folder):
@@ -284,7 +284,7 @@ def test_options_reach_the_images(qwen, folder):
 def test_llava_rows_hold_whole_images(folder, tmp_path):
     encoder = Encoder(llava_files(tmp_path))
     pipeline = Pipeline(encoder, folder / "data.json", rows=4)
-    unit = encoder.model.family.patch_unit(encoder.model.config)
+    unit = encoder.config.patch_unit
     assert all(patches % unit == 0 and patches > 0 for _, patches in pipeline.shapes)
     assert len([name for _, names, _ in epoch(pipeline) for name in names]) == 50
     record = read_records(folder / "data.json")[2]
@@ -448,9 +448,9 @@ def test_pixels_shrink_as_little_as_needed(qwen, folder, big):
         got = encode(qwen.directory, record, max_seq_length=limit, **options)
         assert len(least["tokens"]) <= len(got["tokens"]) <= limit
         features = int(got["image_grid_thw"].prod(1).sum()) // 4
-        assert (got["tokens"] == qwen.model.config.image_token_id).sum() == features
-        text = got["tokens"][got["tokens"] != qwen.model.config.image_token_id]
-        everything = whole["tokens"][whole["tokens"] != qwen.model.config.image_token_id]
+        assert (got["tokens"] == qwen.config.image_token_id).sum() == features
+        text = got["tokens"][got["tokens"] != qwen.config.image_token_id]
+        everything = whole["tokens"][whole["tokens"] != qwen.config.image_token_id]
         np.testing.assert_array_equal(text, everything)
         # One more merged row or column in each image would not have fitted.
         rows, columns = (int(n) // 2 for n in got["image_grid_thw"][0, 1:])

@@ -97,7 +97,7 @@ def test_shipped_configs_build_at_full_size_without_allocating_it(name):
     mesh = make_mesh(devices=jax.devices()[:1])
     whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), trainable)
     state = abstract_state(abstract(trainable, whole), tx, mesh)
-    unit = model.family.patch_unit(model.config)
+    unit = model.config.patch_unit
     batch = abstract_batch(model, 2, (64, unit * 8), mesh)
     step = vlm_jax.make_step(model, tx, 2)
     after, metrics = jax.eval_shape(step, state, frozen, batch)

@@ -37,7 +37,7 @@ def setting(family, directory):
     else:
         llava(directory, "clip", "llama", factor=3.0)
         model, params = vlm_jax.load(directory)
-        images = [[model.config.image_token_id] * model.family.image_tokens(model.config)] * ROWS
+        images = [[model.config.image_token_id] * model.config.image_tokens()] * ROWS
         given = {"pixel_values": rng.normal(size=(ROWS, 3, 30, 30)).astype(np.float32)}
     rows = [
         rng.integers(3, 90, rng.integers(1, 9)).tolist()

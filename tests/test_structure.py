@@ -152,13 +152,35 @@ def test_no_file_is_long():
     assert not {name: lines for name, lines in lengths.items() if lines > LINES}
 
 
+def libraries(path: Path) -> set[str]:
+    """Return the top names of all that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
 def test_no_torch_at_run_time():
     banned = {"torch", "peft", "bitsandbytes", "trl"}
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            assert not {name.split(".")[0] for name in names} & banned, path
+    assert not {path for path in MODULES.values() if libraries(path) & banned}
+
+
+# Host side: what makes batches imports no JAX at any depth, so that workers start without.
+WITHOUT_JAX = ("data", "batch", "positions", "files", "config", "errors", "trees")
+
+
+def test_data_imports_no_jax():
+    reached: set[str] = set()
+    left = {module for module in MODULES if module.split(".")[0] in WITHOUT_JAX}
+    while left:
+        reached |= left
+        # A module's package is imported with it.
+        packages = {module.rpartition(".")[0] for module in left}
+        found = {other for module in left for other in imports(MODULES[module].read_text())}
+        left = (packages | found) - reached
+    assert {"models", "models.family", "models.qwen2_vl", "data.loader"} <= reached
+    banned = {"jax", "jaxlib", "flax", "optax", "orbax"}
+    assert not {module for module in reached if libraries(MODULES[module]) & banned}

@@ -21,6 +21,7 @@ from vlm_jax.cli import main
 from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.data.records.stream import open_stream
 from vlm_jax.data.shapes import wider_shapes
+from vlm_jax.models.pixel_table import LookUp
 from vlm_jax.trees import flatten
 
 FILES = {"qwen2_vl": qwen2_vl_files, "llava": llava_files}
@@ -102,14 +103,15 @@ def test_a_preview_of_text(place, text, tmp_path, capsys):
 @pytest.mark.parametrize("family", FILES)
 def test_no_patches_give_the_loss_of_an_empty_image_part(family, tmp_path):
     encoder = Encoder(FILES[family](tmp_path))
-    model, examples = encoder.model, [encoder.example(talk(i)) for i in range(3)]
+    model = vlm_jax.from_config(encoder.hf_config)
+    examples = [encoder.example(talk(i)) for i in range(3)]
     params = model.init(jax.random.key(0))
 
     def mean(params, batch):
         total, tokens = vlm_jax.loss(model, params, {}, batch)
         return total / tokens
 
-    unit = model.family.patch_unit(model.config)
+    unit = model.config.patch_unit
     bare, empty = (model.collate([[e] for e in examples], 96, count) for count in (0, unit))
     assert bare.shape == (3, 96, 0) and empty.shape == (3, 96, unit)
     run = jax.jit(jax.value_and_grad(mean))
@@ -126,7 +128,8 @@ def test_patches_that_travel_without_padding_may_be_none(tmp_path):
     example = encoder.example(talk(0), bytes_only=True)
     batch = pad_patches(encoder.collate([[example], []], 96, 0, bytes_only=True, padded=False))
     assert batch.patches.shape == (2, 0, 96)
-    values = encoder.look_up(jax.tree.map(jnp.asarray, batch)).patches
+    look_up = LookUp(encoder.value_table, encoder.config)
+    values = look_up(jax.tree.map(jnp.asarray, batch)).patches
     assert values.shape == (2, 0, 96) and values.dtype == jnp.float32
 
 

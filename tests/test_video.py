@@ -139,7 +139,7 @@ def test_a_mixed_record_is_measured_as_it_is_encoded(qwen, tmp_path):
     assert len(arrays["pixel_values_videos"]) == arrays["video_grid_thw"].prod(1).sum()
     size, example = qwen.measure(record), qwen.example(record)
     assert (size.tokens, size.patches) == (len(example["tokens"]), len(example["patches"]))
-    films = arrays["tokens"] == qwen.model.config.video_token_id
+    films = arrays["tokens"] == qwen.config.video_token_id
     assert films.sum() * 4 == len(arrays["pixel_values_videos"])
     assert not arrays["weights"][films].any()
     prompt = qwen.prompt(record)

@@ -7,19 +7,17 @@ images P may be 0: nothing runs the tower then, and its gradients are zero.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 Array = Any
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One step's input; every leaf leads with B.
+    """One step's input; every leaf leads with B. A pytree of JAX, which `models.vlm` tells it.
 
     tokens int32 [B, T]: input ids; placeholders stand where image features go.
     targets int32 [B, T]: the token to predict at each position (`tokens` shifted left by one).
@@ -27,7 +25,8 @@ class Batch:
     segments int32 [B, T]: which packed example a token belongs to, from 1; 0 is padding.
         Attention stays inside a segment.
     positions int32 [B, T], or [B, 3, T] (time, height, width) for M-RoPE.
-    image_index int32 [B, T]: which image feature of the row replaces this token; -1 for none.
+    image_index int32 [B, T]: which image feature of the row replaces this token; -1 for none, and
+        below -1 a learned row that the family puts behind them, from the end (-2: the last).
     patches float32 [B, P, C]: pixels of each patch, flattened as the family's towers expect; on
         their way to the device they may be uint8 and of one frame, see `models.pixel_table`.
     patch_segments int32 [B, P]: which image (or video frame) a patch belongs to; 0 is padding.
@@ -70,17 +69,17 @@ def collate(
     length: int,
     patches: int,
     like: Example,
-    merge: int = 1,
+    features: Callable[[int], int],
     pixels: Any = np.float32,
     padded: bool = True,
 ) -> Batch:
     """Return a numpy `Batch` of len(rows) rows of `length` tokens and `patches` patches.
 
     A row's examples are packed one after another; segments and images are numbered through the
-    row. `like` is any example of the same family: it gives the shapes of an empty row. `merge` is
-    how many patches make one image feature (`merged_patches` of the family's config). `pixels` is
-    the dtype of the examples' patches: uint8 before `models.pixel_table`. Without `padded` the
-    batch's patches are [N, C], those of all rows one after another, until `pad_patches`.
+    row. `like` is any example of the same family: it gives the shapes of an empty row. `features`
+    gives how many image features so many patches make (`Family.features`). `pixels` is the dtype
+    of the examples' patches: uint8 before `models.pixel_table`. Without `padded` the batch's
+    patches are [N, C], those of all rows one after another, until `pad_patches`.
     Raises `ValueError` where a row does not fit: nothing is ever cut.
     """
     B = len(rows)
@@ -117,7 +116,7 @@ def collate(
             batch.segments[row, here] = number
             batch.positions[row, ..., here] = example["positions"]
             index = example["image_index"]
-            batch.image_index[row, here] = np.where(index >= 0, index + p // merge, -1)
+            batch.image_index[row, here] = np.where(index >= 0, index + features(p), index)
             if m and example["patches"].dtype != pixels:
                 raise ValueError(f"Patches are {example['patches'].dtype}, not {pixels}.")
             start = row * patches + p if padded else taken

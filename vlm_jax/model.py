@@ -1,23 +1,24 @@
-"""Model: a family, its sizes and where it came from, with everything one does to one model."""
+"""Model: its family and sizes and where it came from, with everything one does to one model."""
 
 import dataclasses
 import functools
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.batch import Batch, Example, collate
-from vlm_jax.errors import UserError, nearest
-from vlm_jax.models import MODELS
+from vlm_jax.batch import Batch, Example
+from vlm_jax.errors import UserError
+from vlm_jax.models import read_config
+from vlm_jax.models.family import Family
 from vlm_jax.models.layers.scan import REMAT
 from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.models.vlm import VisionLanguageModel
-from vlm_jax.trees import flatten, match, unflatten
+from vlm_jax.trees import flatten, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +58,12 @@ class Model:
     """A vision-language model without its parameters.
 
     `apply({"params": params}, batch)` is pure; parameters are a nested dict, see `vlm_jax.load`.
-    files: what is read of the checkpoint later on, as for `encode`; None of a model that was not
-    loaded. unused: tensors of a loaded adapter that nothing here reads, for exports: {name: array}.
+    config: sizes, of its family's class. files: what is read of the checkpoint later on, as for
+    `encode`; None of a model that was not loaded. unused: tensors of a loaded adapter that nothing
+    here reads, for exports: {name: array}.
     """
 
-    family: ModuleType
-    config: Any
+    config: Family
     dtype: Any
     hf_config: dict[str, Any]
     source: Source | None = None
@@ -83,7 +84,11 @@ class Model:
         """The Linen module: `module.apply` with `method=` reaches its parts."""
         scale = None if self.lora is None else self.lora.scale
         form = None if self.adapter is None else self.adapter.form
-        return self.family.Module(self.config, self.dtype, scale, self.remat, form)
+        return self._class(self.config, self.dtype, scale, self.remat, form)
+
+    @property
+    def _class(self) -> type[VisionLanguageModel]:
+        return pkgutil.resolve_name(self.config.MODULE)
 
     def apply(
         self,
@@ -119,47 +124,26 @@ class Model:
         return None if self.files is None else self.files.turn_end(self)
 
     @property
-    def empty_example(self) -> Example:
-        """An example of no tokens: it tells `collate` the shapes of this family."""
-        none = np.zeros(0, np.int32)
-        layout = self.family.layout(self.config, none)
-        return {"tokens": none, "weights": np.zeros(0, np.float32), **layout}
-
-    def collate(
-        self,
-        rows: Sequence[Sequence[Example]],
-        length: int,
-        patches: int,
-        pixels: Any = np.float32,
-        padded: bool = True,
-        still: bool = False,
-    ) -> Batch:
-        """Return a numpy `Batch`, patches of dtype `pixels`; see `vlm_jax.batch.collate`.
-
-        still: the examples' patches hold one frame, for all that they have.
-        """
-        merge, like = self.family.merged_patches(self.config), self.empty_example
-        if still:
-            channels, _, size = self.family.patch_axes(self.config)
-            like["patches"] = np.zeros((0, channels * size), pixels)
-        return collate(rows, length, patches, like, merge, pixels, padded)
+    def collate(self) -> Callable[..., Batch]:
+        """See `Family.collate`."""
+        return self.config.collate
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return random parameters of this architecture, to train from nothing."""
-        batch = self.collate([[]], 2, self.family.patch_unit(self.config))
+        batch = self.collate([[]], 2, self.config.patch_unit)
         batch = jax.tree.map(jnp.asarray, batch)
-        module = self.family.Module(self.config, self.dtype)
+        module = self._class(self.config, self.dtype)
         return jax.tree.map(lambda leaf: leaf, dict(jax.jit(module.init)(key, batch)["params"]))
 
     def abstract(self, dtype: Any = None) -> dict[str, Any]:
         """Return the base's parameters as shapes in `dtype` (default: the model's)."""
         dtype = dtype or self.dtype
-        shapes = _shapes(self.family, self.config)
+        shapes = _shapes(self.config)  # type: ignore[arg-type]  # mypy: no protocol is hashable
         return unflatten({path: jax.ShapeDtypeStruct(s, dtype) for path, s in shapes.items()})
 
     def component(self, path: str) -> str:
         """Return vision, projector, language_model, embeddings or head: what owns a parameter."""
-        return match(self.family.COMPONENTS, [path], "component table", unused="allow")[path]
+        return self.config.component(path)
 
     def batch(
         self,
@@ -184,7 +168,7 @@ class Model:
             not an image or video placeholder is a target.
         Raises `UserError` where placeholders and images do not match.
         """
-        cfg, family = self.config, self.family
+        cfg = self.config
         ids = np.asarray(input_ids, np.int32)
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
         if ids.ndim != 2 or mask.shape != ids.shape:
@@ -219,7 +203,7 @@ class Model:
                 "video_grid_thw": videos.grids_taken,
             }
             given = {name: value for name, value in media.items() if value is not None}
-            layout = family.layout(cfg, tokens, **given)
+            layout = cfg.layout(tokens, given)
             examples.append({"tokens": tokens, "weights": weights, **layout})
             places.append(place)
         images.finish()
@@ -258,9 +242,9 @@ class _Media:
             "image": ("pixel_values", "image_grid_thw"),
             "video": ("pixel_values_videos", "video_grid_thw"),
         }[kind]
-        if not model.family.HAS_GRIDS and grids is not None:
+        if not model.config.HAS_GRIDS and grids is not None:
             raise UserError(f"All {kind}s of this model have one size: it takes no {sizes}.")
-        if model.family.HAS_GRIDS and (values is None) != (grids is None):
+        if model.config.HAS_GRIDS and (values is None) != (grids is None):
             have, lack = (pixels, sizes) if grids is None else (sizes, pixels)
             raise UserError(
                 f"The batch has {have} but no {lack}: give both, as the checkpoint's processor "
@@ -280,11 +264,11 @@ class _Media:
         self.grids_taken = None
         if self.values is None or self.token is None:
             return None
-        family, cfg = self.model.family, self.model.config
+        cfg = self.model.config
         wanted, first, start = int((tokens == self.token).sum()), self.image, self.value
         while wanted > 0 and self.image < len(self.grids):
-            wanted -= family.image_tokens(cfg, self.grids[self.image])
-            self.value += family.values_per_image(cfg, self.grids[self.image])
+            wanted -= cfg.image_tokens(self.grids[self.image])
+            self.value += cfg.values_per_image(self.grids[self.image])
             self.image += 1
         if wanted != 0:
             raise UserError(
@@ -320,9 +304,9 @@ def _scatter(batch: Batch, places: list[np.ndarray]) -> Batch:
 
 
 @functools.lru_cache(maxsize=16)  # a trace of the whole model; a load asks several times
-def _shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(config: Family) -> dict[str, tuple[int, ...]]:
     """Return {path: shape} of the base's parameters."""
-    model = Model(family, config, jnp.dtype("float32"), {})
+    model = Model(config, jnp.dtype("float32"), {})
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     return {path: leaf.shape for path, leaf in flatten(params).items()}
 
@@ -346,21 +330,7 @@ def from_config(
 
     Raises `UserError` for an unknown family or a field whose meaning is not known.
     """
-    if not isinstance(hf_config, Mapping):
-        raise UserError(
-            f"The config.json holds no JSON object but {hf_config!r:.80}. Take the config.json "
-            f"that belongs to the checkpoint."
-        )
-    model_type = hf_config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODELS:
-        raise UserError(
-            f"The config.json has model_type {model_type!r}, which is not supported"
-            f"{nearest(str(model_type), MODELS)}. Supported: {', '.join(MODELS)}."
-        )
     if remat not in REMAT:
         raise UserError(f"Unknown remat policy '{remat}'; known: {', '.join(REMAT)}.")
-    family = MODELS[model_type]
-    config = family.Config.from_hf(hf_config)
-    return Model(
-        family, config, jnp.dtype(dtype), dict(hf_config), source, remat=remat, files=files
-    )
+    config = read_config(hf_config)
+    return Model(config, jnp.dtype(dtype), dict(hf_config), source, remat=remat, files=files)

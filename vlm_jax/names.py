@@ -40,15 +40,20 @@ class Place:
 def module_name(model: Model, path: str, layer: int | None) -> str:
     """Return the Hugging Face name of the module that owns a leaf, in the current layout."""
     module = path.rsplit("/", 1)[0]
-    for prefix in model.family.stacks(model.config):
+    for prefix in model.config.stacks:
         if layer is not None and module.startswith(f"{prefix}/"):
             module = f"{prefix}/{layer}{module[len(prefix) :]}"
     return module.replace("/", ".")
 
 
+def embedding_name(model: Model) -> str:
+    """Return the Hugging Face name of the token embedding's module, in the current layout."""
+    return model.config.embedding.replace("/", ".")
+
+
 def stacked_layers(model: Model, path: str) -> int | None:
     """Return how many layers a leaf stacks, or None."""
-    for prefix, layers in model.family.stacks(model.config).items():
+    for prefix, layers in model.config.stacks.items():
         if path.startswith(f"{prefix}/"):
             return layers
     return None
@@ -68,7 +73,7 @@ def layer_names(model: Model, path: str) -> list[str]:
 
 def disk_places(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
     """Return {tensor name in the current layout: its `Place`} for leaves of the given shapes."""
-    convolutions = model.family.disk_shapes(model.config)
+    convolutions = model.config.disk_shapes
     places = {}
     for path, shape in shapes.items():
         leaf = path.rsplit("/", 1)[1]
@@ -82,14 +87,14 @@ def disk_places(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, P
 
 def current_name(model: Model, name: str) -> str:
     """Return a tensor or module name of any layout in the current one."""
-    for pattern, replacement in model.family.RENAMES:
+    for pattern, replacement in model.config.RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def is_unused(model: Model, name: str) -> bool:
     """Return whether a tensor, named in the current layout, is one that nothing here reads."""
-    return any(re.fullmatch(pattern, name) for pattern in model.family.UNUSED)
+    return any(re.fullmatch(pattern, name) for pattern in model.config.UNUSED)
 
 
 def to_tree(path: str, tensor: np.ndarray) -> np.ndarray:

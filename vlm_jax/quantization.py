@@ -144,8 +144,8 @@ def _table(model: Model, wanted: Quantization) -> Table:
                 f"The component '{component}' has no linear layer to quantize"
                 f"{nearest(component, known)}. Those that have: {', '.join(sorted(known))}."
             )
-    rows += [(re.escape(path), DENSE) for path in model.family.disk_shapes(model.config)]
-    for pattern, owner in model.family.COMPONENTS:  # in its order, for the first row wins
+    rows += [(re.escape(path), DENSE) for path in model.config.disk_shapes]
+    for pattern, owner in model.config.COMPONENTS:  # in its order, for the first row wins
         row = f"(?={pattern}$).*/kernel"
         if any(re.fullmatch(row, path) for path in paths):
             rows.append((row, wanted.storage if owner in wanted.components else DENSE))
@@ -210,7 +210,7 @@ def _skips(model: Model, pattern: str, name: str) -> bool:
 
 def _kernels(model: Model) -> list[str]:
     """Return the paths of linear layers: convolutions are products here, but not elsewhere."""
-    convolutions = model.family.disk_shapes(model.config)
+    convolutions = model.config.disk_shapes
     paths = flatten(model.abstract())
     return [path for path in paths if path.endswith("/kernel") and path not in convolutions]
 

@@ -89,10 +89,10 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
         lora = re.fullmatch(r"(.*)/(?:lora_(?:A|B|magnitude|scale)|start_[AB])", path)
         if lora is None:
             return path
-        leaf = "embedding" if lora[1].endswith("/embed_tokens") else "kernel"
+        leaf = "embedding" if lora[1] == model.config.embedding else "kernel"
         return f"{lora[1]}/{leaf}"  # which may be in another part of the tree
 
-    rows = [*ADAPTER_AXES, *model.family.AXES]
+    rows = [*ADAPTER_AXES, *model.config.AXES]
     tables = match(rows, [kernel_of(path) for path in flat], "sharding table", unused="allow")
     axes = {}
     for path in flat:

@@ -141,7 +141,7 @@ def useful_rates(base: Path, data: Path) -> None:
     from vlm_jax.train.step import init_state, make_step
 
     encoder = Encoder(base, max_seq_length=2048)
-    small = {**encoder.model.hf_config, **SMALL}
+    small = {**encoder.hf_config, **SMALL}
     small["vision_config"] = {**small["vision_config"], **SMALL_TOWER}
     model = vlm_jax.from_config(small)
     params = model.init(jax.random.key(0))

@@ -101,12 +101,11 @@ def teach(
             leaves = [jnp.asarray(saved[name]) for name in saved.files]
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
 
-    example = model.family.layout(
-        model.config,
-        np.full(CELLS**2, model.config.image_token_id),
-        np.zeros((CELLS**2 * 4, model.config.vision.patch_values), np.float32),
-        np.array([[1, 2 * CELLS, 2 * CELLS]]),
-    )
+    media = {
+        "pixel_values": np.zeros((CELLS**2 * 4, model.config.vision.patch_values), np.float32),
+        "image_grid_thw": np.array([[1, 2 * CELLS, 2 * CELLS]]),
+    }
+    example = model.config.layout(np.full(CELLS**2, model.config.image_token_id), media)
     example |= {"tokens": np.zeros(CELLS**2, np.int32), "weights": np.zeros(CELLS**2, np.float32)}
     mesh = vlm_jax.make_mesh()
     blank = shard_batch(model.collate([[example]] * ROWS, CELLS**2, 4 * CELLS**2), mesh)

@@ -33,7 +33,7 @@ def base(family, directory):
 def inputs_for(model):
     if model.hf_config["model_type"] == "qwen2_vl":
         return qwen2_vl_inputs("mixed")
-    return llava_inputs(model.family.image_tokens(model.config))
+    return llava_inputs(model.config.image_tokens())
 
 
 def their_logits(reference, inputs):

@@ -130,7 +130,7 @@ def test_llava_logits_and_generation(tmp_path, name):
     tower, text, top = LLAVAS[name]
     reference = llava(tmp_path, tower, text, **top)
     model, params = vlm_jax.load(tmp_path)
-    per_image = model.family.image_tokens(model.config)
+    per_image = model.config.image_tokens()
     for left in (False, True):
         inputs = llava_inputs(per_image, left)
         check(reference, model, params, inputs)

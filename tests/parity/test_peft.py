@@ -31,7 +31,7 @@ def build(family, directory, factor=6.0):
         return reference, *vlm_jax.load(directory), qwen2_vl_inputs("mixed")
     reference = llava(directory, "clip", "llama", factor=factor)
     model, params = vlm_jax.load(directory)
-    return reference, model, params, llava_inputs(model.family.image_tokens(model.config))
+    return reference, model, params, llava_inputs(model.config.image_tokens())
 
 
 def moved(params, seed=3, parts=("lora_B", "merger", "projector")):
@@ -227,7 +227,7 @@ def adapted_pair(family, tmp_path, factor, **kind):
 def split(model, params):
     rows = [
         (r".*/lora_.*", "lora"),
-        (rf".*/{model.family.PROJECTOR}/.*", "full"),
+        (rf".*/{model.config.PROJECTOR}/.*", "full"),
         (".*", "frozen"),
     ]
     return rows, *vlm_jax.split(params, rows)

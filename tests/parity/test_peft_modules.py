@@ -28,7 +28,7 @@ def make(tower, directory, **options):
         return reference, *vlm_jax.load(directory), qwen2_vl_inputs("one image")
     reference = llava(directory, tower, "llama", **options)
     model, params = vlm_jax.load(directory)
-    return reference, model, params, llava_inputs(model.family.image_tokens(model.config))
+    return reference, model, params, llava_inputs(model.config.image_tokens())
 
 
 def peft_adapter(reference, directory, save=None, **options):

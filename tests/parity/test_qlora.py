@@ -39,7 +39,7 @@ def adapted_pair(family, tmp_path):
     if family == "qwen2_vl":
         inputs = qwen2_vl_inputs("mixed")
     else:
-        inputs = llava_inputs(model.family.image_tokens(model.config))
+        inputs = llava_inputs(model.config.image_tokens())
     answers = (inputs["attention_mask"] == 1) & (inputs["input_ids"] < 99)
     return twin, model, params, inputs, np.where(answers, inputs["input_ids"], -100)
 

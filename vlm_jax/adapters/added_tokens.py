@@ -10,13 +10,12 @@ from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.trees import flatten, unflatten
 
-EMBEDDING = "model/language_model/embed_tokens"
 HEAD = "lm_head"
 
 
 def is_added(path: str) -> bool:
     """Return whether a leaf holds the rows of new tokens."""
-    return path in (f"{EMBEDDING}/added", f"{HEAD}/added")
+    return path.endswith("/added")
 
 
 def add_tokens(model: Model, params: Mapping[str, Any], count: int) -> tuple[Model, dict[str, Any]]:
@@ -33,8 +32,9 @@ def add_tokens(model: Model, params: Mapping[str, Any], count: int) -> tuple[Mod
         raise UserError(f"add_tokens was asked for {count} tokens; expected 1 or more.")
     if any(is_added(path) for path in flat):
         raise UserError("These parameters hold added tokens already; export the model first.")
-    mean_D = jnp.mean(flat[f"{EMBEDDING}/embedding"].astype(jnp.float32), axis=0)
-    flat[f"{EMBEDDING}/added"] = jnp.tile(mean_D[None, :], (count, 1))
+    embedding = model.config.embedding
+    mean_D = jnp.mean(flat[f"{embedding}/embedding"].astype(jnp.float32), axis=0)
+    flat[f"{embedding}/added"] = jnp.tile(mean_D[None, :], (count, 1))
     if not model.config.text.tied:
         mean_D = jnp.mean(flat[f"{HEAD}/kernel"].astype(jnp.float32), axis=1)
         flat[f"{HEAD}/added"] = jnp.tile(mean_D[:, None], (1, count))
@@ -69,9 +69,9 @@ def _named_ids(config: Mapping[str, Any]) -> Iterator[int]:
 def fold_added(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return flat parameters with new rows appended to the embedding and the head."""
     folded = {path: leaf for path, leaf in flat.items() if not is_added(path)}
-    for base, leaf, axis in ((EMBEDDING, "embedding", 0), (HEAD, "kernel", 1)):
-        added = flat.get(f"{base}/added")
-        if added is not None:
-            old = folded[f"{base}/{leaf}"]
-            folded[f"{base}/{leaf}"] = jnp.concatenate([old, added.astype(old.dtype)], axis=axis)
+    for path in filter(is_added, flat):
+        base = path.removesuffix("/added")
+        leaf, axis = (f"{base}/kernel", 1) if base == HEAD else (f"{base}/embedding", 0)
+        old = folded[leaf]
+        folded[leaf] = jnp.concatenate([old, flat[path].astype(old.dtype)], axis=axis)
     return folded

@@ -29,7 +29,7 @@ INIT: dict[str, tuple[Callable, Callable]] = {
 
 def _width(model: Model, stack: str) -> int:
     """Return the width of the blocks of a stack."""
-    text = stack.startswith("model/language_model/")
+    text = model.component(f"{stack}/kernel") == "language_model"
     return model.config.text.hidden_size if text else model.config.vision.width
 
 
@@ -99,7 +99,7 @@ def shapes(model: Model, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Return {path: shape} of the leaves of an adapter. Raises `UserError` for what it lacks."""
     check_known(adapter)
     found: dict[str, tuple[int, ...]] = {}
-    for stack, layers in model.family.stacks(model.config).items():
+    for stack, layers in model.config.stacks.items():
         if model.component(f"{stack}/kernel") not in adapter.components:
             continue
         wide = _width(model, stack)

@@ -19,8 +19,8 @@ from vlm_jax.adapters.added_tokens import is_added
 from vlm_jax.adapters.bottleneck import check_no_adapter
 from vlm_jax.adapters.modules_to_save import bias_leaves, saved_leaves
 from vlm_jax.adapters.targets import (
-    EMBEDDING_LEAF,
     Slot,
+    embedding_leaf,
     is_uniform,
     rank_mask,
     scales,
@@ -104,7 +104,7 @@ def add_lora(
     hits = target_modules(model, params, lora)
     kernels = list(hits)
     _check_overlap(model, params, lora, kernels)
-    if lora.dora and EMBEDDING_LEAF in kernels:
+    if lora.dora and embedding_leaf(model) in kernels:
         raise UserError(
             "DoRA is asked for on 'embed_tokens', but an embedding has no columns whose norms "
             "DoRA's learned ones could replace here. Take it out of the targets, or set dora=False."
@@ -117,7 +117,7 @@ def add_lora(
         base = path.rsplit("/", 1)[0]
         start: dict[str, Any] = {}
         shape_a, shape_b = (*layers, inputs, rank), (*layers, rank, outputs)
-        if path == EMBEDDING_LEAF:
+        if path == embedding_leaf(model):
             if name not in ("true", "gaussian"):
                 raise UserError(
                     f"init_lora_weights={lora.init!r} is not defined for an embedding, in PEFT "
@@ -268,7 +268,7 @@ def merged_leaf(
     base, kernel = path.rsplit("/", 1)[0], _one(flat[path], layer)
     if not path.endswith(("/kernel", "/embedding")) or f"{base}/lora_A" not in flat:
         return kernel
-    if path == EMBEDDING_LEAF and model.config.text.tied:
+    if path == embedding_leaf(model) and model.config.text.tied:
         raise UserError(
             "The embedding has LoRA matrices and this model's head is tied to it: the matrices "
             "change the embedding alone, as in PEFT, so merging would untie them. Keep the "

@@ -64,7 +64,7 @@ def peft_module(model: Model, modules: Iterable[str], name: str) -> str | None:
     several layouts.
     """
     if name in PROJECTOR_NAMES:
-        return model.family.PROJECTOR
+        return model.config.PROJECTOR
     for known in (name, current_name(model, f"{name}.").removesuffix(".")):
         if known and any(module.endswith(known) for module in modules):
             return known

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD
+from vlm_jax.adapters.added_tokens import HEAD
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import PATTERNS, check_patterns
 from vlm_jax.model import Model
+from vlm_jax.models import MODELS
 from vlm_jax.models.layers.linear import LoRAScale
 from vlm_jax.models.methods import LoRA
 from vlm_jax.names import layer_names, layers_of
@@ -26,8 +27,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "vit": ("qkv", "proj"),
 }
 # The projector by our name, by LLaVA's old one, and by what families call it.
-PROJECTOR_NAMES = ("projector", "mm_projector", "multi_modal_projector", "merger")
-EMBEDDING_LEAF = f"{EMBEDDING}/embedding"
+PROJECTOR_NAMES = {"projector", "mm_projector", *(f.PROJECTOR for f in MODELS.values())}
 
 
 ALPHA = 1e9  # as of a config, see RANGES
@@ -66,16 +66,21 @@ class Slot(NamedTuple):
     scale: float
 
 
+def embedding_leaf(model: Model) -> str:
+    """Return the path of the token embedding's weight."""
+    return f"{model.config.embedding}/embedding"
+
+
 def adaptable(model: Model, params: Mapping[str, Any]) -> list[str]:
     """Return the kernels that can have matrices, in the tree's order, and the embedding.
 
     Not those of convolutions: PEFT gives them another kind of LoRA.
     """
-    convolutions = model.family.disk_shapes(model.config)
+    convolutions = model.config.disk_shapes
     return [
         path
         for path in flatten(params)
-        if (path.endswith("/kernel") and path not in convolutions) or path == EMBEDDING_LEAF
+        if (path.endswith("/kernel") and path not in convolutions) or path == embedding_leaf(model)
     ]
 
 
@@ -284,7 +289,7 @@ def _in_layers(lora: LoRA, modules: set[str]) -> set[str]:
 def _chosen(model: Model, homes: Mapping[str, str], lora: LoRA) -> set[str]:
     """Return the modules that lora.targets means; homes: {module: its kernel} of all."""
     parts = {module: model.component(path) for module, path in homes.items()}
-    embeddings = [module for module, path in homes.items() if path == EMBEDDING_LEAF]
+    embeddings = [module for module, path in homes.items() if path == embedding_leaf(model)]
     inside = [m for m, part in parts.items() if part in lora.components and m not in embeddings]
     linear = [m for m in inside if parts[m] != "head"]  # PEFT's leaves the output layer alone
     meant = resolve_targets(lora.targets, homes, linear, [*inside, *embeddings])

@@ -13,7 +13,7 @@ from vlm_jax.data.lengths import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media.access import Access
 from vlm_jax.data.media.headers import KINDS, Grids, Media
 from vlm_jax.data.media.image_settings import check_processor, make_processor, read_settings
-from vlm_jax.data.media.processors import Grid, ImageProcessor, look_up
+from vlm_jax.data.media.processors import ImageProcessor, look_up
 from vlm_jax.data.media.video_processor import (
     VideoProcessor,
     make_video_processor,
@@ -26,8 +26,8 @@ from vlm_jax.data.text.chat import TRAIN_ON, Chat
 from vlm_jax.data.text.template import BadTemplate
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import MAX_IMAGE_PIXELS, read_json
-from vlm_jax.model import from_config
-from vlm_jax.models.pixel_table import LookUp
+from vlm_jax.models import read_config
+from vlm_jax.models.family import Grid
 
 ON_BAD_EXAMPLE = ("raise", "skip")
 # What of a checkpoint directory the sizes of examples hang on.
@@ -111,13 +111,13 @@ class Encoder:
                 f"'{directory}' is no checkpoint directory: it has no config.json. Expected the "
                 f"local directory of a Hugging Face checkpoint."
             )
-        self.model = from_config(read_json(path))
+        self.hf_config = read_json(path)
+        self.config = config = read_config(self.hf_config)
         self.directory = str(directory)
         self.max_seq_length, self.max_patches = max_seq_length, max_patches
         self.overlong = overlong
         self.train_on, self.on_bad_example = train_on, on_bad_example
         self.image_folder = None if image_folder is None else str(image_folder)
-        config = self.model.config
         self.directories = [str(one) for one in (adapter, directory) if one is not None]
         self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id, adapter)
         settings = read_settings(*self.directories)
@@ -129,7 +129,7 @@ class Encoder:
                 max_pixels=max_pixels,
                 image_resolution=image_resolution or None,
             )
-            check_processor(processor, self.model, self.directory)
+            check_processor(processor, config, self.directory)
         video_processor: VideoProcessor | None = None
         settings = read_video_settings(*self.directories)
         if config.video_token_id is not None and settings is not None:
@@ -143,7 +143,7 @@ class Encoder:
             )
         self.media = Media(
             directory=self.directory,
-            model_type=str(self.model.hf_config["model_type"]),
+            model_type=self.hf_config["model_type"],
             takes_video=config.video_token_id is not None,
             processor=processor,
             video_processor=video_processor,
@@ -195,22 +195,18 @@ class Encoder:
     def example(self, record: Record, bytes_only: bool = False, still: bool = False) -> Example:
         """Return the record's `vlm_jax.batch.Example`, as `collate` takes it.
 
-        bytes_only: with patches in uint8, for `look_up` to give them their values. still: of one
-        frame then, which stands for all, unless the example holds a video.
+        bytes_only: with patches in uint8, for `models.pixel_table` to give them values. still: of
+        one frame then, which stands for all, unless the example holds a video.
         """
         fitted = self.fit(record)
         still = still and not fitted.record["videos"]
         return self._example(self._decode(fitted, bytes_only, still))
 
     @property
-    def look_up(self) -> LookUp | None:
-        """What turns the bytes of `example` into values; None where images and videos differ."""
-        family, config = self.model.family, self.model.config
+    def value_table(self) -> np.ndarray | None:
+        """The values of the bytes of `example` [3, 256]; None where images and videos differ."""
         tables = list(self.media.tables().values()) or [np.zeros((3, 256), np.float32)]
-        if any((table != tables[0]).any() for table in tables):
-            return None
-        holds_pixels = functools.partial(family.holds_pixels, config)
-        return LookUp(tables[0], family.patch_axes(config), holds_pixels)
+        return tables[0] if all((table == tables[0]).all() for table in tables) else None
 
     def prompt(self, record: Record) -> Example:
         """Return the example of a conversation up to where the assistant is to write; no weights.
@@ -288,18 +284,15 @@ class Encoder:
 
     def grounded(self, record: Record) -> Record:
         """Return a canonical record with its objects and boxes written as the family does."""
-        return fill(record, self.model, self.tokenizer, lambda: self.media.headers(record)["image"])
-
-    def patches(self, grid: Grid) -> int:
-        """Return how many patch slots of a row one image or video of this grid takes."""
-        if grid is None:
-            return self.model.family.patch_unit(self.model.config)
-        return int(np.prod(grid))
+        sizes = lambda: self.media.headers(record)["image"]  # noqa: E731
+        return fill(
+            record, self.config.GROUNDING, self.hf_config["model_type"], self.tokenizer, sizes
+        )
 
     def most_patches(self) -> int:
         """Return how many patch slots one image takes at most, whatever its size."""
         largest = None if self.media.processor is None else self.media.processor.largest
-        return self.patches(None) if largest is None else largest
+        return self.config.image_patches() if largest is None else largest
 
     def most_video_patches(self) -> int:
         """Return how many patch slots one video takes at most, whatever its length."""
@@ -316,7 +309,7 @@ class Encoder:
     ) -> Batch:
         """Return the `Batch` of rows of examples; see `vlm_jax.batch.collate`, and `example`."""
         pixels = np.uint8 if bytes_only else np.float32
-        return self.model.collate(rows, length, patches, pixels, padded, still)
+        return self.config.collate(rows, length, patches, pixels, padded, still)
 
     def image_settings(self) -> dict[str, Any] | None:
         """Return the preprocessor_config.json that serves images as they were trained on."""
@@ -347,15 +340,14 @@ class Encoder:
         media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
         given = {name: arrays[name] for name in media if arrays[name] is not None}
         tokens = arrays["tokens"]
-        layout = self.model.family.layout(self.model.config, tokens, **given)
+        layout = self.config.layout(tokens, given)
         return {"tokens": tokens, "weights": arrays["weights"], **layout}
 
     def _patches(self, grids: Grids) -> int:
-        return sum(self.patches(grid) for kind in KINDS for grid in grids[kind])
+        return sum(self.config.image_patches(grid) for kind in KINDS for grid in grids[kind])
 
     def _features(self, grids: Sequence[Grid]) -> list[int]:
-        family, config = self.model.family, self.model.config
-        return [family.image_tokens(config, grid) for grid in grids]
+        return [self.config.image_tokens(grid) for grid in grids]
 
     def _all_features(self, grids: Grids) -> dict[str, list[int]]:
         return {kind: self._features(grids[kind]) for kind in KINDS}

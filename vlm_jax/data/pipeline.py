@@ -267,7 +267,7 @@ class Pipeline:
         JSON-able; `batches(next state)` goes on behind this batch, bit for bit, with any number of
         workers, without decoding or measuring what came before its window. Begin with None or
         {"epoch": 0, "step": 0}. Raises `UserError` where the state belongs to other records or
-        another batch size. bytes_only: with patches in uint8, for `encoder.look_up` to give them
+        another batch size. bytes_only: with patches in uint8, for `models.pixel_table` to give them
         their values where they are used; of one frame where no row of the step holds a video.
         """
         next(iter(self.planner.steps(state)))  # a state that does not fit is told here and now
@@ -328,11 +328,10 @@ class Pipeline:
     ) -> tuple[Shape | None, list[Shape], list[Shape]]:
         """Return the capacity of a packed row, None without packing; the ladder of shapes that the
         sample asks for; and those beyond it, for what the sample did not foresee."""
-        family, config = self.encoder.model.family, self.encoder.model.config
-        unit = family.patch_unit(config)
+        unit = self.encoder.config.patch_unit
         length, limit = self.encoder.max_seq_length, self.encoder.max_patches
         tokens, patches = (int(n) for n in sizes.max(0))
-        most = round_up((length or tokens) * family.merged_patches(config), unit)  # its tokens'
+        most = round_up(self.encoder.config.patches_of(length or tokens), unit)  # its tokens'
         if limit is not None:
             most = min(most, max(limit // unit, 1) * unit)
         if self.all_measured:

@@ -42,7 +42,7 @@ def pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]
     if encoder.media.pixels is None:
         return [(None, "")]
     low, high = encoder.media.pixels
-    unit = encoder.model.family.cell(encoder.model.config) ** 2
+    unit = encoder.config.cell**2
     areas = []
     for index in _sample(len(records)):
         try:
@@ -107,8 +107,7 @@ def choose_row(encoder: Encoder, sizes: np.ndarray) -> RowChoice:
     99 of 100 examples fit as they are. Packing is on where its rows cost clearly less to compute
     than padded ones.
     """
-    family, model_config = encoder.model.family, encoder.model.config
-    unit = family.patch_unit(model_config)
+    unit = encoder.config.patch_unit
     length = round_up(int(np.quantile(sizes[:, 0], 0.99, method="higher")))
     fitting = sizes[sizes[:, 0] <= length]
     patches = round_up(int(fitting[:, 1].max()), unit)
@@ -116,7 +115,7 @@ def choose_row(encoder: Encoder, sizes: np.ndarray) -> RowChoice:
     rows = min(8, len(fitting))
     padded = sum(rows * cost(np.array(shape)) for _, shape in group(fitting, rows, shapes))
     packed_length = max(length, LEAST_ROW)
-    most = round_up(packed_length * family.merged_patches(model_config), unit)
+    most = round_up(encoder.config.patches_of(packed_length), unit)
     slots = max(patch_capacity(fitting, packed_length, most, unit), patches)
     packed = pack(fitting, (packed_length, slots))
     filled = row_sizes(packed, fitting)

@@ -95,7 +95,7 @@ def _plan(
             f"expected answer, or set evaluation.accuracy=false.{first_error}"
         )
     measured = np.array(sizes)
-    unit = encoder.model.family.patch_unit(encoder.model.config)
+    unit = encoder.config.patch_unit
     cap = (round_up(int(measured[:, 0].max())), round_up(int(measured[:, 1].max()), unit))
     shapes = choose_shapes(measured, cap, MAX_SHAPES, unit)
     return [

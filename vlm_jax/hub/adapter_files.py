@@ -219,7 +219,7 @@ def load_adapter(
         found[current_name(model, f"{module}.{part}.{leaf}")] = tensor
     components = tuple(
         model.component(f"{stack}/kernel")
-        for stack in model.family.stacks(model.config)
+        for stack in model.config.stacks
         if any(name.startswith(f"{stack.replace('/', '.')}.") for name in found)
     )
     adapter = dataclasses.replace(adapter, components=components or adapter.components)

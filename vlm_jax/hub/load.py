@@ -18,7 +18,7 @@ from vlm_jax.hub.leaves import Tensor, read_leaf
 from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_tensor
 from vlm_jax.hub.unread_weights import check_base
 from vlm_jax.model import Model, Source, from_config
-from vlm_jax.names import Place, current_name, disk_places
+from vlm_jax.names import Place, current_name, disk_places, embedding_name
 from vlm_jax.quantization import Quantize, described, storages
 from vlm_jax.sharding import param_shardings
 from vlm_jax.trees import flatten, match, unflatten
@@ -88,7 +88,7 @@ def _check(model: Model, found: dict[str, Entry], places: dict[str, Place], dire
     named = {current_name(model, name): name for name in found}
     _check_layers(model, named, directory)
     missing = [name for name in places if name not in named]
-    allowed = [(pattern, True) for pattern in model.family.UNUSED] + [(".*", False)]
+    allowed = [(pattern, True) for pattern in model.config.UNUSED] + [(".*", False)]
     extra = [name for name in named if name not in places]
     if model.config.text.tied:  # the head is the embedding; a copy of it on disk is not read
         extra = [name for name in extra if name != "lm_head.weight"]
@@ -133,7 +133,7 @@ def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:
     """Raise where the files hold another number of layers than config.json says."""
-    for stack, layers in model.family.stacks(model.config).items():
+    for stack, layers in model.config.stacks.items():
         layer = re.compile(rf"{re.escape(stack.replace('/', '.'))}\.(\d{{1,9}})\.")
         found = {int(hit[1]) for name in named if (hit := layer.match(name))}
         if found and max(found) + 1 != layers:
@@ -159,7 +159,7 @@ def _check_tied_head(model: Model, found: dict[str, Entry]) -> None:
     head = named.get("lm_head.weight")
     if not model.config.text.tied or head is None:
         return
-    embedding = named["model.language_model.embed_tokens.weight"]
+    embedding = named[f"{embedding_name(model)}.weight"]
     if not np.array_equal(read_tensor(found[head]), read_tensor(found[embedding])):
         raise UserError(
             f"config.json ties the head to the embedding, but '{head}' differs from "

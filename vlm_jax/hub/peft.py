@@ -17,7 +17,7 @@ import numpy as np
 from vlm_jax.adapters.added_tokens import HEAD, fold_added, is_added
 from vlm_jax.adapters.lora_init import starts_from_kernel
 from vlm_jax.adapters.modules_to_save import base_places, bias_places, module_names, saved_modules
-from vlm_jax.adapters.targets import EMBEDDING_LEAF, adaptable, layer_number, means, slots
+from vlm_jax.adapters.targets import adaptable, embedding_leaf, layer_number, means, slots
 from vlm_jax.errors import UserError
 from vlm_jax.hub.base import base_is_here, base_tensors
 from vlm_jax.hub.peft_config import NO_TARGETS, config_of
@@ -25,18 +25,16 @@ from vlm_jax.hub.peft_files import PREFIX, Home, Matrices, to_tensors, unstacked
 from vlm_jax.model import Model
 from vlm_jax.models.layers.linear import less_start
 from vlm_jax.models.methods import LoRA
-from vlm_jax.names import Place, disk_places, layers_of, to_disk, to_tree
+from vlm_jax.names import Place, disk_places, embedding_name, layers_of, to_disk, to_tree
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
-
-EMBEDDING_TENSOR = "model.language_model.embed_tokens.weight"
 
 
 def module_homes(model: Model, params: Mapping[str, Any]) -> dict[str, Home]:
     """Return {Hugging Face module name: where its matrices lie} of what can be adapted."""
-    flat = flatten(params)
+    flat, embedding = flatten(params), embedding_leaf(model)
     return {
-        module: Home(path[: path.rindex("/") + 1], layer, flat[path].shape, path == EMBEDDING_LEAF)
+        module: Home(path[: path.rindex("/") + 1], layer, flat[path].shape, path == embedding)
         for path in adaptable(model, flat)
         for module, layer in layers_of(model, path).items()
     }
@@ -63,7 +61,7 @@ def _targets(model: Model, modules: set[str], adapted: set[str]) -> dict[str, An
     if not adapted:  # modules_to_save alone; an empty list is an error to peft
         return {"target_modules": NO_TARGETS, **fields}
     suffixes = sorted({_suffix(module) for module in adapted})
-    regex = rf".*(?:{model.family.VISION}|{model.family.PROJECTOR}).*"
+    regex = rf".*(?:{model.config.VISION}|{model.config.PROJECTOR}).*"
     hit = {module for module in modules if means(tuple(suffixes), module)}
     numbers = {module: layer_number(module, ()) for module in hit}
     some = {numbers[module] for module in adapted}
@@ -208,10 +206,11 @@ def save_peft(
         base_model_name_or_path=model.source.repo if model.source else None,
         revision=model.source.revision if model.source else None,
     )
-    if model.config.text.tied and EMBEDDING_TENSOR in held:
+    embedding = f"{embedding_name(model)}.weight"
+    if model.config.text.tied and embedding in held:
         # Or peft would replace the embedding and leave the head at the base's values.
         config["ensure_weight_tying"] = True
-        tensors[f"{PREFIX}{HEAD}.weight"] = tensors[f"{PREFIX}{EMBEDDING_TENSOR}"]
+        tensors[f"{PREFIX}{HEAD}.weight"] = tensors[f"{PREFIX}{embedding}"]
     write_adapter(directory, tensors, config)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD, add_tokens
+from vlm_jax.adapters.added_tokens import HEAD, add_tokens
 from vlm_jax.adapters.modules_to_save import (
     base_places,
     module_names,
@@ -27,7 +27,7 @@ from vlm_jax.adapters.targets import (
 from vlm_jax.distributed.processes import to_host
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import check_patterns
-from vlm_jax.hub.peft import EMBEDDING_TENSOR, module_homes
+from vlm_jax.hub.peft import module_homes
 from vlm_jax.hub.peft_config import read_config
 from vlm_jax.hub.peft_files import (
     Key,
@@ -42,7 +42,7 @@ from vlm_jax.hub.tensors import read_header, read_tensors
 from vlm_jax.hub.unread_weights import PEFT_WEIGHTS, adapter_weights
 from vlm_jax.model import Model, with_adapter_files
 from vlm_jax.models.layers.linear import is_lora
-from vlm_jax.names import Place, current_name, is_unused, to_tree
+from vlm_jax.names import Place, current_name, embedding_name, is_unused, to_tree
 from vlm_jax.trees import flatten, unflatten
 
 EMBEDDING_END = "embed_tokens.weight"
@@ -189,7 +189,7 @@ def _check_kind(
 ) -> None:
     """Raise for DoRA on an embedding and LoRA on a head tied to it: none is held here."""
     what, tied = None, model.config.text.tied
-    embedding, head = said.name == EMBEDDING.replace("/", "."), said.name.startswith(HEAD)
+    embedding, head = said.name == embedding_name(model), said.name.startswith(HEAD)
     if embedding and said.leaf == "lora_magnitude":
         what = "DoRA on an embedding"
     elif embedding and said.leaf and tied and config.get("ensure_weight_tying"):
@@ -211,8 +211,9 @@ def _check_tied(
     """Refuse an embedding and a head that are one here and two in the adapter."""
     if not model.config.text.tied:
         return
-    embedding, head = full.get(EMBEDDING_TENSOR), full.get(f"{HEAD}.weight")
-    place, why = places[EMBEDDING_TENSOR], None
+    name = f"{embedding_name(model)}.weight"
+    embedding, head = full.get(name), full.get(f"{HEAD}.weight")
+    place, why = places[name], None
     if head is not None and embedding is not None and np.array_equal(head, embedding):
         return
     if head is not None and (embedding is not None or not _is_base(head, flat, place)):
@@ -236,7 +237,7 @@ def _check_adaptable(
     place = places.get(f"{module}.weight")
     if place is None:
         return
-    convolution = place.path in model.family.disk_shapes(model.config)
+    convolution = place.path in model.config.disk_shapes
     what = "a convolution, the patch embedding" if convolution else "no linear layer"
     suffix = module.split(".")[-1]
     raise UserError(

@@ -32,7 +32,7 @@ from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import DTYPES, open_tensors
 from vlm_jax.model import Model
 from vlm_jax.models.layers.linear import is_lora
-from vlm_jax.names import Place, current_name, disk_places, is_unused, to_disk
+from vlm_jax.names import Place, current_name, disk_places, embedding_name, is_unused, to_disk
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit, bnb, dense
 from vlm_jax.weights.quantize import kind as kind_of
@@ -96,7 +96,7 @@ def save_pretrained(
         }
 
     if model.config.text.tied:  # the head is the embedding, though some files write it again
-        head = next(name for name in places if name.endswith("embed_tokens.weight"))
+        head = f"{embedding_name(model)}.weight"
         names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
     for name, (current, _) in names.items():
         if current not in places and not is_unused(model, current):

@@ -1,15 +1,36 @@
-"""The model families by Hugging Face's `model_type`; each is one file.
+"""The model families by Hugging Face's `model_type`; docs/ADD_A_MODEL.md says how to add one.
 
-A family module holds: Config.from_hf, Module, image_tokens, layout, pixels, cell, values_per_image,
-patch_unit, HAS_GRIDS, merged_patches, disk_shapes, stacks, unused_parameters, COMPONENTS, RENAMES,
-UNUSED, PROJECTOR, VISION, ARCHITECTURE, AXES. docs/ADD_A_MODEL.md says what each is.
+Nothing here imports JAX: a family's Linen module is loaded by `Model.module`.
 """
 
-from types import ModuleType
+from collections.abc import Mapping
+from typing import Any
 
-from vlm_jax.models import llava, qwen2_vl
+from vlm_jax.errors import UserError, nearest
+from vlm_jax.models.family import Family
+from vlm_jax.models.llava import Llava
+from vlm_jax.models.qwen2_vl import Qwen2VL
 
-MODELS: dict[str, ModuleType] = {
-    "llava": llava,
-    "qwen2_vl": qwen2_vl,
+MODELS: dict[str, type[Family]] = {
+    "llava": Llava,
+    "qwen2_vl": Qwen2VL,
 }
+
+
+def read_config(hf_config: Mapping[str, Any]) -> Family:
+    """Return the family's sizes in a Hugging Face config.json.
+
+    Raises `UserError` for an unknown family or a field whose meaning is not known.
+    """
+    if not isinstance(hf_config, Mapping):
+        raise UserError(
+            f"The config.json holds no JSON object but {hf_config!r:.80}. Take the config.json "
+            f"that belongs to the checkpoint."
+        )
+    model_type = hf_config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        raise UserError(
+            f"The config.json has model_type {model_type!r}, which is not supported"
+            f"{nearest(str(model_type), MODELS)}. Supported: {', '.join(MODELS)}."
+        )
+    return MODELS[model_type].from_hf(dict(hf_config))

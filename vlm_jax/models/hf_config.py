@@ -15,6 +15,9 @@ NAMES = {
     list: "a list",
 }
 
+# What `layers.activations` computes, by Hugging Face's names.
+ACTIVATION_NAMES = tuple("gelu gelu_new gelu_pytorch_tanh quick_gelu relu silu swish tanh".split())
+
 # Fields that describe a file, an initialisation or text generation, and change no computation here.
 IRRELEVANT = frozenset(
     """_name_or_path architectures dtype torch_dtype transformers_version model_type use_cache

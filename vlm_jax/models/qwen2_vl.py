@@ -1,41 +1,105 @@
-"""Qwen2-VL (https://arxiv.org/abs/2409.12191): the tower of qwen2_vit.py, and M-RoPE.
+"""Qwen2-VL (https://arxiv.org/abs/2409.12191): images of any size in patches, and M-RoPE.
 
-Letters: B rows, T tokens, P patches, C values a patch, D model, E tower width, F merged features.
+Letters: T tokens, P patches, C values a patch, I images.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
 import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import number
-from vlm_jax.models.decoder import AXES as DECODER_AXES
-from vlm_jax.models.decoder import Decoder, DecoderConfig, decoder_from_hf
-from vlm_jax.models.hf_config import Fields
-from vlm_jax.models.layers.activations import ACTIVATIONS
-from vlm_jax.models.layers.bottleneck import Bottleneck
-from vlm_jax.models.layers.linear import LoRAScale
-from vlm_jax.models.qwen2_vit import Tower, Visual
-from vlm_jax.models.vlm import VisionLanguageModel
+from vlm_jax.models.decoder_config import AXES as DECODER_AXES
+from vlm_jax.models.decoder_config import DecoderConfig, decoder_from_hf
+from vlm_jax.models.family import Family, Grid, Grounding
+from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.positions import mrope, vision_positions, vision_segments
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Tower:
+    """Sizes of the vision tower; patch_values = channels x frames x size x size."""
+
+    depth: int
+    width: int
+    num_heads: int
+    intermediate_size: int
+    activation: str
+    theta: float
+    merge: int
+    patch_values: int
+    patch_shape: tuple[int, int, int, int]
+
+
+def _published(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    tied: bool = False,
+) -> dict[str, Any]:
+    """Return the flat config.json that the Qwen2-VL checkpoints carry."""
+    vision = {
+        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+        "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+        "temporal_patch_size": 2, "hidden_size": hidden,
+    }  # fmt: skip
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
+        "video_token_id": 151656, "hidden_act": "silu", "hidden_size": hidden,
+        "initializer_range": 0.02, "intermediate_size": intermediate,
+        "max_position_embeddings": 32768, "max_window_layers": layers, "model_type": "qwen2_vl",
+        "num_attention_heads": heads, "num_hidden_layers": layers, "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": tied, "torch_dtype": "bfloat16", "transformers_version": "4.41.2",
+        "use_cache": True, "use_sliding_window": False, "vocab_size": vocabulary,
+        "vision_config": vision,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+
+
+def _check_copies(
+    decoder: DecoderConfig,
+    read: Callable[[dict[str, Any]], DecoderConfig],
+    text: dict[str, Any],
+    copies: dict[str, Any],
+) -> None:
+    """Raise where the top level's copies of nested fields would make another decoder.
+
+    transformers reads the nested ones since 4.52 and the top level before. Where both describe
+    one decoder, as a sliding window does that nothing uses, there is nothing to choose.
+    """
+    try:
+        same = read({**text, **copies}) == decoder
+    except UserError:
+        same = False
+    if not same:
+        differ = ", ".join(
+            f"'{name}' (as {value!r} and nested as {text[name]!r})"
+            for name, value in copies.items()
+        )
+        raise UserError(
+            f"The config.json gives {differ} twice, at the top and in text_config, and the two "
+            f"describe different decoders. transformers reads text_config since 4.52 and the top "
+            f"level before: delete the wrong ones."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2VL(Family):
     """What the computation depends on; `from_hf` reads a config.json, flat (4.x) or nested."""
 
-    text: DecoderConfig
     vision: Tower
-    image_token_id: int
-    video_token_id: int
 
     @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> "Config":
+    def from_hf(cls, raw: dict[str, Any]) -> "Qwen2VL":
         top = Fields(raw, "config.json", "vision_token_id spatial_merge_size")
         vision = Fields(top.take("vision_config", kind=dict), "config.json, vision_config")
         tied = top.take("tie_word_embeddings", False)
@@ -84,7 +148,7 @@ class Config:
             width=width,
             num_heads=heads,
             intermediate_size=int(width * vision.positive("mlp_ratio", 4.0)),
-            activation=vision.require("hidden_act", tuple(ACTIVATIONS), "quick_gelu"),
+            activation=vision.require("hidden_act", ACTIVATION_NAMES, "quick_gelu"),
             theta=float(Fields(rope, vision.where).positive("rope_theta", 10000.0)),
             merge=vision.size("spatial_merge_size", 2),
             patch_values=math.prod(shape),
@@ -93,222 +157,148 @@ class Config:
         vision.finish()
         return cls(decoder, tower, image, video)
 
-
-def _check_copies(
-    decoder: DecoderConfig,
-    read: Callable[[dict[str, Any]], DecoderConfig],
-    text: dict[str, Any],
-    copies: dict[str, Any],
-) -> None:
-    """Raise where the top level's copies of nested fields would make another decoder.
-
-    transformers reads the nested ones since 4.52 and the top level before. Where both describe
-    one decoder, as a sliding window does that nothing uses, there is nothing to choose.
-    """
-    try:
-        same = read({**text, **copies}) == decoder
-    except UserError:
-        same = False
-    if not same:
-        differ = ", ".join(
-            f"'{name}' (as {value!r} and nested as {text[name]!r})"
-            for name, value in copies.items()
-        )
-        raise UserError(
-            f"The config.json gives {differ} twice, at the top and in text_config, and the two "
-            f"describe different decoders. transformers reads text_config since 4.52 and the top "
-            f"level before: delete the wrong ones."
-        )
-
-
-class Body(nn.Module):
-    """`model` in the checkpoint: the tower and the decoder, named as there."""
-
-    cfg: Config
-    dtype: Any
-    lora: LoRAScale | None
-    remat: str
-    adapter: Bottleneck | None
-
-    def setup(self) -> None:
-        how = (self.dtype, self.lora, self.remat, self.adapter)
-        self.visual = Visual(self.cfg.vision, self.cfg.text.hidden_size, *how)
-        self.language_model = Decoder(self.cfg.text, *how)
-
-    def features(self, batch) -> jax.Array:
-        return self.visual(batch)
-
-
-class Module(VisionLanguageModel):
-    """`apply({"params": params}, batch)` gives float32 logits [B, T, V]."""
-
-    def make_body(self) -> nn.Module:
-        return Body(self.cfg, self.dtype, self.lora, self.remat, self.adapter)
-
-
-def image_tokens(cfg: Config, grid_thw: tuple[int, int, int] | None) -> int:
-    """Return how many placeholders an image or video of this grid (in patches) stands for."""
-    assert grid_thw is not None
-    t, h, w = (int(n) for n in grid_thw)
-    return t * h * w // cfg.vision.merge**2
-
-
-def _media(cfg: Config, tokens, kind: str, values, grids, token_id: int):
-    """Return (patches [P, C], grids [I, 3], token slots) of one kind; raise where they disagree."""
-    grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
-    grids = grids.reshape(-1, 3)
-    values = np.zeros((0, cfg.vision.patch_values), np.float32) if values is None else values
-    values, whole = np.asarray(values), cfg.vision.patch_values
-    one_frame = values.dtype == np.uint8 and (whole // cfg.vision.patch_shape[1],)
-    if values.shape[1:] not in ((whole,), one_frame):
-        raise UserError(
-            f"The pixel values of {kind}s must be [patches, {whole}]; they are "
-            f"{list(values.shape)}. Take them from the checkpoint's own processor."
-        )
-    slots = np.flatnonzero(tokens == token_id)
-    wanted = sum(image_tokens(cfg, tuple(grid)) for grid in grids)
-    if len(slots) != wanted or len(values) != int(grids.prod(axis=1).sum()):
-        raise UserError(
-            f"An example holds {len(slots)} {kind} tokens and {len(values)} patches, but its "
-            f"{len(grids)} {kind} grids {grids.tolist()} stand for {wanted} tokens and "
-            f"{int(grids.prod(axis=1).sum())} patches. Tokens and images must agree exactly: check "
-            f"that nothing was truncated and that pixel settings are the same on both sides."
-        )
-    return values, grids, slots
-
-
-def layout(
-    cfg: Config,
-    tokens: np.ndarray,
-    pixel_values: np.ndarray | None = None,
-    image_grid_thw: np.ndarray | None = None,
-    pixel_values_videos: np.ndarray | None = None,
-    video_grid_thw: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Return one example's arrays of `Batch` beside its tokens; images first, then videos.
-
-    tokens int [T] without padding; pixel_values [P, C] and grids [I, 3] as the reference's
-    processor gives them, or bytes, of which one frame may stand for all. Raises `UserError` where
-    placeholders and patches disagree.
-    """
-    images, image_grids, image_slots = _media(
-        cfg, tokens, "image", pixel_values, image_grid_thw, cfg.image_token_id
+    MODULE = "vlm_jax.models.qwen2_vl_module:Module"
+    PROJECTOR = "merger"
+    VISION = "visual"
+    COMPONENTS = [
+        (r"model/visual/merger/.*", "projector"),
+        (r"model/visual/.*", "vision"),
+        (r"model/language_model/embed_tokens/.*", "embeddings"),
+        (r"model/language_model/.*", "language_model"),
+        (r"lm_head/.*", "head"),
+    ]
+    AXES = [
+        (r"model/visual/.*/(qkv|fc1|0)/kernel", ("embed", "wide")),
+        (r"model/visual/.*/(proj|fc2|2)/kernel", ("wide", "embed")),
+        (r"model/visual/.*(scale|bias)", (None,)),
+        *DECODER_AXES,
+    ]
+    RENAMES = [
+        (r"^visual\.", "model.visual."),
+        (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+    ]
+    UNUSED = [r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq"]
+    HAS_GRIDS = True
+    GROUNDING = Grounding(
+        "<|object_ref_start|>{}<|object_ref_end|>", "<|box_start|>{}<|box_end|>", 1000
     )
-    videos, video_grids, video_slots = _media(
-        cfg, tokens, "video", pixel_values_videos, video_grid_thw, cfg.video_token_id
-    )
-    image_index = np.full(len(tokens), -1, np.int32)
-    image_index[image_slots] = np.arange(len(image_slots))
-    image_index[video_slots] = len(image_slots) + np.arange(len(video_slots))
-    grids = np.concatenate([image_grids, video_grids])
-    merge = cfg.vision.merge
-    return {
-        "positions": mrope(
-            tokens, image_grids, video_grids, merge, cfg.image_token_id, cfg.video_token_id
-        ),
-        "image_index": image_index,
-        # Tens of megabytes: copied only where there are both.
-        "patches": np.concatenate([images, videos])
-        if len(images) and len(videos)
-        else (videos if len(videos) else images),
-        "patch_segments": vision_segments(grids),
-        "patch_positions": vision_positions(grids, merge),
+    KNOWN = {
+        "Qwen/Qwen2-VL-2B-Instruct": _published(1536, 8960, 28, 12, 2, 151936, tied=True),
+        "Qwen/Qwen2-VL-7B-Instruct": _published(3584, 18944, 28, 28, 4, 152064),
+        "Qwen/Qwen2-VL-72B-Instruct": _published(8192, 29568, 80, 64, 8, 152064),
     }
+    KNOWN_IMAGES = {"min_pixels": 3136, "max_pixels": 12845056}
 
+    def image_tokens(self, grid: Grid = None) -> int:
+        return self.image_patches(grid) // self.patch_unit
 
-def pixels(cfg: Config, patches: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Return [frames, height, width, channels] of one segment's patches [P, C], `layout`'s inverse.
+    def values_per_image(self, grid: Grid = None) -> int:
+        return self.image_patches(grid)
 
-    positions int [P, 2]: `patch_positions`. A still image fills all frames with the same pixels.
-    """
-    channels, frames, size, _ = cfg.vision.patch_shape
-    height, width = (int(n) + 1 for n in positions.max(0))
-    grid = np.zeros((height, width, channels, frames, size, size), patches.dtype)
-    grid[positions[:, 0], positions[:, 1]] = patches.reshape(-1, channels, frames, size, size)
-    return grid.transpose(3, 0, 4, 1, 5, 2).reshape(frames, height * size, width * size, channels)
+    def image_patches(self, grid: Grid = None) -> int:
+        assert grid is not None
+        return math.prod(int(n) for n in grid)
 
+    @property
+    def patch_unit(self) -> int:
+        return self.vision.merge**2
 
-def cell(cfg: Config) -> int:
-    """Return the side in pixels of what one image feature sees."""
-    return cfg.vision.patch_shape[-1] * cfg.vision.merge
+    @property
+    def unit_features(self) -> int:
+        return 1
 
+    @property
+    def patch_axes(self) -> tuple[int, int, int]:
+        channels, frames, height, width = self.vision.patch_shape
+        return channels, frames, height * width
 
-def values_per_image(cfg: Config, grid_thw: tuple[int, int, int] | None) -> int:
-    """Return how many rows of the processor's pixel_values one image or video takes."""
-    assert grid_thw is not None
-    return int(np.prod(grid_thw))
+    def _media(self, tokens: np.ndarray, kind: str, values: Any, grids: Any, token_id: int | None):
+        """Return (patches [P, C], grids [I, 3], token slots) of a kind; raise where they differ."""
+        grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
+        grids = grids.reshape(-1, 3)
+        whole = self.vision.patch_values
+        values = np.zeros((0, whole), np.float32) if values is None else np.asarray(values)
+        one_frame = values.dtype == np.uint8 and (whole // self.vision.patch_shape[1],)
+        if values.shape[1:] not in ((whole,), one_frame):
+            raise UserError(
+                f"The pixel values of {kind}s must be [patches, {whole}]; they are "
+                f"{list(values.shape)}. Take them from the checkpoint's own processor."
+            )
+        slots = np.flatnonzero(tokens == token_id)
+        wanted, patches = sum(map(self.image_tokens, grids)), sum(map(self.image_patches, grids))
+        if len(slots) != wanted or len(values) != patches:
+            raise UserError(
+                f"An example holds {len(slots)} {kind} tokens and {len(values)} patches, but its "
+                f"{len(grids)} {kind} grids {grids.tolist()} stand for {wanted} tokens and "
+                f"{patches} patches. Tokens and images must agree exactly: check "
+                f"that nothing was truncated and that pixel settings are the same on both sides."
+            )
+        return values, grids, slots
 
+    def layout(self, tokens: np.ndarray, media: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return `Family.layout`, images first, then videos.
 
-def merged_patches(cfg: Config) -> int:
-    """Return how many patches of a row make one image feature."""
-    return cfg.vision.merge**2
+        pixel_values [P, C], image_grid_thw [I, 3], pixel_values_videos, video_grid_thw. Patches
+        may be bytes, and of one frame that stands for all.
+        """
+        images, image_grids, image_slots = self._media(
+            tokens, "image", media.get("pixel_values"), media.get("image_grid_thw"),
+            self.image_token_id,
+        )  # fmt: skip
+        videos, video_grids, video_slots = self._media(
+            tokens, "video", media.get("pixel_values_videos"), media.get("video_grid_thw"),
+            self.video_token_id,
+        )  # fmt: skip
+        image_index = np.full(len(tokens), -1, np.int32)
+        image_index[image_slots] = np.arange(len(image_slots))
+        image_index[video_slots] = len(image_slots) + np.arange(len(video_slots))
+        grids = np.concatenate([image_grids, video_grids])
+        merge = self.vision.merge
+        return {
+            "positions": mrope(
+                tokens, image_grids, video_grids, merge, self.image_token_id, self.video_token_id
+            ),
+            "image_index": image_index,
+            # Tens of megabytes: copied only where there are both.
+            "patches": np.concatenate([images, videos])
+            if len(images) and len(videos)
+            else (videos if len(videos) else images),
+            "patch_segments": vision_segments(grids),
+            "patch_positions": vision_positions(grids, merge),
+        }
 
+    def pixels(self, patches: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return `Family.pixels`; a still image fills all frames with the same pixels."""
+        channels, frames, size, _ = self.vision.patch_shape
+        height, width = (int(n) + 1 for n in positions.max(0))
+        grid = np.zeros((height, width, channels, frames, size, size), patches.dtype)
+        grid[positions[:, 0], positions[:, 1]] = patches.reshape(-1, channels, frames, size, size)
+        image = grid.transpose(3, 0, 4, 1, 5, 2)
+        return image.reshape(frames, height * size, width * size, channels)
 
-def patch_unit(cfg: Config) -> int:
-    """Return what the number of patches of a row must be a multiple of."""
-    return cfg.vision.merge**2
+    def holds_pixels(self, positions: Any) -> Any:
+        return positions[..., 0] >= 0
 
+    @property
+    def cell(self) -> int:
+        return self.vision.patch_shape[-1] * self.vision.merge
 
-def patch_axes(cfg: Config) -> tuple[int, int, int]:
-    """Return what the values of a patch are, outermost first: channels, frames, pixels of one."""
-    channels, frames, height, width = cfg.vision.patch_shape
-    return channels, frames, height * width
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "merge_size": self.vision.merge,
+            "patch_size": self.vision.patch_shape[-1],
+        }
 
+    @property
+    def stacks(self) -> dict[str, int]:
+        return {
+            "model/visual/blocks": self.vision.depth,
+            "model/language_model/layers": self.text.num_layers,
+        }
 
-def holds_pixels(cfg: Config, positions: Any) -> Any:
-    """Return which patch slots of an image hold pixels, by their `patch_positions` [..., 2]."""
-    return positions[..., 0] >= 0
-
-
-def stacks(cfg: Config) -> dict[str, int]:
-    """Return the layers that are stacked in the tree: {prefix: number of layers}."""
-    return {
-        "model/visual/blocks": cfg.vision.depth,
-        "model/language_model/layers": cfg.text.num_layers,
-    }
-
-
-def disk_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Return the convolutions: {path of the kernel: its shape on disk, outputs first}."""
-    return {"model/visual/patch_embed/proj/kernel": (cfg.vision.width, *cfg.vision.patch_shape)}
-
-
-def unused_parameters(cfg: Config) -> int:
-    """Return how many parameters the reference has in the tensors of `UNUSED`: buffers are none."""
-    return 0
-
-
-# How a reference and a box are written, and what a picture's sides count as.
-GROUNDING = (
-    "<|object_ref_start|>{}<|object_ref_end|>",
-    "<|box_start|>{}<|box_end|>",
-    1000,
-)
-HAS_GRIDS = True  # each image has its own size
-IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # what cuts it, in the reference
-ARCHITECTURE = "Qwen2VLForConditionalGeneration"
-# Parameter path -> component; first match wins.
-COMPONENTS = [
-    (r"model/visual/merger/.*", "projector"),
-    (r"model/visual/.*", "vision"),
-    (r"model/language_model/embed_tokens/.*", "embeddings"),
-    (r"model/language_model/.*", "language_model"),
-    (r"lm_head/.*", "head"),
-]
-# Logical axes of the parameters; first match wins.
-AXES = [
-    (r"model/visual/.*/(qkv|fc1|0)/kernel", ("embed", "wide")),
-    (r"model/visual/.*/(proj|fc2|2)/kernel", ("wide", "embed")),
-    (r"model/visual/.*(scale|bias)", (None,)),
-    *DECODER_AXES,
-]
-# Any layout of tensor names in use -> the current one; every row is applied, in order.
-RENAMES = [
-    (r"^visual\.", "model.visual."),
-    (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
-]
-# Tensors that the computation never reads; kept on export.
-UNUSED = [r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq"]
-# The modules of the projector and of the vision side, by the names PEFT uses.
-PROJECTOR = "merger"
-VISION = "visual"
+    @property
+    def disk_shapes(self) -> dict[str, tuple[int, ...]]:
+        shape = (self.vision.width, *self.vision.patch_shape)
+        return {"model/visual/patch_embed/proj/kernel": shape}

@@ -3,6 +3,7 @@
 Letters: B rows, T tokens, F image features a row, D model, V vocabulary.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.batch import Batch
+from vlm_jax.models.family import Family
 from vlm_jax.models.layers.bottleneck import Bottleneck
 from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.models.layers.partition import gather_places
+
+# Here, as the data side makes batches without JAX.
+jax.tree_util.register_dataclass(Batch, [field.name for field in dataclasses.fields(Batch)], [])
 
 
 def place_features(x_BTD: jax.Array, features_BFD: jax.Array, image_index_BT: jax.Array):
@@ -39,11 +44,11 @@ def noise_size(segments_BT: jax.Array, width: int, alpha: float) -> jax.Array:
 class VisionLanguageModel(nn.Module):
     """A tower, a projector, a decoder and a head over one `Batch`.
 
-    cfg: the family's `Config`. dtype: compute dtype. lora: alpha and dropout where the tree holds
+    cfg: sizes. dtype: compute dtype. lora: alpha and dropout where the tree holds
     LoRA leaves. remat: a key of `layers.scan.REMAT`. adapter: how bottleneck adapters compute.
     """
 
-    cfg: Any
+    cfg: Family
     dtype: Any = jnp.float32
     lora: LoRAScale | None = None
     remat: str = "none"
@@ -57,6 +62,10 @@ class VisionLanguageModel(nn.Module):
         if not self.cfg.text.tied:
             self.lm_head = Linear(self.cfg.text.vocab_size, False, self.dtype, self.lora)
 
+    @property
+    def decoder(self) -> Any:
+        return getattr(self.model, self.cfg.TEXT)
+
     def see(self, batch: Batch) -> jax.Array:
         """Return the projected image features [B, F, D]."""
         return self.model.features(batch)
@@ -66,32 +75,35 @@ class VisionLanguageModel(nn.Module):
 
         noise: NEFTune's alpha; above 0 the embeddings of text get uniform noise of rng "noise".
         """
-        x_BTD = self.model.language_model.embed_tokens(batch.tokens)
+        x_BTD = self.decoder.embed_tokens(batch.tokens)
         if noise > 0:
             size_BT = noise_size(batch.segments, x_BTD.shape[-1], noise)
             drawn_BTD = jax.random.uniform(self.make_rng("noise"), x_BTD.shape, minval=-1.0)
             x_BTD += (size_BT[:, :, None] * drawn_BTD).astype(x_BTD.dtype)
         if batch.patches.shape[1] == 0 and not self.is_initializing():
             return x_BTD
-        return place_features(x_BTD, self.model.features(batch), batch.image_index)
+        features_BFD, index_BT = self.model.features(batch), batch.image_index
+        if self.cfg.LEARNED_FEATURES:  # index -2 is the last of a row's features
+            index_BT += jnp.where(index_BT < -1, features_BFD.shape[1] + 1, 0)
+        return place_features(x_BTD, features_BFD, index_BT)
 
     def hidden(self, batch: Batch, cache: Any = None, noise: float = 0.0) -> tuple[jax.Array, Any]:
         """Return final hidden states [B, T, D] and the cache, filled where one is given.
 
         noise: see `embed`.
         """
-        decoder = self.model.language_model
-        return decoder(self.embed(batch, noise), batch.positions, batch.segments, cache)
+        x_BTD = self.embed(batch, noise)
+        return self.decoder(x_BTD, batch.positions, batch.segments, cache)
 
     def decode(self, tokens_BT, positions, segments_BT, cache) -> tuple[jax.Array, Any]:
         """Return hidden states [B, T, D] of text that follows what the cache holds."""
-        decoder = self.model.language_model
-        return decoder(decoder.embed_tokens(tokens_BT), positions, segments_BT, cache)
+        x_BTD = self.decoder.embed_tokens(tokens_BT)
+        return self.decoder(x_BTD, positions, segments_BT, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return float32 [..., V]: the loss and sampling need the full precision."""
         tied = self.cfg.text.tied
-        head = self.model.language_model.embed_tokens.attend if tied else self.lm_head
+        head = self.decoder.embed_tokens.attend if tied else self.lm_head
         return head(hidden).astype(jnp.float32)
 
     def __call__(self, batch: Batch) -> jax.Array:

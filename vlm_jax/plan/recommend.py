@@ -113,7 +113,7 @@ def recommend(
     count = len(records)
     band = next(one for one in BANDS if count < one.below)
     methods = _suited(band.method)
-    in_4_bits = bool(encoder.model.hf_config.get("quantization_config"))
+    in_4_bits = bool(encoder.hf_config.get("quantization_config"))
     if in_4_bits:
         methods = [at for at in methods if METHODS[at].quantize]
     start = methods[0]

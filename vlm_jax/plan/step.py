@@ -136,7 +136,7 @@ def prepare(
     parts = config.training.gradient_accumulation_steps
     shards = over.shape["data"] * over.shape["fsdp"]
     tokens = _whole("tokens", tokens, config.data.max_seq_length)
-    unit = model.family.patch_unit(model.config)
+    unit = model.config.patch_unit
     patches = _whole("patches", patches, image_patches(config, model, tokens), unit, least=0)
     rows = _whole("rows", rows, rows_of(config, over), shards * parts)
     run = make_step(model, tx, parts, **step_options(config))

@@ -16,9 +16,6 @@ from vlm_jax.trees import flatten
 
 # Components in the order in which values flow through them, and so gradients back.
 ORDER = ("vision", "projector", "embeddings", "language_model", "head")
-# The last product of a block or of an adapter: its result is only added, so it is not computed
-# again, unless an adapter reads it.
-LAST = ("down_proj", "fc2", "adapter_up")
 KERNELS = ("kernel", "lora_A", "lora_B", "added", "start_A", "start_B")
 # Remat policies under which a block's products with weights are computed again, and how much of
 # attention's two products is: with its result kept, the scores alone.
@@ -65,7 +62,7 @@ def count(
     trainable, frozen: trees of arrays, shapes or 4-bit leaves. Every position of a row counts as
     carrying loss: the head does less where few do.
     """
-    cfg, family, trained = model.config, model.family, set(flatten(trainable))
+    cfg, trained = model.config, set(flatten(trainable))
     leaves = {**flatten(frozen), **flatten(trainable)}
     owner = {path: model.component(path) for path in leaves}
     trains = {owner[path] for path in trained}
@@ -75,14 +72,13 @@ def count(
     again = model.remat in PRODUCTS_AGAIN
     positions = {
         "vision": rows * patches,
-        "projector": rows * patches // family.merged_patches(cfg),
+        "projector": rows * cfg.features(patches),
         "language_model": rows * tokens,
         "head": rows * tokens,
     }
-    used = max(getattr(cfg, "layers", (cfg.vision.depth,)))  # LLaVA leaves the last layers out
-    layers = {"vision": used, "language_model": cfg.text.num_layers}
+    layers = {"vision": cfg.vision_layers, "language_model": cfg.text.num_layers}
     firsts = {name: _first(name, leaves, owner) for name in ORDER}
-    stacks = tuple(f"{prefix}/" for prefix in family.stacks(cfg))
+    stacks = tuple(f"{prefix}/" for prefix in cfg.stacks)
     read = () if model.adapter is None else model.adapter.components
     if model.adapter is not None and model.adapter.form.reads == "input":
         read = ()
@@ -100,7 +96,9 @@ def count(
             back, redone = enters["head"], True
         elif in_stack:
             back = inside[component]
-            last = module in LAST and name != "lora_A"
+            # The last product of a block or of an adapter is only added, so it is not computed
+            # again, unless an adapter reads it.
+            last = module in (*cfg.LAST, "adapter_up") and name != "lora_A"
             if module != "adapter_up" and component in read:
                 last = False
             redone = back and again and not last
@@ -125,11 +123,9 @@ def count(
                 found["language_model"].append(Work(once, once, once))
         elif name in KERNELS:
             found[owner[path]].append(product(path))
-    # An image of one size attends to itself; patches of other images, in a row, are masked.
-    seen = getattr(cfg.vision, "slots", patches)
     width = cfg.text.num_heads * cfg.text.head_dim
     for name, keys, wide in (
-        ("vision", seen, cfg.vision.width),
+        ("vision", cfg.attended_patches(patches), cfg.vision.width),
         ("language_model", tokens, width),
     ):
         once = 4 * positions[name] * keys * wide * layers[name]

@@ -109,7 +109,7 @@ class Reader:
 
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
-        self.family, self.config = encoder.model.family, encoder.model.config
+        self.config = encoder.config
         self.backend = encoder.tokenizer.backend_tokenizer
         # Decoders of the SentencePiece kind drop a leading space: one token always goes ahead.
         self.anchor = self.backend.encode("a", add_special_tokens=False).ids[-1:]
@@ -193,9 +193,9 @@ class Reader:
         """Return each token's kind ("" for text), the number of its picture (0), the pictures."""
         index = np.asarray(batch.image_index[row])[here]
         of_patch = np.asarray(batch.patch_segments[row])  # [P], and P may be 0
-        merged, seen = self.family.merged_patches(self.config), index >= 0
+        seen = index >= 0
         segment = np.zeros(len(index), of_patch.dtype)
-        segment[seen] = of_patch[index[seen] * merged]
+        segment[seen] = of_patch[[self.config.patches_of(int(i)) for i in index[seen]]]
         names = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
         kinds = [
             names[token] if s else "" for token, s in zip(tokens.tolist(), segment, strict=True)
@@ -222,11 +222,11 @@ class Reader:
             places = np.flatnonzero(of_patch == segment)
             values = np.asarray(batch.patches[row])[places]
             where = np.asarray(batch.patch_positions[row])[places]
-            found = self.family.pixels(self.config, values, where)
+            found = self.config.pixels(values, where)
             frames.append(found if kind == "video" else found[:1])
             patches += len(places)
         pixels = to_bytes(np.concatenate(frames), self.tables[kind])
-        return Picture(kind, pixels, self.family.cell(self.config), len(segments), patches)
+        return Picture(kind, pixels, self.config.cell, len(segments), patches)
 
 
 def to_bytes(values: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from vlm_jax import config as configs
-from vlm_jax.adapters.added_tokens import EMBEDDING, add_tokens, is_added
+from vlm_jax.adapters.added_tokens import add_tokens, is_added
 from vlm_jax.adapters.bottleneck import add_adapter
 from vlm_jax.adapters.lora import add_lora
 from vlm_jax.adapters.lora_init import starts_from_kernel
@@ -64,7 +64,9 @@ def adapt_base(
     if m.adapter is not None:
         model, params = load_peft(model, params, m.adapter)
     adapted = [  # what a loaded adapter reaches
-        path.replace("/lora_A", "/embedding" if path.startswith(EMBEDDING) else "/kernel")
+        path.replace(
+            "/lora_A", "/embedding" if path.startswith(model.config.embedding) else "/kernel"
+        )
         for path in flatten(params)
         if path.endswith("/lora_A")
     ]

@@ -16,7 +16,6 @@ from vlm_jax.config.specs import MeshSpec, RunSpec
 from vlm_jax.data.media.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
-from vlm_jax.models.reference_configs import IMAGES
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.losses import CHUNK_POSITIONS, head_of
 from vlm_jax.train.setup import abstract_base, abstract_run, base_name
@@ -166,8 +165,8 @@ def row_shape(config: RunSpec) -> Shape:
 
 def _most_patches(config: RunSpec, model: Model, tokens: int) -> int:
     """Return the patches that so many tokens stand for, or data.max_patches where that is less."""
-    unit = model.family.patch_unit(model.config)
-    most = max(tokens * model.family.merged_patches(model.config) // unit * unit, unit)
+    unit = model.config.patch_unit
+    most = max(model.config.patches_of(tokens) // unit * unit, unit)
     return min(most, config.data.max_patches or most)
 
 
@@ -176,24 +175,17 @@ def image_patches(config: RunSpec, model: Model, tokens: int | None = None) -> i
 
     tokens: of the row, which holds no more patches than they stand for; None: data.max_seq_length.
     """
-    family, d = model.family, config.data
-    unit = family.patch_unit(model.config)
-    if not family.HAS_GRIDS:  # an image has one size
+    d, unit, own = config.data, model.config.patch_unit, model.config.image_settings
+    if own is None:  # an image has one size
         return unit
     directory, adapter = Path(base_name(config)).expanduser(), config.model.adapter
     settings = read_settings(*([] if adapter is None else [Path(adapter).expanduser()]), directory)
-    known = IMAGES.get(base_name(config), {})
+    known = model.config.KNOWN_IMAGES if base_name(config) in model.config.KNOWN else {}
     if not (settings or known or d.max_pixels or d.image_resolution):
         raise UserError(
             f"Nothing says how large an image may be: '{directory}' is no directory with image "
             f"settings. Set data.max_pixels or data.image_resolution, or give the patches of a row."
         )
-    vision = model.config.vision
-    own = {
-        "image_processor_type": family.IMAGE_PROCESSOR,
-        "merge_size": vision.merge,
-        "patch_size": vision.patch_shape[-1],
-    }
     processor = make_processor(
         settings or {**own, **known},
         min_pixels=d.min_pixels,

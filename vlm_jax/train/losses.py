@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.adapters.added_tokens import EMBEDDING, HEAD
+from vlm_jax.adapters.added_tokens import HEAD
 from vlm_jax.batch import Batch
 from vlm_jax.model import Model
 from vlm_jax.models.layers import partition
@@ -45,7 +45,7 @@ def _gather_weighted(x_BTD, targets_BT, weights_BT, chunk: int):
 
 def head_of(model: Model) -> str:
     """Return the module that gives the logits: the embedding where the head is tied to it."""
-    return EMBEDDING if model.config.text.tied else HEAD
+    return model.config.embedding if model.config.text.tied else HEAD
 
 
 def _head_gathered(model: Model, params: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax.adapters.added_tokens import EMBEDDING, is_added, spare_tokens
+from vlm_jax.adapters.added_tokens import is_added, spare_tokens
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.data.records.stream import StreamRecords
@@ -66,7 +66,9 @@ def idle_components(trained: Collection[str], images: bool) -> list[str]:
 
 def untrained_tokens(model: Model, trained: Iterable[str], tokens: Mapping[str, int]) -> list[str]:
     """Return the new tokens of a tokenizer whose rows nothing trains; see `spare_tokens`."""
-    reached = any(path.startswith(f"{EMBEDDING}/") and not is_added(path) for path in trained)
+    reached = any(
+        path.startswith(f"{model.config.embedding}/") and not is_added(path) for path in trained
+    )
     return [] if reached else spare_tokens(model, tokens)
 
 

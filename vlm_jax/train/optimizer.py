@@ -230,10 +230,6 @@ def optimizer(
     return optax.chain(clip, groups_tx)
 
 
-# Of a tower, what comes behind its blocks.
-BEHIND = r".*/(post_layernorm|norm)/.*"
-
-
 def rates_of_layers(
     model: Model, paths: Sequence[str], freeze_layers: int, vision_layer_decay: float
 ) -> dict[str, tuple[float, ...] | float]:
@@ -245,7 +241,7 @@ def rates_of_layers(
     Raises `UserError` where no block would be left.
     """
     found: dict[str, tuple[float, ...] | float] = {}
-    for prefix, count in model.family.stacks(model.config).items():
+    for prefix, count in model.config.stacks.items():
         inside = [path for path in paths if path.startswith(f"{prefix}/")]
         if not inside:
             continue
@@ -261,7 +257,7 @@ def rates_of_layers(
             found[f"{prefix}/.*"] = tuple(vision_layer_decay ** (count - i) for i in range(count))
             for path in paths:
                 if model.component(path) == "vision" and path not in inside:
-                    if not re.fullmatch(BEHIND, path):
+                    if not re.fullmatch(model.config.BEHIND, path):
                         found[re.escape(path)] = vision_layer_decay ** (count + 1)
     return found
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.batch import Batch
 from vlm_jax.data import Encoder
+from vlm_jax.models.pixel_table import LookUp
 from vlm_jax.sharding import BATCH, put, shard_batch
 from vlm_jax.train.step import TrainState
 
@@ -80,10 +81,11 @@ class Feed:
     """
 
     def __init__(self, encoder: Encoder, mesh: Any):
-        self.mesh, look_up = mesh, encoder.look_up
-        self.bytes_only = look_up is not None
+        self.mesh, table = mesh, encoder.value_table
+        self.bytes_only = table is not None
         self.look_up: Any = None
-        if look_up is not None:
+        if table is not None:
+            look_up = LookUp(table, encoder.config)
             rows = NamedSharding(mesh, PartitionSpec(BATCH))
             self.look_up = jax.jit(lambda batch: look_up(batch).patches, out_shardings=rows)
 

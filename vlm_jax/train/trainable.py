@@ -83,7 +83,7 @@ def training_table(
         method, kinds = "adapter", {r"adapter_(down|up|norm_before)/.*": 1.0}
     rows: list[tuple[str, str]] = []
     for leaves, ratio in kinds.items():
-        own = {p: ratio * scale_of(name) for p, name in model.family.COMPONENTS if name in adapted}
+        own = {p: ratio * scale_of(name) for p, name in model.config.COMPONENTS if name in adapted}
         if len(set(own.values())) == 1:  # the usual case reads better as one row
             rows.append((rf".*/{leaves}", _group(method, next(iter(own.values())))))
         else:
@@ -104,7 +104,7 @@ def training_table(
         if owners <= scales.keys() - adapted:
             continue  # the tower and the projector have rows below
         regex = rf".*{re.escape(known.replace('.', '/'))}/.*"
-        for pattern, component in model.family.COMPONENTS:
+        for pattern, component in model.config.COMPONENTS:
             if component in owners:
                 row = regex if len(owners) == 1 else f"(?={pattern}$){regex}"
                 rows.append((row, _group("full", scale_of(component))))
@@ -113,11 +113,11 @@ def training_table(
         params,
         {
             component: scale_of(component)
-            for _, component in model.family.COMPONENTS
+            for _, component in model.config.COMPONENTS
             if component in adapted or (component not in scales and lora_enabled)
         },
     )
-    for pattern, component in model.family.COMPONENTS:
+    for pattern, component in model.config.COMPONENTS:
         language = component not in scales
         if component in adapted or (language and (lora_enabled or method == "adapter")):
             rows.append((pattern, FROZEN))
@@ -175,8 +175,8 @@ def lora_modules_to_save(
     """
     names = list(modules_to_save)
     adapted = {model.component(path) for path in kernels}
-    family = model.family
-    # Qwen2-VL's projector lies inside its tower, LLaVA's beside it.
+    family = model.config
+    # The projector may lie inside the tower, as Qwen2-VL's, or beside it.
     inside = any(
         component == "projector" and re.split(r"[^\w]", pattern).count(family.VISION)
         for pattern, component in family.COMPONENTS
@@ -286,7 +286,7 @@ def count_parameters(
                 trained[name] = math.prod(place.shape)
     else:
         trained = sizes
-    every = sum(sizes.values()) + model.family.unused_parameters(model.config)
+    every = sum(sizes.values()) + model.config.unused_parameters
     every += sum(sizes[path] for path in copied)
     return sum(trained.values()), every
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data.media.processors import Grid, Pixels, look_up, picture, resize, value_table
+from vlm_jax.data.media.processors import Pixels, look_up, picture, resize, value_table
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import IMAGE_PIXELS
+from vlm_jax.models.family import Grid
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,12 @@ import numpy as np
 
 from vlm_jax.data.media.access import Access
 from vlm_jax.data.media.images import image_size, read_rgb
-from vlm_jax.data.media.processors import Grid, ImageProcessor
+from vlm_jax.data.media.processors import ImageProcessor
 from vlm_jax.data.media.video import open_video
 from vlm_jax.data.media.video_processor import VideoProcessor
 from vlm_jax.data.records.record import BadExample, Record, describe
 from vlm_jax.errors import UserError
+from vlm_jax.models.family import Grid
 
 KINDS = ("image", "video")
 Headers = dict[str, list[Any]]  # (height, width) of each image, the opened `Video` of each video

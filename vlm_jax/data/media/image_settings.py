@@ -12,7 +12,7 @@ from vlm_jax.data.media.fixed_size import Fixed
 from vlm_jax.data.media.processors import ImageProcessor, Patches
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import LARGEST, SIZE, finite, read_json
-from vlm_jax.model import Model
+from vlm_jax.models.family import Family
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 COMMON: dict[str, Any] = {
@@ -183,10 +183,9 @@ def _misfit(key: str, value: Any, default: Any) -> str | None:
     return None if fits else expected
 
 
-def check_processor(processor: ImageProcessor, model: Model, directory: str) -> None:
+def check_processor(processor: ImageProcessor, config: Family, directory: str) -> None:
     """Raise `UserError` where the processor's pixels are not what the model takes."""
-    config, family = model.config, model.family
-    side, merged = math.isqrt(processor.merged), family.merged_patches(config)
+    side, merged = math.isqrt(processor.merged), config.patch_unit if config.HAS_GRIDS else 1
     grid = None if processor.largest is None else (1, side, side)  # of one image feature
     shape = processor.empty([grid]).shape  # no pixel is made: settings may ask for any number
     pixels = {"pixel_values": np.zeros(shape, np.float32)}
@@ -195,8 +194,8 @@ def check_processor(processor: ImageProcessor, model: Model, directory: str) -> 
     try:
         if processor.merged != merged:
             raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")
-        tokens = np.full(family.image_tokens(config, grid), config.image_token_id)
-        family.layout(config, tokens, **pixels)
+        tokens = np.full(config.image_tokens(grid), config.image_token_id)
+        config.layout(tokens, pixels)
     except UserError as error:
         raise UserError(
             f"The image settings of '{directory}' (preprocessor_config.json) do not fit "

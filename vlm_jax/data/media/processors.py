@@ -14,8 +14,8 @@ from PIL import Image
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import IMAGE_PIXELS
+from vlm_jax.models.family import Grid
 
-Grid = tuple[int, int, int] | None
 Pixels = np.ndarray | Image.Image  # RGB, uint8 [H, W, 3]
 
 

@@ -2,41 +2,37 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlm_jax.data.records.grounding import BOX, REF, UNITS, WORDS, Object
 from vlm_jax.data.records.record import BadExample, Record, describe
 from vlm_jax.errors import UserError
-from vlm_jax.model import Model
-
-
-class Grounding(NamedTuple):
-    """How a family writes a reference and a box, and what it counts a picture's sides as."""
-
-    ref: str
-    box: str
-    side: int
+from vlm_jax.models.family import Grounding
 
 
 def fill(
-    record: Record, model: Model, tokenizer: Any, sizes: Callable[[], Sequence[tuple[int, int]]]
+    record: Record,
+    known: Grounding | None,
+    model_type: str,
+    tokenizer: Any,
+    sizes: Callable[[], Sequence[tuple[int, int]]],
 ) -> Record:
     """Return a canonical record with its objects written into its texts; most have none.
 
-    sizes: gives the height and width of each image. Raises `BadExample` where the family has no
-    format of boxes, and for a box outside its picture.
+    known: how the family writes them. sizes: gives the height and width of each image. Raises
+    `BadExample` where the family has no format of boxes, and for a box outside its picture.
     """
     if not any("objects" in part for m in record["messages"] for part in m["content"]):
         return record
     try:
-        grounding = _grounding(model, tokenizer)
-        known = sizes()
+        grounding = _grounding(known, model_type, tokenizer)
+        sides = sizes()
 
         def filled(part: dict[str, Any]) -> dict[str, Any]:
             rest: Iterator[Object] = iter(part.get("objects", ()))
             if "objects" not in part:
                 return part
-            text = WORDS.sub(lambda _: _written(next(rest), grounding, known), part["text"])
+            text = WORDS.sub(lambda _: _written(next(rest), grounding, sides), part["text"])
             return {"type": "text", "text": text}
 
         messages = [{**m, "content": list(map(filled, m["content"]))} for m in record["messages"]]
@@ -47,23 +43,22 @@ def fill(
     return {**record, "messages": messages}
 
 
-def _grounding(model: Model, tokenizer: Any) -> Grounding:
-    known, model_type = model.family.GROUNDING, model.hf_config["model_type"]
+def _grounding(known: Grounding | None, model_type: str, tokenizer: Any) -> Grounding:
     if known is None:
         raise UserError(
             f"It has 'objects' and the words '{REF}' or '{BOX}', but how a {model_type} model "
             f"writes objects and boxes is not known. Write them into the texts as the model is to "
             f"write them, and take 'objects' out."
         )
-    grounding, names = Grounding(*known), tokenizer.get_added_vocab()
-    for name in re.findall(r"<\|\w+\|>", grounding.ref + grounding.box):
+    names = tokenizer.get_added_vocab()
+    for name in re.findall(r"<\|\w+\|>", known.ref + known.box):
         if name not in names:
             raise UserError(
                 f"Its 'objects' are written with the token {name!r}, which the tokenizer in "
                 f"'{tokenizer.name_or_path}' does not have. Copy the checkpoint's own, or write "
                 f"the boxes into the texts."
             )
-    return grounding
+    return known
 
 
 def _written(one: Object, grounding: Grounding, sizes: Sequence[tuple[int, int]]) -> str:

@@ -1,16 +1,16 @@
-"""The vision tower of Qwen2-VL: a ViT with 2-D rotary positions, and a merger of its patches.
+"""Qwen2-VL's Linen module: a ViT with 2-D rotary positions, a merger of its patches, a decoder.
 
 https://arxiv.org/abs/2409.12191, section 2.1. Letters: B rows, P patches, C values a patch,
 D model, E tower width, F merged features.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.layers.activations import ACTIVATIONS
 from vlm_jax.models.layers.attention import attention
 from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
@@ -18,21 +18,8 @@ from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.models.layers.norm import LayerNorm
 from vlm_jax.models.layers.rope import apply_rope, grid_angles
 from vlm_jax.models.layers.scan import Stack
-
-
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    """Sizes of the vision tower; patch_values = channels x frames x size x size."""
-
-    depth: int
-    width: int
-    num_heads: int
-    intermediate_size: int
-    activation: str
-    theta: float
-    merge: int
-    patch_values: int
-    patch_shape: tuple[int, int, int, int]
+from vlm_jax.models.qwen2_vl import Qwen2VL, Tower
+from vlm_jax.models.vlm import VisionLanguageModel
 
 
 class TowerAttention(nn.Module):
@@ -145,3 +132,30 @@ class Visual(nn.Module):
         x_BPE = self.patch_embed(batch.patches)
         x_BPE, _ = self.blocks(x_BPE, (cos, sin, batch.patch_segments))
         return self.merger(x_BPE)
+
+
+class Body(nn.Module):
+    """`model` in the checkpoint: the tower and the decoder, named as there."""
+
+    cfg: Qwen2VL
+    dtype: Any
+    lora: LoRAScale | None
+    remat: str
+    adapter: Bottleneck | None
+
+    def setup(self) -> None:
+        how = (self.dtype, self.lora, self.remat, self.adapter)
+        self.visual = Visual(self.cfg.vision, self.cfg.text.hidden_size, *how)
+        self.language_model = Decoder(self.cfg.text, *how)
+
+    def features(self, batch) -> jax.Array:
+        return self.visual(batch)
+
+
+class Module(VisionLanguageModel):
+    """`apply({"params": params}, batch)` gives float32 logits [B, T, V]."""
+
+    cfg: Qwen2VL
+
+    def make_body(self) -> nn.Module:
+        return Body(self.cfg, self.dtype, self.lora, self.remat, self.adapter)

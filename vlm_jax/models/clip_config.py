@@ -1,0 +1,115 @@
+"""The sizes of a CLIP or SigLIP tower, and images cut as it takes them; `clip` computes with them.
+
+Letters: I images, S tower tokens an image (patches, with CLIP's class token first), C values a
+patch.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.files.limits import number
+from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerKind:
+    """How one tower differs from the other: its extras, and what a config.json may leave out."""
+
+    has_class_token: bool
+    patch_bias: bool
+    pre_norm: bool
+    defaults: dict[str, Any] = dataclasses.field(hash=False)
+
+
+TOWERS = {
+    "clip_vision_model": TowerKind(True, False, True, dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+    )),
+    "siglip_vision_model": TowerKind(False, True, False, dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        image_size=224, patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
+    )),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """Sizes of the vision tower. slots: S, the tower's tokens an image."""
+
+    kind: TowerKind
+    width: int
+    intermediate_size: int
+    depth: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    channels: int
+    activation: str
+    epsilon: float
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def slots(self) -> int:
+        return self.grid**2 + int(self.kind.has_class_token)
+
+
+def tower_from_hf(raw: dict[str, Any]) -> Tower:
+    where = "config.json, vision_config"
+    fields = Fields(raw, where, "vocab_size vision_use_head")
+    model_type = fields.peek("model_type", "clip_vision_model")
+    if not isinstance(model_type, str) or model_type not in TOWERS:
+        raise UserError(
+            f"The {where} has a tower of type '{model_type}', which is not supported; supported: "
+            f"{', '.join(TOWERS)}."
+        )
+    kind = TOWERS[model_type]
+
+    def size(name: str) -> Any:
+        return fields.size(name, kind.defaults[name])
+
+    fields.require("attention_dropout", (0.0, 0), 0.0)
+    tower = Tower(
+        kind=kind,
+        width=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        depth=size("num_hidden_layers"),
+        num_heads=size("num_attention_heads"),
+        image_size=size("image_size"),
+        patch_size=size("patch_size"),
+        channels=fields.size("num_channels", 3),
+        activation=fields.require("hidden_act", ACTIVATION_NAMES, kind.defaults["hidden_act"]),
+        epsilon=fields.positive("layer_norm_eps", kind.defaults["layer_norm_eps"]),
+    )
+    number("patch_values", tower.channels * tower.patch_size**2, f"{where} (channels x size^2)")
+    if tower.image_size < tower.patch_size or tower.width % tower.num_heads:
+        raise UserError(
+            f"The {where} has images of {tower.image_size} pixels in patches of "
+            f"{tower.patch_size}, and a width of {tower.width} for {tower.num_heads} heads: a "
+            f"patch must fit the image, and the heads must divide the width."
+        )
+    fields.finish()
+    return tower
+
+
+def cut_patches(vision: Tower, pixel_values: np.ndarray) -> np.ndarray:
+    """Return [I, S, C] of pixels [I, channels, height, width]; a class token's slot is zeros."""
+    size, patch, grid = vision.image_size, vision.patch_size, vision.grid
+    images = np.asarray(pixel_values)
+    if images.ndim != 4 or images.shape[1:] != (vision.channels, size, size):
+        raise UserError(
+            f"pixel_values has the shape {list(images.shape)}; this tower takes "
+            f"[images, {vision.channels}, {size}, {size}]. Check the image processor's size."
+        )
+    images = images[:, :, : grid * patch, : grid * patch]  # a convolution drops the remainder
+    images = images.reshape(len(images), vision.channels, grid, patch, grid, patch)
+    flat = images.transpose(0, 2, 4, 1, 3, 5).reshape(
+        len(images), grid * grid, vision.channels * patch * patch
+    )
+    return np.pad(flat, ((0, 0), (int(vision.kind.has_class_token), 0), (0, 0)))

@@ -1,0 +1,169 @@
+"""The sizes of a decoder, read from a Hugging Face text config; `decoder` computes with them."""
+
+import dataclasses
+from typing import Any
+
+from vlm_jax.errors import UserError
+from vlm_jax.models.hf_config import ACTIVATION_NAMES, REQUIRED, Fields
+from vlm_jax.models.rope_config import Rope, rope_from_hf
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder. windows: sliding window of each layer in tokens, or None for all."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    epsilon: float
+    activation: str
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    rope: Rope
+    windows: tuple[int, ...] | None
+    tied: bool
+
+
+# What a config.json of each decoder may leave out, as the reference's classes define it.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=None, rms_norm_eps=1e-6, rope_theta=1e4,
+        max_position_embeddings=2048,
+    ),
+    "mistral": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=1e4,
+        max_position_embeddings=131072,
+    ),
+    "qwen2": dict(
+        vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
+        max_position_embeddings=32768,
+    ),
+    "qwen2_vl_text": dict(
+        vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6,
+        max_position_embeddings=32768,
+    ),
+}  # fmt: skip
+
+
+# Logical axes of the decoder's parameters (see sharding.py), without the stacked layer axis.
+AXES = [
+    (r".*/(q|k|v|gate|up)_proj/kernel", ("embed", "wide")),
+    (r".*/(o|down)_proj/kernel", ("wide", "embed")),
+    (r".*/(q|k|v|gate|up)_proj/bias", ("wide",)),
+    (r".*/embed_tokens/embedding", ("vocab", "embed")),
+    (r"lm_head/kernel", ("embed", "vocab")),
+    (r".*/added", (None, None)),
+    (r"model/\w+/(layers/.*|norm/)(scale|bias)", (None,)),
+]
+
+
+def _window(fields: Fields) -> int | None:
+    """Return the sliding window; an absent field has its default, but a null means none."""
+    absent = fields.peek("sliding_window", REQUIRED) is REQUIRED
+    size = fields.size("sliding_window", None)
+    return 4096 if absent else size
+
+
+def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int, ...] | None:
+    """Return each layer's window as the reference applies it, or None where none has one."""
+    if model_type == "llama":
+        return None
+    if model_type == "mistral":
+        size = _window(fields)
+        return None if size is None else (int(size),) * num_layers
+    size = _window(fields)
+    first = fields.take("max_window_layers", {"qwen2": 28}.get(model_type, 80))
+    kinds = fields.take("layer_types", None, list)
+    if not fields.take("use_sliding_window", False) or size is None:
+        size = None
+    if kinds is None:
+        kinds = [
+            "sliding_attention" if size is not None and layer >= first else "full_attention"
+            for layer in range(num_layers)
+        ]
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise UserError(f"The {fields.where} has the layer types {sorted(unknown)}: not supported.")
+    if "sliding_attention" not in kinds:
+        return None
+    if size is None:
+        raise UserError(
+            f"The {fields.where} has sliding_attention layers but no sliding window "
+            f"(use_sliding_window, sliding_window)."
+        )
+    everything = 2**30  # longer than any row: a full-attention layer among windowed ones
+    return tuple(int(size) if kind == "sliding_attention" else everything for kind in kinds)
+
+
+def decoder_from_hf(
+    raw: dict[str, Any], model_type: str, tied: bool | None, where: str, irrelevant: str = ""
+) -> DecoderConfig:
+    """Return the sizes in a Hugging Face text config; raise `UserError` naming what is unknown.
+
+    tied: the value at the top level of a nested config.json; either level may tie the head.
+    """
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
+        raise UserError(
+            f"The {where} has a decoder of type '{model_type}', which is not supported; "
+            f"supported: {', '.join(DEFAULTS)}."
+        )
+    fields, defaults = Fields(raw, where, irrelevant), DEFAULTS[model_type]
+
+    def size(name: str) -> Any:
+        return fields.size(name, defaults[name])
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    # An absent field has its default, but a null means as many as there are query heads.
+    absent = fields.peek("num_key_value_heads", REQUIRED) is REQUIRED
+    kv_heads = fields.size("num_key_value_heads", None)
+    kv_heads = (defaults["num_key_value_heads"] if absent else kv_heads) or heads
+    head_dim = fields.size("head_dim", None) or hidden // heads
+    if head_dim % 2:
+        raise UserError(
+            f"The {where} has heads of {head_dim} numbers; rotary positions turn pairs, so it must "
+            f"be even: head_dim, or hidden_size / num_attention_heads."
+        )
+    if heads % kv_heads:
+        raise UserError(
+            f"The {where} has {heads} query heads on {kv_heads} key and value heads: the latter "
+            f"must divide the former."
+        )
+    layers, longest = size("num_hidden_layers"), size("max_position_embeddings")
+    theta = fields.take("rope_theta", defaults["rope_theta"])
+    scaling = fields.take("rope_scaling", None, dict)
+    rope = rope_from_hf(
+        fields.take("rope_parameters", None, dict) or scaling, theta, head_dim, longest, where
+    )
+    if model_type == "qwen2_vl_text" and not rope.mrope_section:
+        raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
+    fields.require("attention_dropout", (0.0, 0), 0.0)
+    is_qwen = model_type.startswith("qwen2")
+    llama_bias = model_type == "llama" and fields.take("attention_bias", False)
+    config = DecoderConfig(
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        epsilon=fields.positive("rms_norm_eps", defaults["rms_norm_eps"]),
+        activation=fields.require("hidden_act", ACTIVATION_NAMES, "silu"),
+        qkv_bias=is_qwen or bool(llama_bias),
+        o_bias=bool(llama_bias),
+        mlp_bias=bool(model_type == "llama" and fields.take("mlp_bias", False)),
+        rope=rope,
+        windows=_windows(fields, model_type, layers),
+        tied=bool(fields.take("tie_word_embeddings", False) or tied),
+    )
+    fields.finish()
+    return config
