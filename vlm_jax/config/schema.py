@@ -147,6 +147,7 @@ def get_config() -> ConfigDict:
     # than early_stopping_threshold: transformers' EarlyStoppingCallback. 0: never.
     t.early_stopping_patience = 0
     t.early_stopping_threshold = 0.0  # of the metric's own unit
+    t.objective = "cross_entropy"  # what a step minimises: a key of train.losses.OBJECTIVES
     t.neftune_noise_alpha = placeholder(float)  # NEFTune: noise on text embeddings, 5 is usual
     t.label_smoothing_factor = 0.0  # share of a target that all tokens of the vocabulary divide
     t.bf16 = True  # compute in bfloat16; trained weights are as param_dtype says, moments float32

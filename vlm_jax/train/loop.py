@@ -48,6 +48,7 @@ from vlm_jax.train.setup import (
     build,
     evaluates,
     make_pipeline,
+    objective_of,
     state_options,
     step_options,
 )
@@ -187,6 +188,7 @@ def _train(
             smoothing,
             held_out.wider,
             doing,
+            objective_of(config),
         )
     feed = Feed(encoder, mesh)
 
