@@ -148,6 +148,7 @@ class TrainSpec:
     # than early_stopping_threshold: transformers' EarlyStoppingCallback. 0: never.
     early_stopping_patience: int = 0
     early_stopping_threshold: float = 0.0  # of the metric's own unit
+    objective: str = "cross_entropy"  # what a step minimises: a key of train.losses.OBJECTIVES
     neftune_noise_alpha: float | None = None  # NEFTune: noise on text embeddings, 5 is usual
     # share of a target that all tokens of the vocabulary divide
     label_smoothing_factor: float = 0.0

@@ -48,6 +48,7 @@ from vlm_jax.train.setup import (
     build,
     evaluates,
     make_pipeline,
+    objective_of,
     state_options,
     step_options,
 )
@@ -159,7 +160,7 @@ def _train(
     )
     losses = held_out and compile_largest_loss(
         model, run.state, frozen, held_out.shapes, eval_rows, mesh,
-        t.label_smoothing_factor, held_out.wider, doing,
+        t.label_smoothing_factor, held_out.wider, doing, objective_of(config),
     )  # fmt: skip
     feed = Feed(encoder, mesh)
 

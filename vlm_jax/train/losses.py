@@ -1,10 +1,11 @@
-"""Next-token cross-entropy over the weighted positions only; no [B, T, V] array ever exists.
+"""What a training step minimises: next-token cross-entropy, and the table of all objectives.
 
+Logits are made of weighted positions only, chunk by chunk; no [B, T, V] array ever exists.
 Letters: B rows, T tokens, C positions of a chunk, D model, V vocabulary.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -58,6 +59,92 @@ def _head_gathered(model: Model, params: dict[str, Any]) -> dict[str, Any]:
     return unflatten({**flat, **flatten(gathered(model, unflatten(own), mesh))})
 
 
+def joined(model: Model, trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the whole tree to compute with: float32 masters are cast once, not at every use."""
+    return join(jax.tree.map(lambda leaf: leaf.astype(model.dtype), dict(trainable)), frozen)
+
+
+def summed_losses(
+    model: Model,
+    params: dict[str, Any],
+    batch: Batch,
+    rngs: dict[str, jax.Array] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    neftune_alpha: float = 0.0,
+    per_row: bool = False,
+) -> jax.Array:
+    """Return the weighted sum of tokens' cross-entropies, float32 []; per_row: of each row, [B].
+
+    Without smoothing a row's is minus the log-probability of its answer. Positions without weight
+    cost no logits: each row's weighted positions are gathered first, and chunks that hold none are
+    skipped. Options: see `cross_entropy`.
+    """
+    axis = 1 if per_row else None
+    variables, module = {"params": params}, model.module
+    batch = jax.tree.map(jnp.asarray, batch)
+    if neftune_alpha > 0:
+        if not rngs:
+            raise ValueError('Noise on embeddings needs rngs={"dropout": key}.')
+        rngs = {**rngs, "noise": jax.random.fold_in(rngs["dropout"], NOISE)}
+    x_BTD, _ = module.apply(variables, batch, None, neftune_alpha, method="hidden", rngs=rngs)
+    B, T, _ = x_BTD.shape
+    over_rows, over_tokens = partition.parts()
+    chunk = max(16, CHUNK_POSITIONS * over_rows * over_tokens // B)
+    chunk = min(T, -(-chunk // over_tokens) * over_tokens)  # its positions are spread as tokens are
+    chunks = _gather_weighted(x_BTD, batch.targets, batch.weights, chunk)
+    variables = {"params": _head_gathered(model, params)}
+    zero = functools.partial(jnp.zeros, (B,) if per_row else (), jnp.float32)
+
+    def chunk_loss(x_BCD, targets_BC, weights_BC):
+        x_BCD = partition.constrain_rows(x_BCD)
+        logits_BCV: Any = module.apply(variables, x_BCD, method="logits", rngs=rngs)
+        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
+        if label_smoothing:
+            everywhere_BC = jnp.mean(logits_BCV, axis=-1)
+            picked_BC = (1 - label_smoothing) * picked_BC + label_smoothing * everywhere_BC
+        losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
+        return jnp.sum(losses_BC * weights_BC, axis)
+
+    # The backward pass makes a chunk's logits again rather than keep them. It is the body that is
+    # computed again and not the branch, whose inputs, the head among them, a chunk would keep.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(total, inputs):
+        some = jnp.any(inputs[2] > 0)
+        return total + jax.lax.cond(some, chunk_loss, lambda *_: zero(), *inputs), None
+
+    return jax.lax.scan(body, zero(), chunks)[0]
+
+
+def cross_entropy(
+    model: Model,
+    params: dict[str, Any],
+    batch: Batch,
+    rngs: dict[str, jax.Array] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    neftune_alpha: float = 0.0,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Return (weighted sum of the tokens' cross-entropies, sum of weights, {}).
+
+    rngs: {"dropout": key} turns LoRA's dropout on. label_smoothing: the share of each target that
+    is spread over the whole vocabulary, transformers' label_smoothing_factor. neftune_alpha: above
+    0, noise of the same key on the embeddings of text, its neftune_noise_alpha.
+    """
+    total = summed_losses(
+        model, params, batch, rngs, label_smoothing=label_smoothing, neftune_alpha=neftune_alpha
+    )
+    return total, jnp.sum(batch.weights), {}
+
+
+# An objective is called as `cross_entropy` is, and returns (sum, count, {name: sum}). Micro-batches
+# are added up; sum / count of the whole batch is minimised, and {name: sum / count} is logged
+# beside it. Only what trains has a gradient, whatever else of params is used.
+Objective = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+# training.objective -> what a step minimises. To add one, write a file and add a line.
+OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy}
+
+
 def loss(
     model: Model,
     trainable: Mapping[str, Any],
@@ -68,47 +155,9 @@ def loss(
     label_smoothing: float = 0.0,
     neftune_alpha: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `(loss_sum, tokens)`: the weighted sum of cross-entropies and the sum of weights.
+    """Return `(loss_sum, tokens)` of `cross_entropy`, differentiable in `trainable`.
 
-    Differentiable in `trainable`; divide by the tokens of the whole global batch. `rngs={"dropout":
-    key}` turns LoRA's dropout on. label_smoothing: the share of each target that is spread over the
-    whole vocabulary, transformers' label_smoothing_factor. neftune_alpha: above 0, noise of the
-    same key on the embeddings of text, its neftune_noise_alpha. Positions without weight cost no
-    logits: each row's weighted positions are gathered first, and chunks that hold none are skipped.
+    Divide by the tokens of the whole global batch.
     """
-    # Float32 masters are cast once, not at every use.
-    trainable = jax.tree.map(lambda leaf: leaf.astype(model.dtype), dict(trainable))
-    params = {"params": join(trainable, frozen)}
-    module = model.module
-    batch = jax.tree.map(jnp.asarray, batch)
-    if neftune_alpha > 0:
-        if not rngs:
-            raise ValueError('Noise on embeddings needs rngs={"dropout": key}.')
-        rngs = {**rngs, "noise": jax.random.fold_in(rngs["dropout"], NOISE)}
-    x_BTD, _ = module.apply(params, batch, None, neftune_alpha, method="hidden", rngs=rngs)
-    B, T, _ = x_BTD.shape
-    over_rows, over_tokens = partition.parts()
-    chunk = max(16, CHUNK_POSITIONS * over_rows * over_tokens // B)
-    chunk = min(T, -(-chunk // over_tokens) * over_tokens)  # its positions are spread as tokens are
-    chunks = _gather_weighted(x_BTD, batch.targets, batch.weights, chunk)
-    params = {"params": _head_gathered(model, params["params"])}
-
-    def chunk_loss(x_BCD, targets_BC, weights_BC):
-        x_BCD = partition.constrain_rows(x_BCD)
-        logits_BCV: Any = module.apply(params, x_BCD, method="logits", rngs=rngs)
-        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
-        if label_smoothing:
-            everywhere_BC = jnp.mean(logits_BCV, axis=-1)
-            picked_BC = (1 - label_smoothing) * picked_BC + label_smoothing * everywhere_BC
-        losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
-        return jnp.sum(losses_BC * weights_BC)
-
-    # The backward pass makes a chunk's logits again rather than keep them. It is the body that is
-    # computed again and not the branch, whose inputs, the head among them, a chunk would keep.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def body(total, inputs):
-        some = jnp.any(inputs[2] > 0)
-        return total + jax.lax.cond(some, chunk_loss, lambda *_: jnp.float32(0.0), *inputs), None
-
-    total, _ = jax.lax.scan(body, jnp.float32(0.0), chunks)
-    return total, jnp.sum(batch.weights)
+    options = {"label_smoothing": label_smoothing, "neftune_alpha": neftune_alpha}
+    return cross_entropy(model, joined(model, trainable, frozen), batch, rngs, **options)[:2]

@@ -130,7 +130,7 @@ class Watch:
         line = {
             **self.meter.read(),
             "learning_rate": float(f"{float(self.rate(step - 1)):.6g}"),
-            **{name: value for name, value in values.items() if name.startswith("grad_norm")},
+            **{name: value for name, value in values.items() if name not in ("loss", "tokens")},
             "epoch": step / self.steps_per_epoch,
         }
         self.log.write(step, line)
@@ -194,8 +194,10 @@ def evaluated(
         sums.append(losses(state.result, frozen, feed(batch)))
         jax.block_until_ready(sums[-2:-1])  # or a stop would wait for all that is dispatched
         check()
-    total, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
-    values = {"loss": float(total / max(tokens, 1e-9))}
+    rows = [(count, total, *others.values()) for total, count, others in jax.device_get(sums)]
+    count, *totals = np.asarray(rows, np.float64).sum(0).tolist()
+    named = zip(("loss", *sums[0][2]), totals, strict=True)
+    values = {name: total / max(count, 1e-9) for name, total in named}
     e = config.evaluation
     if e.accuracy:
         assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it

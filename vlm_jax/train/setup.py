@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from vlm_jax import config as configs
 from vlm_jax import quantization
 from vlm_jax.adapters.lora_init import kind_of
+from vlm_jax.config.checks import check_choice
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.records.held_out import hold_out
@@ -25,6 +26,7 @@ from vlm_jax.model import Model, from_config
 from vlm_jax.quantization import Quantization
 from vlm_jax.sharding import check_spread, param_shardings, shard_params, used_on_mesh
 from vlm_jax.train.adapt import adapt
+from vlm_jax.train.losses import OBJECTIVES, Objective
 from vlm_jax.train.optimizer import OptimizerSettings, optimizer
 from vlm_jax.train.placement import abstract, abstract_state
 from vlm_jax.train.step import TrainState
@@ -94,6 +96,7 @@ def build(
     encoder: the base's, where it is made already.
     """
     kind_of(config.lora.init_lora_weights)  # before weights are read
+    objective_of(config)
     model, params = load_base(config, mesh)
     encoder = encoder or make_encoder(config, model)
     model, params, table = adapt(config, model, params, len(encoder.tokenizer))
@@ -199,10 +202,18 @@ def make_pipeline(
     )
 
 
+def objective_of(config: RunSpec) -> Objective:
+    """Return what a step minimises, by training.objective."""
+    name = config.training.objective
+    check_choice("training.objective", name, OBJECTIVES)
+    return OBJECTIVES[name]
+
+
 def step_options(config: RunSpec) -> dict[str, Any]:
     """Return the options of `make_step` that the config's training section sets."""
     t = config.training
     return {
+        "objective": objective_of(config),
         "label_smoothing": t.label_smoothing_factor,
         "neftune_alpha": t.neftune_noise_alpha or 0.0,
         "ema_decay": t.ema_decay,

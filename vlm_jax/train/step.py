@@ -5,6 +5,7 @@ below 1/512 of its weight would be lost each time, rounded to the nearest.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import optax
 
 from vlm_jax.batch import Batch
 from vlm_jax.model import Model
-from vlm_jax.train.losses import loss
+from vlm_jax.train.losses import Objective, cross_entropy, joined
 from vlm_jax.trees import flatten, map_leaves
 
 ROUNDING = 0x726F  # sets this key apart from dropout's and noise's of the same step
@@ -119,30 +120,30 @@ def _gradients(
     frozen: Any,
     batch: Batch,
     micro_batches: int,
-    options: Mapping[str, float],
+    objective: Objective,
 ):
-    """Return (loss_sum, tokens, gradients of loss_sum), summed over the micro-batches.
-
-    options: of `loss`.
-    """
+    """Return (sum, count, {name: sum}, gradients of the sum), summed over the micro-batches."""
     keys = jax.random.split(jax.random.fold_in(state.rng, state.step), micro_batches)
-    grad = jax.value_and_grad(
-        lambda trainable, rows, key: loss(
-            model, trainable, frozen, rows, {"dropout": key}, **options
-        ),
-        has_aux=True,
-    )
-    if micro_batches == 1:
-        (loss_sum, tokens), grads = grad(masters, batch, keys[0])
-        return loss_sum, tokens, grads
 
-    def body(total, inputs):
-        (loss_sum, tokens), grads = grad(masters, *inputs)
-        return jax.tree.map(jnp.add, total, (loss_sum, tokens, grads)), None
+    def value(trainable: Any, rows: Batch, key: jax.Array):
+        params = joined(model, trainable, frozen)
+        total, count, others = objective(model, params, rows, {"dropout": key})
+        return total, (count, others)
+
+    grad = jax.value_and_grad(value, has_aux=True)
+    if micro_batches == 1:
+        (total, (count, others)), grads = grad(masters, batch, keys[0])
+        return total, count, others, grads
+
+    def body(sums, inputs):
+        (total, (count, others)), grads = grad(masters, *inputs)
+        return jax.tree.map(jnp.add, sums, (total, count, grads)), others
 
     zeros = jax.tree.map(jnp.zeros_like, masters)
     start = (jnp.float32(0.0), jnp.float32(0.0), zeros)
-    return jax.lax.scan(body, start, (split_rows(batch, micro_batches), keys))[0]
+    sums, others = jax.lax.scan(body, start, (split_rows(batch, micro_batches), keys))
+    total, count, grads = sums
+    return total, count, jax.tree.map(lambda each: jnp.sum(each, 0), others), grads
 
 
 def make_step(
@@ -150,6 +151,7 @@ def make_step(
     tx: optax.GradientTransformation,
     micro_batches: int = 1,
     *,
+    objective: Objective = cross_entropy,
     label_smoothing: float = 0.0,
     neftune_alpha: float = 0.0,
     ema_decay: float = 0.0,
@@ -157,25 +159,29 @@ def make_step(
     """Return `step(state, frozen, batch) -> (state, metrics)`: pure, jittable, donatable.
 
     The loss is the sum over all micro-batches divided by all their answer tokens, so that the
-    gradient does not depend on how rows are split. label_smoothing, neftune_alpha: see `loss`.
-    ema_decay: of the state's moving average, where it has one. Masters of 16 bits are computed with
-    in float32 and then rounded by chance, see `stored`.
-    metrics: float32 scalars: loss, tokens, grad_norm (before clipping) and grad_norm/<component>
-    of each component that trains.
+    gradient does not depend on how rows are split. objective: of `losses.OBJECTIVES`, or any that
+    is called as those are; label_smoothing and neftune_alpha are its options. ema_decay: of the
+    state's moving average, where it has one. Masters of 16 bits are computed with in float32 and
+    then rounded by chance, see `stored`.
+    metrics: float32 scalars: loss, tokens (the objective's count) and its other means; grad_norm
+    (before clipping) and grad_norm/<component> of each component that trains.
     """
 
-    options = {"label_smoothing": label_smoothing, "neftune_alpha": neftune_alpha}
+    objective = functools.partial(
+        objective, label_smoothing=label_smoothing, neftune_alpha=neftune_alpha
+    )
 
     def step(state: TrainState, frozen: Any, batch: Batch):
         masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.trainable)
-        loss_sum, tokens, grads = _gradients(
-            model, masters, state, frozen, batch, micro_batches, options
+        loss_sum, tokens, others, grads = _gradients(
+            model, masters, state, frozen, batch, micro_batches, objective
         )
         # A batch without an answer token (all rows padding) must not turn into NaN.
         scale = 1.0 / jnp.maximum(tokens, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, masters)
-        metrics = {"loss": loss_sum * scale, "tokens": tokens}
+        metrics = {name: total * scale for name, total in others.items()}
+        metrics |= {"loss": loss_sum * scale, "tokens": tokens}
         metrics["grad_norm"] = optax.tree.norm(grads)
         parts: dict[str, dict[str, Any]] = {}
         for path, leaf in flatten(grads).items():
