@@ -295,7 +295,7 @@ def test_a_page_is_written_over_with_a_word_and_nothing_else_is(qwen, tmp_path, 
     assert "in place of the file that was there" in capsys.readouterr().err
     out.write_text("<html>my own</html>")
     assert main(arguments) == 2
-    assert "is there already, and is no file of this kind" in capsys.readouterr().err
+    assert "exists, and is not a file of this kind" in capsys.readouterr().err
     assert out.read_text() == "<html>my own</html>"
 
 

@@ -193,7 +193,7 @@ def end_tokens(model: Model, turn_end: int | None = None) -> tuple[tuple[int, ..
     if not all(isinstance(token, int) and abs(token) <= SIZE for token in (*ids, pad)):
         raise UserError(
             f"The checkpoint names eos_token_id {eos!r} and pad_token_id {pad!r}; expected whole "
-            f"numbers. Mend its generation_config.json or config.json."
+            f"numbers. Correct its generation_config.json or config.json."
         )
     return ids, pad
 

@@ -204,7 +204,7 @@ class Model:
             if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
                 raise UserError(
                     f"Row {row} holds the token ids {tokens.min()} to {tokens.max()}; the model "
-                    f"has {self.vocab_size} tokens. Add rows with add_tokens, or take the "
+                    f"has {self.vocab_size} tokens. Add rows with add_tokens, or use the "
                     f"checkpoint's own tokenizer."
                 )
             if labels is not None:
@@ -301,7 +301,7 @@ class _Media:
         """Raise where images are left over that no row has placeholders for."""
         if self.image != len(self.grids):
             raise UserError(
-                f"The batch brings {len(self.grids)} {self.kind}s, but the rows have placeholders "
+                f"The batch has {len(self.grids)} {self.kind}s, but the rows have placeholders "
                 f"for {self.image}."
             )
 
@@ -348,7 +348,7 @@ def from_config(
     """
     if not isinstance(hf_config, Mapping):
         raise UserError(
-            f"The config.json holds no JSON object but {hf_config!r:.80}. Take the config.json "
+            f"The config.json is not a JSON object but {hf_config!r:.80}. Use the config.json "
             f"that belongs to the checkpoint."
         )
     model_type = hf_config.get("model_type")

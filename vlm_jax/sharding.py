@@ -237,7 +237,7 @@ def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[st
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Return the tree with every leaf whole on every device."""
+    """Return the tree with every leaf replicated."""
     return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
 
@@ -315,7 +315,7 @@ def share_of(process: int, holders: Sequence[Sequence[int]]) -> tuple[int, int]:
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     """Return the sharding of each leaf of a `Batch`: rows over data x fsdp, tokens over context.
 
-    Patches are whole on every device of their row. Of any other tree only rows are spread.
+    Patches are replicated on the devices of their row. Of any other tree only rows are spread.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:

@@ -142,7 +142,7 @@ def add_adapter(
     flat = flatten(params)
     if any(is_adapter(path) or is_lora(path) for path in flat):
         raise UserError(
-            "These parameters hold LoRA matrices or adapters already. Merge LoRA first; to switch "
+            "These parameters hold LoRA factors or adapters already. Merge LoRA first; to switch "
             "adapters take with_adapter."
         )
     if adapter.targets:

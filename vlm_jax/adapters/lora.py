@@ -1,4 +1,4 @@
-"""LoRA on a parameter tree: fresh matrices, merging.
+"""LoRA on a parameter tree: new factors A and B, and merging them into the kernels.
 
 Layers of a stack may differ in rank and scale. Their matrices are then of the largest rank, and
 what a layer has less of it are columns of A and rows of B that are zero: each is the other's
@@ -85,7 +85,7 @@ def add_lora(
     """
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
-        raise UserError("These parameters hold LoRA matrices already; merge them first.")
+        raise UserError("These parameters hold LoRA factors already; merge them first.")
     check_no_adapter(flat, "LoRA goes on a base without")
     check_numbers(lora)
     name, _ = lora_init.kind_of(lora.init)
@@ -95,7 +95,7 @@ def add_lora(
     if lora.dora and EMBEDDING_LEAF in kernels:
         raise UserError(
             "DoRA is asked for on 'embed_tokens', but an embedding has no columns whose norms "
-            "DoRA's learned ones could replace here. Take it out of the targets, or set dora=False."
+            "DoRA's learned ones could replace here. Remove it from the targets, or set dora=False."
         )
     lora = dataclasses.replace(lora, left_out=left_out(model, hits))
     for path, one in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
@@ -108,8 +108,9 @@ def add_lora(
         if path == EMBEDDING_LEAF:
             if name not in ("true", "gaussian"):
                 raise UserError(
-                    f"init_lora_weights={lora.init!r} is not defined for an embedding, in PEFT "
-                    f"neither: take 'embed_tokens' out of the targets, or start at random (true)."
+                    f"init_lora_weights={lora.init!r} is not defined for an embedding, nor "
+                    f"in PEFT: remove 'embed_tokens' from the targets, or initialise at random "
+                    "(true)."
                 )
             a, b = jnp.zeros(shape_a, jnp.float32), jax.random.normal(one, shape_b, jnp.float32)
         elif name != "true":
@@ -144,7 +145,7 @@ def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> 
     if name in lora_init.FROM_LOSS and not four:
         raise UserError(
             f"init_lora_weights={lora.init!r} fills up what 4 bits lost, and '{path}' is dense: "
-            f"quantize the base (model.quantize=nf4), or take 'pissa'."
+            f"quantize the base (model.quantize=nf4), or use 'pissa'."
         )
     takes = name in lora_init.FROM_KERNEL
     read = _originals(model, path, kernel) if takes or name in lora_init.FROM_LOSS else None
@@ -258,7 +259,7 @@ def merged_leaf(
         return kernel
     if path == EMBEDDING_LEAF and model.config.text.tied:
         raise UserError(
-            "The embedding has LoRA matrices and this model's head is tied to it: the matrices "
+            "The embedding has LoRA factors and this model's head is tied to it: the factors "
             "change the embedding alone, as in PEFT, so merging would untie them. Keep the "
             "adapter (save_peft), or merge it with peft, which unties the head."
         )
@@ -304,8 +305,8 @@ def _merged(
     rank = a.shape[-1]
     if a.shape != (*layers, inputs, rank) or b.shape != (*layers, rank, outputs):
         raise UserError(
-            f"The LoRA matrices of '{base}' are {list(a.shape)} and {list(b.shape)}, made for "
-            f"another shape than its kernel's, {list(kernel.shape)}. Take the adapter that was "
+            f"The LoRA factors of '{base}' are {list(a.shape)} and {list(b.shape)}, made for "
+            f"another shape than its kernel's, {list(kernel.shape)}. Use the adapter that was "
             f"trained on this base."
         )
     if f"{base}/start_A" in flat:

@@ -18,7 +18,7 @@ from vlm_jax.trees import flatten
 class SavedModules:
     """The modules that an adapter holds in full.
 
-    names: those that PEFT must be told. places: the tensors in them, by their name in the current
+    names: those that PEFT needs. places: the tensors in them, by their name in the current
     layout. unused: names of further tensors in them, which nothing here reads but PEFT wants.
     """
 

@@ -30,7 +30,7 @@ EMBEDDING_LEAF = f"{EMBEDDING}/embedding"
 
 
 class Slot(NamedTuple):
-    """One module's share of a leaf: its layer (None of a leaf that is no stack), rank and scale.
+    """One module's share of a leaf: its layer (None of a leaf that is not a stack), rank and scale.
 
     Where rank is 0 the module has no matrices: its layer of them is zero and stays so.
     """

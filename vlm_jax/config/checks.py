@@ -82,7 +82,7 @@ def check(flat: Mapping[str, Any]) -> None:
     if flat["model.bnb_4bit_compute_dtype"] == "float16":
         raise UserError(
             "'model.bnb_4bit_compute_dtype' is float16, which is not supported: float16 needs loss "
-            "scaling. Take bfloat16 (any GPU since Ampere, any TPU) or float32."
+            "scaling. Use bfloat16 (any GPU since Ampere, any TPU) or float32."
         )
     for key, allowed in CHOICES.items():
         check_choice(key, flat[key], allowed)

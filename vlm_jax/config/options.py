@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="newest",
         choices=("newest", "auto"),
-        help="go on from the newest checkpoint; --resume=auto: where there is one, else begin",
+        help="resume from the newest checkpoint; --resume=auto: if there is one, else start",
     )
     train.add_argument(
         "--verbose", action="store_true", help="print all that is known of data, mesh and weights"

@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     # Learning rate of each component as a multiple of training.learning_rate; 0.0 freezes it.
     c.model.vision_encoder_lr_scale = 0.0  # of the vision tower
     c.model.projector_lr_scale = 1.0  # of the layers between tower and language model
-    c.model.language_model_lr_scale = 1.0  # of LoRA's matrices, or of all weights without LoRA
+    c.model.language_model_lr_scale = 1.0  # of LoRA factors, or of all weights without LoRA
     # Blocks of the language model that do not train, from the lowest on. Their moments are kept.
     c.model.freeze_layers = 0
     # What each block of the vision tower learns slower by than the one above it; 1.0: alike.
@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     c.lora.dropout = 0.05  # on the input of A, while training
     # Suffixes of module names, a preset (llama, qwen, gpt, bert, vit), "all-linear", or one regex
     # over whole module names. Suffixes never reach into the vision tower. None: the layers of
-    # model.adapter where it brings matrices, else the preset llama, all seven projections.
+    # model.adapter where it has LoRA factors, else the preset llama, all seven projections.
     c.lora.target_modules = placeholder(tuple)
     c.lora.modules_to_save = ()  # further modules to train in full; the projector is added itself
     c.lora.use_rslora = False  # scale by alpha / sqrt(r)
@@ -150,7 +150,7 @@ def get_config() -> ConfigDict:
     t.neftune_noise_alpha = placeholder(float)  # NEFTune: noise on text embeddings, 5 is usual
     t.label_smoothing_factor = 0.0  # share of a target that all tokens of the vocabulary divide
     t.bf16 = True  # compute in bfloat16; trained weights are as param_dtype says, moments float32
-    # float32: masters; bfloat16: half of their memory, each update rounded by chance. A base of 32
+    # float32: masters; bfloat16: half of their memory, stochastic rounding. A base of 32
     # bits is rounded to 16 once then, in layers that model.freeze_layers freezes too.
     t.param_dtype = "float32"
     t.ema_decay = 0.0  # of a moving average of trained weights, which is evaluated and exported

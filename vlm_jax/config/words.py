@@ -21,7 +21,7 @@ MEANT = {
 
 
 def overrides(words: Sequence[str], options: Iterable[str] = ()) -> dict[str, str]:
-    """Return {"section.key": value} of the words that are no options of a command.
+    """Return {"section.key": value} of the words that are not options of a command.
 
     words: "--config.lora.r=8", "--lora.r", "8", "--learning-rate=1e-4", "--method", "qlora": a key
     goes by its name alone where one section has it. A list may be several words. options: names of

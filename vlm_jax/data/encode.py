@@ -108,7 +108,7 @@ class Encoder:
         path = Path(directory, "config.json")
         if not path.is_file():
             raise UserError(
-                f"'{directory}' is no checkpoint directory: it has no config.json. Expected the "
+                f"'{directory}' is not a checkpoint directory: it has no config.json. Expected the "
                 f"local directory of a Hugging Face checkpoint."
             )
         self.model = from_config(read_json(path))

@@ -154,7 +154,7 @@ def _fail(
 def _stopped(
     here: Seat, report: Callable[[BaseException], int], words: Callable[[str], None], joined: bool
 ) -> None:
-    """End this process at once since it was told to, and the others with it."""
+    """End this process at once, as it was asked to, and the others with it."""
     if ending.acquire(blocking=False):
         with contextlib.suppress(Exception):  # the main thread may be in the midst of a line
             report(KeyboardInterrupt())
@@ -199,7 +199,7 @@ def _leave(here: Seat, code: int, words: Callable[[str], None], joined: bool = T
     if joined:
         with contextlib.suppress(Exception):
             _tell_leaving(here)
-    clear()  # last, since the main thread may go on until now
+    clear()  # last, since the main thread may run until now
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

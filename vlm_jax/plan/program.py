@@ -129,7 +129,7 @@ def estimated_seconds(compiled: jax.stages.Compiled) -> float:
     kind = _device_kind(compiled)
     clock = next((device.clock for device in DEVICES.values() if device.kind == kind), None)
     if clock is None:
-        raise UserError(f"The clock of '{kind}' is not published; take estimated_cycles.")
+        raise UserError(f"The clock of '{kind}' is not published; use estimated_cycles.")
     return cycles / clock
 
 
@@ -220,7 +220,7 @@ def _trips(program: Program, loop: Instruction) -> int:
                 return int(value[1])
     raise UserError(
         f"How often the loop '{loop.name}' runs is not known before it does: its condition holds "
-        f"no constant. The program can be compiled and run, but its time cannot be told."
+        f"no constant. The program can be compiled and run, but its time is unknown."
     )
 
 

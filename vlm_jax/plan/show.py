@@ -60,7 +60,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     parts = (("forward", "forward"), ("activations", "by activations"), ("weights", "by weights"))
     split = ", ".join(f"{words} {work[key] / work['model']:.0%}" for key, words in parts)
     yield "FLOPs of the model", flops(work["model"]), split
-    yield "  computed again", flops(work["recomputed"]), "for want of memory"
+    yield "  recomputed", flops(work["recomputed"]), "rematerialisation"
     if report.bytes_accessed is not None:
         yield "memory traffic", size(report.bytes_accessed), "a device and step, read and written"
     if report.exchanges is None:
@@ -81,7 +81,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     if speed.step is not None and report.fits:
         yield "tokens a second", f"{at_most}{speed.tokens_per_second:,.0f}", "of all devices"
         if speed.mfu is not None:
-            yield "MFU", f"{at_most}{speed.mfu:.1%}", "without what is computed again"
+            yield "MFU", f"{at_most}{speed.mfu:.1%}", "without recomputation"
     if report.cycles is not None and speed.compiler is None:
         yield "cycles", f"{report.cycles:,}", "the compiler's; the chip's clock is not published"
     yield "", "", ""

@@ -144,7 +144,7 @@ def prepare(
 
 
 def abstract_mesh(config: ConfigDict, machine: Hardware) -> AbstractMesh:
-    """Return the mesh of a config's `mesh` section over devices that nobody describes."""
+    """Return the mesh of a config's `mesh` section over devices that no topology describes."""
     m, count = config.mesh, machine.count
     if m.devices > count:
         raise UserError(f"mesh.devices is {m.devices}, but there are {count} devices.")

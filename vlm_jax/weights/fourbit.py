@@ -76,7 +76,7 @@ class FourBit:
         return (math.prod(self.shape) + 1) // 2 + size
 
     def layer(self, index: int | None) -> "FourBit":
-        """Return one layer of a stack; of a leaf that is no stack (None), itself."""
+        """Return one layer of a stack; of a leaf that is not a stack (None), itself."""
         return self if index is None else jax.tree.map(lambda array: array[index], self)
 
     def scales(self) -> jax.Array:

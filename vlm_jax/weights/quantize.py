@@ -28,7 +28,7 @@ def quantize(
     numpy arrays, and JAX's on the CPU, are quantized to bitsandbytes' very bits. Under `jit` and on
     accelerators it happens on the device; there subnormal numbers count as zero and nothing is
     refused. Raises `UserError` for inf or NaN, a block size that bitsandbytes does not know, and
-    what is no matrix of floats, naming `name`.
+    anything but a matrix of floats, naming `name`.
     """
     if isinstance(kernel, FourBit):
         raise UserError(f"{name} is quantized already, as {kernel.NAME}; dequantize it first.")
@@ -185,8 +185,8 @@ def _encode_exactly(
         if not np.isfinite(x).all():
             raise UserError(
                 f"{name} holds inf or NaN, for which there is no 4-bit code. The checkpoint is "
-                f"damaged, or its training diverged: mend it, or keep this tensor as it is by the "
-                f"quantization table."
+                f"damaged, or its training diverged: repair it, or keep this tensor as it is by "
+                f"the quantization table."
             )
         largest = np.abs(x).max(1)
         safe = np.maximum(largest, SMALLEST)[:, None]

@@ -99,7 +99,7 @@ def _open_frames(
         raise UserError("the list of frames is empty.")
     for key in ("video_start", "video_end"):
         if key in options:
-            raise UserError(f"it has {key}, but a list of frames has no seconds. Take it out.")
+            raise UserError(f"it has {key}, but a list of frames has no time. Remove it.")
     if sampling.nframes is not None:
         frames = [frames[i] for i in sampling.indices(len(frames), 1.0)]
     if len(frames) > sampling.max_frames:

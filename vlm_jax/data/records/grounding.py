@@ -51,7 +51,7 @@ def place_objects(messages: Sequence[dict[str, Any]], given: Any, where: str) ->
         if count != len(found) and not (older and count == 0 and words):
             raise UserError(
                 f"{where} has {len(found)} of what '{word}' stands for in 'objects', but its texts "
-                f"have {count} of that word. There must be one for each; take out of 'objects' "
+                f"have {count} of that word. There must be one for each; remove from 'objects' "
                 f"what no word stands for."
             )
     rest = {REF: iter(refs), BOX: iter(boxes)}

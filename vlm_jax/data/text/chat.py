@@ -139,7 +139,7 @@ class Chat:
         if not said:
             raise UserError(
                 f"The chat template of '{self.directory}' does not write the answer {ANSWER!r} of "
-                f"a conversation. Mend chat_template.jinja, or copy the checkpoint's own."
+                f"a conversation. Correct chat_template.jinja, or copy the checkpoint's own."
             )
         found = [(tail.find(end), -len(end), end) for end in self.ends if end in tail]
         name = min(found)[2] if found else self.eos
