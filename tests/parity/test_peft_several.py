@@ -129,7 +129,7 @@ def test_refused(tmp_path, place):
     bare = vlm_jax.add_lora(base, params, bare, jax.random.key(0))
     vlm_jax.save_peft(*bare, tmp_path / "bare")
     both = vlm_jax.load_peft_adapters(base, params, {"bare": tmp_path / "bare"})
-    with pytest.raises(vlm_jax.UserError, match="no LoRA matrices"):
+    with pytest.raises(vlm_jax.UserError, match="no LoRA factors"):
         vlm_jax.combine_peft_adapters(*both, {"bare": 1})
     with pytest.raises(vlm_jax.UserError, match="no adapter 'c'"):
         vlm_jax.combine_peft_adapters(model, adapters, {"c": 1})

@@ -206,7 +206,7 @@ def load_adapter(
     for key, tensor in read_tensors(file):
         parts = KEY.fullmatch(key)
         if parts is None:
-            raise UserError(f"'{file}' holds '{key}', which is no bottleneck adapter's tensor.")
+            raise UserError(f"'{file}' holds '{key}', which is not a bottleneck adapter's tensor.")
         module, _, part, number, leaf = parts.groups()
         if part == "adapter_down" and number == "0" and adapter.norm:
             continue  # the norm once more
@@ -228,7 +228,7 @@ def load_adapter(
         what = "has no place in this model" if odd[0] in found else "is missing"
         raise UserError(
             f"In '{file}' the tensor of '{odd[0]}' {what}{nearest(odd[0], places)} ({len(odd)} "
-            f"differ). It is an adapter of another base, or not whole; nothing was loaded."
+            f"differ). It is an adapter of another base, or incomplete; nothing was loaded."
         )
     for name, place in places.items():
         if found[name].shape != place.shape:
@@ -245,7 +245,7 @@ def load_adapter(
     flat = flatten(params)
     if any(is_lora(path) or is_adapter(path) for path in flat):
         raise UserError(
-            "These parameters hold LoRA matrices or an adapter already. Merge LoRA first; load "
+            "These parameters hold LoRA factors or an adapter already. Merge LoRA first; load "
             "each adapter onto the base, and switch by with_adapter."
         )
     params = unflatten({**flat, **{path: jnp.asarray(leaf) for path, leaf in leaves.items()}})

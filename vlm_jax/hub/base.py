@@ -34,7 +34,7 @@ class CheckpointFiles:
         ids = model.config.image_token_id, model.config.video_token_id
         try:
             return Chat(model.source.directory, *ids, model.source.adapter).turn_end
-        except UserError:  # whoever encodes with it is told; arrays may come from elsewhere
+        except UserError:  # `encode` reports it; arrays may come from elsewhere
             return None
 
     def tensors(self, model: Model) -> Callable[[str], np.ndarray]:

@@ -16,7 +16,7 @@ TOKENIZER = (
 )
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 COPIED = ("*.json", "*.jinja", "*.txt", *TOKENIZER, *TEMPLATE)
-# What is written anew, or belongs to how the weights came to be.
+# What is written again, or belongs to how the weights came to be.
 OTHERS = {
     *("config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"),
     *("quant_config.json",),

@@ -64,7 +64,7 @@ def resolve(
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"'{path_or_repo_id}' is no local directory, and it could not be fetched from the "
+            f"'{path_or_repo_id}' is not a local directory, and it could not be fetched from the "
             f"Hugging Face hub (revision {revision or 'main'}): {str(error).splitlines()[0]} "
             f"Check the spelling, the network, and for gated models your token."
         ) from error
@@ -76,7 +76,7 @@ def _check_not_adapter(directory: Path) -> None:
     if adapter.is_file() and not (directory / "config.json").exists():
         base = read_json(adapter).get("base_model_name_or_path")
         raise UserError(
-            f"'{directory}' is an adapter and no whole checkpoint. Give its base, {base!r} by its "
+            f"'{directory}' is an adapter, not a whole checkpoint. Give its base, {base!r} by its "
             f"own account, as the model, and this directory as the adapter."
         )
 
@@ -115,7 +115,7 @@ def _check_sizes(
         keys = ", ".join(f"{key} = {n}" for key, n in _numbers(model.hf_config) if n in wrong)
         raise UserError(
             f"The tensor '{on_disk[name]}' in '{entry.path}' has the shape {list(entry.shape)}; "
-            f"config.json asks for {list(place.shape)}{f' ({keys})' if keys else ''}. Take the "
+            f"config.json asks for {list(place.shape)}{f' ({keys})' if keys else ''}. Use the "
             f"config.json that belongs to these weights."
         )
 
@@ -141,7 +141,7 @@ def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:
             raise UserError(
                 f"The weights in '{directory}' have the layers 0 to {max(found)} of "
                 f"'{stack.replace('/', '.')}', but config.json asks for {layers} layers ({said}). "
-                f"Take the config.json that belongs to these weights."
+                f"Use the config.json that belongs to these weights."
             )
 
 
@@ -184,7 +184,7 @@ def _check_storage(
             how = "to 8 bits by 'bitsandbytes'" if method == "bitsandbytes" else f"by '{method}'"
             raise UserError(
                 f"'{directory}' holds weights quantized {how}, which are not read; what "
-                f"bitsandbytes quantized to 4 bits is. Take the checkpoint in 16 bits."
+                f"bitsandbytes quantized to 4 bits is. Use the checkpoint in 16 bits."
             )
     if quantize is not None and (config or stored):
         first = f", such as '{stored[0]}'" if stored else ""

@@ -118,7 +118,7 @@ def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.n
         }
         if isinstance(flat.get(f"{base}/kernel"), FourBit) and starts_from_kernel(model.lora):
             raise UserError(
-                f"The 4-bit kernel '{base}' was made anew when its matrices started "
+                f"The 4-bit kernel '{base}' was quantized again for its initialisation "
                 f"(init_lora_weights={model.lora.init!r}), and an adapter is for the base as it "
                 f"is: no file could mean these logits. Write a whole checkpoint with "
                 f"save_pretrained(merge=True); 'loftq' leaves the codes as they are."
@@ -128,7 +128,7 @@ def _matrices(model: Model, flat: Mapping[str, Any]) -> dict[str, dict[str, np.n
         said = np.asarray([slot.scale for slot in held], np.float32)
         if rank != max(slot.rank for slot in held) or not np.all(scale == said):
             raise UserError(
-                f"The LoRA matrices of '{base}' are of rank {rank} and of other scales than the "
+                f"The LoRA factors of '{base}' are of rank {rank} and of other scales than the "
                 f"model's LoRA says (rank {model.lora.rank}, alpha {model.lora.alpha}), so the "
                 f"file would mean other logits. Save with the model that add_lora, load_peft or "
                 f"combine_peft_adapters returned beside these parameters."
@@ -181,7 +181,7 @@ def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, P
             module = path.split("/")[-2]
             raise UserError(
                 f"The leaf '{path}' differs from the base checkpoint's tensor '{name}', but the "
-                f"adapter would leave it out: it holds the LoRA matrices and the modules of "
+                f"adapter would leave it out: it holds the LoRA factors and the modules of "
                 f"LoRA.modules_to_save. If the leaf was trained, add a module that it lies in, "
                 f"such as '{module}', to modules_to_save, or write a whole checkpoint with "
                 f"save_pretrained. If an earlier adapter was merged into it, save that model with "
@@ -192,7 +192,7 @@ def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, P
 def save_peft(
     model: Model, params: Mapping[str, Any], directory: str | Path, *, compare_base: bool = True
 ) -> None:
-    """Write a PEFT adapter: the LoRA matrices and the modules of `LoRA.modules_to_save`.
+    """Write a PEFT adapter: the LoRA factors and the modules of `LoRA.modules_to_save`.
 
     `peft.PeftModel.from_pretrained(base, directory)` then gives our logits. All else must be as in
     the base: where the files that the model was loaded from are still there, they are read once and
@@ -210,7 +210,7 @@ def save_peft(
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     if lora is None or not (matrices or lora.modules_to_save or added):
         raise UserError(
-            "There is no adapter to save: these parameters hold no LoRA matrices. For a model "
+            "There is no adapter to save: these parameters hold no LoRA factors. For a model "
             "that was trained in full use save_pretrained."
         )
     # Added tokens: the whole resized matrix, as PEFT does.
@@ -218,7 +218,7 @@ def save_peft(
     both = [module for module in matrices if f"{module}.weight" in saved.places]
     if both:
         raise UserError(
-            f"'{both[0]}' has LoRA matrices and is to be saved in full as well (modules_to_save, "
+            f"'{both[0]}' has LoRA factors and is to be saved in full as well (modules_to_save, "
             f"or rows of added tokens), which PEFT cannot hold. Merge the matrices first, or take "
             f"the module out of modules_to_save."
         )

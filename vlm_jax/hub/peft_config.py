@@ -77,7 +77,7 @@ def read_config(directory: Path, also: Sequence[str] = ()) -> dict[str, Any]:
         if not fits(config.get(name)):
             raise UserError(
                 f"The adapter_config.json in '{directory}' has {name}={config.get(name)!r}; "
-                f"expected {expected}. It is damaged: take the file that the adapter came with."
+                f"expected {expected}. It is damaged: use the file that the adapter came with."
             )
     for name, value in config.items():
         known = name in READ | HARMLESS or name in also

@@ -62,13 +62,13 @@ def load_peft(
     directory = Path(directory).expanduser()
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
-        raise UserError("These parameters hold LoRA matrices already; merge them first.")
+        raise UserError("These parameters hold LoRA factors already; merge them first.")
     if not directory.is_dir():
         raise UserError(f"There is no adapter directory '{directory}'.")
     inside = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
     if inside and not (directory / "adapter_config.json").exists():
         raise UserError(
-            f"'{directory}' is no adapter's directory, but holds some: {', '.join(inside[:6])}. "
+            f"'{directory}' is not an adapter, but holds some: {', '.join(inside[:6])}. "
             f"Give one of them, such as '{directory / inside[0]}'."
         )
     config = read_config(directory)

@@ -33,7 +33,7 @@ def load_peft_adapters(
     directories: {name: PEFT directory}. `model.apply({"params": adapters[name]}, batch)` has the
     logits that `load_peft` gives of that directory alone. Adapters may differ in rank, targets,
     scales and modules_to_save. Raises `UserError` where some are DoRA's and some are not, where one
-    brings new tokens, and as `load_peft` does.
+    has new tokens, and as `load_peft` does.
     """
     if not directories:
         raise UserError("load_peft_adapters was given no adapter: pass {name: PEFT directory}.")
@@ -146,7 +146,7 @@ def combine_peft_adapters(
     first = trees[0]
     if any(path.endswith("/lora_magnitude") for path in first):
         raise UserError(
-            "DoRA's adapters are no sums: their norms stand beside the matrices. Combine adapters "
+            "DoRA's adapters cannot be summed: each has norms beside its factors. Combine adapters "
             "without DoRA."
         )
     for tree in trees[1:]:
@@ -161,7 +161,7 @@ def combine_peft_adapters(
     ranks = {path: [_rank(tree, path) for tree in trees] for path in matrices}
     if not matrices:
         raise UserError(
-            f"The adapters {', '.join(map(repr, weights))} hold no LoRA matrices: there is nothing "
+            f"The adapters {', '.join(map(repr, weights))} hold no LoRA factors: there is nothing "
             f"to combine."
         )
     uneven = [path for path in matrices if len({rank for rank in ranks[path] if rank}) > 1]
@@ -169,7 +169,7 @@ def combine_peft_adapters(
         raise UserError(
             f"The adapters {', '.join(map(repr, weights))} have the ranks {ranks[uneven[0]]} in "
             f"'{uneven[0].rsplit('/', 1)[0]}'; 'linear' adds matrices, which asks for one rank, as "
-            f"in PEFT. Take 'cat' or 'svd'."
+            f"in PEFT. Use 'cat' or 'svd'."
         )
     hits: dict[str, list[bool]] = {}
     largest, rank = 0, rank or max(map(max, ranks.values()))

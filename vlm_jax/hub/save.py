@@ -76,7 +76,7 @@ def save_pretrained(
         quantized = four and not any(is_lora(path) for path in flat)
     if not merge and any(is_lora(path) for path in flat):
         raise UserError(
-            "These parameters hold LoRA matrices, which a plain checkpoint cannot. Pass "
+            "These parameters hold LoRA factors, which a plain checkpoint cannot. Pass "
             "merge=True, or write an adapter with save_peft."
         )
     flat = fold_added(flat)

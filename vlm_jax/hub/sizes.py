@@ -39,8 +39,8 @@ def read_hf_config(
         file = hf_hub_download(path_or_repo_id, "config.json", revision=revision, token=token)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"'{path_or_repo_id}' is no local directory, and its config.json could not be fetched "
-            f"from the Hugging Face hub (revision {revision or 'main'}): "
+            f"'{path_or_repo_id}' is not a local directory, and its config.json could not be "
+            f"fetched from the Hugging Face hub (revision {revision or 'main'}): "
             f"{str(error).splitlines()[0]} Check the spelling, the network, and for gated models "
             f"your token. {known}"
         ) from error
