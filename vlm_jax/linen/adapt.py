@@ -14,7 +14,7 @@ from vlm_jax.adapters.lora import merge as merge_lora
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
-from vlm_jax.linen.intercept import nnx_text, tell_deaf
+from vlm_jax.linen.intercept import nnx_text, warn_without_dropout
 from vlm_jax.linen.parts import Layer, Other, Site, joined, unboxed
 from vlm_jax.linen.targets import check_adapter, chosen, chosen_sites, site_shapes
 from vlm_jax.model import Model
@@ -57,7 +57,7 @@ def adapt(
     flat = flatten(params)
     held = [path for path in flat if path.endswith(("lora_A", "lora_B"))]
     if held:
-        raise UserError(f"These parameters hold LoRA matrices already ('{held[0]}').")
+        raise UserError(f"These parameters hold LoRA factors already ('{held[0]}').")
     if lora is not None:
         check_supported(lora)
     if adapter is not None:
@@ -69,11 +69,11 @@ def adapt(
     key = jax.random.key(0) if key is None else key
     if lora is not None:
         layers = tuple(chosen(found.layers, lora.targets))
-        tell_deaf("LoRA", lora.dropout, layers)
+        warn_without_dropout("LoRA", lora.dropout, layers)
         made[LORA] = _fresh(layers, lora.rank, key)
     if adapter is not None:
         sites = chosen_sites(found.sites, adapter)
-        tell_deaf("adapter", adapter.dropout, sites)
+        warn_without_dropout("adapter", adapter.dropout, sites)
         shapes = [site_shapes(site, adapter).items() for site in sites]
         made[ADAPTER] = unflatten(fresh(adapter, dict(row for one in shapes for row in one), key))
     before = {one.path: one for one in found.layers if isinstance(one, Layer)}

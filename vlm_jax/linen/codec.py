@@ -33,7 +33,7 @@ from vlm_jax.hub.unread_weights import check_adapter
 from vlm_jax.linen.adapt import adapt, check_module, check_supported
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
-from vlm_jax.linen.intercept import tell_deaf
+from vlm_jax.linen.intercept import warn_without_dropout
 from vlm_jax.linen.parts import Layer, Other, joined, unboxed
 from vlm_jax.model import Model
 from vlm_jax.models.methods import Adapter, LoRA
@@ -220,7 +220,7 @@ def load_lora(
         else:
             raise _homeless(directory, key, found, named)
     if not matrices:
-        raise UserError(f"'{file}' holds no LoRA matrices.")
+        raise UserError(f"'{file}' holds no LoRA factors.")
     tied = [layer for layer in matrices if layer.attended]
     for key, (letter, tensor) in of_head.items():
         if not any(_is_tied(layer, flat, matrices[layer], letter, tensor) for layer in tied):
@@ -233,7 +233,7 @@ def load_lora(
         )
     adapted_layers = tuple(layer for layer in layers if layer in matrices)
     lora = dataclasses.replace(lora, targets=tuple(layer.name for layer in adapted_layers))
-    tell_deaf("LoRA", lora.dropout, adapted_layers)
+    warn_without_dropout("LoRA", lora.dropout, adapted_layers)
     made = {}
     for layer in adapted_layers:
         for letter in "AB":
@@ -387,7 +387,7 @@ def load_adapter(
         what = "is missing" if path in wanted else "has no place in this module"
         raise UserError(
             f"In '{file}' the tensor '{path}' {what}{nearest(path, wanted.keys() - held.keys())}. "
-            f"It is an adapter of another module, or not whole; nothing was loaded."
+            f"It is an adapter of another module, or incomplete; nothing was loaded."
         )
     for path, leaf in held.items():
         if leaf.shape != wanted[path].shape:
