@@ -128,7 +128,7 @@ def largest(tree: Any) -> int:
 def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int = 0) -> int:
     """Return the bytes that a step's activations take; tower: whether its own are kept.
 
-    Where blocks are computed again (model.remat), a block's input is kept for the backward pass,
+    Where blocks are recomputed (model.remat), a block's input is kept for the backward pass,
     and of its inside, as of the head's logits, only one at a time is there; else all of them are.
     """
     text, vision, size = model.config.text, model.config.vision, model.dtype.itemsize
@@ -190,7 +190,7 @@ def image_patches(config: ConfigDict, model: Model, tokens: int | None = None) -
     known = IMAGES.get(base_name(config), {})
     if not (settings or known or d.max_pixels or d.image_resolution):
         raise UserError(
-            f"Nothing says how large an image may be: '{directory}' is no directory with image "
+            f"Nothing says how large an image may be: '{directory}' is not a directory with image "
             f"settings. Set data.max_pixels or data.image_resolution, or give the patches of a row."
         )
     vision = model.config.vision

@@ -49,7 +49,7 @@ def head_of(model: Model) -> str:
 
 
 def _head_gathered(model: Model, params: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters with those of the head whole on each device, for all chunks alike."""
+    """Return the parameters with those of the head replicated, for all chunks alike."""
     mesh = partition.mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
         return params
@@ -104,7 +104,7 @@ def loss(
         return jnp.sum(losses_BC * weights_BC)
 
     # The backward pass makes a chunk's logits again rather than keep them. It is the body that is
-    # computed again and not the branch, whose inputs, the head among them, a chunk would keep.
+    # recomputed and not the branch, whose inputs, the head among them, a chunk would keep.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(total, inputs):
         some = jnp.any(inputs[2] > 0)

@@ -31,7 +31,7 @@ def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sha
             )
         if processes.count() > 1 and 0 < wanted < len(devices):
             raise UserError(
-                f"mesh.devices is {wanted}, but {processes.count()} processes bring "
+                f"mesh.devices is {wanted}, but {processes.count()} processes have "
                 f"{len(devices)} devices, and all of them take part. Leave mesh.devices out."
             )
     if wanted > len(devices):

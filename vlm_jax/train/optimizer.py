@@ -254,7 +254,8 @@ def rates_of_layers(
             if freeze_layers >= count:
                 raise UserError(
                     f"model.freeze_layers is {freeze_layers}, but the language model has {count} "
-                    f"layers. Take fewer, or model.language_model_lr_scale=0.0 to freeze it all."
+                    f"layers. Freeze fewer, or set model.language_model_lr_scale=0.0 to freeze it "
+                    "all."
                 )
             found[f"{prefix}/.*"] = (0.0,) * freeze_layers + (1.0,) * (count - freeze_layers)
         if component == "vision" and vision_layer_decay < 1:

@@ -151,7 +151,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter with its image settings; it appears whole or not at all.
 
-    The tokenizer and chat template of an adapter that training went on from come along. LoRA is in
+    The tokenizer and chat template of an adapter that was trained further come along. LoRA is in
     PEFT's format, a bottleneck adapter in the `adapters` library's.
     """
     save = save_peft if model.adapter is None else save_adapter
@@ -237,7 +237,7 @@ class Exported:
     @property
     def explained(self) -> bool:
         """Whether rounding explains the difference; of kernels in 4 bits again `lost` does."""
-        # An accelerator multiplies float32 in fewer bits unless it is told otherwise.
+        # An accelerator multiplies float32 in fewer bits by default.
         dtype = self.dtype if jax.default_backend() == "cpu" else "bfloat16"
         return self.lost is not None or self.difference <= EXPLAINED[dtype] * self.deviation
 
@@ -318,7 +318,7 @@ def export(
     kernels again, as bitsandbytes stores them. `out` appears whole or not at all.
     Raises `UserError` where `out` holds files already, or the run has nothing to export.
     """
-    config, encoder = open_run(run)  # what is missing is told before weights are read
+    config, encoder = open_run(run)  # what is missing is reported before weights are read
     name = "merged" if merge else "exported"
     out = Path(run).expanduser() / name if out is None else Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -35,7 +35,7 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def stored(masters: Any, like: Any, rng: jax.Array, step: jax.Array) -> Any:
-    """Return float32 weights in the dtypes of `like`; by chance that follows from rng and step."""
+    """Return float32 weights in the dtypes of `like`; by stochastic rounding from rng and step."""
     key = jax.random.fold_in(jax.random.fold_in(rng, step), ROUNDING)
     kinds = {path: leaf.dtype for path, leaf in flatten(like).items()}
 
@@ -159,7 +159,7 @@ def make_step(
     The loss is the sum over all micro-batches divided by all their answer tokens, so that the
     gradient does not depend on how rows are split. label_smoothing, neftune_alpha: see `loss`.
     ema_decay: of the state's moving average, where it has one. Masters of 16 bits are computed with
-    in float32 and then rounded by chance, see `stored`.
+    in float32 and then rounded stochastically, see `stored`.
     metrics: float32 scalars: loss, tokens, grad_norm (before clipping) and grad_norm/<component>
     of each component that trains.
     """

@@ -47,7 +47,7 @@ def training_table(
     """Return the ordered (regex, group) rows of the usual VLM recipe for these parameters.
 
     Each component trains at its scale of the learning rate; 0.0 freezes it. Where it holds LoRA
-    matrices or bottleneck adapters these train and its other leaves are frozen, otherwise it trains
+    factors or bottleneck adapters these train and its other leaves are frozen, otherwise it trains
     in full; but the language model, its embeddings and its head are frozen where `lora_enabled` or
     there are adapters, except for `modules_to_save` (default: the model's own). loraplus_lr_ratio:
     how much faster B learns than A, LoRA+ (https://arxiv.org/abs/2402.12354). freeze_layers,
@@ -70,7 +70,7 @@ def training_table(
             key = keys.get(component, "language_model_lr_scale")
             raise UserError(
                 f"LoRA targets layers of the {component}, or adapters stand in it, but model.{key} "
-                f"is 0.0, which freezes it. Set the scale above 0, or take the {component} out of "
+                f"is 0.0, which freezes it. Set the scale above 0, or remove the {component} from "
                 f"lora.target_modules or adapter.components."
             )
 
@@ -99,7 +99,7 @@ def training_table(
             key = keys.get(min(owners), "language_model_lr_scale")
             raise UserError(
                 f"lora.modules_to_save names '{known}', but model.{key} is 0.0, which freezes it. "
-                f"Set the scale above 0 or take '{known}' out."
+                f"Set the scale above 0 or remove '{known}'."
             )
         if owners <= scales.keys() - adapted:
             continue  # the tower and the projector have rows below
@@ -170,7 +170,7 @@ def lora_modules_to_save(
 ) -> tuple[str, ...]:
     """Return the modules an adapter must hold beside its matrices: all that trains in full.
 
-    kernels: the paths that get LoRA matrices (`lora.target_kernels`), or those of adapters;
+    kernels: the paths that get LoRA factors (`lora.target_kernels`), or those of adapters;
     a component that holds one trains through these alone.
     """
     names = list(modules_to_save)
