@@ -1,4 +1,4 @@
-"""What a config adds to a base to train: LoRA, adapters or rows of tokens, and their table."""
+"""Method and training table of a run: LoRA, adapters or added tokens, by its config."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, estimated from shapes alone in a second.
+"""Memory estimate of a training step, from shapes alone.
 
 Weights, masters, moments and gradients are counted leaf by leaf. Activations follow from the sizes
 of the layers; a compiler may do better or worse: `vlm_jax.plan.compile_step` asks it.

@@ -1,4 +1,4 @@
-"""The mesh of a run: as its config says, or as large a share of a copy as its memory asks for."""
+"""The mesh of a run: as configured, or the smallest sharding that fits memory."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""How AdamW keeps a moment of a leaf: as it is or as bitsandbytes' 8-bit blocks; and where.
+"""Storage of AdamW's moments: float32 or bitsandbytes' 8-bit blocks, on the device or paged.
 
 A store sees a leaf through a view, an array of the same numbers in which its blocks are an axis.
 What is kept of a view may be cut into equal pages, updated one after the other: then it can lie in

@@ -1,4 +1,4 @@
-"""A run is asked to stop, by Ctrl-C or SIGTERM, and all of its processes stop at one step."""
+"""Preemption: on Ctrl-C or SIGTERM all processes of a run stop at one step."""
 
 import contextlib
 import signal

@@ -1,4 +1,4 @@
-"""What a person sees of a run: its data and step before it begins, then a bar or log lines."""
+"""Progress on the console: data and step before the run, then a bar or log lines."""
 
 import contextlib
 import datetime

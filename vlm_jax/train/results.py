@@ -1,4 +1,4 @@
-"""A finished run: read back, and written for others as an adapter or a merged checkpoint."""
+"""Results of a finished run: read back, exported as an adapter or a merged checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping

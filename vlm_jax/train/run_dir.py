@@ -1,4 +1,4 @@
-"""A run's directory: locked for one run, refused where it holds another; its checkpoints' place.
+"""A run's directory: its lock, checks of earlier contents, the place of checkpoints.
 
 Of several processes the first one checks, locks, makes and clears it; the others must see it.
 Checkpoints may lie in a bucket.

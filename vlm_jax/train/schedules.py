@@ -1,4 +1,4 @@
-"""Learning rates over a run: the schedules of transformers' `get_scheduler`, under its names."""
+"""Learning-rate schedules: those of transformers' `get_scheduler`, under its names."""
 
 import inspect
 from collections.abc import Callable, Mapping

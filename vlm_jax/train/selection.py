@@ -1,4 +1,4 @@
-"""When a run evaluates, saves and stops early, and which checkpoint is the best one."""
+"""Selection: when to evaluate, save and stop early; the best checkpoint."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, wandb or trackio, and tables."""
+"""Trackers of a run: metrics.jsonl, TensorBoard, wandb, trackio; tables on the console."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""What trains and how: the recipe as a training table, and the parameters counted as PEFT does."""
+"""Trainable parameters: the recipe as a training table; counts as PEFT reports them."""
 
 import math
 import re
