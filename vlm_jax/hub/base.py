@@ -1,4 +1,4 @@
-"""What is read later of the checkpoint that a model was loaded from: tensors, its tokenizer."""
+"""The base checkpoint of a loaded model: its tensors and tokenizer, read later."""
 
 from collections.abc import Callable
 from pathlib import Path

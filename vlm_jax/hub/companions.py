@@ -1,4 +1,4 @@
-"""What stands beside the weights of an export: copied of the base and of a loaded adapter."""
+"""Companion files of an export: copied from the base and from a loaded adapter."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence

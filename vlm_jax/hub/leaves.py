@@ -1,4 +1,4 @@
-"""Leaves of the tree, made of tensors on disk one at a time, quantized on the way, and placed.
+"""Leaves of the tree from tensors on disk, one at a time: quantized, stacked, placed.
 
 Of a dense leaf each process reads and holds the block that its own devices get.
 """

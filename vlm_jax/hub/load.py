@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
+"""Loads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""Which fields of PEFT's adapter_config.json are read, and which may say anything or nothing."""
+"""Fields of PEFT's adapter_config.json: those read, and those ignored."""
 
 import math
 from collections.abc import Callable, Sequence

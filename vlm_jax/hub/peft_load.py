@@ -1,4 +1,4 @@
-"""Reads PEFT adapter directories, in every layout of names that transformers has had."""
+"""Reads PEFT adapter directories, in every naming layout of transformers."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Several PEFT adapters on one base: switching between them, and sums of them.
+"""Several PEFT adapters on one base: switching and weighted sums.
 
 All of them get one shape: the leaves that any adapter has, of the largest rank, each with its
 scales as the leaf `lora_scale`; what an adapter lacks is zero. A jitted function that takes

@@ -1,4 +1,4 @@
-"""Writes a whole checkpoint in the layout, dtypes and tying of the base it came from."""
+"""Writes a whole checkpoint in the layout, dtypes and tying of its base."""
 
 import copy
 import dataclasses

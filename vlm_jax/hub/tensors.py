@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files: which tensor is where, and one tensor at a time."""
+"""Reads a checkpoint's safetensors files: the index of tensors, and one tensor at a time."""
 
 import json
 import math

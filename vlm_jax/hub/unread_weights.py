@@ -1,4 +1,4 @@
-"""What lies beside the files that are read: weights that would be passed over are refused by name.
+"""Weights beside the files that are read: refused by name, never ignored.
 
 docs/DESIGN.md, section 4, lists what each directory may hold and what becomes of it.
 """

@@ -1,4 +1,4 @@
-"""`adapt`: LoRA, bottleneck adapters, 4-bit weights on any Linen module, without a change to it."""
+"""`adapt`: LoRA, bottleneck adapters and 4-bit weights on any Linen module, unchanged."""
 
 from collections.abc import Mapping
 from typing import Any

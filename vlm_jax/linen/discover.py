@@ -1,4 +1,4 @@
-"""The layers and modules of a Linen module: found by a trace on shapes alone."""
+"""Discovery of a Linen module's layers, by a trace on shapes alone."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Linen's layers as products of matrices, additions to their outputs, and the interceptor for both.
+"""The interceptor: Linen's layers as matrix products, and additions to their outputs.
 
 An addition is a leaf of its own beside the layer's kernel, put there for the length of one `apply`.
 So `nn.scan` and `nn.vmap` slice it with the kernel, `nn.remat` and `nn.jit` carry it, whether or

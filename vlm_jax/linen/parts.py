@@ -1,4 +1,4 @@
-"""The parts of a Linen module, described: layers, modules as they are called, stacks of layers."""
+"""Descriptions of a Linen module's parts: layers, called modules, stacks of layers."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""Where LoRA and bottleneck adapters go in a Linen module, and what a bottleneck adds there.
+"""Targets of LoRA and bottleneck adapters in a Linen module; the bottleneck's computation.
 
 A module of input x and output y becomes y + A(y) (houlsby, https://arxiv.org/abs/1902.00751) or
 y + A(x) (parallel, https://arxiv.org/abs/2110.04366), over last axes, with A of

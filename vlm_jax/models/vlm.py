@@ -1,4 +1,4 @@
-"""What every family does alike: features into token embeddings, decoder, head.
+"""The common part of all families: features among token embeddings, decoder, head.
 
 Letters: B rows, T tokens, F image features a row, D model, V vocabulary.
 """
