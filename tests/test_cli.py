@@ -276,7 +276,7 @@ def test_what_a_new_user_asks_first(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "a .py file runs as a program" in said and "--learning_rate=1e-4" in said
+    assert "a .py file is executed" in said and "--learning_rate=1e-4" in said
 
 
 def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):

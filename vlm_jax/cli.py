@@ -62,7 +62,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax.plan.topologies import INSTALL, compilers
 
     if DEVICES[hardware(options.topology).device].compiles:
-        first = "Compiling takes up to some minutes for a large model ..."
+        first = "Compiling; a large model takes some minutes ..."
         if not compilers():
             first = f"There is no compiler for it here, so memory is estimated. {INSTALL}"
         print(wrapped(first, sys.stderr), file=sys.stderr)
@@ -131,7 +131,7 @@ def _recommend(options: argparse.Namespace) -> int:
         table.add_row(*map(Text, row))
     console.print(table)
     if file is None:
-        console.print("Nothing was written; --out FILE writes a config that vlm-jax train takes.")
+        console.print("Nothing was written; --out FILE writes a config for vlm-jax train.")
         return 0
     write(found, file)
     console.print(f"Wrote '{file}'. Next, look at what the model will see, then train:")

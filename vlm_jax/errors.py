@@ -1,4 +1,4 @@
-"""The one exception a stranger may see: a paragraph saying what, where, expected, remedy."""
+"""UserError, the one exception for users: a paragraph of what, where, expected, remedy."""
 
 # What a terminal obeys (control characters), and what nothing shows but a reader of text sees: line
 # separators, Unicode's Default_Ignorable_Code_Points (zero width, direction, tags, fillers); and

@@ -1,4 +1,4 @@
-"""Devices by the names people use, and what their makers state of them: the one table."""
+"""The table of devices: names in use, and their makers' published numbers."""
 
 import dataclasses
 import math

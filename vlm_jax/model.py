@@ -1,4 +1,4 @@
-"""Model: a family, its sizes and where it came from, with everything one does to one model."""
+"""Model: a family, its sizes and its source, with every operation on one model."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Where tokens and patches lie: M-RoPE of a token row, (height, width) and frames of patches.
+"""Positions of tokens and patches: M-RoPE of a row; (height, width) and frames of patches.
 
 Plain numpy over one unpadded example; models and data share it, so that a position is computed
 by one function only. Letters: T tokens, P patches. A grid is (frames, height, width), counted in

@@ -1,4 +1,4 @@
-"""Which kernels are stored in 4 bits, and as what: the quantization table, and what came of it."""
+"""The quantization table: the 4-bit format of each kernel, and a summary of the result."""
 
 import dataclasses
 import math

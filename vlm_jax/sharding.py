@@ -1,4 +1,4 @@
-"""Meshes, and where every parameter and batch row lives on them: one table a family.
+"""Meshes and shardings of parameters and batches: one table a family.
 
 Logical axes of a matrix: "embed" is the model width, "wide" whatever fans out of it (heads, the
 MLP's hidden width), "vocab" the vocabulary. Rows of a batch spread over data x fsdp, the tokens of

@@ -1,4 +1,4 @@
-"""Bottleneck adapters on a parameter tree: fresh ones, several on one base, their average."""
+"""Bottleneck adapters on a parameter tree: initialisation, switching, averaging."""
 
 import dataclasses
 import math

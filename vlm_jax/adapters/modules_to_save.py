@@ -1,4 +1,4 @@
-"""What an adapter holds in full: modules trained whole and biases, named as PEFT names them."""
+"""PEFT's `modules_to_save` and `bias`: modules and biases that an adapter holds in full."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

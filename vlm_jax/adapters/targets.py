@@ -1,4 +1,4 @@
-"""Which modules get low-rank matrices, and of which rank and scale, as PEFT decides it."""
+"""LoRA targets as PEFT resolves them: modules, ranks and scales."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Which values of a run's config are refused, and why."""
+"""Checks of config values, and the messages of those refused."""
 
 import difflib
 import re
@@ -36,7 +36,7 @@ def unknown_keys(given: Iterable[str], where: str, known: Iterable[str]) -> User
     else:
         sections = ", ".join(dict.fromkeys(key.split(".")[0] for key in known))
         more = (
-            f"Every key is listed with its meaning in vlm_jax/config.py; the sections are "
+            f"Every key is listed with its meaning in vlm_jax/config/schema.py; the sections are "
             f"{sections}."
         )
     if left > 0:

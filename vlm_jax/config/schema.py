@@ -1,4 +1,4 @@
-"""Every key of a run's config, with its default and meaning; how files and words fill them in."""
+"""Every key of a run's config, with default and meaning; overlays of files and overrides."""
 
 import re
 from collections.abc import Iterable, Mapping

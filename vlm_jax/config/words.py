@@ -1,4 +1,4 @@
-"""Keys of a config as words of a command line: with their section or without, in any spelling."""
+"""Config keys on the command line: with section or without, in any spelling."""
 
 from collections.abc import Iterable, Sequence
 
@@ -78,8 +78,8 @@ def _key(
     if name in MEANT:
         raise UserError(
             f"'{word}' names a section of the config, not a key. Write "
-            f"--config.{name}.{MEANT[name]}={value}, or another of its keys; vlm_jax/config.py "
-            f"lists them."
+            f"--config.{name}.{MEANT[name]}={value}, or another of its keys; "
+            f"vlm_jax/config/schema.py lists them."
         )
     known = (*types, *ALIASES, *(key.partition("=")[0] for key in WORDS if "." in key))
     meant = sorted({ALIASES.get(key, key) for key in known if key.split(".")[1] == name})

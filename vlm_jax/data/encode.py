@@ -1,4 +1,4 @@
-"""One record into the arrays of one example, by the files of a checkpoint directory."""
+"""The encoder: a record to the arrays of an example, by a checkpoint's tokenizer and processor."""
 
 import functools
 import hashlib

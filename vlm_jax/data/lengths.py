@@ -1,4 +1,4 @@
-"""What each record takes of a row, measured once and kept in a file that processes share.
+"""Lengths of records in tokens and patches: measured once, cached in a file that processes share.
 
 A record's tokens and patches follow from its text, its images' headers and the settings alone, so
 they are worth keeping: between runs, and between the processes of one run, which measure whatever

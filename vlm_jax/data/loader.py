@@ -1,4 +1,4 @@
-"""Makes the batches of planned steps by Grain: in worker processes, or in a thread.
+"""The loader: batches of planned steps, made by Grain in worker processes or in a thread.
 
 Each worker plans for itself, so that what travels between processes is a step's number one way
 and its arrays the other.

@@ -1,4 +1,4 @@
-"""Fills in the sizes of records as they come up, and says which are left out and why."""
+"""Measures records as they come up, and reports those left out with their reasons."""
 
 from concurrent.futures import ThreadPoolExecutor
 

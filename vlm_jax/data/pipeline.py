@@ -1,4 +1,4 @@
-"""Batches in an order that is planned from (seed, epoch), and resumes where it stopped.
+"""The pipeline: batches in an order planned from (seed, epoch), resumable at any step.
 
 `Planner` says which records each step's rows hold, `making` makes them; here the shapes are chosen,
 and what is left out is counted.

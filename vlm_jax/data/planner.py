@@ -1,4 +1,4 @@
-"""Which records each step's rows hold, planned from (seed, epoch) alone.
+"""The planner: the records of each step's rows, from (seed, epoch) alone.
 
 An epoch is an order of the records, taken window by window. The rows of a window are a function
 of its records (packed, or one each), whoever makes them: neither worker processes nor hosts change

@@ -1,4 +1,4 @@
-"""Processes that train together end together: one that fails, or is killed, ends the others.
+"""Failures of several processes: the failure of one ends all, with its message.
 
 A process that waits for another inside a collective cannot be reached from outside, so each has a
 thread that looks for a word from the others, and ends its process at once when there is one.

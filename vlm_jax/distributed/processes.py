@@ -1,4 +1,4 @@
-"""Several processes, often one a host, that run one program: start, wait, share small values."""
+"""Several processes, often one a host: start, barriers, exchange of small values."""
 
 import contextlib
 import dataclasses

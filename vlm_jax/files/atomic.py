@@ -1,4 +1,4 @@
-"""Directories and tensor files that appear whole or not at all."""
+"""Atomic writes of directories and tensor files."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and what to do with one that is not what was wanted."""
+"""File types by their first bytes, and the remedy for a wrong one."""
 
 import re
 from pathlib import Path

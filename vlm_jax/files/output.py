@@ -1,4 +1,4 @@
-"""What a command writes: its files, each whole or not at all, and its lines on a terminal."""
+"""A command's output: atomic files, and lines on a terminal."""
 
 import os
 import shutil

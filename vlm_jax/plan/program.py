@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: its memory, its time on a TPU, what its chips exchange.
+"""Facts of a compiled program: memory, time on a TPU, collectives.
 
 The compiler writes its schedule as text: computations of instructions, one the entry. Loops,
 branches and calls name other computations; how often each runs follows from there.

@@ -1,4 +1,4 @@
-"""Which way of fine-tuning suits a data set, a model and some hardware; with a config to start."""
+"""Recommends a method for data, model and hardware, with a config."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The tensors that bitsandbytes stores a 4-bit weight in: written, read, and checked.
+"""bitsandbytes' tensors of a 4-bit weight: written, read, checked.
 
 Beside `weight`, uint8 [bytes, 1], there are `weight.absmax`, `weight.quant_map`, of double
 quantization `weight.nested_absmax` and `weight.nested_quant_map`, and a JSON text as uint8,

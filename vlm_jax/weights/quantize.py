@@ -1,4 +1,4 @@
-"""Kernels made 4-bit, exactly as bitsandbytes does on the CPU, and on the device under `jit`."""
+"""Quantization to 4 bits, equal to bitsandbytes' on the CPU, on the device under `jit`."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Every key of TrainingArguments, LoraConfig, BitsAndBytesConfig, and what it is here.
+"""Keys of TrainingArguments, LoraConfig and BitsAndBytesConfig, and their equivalents here.
 
 So too of TRL's SFTConfig and of LLaMA-Factory. The tables of docs/FROM_PYTORCH.md are made of
 these, and so are the errors for keys that this program does not take.

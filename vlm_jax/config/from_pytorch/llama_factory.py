@@ -1,4 +1,4 @@
-"""Keys of LLaMA-Factory's files beside those of TrainingArguments, and what each is here.
+"""Keys of LLaMA-Factory's files beside those of TrainingArguments, and their equivalents here.
 
 Those of supervised fine-tuning one by one; those of its other stages, optimizers and engines by
 their group.

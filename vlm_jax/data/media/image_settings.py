@@ -1,4 +1,4 @@
-"""A checkpoint's image settings, `preprocessor_config.json`, to the processor they describe."""
+"""`preprocessor_config.json` to an image processor."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Opens a video, whatever a record gives for one: its sampled frames, their number and size."""
+"""Opens a video from any source in a record: sampled frames, their number and size."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The frames of a video file, upright, by PyAV; and from the same frames the video's size."""
+"""Frames and size of a video file, upright, by PyAV."""
 
 import contextlib
 import io

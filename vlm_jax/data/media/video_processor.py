@@ -1,4 +1,4 @@
-"""A checkpoint's video settings, and the patches they make of frames.
+"""A checkpoint's video settings, and patches of frames.
 
 Resizing is Pillow's, frame by frame, as for images: the reference resizes by torchvision, whose
 bicubic filter differs from Pillow's in the last bit of some values. Sizes, order and numbers are

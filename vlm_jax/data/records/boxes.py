@@ -1,4 +1,4 @@
-"""The objects and boxes of a record, written into its texts as a model family writes them."""
+"""Objects and boxes of a record, written in the text format of a model family."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence

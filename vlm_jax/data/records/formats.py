@@ -1,4 +1,4 @@
-"""The shapes a raw row may have, each read as turns: roles, texts and how much a turn counts."""
+"""Formats of raw rows, each read as turns: roles, texts, loss weights."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""ms-swift's grounding: `<ref-object>` and `<bbox>` in texts, and the `objects` they stand for.
+"""ms-swift's grounding format: `<ref-object>` and `<bbox>` in texts, and their `objects`.
 
 A text part of a canonical record that has such words keeps them, with their values in order:
     {"type": "text", "text": "<ref-object> at <bbox>",

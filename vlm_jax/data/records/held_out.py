@@ -1,4 +1,4 @@
-"""A share of the records that is held out of training, to evaluate on."""
+"""Held-out records: a share of the data for evaluation."""
 
 import dataclasses
 

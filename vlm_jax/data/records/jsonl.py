@@ -1,4 +1,4 @@
-"""Rows of JSON files, found by one pass over the file and parsed when they are asked for."""
+"""Rows of JSON files: indexed in one pass, parsed on access."""
 
 import hashlib
 import json

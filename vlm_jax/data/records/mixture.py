@@ -1,4 +1,4 @@
-"""Records by index, of one source or of several, and the order in which an epoch visits them."""
+"""Mixtures of sources: records by index, and the order of an epoch."""
 
 import bisect
 import collections

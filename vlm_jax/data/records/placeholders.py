@@ -1,4 +1,4 @@
-"""Words by which other programs name a picture's place: refused where they would be one here."""
+"""Image placeholders of other programs, refused where they would be trained on as text."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

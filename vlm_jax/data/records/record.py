@@ -1,4 +1,4 @@
-"""The one form that every record takes.
+"""The record: the one form of every example before encoding.
 
 A canonical record is
     {"id": str, "index": int, "folder": str | None,

@@ -1,4 +1,4 @@
-"""Where records come from: files, data sets, rows in memory, and lists of them."""
+"""Sources of records: files, data sets, rows in memory, and lists of them."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Records of a stream: data sets that are read from front to back and never as a whole."""
+"""Streams: data sets read from front to back, never as a whole."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Keys of a record that look like content but are not read: refused, so that nothing is lost.
+"""Unread keys of a record that look like content: refused, lest data be lost.
 
 Real data has many columns beside its turns (source, category, score, width, image_id, task_id),
 which are no content and may be there. But where a picture, a video or tools stand under a name that

@@ -1,4 +1,4 @@
-"""Where in a rendered conversation each answer stands: by the template's marks, or by prefixes.
+"""Spans of answers in a rendered conversation: by the template's marks, or by prefixes.
 
 A turn's edges are where the prompt that asks for it ends, `render(messages[:i], prompt)`, and where
 the conversation that ends with it does, `render(messages[:i + 1])`. To render every prefix takes

@@ -1,4 +1,4 @@
-"""Conversations into tokens and loss weights, by the checkpoint's own chat template.
+"""Conversations to tokens and loss weights, by the checkpoint's own chat template.
 
 The template is rendered once as it is; which characters the assistant writes comes from the
 turns (never from searching token ids), and the tokenizer's offsets carry it over to tokens.

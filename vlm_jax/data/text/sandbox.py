@@ -1,4 +1,4 @@
-"""transformers' sandbox for chat templates, bounded: no step of one may fill the memory.
+"""transformers' sandbox for chat templates, with bounds on memory.
 
 The sandbox keeps a template from files, modules and private attributes, and `within` ends what
 loops for ever. What the interpreter does in one step (a power, a product, a join, the text of a

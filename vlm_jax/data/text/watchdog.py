@@ -1,4 +1,4 @@
-"""Ends a computation that takes too long, in whichever thread it runs."""
+"""Time limits on computations in any thread."""
 
 import ctypes
 import os
