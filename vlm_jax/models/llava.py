@@ -69,6 +69,11 @@ class Config:
 
 
 class Projector(nn.Module):
+    """Two layers with an activation between, https://arxiv.org/abs/2310.03744.
+
+    Hidden states of the tower [B, P, E x len(layers)] to features [B, P, D].
+    """
+
     cfg: Config
     dtype: Any
     lora: LoRAScale | None
@@ -85,7 +90,10 @@ class Projector(nn.Module):
 
 
 class Body(nn.Module):
-    """`model` in the checkpoint: tower, projector and decoder, named as there."""
+    """`model` in the checkpoint: tower, projector and decoder, named as there.
+
+    features: a `Batch` of patches [B, P, C] to [B, P, D], one feature a slot.
+    """
 
     cfg: Config
     dtype: Any
@@ -107,7 +115,7 @@ class Body(nn.Module):
 
 
 class Module(VisionLanguageModel):
-    """`apply({"params": params}, batch)` gives float32 logits [B, T, V]."""
+    """LLaVA-1.5, https://arxiv.org/abs/2310.03744: a `Batch` to float32 logits [B, T, V]."""
 
     def make_body(self) -> nn.Module:
         return Body(self.cfg, self.dtype, self.lora, self.remat, self.adapter)

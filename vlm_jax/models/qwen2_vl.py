@@ -122,7 +122,10 @@ def _check_copies(
 
 
 class Body(nn.Module):
-    """`model` in the checkpoint: the tower and the decoder, named as there."""
+    """`model` in the checkpoint: the tower and the decoder, named as there.
+
+    features: a `Batch` of patches [B, P, C] to [B, P / merge^2, D].
+    """
 
     cfg: Config
     dtype: Any
@@ -140,7 +143,7 @@ class Body(nn.Module):
 
 
 class Module(VisionLanguageModel):
-    """`apply({"params": params}, batch)` gives float32 logits [B, T, V]."""
+    """Qwen2-VL, https://arxiv.org/abs/2409.12191: a `Batch` to float32 logits [B, T, V]."""
 
     def make_body(self) -> nn.Module:
         return Body(self.cfg, self.dtype, self.lora, self.remat, self.adapter)

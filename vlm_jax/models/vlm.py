@@ -37,10 +37,14 @@ def noise_size(segments_BT: jax.Array, width: int, alpha: float) -> jax.Array:
 
 
 class VisionLanguageModel(nn.Module):
-    """A tower, a projector, a decoder and a head over one `Batch`.
+    """Tower, projector, decoder and head: a `Batch` to float32 logits [B, T, V].
 
-    cfg: the family's `Config`. dtype: compute dtype. lora: alpha and dropout where the tree holds
-    LoRA leaves. remat: a key of `layers.scan.REMAT`. adapter: how bottleneck adapters compute.
+    Args:
+        cfg: the family's `Config`.
+        dtype: compute dtype of products; norms, softmax and logits are float32.
+        lora: alpha and dropout, where the tree holds LoRA leaves.
+        remat: a key of `layers.scan.REMAT`.
+        adapter: computation of bottleneck adapters, where the tree holds some.
     """
 
     cfg: Any
