@@ -70,11 +70,18 @@ def loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Return `(loss_sum, tokens)`: the weighted sum of cross-entropies and the sum of weights.
 
-    Differentiable in `trainable`; divide by the tokens of the whole global batch. `rngs={"dropout":
-    key}` turns LoRA's dropout on. label_smoothing: the share of each target that is spread over the
-    whole vocabulary, transformers' label_smoothing_factor. neftune_alpha: above 0, noise of the
-    same key on the embeddings of text, its neftune_noise_alpha. Positions without weight cost no
-    logits: each row's weighted positions are gathered first, and chunks that hold none are skipped.
+    Differentiable in `trainable`; divide by the tokens of the whole global batch. Positions without
+    weight cost no logits: each row's weighted positions are gathered first, and chunks without any
+    are skipped.
+
+    Args:
+        model: of `load`.
+        trainable, frozen: of `split`.
+        batch: the rows.
+        rngs: {"dropout": key} turns LoRA's dropout on, and is the key of noise.
+        label_smoothing: the share of each target that is spread over the whole vocabulary,
+            transformers' label_smoothing_factor.
+        neftune_alpha: above 0, noise on the embeddings of text, transformers' neftune_noise_alpha.
     """
     # Float32 masters are cast once, not at every use.
     trainable = jax.tree.map(lambda leaf: leaf.astype(model.dtype), dict(trainable))

@@ -75,9 +75,14 @@ def init_state(
     param_dtype: Any = jnp.float32,
     ema: bool = False,
 ) -> TrainState:
-    """Return the state before the first step; trainable leaves become masters of param_dtype.
+    """Return the state before the first step.
 
-    The optimizer's state is float32 in any case. ema: keep a moving average too.
+    Args:
+        trainable: the first tree of `split`; its leaves become masters of param_dtype.
+        tx: of `optimizer`; its state is float32 in any case.
+        seed: of dropout, noise and stochastic rounding.
+        param_dtype: of the masters.
+        ema: whether the state holds a moving average too.
     """
     # A copy even of float32 leaves: the step donates its state, and the caller keeps the tree.
     copied = lambda tree, dtype: jax.tree.map(  # noqa: E731
@@ -157,11 +162,19 @@ def make_step(
     """Return `step(state, frozen, batch) -> (state, metrics)`: pure, jittable, donatable.
 
     The loss is the sum over all micro-batches divided by all their answer tokens, so that the
-    gradient does not depend on how rows are split. label_smoothing, neftune_alpha: see `loss`.
-    ema_decay: of the state's moving average, where it has one. Masters of 16 bits are computed with
-    in float32 and then rounded stochastically, see `stored`.
-    metrics: float32 scalars: loss, tokens, grad_norm (before clipping) and grad_norm/<component>
-    of each component that trains.
+    gradient does not depend on how rows are split. Masters of 16 bits are updated in float32 and
+    rounded stochastically, see `stored`.
+
+    Args:
+        model: of `load`.
+        tx: of `optimizer`.
+        micro_batches: parts of a batch whose gradients are accumulated one after another.
+        label_smoothing, neftune_alpha: see `loss`.
+        ema_decay: of the state's moving average, where it has one.
+
+    Returns:
+        The step. metrics: float32 scalars: loss, tokens, grad_norm (before clipping) and
+        grad_norm/<component> of each trainable component.
     """
 
     options = {"label_smoothing": label_smoothing, "neftune_alpha": neftune_alpha}

@@ -46,14 +46,24 @@ def training_table(
 ) -> list[tuple[str, str]]:
     """Return the ordered (regex, group) rows of the usual VLM recipe for these parameters.
 
-    Each component trains at its scale of the learning rate; 0.0 freezes it. Where it holds LoRA
-    factors or bottleneck adapters these train and its other leaves are frozen, otherwise it trains
-    in full; but the language model, its embeddings and its head are frozen where `lora_enabled` or
-    there are adapters, except for `modules_to_save` (default: the model's own). loraplus_lr_ratio:
-    how much faster B learns than A, LoRA+ (https://arxiv.org/abs/2402.12354). freeze_layers,
-    vision_layer_decay: see `rates_of_layers`. Every row matches a leaf; arrays are not read, so
-    `params` may be shapes.
-    Raises `UserError` for contradictions and where nothing is left to train.
+    A component with LoRA factors or bottleneck adapters trains these, and its other leaves are
+    frozen; otherwise it trains in full. But the language model, its embeddings and its head are
+    frozen where `lora_enabled` or there are adapters, except for `modules_to_save`. Every row
+    matches a leaf.
+
+    Args:
+        model: of `load` or `add_lora`.
+        params: its tree, or shapes: arrays are not read.
+        vision_encoder_lr_scale, projector_lr_scale, language_model_lr_scale: the component's share
+            of the learning rate; 0.0 freezes it.
+        lora_enabled: see above.
+        loraplus_lr_ratio: the learning rate of B over that of A, LoRA+
+            (https://arxiv.org/abs/2402.12354).
+        freeze_layers, vision_layer_decay: see `rates_of_layers`.
+        modules_to_save: by default the model's own.
+
+    Raises:
+        UserError: for contradictions, and where nothing is left to train.
     """
     paths = list(flatten(params))
     scales = {"vision": vision_encoder_lr_scale, "projector": projector_lr_scale}
