@@ -207,16 +207,25 @@ def load(
 ) -> tuple[Model, dict[str, Any]]:
     """Return `(model, params)` of a Hugging Face checkpoint: a directory or a hub id.
 
-    dtype: of the parameters and the computation. quantize: None, "nf4" or "nf4-dq" (double
-    quantization; also "fp4", "fp4-dq") for the linear layers of the language model,
-    transformers' `BitsAndBytesConfig` or its dict, a `quantization.Quantization`, or a table of
-    (regex, name or "dense") rows over paths. mesh: a mesh of `vlm_jax.make_mesh`: each leaf is
-    placed on its shards as it is read. revision, token: of the hub. Only config.json and
-    *.safetensors are needed; a checkpoint that bitsandbytes quantized keeps its codes. One tensor
-    is read at a time, so the dense model is never whole. params is a nested dict of arrays and
-    4-bit leaves named as in the checkpoint, kernels [in, out], equal layers stacked on a leading
-    axis.
-    Raises `UserError` for whatever does not fit, naming the tensor or field.
+    Only config.json and *.safetensors are needed. One tensor is read at a time, so the dense model
+    is never in memory as a whole; a checkpoint that bitsandbytes quantized keeps its codes.
+
+    Args:
+        path_or_repo_id: the directory or hub id.
+        dtype: of the parameters and the computation.
+        quantize: None; "nf4" or "nf4-dq" (double quantization; also "fp4", "fp4-dq") for the linear
+            layers of the language model; transformers' `BitsAndBytesConfig` or its dict; a
+            `Quantization`; or a table of (regex, name or "dense") rows over paths.
+        mesh: of `vlm_jax.make_mesh`: each leaf is placed on its shards as it is read.
+        revision, token: of the hub.
+        remat: as for `from_config`.
+
+    Returns:
+        The model, and a nested dict of arrays and 4-bit leaves named as in the checkpoint: kernels
+        [in, out], equal layers stacked on a leading axis.
+
+    Raises:
+        UserError: for whatever does not fit, naming the tensor or field.
     """
     directory = resolve(str(path_or_repo_id), revision, token)
     model = from_config(read_json(directory / "config.json"), dtype, remat)

@@ -194,14 +194,20 @@ def save_peft(
 ) -> None:
     """Write a PEFT adapter: the LoRA factors and the modules of `LoRA.modules_to_save`.
 
-    `peft.PeftModel.from_pretrained(base, directory)` then gives our logits. All else must be as in
-    the base: where the files that the model was loaded from are still there, they are read once and
-    every leaf that the adapter leaves out is compared with them (compare_base=False skips that,
-    where a training table has frozen them). Tensors of saved modules that nothing here reads are
-    copied from those files. The directory appears whole or not at all; files of the same names in
-    it are replaced.
-    Raises `UserError` where there is nothing to save, and for a leaf that was trained or merged
-    but would be left out.
+    `peft.PeftModel.from_pretrained(base, directory)` then gives our logits. Tensors of saved
+    modules that nothing here reads are copied from the base's files. The directory appears whole or
+    not at all; files of the same names in it are replaced.
+
+    Args:
+        model, params: of `add_lora` or `load_peft`, trained or not.
+        directory: to write.
+        compare_base: whether every leaf that the adapter leaves out is compared with the files that
+            the model was loaded from, where these are still there; False where a training table has
+            frozen them.
+
+    Raises:
+        UserError: where there is nothing to save, and for a leaf that was trained or merged but
+            would be left out.
     """
     flat = flatten(params)
     lora = model.lora

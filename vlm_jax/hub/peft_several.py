@@ -120,14 +120,19 @@ def combine_peft_adapters(
     kind: str = "cat",
     rank: int | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """Return the model and parameters of a weighted sum of adapters, as one LoRA.
+    """Return the model and parameters of a weighted sum of adapters, as one LoRA for `save_peft`.
 
-    model, adapters: of `load_peft_adapters`. weights: {name: weight}, of either sign. kind, as in
-    PEFT's add_weighted_adapter: "cat" is the exact sum, of as much rank as all together; "svd" the
-    best one of `rank` (default: the largest of those combined); "linear" adds A to A and B to B,
-    roots of the weights on each, which is cheap, another function, and only of equal ranks.
-    `save_peft` writes the result. Raises `UserError` for DoRA, for modules that adapters hold in
-    full, where there are no matrices, and for unknown names and kinds.
+    Args:
+        model, adapters: of `load_peft_adapters`.
+        weights: {name: weight}, of either sign.
+        kind: as in PEFT's add_weighted_adapter. "cat": the exact sum, of as much rank as all
+            together. "svd": its best approximation of `rank`. "linear": A added to A and B to B,
+            each with the root of its weight; cheap, another function, and for equal ranks only.
+        rank: of "svd"; the default is the largest rank among the adapters.
+
+    Raises:
+        UserError: for DoRA, modules that adapters hold in full, adapters without LoRA factors, and
+            unknown names and kinds.
     """
     if kind not in COMBINATIONS:
         raise UserError(
