@@ -344,7 +344,15 @@ def from_config(
 ) -> Model:
     """Return the `Model` that a Hugging Face config.json describes; `model.init` makes parameters.
 
-    Raises `UserError` for an unknown family or a field whose meaning is not known.
+    Args:
+        hf_config: the JSON object.
+        dtype: of the computation.
+        remat: a key of `layers.scan.REMAT`: the activations kept for the backward pass.
+        source: where the model was loaded from.
+        files: access to that checkpoint's files, for `model.encode`.
+
+    Raises:
+        UserError: for an unknown family, or a field with an unknown meaning.
     """
     if not isinstance(hf_config, Mapping):
         raise UserError(

@@ -47,13 +47,18 @@ LEAST_SPREAD = 0.5
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None, context: int = 1
 ) -> Mesh:
-    """Return a mesh over `devices` (default: all); one size may be -1, meaning the rest.
+    """Return a mesh over `devices`; one size may be -1, meaning the rest.
 
-    data: copies of the model. fsdp: parameters are spread, and gathered where they are used.
-    tensor: heads and hidden widths are spread. context: the tokens of each row are spread, and keys
-    and values gathered, for rows too long for one device.
     Axes are of type Auto: the compiler spreads shardings from parameters and batch. Nothing else
     in this library makes a mesh.
+
+    Args:
+        data: copies of the model.
+        fsdp: devices that share one copy of the parameters, gathered where they are used.
+        tensor: devices that share heads and hidden widths.
+        devices: default: all.
+        context: devices that share the tokens of each row, with keys and values all-gathered, for
+            rows too long for one device.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(len(devices), data, fsdp, tensor, context)

@@ -1,9 +1,24 @@
 """LoRA on a parameter tree: new factors A and B, and merging them into the kernels.
 
-Layers of a stack may differ in rank and scale. Their matrices are then of the largest rank, and
-what a layer has less of it are columns of A and rows of B that are zero: each is the other's
+LoRA (https://arxiv.org/abs/2106.09685) adds to a frozen kernel W [in, out] the product of two small
+factors, y = x W + (alpha / rank) x A B. `add_lora` puts them beside the kernel, each with the layer
+axis L of a stack first; B starts at zero, so that the model starts equal to its base:
+
+    vlm_jax.add_lora(model, params, LoRA(rank=16, targets=("q_proj",)), key=jax.random.key(0))
+
+    before                           after
+    layers/self_attn/                layers/self_attn/
+      q_proj/kernel  [L, D, D]         q_proj/kernel  [L, D, D]    frozen
+                                       q_proj/lora_A  [L, D, 16]   trained, float32
+                                       q_proj/lora_B  [L, 16, D]   trained, float32
+      o_proj/kernel  [L, D, D]         o_proj/kernel  [L, D, D]    frozen
+
+`vlm_jax.merge` returns the tree on the left, with W + (alpha / rank) A B as the kernel.
+
+Layers of a stack may differ in rank and scale. Their factors then have the largest rank, and a
+layer of a smaller one has zeros in its last columns of A and rows of B: each is the other's
 gradient, so they stay zero under any optimizer. `lora_scale` [L], float32 and never trained, holds
-the scales where they are not all the one that `LoRA` says; 0 is a layer without matrices.
+the scales where they differ from the one that `LoRA` states; 0 is a layer without LoRA.
 """
 
 import dataclasses
@@ -74,14 +89,21 @@ def check_numbers(lora: LoRA) -> None:
 def add_lora(
     model: Model, params: Mapping[str, Any], lora: LoRA, key: jax.Array
 ) -> tuple[Model, dict[str, Any]]:
-    """Return the model and a new tree with fresh `lora_A` [in, R] and `lora_B` [R, out] leaves.
+    """Return the model and a new tree with the leaves `lora_A` [in, R] and `lora_B` [R, out].
 
     A is kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(in), and B zero, as in
-    PEFT: the adapted model starts equal to the base. Both are float32; scanned layers lead with
-    the layer axis. lora.dora adds `lora_magnitude` [out], the norms of the kernel's columns. Of
-    the embedding A is zero and B normal. Layers that differ: see the top of this file. The
-    old tree stays as it was. Raises `UserError` for a target or module that
-    matches nothing, or where LoRA is there already.
+    PEFT: the adapted model starts equal to the base. Of the embedding A is zero and B normal. Both
+    are float32, with the layer axis of a stack first. lora.dora adds `lora_magnitude` [out], the
+    norms of the kernel's columns. Layers of unlike rank or scale: see the top of this file.
+
+    Args:
+        model: the model without LoRA and adapters.
+        params: its tree; it stays as it was.
+        lora: rank, alpha, targets and initialisation.
+        key: for initialisation.
+
+    Raises:
+        UserError: for a target or module that matches nothing, and where the tree holds LoRA.
     """
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
