@@ -63,16 +63,14 @@ def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels:
     if codes:
         raise UserError(
             f"modules_to_save, {list(lora.modules_to_save)}, trains '{min(codes)}' in full, which "
-            f"is stored in 4 bits: codes have no gradient, and an adapter cannot hold them. Take "
-            f"the module out of modules_to_save, or keep it dense: leave it out of the components "
-            f"that are quantized, or name it among the skipped modules."
+            f"is stored in 4 bits: codes have no gradient. Remove the module from modules_to_save, "
+            f"or exclude it from quantization (components, skipped modules)."
         )
     both = [path for path in kernels if path in in_full]
     if both:
         raise UserError(
             f"'{both[0]}' is both a LoRA target and in modules_to_save, or has rows of added "
-            f"tokens. A layer gets low-rank matrices or trains in full, not both: take it out of "
-            f"one of the two."
+            f"tokens: remove it from one of the two."
         )
 
 
@@ -158,7 +156,7 @@ def add_lora(
 
 
 def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> dict[str, Any]:
-    """Return the leaves of a start that is not the usual one, the kernel among them if it changes.
+    """Return the leaves of an initialisation from the kernel, the changed kernel among them.
 
     See lora_init.py. Layer by layer, on the device where the kernel is.
     """
@@ -166,7 +164,7 @@ def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> 
     held, four = slots(model, lora, path), isinstance(kernel, FourBit)
     if name in lora_init.FROM_LOSS and not four:
         raise UserError(
-            f"init_lora_weights={lora.init!r} fills up what 4 bits lost, and '{path}' is dense: "
+            f"init_lora_weights={lora.init!r} makes up for 4-bit rounding, but '{path}' is dense: "
             f"quantize the base (model.quantize=nf4), or use 'pissa'."
         )
     takes = name in lora_init.FROM_KERNEL
@@ -187,7 +185,9 @@ def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> 
             left = whole if takes else whole - dense(old, jnp.float32)
             a, b = lora_init.factors(name, left, slot.rank, slot.scale, iterations, one)
             if takes and four:
-                old = requantized(old, whole - slot.scale * a @ b, f"'{path}' after its start")
+                old = requantized(
+                    old, whole - slot.scale * a @ b, f"'{path}' after its initialisation"
+                )
         lacking = rank - a.shape[1]
         a, b = jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
         made.append({"lora_A": a, "lora_B": b} | ({"kernel": old} if takes and four else {}))
@@ -215,14 +215,14 @@ def _originals(model: Model, path: str, kernel: Any) -> Callable[[Slot], jax.Arr
         or any(n.startswith(first) for n in source.beside)
     ):
         raise UserError(
-            f"'{path}' is stored in 4 bits, and its weights before that, from which this start "
-            f"(init_lora_weights) is made, are not in the base's files. Load a base in 16 or 32 "
-            f"bits with model.quantize, or start at random (true)."
+            f"'{path}' is stored in 4 bits in the base's files, without the weights that "
+            f"init_lora_weights needs here. Load a base in 16 or 32 bits with "
+            f"model.quantize, or initialise at random (true)."
         )
     if processes.count() > 1:
         raise UserError(
-            "A start that is made of 4-bit kernels (init_lora_weights) reads the base's files in "
-            "one process. Make it there and save it, or start at random (true)."
+            "Initialisation from 4-bit kernels (init_lora_weights) works in one process only. "
+            "Initialise there and save the adapter, or initialise at random (true)."
         )
     read = model.files.tensors(model)
     return lambda slot: jnp.asarray(to_tree(path, read(f"{slot.module}.weight")), jnp.float32)

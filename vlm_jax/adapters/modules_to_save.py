@@ -155,7 +155,7 @@ def bias_leaves(model: Model, params: Mapping[str, Any]) -> list[str]:
         if count < (stacked_layers(model, path) or 1):
             raise UserError(
                 f"bias='lora_only' would train {count} of the {stacked_layers(model, path)} layers "
-                f"of '{path}', those that have matrices. Layers are stacked here, so a bias trains "
+                f"of '{path}', those with LoRA. Layers are stacked here, so a bias trains "
                 f"in all of them or in none: adapt all layers, or set bias to 'all' or 'none'."
             )
     return list(held)

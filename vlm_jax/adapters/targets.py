@@ -298,7 +298,7 @@ def _no_target(model: Model, inside: list[str], target: str, lora: LoRA) -> User
     if target.split(".")[-1] == HEAD and model.config.text.tied:
         return UserError(
             f"The LoRA target '{target}' is tied to the embedding in this model: the head has no "
-            f"weight of its own. Name 'embed_tokens', whose matrices leave the head as it is (as "
+            f"weight of its own. Name 'embed_tokens', whose LoRA leaves the head as it is (as "
             f"in PEFT), or train both in full by modules_to_save=('embed_tokens',)."
         )
     known = sorted({path.split("/")[-2] for path in inside})

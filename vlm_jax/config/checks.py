@@ -137,8 +137,8 @@ def check(flat: Mapping[str, Any]) -> None:
         )
     if flat["data.eval_share"] and flat["data.streaming"]:
         raise UserError(
-            "'data.eval_share' is set and 'data.streaming' is true: of a stream, whose length "
-            "nothing says, no share can be held out. Name a data.eval_file instead."
+            "'data.eval_share' is set and 'data.streaming' is true: the length of "
+            "a stream is unknown, so no share can be held out. Set data.eval_file instead."
         )
     both = flat["data.min_pixels"], flat["data.max_pixels"]
     if None not in both and both[0] > both[1]:

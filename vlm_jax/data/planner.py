@@ -87,8 +87,8 @@ class Planner:
             state = {"epoch": state["epoch"] + 1, "step": 0}
         raise UserError(
             f"100 epochs of '{self.measurer.records.name}' in a row gave no batch of {self.rows} "
-            f"rows: there is too little that can be trained on. Look at what was left out, make "
-            f"the batch smaller, or set training.dataloader_drop_last to false."
+            f"rows. Check the records that were left out, make the batch smaller, or set "
+            f"training.dataloader_drop_last to false."
         )
 
     def epoch(self, state: State) -> Iterator[Step]:

@@ -74,8 +74,8 @@ def check(shape: tuple[int, ...], block: int, dtype: Any, name: str) -> None:
     """Raise `UserError` for what cannot be quantized."""
     if block not in BLOCKS:
         raise UserError(
-            f"{name} is to be quantized in blocks of {block}, which bitsandbytes does not know. "
-            f"Take one of {', '.join(map(str, BLOCKS))}; 64 is the usual one."
+            f"{name} is to be quantized in blocks of {block}, which bitsandbytes does not "
+            f"support. Use one of {', '.join(map(str, BLOCKS))}; 64 is the usual one."
         )
     if len(shape) != 2 or 0 in shape:
         raise UserError(f"{name} has the shape {list(shape)}; only matrices are quantized.")
