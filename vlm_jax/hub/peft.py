@@ -181,11 +181,10 @@ def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, P
             module = path.split("/")[-2]
             raise UserError(
                 f"The leaf '{path}' differs from the base checkpoint's tensor '{name}', but the "
-                f"adapter would leave it out: it holds the LoRA factors and the modules of "
-                f"LoRA.modules_to_save. If the leaf was trained, add a module that it lies in, "
-                f"such as '{module}', to modules_to_save, or write a whole checkpoint with "
-                f"save_pretrained. If an earlier adapter was merged into it, save that model with "
-                f"save_pretrained first, and adapt what vlm_jax.load reads of it."
+                f"adapter would leave it out. If it was trained, add its module, such as "
+                f"'{module}', to modules_to_save, or write a whole checkpoint with "
+                f"save_pretrained. If an adapter was merged into it, save that model with "
+                f"save_pretrained first, and adapt the saved one."
             )
 
 
@@ -225,8 +224,8 @@ def save_peft(
     if both:
         raise UserError(
             f"'{both[0]}' has LoRA factors and is to be saved in full as well (modules_to_save, "
-            f"or rows of added tokens), which PEFT cannot hold. Merge the matrices first, or take "
-            f"the module out of modules_to_save."
+            f"or rows of added tokens), which PEFT cannot hold. Merge LoRA first, or remove "
+            f"the module from modules_to_save."
         )
     places, biases = base_places(model, params), bias_places(model, params)
     if compare_base and base_is_here(model):

@@ -101,7 +101,7 @@ def load_peft(
             matrix = f"lora_{lora_key[2] or lora_key[3] or 'magnitude'}"
             if module not in kernels:
                 _check_adaptable(model, directory, key, module, places)
-                raise _homeless(directory, key, module, kernels)
+                raise _unmatched(directory, key, module, kernels)
             path, layer = kernels[module]
             called[module] = lora_key[1]
             base = path.rsplit("/", 1)[0]
@@ -113,7 +113,7 @@ def load_peft(
             biases[copy_of] = tensor  # an adapted module's lies below it, as base_layer.bias
         elif copy_of != plain:  # peft writes embeddings so, where they or the head are adapted
             if copy_of not in places:
-                raise _homeless(directory, key, copy_of, places)
+                raise _unmatched(directory, key, copy_of, places)
             if not _same(tensor, flat, places[copy_of]):
                 raise UserError(
                     f"The adapter in '{directory}' holds '{key}', a copy of the base's "
@@ -126,7 +126,7 @@ def load_peft(
         elif is_unused(model, plain):
             unused[plain] = tensor
         else:
-            raise _homeless(directory, key, plain, places)
+            raise _unmatched(directory, key, plain, places)
     _check_tied(model, flat, places, full, config, directory)
     names = _saved_names(model, params, full, config)
     held = {**saved_modules(model, params, names).places, **{n: places[n] for n in biases}}
@@ -303,13 +303,13 @@ def _check_adaptable(
     suffix = module.split(".")[-1]
     raise UserError(
         f"The adapter in '{directory}' holds '{key}', LoRA on '{module}', which is {what}: that is "
-        f"not supported, though the base is the right one. Merge it with peft into a checkpoint "
-        f"(merge_and_unload, save_pretrained) and give that as the model; or train without, as "
-        f"peft does where target_modules is a regex that leaves out '{suffix}' of this module."
+        f"not supported. Merge it with peft into a checkpoint (merge_and_unload, save_pretrained) "
+        f"and give that as the model; or train with a regex as target_modules that excludes "
+        f"'{suffix}' of this module."
     )
 
 
-def _homeless(directory: Path, key: str, name: str, known: Mapping[str, Any]) -> UserError:
+def _unmatched(directory: Path, key: str, name: str, known: Mapping[str, Any]) -> UserError:
     return UserError(
         f"The adapter in '{directory}' holds '{key}', for which this model has no place"
         f"{nearest(name, known)}. It belongs to another base model or to an unknown layout; "

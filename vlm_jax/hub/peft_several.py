@@ -159,7 +159,7 @@ def combine_peft_adapters(
             if not is_lora(path) and tree[path] is not leaf:
                 raise UserError(
                     f"The adapters {', '.join(map(repr, weights))} differ in '{path}', which one "
-                    f"of them holds in full (modules_to_save, bias): only matrices are combined."
+                    f"of them holds in full (modules_to_save, bias): only LoRA is combined."
                 )
     combined = {path: leaf for path, leaf in first.items() if not is_lora(path)}
     matrices = [path for path in first if path.endswith("/lora_A")]
@@ -173,7 +173,7 @@ def combine_peft_adapters(
     if kind == "linear" and uneven:
         raise UserError(
             f"The adapters {', '.join(map(repr, weights))} have the ranks {ranks[uneven[0]]} in "
-            f"'{uneven[0].rsplit('/', 1)[0]}'; 'linear' adds matrices, which asks for one rank, as "
+            f"'{uneven[0].rsplit('/', 1)[0]}'; 'linear' adds factors, which needs one rank, as "
             f"in PEFT. Use 'cat' or 'svd'."
         )
     hits: dict[str, list[bool]] = {}

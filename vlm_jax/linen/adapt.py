@@ -143,7 +143,7 @@ def check_supported(lora: LoRA) -> None:
         "layers_to_transform": "choosing layers by number (a regex of targets can)",
         "layers_pattern": "choosing layers by number (a regex of targets can)",
         "exclude_modules": "leaving modules out (a regex of targets can)",
-        "bias": "training biases beside the matrices (train them as leaves of 'params')",
+        "bias": "training biases beside LoRA (train them as leaves of 'params')",
         "init": "a start other than PEFT's usual one",
     }
     for name, what in lacking.items():

@@ -218,13 +218,13 @@ def load_lora(
         elif tying and copy:
             of_head[key] = "", tensor
         else:
-            raise _homeless(directory, key, found, named)
+            raise _unmatched(directory, key, found, named)
     if not matrices:
         raise UserError(f"'{file}' holds no LoRA factors.")
     tied = [layer for layer in matrices if layer.attended]
     for key, (letter, tensor) in of_head.items():
         if not any(_is_tied(layer, flat, matrices[layer], letter, tensor) for layer in tied):
-            raise _homeless(directory, key, found, named)
+            raise _unmatched(directory, key, found, named)
     if tied and not tying:
         raise UserError(
             f"The adapter in '{directory}' has LoRA on the embedding '{tied[0].name}' but not "
@@ -297,7 +297,7 @@ def _is_tied(
     return np.array_equal(held.get(None, {}).get(partner, np.empty(0)), tensor)
 
 
-def _homeless(
+def _unmatched(
     directory: Path, key: str, found: Sequence[Layer | Other], named: Mapping[str, Any]
 ) -> UserError:
     others = [one for one in found if isinstance(one, Other) and one.unknown][:2]

@@ -127,8 +127,8 @@ def _check_start(lora: LoRA, params: Mapping[str, Any], kernels: list[str]) -> N
     if starts_from_kernel(lora) and any(is_quantized(flat[path]) for path in kernels):
         raise UserError(
             f"lora.init_lora_weights is {lora.init!r}, which quantizes a 4-bit base again, "
-            f"and the run's adapter could not hold them. Use 'loftq', which leaves the codes as "
-            f"they are and fills up what they lost, or a base that is not quantized."
+            f"and an adapter cannot hold the new codes. Use 'loftq', which keeps the codes and "
+            f"compensates for their rounding, or a base that is not quantized."
         )
 
 

@@ -332,8 +332,8 @@ def export(
     into = lost = None
     if merge and model.adapter is not None:
         raise UserError(
-            f"The run '{run}' trained bottleneck adapters, which no weight can stand for: they "
-            f"cannot be merged. Leave --merge out for the adapter's own files."
+            f"The run '{run}' trained bottleneck adapters, which are non-linear and cannot be "
+            f"merged. Leave --merge out for the adapter's own files."
         )
     if not merge and model.lora is None and model.adapter is None:
         raise UserError(
