@@ -134,7 +134,7 @@ def add_lora(
                 )
             a, b = jnp.zeros(shape_a, jnp.float32), jax.random.normal(one, shape_b, jnp.float32)
         elif name != "true":
-            start = _start(model, lora, path, flat[path], one)
+            start = _initial(model, lora, path, flat[path], one)
             flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
             a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
         else:
@@ -155,7 +155,7 @@ def add_lora(
     return model, params
 
 
-def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> dict[str, Any]:
+def _initial(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> dict[str, Any]:
     """Return the leaves of an initialisation from the kernel, the changed kernel among them.
 
     See lora_init.py. Layer by layer, on the device where the kernel is.

@@ -240,7 +240,7 @@ def optimizer(
 BEHIND = r".*/(post_layernorm|norm)/.*"
 
 
-def rates_of_layers(
+def layerwise_rates(
     model: Model, paths: Sequence[str], freeze_layers: int, vision_layer_decay: float
 ) -> dict[str, tuple[float, ...] | float]:
     """Return {regex of paths: factor of the rate, or one for each layer of a stack}.
@@ -278,7 +278,7 @@ def with_rates(
     rates: Mapping[str, tuple[float, ...] | float],
     paths: Sequence[str],
 ) -> list[tuple[str, str]]:
-    """Return a training table whose groups hold the rates of `rates_of_layers`.
+    """Return a training table whose groups hold the rates of `layerwise_rates`.
 
     A row that trains such leaves gets one above it for them.
     """

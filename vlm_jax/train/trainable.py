@@ -20,7 +20,7 @@ from vlm_jax.model import Model
 from vlm_jax.models.layers.bottleneck import is_adapter
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.names import stacked_layers
-from vlm_jax.train.optimizer import rates_of_layers, with_rates
+from vlm_jax.train.optimizer import layerwise_rates, with_rates
 from vlm_jax.trees import FROZEN, Table, flatten, layer_factors, match, parse_group
 from vlm_jax.weights import is_quantized
 
@@ -59,7 +59,7 @@ def training_table(
         lora_enabled: see above.
         loraplus_lr_ratio: the learning rate of B over that of A, LoRA+
             (https://arxiv.org/abs/2402.12354).
-        freeze_layers, vision_layer_decay: see `rates_of_layers`.
+        freeze_layers, vision_layer_decay: see `layerwise_rates`.
         modules_to_save: by default the model's own.
 
     Raises:
@@ -134,7 +134,7 @@ def training_table(
         else:
             rows.append((pattern, _group("full", scale_of(component))))
 
-    rates = rates_of_layers(model, paths, freeze_layers, vision_layer_decay)
+    rates = layerwise_rates(model, paths, freeze_layers, vision_layer_decay)
     rows = with_rates(rows, rates, paths)
     rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
     groups = match(rows, paths, "training table")
