@@ -35,7 +35,7 @@ def broken(config: dict, path: tuple[str, ...], value) -> dict:
 
 @pytest.mark.parametrize("value", [[], "x", 3, None])
 def test_a_config_that_is_no_object(value):
-    with pytest.raises(UserError, match="no JSON object"):
+    with pytest.raises(UserError, match="not a JSON object"):
         vlm_jax.from_config(value)
 
 

@@ -375,7 +375,7 @@ def test_a_stream(qwen, tmp_path):
     assert seen.total_steps is None and len(seen.examples) == 4
     assert all(example.pictures for example in seen.examples)
     assert "of a stream" in page.render(seen)
-    assert any("of a stream" in line for line in terminal.statistics(seen))
+    assert any("from a stream" in line for line in terminal.statistics(seen))
 
 
 def test_no_weights_are_fetched(qwen, monkeypatch):
