@@ -557,7 +557,7 @@ def odd():
         ({"modules_to_save": ("head",)}, "modules_to_save=.*not supported by adapt"),
         ({"targets": ()}, "targets are empty"),
         ({"targets": ("pari",)}, "'pari' matches no module.*did you mean 'pair'"),
-        ({"targets": "pair.("}, "no regular expression"),
+        ({"targets": "pair.("}, "not a regular expression"),
         ({"targets": "mlp"}, "'mlp' matches no module.*whole names"),
         ({"targets": ("pair",)}, "'pair', but it is a Block and gives tuple, not one array"),
         ({"targets": ("skipped",)}, "'skipped', but no call that was traced reached.*`inputs="),

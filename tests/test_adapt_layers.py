@@ -462,7 +462,7 @@ def test_presets_of_decoders(preset):
         ([LoRA(targets=("qurey",))], "'qurey' matches no linear layer.*did you mean 'query'"),
         ([LoRA(targets="vit")], "'qkv' matches no linear layer"),
         ([LoRA(targets=("proj",))], "'proj', which cannot be adapted: it is a Conv"),
-        ([LoRA(targets=r"attn\.(")], "no regular expression"),
+        ([LoRA(targets=r"attn\.(")], "not a regular expression"),
         ([LoRA(targets=r"attn")], "matches no linear layer.*whole names"),
         ([LoRA(targets=())], "empty"),
         ([LoRA(rank=0, targets="bert")], "1 or more"),
@@ -542,7 +542,7 @@ def test_other_collections_methods_and_boxes_pass_through(named):
 
     boxed = drawn(Boxed(), X)
     adapted, variables = adapted_and_moved(Boxed(), boxed, ALL)
-    assert adapted.layers == (Layer("up", "kernel", (8, 6), (0,), (1,), hears=True),)
+    assert adapted.layers == (Layer("up", "kernel", (8, 6), (0,), (1,), takes_dropout=True),)
     merged = vlm_jax.merge(adapted, variables)
     assert isinstance(merged["up"]["kernel"], nn.Partitioned)
     np.testing.assert_allclose(

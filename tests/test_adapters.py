@@ -216,7 +216,7 @@ def test_files_of_another_are_refused(base, tmp_path):
             vlm_jax.load_adapter(*base, tmp_path / "out")
     config.write_text(json.dumps(said))
     for tensors, match in (
-        ({**good, "model.visual.x": good[first]}, "no bottleneck adapter's tensor"),
+        ({**good, "model.visual.x": good[first]}, "not a bottleneck adapter's tensor"),
         ({key: value for key, value in good.items() if key != first}, "is missing"),
         ({**good, first: good[first][..., :1]}, "another base"),
         ({key.replace("layers.0", "layers.7"): v for key, v in good.items()}, "no place"),

@@ -143,5 +143,5 @@ def test_the_command_takes_a_thousand_turns(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Template, "render", counting)
     recipe = write_recipe(tmp_path, base, tmp_path / "a.jsonl", "data.max_seq_length=128")
     assert main(("preview", "--text", "--config", str(recipe))) == 0
-    assert "learns to write" in capsys.readouterr().out
+    assert "target, " in capsys.readouterr().out
     assert sum(rendered) < 150_000  # every prefix: 500,000 for each exchange that is tried

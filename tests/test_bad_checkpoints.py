@@ -35,7 +35,7 @@ def broken(config: dict, path: tuple[str, ...], value) -> dict:
 
 @pytest.mark.parametrize("value", [[], "x", 3, None])
 def test_a_config_that_is_no_object(value):
-    with pytest.raises(UserError, match="no JSON object"):
+    with pytest.raises(UserError, match="not a JSON object"):
         vlm_jax.from_config(value)
 
 
@@ -92,9 +92,9 @@ def test_fields_of_a_wrong_kind_say_what_was_expected(tmp_path, path, value, mes
         ("config.json", "[]", "expected an object"),
         ("config.json", "{", "line 1"),
         ("config.json", b"\xff\xfe{}", "cannot be read as JSON"),
-        ("model.safetensors.index.json", "{}", "no index of safetensors"),
-        ("model.safetensors.index.json", '{"weight_map": ["a"]}', "no index of safetensors"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "no index of safetensors"),
+        ("model.safetensors.index.json", "{}", "not an index of safetensors"),
+        ("model.safetensors.index.json", '{"weight_map": ["a"]}', "not an index of safetensors"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "not an index of safetensors"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}', "incomplete"),
         ("model.safetensors", "nothing", "could not be read as safetensors"),
     ],

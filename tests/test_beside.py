@@ -85,7 +85,7 @@ def test_the_line_that_adds_such_weights_to_an_adapter(load, adapter):
 
 def test_directories_that_are_mistaken_for_others(capsys, place, adapter, tmp_path):
     code, said = ask(capsys, place, adapter)
-    assert code == 2 and f"'{adapter}' is an adapter and no whole checkpoint" in said
+    assert code == 2 and f"'{adapter}' is an adapter, not a whole checkpoint" in said
     assert f"Give its base, '{place / 'base'}'" in said
     code, said = ask(capsys, place, place / "base", "--adapter", str(tmp_path))
     assert code == 2 and f"Give one of them, such as '{adapter}'" in said

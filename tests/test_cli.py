@@ -145,7 +145,7 @@ def test_predictions_that_cannot_be_written_fail_first(capsys, tmp_path):
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path / "no/such/x"))
     assert "cannot be written" in wrong(capsys, *arguments, str(tmp_path))
     (tmp_path / "data.jsonl").write_text('{"id": "a", "question": "q", "answer": "a"}')
-    assert "no file of this kind" in wrong(capsys, *arguments, str(tmp_path / "data.jsonl"))
+    assert "not a file of this kind" in wrong(capsys, *arguments, str(tmp_path / "data.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_overrides_belong_to_train(capsys):
     said = wrong(capsys, "export", "--run", "x", "--out", "y", "--config.lora.r=3")
     assert "belongs to the commands train, preview" in said
     said = wrong(capsys, "evaluate", "--run", "x", "--data", "y", "--max_tokens", "3")
-    assert "no option of this command (did you mean '--max-new-tokens'?)" in said
+    assert "not an option of this command (did you mean '--max-new-tokens'?)" in said
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_what_a_new_user_asks_first(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "a .py file runs as a program" in said and "--learning_rate=1e-4" in said
+    assert "a .py file is executed" in said and "--learning_rate=1e-4" in said
 
 
 def test_run_export_evaluate_generate(capsys, tmp_path, place, straight):

@@ -208,7 +208,7 @@ def test_a_playlist_opens_nothing_else(tmp_path, name):
     for source in (tmp_path / "a.mp4", PLAYLISTS[name].encode()):
         with pytest.raises(UserError, match=f"{name}.*not read: .*is not opened"):
             open_video(source, None, SAFE, EVERY)
-        with pytest.raises(UserError, match="no video of a kind that is read"):  # nor by FFmpeg
+        with pytest.raises(UserError, match="not a video of a supported kind"):  # nor by FFmpeg
             open_film(source, "the file", SAFE, EVERY, {})
 
 
@@ -218,7 +218,7 @@ def test_a_name_is_no_pattern_and_no_protocol(tmp_path, monkeypatch):
     assert opened("concat:secret.mp4")[0].count == 2
     Image.new("RGB", (8, 8)).save("1.png")
     Image.new("RGB", (8, 8)).save("%d.png")
-    with pytest.raises(UserError, match="no video of a kind that is read"):
+    with pytest.raises(UserError, match="not a video of a supported kind"):
         open_film(tmp_path / "%d.png", "the file", SAFE, EVERY, {})
 
 

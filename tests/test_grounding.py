@@ -199,7 +199,7 @@ def test_the_command_shows_and_compares_them(tmp_path, capsys):
     data.write_text(json.dumps(record))
     recipe = write_recipe(tmp_path, base, data)
     assert main(("preview", "--text", "--config", str(recipe))) == 0
-    assert "learns to write" in (said := capsys.readouterr().out)
+    assert "target, " in (said := capsys.readouterr().out)
     assert "<|box_start|>(250,250),(500,500)<|box_end|>" in said and SQUARE in said
     assert "objects" not in str(Encoder(base, image_folder=tmp_path).grounded(canonical(record)))
 

@@ -93,7 +93,7 @@ def test_a_run_holds_out_the_same_when_it_goes_on(place, tmp_path, monkeypatch):
     ("overrides", "said"),
     [
         (["data.eval_file=x.jsonl"], "both say what to evaluate on"),
-        (["data.streaming=true"], "of a stream, whose length nothing says"),
+        (["data.streaming=true"], "the length of a stream is unknown"),
     ],
 )
 def test_a_share_of_nothing_is_refused(overrides, said):

@@ -147,8 +147,8 @@ def test_quick_regexes_are_taken_and_usual_ones_start_no_process(monkeypatch):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["(q"], r"The row '\(q' is no regular expression"),
-        (["(" * 5000], "is no regular expression"),
+        (["(q"], r"The row '\(q' is not a regular expression"),
+        (["(" * 5000], "is not a regular expression"),
         (["a" * 20_000], "has 20,000 letters"),
         ([str(i) for i in range(20_000)], "There are 20,000 regular expressions, each a row"),
     ],

@@ -65,17 +65,23 @@ def test_the_language_model_only_by_default(tmp_path):
         (dict(rank_pattern={"k_proj": 4}), "'k_proj' of lora.rank_pattern matches no layer"),
         (dict(alpha_pattern={"proj": 4}), "'proj' of lora.alpha_pattern matches no layer"),
         (dict(rank_pattern={"q_proj": 0}), "1 or more"),
-        (dict(rank_pattern={"(": 4}), "no regular expression"),
+        (dict(rank_pattern={"(": 4}), "not a regular expression"),
         (dict(targets=("embed_tokens",), dora=True), "DoRA.*embed_tokens"),
-        (dict(targets=("embed_tokens",), modules_to_save=("embed_tokens",)), "not both"),
-        (dict(targets=r".*("), "no regular expression"),
+        (
+            dict(targets=("embed_tokens",), modules_to_save=("embed_tokens",)),
+            "remove it from one of the two",
+        ),
+        (dict(targets=r".*("), "not a regular expression"),
         (dict(rank=0), "1 or more"),
         (dict(dropout=1.0), "dropout"),
         (dict(targets="all-linear", components=("head",)), "all-linear.*vision"),
         (dict(targets="all-linear", components=("tower",)), "all-linear.*vision"),
         (dict(targets="all-linear", components=()), "all-linear.*vision"),
         (dict(modules_to_save=("nowhere",)), "no such module"),
-        (dict(targets=("mm_projector",), modules_to_save=("projector",)), "not both"),
+        (
+            dict(targets=("mm_projector",), modules_to_save=("projector",)),
+            "remove it from one of the two",
+        ),
     ],
 )
 def test_refused(qwen, lora, message):

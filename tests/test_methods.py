@@ -196,7 +196,7 @@ def test_frozen_layers_do_not_move(base, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_works_on_a_4_bit_base(base, method):
-    refused = {"full": "stored in 4 bits", "pissa": "makes the codes of a 4-bit base anew"}
+    refused = {"full": "stored in 4 bits", "pissa": "quantizes a 4-bit base again"}
     if method in refused:
         with pytest.raises(UserError, match=refused[method]):
             built(base, method, "nf4-dq")

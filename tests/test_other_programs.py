@@ -28,7 +28,7 @@ ROWS = {
     "conversations": (SHARED, "read"),
     "image": ({**SHARED, "image": "a"}, "read"),
     "<image>": (talk("a <image> b", image="a"), "read"),
-    "<im_start>": (talk("<im_start>q", image="a"), "is no place here"),
+    "<im_start>": (talk("<im_start>q", image="a"), "is not a placeholder here"),
     "model": ({**SHARED, "model": "x"}, "ignored"),
     # 2U1
     "video": ({**SHARED, "video": "a.mp4"}, "read"),

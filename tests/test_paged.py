@@ -264,8 +264,8 @@ def test_a_state_can_be_planned_and_made_inside_jit():
 def test_pages_are_equal_and_neither_tiny_nor_huge(shape, cut):
     pages = moments.pages_of(moments.Plain(shape), shape, paged=True)
     assert (pages.count, pages.axis) == cut
-    comb = jax.eval_shape(pages.comb, jax.ShapeDtypeStruct(shape, jnp.float32))
-    assert jax.eval_shape(pages.join, comb).shape == shape
+    split = jax.eval_shape(pages.split_axis, jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert jax.eval_shape(pages.merge_axis, split).shape == shape
 
 
 def test_a_device_without_host_memory_is_refused(monkeypatch):

@@ -587,7 +587,7 @@ def test_images_that_were_replaced_are_measured_anew(qwen, tmp_path, workers, co
     make = lambda: Pipeline(qwen, tmp_path / "data.json", rows=1, workers=workers)  # noqa: E731
     first = epoch(make())
     write_image(tmp_path / "a.png", 40, 60, seed=0)
-    with pytest.raises(UserError, match="record . .*replaced since. Start again"):
+    with pytest.raises(UserError, match="record . .*replaced since. Start the run again"):
         for _ in range(count):  # one record a start
             epoch(make())
     for _ in range(count):

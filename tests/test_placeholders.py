@@ -150,4 +150,4 @@ def test_the_command_takes_a_picture_in_an_answer(tmp_path, capsys):
     assert "Here it is: " in capsys.readouterr().out
     data.write_text(json.dumps(row("<|image_pad|>Mark it.", image="a.png")))
     assert main(("preview", "--text", "--config", str(recipe))) == 2
-    assert "'<|image_pad|>', which is no place here" in capsys.readouterr().err
+    assert "'<|image_pad|>', which is not a placeholder here" in capsys.readouterr().err

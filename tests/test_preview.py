@@ -295,7 +295,7 @@ def test_a_page_is_written_over_with_a_word_and_nothing_else_is(qwen, tmp_path, 
     assert "in place of the file that was there" in capsys.readouterr().err
     out.write_text("<html>my own</html>")
     assert main(arguments) == 2
-    assert "is there already, and is no file of this kind" in capsys.readouterr().err
+    assert "exists, and is not a file of this kind" in capsys.readouterr().err
     assert out.read_text() == "<html>my own</html>"
 
 
@@ -374,7 +374,7 @@ def test_a_stream(qwen, tmp_path):
     assert seen.total_steps is None and len(seen.examples) == 4
     assert all(example.pictures for example in seen.examples)
     assert "of a stream" in page.render(seen)
-    assert any("of a stream" in line for line in terminal.statistics(seen))
+    assert any("from a stream" in line for line in terminal.statistics(seen))
 
 
 def test_no_weights_are_fetched(qwen, monkeypatch):

@@ -371,11 +371,11 @@ def test_a_wrong_environment_is_named(monkeypatch):
     names = (processes.ADDRESS, processes.COUNT, processes.NUMBER)
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    assert processes.seat() is None
+    assert processes.process_slot() is None
     right = ("localhost:1234", "2", "1")
     for name, value in zip(names, right, strict=True):
         monkeypatch.setenv(name, value)
-    assert processes.seat() == processes.Seat("localhost:1234", 2, 1)
+    assert processes.process_slot() == processes.ProcessSlot("localhost:1234", 2, 1)
     for name, value, words in [
         (names[0], "", "sets JAX_NUM_PROCESSES and JAX_PROCESS_ID, but not JAX_COORDINATOR"),
         (names[1], "", "but not JAX_NUM_PROCESSES"),
@@ -388,9 +388,9 @@ def test_a_wrong_environment_is_named(monkeypatch):
         with monkeypatch.context() as changed:
             changed.setenv(name, value)
             with pytest.raises(UserError, match=words):
-                processes.seat()
+                processes.process_slot()
     monkeypatch.setenv(names[1], "1")
-    assert processes.seat() is None
+    assert processes.process_slot() is None
 
 
 def test_a_process_of_slurm_has_a_device_of_its_own(monkeypatch):
@@ -401,9 +401,9 @@ def test_a_process_of_slurm_has_a_device_of_its_own(monkeypatch):
         "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_NODES": "2",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    seat = processes.seat()
-    assert (seat.count, seat.number, seat.devices) == (16, 11, (3,))
-    assert seat.address.startswith("node1:")
+    slot = processes.process_slot()
+    assert (slot.count, slot.number, slot.devices) == (16, 11, (3,))
+    assert slot.address.startswith("node1:")
 
 
 @pytest.mark.nightly

@@ -137,7 +137,7 @@ def table_paths(model):
             r"layers \[0\] of.*not hold a layer's number",
         ),
         (Quantization("nf4", skip=("q_proj|k_proj",)), "no such module.*a regex from the start"),
-        (Quantization("nf4", skip=("(q_proj",)), "'.q_proj' is no regular expression"),
+        (Quantization("nf4", skip=("(q_proj",)), "'.q_proj' is not a regular expression"),
         (True, "quantize=True does not say how.*Give one of nf4"),
         ({"load_in_8bit": True}, "does not say load_in_4bit=True"),
         ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, "did you mean 'bnb_4bit_quant_type'"),
@@ -154,7 +154,7 @@ def table_paths(model):
         ([(r".*q_proj.*", "nf4")], "'.*q_proj/bias' as nf4, but only kernels"),
         ([(r".*/embedding", "nf4")], "embed_tokens/embedding' as nf4, but only kernels"),
         ([(r".*patch_embed.*", "nf4")], "patch_embed.*' as nf4, but only kernels"),
-        ([(r".*(", "nf4")], "no regular expression"),
+        ([(r".*(", "nf4")], "not a regular expression"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(directory, wanted, message):

@@ -29,7 +29,7 @@ def test_keys_of_bitsandbytes_mean_the_same():
         settings(quantize="nf4", load_in_4bit="true")
     with pytest.raises(vlm_jax.UserError, match="quantize"):
         settings(quantize="nf5")
-    with pytest.raises(vlm_jax.UserError, match="is float16.*needs loss scaling. Take bfloat16"):
+    with pytest.raises(vlm_jax.UserError, match="is float16.*needs loss scaling. Use bfloat16"):
         settings(load_in_4bit="true", bnb_4bit_compute_dtype="float16")
 
 

@@ -298,7 +298,7 @@ def test_the_config_trains(place, tmp_path, capsys, suffix):
     outcome = train(made)
     assert outcome["steps"] == 2 and not outcome["interrupted"]
     assert main(arguments) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists. Delete it" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_paragraph(place, tmp_path, capsys):

@@ -138,12 +138,12 @@ def test_bad_files_say_what_is_wrong(tmp_path, name, text, message):
 def test_missing_sources_say_so(tmp_path):
     with pytest.raises(UserError, match="no data file or directory"):
         read_records(tmp_path / "none.json")
-    with pytest.raises(UserError, match="no data set"):
+    with pytest.raises(UserError, match="is not a data set"):
         read_records(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps([LLAVA]))
     with pytest.raises(UserError, match=r"a\.json' has no splits, so there is no 'test'"):
         read_records(tmp_path / "a.json", split="test")
-    with pytest.raises(UserError, match=r"image folder .* is no directory"):
+    with pytest.raises(UserError, match=r"image folder .* is not a directory"):
         read_records([LLAVA], image_folder=tmp_path / "a.json")
     with pytest.raises(UserError, match=r"image folder .* does not exist"):
         read_records([LLAVA], image_folder=tmp_path / "none")
@@ -288,7 +288,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"question": "q", "answer": float("nan")}, "has NaN in 'answer'"),
         ({"question": "q", "answer": 3}, "has 3 in 'answer'; expected text"),
         ({"question": "q", "answer": []}, "empty list in 'answer'"),
-        ({"query": "q", "response": "r", "history": ["a"]}, "'history' that is no list"),
+        ({"query": "q", "response": "r", "history": ["a"]}, "'history' that is not a list"),
         (
             {"query": "q", "response": "r", "question": "q", "answer": "a"},
             "both query and question",

@@ -132,6 +132,16 @@ def test_no_files_import_one_another_in_a_circle():
     assert not circles(ARROWS)
 
 
+def test_the_diagram_in_the_design_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(PACKAGE.parent / "scripts"))
+    import import_diagram
+
+    assert import_diagram.reduced({("a", "b"), ("b", "c"), ("a", "c")}) == {("a", "b"), ("b", "c")}
+    assert import_diagram.page() == import_diagram.PAGE.read_text(), (
+        "docs/DESIGN.md is out of date: run python scripts/import_diagram.py"
+    )
+
+
 # What a stranger has to look through, in files beside each other, folders, and lines of a file.
 MOST = {"": (14, 13), "train": (24, 0), "linen": (8, 0)}
 LINES = 400

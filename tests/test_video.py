@@ -223,7 +223,7 @@ def test_without_pyav_a_film_says_how_to_install_it(tmp_path, monkeypatch):
         ({"video": "a.mp4", "fps": -1}, "fps is -1; expected a positive"),
         ({"video": "a.mp4", "nframes": 2.5}, "nframes is 2.5"),
         ({"video": "a.mp4", "fps": 1, "nframes": 4}, "exclude each other"),
-        ({"video": frames(2), "video_start": 1}, "has no seconds"),
+        ({"video": frames(2), "video_start": 1}, "has no time"),
         ([*frames(1), *frames(1, 8, 8)], "must have one size"),
         (["a.jpg", "no.jpg"], "frame 1 'no.jpg': there is no file"),
         ({"video": frames(5), "max_frames": 4}, "more than max_frames = 4"),

@@ -19,7 +19,7 @@ from vlm_jax.files.output import wrapped, writable, write
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax import config as configs
 
-    config = configs.load(options.config, overrides)  # bad keys are told before JAX is there
+    config = configs.load(options.config, overrides)  # bad keys are reported before JAX loads
     from vlm_jax.distributed.failures import together
 
     resume = "auto" if options.resume == "auto" else options.resume is not None
@@ -62,7 +62,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax.plan.topologies import INSTALL, compilers
 
     if DEVICES[hardware(options.topology).device].compiles:
-        first = "Compiling takes up to some minutes for a large model ..."
+        first = "Compiling; a large model takes some minutes ..."
         if not compilers():
             first = f"There is no compiler for it here, so memory is estimated. {INSTALL}"
         print(wrapped(first, sys.stderr), file=sys.stderr)
@@ -131,7 +131,7 @@ def _recommend(options: argparse.Namespace) -> int:
         table.add_row(*map(Text, row))
     console.print(table)
     if file is None:
-        console.print("Nothing was written; --out FILE writes a config that vlm-jax train takes.")
+        console.print("Nothing was written; --out FILE writes a config for vlm-jax train.")
         return 0
     write(found, file)
     console.print(f"Wrote '{file}'. Next, look at what the model will see, then train:")
@@ -153,7 +153,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _encoder(options: argparse.Namespace, **changes: Any) -> tuple[Any, Any]:
-    """Return (config of the run or None, encoder): whatever is missing is told before weights.
+    """Return (config of the run or None, encoder): whatever is missing is reported before weights.
 
     changes: of the encoder's options.
     """
@@ -290,7 +290,7 @@ COMMANDS = {
 
 
 def _overrides(options: argparse.Namespace, words: list[str]) -> dict[str, str]:
-    """Return {"section.key": value} of the words that are no options of the command itself."""
+    """Return {"section.key": value} of the words that are not options of the command itself."""
     if not words:
         return {}
     from vlm_jax.config.words import overrides
@@ -299,7 +299,7 @@ def _overrides(options: argparse.Namespace, words: list[str]) -> dict[str, str]:
 
 
 def _refuse(options: argparse.Namespace, words: list[str]) -> None:
-    """Raise `UserError` for words that are no options of a command without a config."""
+    """Raise `UserError` for words that are not options of a command without a config."""
     if not words:
         return
     word = words[0].partition("=")[0]
@@ -310,8 +310,8 @@ def _refuse(options: argparse.Namespace, words: list[str]) -> None:
         )
     guess = nearest(word, [f"--{name}" for name in _names(options)])
     raise UserError(
-        f"'{word}' is no option of this command{guess}. `vlm-jax {options.command} --help` lists "
-        f"its options."
+        f"'{word}' is not an option of this command{guess}. `vlm-jax {options.command} --help` "
+        f"lists its options."
     )
 
 
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str]) -> int:
     from vlm_jax.hardware import USABLE
 
-    # JAX takes three quarters of a GPU unless it is told; `plan` counts on this much.
+    # JAX takes three quarters of a GPU by default; `plan` counts on this much.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(USABLE))
     known = parser()

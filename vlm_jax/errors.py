@@ -1,4 +1,4 @@
-"""The one exception a stranger may see: a paragraph saying what, where, expected, remedy."""
+"""UserError, the one exception for users: a paragraph of what, where, expected, remedy."""
 
 # What a terminal obeys (control characters), and what nothing shows but a reader of text sees: line
 # separators, Unicode's Default_Ignorable_Code_Points (zero width, direction, tags, fillers); and
@@ -22,7 +22,7 @@ MARKS |= {code: chr(0x2400 + code) for code in MARKS if code < 32} | {0x7F: "␡
 
 
 def marked(text: str) -> str:
-    """Return text with what a terminal would obey, or nobody would see, as marks.
+    """Return text with control and invisible characters replaced by marks.
 
     Line breaks and tabs stay.
     """
@@ -32,7 +32,7 @@ def marked(text: str) -> str:
 class UserError(Exception):
     """Bad input from outside: the command line prints its text alone and exits with code 2.
 
-    Raised for anything the user can mend (a missing file, an unknown key, a checkpoint that
+    Raised for anything the user can correct (a missing file, an unknown key, a checkpoint that
     does not fit its config). Its message says what was wrong, where, what was expected, and
     what to do. Anything else that is raised is a bug and keeps its traceback. It may quote data,
     whose control characters are marks in it.

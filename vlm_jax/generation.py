@@ -121,14 +121,22 @@ def generate(
     eos_token_id: int | tuple[int, ...] | None = None,
     pad_token_id: int | None = None,
 ) -> np.ndarray:
-    """Return int32 [B, N]: the new tokens of each row, the prompt excluded.
+    """Return int32 [B, N]: the new tokens of each row, without the prompt.
 
     Rows may differ in length and images and be padded on either side; one example a row. A row
-    ends with its EOS token, then the pad id. temperature 0 is greedy. EOS and pad ids are those
-    of the checkpoint's generation_config.json unless given, and with them the token that its chat
-    template ends an answer with (`Model.turn_end`). Compiled once for each shape.
-    On a mesh (that of the parameters) rows are spread over data x fsdp where they divide; several
-    processes all call it with the same rows, and get the same tokens.
+    ends with an end token, then the pad id. Compiled once for each shape. On a mesh (that of the
+    parameters) rows are spread over data x fsdp where they divide; several processes all call this
+    with the same rows, and get the same tokens.
+
+    Args:
+        model, params: of `load`.
+        batch: the prompts.
+        max_new_tokens: N.
+        temperature: 0 is greedy.
+        top_p, top_k: limits of sampling; 1 and 0 are none.
+        seed: of sampling.
+        eos_token_id, pad_token_id: by default those of the checkpoint's generation_config.json, and
+            the token that ends an answer in its chat template (`Model.turn_end`).
     """
     eos, pad = end_tokens(model, model.turn_end if eos_token_id is None else None)
     if eos_token_id is not None:
@@ -193,7 +201,7 @@ def end_tokens(model: Model, turn_end: int | None = None) -> tuple[tuple[int, ..
     if not all(isinstance(token, int) and abs(token) <= SIZE for token in (*ids, pad)):
         raise UserError(
             f"The checkpoint names eos_token_id {eos!r} and pad_token_id {pad!r}; expected whole "
-            f"numbers. Mend its generation_config.json or config.json."
+            f"numbers. Correct its generation_config.json or config.json."
         )
     return ids, pad
 

@@ -1,4 +1,4 @@
-"""Devices by the names people use, and what their makers state of them: the one table."""
+"""The table of devices: names in use, and their makers' published numbers."""
 
 import dataclasses
 import math
@@ -166,7 +166,7 @@ def slice_shape(chips: int, dimensions: int) -> str:
     """Return the shape of a slice of so many chips, as near to a square or cube as Cloud TPU's.
 
     2 dimensions: 1x1, 2x2, 2x4, 4x4, 4x8, ...; 3: 1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, ... A number
-    that is no power of two gives one row, which no slice has: the compiler says so.
+    that is not a power of two gives one row, which no slice has: the compiler says so.
     """
     doublings = chips.bit_length() - 1
     if chips != 2**doublings:

@@ -188,7 +188,7 @@ class Model:
             if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
                 raise UserError(
                     f"Row {row} holds the token ids {tokens.min()} to {tokens.max()}; the model "
-                    f"has {self.vocab_size} tokens. Add rows with add_tokens, or take the "
+                    f"has {self.vocab_size} tokens. Add rows with add_tokens, or use the "
                     f"checkpoint's own tokenizer."
                 )
             if labels is not None:
@@ -285,7 +285,7 @@ class _Media:
         """Raise where images are left over that no row has placeholders for."""
         if self.image != len(self.grids):
             raise UserError(
-                f"The batch brings {len(self.grids)} {self.kind}s, but the rows have placeholders "
+                f"The batch has {len(self.grids)} {self.kind}s, but the rows have placeholders "
                 f"for {self.image}."
             )
 
@@ -328,7 +328,15 @@ def from_config(
 ) -> Model:
     """Return the `Model` that a Hugging Face config.json describes; `model.init` makes parameters.
 
-    Raises `UserError` for an unknown family or a field whose meaning is not known.
+    Args:
+        hf_config: the JSON object.
+        dtype: of the computation.
+        remat: a key of `layers.scan.REMAT`: the activations kept for the backward pass.
+        source: where the model was loaded from.
+        files: access to that checkpoint's files, for `model.encode`.
+
+    Raises:
+        UserError: for an unknown family, or a field with an unknown meaning.
     """
     if remat not in REMAT:
         raise UserError(f"Unknown remat policy '{remat}'; known: {', '.join(REMAT)}.")

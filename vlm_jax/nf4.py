@@ -1,4 +1,4 @@
-"""NF4 kernels by hand: quantize one, decode it, take it to bitsandbytes' arrays."""
+"""NF4 kernels: quantize, dequantize, conversion to bitsandbytes' arrays."""
 
 from typing import Any
 

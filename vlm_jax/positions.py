@@ -1,4 +1,4 @@
-"""Where tokens and patches lie: M-RoPE of a token row, (height, width) and frames of patches.
+"""Positions of tokens and patches: M-RoPE of a row; (height, width) and frames of patches.
 
 Plain numpy over one unpadded example; models and data share it, so that a position is computed
 by one function only. Letters: T tokens, P patches. A grid is (frames, height, width), counted in
@@ -15,7 +15,7 @@ Grids = Sequence[Sequence[int]] | np.ndarray | None
 
 
 def grid_list(grids: Grids) -> list[tuple[int, int, int]]:
-    """Return the grids as a list of three-integer tuples; None is no grid at all."""
+    """Return the grids as a list of three-integer tuples; None gives no grid."""
     if grids is None:
         return []
     return [(int(t), int(h), int(w)) for t, h, w in np.asarray(grids, np.int64).reshape(-1, 3)]
@@ -33,7 +33,7 @@ def mrope(
 
     Text counts up in all three rows alike. The tokens of an image start where the text before
     them ended and spread over their merged grid, frame by frame and row by row; the text after
-    them goes on `max(height, width) // merge` later, whatever the number of frames:
+    them continues `max(height, width) // merge` later, whatever the number of frames:
 
         tokens  a  b  [2 x 2 image ]  c
         time    0  1   2  2  2  2     4

@@ -1,4 +1,4 @@
-"""Which kernels are stored in 4 bits, and as what: the quantization table, and what came of it."""
+"""The quantization table: the 4-bit format of each kernel, and a summary of the result."""
 
 import dataclasses
 import math
@@ -154,7 +154,7 @@ def _table(model: Model, wanted: Quantization) -> Table:
         raise UserError(
             f"Nothing is left to quantize as {wanted.storage}: of the linear layers of "
             f"model.quantize_components, {list(wanted.components)}, model.llm_int8_skip_modules, "
-            f"{list(wanted.skip)}, keeps all dense. Take the name that covers them out of the "
+            f"{list(wanted.skip)}, keeps all dense. Remove the name that covers them from the "
             f"skipped modules or add a component ({', '.join(sorted(known))}); to train a dense "
             f"base, leave model.quantize and model.load_in_4bit out."
         )
@@ -220,7 +220,7 @@ def storages(model: Model, quantize: Quantize) -> dict[str, Storage | None]:
 
     quantize: a name of `NAMES` for the linear layers of the language model, a `Quantization`,
     transformers' `BitsAndBytesConfig` or its dict, or a table of (regex, name or "dense") rows over
-    paths. Raises `UserError` for an unknown name and for a row that quantizes what is no linear
+    paths. Raises `UserError` for an unknown name and for a row that quantizes anything but a linear
     layer.
     """
     paths = list(flatten(model.abstract()))

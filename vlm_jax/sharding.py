@@ -1,4 +1,4 @@
-"""Meshes, and where every parameter and batch row lives on them: one table a family.
+"""Meshes and shardings of parameters and batches: one table a family.
 
 Logical axes of a matrix: "embed" is the model width, "wide" whatever fans out of it (heads, the
 MLP's hidden width), "vocab" the vocabulary. Rows of a batch spread over data x fsdp, the tokens of
@@ -47,13 +47,18 @@ LEAST_SPREAD = 0.5
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None, context: int = 1
 ) -> Mesh:
-    """Return a mesh over `devices` (default: all); one size may be -1, meaning the rest.
+    """Return a mesh over `devices`; one size may be -1, meaning the rest.
 
-    data: copies of the model. fsdp: parameters are spread, and gathered where they are used.
-    tensor: heads and hidden widths are spread. context: the tokens of each row are spread, and keys
-    and values gathered, for rows too long for one device.
     Axes are of type Auto: the compiler spreads shardings from parameters and batch. Nothing else
     in this library makes a mesh.
+
+    Args:
+        data: copies of the model.
+        fsdp: devices that share one copy of the parameters, gathered where they are used.
+        tensor: devices that share heads and hidden widths.
+        devices: default: all.
+        context: devices that share the tokens of each row, with keys and values all-gathered, for
+            rows too long for one device.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(len(devices), data, fsdp, tensor, context)
@@ -237,7 +242,7 @@ def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[st
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Return the tree with every leaf whole on every device."""
+    """Return the tree with every leaf replicated."""
     return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
 
@@ -315,7 +320,7 @@ def share_of(process: int, holders: Sequence[Sequence[int]]) -> tuple[int, int]:
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     """Return the sharding of each leaf of a `Batch`: rows over data x fsdp, tokens over context.
 
-    Patches are whole on every device of their row. Of any other tree only rows are spread.
+    Patches are replicated on the devices of their row. Of any other tree only rows are spread.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:

@@ -77,7 +77,7 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
                     f"The row {pattern!r} of the {what} matches no parameter. A row must match "
                     f"the whole path of at least one; paths look like "
                     f"{', '.join(repr(p) for p in paths[:: max(1, len(paths) // 3)][:3])}. "
-                    f"Mend the row or delete it."
+                    f"Correct the row or delete it."
                 )
     return result
 

@@ -322,7 +322,7 @@ def test_what_is_no_matrix_of_floats_is_refused():
             nf4.quantize(kernel)
     with pytest.raises(vlm_jax.UserError, match="of type float8_e4m3fn; only floats"):
         nf4.quantize(jnp.zeros((64, 2), jnp.float8_e4m3fn))
-    with pytest.raises(vlm_jax.UserError, match="no 4-bit leaf"):
+    with pytest.raises(vlm_jax.UserError, match="not a 4-bit leaf"):
         nf4.to_bnb(np.zeros((64, 2), np.float32))
 
 

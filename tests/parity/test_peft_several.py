@@ -123,13 +123,13 @@ def test_refused(tmp_path, place):
         vlm_jax.combine_peft_adapters(model, adapters, {"a": 1}, "lin")
     both = vlm_jax.load_peft_adapters(base, params, {n: directories[n] for n in "01"})
     assert both[0].lora.rank == 5  # the larger one's
-    with pytest.raises(vlm_jax.UserError, match=r"ranks \[2, 5\].*'linear' adds matrices"):
+    with pytest.raises(vlm_jax.UserError, match=r"ranks \[2, 5\].*'linear' adds factors"):
         vlm_jax.combine_peft_adapters(*both, {"0": 1, "1": 1}, "linear")
     bare = vlm_jax.LoRA(targets=(), modules_to_save=("projector",))
     bare = vlm_jax.add_lora(base, params, bare, jax.random.key(0))
     vlm_jax.save_peft(*bare, tmp_path / "bare")
     both = vlm_jax.load_peft_adapters(base, params, {"bare": tmp_path / "bare"})
-    with pytest.raises(vlm_jax.UserError, match="no LoRA matrices"):
+    with pytest.raises(vlm_jax.UserError, match="no LoRA factors"):
         vlm_jax.combine_peft_adapters(*both, {"bare": 1})
     with pytest.raises(vlm_jax.UserError, match="no adapter 'c'"):
         vlm_jax.combine_peft_adapters(model, adapters, {"c": 1})

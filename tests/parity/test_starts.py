@@ -179,7 +179,7 @@ def test_what_4_bits_lose_is_less_in_every_layer(tmp_path, quantized, init):
         found = norms[path.replace("/kernel", "/lora_magnitude")]
         np.testing.assert_allclose(found, np.linalg.norm(whole[path], axis=-2), rtol=1e-4)
     if init != "loftq":
-        with pytest.raises(vlm_jax.UserError, match="made anew"):
+        with pytest.raises(vlm_jax.UserError, match="quantized again"):
             vlm_jax.save_peft(model, params, tmp_path / "adapter")
         return
     vlm_jax.save_peft(model, params, tmp_path / "adapter")

@@ -1,1 +1,1 @@
-"""What is added to a frozen base: LoRA, bottleneck adapters, modules in full, tokens."""
+"""Parameter-efficient methods on a frozen base: LoRA, bottleneck adapters, modules, tokens."""

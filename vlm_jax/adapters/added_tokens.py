@@ -1,4 +1,4 @@
-"""New tokens: rows beside the embedding and the head that train while the old ones stay frozen."""
+"""Added tokens: trainable rows of embedding and head, beside the frozen ones."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Bottleneck adapters on a parameter tree: fresh ones, several on one base, their average."""
+"""Bottleneck adapters on a parameter tree: initialisation, switching, averaging."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -116,10 +116,16 @@ def shapes(model: Model, adapter: Adapter) -> dict[str, tuple[int, ...]]:
 def add_adapter(
     model: Model, params: Mapping[str, Any], adapter: Adapter, key: jax.Array
 ) -> tuple[Model, dict[str, Any]]:
-    """Return the model and a new tree with fresh adapters, float32, stacked by layer.
+    """Return the model and a new tree with new adapters: float32 leaves, stacked by layer.
 
-    The old tree stays as it was, and its arrays are the new one's. Raises `UserError` for settings
-    that are not known, and where there are adapters or LoRA already.
+    Args:
+        model: the model without adapters and LoRA.
+        params: its tree; it stays as it was, and its arrays are the new tree's.
+        adapter: kind, reduction factor and components.
+        key: for initialisation.
+
+    Raises:
+        UserError: for unknown settings, and where the tree holds adapters or LoRA already.
     """
     flat = flatten(params)
     check_bare(flat)

@@ -1,9 +1,24 @@
-"""LoRA on a parameter tree: fresh matrices, merging.
+"""LoRA on a parameter tree: new factors A and B, and merging them into the kernels.
 
-Layers of a stack may differ in rank and scale. Their matrices are then of the largest rank, and
-what a layer has less of it are columns of A and rows of B that are zero: each is the other's
+LoRA (https://arxiv.org/abs/2106.09685) adds to a frozen kernel W [in, out] the product of two small
+factors, y = x W + (alpha / rank) x A B. `add_lora` puts them beside the kernel, each with the layer
+axis L of a stack first; B starts at zero, so that the model starts equal to its base:
+
+    vlm_jax.add_lora(model, params, LoRA(rank=16, targets=("q_proj",)), key=jax.random.key(0))
+
+    before                           after
+    layers/self_attn/                layers/self_attn/
+      q_proj/kernel  [L, D, D]         q_proj/kernel  [L, D, D]    frozen
+                                       q_proj/lora_A  [L, D, 16]   trained, float32
+                                       q_proj/lora_B  [L, 16, D]   trained, float32
+      o_proj/kernel  [L, D, D]         o_proj/kernel  [L, D, D]    frozen
+
+`vlm_jax.merge` returns the tree on the left, with W + (alpha / rank) A B as the kernel.
+
+Layers of a stack may differ in rank and scale. Their factors then have the largest rank, and a
+layer of a smaller one has zeros in its last columns of A and rows of B: each is the other's
 gradient, so they stay zero under any optimizer. `lora_scale` [L], float32 and never trained, holds
-the scales where they are not all the one that `LoRA` says; 0 is a layer without matrices.
+the scales where they differ from the one that `LoRA` states; 0 is a layer without LoRA.
 """
 
 import dataclasses
@@ -48,16 +63,14 @@ def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels:
     if codes:
         raise UserError(
             f"modules_to_save, {list(lora.modules_to_save)}, trains '{min(codes)}' in full, which "
-            f"is stored in 4 bits: codes have no gradient, and an adapter cannot hold them. Take "
-            f"the module out of modules_to_save, or keep it dense: leave it out of the components "
-            f"that are quantized, or name it among the skipped modules."
+            f"is stored in 4 bits: codes have no gradient. Remove the module from modules_to_save, "
+            f"or exclude it from quantization (components, skipped modules)."
         )
     both = [path for path in kernels if path in in_full]
     if both:
         raise UserError(
             f"'{both[0]}' is both a LoRA target and in modules_to_save, or has rows of added "
-            f"tokens. A layer gets low-rank matrices or trains in full, not both: take it out of "
-            f"one of the two."
+            f"tokens: remove it from one of the two."
         )
 
 
@@ -86,18 +99,25 @@ def usual_start(
 def add_lora(
     model: Model, params: Mapping[str, Any], lora: LoRA, key: jax.Array
 ) -> tuple[Model, dict[str, Any]]:
-    """Return the model and a new tree with fresh `lora_A` [in, R] and `lora_B` [R, out] leaves.
+    """Return the model and a new tree with the leaves `lora_A` [in, R] and `lora_B` [R, out].
 
     A is kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(in), and B zero, as in
-    PEFT: the adapted model starts equal to the base. Both are float32; scanned layers lead with
-    the layer axis. lora.dora adds `lora_magnitude` [out], the norms of the kernel's columns. Of
-    the embedding A is zero and B normal. Layers that differ: see the top of this file. The
-    old tree stays as it was. Raises `UserError` for a target or module that
-    matches nothing, or where LoRA is there already.
+    PEFT: the adapted model starts equal to the base. Of the embedding A is zero and B normal. Both
+    are float32, with the layer axis of a stack first. lora.dora adds `lora_magnitude` [out], the
+    norms of the kernel's columns. Layers of unlike rank or scale: see the top of this file.
+
+    Args:
+        model: the model without LoRA and adapters.
+        params: its tree; it stays as it was.
+        lora: rank, alpha, targets and initialisation.
+        key: for initialisation.
+
+    Raises:
+        UserError: for a target or module that matches nothing, and where the tree holds LoRA.
     """
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
-        raise UserError("These parameters hold LoRA matrices already; merge them first.")
+        raise UserError("These parameters hold LoRA factors already; merge them first.")
     check_no_adapter(flat, "LoRA goes on a base without")
     check_numbers(lora)
     name, _ = lora_init.kind_of(lora.init)
@@ -107,7 +127,7 @@ def add_lora(
     if lora.dora and embedding_leaf(model) in kernels:
         raise UserError(
             "DoRA is asked for on 'embed_tokens', but an embedding has no columns whose norms "
-            "DoRA's learned ones could replace here. Take it out of the targets, or set dora=False."
+            "DoRA's learned ones could replace here. Remove it from the targets, or set dora=False."
         )
     lora = dataclasses.replace(lora, left_out=left_out(model, hits))
     for path, one in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
@@ -120,12 +140,13 @@ def add_lora(
         if path == embedding_leaf(model):
             if name not in ("true", "gaussian"):
                 raise UserError(
-                    f"init_lora_weights={lora.init!r} is not defined for an embedding, in PEFT "
-                    f"neither: take 'embed_tokens' out of the targets, or start at random (true)."
+                    f"init_lora_weights={lora.init!r} is not defined for an embedding, nor "
+                    f"in PEFT: remove 'embed_tokens' from the targets, or initialise at random "
+                    "(true)."
                 )
             a, b = usual_start(one, shape_a, shape_b, embedding=True)
         elif name != "true":
-            start = _start(model, lora, path, flat[path], one)
+            start = _initial(model, lora, path, flat[path], one)
             flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
             a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
         else:
@@ -146,8 +167,8 @@ def add_lora(
     return model, params
 
 
-def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> dict[str, Any]:
-    """Return the leaves of a start that is not the usual one, the kernel among them if it changes.
+def _initial(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> dict[str, Any]:
+    """Return the leaves of an initialisation from the kernel, the changed kernel among them.
 
     See lora_init.py. Layer by layer, on the device where the kernel is.
     """
@@ -155,8 +176,8 @@ def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> 
     held, four = slots(model, lora, path), isinstance(kernel, FourBit)
     if name in lora_init.FROM_LOSS and not four:
         raise UserError(
-            f"init_lora_weights={lora.init!r} fills up what 4 bits lost, and '{path}' is dense: "
-            f"quantize the base (model.quantize=nf4), or take 'pissa'."
+            f"init_lora_weights={lora.init!r} makes up for 4-bit rounding, but '{path}' is dense: "
+            f"quantize the base (model.quantize=nf4), or use 'pissa'."
         )
     takes = name in lora_init.FROM_KERNEL
     read = _originals(model, path, kernel) if takes or name in lora_init.FROM_LOSS else None
@@ -176,7 +197,9 @@ def _start(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -> 
             left = whole if takes else whole - dense(old, jnp.float32)
             a, b = lora_init.factors(name, left, slot.rank, slot.scale, iterations, one)
             if takes and four:
-                old = requantized(old, whole - slot.scale * a @ b, f"'{path}' after its start")
+                old = requantized(
+                    old, whole - slot.scale * a @ b, f"'{path}' after its initialisation"
+                )
         lacking = rank - a.shape[1]
         a, b = jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
         made.append({"lora_A": a, "lora_B": b} | ({"kernel": old} if takes and four else {}))
@@ -204,14 +227,14 @@ def _originals(model: Model, path: str, kernel: Any) -> Callable[[Slot], jax.Arr
         or any(n.startswith(first) for n in source.beside)
     ):
         raise UserError(
-            f"'{path}' is stored in 4 bits, and its weights before that, from which this start "
-            f"(init_lora_weights) is made, are not in the base's files. Load a base in 16 or 32 "
-            f"bits with model.quantize, or start at random (true)."
+            f"'{path}' is stored in 4 bits in the base's files, without the weights that "
+            f"init_lora_weights needs here. Load a base in 16 or 32 bits with "
+            f"model.quantize, or initialise at random (true)."
         )
     if processes.count() > 1:
         raise UserError(
-            "A start that is made of 4-bit kernels (init_lora_weights) reads the base's files in "
-            "one process. Make it there and save it, or start at random (true)."
+            "Initialisation from 4-bit kernels (init_lora_weights) works in one process only. "
+            "Initialise there and save the adapter, or initialise at random (true)."
         )
     read = model.files.tensors(model)
     return lambda slot: jnp.asarray(to_tree(path, read(f"{slot.module}.weight")), jnp.float32)
@@ -270,7 +293,7 @@ def merged_leaf(
         return kernel
     if path == embedding_leaf(model) and model.config.text.tied:
         raise UserError(
-            "The embedding has LoRA matrices and this model's head is tied to it: the matrices "
+            "The embedding has LoRA factors and this model's head is tied to it: the factors "
             "change the embedding alone, as in PEFT, so merging would untie them. Keep the "
             "adapter (save_peft), or merge it with peft, which unties the head."
         )
@@ -316,8 +339,8 @@ def _merged(
     rank = a.shape[-1]
     if a.shape != (*layers, inputs, rank) or b.shape != (*layers, rank, outputs):
         raise UserError(
-            f"The LoRA matrices of '{base}' are {list(a.shape)} and {list(b.shape)}, made for "
-            f"another shape than its kernel's, {list(kernel.shape)}. Take the adapter that was "
+            f"The LoRA factors of '{base}' are {list(a.shape)} and {list(b.shape)}, made for "
+            f"another shape than its kernel's, {list(kernel.shape)}. Use the adapter that was "
             f"trained on this base."
         )
     if f"{base}/start_A" in flat:

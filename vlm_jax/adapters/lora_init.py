@@ -1,12 +1,12 @@
-"""How fresh matrices start (PEFT's `init_lora_weights`): at random, or from the kernel itself.
+"""Initialisation of LoRA factors (PEFT's `init_lora_weights`): at random, or from the kernel.
 
 A start at random leaves the model as it is: B is zero, or what A and B give is subtracted. A start
 from a kernel W takes a part of it, A0 B0, into the matrices. PEFT then subtracts that part from W;
 here W stays as the base's files have it, and `start_A` [in, R] and `start_B` [R, out], float32 and
 never trained, are subtracted in the forward pass: W + s (A B - A0 B0). That is the same function
 and the same gradients, a base shared with its files, and an adapter for the base as it is: of
-twice the rank, [A, A0] [B, -B0]. Only codes of 4 bits are made anew, of W - s A0 B0, for the sake
-of which PiSSA is used on them (QPiSSA: what is left is smaller, and loses less).
+twice the rank, [A, A0] [B, -B0]. Only 4-bit kernels are quantized again, of W - s A0 B0, for the
+sake of which PiSSA is used on them (QPiSSA: what is left is smaller, and loses less).
 
 PiSSA: https://arxiv.org/abs/2404.02948, equations 2 to 4; OLoRA: https://arxiv.org/abs/2406.01775;
 LoftQ: https://arxiv.org/abs/2310.08659, algorithm 1 with one step, which leaves the codes alone.
@@ -38,7 +38,7 @@ OTHERS = {
 def kind_of(init: bool | str) -> tuple[str, int | None]:
     """Return (name, subspace iterations or None) of a value of init_lora_weights.
 
-    Raises `UserError` for one that is not known, and for PEFT's that are not had.
+    Raises `UserError` for an unknown one, and for PEFT's that are not implemented.
     """
     word = str(init).lower()
     found = re.fullmatch(r"pissa_niter_(\d+)", word)

@@ -1,4 +1,4 @@
-"""What an adapter holds in full: modules trained whole and biases, named as PEFT names them."""
+"""PEFT's `modules_to_save` and `bias`: modules and biases that an adapter holds in full."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from vlm_jax.trees import flatten
 class SavedModules:
     """The modules that an adapter holds in full.
 
-    names: those that PEFT must be told. places: the tensors in them, by their name in the current
+    names: those that PEFT needs. places: the tensors in them, by their name in the current
     layout. unused: names of further tensors in them, which nothing here reads but PEFT wants.
     """
 
@@ -155,7 +155,7 @@ def bias_leaves(model: Model, params: Mapping[str, Any]) -> list[str]:
         if count < (stacked_layers(model, path) or 1):
             raise UserError(
                 f"bias='lora_only' would train {count} of the {stacked_layers(model, path)} layers "
-                f"of '{path}', those that have matrices. Layers are stacked here, so a bias trains "
+                f"of '{path}', those with LoRA. Layers are stacked here, so a bias trains "
                 f"in all of them or in none: adapt all layers, or set bias to 'all' or 'none'."
             )
     return list(held)

@@ -1,4 +1,4 @@
-"""Which modules get low-rank matrices, and of which rank and scale, as PEFT decides it."""
+"""LoRA targets as PEFT resolves them: modules, ranks and scales."""
 
 import functools
 import math
@@ -54,7 +54,7 @@ PATTERN_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class Slot(NamedTuple):
-    """One module's share of a leaf: its layer (None of a leaf that is no stack), rank and scale.
+    """One module's share of a leaf: its layer (None of a leaf that is not a stack), rank and scale.
 
     Where rank is 0 the module has no matrices: its layer of them is zero and stays so.
     """

@@ -1,4 +1,4 @@
-"""A run's config: its keys, their values, checks, and the files and words they come from."""
+"""A run's config: keys, defaults, checks, files and command-line overrides."""
 
 from vlm_jax.config.parse import plain
 from vlm_jax.config.schema import coerce, flatten_config, get_config, key_types, load, to_dict

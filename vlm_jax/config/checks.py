@@ -1,4 +1,4 @@
-"""Which values of a run's config are refused, and why."""
+"""Checks of config values, and the messages of those refused."""
 
 import difflib
 import re
@@ -36,7 +36,7 @@ def unknown_keys(given: Iterable[str], where: str, known: Iterable[str]) -> User
     else:
         sections = ", ".join(dict.fromkeys(key.split(".")[0] for key in known))
         more = (
-            f"Every key is listed with its meaning in vlm_jax/config.py; the sections are "
+            f"Every key is listed with its meaning in vlm_jax/config/schema.py; the sections are "
             f"{sections}."
         )
     if left > 0:
@@ -82,7 +82,7 @@ def check(flat: Mapping[str, Any]) -> None:
     if flat["model.bnb_4bit_compute_dtype"] == "float16":
         raise UserError(
             "'model.bnb_4bit_compute_dtype' is float16, which is not supported: float16 needs loss "
-            "scaling. Take bfloat16 (any GPU since Ampere, any TPU) or float32."
+            "scaling. Use bfloat16 (any GPU since Ampere, any TPU) or float32."
         )
     for key, allowed in CHOICES.items():
         check_choice(key, flat[key], allowed)
@@ -145,8 +145,8 @@ def check(flat: Mapping[str, Any]) -> None:
         )
     if flat["data.eval_share"] and flat["data.streaming"]:
         raise UserError(
-            "'data.eval_share' is set and 'data.streaming' is true: of a stream, whose length "
-            "nothing says, no share can be held out. Name a data.eval_file instead."
+            "'data.eval_share' is set and 'data.streaming' is true: the length of "
+            "a stream is unknown, so no share can be held out. Set data.eval_file instead."
         )
     both = flat["data.min_pixels"], flat["data.max_pixels"]
     if None not in both and both[0] > both[1]:

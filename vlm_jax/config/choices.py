@@ -1,4 +1,4 @@
-"""What else people call the keys of a config, and which values each may have."""
+"""Vocabularies of the config: aliases of keys, and the choices of values."""
 
 from typing import Any
 

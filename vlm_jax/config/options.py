@@ -1,4 +1,4 @@
-"""What may be written after `vlm-jax`: commands, their options, and keys of a config."""
+"""The command line: commands, their options, and keys of a config."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from vlm_jax import __version__
 ANY_KEY = (
     "Any key of the config can be set: --config.training.{example}, or by its name alone where one "
     "section has it: --{example}. Every key is listed with its default and meaning in "
-    "vlm_jax/config.py."
+    "vlm_jax/config/schema.py."
 )
 
 
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = add(
         "train",
-        "Train as a config says.",
+        "Train a model by a config.",
         epilog=ANY_KEY.format(example="learning_rate=1e-4"),
     )
     _add_config(train)
@@ -40,34 +40,44 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="newest",
         choices=("newest", "auto"),
-        help="go on from the newest checkpoint; --resume=auto: where there is one, else begin",
+        help="resume from the newest checkpoint; --resume=auto: if there is one, else start",
     )
     train.add_argument(
-        "--verbose", action="store_true", help="print all that is known of data, mesh and weights"
+        "--verbose", action="store_true", help="print details of data, mesh and weights"
     )
 
     preview = add(
         "preview",
-        "Show what the model sees of a config's data, without its weights.",
+        "Show a config's first training examples as the model receives them; needs no weights.",
         epilog=ANY_KEY.format(example="max_seq_length=1024").replace("training.", "data."),
     )
     _add_config(preview)
-    preview.add_argument("--examples", type=_number(int, 1), default=16, metavar="N")
-    preview.add_argument("--split", choices=("train", "eval"), default="train")
-    preview.add_argument("--out", metavar="FILE", help="the page; default: preview.html")
     preview.add_argument(
-        "--text", action="store_true", help="print to the terminal instead; a page only with --out"
+        "--examples", type=_number(int, 1), default=16, metavar="N", help="default: 16"
+    )
+    preview.add_argument(
+        "--split", choices=("train", "eval"), default="train", help="default: train"
+    )
+    preview.add_argument("--out", metavar="FILE", help="HTML page to write; default: preview.html")
+    preview.add_argument(
+        "--text", action="store_true", help="print to the terminal; an HTML page only with --out"
     )
 
-    recommend = add("recommend", "Choose a method for your data and hardware, and write a config.")
-    recommend.add_argument("--data", required=True, metavar="FILE", help="as data.train_file")
-    recommend.add_argument("--model", required=True, metavar="DIR", help="directory or hub id")
-    recommend.add_argument("--hardware", metavar="NAME", help="as rtx4090, h100:8, v5e-4")
-    recommend.add_argument("--out", metavar="FILE", help="the config to write, .yaml or .py")
-    recommend.add_argument("--split", help="of a data set that has several")
-    recommend.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
+    recommend = add(
+        "recommend", "Recommend a method for your data and hardware, and write a config."
+    )
     recommend.add_argument(
-        "--allow-absolute-paths", action="store_true", help="read images outside that folder"
+        "--data", required=True, metavar="FILE", help="data, in any form of data.train_file"
+    )
+    recommend.add_argument(
+        "--model", required=True, metavar="DIR", help="checkpoint directory or hub id"
+    )
+    recommend.add_argument("--hardware", metavar="NAME", help="for example rtx4090, h100:8, v5e-4")
+    recommend.add_argument("--out", metavar="FILE", help="config to write, .yaml or .py")
+    recommend.add_argument("--split", help="split of a data set with several")
+    recommend.add_argument("--image-folder", metavar="DIR", help="root of relative image paths")
+    recommend.add_argument(
+        "--allow-absolute-paths", action="store_true", help="allow images outside --image-folder"
     )
 
     plan = add(
@@ -78,12 +88,19 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_config(plan)
     plan.add_argument(
-        "--topology", required=True, metavar="NAME", help="as v5e-1, v5p:2x2x1, h100:8, rtx4090"
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="for example v5e-1, v5p:2x2x1, h100:8, rtx4090",
     )
-    plan.add_argument("--rows", type=_number(int, 1), metavar="N", help="of a whole step")
-    plan.add_argument("--tokens", type=_number(int, 1), metavar="N", help="of a row")
-    plan.add_argument("--patches", type=_number(int, 0), metavar="N", help="of a row's images")
-    plan.add_argument("--shardings", action="store_true", help="list every parameter's place")
+    plan.add_argument(
+        "--rows", type=_number(int, 1), metavar="N", help="rows per step, all devices together"
+    )
+    plan.add_argument("--tokens", type=_number(int, 1), metavar="N", help="tokens per row")
+    plan.add_argument("--patches", type=_number(int, 0), metavar="N", help="image patches per row")
+    plan.add_argument(
+        "--shardings", action="store_true", help="list the sharding of every parameter"
+    )
     plan.add_argument(
         "--fit",
         action="store_true",
@@ -95,46 +112,72 @@ def parser() -> argparse.ArgumentParser:
         "export", "Write a run's adapter or merged checkpoint, and compare it with the run."
     )
     export.add_argument("--run", required=True, metavar="DIR", help="output_dir of a run")
-    export.add_argument("--merge", action="store_true", help="a whole checkpoint, LoRA merged in")
     export.add_argument(
-        "--quantized", action="store_true", help="with --merge: keep 4-bit kernels in 4 bits"
+        "--merge", action="store_true", help="write a checkpoint with LoRA merged into its weights"
+    )
+    export.add_argument(
+        "--quantized", action="store_true", help="with --merge: write 4-bit kernels in 4 bits"
     )
     export.add_argument(
         "--out", metavar="DIR", help="default: RUN/merged with --merge, else RUN/exported"
     )
 
-    evaluate = add("evaluate", "Count exact matches of generated answers.")
+    evaluate = add("evaluate", "Measure exact-match accuracy of generated answers.")
     _add_model(evaluate)
-    evaluate.add_argument("--data", required=True, metavar="FILE", help="records with answers")
-    evaluate.add_argument("--split", help="of a data set that has several")
-    evaluate.add_argument("--image-folder", metavar="DIR", help="where relative paths start")
     evaluate.add_argument(
-        "--allow-absolute-paths", action="store_true", help="read images outside that folder"
+        "--data", required=True, metavar="FILE", help="records with reference answers"
     )
-    evaluate.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N")
-    evaluate.add_argument("--batch-size", type=_number(int, 1), metavar="N")
+    evaluate.add_argument("--split", help="split of a data set with several")
+    evaluate.add_argument("--image-folder", metavar="DIR", help="root of relative image paths")
     evaluate.add_argument(
-        "--max-examples", type=_number(int, 0), default=0, metavar="N", help="0: all"
+        "--allow-absolute-paths", action="store_true", help="allow images outside --image-folder"
     )
-    evaluate.add_argument("--predictions", metavar="FILE", help="write each answer as JSON lines")
+    evaluate.add_argument(
+        "--max-new-tokens", type=_number(int, 1), metavar="N", help="most tokens of an answer"
+    )
+    evaluate.add_argument(
+        "--batch-size", type=_number(int, 1), metavar="N", help="examples per batch"
+    )
+    evaluate.add_argument(
+        "--max-examples",
+        type=_number(int, 0),
+        default=0,
+        metavar="N",
+        help="number of records; 0 (default): all",
+    )
+    evaluate.add_argument("--predictions", metavar="FILE", help="JSON Lines file of the answers")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     generate = add("generate", "Answer a question about images.")
     _add_model(generate)
-    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=_number(int, 1), default=128, metavar="N")
     generate.add_argument(
-        "--temperature", type=_number(float, 0), default=0.0, help="0 (default): greedy"
+        "--image", action="append", default=[], metavar="FILE", help="image file; repeatable"
     )
-    generate.add_argument("--top-p", type=_number(float, 0, 1), default=1.0)
-    generate.add_argument("--top-k", type=_number(int, 0), default=0)
-    generate.add_argument("--seed", type=_number(int, 0, 2**31 - 1), default=0)
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="question")
+    generate.add_argument(
+        "--max-new-tokens", type=_number(int, 1), default=128, metavar="N", help="default: 128"
+    )
+    generate.add_argument(
+        "--temperature",
+        type=_number(float, 0),
+        default=0.0,
+        metavar="X",
+        help="0 (default): greedy",
+    )
+    generate.add_argument(
+        "--top-p", type=_number(float, 0, 1), default=1.0, metavar="X", help="1 (default): all"
+    )
+    generate.add_argument(
+        "--top-k", type=_number(int, 0), default=0, metavar="N", help="0 (default): all"
+    )
+    generate.add_argument(
+        "--seed", type=_number(int, 0, 2**31 - 1), default=0, metavar="N", help="default: 0"
+    )
     return whole
 
 
 def _number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
-    """Return what reads an option that is a number between two bounds."""
+    """Return the parser of an option's number between two bounds."""
     limits = f"of {least} or more" if most == math.inf else f"between {least} and {most}"
     named = {int: "a whole number", float: "a number"}[kind]
 
@@ -155,8 +198,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE",
-        help=".yaml or .py config; a .py file runs as a program: take only your own, and from "
-        "others YAML",
+        help=".yaml or .py config; a .py file is executed: use YAML for configs of others",
     )
 
 
@@ -164,8 +206,8 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", metavar="DIR", help="output_dir of a run")
     which.add_argument("--model", metavar="DIR", help="checkpoint directory or hub id")
-    command.add_argument("--adapter", metavar="DIR", help="PEFT adapter for --model")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of --model")
+    command.add_argument("--adapter", metavar="DIR", help="PEFT adapter on --model")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of --model")
 
 
 def spelled(arguments: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Values of config keys that are lists and maps: sources of data, names of columns."""
+"""Parsers of config values that are lists and maps: data sources, column names."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Keys of a config as words of a command line: with their section or without, in any spelling."""
+"""Config keys on the command line: with section or without, in any spelling."""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,7 +21,7 @@ MEANT = {
 
 
 def overrides(words: Sequence[str], options: Iterable[str] = ()) -> dict[str, str]:
-    """Return {"section.key": value} of the words that are no options of a command.
+    """Return {"section.key": value} of the words that are not options of a command.
 
     words: "--config.lora.r=8", "--lora.r", "8", "--learning-rate=1e-4", "--method", "qlora": a key
     goes by its name alone where one section has it. A list may be several words. options: names of
@@ -78,8 +78,8 @@ def _key(
     if name in MEANT:
         raise UserError(
             f"'{word}' names a section of the config, not a key. Write "
-            f"--config.{name}.{MEANT[name]}={value}, or another of its keys; vlm_jax/config.py "
-            f"lists them."
+            f"--config.{name}.{MEANT[name]}={value}, or another of its keys; "
+            f"vlm_jax/config/schema.py lists them."
         )
     known = (*types, *ALIASES, *(key.partition("=")[0] for key in WORDS if "." in key))
     meant = sorted({ALIASES.get(key, key) for key in known if key.split(".")[1] == name})

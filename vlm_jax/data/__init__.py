@@ -1,4 +1,4 @@
-"""Host side, numpy only: records in, batches out."""
+"""Data on the host, numpy only: from records to batches."""
 
 from vlm_jax.data.encode import Encoder, encode
 from vlm_jax.data.pipeline import Pipeline

@@ -1,4 +1,4 @@
-"""Plain local copies of data files that are compressed or far away."""
+"""Local uncompressed copies of compressed or remote data files."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""One record into the arrays of one example, by the files of a checkpoint directory."""
+"""The encoder: a record to the arrays of an example, by a checkpoint's tokenizer and processor."""
 
 import functools
 import hashlib
@@ -108,7 +108,7 @@ class Encoder:
         path = Path(directory, "config.json")
         if not path.is_file():
             raise UserError(
-                f"'{directory}' is no checkpoint directory: it has no config.json. Expected the "
+                f"'{directory}' is not a checkpoint directory: it has no config.json. Expected the "
                 f"local directory of a Hugging Face checkpoint."
             )
         self.hf_config = read_json(path)

@@ -1,4 +1,4 @@
-"""What each record takes of a row, measured once and kept in a file that processes share.
+"""Lengths of records in tokens and patches: measured once, cached in a file that processes share.
 
 A record's tokens and patches follow from its text, its images' headers and the settings alone, so
 they are worth keeping: between runs, and between the processes of one run, which measure whatever
@@ -50,7 +50,7 @@ class Measures:
 
     path: the file, made where it is missing, shared by all who open it; None: a temporary file
     that ends with its first owner. Pickles as its path, so that worker processes share it.
-    What one run finds bad (`drop`) the next one measures again: it may have been mended since.
+    What one run finds bad (`drop`) the next one measures again: it may have been repaired since.
     """
 
     def __init__(self, count: int, path: str | Path | None = None):
@@ -125,7 +125,7 @@ class Measures:
 
 
 class StreamMeasures(Measures):
-    """Sizes of a stream's records, whose number nobody knows: in memory, each process its own."""
+    """Sizes of a stream's records, whose number is unknown: in memory, per process."""
 
     def __init__(self) -> None:
         self.count, self.path, self.run = 0, "", secrets.randbits(30)
@@ -150,7 +150,7 @@ def measures_file(place: str | Path | None, content: str | None, settings: Any) 
 
     place: the data file or directory; the file lies in `.vlm_jax` beside it, or, where nothing
     can be written there, in the user's cache. settings: JSON-able; all that sizes depend on.
-    None where the records' content has no identity (rows that are no plain values): then nothing
+    None where the records' content has no identity (rows that are not plain values): then nothing
     is kept.
     """
     if place is None or content is None:

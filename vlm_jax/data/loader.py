@@ -1,4 +1,4 @@
-"""Makes the batches of planned steps by Grain: in worker processes, or in a thread.
+"""The loader: batches of planned steps, made by Grain in worker processes or in a thread.
 
 Each worker plans for itself, so that what travels between processes is a step's number one way
 and its arrays the other.
@@ -25,7 +25,7 @@ from vlm_jax.data.planner import Planner, State, Step
 from vlm_jax.data.records.record import BadExample, describe
 from vlm_jax.errors import UserError
 
-LINGER = 20.0  # seconds that a worker which is told to end still serves its run
+LINGER = 20.0  # seconds that a worker still serves its run after SIGTERM
 ENDLESS = 1 << 40  # steps of a training run, as Grain counts them
 
 
@@ -127,7 +127,7 @@ class Steps:
     def __getitem__(self, number: int) -> tuple[dict[str, np.ndarray], Made]:
         with self._lock:
             if self._closed:
-                raise RuntimeError("These steps are closed.")  # nobody waits for what comes ahead
+                raise RuntimeError("These steps are closed.")  # nothing waits for what comes ahead
             return self._make(self._step(number))
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class Steps:
             rows.append(examples)
         rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
         encoder = self.planner.measurer.encoder
-        # Neither padding nor further frames of the same are brought through shared memory.
+        # Neither padding nor further frames of the same go through shared memory.
         batch = encoder.collate(rows, *step.shape, self.bytes_only, not self.workers, still)
         arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         return arrays, Made(ids, step, skipped)
@@ -191,7 +191,7 @@ class Steps:
                     "changed",
                     f"{describe(record)} was measured as {planned[0]} tokens and {planned[1]} "
                     f"patches, and now takes {sizes_of(example)}: its images were replaced since. "
-                    f"Start again, which measures it anew.",
+                    f"Start the run again, which measures them again.",
                 )
             return record["id"], example
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Fills in the sizes of records as they come up, and says which are left out and why."""
+"""Measures records as they come up, and reports those left out with their reasons."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,7 +35,7 @@ class Measurer:
     def measure(
         self, indices: np.ndarray, pool: ThreadPoolExecutor | None = None, share: float = 0.0
     ) -> None:
-        """Measure those of the records that nobody measured yet.
+        """Measure the records that have no size yet.
 
         share: how far into them to begin, so that processes that come here at once do not all
         measure the same. Raises `UserError` for a bad record unless `skip_bad`.

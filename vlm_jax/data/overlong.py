@@ -1,4 +1,4 @@
-"""What happens to an example that is longer than a row: a declared policy, never a cut.
+"""Policies for examples longer than a row; none of them truncates.
 
 An image is whole or not there at all: its tokens are never truncated, and neither is an answer.
 """

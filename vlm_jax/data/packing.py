@@ -1,4 +1,4 @@
-"""Which examples share a row: first-fit-decreasing over the examples of one window.
+"""Packing of examples into rows: first-fit-decreasing over one window.
 
 Letters: N examples, T tokens and P patches of a row. Inside a row attention stays within an
 example (`Batch.segments`), so packing changes no loss; it only fills slots that would be empty.

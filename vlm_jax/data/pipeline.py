@@ -1,4 +1,4 @@
-"""Batches in an order that is planned from (seed, epoch), and resumes where it stopped.
+"""The pipeline: batches in an order planned from (seed, epoch), resumable at any step.
 
 `Planner` says which records each step's rows hold, `making` makes them; here the shapes are chosen,
 and what is left out is counted.
@@ -264,13 +264,13 @@ class Pipeline:
         """Yield (batch, example ids, next state) without end, epoch after epoch.
 
         batch: numpy, this host's rows. ids: of the examples in it, row by row. next state:
-        JSON-able; `batches(next state)` goes on behind this batch, bit for bit, with any number of
+        JSON-able; `batches(next state)` continues after this batch, bit for bit, with any number of
         workers, without decoding or measuring what came before its window. Begin with None or
         {"epoch": 0, "step": 0}. Raises `UserError` where the state belongs to other records or
         another batch size. bytes_only: with patches in uint8, for `models.pixel_table` to give them
         their values where they are used; of one frame where no row of the step holds a video.
         """
-        next(iter(self.planner.steps(state)))  # a state that does not fit is told here and now
+        next(iter(self.planner.steps(state)))  # a state that does not fit is refused at once
         steps = Steps(self.planner, self.mine, self.making, state, bytes_only=bytes_only)
         for batch, made in self._made(steps):
             yield batch, made.ids, made.step.after
@@ -391,7 +391,7 @@ class Pipeline:
             raise UserError(
                 f"{self._bad} of the {self._seen} records of '{self.records.name}' that came up "
                 f"are bad, more than data.max_bad_share = {self.max_bad_share:g}. The first: "
-                f"{first.why if first else ''} Mend them, or allow a larger share."
+                f"{first.why if first else ''} Repair them, or allow a larger share."
             )
 
 

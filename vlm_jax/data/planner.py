@@ -1,4 +1,4 @@
-"""Which records each step's rows hold, planned from (seed, epoch) alone.
+"""The planner: the records of each step's rows, from (seed, epoch) alone.
 
 An epoch is an order of the records, taken window by window. The rows of a window are a function
 of its records (packed, or one each), whoever makes them: neither worker processes nor hosts change
@@ -87,8 +87,8 @@ class Planner:
             state = {"epoch": state["epoch"] + 1, "step": 0}
         raise UserError(
             f"100 epochs of '{self.measurer.records.name}' in a row gave no batch of {self.rows} "
-            f"rows: there is too little that can be trained on. Look at what was left out, make "
-            f"the batch smaller, or set training.dataloader_drop_last to false."
+            f"rows. Check the records that were left out, make the batch smaller, or set "
+            f"training.dataloader_drop_last to false."
         )
 
     def epoch(self, state: State) -> Iterator[Step]:

@@ -1,4 +1,4 @@
-"""Which few (tokens, patches) shapes rows are padded to, and which rows make a step together.
+"""Compiled shapes: the few (tokens, patches) that rows are padded to, and rows of a step by size.
 
 Every shape is one compilation, so there are few; every slot that nothing fills is computed in
 vain, so they are fitted to the examples. Letters: T tokens, P patches, of one row.

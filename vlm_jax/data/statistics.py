@@ -1,4 +1,4 @@
-"""What a sample of a data set asks for: the length of rows, the size of images, packed or not."""
+"""Statistics of a data sample: row lengths, image sizes, gain of packing."""
 
 import dataclasses
 import tempfile

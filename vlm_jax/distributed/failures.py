@@ -1,4 +1,4 @@
-"""Processes that train together end together: one that fails, or is killed, ends the others.
+"""Failures of several processes: the failure of one ends all, with its message.
 
 A process that waits for another inside a collective cannot be reached from outside, so each has a
 thread that looks for a word from the others, and ends its process at once when there is one.
@@ -17,13 +17,13 @@ from typing import Any
 
 from vlm_jax.distributed import processes
 from vlm_jax.distributed.interrupts import INTERRUPTED, clear, ending, on_signal
-from vlm_jax.distributed.processes import Seat
+from vlm_jax.distributed.processes import ProcessSlot
 from vlm_jax.errors import UserError
 
 FAILED = "vlm_jax/failed"  # {"process", "code", "text"} of the first process that failed
 LEFT = "vlm_jax/left/"  # a key for each process that is about to end
 LOOK = 0.5  # seconds between looks
-PATIENCE = 20.0  # seconds that process 0, which holds the words, waits for the others to read them
+PATIENCE = 20.0  # seconds that process 0, which holds the message, waits for its readers
 
 # It outlives its parent, and says what the parent said last, unless that was nothing.
 LAST_WORDS = "import os, sys; os.write(2, sys.stdin.buffer.read().split(b'\\0')[-1])"
@@ -39,31 +39,31 @@ def together(report: Callable[[BaseException], int]) -> Iterator[None]:
     the block says what else they do. With one process the block runs as if this were not here.
     Raises `UserError` for a wrong environment.
     """
-    here = processes.seat()
+    here = processes.process_slot()
     if here is None:
         yield
         return
     joined, done = threading.Event(), threading.Event()
     with (
-        _last_words(here) as words,
-        on_signal(lambda number: _stopped(here, report, words, joined.is_set())),
+        _last_message(here) as set_message,
+        on_signal(lambda number: _stopped(here, report, set_message, joined.is_set())),
     ):
         try:
             processes.start(here)
             joined.set()
-            watcher = threading.Thread(target=_watch, args=(here, done, words), daemon=True)
+            watcher = threading.Thread(target=_watch, args=(here, done, set_message), daemon=True)
             watcher.start()
             yield
             processes.wait_for_all("the end")
         except BaseException as error:
-            _fail(here, error, report, words, joined.is_set())
+            _fail(here, error, report, set_message, joined.is_set())
         done.set()
         watcher.join()
 
 
 @contextlib.contextmanager
-def _last_words(here: Seat) -> Iterator[Callable[[str], None]]:
-    """Yield what sets the words that stand on stderr if this process ends without its own.
+def _last_message(here: ProcessSlot) -> Iterator[Callable[[str], None]]:
+    """Yield a setter of the message that stands on stderr if this process ends without its own.
 
     JAX aborts a process where it finds another one dead, and an operating system that is out of
     memory kills one: nothing in the process can speak then, so a small child does.
@@ -77,8 +77,8 @@ def _last_words(here: Seat) -> Iterator[Callable[[str], None]]:
     pipe = child.stdin
     assert pipe is not None
 
-    def say(words: str) -> None:
-        pipe.write(b"\0" + words.encode())
+    def say(message: str) -> None:
+        pipe.write(b"\0" + message.encode())
         pipe.flush()
 
     say(
@@ -96,7 +96,7 @@ def _last_words(here: Seat) -> Iterator[Callable[[str], None]]:
         child.wait()
 
 
-def _watch(here: Seat, done: threading.Event, words: Callable[[str], None]) -> None:
+def _watch(here: ProcessSlot, done: threading.Event, set_message: Callable[[str], None]) -> None:
     """End this process where another one has failed."""
     while not done.wait(LOOK):
         failure = _failure()
@@ -104,7 +104,7 @@ def _watch(here: Seat, done: threading.Event, words: Callable[[str], None]) -> N
             if not ending.acquire(blocking=False):
                 return  # another thread is at it
             _say_others(here, failure)
-            _leave(here, failure["code"], words)
+            _leave(here, failure["code"], set_message)
 
 
 def _failure() -> dict[str, Any] | None:
@@ -114,16 +114,16 @@ def _failure() -> dict[str, Any] | None:
         return None
 
 
-def _say_others(here: Seat, failure: dict[str, Any]) -> None:
+def _say_others(here: ProcessSlot, failure: dict[str, Any]) -> None:
     which = f"process {failure['process']} of {here.count}"
     print(f"vlm-jax train: {which} stopped the run: {failure['text']}", file=sys.stderr)
 
 
 def _fail(
-    here: Seat,
+    here: ProcessSlot,
     error: BaseException,
     report: Callable[[BaseException], int],
-    words: Callable[[str], None],
+    set_message: Callable[[str], None],
     joined: bool,
 ) -> None:
     """Report an exception, tell the others if it had joined them, and end this process."""
@@ -148,29 +148,34 @@ def _fail(
     else:
         traceback.print_exception(error)
         code = 1
-    _tell(here, code, " ".join(str(error).split()), words, joined)
+    _tell(here, code, " ".join(str(error).split()), set_message, joined)
 
 
 def _stopped(
-    here: Seat, report: Callable[[BaseException], int], words: Callable[[str], None], joined: bool
+    here: ProcessSlot,
+    report: Callable[[BaseException], int],
+    set_message: Callable[[str], None],
+    joined: bool,
 ) -> None:
-    """End this process at once since it was told to, and the others with it."""
+    """End this process at once, as it was asked to, and the others with it."""
     if ending.acquire(blocking=False):
         with contextlib.suppress(Exception):  # the main thread may be in the midst of a line
             report(KeyboardInterrupt())
-        _tell(here, INTERRUPTED, "", words, joined)
+        _tell(here, INTERRUPTED, "", set_message, joined)
 
 
-def _tell(here: Seat, code: int, text: str, words: Callable[[str], None], joined: bool) -> None:
+def _tell(
+    here: ProcessSlot, code: int, text: str, set_message: Callable[[str], None], joined: bool
+) -> None:
     """Tell the others why this process ends, if it had joined them, and end it."""
     if joined:
         with contextlib.suppress(Exception):  # another was first, or there is no coordinator
             told = {"process": here.number, "code": code, "text": text or "it was interrupted."}
             processes.client().key_value_set(FAILED, json.dumps(told))
-    _leave(here, code, words, joined)
+    _leave(here, code, set_message, joined)
 
 
-def _explained(here: Seat) -> dict[str, Any] | None:
+def _explained(here: ProcessSlot) -> dict[str, Any] | None:
     """Return another process's failure, where that is why this one failed too."""
     for _ in range(6):
         failure = _failure()
@@ -189,24 +194,26 @@ def _is_of_others(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
 
 
-def _leave(here: Seat, code: int, words: Callable[[str], None], joined: bool = True) -> None:
+def _leave(
+    here: ProcessSlot, code: int, set_message: Callable[[str], None], joined: bool = True
+) -> None:
     """End this process, at once; process 0 once the others know.
 
     An ordinary exit would wait for the others in JAX, and JAX abort those that process 0 leaves.
     """
     with contextlib.suppress(Exception):
-        words("")
+        set_message("")
     if joined:
         with contextlib.suppress(Exception):
             _tell_leaving(here)
-    clear()  # last, since the main thread may go on until now
+    clear()  # last, since the main thread may run until now
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
 
 
-def _tell_leaving(here: Seat) -> None:
+def _tell_leaving(here: ProcessSlot) -> None:
     client, end = processes.client(), time.monotonic() + PATIENCE
     client.key_value_set(f"{LEFT}{here.number}", "")
     while here.number == 0 and time.monotonic() < end:

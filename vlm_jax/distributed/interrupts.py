@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: heard at once, whatever the program is doing, and what ends it then.
+"""Ctrl-C and SIGTERM: handled at once, even within a call into C.
 
 Python runs a handler between two instructions of the main thread: late where that compiles or waits
 for others, and what the handler raises may come up inside a callback, where it is lost. So a thread

@@ -1,4 +1,4 @@
-"""Several processes, often one a host, that run one program: start, wait, share small values."""
+"""Several processes, often one a host: start, barriers, exchange of small values."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ _calls = itertools.count()  # all processes make the same calls in the same orde
 
 
 @dataclasses.dataclass(frozen=True)
-class Seat:
+class ProcessSlot:
     """Which of the processes this is. address: host:port, where number 0 coordinates them.
 
     devices: the numbers of this host's devices that are its own; None: all of them.
@@ -39,8 +39,8 @@ class Seat:
         return f"process {self.number} of {self.count}"
 
 
-def seat() -> Seat | None:
-    """Return this process's seat, or None where it is alone.
+def process_slot() -> ProcessSlot | None:
+    """Return this process's slot, or None where it is alone.
 
     The three variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID say it, or else
     what JAX finds itself: a TPU pod, SLURM, Open MPI. JAX_NUM_PROCESSES=1: alone.
@@ -58,17 +58,17 @@ def seat() -> Seat | None:
             f"start several processes set all three in each: {ADDRESS}=host:port of process 0, "
             f"{COUNT}=how many there are, {NUMBER}=0, 1, ... For one process unset them."
         )
-    count, number = _whole(COUNT, 1), _whole(NUMBER, 0)
+    count, number = _integer(COUNT, 1), _integer(NUMBER, 0)
     if number >= count:
         raise UserError(
             f"{NUMBER} is {number}, but {COUNT} is {count}: processes are numbered from 0 to "
             f"{count - 1}."
         )
     _host_and_port(given[ADDRESS])
-    return Seat(given[ADDRESS], count, number)
+    return ProcessSlot(given[ADDRESS], count, number)
 
 
-def _whole(name: str, least: int, default: int | None = None) -> int:
+def _integer(name: str, least: int, default: int | None = None) -> int:
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < least:
         raise UserError(
@@ -88,14 +88,14 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _detected() -> Seat | None:
+def _detected() -> ProcessSlot | None:
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks too
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice for who wants several processes
             address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, None, _whole(START_TIMEOUT, 1, SECONDS[START_TIMEOUT])
+                None, None, None, None, None, _integer(START_TIMEOUT, 1, SECONDS[START_TIMEOUT])
             )
     except Exception as error:  # each kind of cluster raises its own
         raise UserError(
@@ -105,11 +105,11 @@ def _detected() -> Seat | None:
         ) from error
     if address is None or count is None or number is None or count == 1:
         return None
-    return Seat(address, count, number, None if devices is None else tuple(devices))
+    return ProcessSlot(address, count, number, None if devices is None else tuple(devices))
 
 
-def start(here: Seat | None = None) -> None:
-    """Join the other processes, of which `seat` tells; nothing is done where there are none.
+def start(here: ProcessSlot | None = None) -> None:
+    """Join the other processes, see `process_slot`; nothing is done without any.
 
     Call it before anything touches a device. Raises `UserError` where the coordinator cannot be
     reached, or not all processes come, within VLM_JAX_START_TIMEOUT seconds (300); then this
@@ -118,11 +118,11 @@ def start(here: Seat | None = None) -> None:
     """
     import jax
 
-    here = here or seat()
+    here = here or process_slot()
     if here is None or jax.distributed.is_initialized():
         return
-    timeout = _whole(START_TIMEOUT, 1, SECONDS[START_TIMEOUT])
-    heartbeat = _whole(HEARTBEAT_TIMEOUT, 5, SECONDS[HEARTBEAT_TIMEOUT])
+    timeout = _integer(START_TIMEOUT, 1, SECONDS[START_TIMEOUT])
+    heartbeat = _integer(HEARTBEAT_TIMEOUT, 5, SECONDS[HEARTBEAT_TIMEOUT])
     end = time.monotonic() + timeout
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Programs with collectives must run in one order everywhere; on the CPU, dispatched ahead,
@@ -162,7 +162,7 @@ def start(here: Seat | None = None) -> None:
         ) from error
 
 
-def _check_free(here: Seat) -> None:
+def _check_free(here: ProcessSlot) -> None:
     """Raise `UserError` where process 0 cannot listen; JAX, finding that out, may crash."""
     _, port = _host_and_port(here.address)
     family, everywhere = (
@@ -183,7 +183,7 @@ def _check_free(here: Seat) -> None:
         ) from error
 
 
-def _reach(here: Seat, end: float, timeout: int) -> None:
+def _reach(here: ProcessSlot, end: float, timeout: int) -> None:
     """Wait until the coordinator listens; raise `UserError` where it does not."""
     while True:
         try:

@@ -1,1 +1,1 @@
-"""What a trained model can do, measured."""
+"""Evaluations of a trained model."""

@@ -1,4 +1,4 @@
-"""Exact-match accuracy by really generating: the one measure of the loop, CLI and quickstart."""
+"""Exact-match accuracy of generated answers: for training, command line and quickstart."""
 
 import dataclasses
 import re

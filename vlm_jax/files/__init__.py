@@ -1,1 +1,1 @@
-"""What is read from files and written to them, within limits."""
+"""Files in and out, within limits."""

@@ -1,4 +1,4 @@
-"""Directories and tensor files that appear whole or not at all."""
+"""Atomic writes of directories and tensor files."""
 
 import contextlib
 import fcntl
@@ -37,8 +37,8 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
         temporary, held = _temporary(target)
     except OSError as error:
         raise UserError(
-            f"The directory '{target}' cannot be made ({error.strerror}: '{error.filename}'). Take "
-            f"another path."
+            f"The directory '{target}' cannot be made ({error.strerror}: '{error.filename}'). "
+            f"Choose another path."
         ) from error
     stale: list[Path] = []
     remove = functools.partial(shutil.rmtree, temporary, ignore_errors=True)
@@ -92,7 +92,7 @@ def _temporary(target: Path) -> tuple[Path, int]:
 def _remove_leftovers(target: Path) -> None:
     """Remove what writers of the target left behind that were killed.
 
-    The system lets go of a lock when its process dies: what can be locked is nobody's.
+    The system lets go of a lock when its process dies: what can be locked is free.
     """
     for path in target.parent.iterdir():
         own = path.name.lstrip(".").startswith(f"{target.name}.") and path.name.endswith(PART)

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and what to do with one that is not what was wanted."""
+"""File types by their first bytes, and the remedy for a wrong one."""
 
 import re
 from pathlib import Path
@@ -104,7 +104,7 @@ KINDS: tuple[tuple[bytes, Kind], ...] = (
     (rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", _video("WMV")),
     (rb"\0\0\x01[\xba\xb3]", _video("MPEG")),
     (rb"G.{187}G.{187}G|.{4}G.{191}G", _video("MPEG transport stream")),
-    (rb"ID3|fLaC|RIFF....WAVE|\xff[\xf2\xf3\xfa\xfb]", _unread("a sound file", "take it out")),
+    (rb"ID3|fLaC|RIFF....WAVE|\xff[\xf2\xf3\xfa\xfb]", _unread("a sound file", "remove it")),
     (rb"PK[\x03\x05]", _unread("a ZIP archive", UNPACK)),
     (rb"\x1f\x8b", _unread("gzip-compressed", UNPACK)),
     (rb"\x28\xb5\x2f\xfd", _unread("zstd-compressed", UNPACK)),
@@ -154,7 +154,7 @@ def sentence(kind: Kind | None, head: bytes, subject: str = "the file") -> str:
 
 
 def lost(file: Path | str) -> str:
-    """Return " The file is ...", where it is no such file but what a failed fetch left; else "".
+    """Return " The file is ...", where it is not such a file but what a failed fetch left; else "".
 
     For errors about files that could not be read as what they are by name.
     """

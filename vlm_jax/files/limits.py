@@ -1,4 +1,4 @@
-"""Limits on what a file may ask for (size, depth, time, finiteness, place), and why each is so.
+"""Limits on untrusted files (size, depth, time, finiteness, place), and their reasons.
 
 What is read from a file that somebody else wrote is held against these before it is used. Each is
 far above what real files need and far below what stops a machine.
@@ -99,7 +99,7 @@ def shallow(tree: Any, file: Any, hint: str = "") -> None:
         if depth > DEPTH or seen > VALUES:
             much = f"more than {VALUES:,} values" if seen > VALUES else f"more than {DEPTH} levels"
             raise UserError(
-                f"'{file}' nests or repeats {much} of objects and lists: it is no config, but "
+                f"'{file}' nests or repeats {much} of objects and lists: it is not a config, but "
                 f"damaged or made to stop what reads it."
             )
 
@@ -151,7 +151,7 @@ def parse_json(text: str, file: Any) -> Any:
         ) from error
     except RecursionError:
         raise UserError(
-            f"'{file}' nests objects and lists thousands deep: it is no config, but damaged or "
+            f"'{file}' nests objects and lists thousands deep: it is not a config, but damaged or "
             f"made to stop what reads it."
         ) from None
     except ValueError as error:  # of Python's, see sys.set_int_max_str_digits
@@ -186,7 +186,7 @@ def parse_yaml(text: str, file: Any) -> Any:
         if isinstance(event, yaml.AliasEvent) and opened:
             raise UserError(
                 f"'{file}', line {event.start_mark.line + 1}: the alias *{event.anchor} stands in "
-                f"what has an anchor itself, which could repeat without end: it is no config. "
+                f"what has an anchor itself, which could repeat without end: it is not a config. "
                 f"Write out one of the two."
             )
         if isinstance(event, yaml.CollectionStartEvent):
@@ -196,7 +196,7 @@ def parse_yaml(text: str, file: Any) -> Any:
         if depth > DEPTH:
             raise UserError(
                 f"'{file}', line {event.start_mark.line + 1}: more than {DEPTH} levels of maps and "
-                f"lists in each other: it is no config."
+                f"lists in each other: it is not a config."
             )
     tree = yaml.safe_load(text)
     shallow(tree, file)
@@ -244,7 +244,7 @@ def check_finite(array: np.ndarray, name: str, file: Any) -> None:
         raise UserError(
             f"The tensor '{name}' in '{file}' holds {bad:,} of {array.size:,} values that are NaN "
             f"or infinite: every answer would be nonsense. The file is damaged, or its training "
-            f"diverged: fetch it again, or take an earlier checkpoint."
+            f"diverged: fetch it again, or use an earlier checkpoint."
         )
 
 
@@ -323,7 +323,7 @@ def check_patterns(
             re.compile(whole(pattern))
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(
-                f"The {what} {pattern[:200]!r} is no regular expression: {error}."
+                f"The {what} {pattern[:200]!r} is not a regular expression: {error}."
             ) from error
     doubtful = [pattern for pattern in patterns if not _is_simple(whole(pattern))]
     endless = _endless(tuple(map(whole, doubtful)), tuple(texts)) if doubtful else None

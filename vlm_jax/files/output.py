@@ -1,4 +1,4 @@
-"""What a command writes: its files, each whole or not at all, and its lines on a terminal."""
+"""A command's output: atomic files, and lines on a terminal."""
 
 import os
 import shutil
@@ -20,11 +20,11 @@ def writable(name: str, option: str, mark: bytes | None = None) -> Path:
     if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise UserError(
             f"{option} '{file}' cannot be written: it must name a file in a directory that is "
-            f"there and can be written. Make '{file.parent}', or take another path."
+            f"there and can be written. Make '{file.parent}', or choose another path."
         )
     if mark is not None and file.is_file() and mark not in (head_of(file) or mark):
         raise UserError(
-            f"{option} '{file}' is there already, and is no file of this kind. Delete it, or take "
+            f"{option} '{file}' exists, and is not a file of this kind. Delete it, or choose "
             f"another path."
         )
     return file

@@ -212,7 +212,7 @@ def load_adapter(
     for key, tensor in read_tensors(file):
         parts = KEY.fullmatch(key)
         if parts is None:
-            raise UserError(f"'{file}' holds '{key}', which is no bottleneck adapter's tensor.")
+            raise UserError(f"'{file}' holds '{key}', which is not a bottleneck adapter's tensor.")
         module, _, part, number, leaf = parts.groups()
         if part == "adapter_down" and number == "0" and adapter.norm:
             continue  # the norm once more

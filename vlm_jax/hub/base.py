@@ -1,4 +1,4 @@
-"""What is read later of the checkpoint that a model was loaded from: tensors, its tokenizer."""
+"""The base checkpoint of a loaded model: its tensors and tokenizer, read later."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ class CheckpointFiles:
         ids = model.config.image_token_id, model.config.video_token_id
         try:
             return Chat(model.source.directory, *ids, model.source.adapter).turn_end
-        except UserError:  # whoever encodes with it is told; arrays may come from elsewhere
+        except UserError:  # `encode` reports it; arrays may come from elsewhere
             return None
 
     def tensors(self, model: Model) -> Callable[[str], np.ndarray]:

@@ -1,4 +1,4 @@
-"""What stands beside the weights of an export: copied of the base and of a loaded adapter."""
+"""Companion files of an export: copied from the base and from a loaded adapter."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ TOKENIZER = (
 )
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 COPIED = ("*.json", "*.jinja", "*.txt", *TOKENIZER, *TEMPLATE)
-# What is written anew, or belongs to how the weights came to be.
+# What is written again, or belongs to how the weights came to be.
 OTHERS = {
     *("config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"),
     *("quant_config.json",),

@@ -1,4 +1,4 @@
-"""Leaves of the tree, made of tensors on disk one at a time, quantized on the way, and placed.
+"""Leaves of the tree from tensors on disk, one at a time: quantized, stacked, placed.
 
 Of a dense leaf each process reads and holds the block that its own devices get.
 """
@@ -175,7 +175,9 @@ def read_leaf(
     if any(four) and not all(four):
         raise _mixed(path, tensors[four.index(True)], "4-bit", tensors[four.index(False)], "dense")
     if not path.endswith("/kernel"):
-        raise UserError(f"The tensor '{tensors[0].name}' is in 4 bits, but it is no linear layer.")
+        raise UserError(
+            f"The tensor '{tensors[0].name}' is in 4 bits, but it is not a linear layer's."
+        )
     arrays: list[Any] = []
     first: bnb.Stored | None = None
     for tensor in tensors:
@@ -217,6 +219,6 @@ def _read_4bit(tensor: Tensor) -> bnb.Stored:
 def _mixed(path: str, one: Tensor, kind: str, other: Tensor, other_kind: str) -> UserError:
     return UserError(
         f"'{one.name}' is stored as {kind} and '{other.name}' as {other_kind}, but the layers of "
-        f"'{path}' are stacked and must be stored alike. Take the checkpoint in 16 bits and "
+        f"'{path}' are stacked and must be stored alike. Use the checkpoint in 16 bits and "
         f"quantize it while loading."
     )

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
+"""Loads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
 
 import functools
 import os
@@ -66,7 +66,7 @@ def resolve(
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"'{path_or_repo_id}' is no local directory, and it could not be fetched from the "
+            f"'{path_or_repo_id}' is not a local directory, and it could not be fetched from the "
             f"Hugging Face hub (revision {revision or 'main'}): {str(error).splitlines()[0]} "
             f"Check the spelling, the network, and for gated models your token."
         ) from error
@@ -117,7 +117,7 @@ def _check_sizes(
         keys = ", ".join(f"{key} = {n}" for key, n in _numbers(model.hf_config) if n in wrong)
         raise UserError(
             f"The tensor '{on_disk[name]}' in '{entry.path}' has the shape {list(entry.shape)}; "
-            f"config.json asks for {list(place.shape)}{f' ({keys})' if keys else ''}. Take the "
+            f"config.json asks for {list(place.shape)}{f' ({keys})' if keys else ''}. Use the "
             f"config.json that belongs to these weights."
         )
 
@@ -143,7 +143,7 @@ def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:
             raise UserError(
                 f"The weights in '{directory}' have the layers 0 to {max(found)} of "
                 f"'{stack.replace('/', '.')}', but config.json asks for {layers} layers ({said}). "
-                f"Take the config.json that belongs to these weights."
+                f"Use the config.json that belongs to these weights."
             )
 
 
@@ -186,7 +186,7 @@ def _check_storage(
             how = "to 8 bits by 'bitsandbytes'" if method == "bitsandbytes" else f"by '{method}'"
             raise UserError(
                 f"'{directory}' holds weights quantized {how}, which are not read; what "
-                f"bitsandbytes quantized to 4 bits is. Take the checkpoint in 16 bits."
+                f"bitsandbytes quantized to 4 bits is. Use the checkpoint in 16 bits."
             )
     if quantize is not None and (config or stored):
         first = f", such as '{stored[0]}'" if stored else ""
@@ -209,16 +209,25 @@ def load(
 ) -> tuple[Model, dict[str, Any]]:
     """Return `(model, params)` of a Hugging Face checkpoint: a directory or a hub id.
 
-    dtype: of the parameters and the computation. quantize: None, "nf4" or "nf4-dq" (double
-    quantization; also "fp4", "fp4-dq") for the linear layers of the language model,
-    transformers' `BitsAndBytesConfig` or its dict, a `quantization.Quantization`, or a table of
-    (regex, name or "dense") rows over paths. mesh: a mesh of `vlm_jax.make_mesh`: each leaf is
-    placed on its shards as it is read. revision, token: of the hub. Only config.json and
-    *.safetensors are needed; a checkpoint that bitsandbytes quantized keeps its codes. One tensor
-    is read at a time, so the dense model is never whole. params is a nested dict of arrays and
-    4-bit leaves named as in the checkpoint, kernels [in, out], equal layers stacked on a leading
-    axis.
-    Raises `UserError` for whatever does not fit, naming the tensor or field.
+    Only config.json and *.safetensors are needed. One tensor is read at a time, so the dense model
+    is never in memory as a whole; a checkpoint that bitsandbytes quantized keeps its codes.
+
+    Args:
+        path_or_repo_id: the directory or hub id.
+        dtype: of the parameters and the computation.
+        quantize: None; "nf4" or "nf4-dq" (double quantization; also "fp4", "fp4-dq") for the linear
+            layers of the language model; transformers' `BitsAndBytesConfig` or its dict; a
+            `Quantization`; or a table of (regex, name or "dense") rows over paths.
+        mesh: of `vlm_jax.make_mesh`: each leaf is placed on its shards as it is read.
+        revision, token: of the hub.
+        remat: as for `from_config`.
+
+    Returns:
+        The model, and a nested dict of arrays and 4-bit leaves named as in the checkpoint: kernels
+        [in, out], equal layers stacked on a leading axis.
+
+    Raises:
+        UserError: for whatever does not fit, naming the tensor or field.
     """
     directory = resolve(str(path_or_repo_id), revision, token)
     model = from_config(read_json(directory / "config.json"), dtype, remat)

@@ -87,7 +87,7 @@ def _matrices(model: Model, flat: Mapping[str, Any], homes: Mapping[str, Home]) 
         base, held = path.rsplit("/", 1)[0], slots(model, model.lora, path)
         if isinstance(flat.get(f"{base}/kernel"), FourBit) and starts_from_kernel(model.lora.init):
             raise UserError(
-                f"The 4-bit kernel '{base}' was made anew when its matrices started "
+                f"The 4-bit kernel '{base}' was quantized again for its initialisation "
                 f"(init_lora_weights={model.lora.init!r}), and an adapter is for the base as it "
                 f"is: no file could mean these logits. Write a whole checkpoint with "
                 f"save_pretrained(merge=True); 'loftq' leaves the codes as they are."
@@ -97,7 +97,7 @@ def _matrices(model: Model, flat: Mapping[str, Any], homes: Mapping[str, Home]) 
         said = np.asarray([slot.scale for slot in held], np.float32)
         if rank != max(slot.rank for slot in held) or not np.all(scale == said):
             raise UserError(
-                f"The LoRA matrices of '{base}' are of rank {rank} and of other scales than the "
+                f"The LoRA factors of '{base}' are of rank {rank} and of other scales than the "
                 f"model's LoRA says (rank {model.lora.rank}, alpha {model.lora.alpha}), so the "
                 f"file would mean other logits. Save with the model that add_lora, load_peft or "
                 f"combine_peft_adapters returned beside these parameters."
@@ -146,16 +146,22 @@ def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, P
 def save_peft(
     model: Model, params: Mapping[str, Any], directory: str | Path, *, compare_base: bool = True
 ) -> None:
-    """Write a PEFT adapter: the LoRA matrices and the modules of `LoRA.modules_to_save`.
+    """Write a PEFT adapter: the LoRA factors and the modules of `LoRA.modules_to_save`.
 
-    `peft.PeftModel.from_pretrained(base, directory)` then gives our logits. All else must be as in
-    the base: where the files that the model was loaded from are still there, they are read once and
-    every leaf that the adapter leaves out is compared with them (compare_base=False skips that,
-    where a training table has frozen them). Tensors of saved modules that nothing here reads are
-    copied from those files. The directory appears whole or not at all; files of the same names in
-    it are replaced.
-    Raises `UserError` where there is nothing to save, and for a leaf that was trained or merged
-    but would be left out.
+    `peft.PeftModel.from_pretrained(base, directory)` then gives our logits. Tensors of saved
+    modules that nothing here reads are copied from the base's files. The directory appears whole or
+    not at all; files of the same names in it are replaced.
+
+    Args:
+        model, params: of `add_lora` or `load_peft`, trained or not.
+        directory: to write.
+        compare_base: whether every leaf that the adapter leaves out is compared with the files that
+            the model was loaded from, where these are still there; False where a training table has
+            frozen them.
+
+    Raises:
+        UserError: where there is nothing to save, and for a leaf that was trained or merged but
+            would be left out.
     """
     flat, lora = flatten(params), model.lora
     doubled = any(path.endswith("/start_A") for path in flat)
@@ -164,7 +170,7 @@ def save_peft(
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     if lora is None or not (matrices or lora.modules_to_save or added):
         raise UserError(
-            "There is no adapter to save: these parameters hold no LoRA matrices. For a model "
+            "There is no adapter to save: these parameters hold no LoRA factors. For a model "
             "that was trained in full use save_pretrained."
         )
     # Added tokens: the whole resized matrix, as PEFT does.
@@ -172,9 +178,9 @@ def save_peft(
     both = [module for module in matrices if f"{module}.weight" in saved.places]
     if both:
         raise UserError(
-            f"'{both[0]}' has LoRA matrices and is to be saved in full as well (modules_to_save, "
-            f"or rows of added tokens), which PEFT cannot hold. Merge the matrices first, or take "
-            f"the module out of modules_to_save."
+            f"'{both[0]}' has LoRA factors and is to be saved in full as well (modules_to_save, "
+            f"or rows of added tokens), which PEFT cannot hold. Merge LoRA first, or remove "
+            f"the module from modules_to_save."
         )
     places, biases = base_places(model, params), bias_places(model, params)
     if compare_base and base_is_here(model):

@@ -1,4 +1,4 @@
-"""Reads PEFT adapter directories, in every layout of names that transformers has had."""
+"""Reads PEFT adapter directories, in every naming layout of transformers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -242,7 +242,7 @@ def _check_adaptable(
     suffix = module.split(".")[-1]
     raise UserError(
         f"The adapter in '{directory}' holds '{key}', LoRA on '{module}', which is {what}: that is "
-        f"not supported, though the base is the right one. Merge it with peft into a checkpoint "
-        f"(merge_and_unload, save_pretrained) and give that as the model; or train without, as "
-        f"peft does where target_modules is a regex that leaves out '{suffix}' of this module."
+        f"not supported. Merge it with peft into a checkpoint (merge_and_unload, save_pretrained) "
+        f"and give that as the model; or train with a regex as target_modules that excludes "
+        f"'{suffix}' of this module."
     )

@@ -1,4 +1,4 @@
-"""Several PEFT adapters on one base: switching between them, and sums of them.
+"""Several PEFT adapters on one base: switching and weighted sums.
 
 All of them get one shape: the leaves that any adapter has, of the largest rank, each with its
 scales as the leaf `lora_scale`; what an adapter lacks is zero. A jitted function that takes
@@ -33,7 +33,7 @@ def load_peft_adapters(
     directories: {name: PEFT directory}. `model.apply({"params": adapters[name]}, batch)` has the
     logits that `load_peft` gives of that directory alone. Adapters may differ in rank, targets,
     scales and modules_to_save. Raises `UserError` where some are DoRA's and some are not, where one
-    brings new tokens, and as `load_peft` does.
+    has new tokens, and as `load_peft` does.
     """
     if not directories:
         raise UserError("load_peft_adapters was given no adapter: pass {name: PEFT directory}.")
@@ -120,14 +120,19 @@ def combine_peft_adapters(
     kind: str = "cat",
     rank: int | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """Return the model and parameters of a weighted sum of adapters, as one LoRA.
+    """Return the model and parameters of a weighted sum of adapters, as one LoRA for `save_peft`.
 
-    model, adapters: of `load_peft_adapters`. weights: {name: weight}, of either sign. kind, as in
-    PEFT's add_weighted_adapter: "cat" is the exact sum, of as much rank as all together; "svd" the
-    best one of `rank` (default: the largest of those combined); "linear" adds A to A and B to B,
-    roots of the weights on each, which is cheap, another function, and only of equal ranks.
-    `save_peft` writes the result. Raises `UserError` for DoRA, for modules that adapters hold in
-    full, where there are no matrices, and for unknown names and kinds.
+    Args:
+        model, adapters: of `load_peft_adapters`.
+        weights: {name: weight}, of either sign.
+        kind: as in PEFT's add_weighted_adapter. "cat": the exact sum, of as much rank as all
+            together. "svd": its best approximation of `rank`. "linear": A added to A and B to B,
+            each with the root of its weight; cheap, another function, and for equal ranks only.
+        rank: of "svd"; the default is the largest rank among the adapters.
+
+    Raises:
+        UserError: for DoRA, modules that adapters hold in full, adapters without LoRA factors, and
+            unknown names and kinds.
     """
     if kind not in COMBINATIONS:
         raise UserError(
@@ -146,7 +151,7 @@ def combine_peft_adapters(
     first = trees[0]
     if any(path.endswith("/lora_magnitude") for path in first):
         raise UserError(
-            "DoRA's adapters are no sums: their norms stand beside the matrices. Combine adapters "
+            "DoRA's adapters cannot be summed: each has norms beside its factors. Combine adapters "
             "without DoRA."
         )
     for tree in trees[1:]:
@@ -154,22 +159,22 @@ def combine_peft_adapters(
             if not is_lora(path) and tree[path] is not leaf:
                 raise UserError(
                     f"The adapters {', '.join(map(repr, weights))} differ in '{path}', which one "
-                    f"of them holds in full (modules_to_save, bias): only matrices are combined."
+                    f"of them holds in full (modules_to_save, bias): only LoRA is combined."
                 )
     combined = {path: leaf for path, leaf in first.items() if not is_lora(path)}
     matrices = [path for path in first if path.endswith("/lora_A")]
     ranks = {path: [_rank(tree, path) for tree in trees] for path in matrices}
     if not matrices:
         raise UserError(
-            f"The adapters {', '.join(map(repr, weights))} hold no LoRA matrices: there is nothing "
+            f"The adapters {', '.join(map(repr, weights))} hold no LoRA factors: there is nothing "
             f"to combine."
         )
     uneven = [path for path in matrices if len({rank for rank in ranks[path] if rank}) > 1]
     if kind == "linear" and uneven:
         raise UserError(
             f"The adapters {', '.join(map(repr, weights))} have the ranks {ranks[uneven[0]]} in "
-            f"'{uneven[0].rsplit('/', 1)[0]}'; 'linear' adds matrices, which asks for one rank, as "
-            f"in PEFT. Take 'cat' or 'svd'."
+            f"'{uneven[0].rsplit('/', 1)[0]}'; 'linear' adds factors, which needs one rank, as "
+            f"in PEFT. Use 'cat' or 'svd'."
         )
     hits: dict[str, list[bool]] = {}
     largest, rank = 0, rank or max(map(max, ranks.values()))

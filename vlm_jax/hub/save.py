@@ -1,4 +1,4 @@
-"""Writes a whole checkpoint in the layout, dtypes and tying of the base it came from."""
+"""Writes a whole checkpoint in the layout, dtypes and tying of its base."""
 
 import copy
 import dataclasses
@@ -52,19 +52,27 @@ def save_pretrained(
 ) -> None:
     """Write a checkpoint that `transformers` loads with no missing and no unexpected key.
 
-    Tensor names, dtypes and tying are those of the base that `model` was loaded from, and its
-    tokenizer, processor and generation files are copied; generation_config.json also lists the
-    token that the chat template ends an answer with, or others would write on. merge: LoRA is
-    merged into the weights; without it a tree with LoRA is refused, for a plain checkpoint cannot
-    hold it. quantized: write 4-bit kernels as bitsandbytes does, merged ones quantized again;
-    False: write all of them decoded. By default they stay in 4 bits unless there is LoRA to merge,
-    of which requantizing would round much away. dtype: of all tensors that are computed with,
-    instead of the base's. processor: settings that replace those in preprocessor_config.json, where
-    training used others; video_processor: likewise in video_preprocessor_config.json. By default
-    those of a loaded adapter's directory, whose tokenizer and chat template are copied too.
-    Weights are merged, gathered from their devices and written one after another: the host holds a
-    file of at most `max_shard_size` bytes at a time. All of several processes call it; one writes.
-    Raises `UserError` where the base's own files are gone, or nothing is there in 4 bits to write.
+    Tensor names, dtypes and tying are the base's, and its tokenizer, processor and generation files
+    are copied; generation_config.json also lists the token that ends an answer in the chat
+    template, without which others would write on. Weights are merged, gathered from their devices
+    and written one after another. All of several processes call it; one writes.
+
+    Args:
+        model, params: a model and its tree.
+        directory: to write.
+        merge: whether LoRA is merged into the weights; without it a tree with LoRA is refused, for
+            a plain checkpoint cannot hold it.
+        quantized: True: write 4-bit kernels as bitsandbytes does, merged ones quantized again;
+            False: write all of them decoded. By default they stay in 4 bits unless there is LoRA to
+            merge, of which requantizing would round much away.
+        dtype: of all computed tensors, instead of the base's.
+        processor, video_processor: settings that replace those in preprocessor_config.json and
+            video_preprocessor_config.json, where training used others. By default those of a loaded
+            adapter's directory, whose tokenizer and chat template are copied too.
+        max_shard_size: bytes of a file, and so of the host's memory, at most.
+
+    Raises:
+        UserError: where the base's own files are gone, or nothing is in 4 bits to write.
     """
     flat = flatten(params)
     check_no_adapter(flat, "A checkpoint is one without")
@@ -78,7 +86,7 @@ def save_pretrained(
         quantized = four and not any(is_lora(path) for path in flat)
     if not merge and any(is_lora(path) for path in flat):
         raise UserError(
-            "These parameters hold LoRA matrices, which a plain checkpoint cannot. Pass "
+            "These parameters hold LoRA factors, which a plain checkpoint cannot. Pass "
             "merge=True, or write an adapter with save_peft."
         )
     flat = fold_added(flat)

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json alone: of a directory, of a well-known checkpoint, or the hub's."""
+"""A checkpoint's config.json alone: from a directory, a known checkpoint, or the hub."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files: which tensor is where, and one tensor at a time."""
+"""Reads a checkpoint's safetensors files: the index of tensors, and one tensor at a time."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
             raise UserError(
-                f"'{index}' is no index of safetensors files: expected 'weight_map' to be an "
+                f"'{index}' is not an index of safetensors files: expected 'weight_map' to be an "
                 f"object of tensor names and the files they are in. Fetch it again, or delete it "
                 f"if there is only one file."
             )
@@ -49,7 +49,7 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
         if outside:
             raise UserError(
                 f"'{index}' names the file '{outside[0]:.200}', which is not in its own directory. "
-                f"An index that came with a checkpoint must not reach for other files: take the "
+                f"An index that came with a checkpoint must not name other files: fetch the "
                 f"checkpoint from its source, or move the file beside its index and name it so."
             )
         missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
@@ -138,7 +138,7 @@ def read_tensor(entry: Entry, block: Block = ()) -> np.ndarray:
     if entry.dtype not in DTYPES:
         raise UserError(
             f"'{entry.path}' holds a tensor of the type {entry.dtype}, which is not read; known "
-            f"are {', '.join(DTYPES)}. Take the checkpoint in 16 bits."
+            f"are {', '.join(DTYPES)}. Use the checkpoint in 16 bits."
         )
     dtype = np.dtype(DTYPES[entry.dtype])
     try:

@@ -1,4 +1,4 @@
-"""What lies beside the files that are read: weights that would be passed over are refused by name.
+"""Weights beside the files that are read: refused by name, never ignored.
 
 docs/DESIGN.md, section 4, lists what each directory may hold and what becomes of it.
 """
@@ -62,9 +62,9 @@ def _check_beside(directory: Path, own: str) -> None:
         if writer is None:
             raise UserError(
                 f"The adapter's directory '{directory}' holds '{name}' too, which may be weights "
-                f"that were trained beside it, and is not read: without them a model would answer "
-                f"that nobody trained. If it is no part of the adapter, move it elsewhere; "
-                f"otherwise merge both with the program that wrote them."
+                f"that were trained beside it, and is not read. If it does not belong to the "
+                f"adapter, move it elsewhere; otherwise merge both with the program that wrote "
+                "them."
             )
         if name == "mm_projector.bin":
             remedy = (
@@ -77,8 +77,8 @@ def _check_beside(directory: Path, own: str) -> None:
             remedy = _add_line(directory, path)
         raise UserError(
             f"The adapter's directory '{directory}' holds '{name}' too: {writer} wrote it, with "
-            f"weights that were trained in full beside the LoRA matrices. It is not read, and "
-            f"without it a model would answer that nobody trained. {remedy}"
+            f"weights that were trained in full beside LoRA. It is not read, and without it the "
+            f"model would not be the trained one. {remedy}"
         )
 
 

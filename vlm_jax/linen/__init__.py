@@ -1,1 +1,1 @@
-"""Adapting a Linen module that knows nothing of this project, through `nn.intercept_methods`."""
+"""Adapters for foreign Linen modules, through `nn.intercept_methods`."""

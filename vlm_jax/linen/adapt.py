@@ -1,4 +1,4 @@
-"""`adapt`: LoRA, bottleneck adapters, 4-bit weights on any Linen module, without a change to it."""
+"""`adapt`: LoRA, bottleneck adapters and 4-bit weights on any Linen module, unchanged."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -41,29 +41,38 @@ def adapt(
 ) -> tuple[Adapted, dict[str, Any]]:
     """Return the adapted module and its variables, {"params": ..., "lora" or "adapter": ...}.
 
-    module: any Linen module. params: its "params" collection. methods: `LoRA(...)` or
-    `Adapter(kind, targets=...)`, `Quantization("nf4-dq")`, or one of the two with it. The variables
-    hold float32 leaves under the module's own names, a stack's with a leading layer axis, and the
-    same params, or with 4-bit kernels; `adapted.apply(variables, ...)` is differentiable in them.
-    "lora": lora_A [in, R] and lora_B [R, out] of each layer. A is kaiming-uniform and B zero, of an
-    embedding A zero and B normal, as in PEFT: it starts equal to the base.
-    "adapter": adapter_down {kernel [D, W], bias [W]} and adapter_up {kernel [W, E], bias [E]} of
-    each module that gives [..., E], W = E / reduction_factor: its output y becomes y + A(y)
-    ("houlsby", https://arxiv.org/abs/1902.00751) or, of its first argument x, y + A(x)
-    ("parallel", https://arxiv.org/abs/2110.04366). Unless init_weights says otherwise, it starts
-    equal to the base.
-    key: for these (the default is `jax.random.key(0)`).
-    inputs: what the module is called with behind the variables (an array, a tuple, or a dict of
-    named arguments), of which shapes alone are used: a call is traced to see what each layer is.
-    Without, calls that the parameters suggest are tried.
-    Raises `UserError` for a target that matches nothing, and for what cannot be done here.
+    Args:
+        module: any Linen module.
+        params: its "params" collection.
+        methods: `LoRA(...)` or `Adapter(kind, targets=...)`, `Quantization("nf4-dq")`, or one of
+            the former two with it.
+        key: for initialisation; the default is `jax.random.key(0)`.
+        inputs: what `module.apply` takes after the variables (an array, a tuple, or a dict of named
+            arguments); only shapes are used, by the trace that finds the layers. Without it, calls
+            that the parameters suggest are tried.
+
+    Returns:
+        The adapted module, whose `adapted.apply(variables, ...)` is differentiable in the
+        variables, and these: float32 leaves under the module's own names, with a leading layer
+        axis in a stack.
+        "params": the same, or with 4-bit kernels.
+        "lora": lora_A [in, R] and lora_B [R, out] of each layer. A is kaiming-uniform and B zero,
+        of an embedding A zero and B normal, as in PEFT: it starts equal to the base.
+        "adapter": adapter_down {kernel [D, W], bias [W]} and adapter_up {kernel [W, E], bias [E]}
+        of each module with an output y [..., E], W = E / reduction_factor: y becomes y + A(y)
+        ("houlsby", https://arxiv.org/abs/1902.00751) or, of its first argument x, y + A(x)
+        ("parallel", https://arxiv.org/abs/2110.04366). With the default init_weights it starts
+        equal to the base.
+
+    Raises:
+        UserError: for a target that matches nothing, and for whatever is not supported here.
     """
     check_module(module)
     lora, adapter, quantization = _sorted(methods)
     flat = flatten(params)
     held = [path for path in flat if path.endswith(("lora_A", "lora_B"))]
     if held:
-        raise UserError(f"These parameters hold LoRA matrices already ('{held[0]}').")
+        raise UserError(f"These parameters hold LoRA factors already ('{held[0]}').")
     if lora is not None:
         check_supported(lora)
     if adapter is not None:
@@ -75,11 +84,11 @@ def adapt(
     key = jax.random.key(0) if key is None else key
     if lora is not None:
         layers = tuple(chosen(found.layers, lora.targets))
-        tell_deaf("LoRA", lora.dropout, layers)
+        warn_without_dropout("LoRA", lora.dropout, layers)
         made[LORA] = _fresh(layers, lora.rank, key)
     if adapter is not None:
         sites = chosen_sites(found.sites, adapter)
-        tell_deaf("adapter", adapter.dropout, sites)
+        warn_without_dropout("adapter", adapter.dropout, sites)
         shapes = [site_shapes(site, adapter).items() for site in sites]
         made[ADAPTER] = unflatten(fresh(adapter, dict(row for one in shapes for row in one), key))
     before = {one.path: one for one in found.layers if isinstance(one, Layer)}
@@ -139,7 +148,7 @@ def check_supported(lora: LoRA) -> None:
         "layers_to_transform": "choosing layers by number (a regex of targets can)",
         "layers_pattern": "choosing layers by number (a regex of targets can)",
         "exclude_modules": "leaving modules out (a regex of targets can)",
-        "bias": "training biases beside the matrices (train them as leaves of 'params')",
+        "bias": "training biases beside LoRA (train them as leaves of 'params')",
         "init": "a start other than PEFT's usual one",
     }
     check_lacking(lora, lacking)

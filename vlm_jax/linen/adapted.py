@@ -64,7 +64,8 @@ class Adapted:
             assert self.lora is not None
             if layer.stack is not None:  # sliced along the same axis as the kernel
                 a, b = layer.stack.lay(a), layer.stack.lay(b)
-            rate = float(self.lora.dropout) if dropout and layer.hears else 0.0  # `adapt` told it
+            # Where dropout cannot act, `adapt` has warned.
+            rate = float(self.lora.dropout) if dropout and layer.takes_dropout else 0.0
             scale = self.lora.scale.scale(self.lora.rank)
             made[joined(layer.path, LEAF)] = LowRank(a, b, scale, rate)
         for site, leaves in self.bottlenecks(variables):

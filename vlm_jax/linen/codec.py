@@ -40,7 +40,7 @@ from vlm_jax.hub.unread_weights import PEFT_WEIGHTS, adapter_weights
 from vlm_jax.linen.adapt import adapt, check_module, check_supported
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
-from vlm_jax.linen.intercept import tell_deaf
+from vlm_jax.linen.intercept import warn_without_dropout
 from vlm_jax.linen.parts import Layer, Other, joined, unboxed
 from vlm_jax.model import Model
 from vlm_jax.models.methods import Adapter

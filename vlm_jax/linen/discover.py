@@ -1,4 +1,4 @@
-"""The layers and modules of a Linen module: found by a trace on shapes alone."""
+"""Discovery of a Linen module's layers, by a trace on shapes alone."""
 
 import contextlib
 import dataclasses
@@ -68,9 +68,9 @@ def see(
             at_work.pop()
         if context.method_name == "__call__" and not again:
             x = first_argument(context.orig_method, args, kwargs)
-            hears = context.module.has_rng("dropout")
+            takes_dropout = context.module.has_rng("dropout")
             kind = type(context.module)
-            site = Site(path, kind.__name__, shape_of(x), shape_of(y), depth, hears)
+            site = Site(path, kind.__name__, shape_of(x), shape_of(y), depth, takes_dropout)
             if kind.__module__.startswith(NNX):
                 site = dataclasses.replace(site, y="what an NNX module makes")
             seen.sites[path] = site.beside(seen.sites.get(path, site))
@@ -106,8 +106,10 @@ def _record_layer(
     elif method in CALLS:
         how = product(CALLS[method], context.module, args, kwargs)
         if how.fault is None:
-            hears = context.module.has_rng("dropout")
-            layer = Layer(path, name, how.shape, how.inputs, how.outputs, hears=hears)
+            takes_dropout = context.module.has_rng("dropout")
+            layer = Layer(
+                path, name, how.shape, how.inputs, how.outputs, takes_dropout=takes_dropout
+            )
             seen.layers[path] = layer
         else:
             seen.layers[path] = Other(path, f"as an nn.Einsum or nn.DenseGeneral {how.fault}")
@@ -159,7 +161,7 @@ def _with_stack(layer: Layer, stack: Stack | None, flat: Mapping[str, Any]) -> L
         return Other(
             layer.path,
             f"its layers are stacked along axis {stack.axis}, and matrices of two axes have none "
-            f"such: take nn.scan(..., variable_axes={{'params': 0}})",
+            f"such: use nn.scan(..., variable_axes={{'params': 0}})",
         )
     return Other(
         layer.path,

@@ -1,4 +1,4 @@
-"""Linen's layers as products of matrices, additions to their outputs, and the interceptor for both.
+"""The interceptor: Linen's layers as matrix products, and additions to their outputs.
 
 An addition is a leaf of its own beside the layer's kernel, put there for the length of one `apply`.
 So `nn.scan` and `nn.vmap` slice it with the kernel, `nn.remat` and `nn.jit` carry it, whether or
@@ -139,8 +139,8 @@ LEAF = "vlm_jax_addition"  # the leaf's name; no module of anybody's has one suc
 NNX = "flax.nnx."
 UNKNOWN = (
     "uses its weights in a way that is not known here, so that LoRA or 4-bit weights would do "
-    "nothing. They go on nn.Dense, nn.DenseGeneral, nn.Einsum and nn.Embed, and on subclasses that "
-    "call super(). Leave it out of the targets, or build it of these."
+    "nothing. They are for nn.Dense, nn.DenseGeneral, nn.Einsum and nn.Embed, and for subclasses "
+    "that call super(). Leave it out of the targets, or build it of these."
 )
 
 
@@ -187,7 +187,7 @@ class LowRank:
         layer = product(CALLS[method], module, call.args, call.kwargs)
         rows = layer.rows(jnp.asarray(x).astype(y.dtype))
         if self.dropout > 0 and not module.has_rng("dropout"):
-            tell_no_dropout("LoRA", self.dropout, [name_of(module)])
+            warn_no_dropout("LoRA", self.dropout, [name_of(module)])
         rows = dropped(module, rows, self.dropout)
         return y + layer.from_rows(lora_update(rows, self.a, self.b, self.scale))
 
@@ -195,21 +195,21 @@ class LowRank:
 jax.tree_util.register_dataclass(LowRank, data_fields=["a", "b"], meta_fields=["scale", "dropout"])
 
 
-def tell_no_dropout(what: str, rate: float, names: Sequence[str]) -> None:
+def warn_no_dropout(what: str, rate: float, names: Sequence[str]) -> None:
     """Warn of modules on which dropout cannot act."""
     warnings.warn(
         f"The {what} dropout of {rate} does not act on layers in an nn.scan or nn.vmap that passes "
         f"no 'dropout' rng on: {', '.join(names)}. Give that one split_rngs={{'dropout': True}}, "
-        f"or take dropout=0.",
+        f"or set dropout=0.",
         stacklevel=4,
     )
 
 
-def tell_deaf(what: str, rate: float, parts: Iterable[Any]) -> None:
+def warn_without_dropout(what: str, rate: float, parts: Iterable[Any]) -> None:
     """Warn of modules and layers on which dropout cannot act."""
-    deaf = [part.name for part in parts if not part.hears]
-    if rate > 0 and deaf:
-        tell_no_dropout(what, rate, deaf)
+    without = [part.name for part in parts if not part.takes_dropout]
+    if rate > 0 and without:
+        warn_no_dropout(what, rate, without)
 
 
 def name_of(module: nn.Module) -> str:
@@ -307,7 +307,7 @@ def _check_bridge(module: nn.Module) -> None:
 def nnx_text(name: str) -> str:
     """Return the sentence that refuses NNX."""
     return (
-        f"'{name}' is an NNX module: its layers are no Linen modules, so no method of theirs can "
+        f"'{name}' is an NNX module: its layers are not Linen modules, so no method of theirs can "
         f"be intercepted. Adapt a Linen module: of an nnx.bridge.ToNNX give `.to_nnx__module` and "
         f"its Linen parameters; layers that are written in NNX have to be written in Linen."
     )

@@ -1,4 +1,4 @@
-"""The parts of a Linen module, described: layers, modules as they are called, stacks of layers."""
+"""Descriptions of a Linen module's parts: layers, called modules, stacks of layers."""
 
 import dataclasses
 import inspect
@@ -123,8 +123,8 @@ class Layer:
 
     path: of the module, joined by "/". weight: the leaf's name. shape: one layer's own weight's.
     inputs, outputs: its axes that make `in` and `out`. stack: what slices the leaf, or None.
-    attended: an embedding that is a head too, by `attend`. hears: whether a "dropout" rng that
-    `apply` is given reaches the layer, as far as a trace saw it.
+    attended: an embedding that is a head too, by `attend`. takes_dropout: whether a "dropout" rng
+    that `apply` is given reaches the layer, as far as a trace saw it.
     """
 
     path: str
@@ -134,7 +134,7 @@ class Layer:
     outputs: tuple[int, ...]
     stack: Stack | None = None
     attended: bool = False
-    hears: bool = True
+    takes_dropout: bool = True
 
     @property
     def name(self) -> str:
@@ -210,7 +210,8 @@ class Site:
 
     path: joined by "/". kind: its class. x, y: the shapes of its first argument and of what it
     gives, or, where that is no array of floating-point numbers, what it is instead. depth: how many
-    axes its parameters lost on their way in. stack: what slices them, or None. hears: as a layer's.
+    axes its parameters lost on their way in. stack: what slices them, or None.
+    takes_dropout: as a layer's.
     """
 
     path: str
@@ -218,7 +219,7 @@ class Site:
     x: tuple[int, ...] | str
     y: tuple[int, ...] | str
     depth: int
-    hears: bool
+    takes_dropout: bool
     stack: Stack | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""Where LoRA and bottleneck adapters go in a Linen module, and what a bottleneck adds there.
+"""Targets of LoRA and bottleneck adapters in a Linen module; the bottleneck's computation.
 
 A module of input x and output y becomes y + A(y) (houlsby, https://arxiv.org/abs/1902.00751) or
 y + A(x) (parallel, https://arxiv.org/abs/2110.04366), over last axes, with A of
@@ -16,7 +16,7 @@ from vlm_jax.adapters.bottleneck import check_known, leaf_shapes
 from vlm_jax.adapters.targets import PRESETS, means, no_target, resolve_targets, suffixes_of
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import check_patterns
-from vlm_jax.linen.intercept import Call, name_of, tell_no_dropout
+from vlm_jax.linen.intercept import Call, name_of, warn_no_dropout
 from vlm_jax.linen.parts import Layer, Other, Site, first_argument, shape_of
 from vlm_jax.models.layers.bottleneck import Bottleneck, bottleneck
 from vlm_jax.models.methods import Adapter, LoRA
@@ -98,10 +98,10 @@ class Beside:
             raise UserError(
                 f"The adapter of '{name_of(module)}' has the matrices {list(down)} and {list(up)}, "
                 f"but reads {x_shape} and changes {y_shape} in this call, unlike in the one that "
-                f"adapt traced. Give adapt `inputs=` of such a call, or take it out of the targets."
+                f"adapt traced. Give adapt `inputs=` of such a call, or remove it from the targets."
             )
         if self.form.dropout > 0 and not module.has_rng("dropout"):
-            tell_no_dropout("adapter", self.form.dropout, [name_of(module)])
+            warn_no_dropout("adapter", self.form.dropout, [name_of(module)])
         return y + bottleneck(module, self.form, self.leaves, read, y.dtype)
 
 
@@ -182,7 +182,7 @@ def _check_site(name: str, site: Site | None, target: str, adapter: Adapter) -> 
     elif reads_x and (isinstance(site.x, str) or site.x[:-1] != site.y[:-1]):
         why = (
             f"'parallel' reads its first argument, which is {site.x} and gives {site.y}: not one "
-            f"row for each of its rows. Take 'houlsby', which reads what it gives"
+            f"row for each of its rows. Use 'houlsby', which reads what it gives"
         )
     elif site.depth and (site.depth > 1 or site.stack is None):
         why = "its parameters are a stack of stacks, or no stack that one nn.scan makes"
@@ -209,5 +209,5 @@ def beside(site: Site, adapter: Adapter, leaves: Any, dropout: bool) -> Beside:
     """Return the addition of a module; leaves: nested; dropout: whether `apply` has an rng."""
     if site.stack is not None:
         leaves = jax.tree.map(site.stack.lay, leaves)
-    rate = float(adapter.dropout) if dropout and site.hears else 0.0  # else `adapt` told it
+    rate = float(adapter.dropout) if dropout and site.takes_dropout else 0.0  # else `adapt` warned
     return Beside(leaves, dataclasses.replace(adapter.form, dropout=rate))

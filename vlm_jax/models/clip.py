@@ -22,6 +22,8 @@ from vlm_jax.models.layers.scan import Stack
 
 
 class TowerAttention(nn.Module):
+    """Full self-attention within one image: [I, S, E] to [I, S, E], all linear layers with bias."""
+
     vision: Tower
     dtype: Any
     lora: LoRAScale | None
@@ -44,6 +46,8 @@ class TowerAttention(nn.Module):
 
 
 class TowerMLP(nn.Module):
+    """Two layers with an activation between: [I, S, E] to [I, S, E]."""
+
     vision: Tower
     dtype: Any
     lora: LoRAScale | None
@@ -59,7 +63,11 @@ class TowerMLP(nn.Module):
 
 
 class TowerBlock(nn.Module):
-    """Returns the layer's output twice where `keep_all`: several layers' features are wanted."""
+    """Pre-norm ViT block, https://arxiv.org/abs/2010.11929: x_ISE [I, S, E] to (x_ISE, kept).
+
+    kept: the output again where `keep_all` (features of several layers), else None. context and
+    layer: unused.
+    """
 
     vision: Tower
     dtype: Any
@@ -112,6 +120,12 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The blocks: embedded slots [I, S, E] to hidden states [I, S, E x len(wanted)].
+
+    wanted: hidden states counted from 0, the first block's input; blocks above the last one
+    wanted are not run.
+    """
+
     vision: Tower
     dtype: Any
     lora: LoRAScale | None

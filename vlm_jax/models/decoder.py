@@ -22,6 +22,15 @@ from vlm_jax.models.layers.scan import Stack
 
 
 class SelfAttention(nn.Module):
+    """Causal self-attention with grouped key and value heads and rotary positions.
+
+    https://arxiv.org/abs/2305.13245 (grouped heads), https://arxiv.org/abs/2104.09864 (RoPE).
+    x_BTD [B, T, D] to ([B, T, D], cache). context: cos and sin [B, T, H], segments of queries
+    [B, T] and keys [B, S], and the cache slot of the first query. window: a token's reach in
+    tokens, or None. cache: None, or this layer's {"k", "v" [B, S, K, H]}, returned with k and v
+    of x written from that slot on.
+    """
+
     cfg: DecoderConfig
     dtype: Any
     lora: LoRAScale | None
@@ -53,7 +62,10 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU, https://arxiv.org/abs/2002.05202."""
+    """SwiGLU, https://arxiv.org/abs/2002.05202: [B, T, D] to [B, T, D], of width F between.
+
+    down_proj(activation(gate_proj(x)) * up_proj(x)).
+    """
 
     cfg: DecoderConfig
     dtype: Any
@@ -72,6 +84,12 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm block of Llama, https://arxiv.org/abs/2302.13971: x_BTD [B, T, D] to (x_BTD, cache).
+
+    x + attention(norm(x)), then x + mlp(norm(x)). context: as in `SelfAttention`. layer: this
+    layer's "window" and "cache", where there are such.
+    """
+
     cfg: DecoderConfig
     dtype: Any
     lora: LoRAScale | None
@@ -92,7 +110,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded tokens to final-normed hidden states; logits are the caller's."""
+    """Embeddings [B, T, D] to final-normed hidden states [B, T, D]; logits are the caller's."""
 
     cfg: DecoderConfig
     dtype: Any

@@ -46,8 +46,8 @@ class Fields:
     def __init__(self, fields: Mapping[str, Any], where: str, irrelevant: str = ""):
         if not isinstance(fields, Mapping):
             raise UserError(
-                f"The {where} is no JSON object: {fields!r:.80}. Take the config.json that belongs "
-                f"to the checkpoint."
+                f"The {where} is not a JSON object: {fields!r:.80}. Use the config.json that "
+                f"belongs to the checkpoint."
             )
         self.fields = dict(fields)
         self.where = where
@@ -66,7 +66,7 @@ class Fields:
         if default is REQUIRED:
             raise UserError(
                 f"The {self.where} lacks the field '{name}', which fixes the size of the model. "
-                f"Take the config.json that belongs to the checkpoint."
+                f"Use the config.json that belongs to the checkpoint."
             )
         return default
 
@@ -95,7 +95,7 @@ class Fields:
         if kind not in NAMES or fits or (value is None and optional):
             return value
         raise UserError(
-            f"The {self.where} has {name} = {value!r:.80}; expected {NAMES[kind]}. Take the "
+            f"The {self.where} has {name} = {value!r:.80}; expected {NAMES[kind]}. Use the "
             f"config.json that belongs to the checkpoint."
         )
 

@@ -1,4 +1,4 @@
-"""What a method adds to a frozen base, described: low-rank matrices, bottleneck adapters."""
+"""Descriptions of methods on a frozen base: LoRA and Adapter."""
 
 import dataclasses
 from collections.abc import Mapping

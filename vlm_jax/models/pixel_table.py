@@ -1,4 +1,4 @@
-"""Bytes to pixel values where they are used: what travels to the device is a quarter of them.
+"""uint8 pixels to float on the device: a quarter of the transfer.
 
 A pixel is one of 256 values a channel, so normalising is a table (`processors.value_table`).
 Letters: B rows, P patches a row, C values a patch, c channels, f frames, v pixels of one frame.

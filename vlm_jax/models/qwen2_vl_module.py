@@ -23,6 +23,13 @@ from vlm_jax.models.vlm import VisionLanguageModel
 
 
 class TowerAttention(nn.Module):
+    """Full self-attention among patches of one segment: [B, P, E] to [B, P, E].
+
+    cos, sin [B, P, H]: 2-D rotary angles by (height, width). segments_BP: a number for
+    each image, or frames of a video that share patches; 0 for padding. q, k and v are one kernel,
+    as on disk.
+    """
+
     vision: Tower
     dtype: Any
     lora: LoRAScale | None
@@ -40,6 +47,8 @@ class TowerAttention(nn.Module):
 
 
 class TowerMLP(nn.Module):
+    """Two layers with an activation between: [B, P, E] to [B, P, E]."""
+
     vision: Tower
     dtype: Any
     lora: LoRAScale | None
@@ -54,6 +63,11 @@ class TowerMLP(nn.Module):
 
 
 class TowerBlock(nn.Module):
+    """Pre-norm ViT block, https://arxiv.org/abs/2010.11929: x_BPE [B, P, E] to (x_BPE, None).
+
+    context: cos, sin and segments, as in `TowerAttention`. layer: unused.
+    """
+
     vision: Tower
     dtype: Any
     lora: LoRAScale | None
@@ -72,6 +86,8 @@ class TowerBlock(nn.Module):
 
 
 class MergerMLP(nn.Module):
+    """Two layers with a GELU between: [B, F, E x merge^2] to [B, F, D]."""
+
     features: int
     dtype: Any
     lora: LoRAScale | None
@@ -83,7 +99,10 @@ class MergerMLP(nn.Module):
 
 
 class Merger(nn.Module):
-    """The projector: merge x merge neighbouring patches become one token."""
+    """The projector: merge x merge neighbouring patches [B, P, E] to one token [B, F, D].
+
+    Patches of one token are consecutive, so that merging is a reshape.
+    """
 
     merge: int
     features: int
@@ -99,6 +118,8 @@ class Merger(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Patches [B, P, C] to [B, P, E], without bias."""
+
     width: int
     dtype: Any
 
@@ -109,7 +130,10 @@ class PatchEmbed(nn.Module):
 
 
 class Visual(nn.Module):
-    """The tower and the projector, named as in the checkpoint. features: the decoder's width."""
+    """Tower and projector, named as in the checkpoint: a `Batch` to image features [B, F, D].
+
+    F = P / merge^2. features: D, the decoder's width.
+    """
 
     vision: Tower
     features: int

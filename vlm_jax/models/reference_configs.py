@@ -1,4 +1,4 @@
-"""The hub's config.json of well-known checkpoints: what is planned with them needs no network."""
+"""config.json of well-known checkpoints, for plans without a network."""
 
 from typing import Any
 

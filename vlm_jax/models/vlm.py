@@ -1,4 +1,4 @@
-"""What every family does alike: features into token embeddings, decoder, head.
+"""The common part of all families: features among token embeddings, decoder, head.
 
 Letters: B rows, T tokens, F image features a row, D model, V vocabulary.
 """
@@ -42,7 +42,7 @@ def noise_size(segments_BT: jax.Array, width: int, alpha: float) -> jax.Array:
 
 
 class VisionLanguageModel(nn.Module):
-    """A tower, a projector, a decoder and a head over one `Batch`.
+    """Tower, projector, decoder and head: a `Batch` to float32 logits [B, T, V].
 
     cfg: sizes. dtype: compute dtype. lora: alpha and dropout where the tree holds
     LoRA leaves. remat: a key of `layers.scan.REMAT`. adapter: how bottleneck adapters compute.

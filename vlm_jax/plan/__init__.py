@@ -1,4 +1,4 @@
-"""What a config's training step needs and does on hardware that is not here: compiled for it."""
+"""Plans: a config's training step compiled for hardware that is not here."""
 
 from vlm_jax.plan.program import (
     Collective,

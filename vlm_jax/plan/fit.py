@@ -1,4 +1,4 @@
-"""The fastest setting of a config that fits some hardware: rows at a time, and recomputation."""
+"""Search for the fastest batch size and remat policy that fit some hardware."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

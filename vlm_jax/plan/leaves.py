@@ -1,4 +1,4 @@
-"""What a step's arrays take of each device's memory, leaf by leaf, and how they are sharded."""
+"""Memory per device of a step's arrays, leaf by leaf, and their sharding."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: its memory, its time on a TPU, what its chips exchange.
+"""Facts of a compiled program: memory, time on a TPU, collectives.
 
 The compiler writes its schedule as text: computations of instructions, one the entry. Loops,
 branches and calls name other computations; how often each runs follows from there.
@@ -129,7 +129,7 @@ def estimated_seconds(compiled: jax.stages.Compiled) -> float:
     kind = _device_kind(compiled)
     clock = next((device.clock for device in DEVICES.values() if device.kind == kind), None)
     if clock is None:
-        raise UserError(f"The clock of '{kind}' is not published; take estimated_cycles.")
+        raise UserError(f"The clock of '{kind}' is not published; use estimated_cycles.")
     return cycles / clock
 
 
@@ -220,7 +220,7 @@ def _trips(program: Program, loop: Instruction) -> int:
                 return int(value[1])
     raise UserError(
         f"How often the loop '{loop.name}' runs is not known before it does: its condition holds "
-        f"no constant. The program can be compiled and run, but its time cannot be told."
+        f"no constant. The program can be compiled and run, but its time is unknown."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which way of fine-tuning suits a data set, a model and some hardware; with a config to start."""
+"""Recommends a method for data, model and hardware, with a config."""
 
 import dataclasses
 import math
@@ -339,7 +339,7 @@ def _reasons(
         most = configs.get_config().data.max_bad_share
         stops = found.bad > most * (len(found.sizes) + found.bad)
         text = (
-            f" More than data.max_bad_share ({most:.0%}): training stops, mend them."
+            f" More than data.max_bad_share ({most:.0%}): training stops, so repair them."
             if stops
             else ""
         )
@@ -375,4 +375,4 @@ def check_out(file: Path) -> None:
     if file.suffix not in (".yaml", ".yml", ".py"):
         raise UserError(f"--out '{file}' must end in .yaml or .py, the forms of a config.")
     if file.exists():
-        raise UserError(f"--out '{file}' is there already. Delete it, or take another path.")
+        raise UserError(f"--out '{file}' exists. Delete it, or choose another path.")

@@ -1,4 +1,4 @@
-"""What a config's step needs of some hardware and how fast it would be: all of it, as one value."""
+"""The report of a plan: memory, time and traffic of a step, as one value."""
 
 import dataclasses
 import math

@@ -42,8 +42,8 @@ def show(report: Report, console: Console | None = None) -> None:
 def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     speed, work = report.speed, report.flops["all"]
     yield "verdict", report.verdict, report.said
-    share = f"{report.peak / report.capacity:.0%} of what a program may have"
-    yield "memory a device", f"{size(report.peak)} of {size(report.capacity)}", share
+    share = f"{report.peak / report.capacity:.0%} of the usable memory"
+    yield "memory per device", f"{size(report.peak)} of {size(report.capacity)}", share
     for name, part in report.parts.items():
         if part:
             yield f"  {name}", size(part), ""
@@ -55,33 +55,33 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     row = f"{report.tokens:,} tokens, {report.patches:,} patches each"
     if report.micro_batches > 1:
         row += f", in {report.micro_batches} micro-batches"
-    yield "rows of a step", f"{report.rows:,}", row
+    yield "rows per step", f"{report.rows:,}", row
     yield "", "", ""
     parts = (("forward", "forward"), ("activations", "by activations"), ("weights", "by weights"))
     split = ", ".join(f"{words} {work[key] / work['model']:.0%}" for key, words in parts)
     yield "FLOPs of the model", flops(work["model"]), split
-    yield "  computed again", flops(work["recomputed"]), "for want of memory"
+    yield "  recomputed", flops(work["recomputed"]), "rematerialisation"
     if report.bytes_accessed is not None:
-        yield "memory traffic", size(report.bytes_accessed), "a device and step, read and written"
+        yield "memory traffic", size(report.bytes_accessed), "per device and step, reads and writes"
     if report.exchanges is None:
         yield "collectives", UNKNOWN, report.basis
     for one in report.exchanges or ():
-        yield f"{one.kind} {one.dtype}", size(one.bytes), f"{one.count:,} a step"
+        yield f"{one.kind} {one.dtype}", size(one.bytes), f"{one.count:,} per step"
     yield "", "", ""
     for name, value in (
         ("compute", speed.compute),
         ("memory", speed.memory),
         ("network", speed.network),
     ):
-        why = "no page of its maker, or nothing compiled, says it" if value is None else ""
+        why = "not published by the maker, or not compiled" if value is None else ""
         yield f"bound by {name}", seconds(value), why
     at_most = "at most " if speed.rule == ROOFLINE else ""
     at_least = "at least " if speed.rule == ROOFLINE else ""
-    yield "time of a step", at_least * (speed.step is not None) + seconds(speed.step), speed.rule
+    yield "time per step", at_least * (speed.step is not None) + seconds(speed.step), speed.rule
     if speed.step is not None and report.fits:
-        yield "tokens a second", f"{at_most}{speed.tokens_per_second:,.0f}", "of all devices"
+        yield "tokens per second", f"{at_most}{speed.tokens_per_second:,.0f}", "all devices"
         if speed.mfu is not None:
-            yield "MFU", f"{at_most}{speed.mfu:.1%}", "without what is computed again"
+            yield "MFU", f"{at_most}{speed.mfu:.1%}", "without recomputation"
     if report.cycles is not None and speed.compiler is None:
         yield "cycles", f"{report.cycles:,}", "the compiler's; the chip's clock is not published"
     yield "", "", ""

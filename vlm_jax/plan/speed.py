@@ -1,4 +1,4 @@
-"""How fast a step can be: its bounds by compute, by memory and by the network, and what follows."""
+"""Step time: bounds by compute, memory and network, and throughput from them."""
 
 import dataclasses
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""A config's own training step, compiled ahead of time; nothing of the model is allocated."""
+"""A config's training step, compiled ahead of time without allocating the model."""
 
 import dataclasses
 import tempfile

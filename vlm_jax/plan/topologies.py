@@ -1,4 +1,4 @@
-"""Devices of machines that are not here, to compile for: TPU slices and NVIDIA GPUs by name."""
+"""Topologies for ahead-of-time compilation: TPU slices and NVIDIA GPUs by name."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What a compiled program reads from and writes to a device's memory: counted from its schedule.
+"""Memory traffic of a compiled program, counted from its schedule.
 
 XLA's own "bytes accessed" counts the body of a loop once. Here each instruction of the schedule
 counts as often as it runs, by the arrays that it takes and makes; a slice of an array counts as

@@ -3,7 +3,7 @@
 A product of N rows with a kernel [in, out] is 2 x N x in x out; its gradient by the rows is as much
 again, and so is that by the kernel, where it trains. Attention is 4 x T^2 x width a layer and row
 (scores, and values by weights): causal or not, since all of it is computed. Elementwise work and
-look-ups are left out. What is computed twice for want of memory is counted by itself.
+look-ups are left out. What is recomputed (rematerialisation) is counted by itself.
 """
 
 import functools
@@ -17,7 +17,7 @@ from vlm_jax.trees import flatten
 # Components in the order in which values flow through them, and so gradients back.
 ORDER = ("vision", "projector", "embeddings", "language_model", "head")
 KERNELS = ("kernel", "lora_A", "lora_B", "added", "start_A", "start_B")
-# Remat policies under which a block's products with weights are computed again, and how much of
+# Remat policies under which a block's products with weights are recomputed, and how much of
 # attention's two products is: with its result kept, the scores alone.
 PRODUCTS_AGAIN = ("block", "block_save_attention", "offload")
 ATTENTION_AGAIN = {"none": 0, "block": 1, "block_save_attention": 0.5, "dots": 1, "offload": 1}
@@ -92,7 +92,7 @@ def count(
         once *= layers[component] if in_stack else 1
         module = path.split("/")[-2]
         if component == "head":
-            # The loss computes logits anew, chunk by chunk, whatever the blocks do.
+            # The loss recomputes logits, chunk by chunk, whatever the blocks do.
             back, redone = enters["head"], True
         elif in_stack:
             back = inside[component]

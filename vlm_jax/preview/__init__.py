@@ -1,1 +1,1 @@
-"""What a config's first examples look like to the model: a page, or text in the terminal."""
+"""Previews of a config's first examples: a page, or text in the terminal."""

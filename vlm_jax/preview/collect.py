@@ -230,9 +230,9 @@ def _named(pipeline: Pipeline, example: Example, index: int) -> Example:
     flags = int(pipeline.measures.sizes(np.array([index]))[0, 3])
     notes = []
     if flags & SHRUNK:
-        notes.append("Its images were made smaller, so that it fits.")
+        notes.append("Its images were made smaller to fit.")
     if flags & TURNS_DROPPED:
-        notes.append("Leading turns were left out, so that it fits.")
+        notes.append("Its first turns were left out to fit.")
     return dataclasses.replace(
         example,
         id=record["id"],
@@ -276,25 +276,25 @@ def settings(config: RunSpec, pipeline: Pipeline, films: bool = False) -> list[S
     media = encoder.media
     packed = pipeline.planner.capacity
     found = [
-        Setting("train_on", encoder.train_on, "which of the assistant's turns carry loss"),
+        Setting("train_on", encoder.train_on, "assistant turns that carry loss"),
         Setting("resolution", *_resolution(pipeline)),
-        Setting("max_seq_length", _number(encoder.max_seq_length), "tokens of a row at most"),
+        Setting("max_seq_length", _number(encoder.max_seq_length), "maximum tokens per row"),
         Setting(
             "packing",
             "on" if packed else "off",
             f"rows of {packed[0]:,} tokens and {packed[1]:,} patches" if packed else
             "a row holds one example",
         ),
-        Setting("overlong", encoder.overlong, "what is done about an example that does not fit"),
+        Setting("overlong", encoder.overlong, "policy for examples longer than a row"),
         Setting(
-            "rows a step",
+            "rows per step",
             f"{pipeline.rows:,}",
             "batch size × accumulation × devices that share the rows"
         ),
         Setting(
             "shapes",
             ", ".join(f"{T:,} × {P:,}" for T, P in pipeline.shapes),
-            "tokens × patches of a row; each is one compilation",
+            "tokens × patches per row; one compilation each",
         ),
         Setting(
             "order",
@@ -330,8 +330,8 @@ def _resolution(pipeline: Pipeline) -> tuple[str, str]:
     low, high = limits
     side = round(math.sqrt(high))
     if low == high:
-        return f"{low:,} pixels", f"about {side} × {side} for every image, its shape kept"
-    return f"{low:,} to {high:,} pixels", f"at most about {side} × {side}, the shape kept"
+        return f"{low:,} pixels", f"about {side} × {side} for every image, aspect ratio kept"
+    return f"{low:,} to {high:,} pixels", f"at most about {side} × {side}, aspect ratio kept"
 
 
 def _number(value: int | None) -> str:

@@ -1,4 +1,4 @@
-"""One row of a batch taken apart again: its examples' tokens, targets, positions and pictures.
+"""One row of a batch, decoded: tokens, targets, positions and pictures of its examples.
 
 Everything is read from the arrays of the batch, so that what is shown is what the model sees.
 Letters: T tokens and P patches of a row, C values a patch.

@@ -1,4 +1,4 @@
-"""A preview as one HTML page that needs nothing beside itself: no script, no font, no network."""
+"""A preview as one self-contained HTML page: no script, no font, no network."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""A preview in the terminal: the same as the page, in colour on a terminal, plain elsewhere."""
+"""A preview in the terminal: the page's content, in colour where supported."""
 
 from rich.console import Console
 from rich.text import Text
@@ -30,7 +30,7 @@ def show(preview: Preview, console: Console | None = None) -> None:
         text = Text(marked(text)) if isinstance(text, str) else text
         console.print(text, style=style, soft_wrap=not console.is_terminal)
 
-    how = "as an evaluation goes through them" if preview.split == "eval" else "in training's order"
+    how = "in evaluation order" if preview.split == "eval" else "in training order"
     count = len(preview.examples)
     first = "first example" if count == 1 else f"first {count} examples"
     line(f"{preview.data}, the {first} {how}", "bold")
@@ -71,7 +71,7 @@ def statistics(preview: Preview) -> list[str]:
     about = "" if preview.exact else "about "
     steps = f"{preview.total_steps or '?'} steps"
     if report["steps_per_epoch"] is None:
-        steps += " in all of a stream: training.max_steps"
+        steps += " in all, from a stream: training.max_steps"
     elif preview.split == "train":
         steps += f" in all, {about}{report['steps_per_epoch']:,} an epoch"
     return [
@@ -79,8 +79,8 @@ def statistics(preview: Preview) -> list[str]:
         f"{report['examples']:,} kept, {sum(report['dropped'].values()):,} left out, "
         f"{report['shrunk']:,} with smaller images, {report['turns_dropped']:,} with fewer turns",
         f"{100 * report['answer_tokens'] / report['tokens']:.1f} % of tokens carry loss; "
-        f"{100 * (1 - report['padding']):.1f} % of token slots and "
-        f"{100 * (1 - report['patch_padding']):.1f} % of patch slots are filled",
+        f"padding is {100 * report['padding']:.1f} % of tokens and "
+        f"{100 * report['patch_padding']:.1f} % of patches",
         steps,
     ]
 
@@ -119,7 +119,7 @@ def _show_example(line, example: Example, colour: bool) -> None:
     line(tokens(example.pieces, colour))
     for target in example.targets:
         weighted = "" if target.weight == 1 else f", weight {target.weight:g}"
-        line(f"learns to write {target.tokens} tokens{weighted}: {visible(target.text).strip()}")
+        line(f"target, {target.tokens} tokens{weighted}: {visible(target.text).strip()}")
     line("positions: " + "; ".join(f"{which}: {where}" for which, where in example.runs), "dim")
 
 

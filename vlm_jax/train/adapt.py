@@ -1,4 +1,4 @@
-"""What a config adds to a base to train: LoRA, adapters or rows of tokens, and their table."""
+"""Method and training table of a run: LoRA, adapters or added tokens, by its config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def adapt(
     """Return (model, params, training table) of a base and its tokenizer of `tokens` tokens.
 
     Where the tokenizer has more tokens than the embedding, rows for them are added and trained;
-    a loaded adapter must bring them itself, else `UserError`.
+    a loaded adapter must hold them itself, else `UserError`.
     """
     if tokens > model.vocab_size and config.model.adapter is None:
         model, params = add_tokens(model, params, tokens - model.vocab_size)
@@ -95,16 +95,16 @@ def adapt_base(
     if adapt.enabled and not adapted:
         kernels = target_kernels(model, params, lora)
     saved = lora_modules_to_save(model, kernels, modules_to_save=adapt.modules_to_save, **scales)
-    # What a loaded adapter without matrices brings stays in this one, trained further or not.
-    brought = () if adapted or model.lora is None else model.lora.modules_to_save
-    lora = dataclasses.replace(lora, modules_to_save=tuple(dict.fromkeys((*brought, *saved))))
+    # The modules of a loaded adapter without LoRA stay in this one, trained further or not.
+    loaded = () if adapted or model.lora is None else model.lora.modules_to_save
+    lora = dataclasses.replace(lora, modules_to_save=tuple(dict.fromkeys((*loaded, *saved))))
     if adapted:
         model = _continue_lora(model, params, lora, config, adapted)
     elif adapt.enabled:
         _check_start(lora, params, kernels)
         key = jax.random.key(config.training.seed)
         model, params = add_lora(model, params, lora, key)
-    elif m.language_model_lr_scale == 0:  # LLaVA's first stage: an adapter without matrices
+    elif m.language_model_lr_scale == 0:  # LLaVA's first stage: an adapter without LoRA
         model = dataclasses.replace(model, lora=dataclasses.replace(lora, targets=()))
     else:  # trained in full: the result is a whole checkpoint, whatever adapter it started from
         model = dataclasses.replace(model, lora=None)
@@ -116,7 +116,7 @@ def adapt_base(
         loraplus_lr_ratio=adapt.loraplus_lr_ratio,
         freeze_layers=m.freeze_layers,
         vision_layer_decay=m.vision_layer_decay,
-        modules_to_save=saved if brought else None,
+        modules_to_save=saved if loaded else None,
         **scales,
     )
     check_kept(model, params, table)
@@ -128,9 +128,9 @@ def _check_start(lora: LoRA, params: Mapping[str, Any], kernels: list[str]) -> N
     flat = flatten(params)
     if starts_from_kernel(lora.init) and any(is_quantized(flat[path]) for path in kernels):
         raise UserError(
-            f"lora.init_lora_weights is {lora.init!r}, which makes the codes of a 4-bit base anew, "
-            f"and the run's adapter could not hold them. Take 'loftq', which leaves the codes as "
-            f"they are and fills up what they lost, or a base that is not quantized."
+            f"lora.init_lora_weights is {lora.init!r}, which quantizes a 4-bit base again, "
+            f"and an adapter cannot hold the new codes. Use 'loftq', which keeps the codes and "
+            f"compensates for their rounding, or a base that is not quantized."
         )
 
 
@@ -151,7 +151,7 @@ def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
 def _continue_lora(
     model: Model, params: Mapping[str, Any], lora: LoRA, config: RunSpec, adapted: list[str]
 ) -> Model:
-    """Return the model whose loaded LoRA goes on training, with this run's dropout.
+    """Return the model whose loaded LoRA is trained further, with this run's dropout.
 
     adapted: the kernels that have matrices. Raises `UserError` where the config asks for others.
     """
@@ -159,13 +159,13 @@ def _continue_lora(
     assert own is not None
     if not config.lora.enabled:
         raise UserError(
-            f"The adapter '{config.model.adapter}' holds LoRA matrices, but lora.enabled is false. "
+            f"The adapter '{config.model.adapter}' holds LoRA factors, but lora.enabled is false. "
             f"Merge it first (vlm-jax export --merge) and train from the result."
         )
     if lora.init != "true":
         raise UserError(
             f"lora.init_lora_weights is {lora.init!r}, but the adapter '{config.model.adapter}' "
-            f"brings its matrices: they do not start anew. Take one of the two out."
+            f"has factors already, which are not initialised again. Remove one of the two."
         )
     for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern", "bias"):
         if getattr(own, name) != getattr(lora, name):
@@ -189,8 +189,8 @@ def _continue_lora(
             raise UserError(
                 f"lora.target_modules is {lora.targets!r}, but the adapter "
                 f"'{config.model.adapter}' {which} '{differ[0]}' ({len(differ)} modules differ). A "
-                f"loaded adapter goes on with its own layers: take lora.target_modules, "
-                f"layers_to_transform and exclude_modules out of the config, or merge the adapter "
+                f"loaded adapter keeps its own layers: remove lora.target_modules, "
+                f"layers_to_transform and exclude_modules from the config, or merge the adapter "
                 f"first (vlm-jax export --merge) and train from the result."
             )
     saved = tuple(dict.fromkeys((*own.modules_to_save, *lora.modules_to_save)))
@@ -217,24 +217,24 @@ def adapt_bottlenecks(
         "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
         "projector_lr_scale": m.projector_lr_scale,
     }
-    brought: tuple[str, ...] = ()
+    loaded: tuple[str, ...] = ()
     if m.adapter is not None:
         read = load_adapter if is_adapter_directory(m.adapter) else load_peft
         model, params = read(model, params, m.adapter)
-        brought = model.modules_to_save
+        loaded = model.modules_to_save
         if any(map(is_lora, flatten(params))):
             raise UserError(
-                f"'{m.adapter}' holds LoRA matrices, and adapter.type asks for bottleneck adapters "
+                f"'{m.adapter}' holds LoRA factors, and adapter.type asks for bottleneck adapters "
                 f"beside them. Merge them first (vlm-jax export --merge) and train from the result."
             )
-    if model.adapter is None:  # of LLaVA's first stage there are modules alone
+    if model.adapter is None:  # LLaVA's first stage saves modules alone
         key = jax.random.key(config.training.seed)
         model, params = add_adapter(model, params, adapter, key)
     else:
         _check_same(model.adapter, adapter, str(m.adapter))
     places = [path for path in flatten(params) if is_adapter(path)]
     saved = lora_modules_to_save(model, places, modules_to_save=adapter.modules_to_save, **scales)
-    modules = tuple(dict.fromkeys((*brought, *saved)))
+    modules = tuple(dict.fromkeys((*loaded, *saved)))
     adapter = dataclasses.replace(adapter, modules_to_save=modules)
     model = dataclasses.replace(model, adapter=adapter, lora=None)
     table = training_table(

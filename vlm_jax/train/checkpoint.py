@@ -67,8 +67,8 @@ class Checkpoints:
     difference is refused and named. keep: how many are kept, the newest; 0 keeps all. best: how
     the one is found that stays whatever comes after it; None: there is none. directory: absolute,
     or the address of a bucket; there `claim` is checked before each save.
-    They are written while the run goes on. Several processes write one together, which is there
-    when all have written their part; what fails is told when the next one begins, or by `close`.
+    They are written while the run continues. Several processes write one together, which is there
+    when all have written their part; a failure is raised when the next one begins, or by `close`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Checkpoints:
         found: dict[int, Mapping[str, float]] = {}
         if self.best is not None and processes.is_primary():
             for step in self.steps:
-                with contextlib.suppress(Damaged):  # who restores it will be told
+                with contextlib.suppress(Damaged):  # `restore` reports it
                     meta = self._read_here(step, *META)
                     found[step] = meta.get("evaluation", {})
                     found |= {at: those for at, those in meta.get("earlier", ()) if at in found}
@@ -208,7 +208,7 @@ class Checkpoints:
         return _unflat(self._read_state(step, saved), tree)[kept]
 
     def patience(self, step: int) -> dict[str, Any]:
-        """Return what `save` was told of stopping early; {} where that was nothing."""
+        """Return the state of early stopping that `save` was given; {} without one."""
         return self._read_meta(step).get("patience", {})
 
     def pending(self, step: int) -> bool:
@@ -227,8 +227,8 @@ class Checkpoints:
         where = self.directory / str(step)
         if meta.get("format") != FORMAT:
             raise UserError(
-                f"The checkpoint '{where}' was written by another version of vlm_jax, which told "
-                f"a base from another one in another way. Go on with that version, or start again "
+                f"The checkpoint '{where}' was written by another version of vlm_jax, whose "
+                f"fingerprints of bases differ. Resume with that version, or start again "
                 f"in another output_dir."
             )
         for what, now in self.identity.items():
@@ -243,7 +243,7 @@ class Checkpoints:
                 raise UserError(
                     f"The checkpoint '{where}' holds '{name}' as {old or 'nothing'}, but this run "
                     f"needs {new or 'nothing'}. It belongs to another model or training table; "
-                    f"resume with the config it was made with, or take a new output_dir."
+                    f"resume with the config it was made with, or choose a new output_dir."
                 )
             saved[name] = found
         return meta, {name: saved[name] for name in wanted}
@@ -252,7 +252,7 @@ class Checkpoints:
         """Return `restore`'s of the newest checkpoint that can be read.
 
         A damaged one is renamed to `damaged-<step>`, so that its step can be saved again, and
-        `warn` is told. Raises `UserError` where there is none before it.
+        `warn` is called. Raises `UserError` where there is none before it.
         """
         while True:
             try:
@@ -263,7 +263,7 @@ class Checkpoints:
                 newest, before = self.steps[-1], self.steps[-2]
                 aside = self._put_aside(newest)
                 warn(
-                    f"Warning: {error} It is now called '{aside}', and the run goes on from "
+                    f"Warning: {error} It is now called '{aside}', and the run resumes from "
                     f"the one before, step {before}."
                 )
 
@@ -329,7 +329,7 @@ class Checkpoints:
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise Damaged(
                 f"The checkpoint '{where}' is damaged and cannot be read ({reason}). Delete it to "
-                f"go on from the one before, or start again in another output_dir."
+                f"resume from the one before, or start again in another output_dir."
             ) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -340,7 +340,7 @@ class Checkpoints:
             self.close()
             return
         # What was begun is finished by threads of all processes, whose programs may wait for this
-        # one meanwhile. If another one is dead it never is, and the error must be told.
+        # one meanwhile. If another one is dead it never is, and the error must be raised.
         with contextlib.suppress(Exception):
             processes.returned(self.finish, time.monotonic() + PATIENCE)
 
@@ -392,5 +392,5 @@ def _compare(what: str, saved: Any, now: Any, where: epath.Path) -> None:
         return
     raise UserError(
         f"The checkpoint '{where}' cannot be resumed: '{what}' was {saved!r} when it was written "
-        f"and is {now!r} now. Resume with what it was made with, or take a new output_dir."
+        f"and is {now!r} now. Resume with what it was made with, or choose a new output_dir."
     )

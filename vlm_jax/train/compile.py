@@ -1,4 +1,4 @@
-"""A run's programs: one a shape, the largest before the first step, so that memory fails early."""
+"""Compilation of a run's programs: one a shape, the largest first, so that memory fails early."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, estimated from shapes alone in a second.
+"""Memory estimate of a training step, from shapes alone.
 
 Weights, masters, moments and gradients are counted leaf by leaf. Activations follow from the sizes
 of the layers; a compiler may do better or worse: `vlm_jax.plan.compile_step` asks it.
@@ -122,7 +122,7 @@ def largest(tree: Any) -> int:
 def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int = 0) -> int:
     """Return the bytes that a step's activations take; tower: whether its own are kept.
 
-    Where blocks are computed again (model.remat), a block's input is kept for the backward pass,
+    Where blocks are recomputed (model.remat), a block's input is kept for the backward pass,
     and of its inside, as of the head's logits, only one at a time is there; else all of them are.
     """
     text, vision, size = model.config.text, model.config.vision, model.dtype.itemsize
@@ -183,7 +183,7 @@ def image_patches(config: RunSpec, model: Model, tokens: int | None = None) -> i
     known = model.config.KNOWN_IMAGES if base_name(config) in model.config.KNOWN else {}
     if not (settings or known or d.max_pixels or d.image_resolution):
         raise UserError(
-            f"Nothing says how large an image may be: '{directory}' is no directory with image "
+            f"Nothing says how large an image may be: '{directory}' is not a directory with image "
             f"settings. Set data.max_pixels or data.image_resolution, or give the patches of a row."
         )
     processor = make_processor(

@@ -1,4 +1,4 @@
-"""What must be the same when a run goes on from its checkpoint; digests of the files it reads."""
+"""Fingerprint of a run, compared at a resume: settings, and digests of the files that it reads."""
 
 import dataclasses
 import hashlib
@@ -71,7 +71,7 @@ def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str
                 for key in ("data_seed", "train_sampling_strategy")
                 if (value := getattr(t, key)) is not None
             },
-            # Paging moves moments and changes no number: a run may go on without it, or with it.
+            # Paging moves moments and changes no number: a run may resume without it, or with it.
             "optim": optimizer_name(t.optim).removeprefix("paged_"),
         },
     }
@@ -102,7 +102,7 @@ def base_identity(directory: str | Path) -> dict[str, str]:
     """Return {file: digest} of what makes a base checkpoint this one, wherever it lies.
 
     config.json counts whole; of a weights file its header and three samples of each tensor, so
-    that a base of many gigabytes is told in a moment from one in which a LoRA is merged.
+    that a base of many gigabytes is distinguished in a moment from one with a merged LoRA.
     """
     directory = Path(directory)
     identity = {}

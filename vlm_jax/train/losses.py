@@ -50,7 +50,7 @@ def head_of(model: Model) -> str:
 
 
 def _head_gathered(model: Model, params: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters with those of the head whole on each device, for all chunks alike."""
+    """Return the parameters with those of the head replicated, for all chunks alike."""
     mesh = partition.mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
         return params

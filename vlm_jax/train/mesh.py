@@ -1,4 +1,4 @@
-"""The mesh of a run: as its config says, or as large a share of a copy as its memory asks for."""
+"""The mesh of a run: as configured, or the smallest sharding that fits memory."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def mesh_of(config: RunSpec, devices: Sequence[Any] | None = None) -> jax.shardi
             )
         if processes.count() > 1 and 0 < wanted < len(devices):
             raise UserError(
-                f"mesh.devices is {wanted}, but {processes.count()} processes bring "
+                f"mesh.devices is {wanted}, but {processes.count()} processes have "
                 f"{len(devices)} devices, and all of them take part. Leave mesh.devices out."
             )
     if wanted > len(devices):

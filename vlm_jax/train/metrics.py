@@ -1,4 +1,4 @@
-"""What each step and each evaluation gave; a run that learns nothing or breaks is stopped."""
+"""Metrics of steps and evaluations; the stop of a run that diverges or learns nothing."""
 
 import math
 import time

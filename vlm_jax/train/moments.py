@@ -1,4 +1,4 @@
-"""How AdamW keeps a moment of a leaf: as it is or as bitsandbytes' 8-bit blocks; and where.
+"""Storage of AdamW's moments: float32 or bitsandbytes' 8-bit blocks, on the device or paged.
 
 A store sees a leaf through a view, an array of the same numbers in which its blocks are an axis.
 What is kept of a view may be cut into equal pages, updated one after the other: then it can lie in
@@ -137,23 +137,23 @@ class Pages:
         ]
         return cls(*min((cut for cut in cuts if cut[0] >= least), default=max(cuts)), memory)
 
-    def comb(self, x: jax.Array) -> jax.Array:
-        """Return an array with its pages along the axis after `axis`; nothing is moved for it."""
+    def split_axis(self, x: jax.Array) -> jax.Array:
+        """Return an array with its pages along the axis after `axis`: a reshape alone."""
         before, (length, *after) = x.shape[: self.axis], x.shape[self.axis :]
         return x.reshape(*before, length // self.count, self.count, *after)
 
-    def join(self, comb: jax.Array) -> jax.Array:
-        """Return the array of its comb."""
-        before, (part, count, *after) = comb.shape[: self.axis], comb.shape[self.axis :]
-        return comb.reshape(*before, part * count, *after)
+    def merge_axis(self, x: jax.Array) -> jax.Array:
+        """Return the array of which `split_axis` made x."""
+        before, (part, count, *after) = x.shape[: self.axis], x.shape[self.axis :]
+        return x.reshape(*before, part * count, *after)
 
-    def split(self, x: jax.Array) -> jax.Array:
+    def to_pages(self, x: jax.Array) -> jax.Array:
         """Return an array as pages, which come first: each lies in one piece."""
-        return jnp.moveaxis(self.comb(x), self.axis + 1, 0)
+        return jnp.moveaxis(self.split_axis(x), self.axis + 1, 0)
 
-    def unite(self, pages: jax.Array) -> jax.Array:
+    def from_pages(self, pages: jax.Array) -> jax.Array:
         """Return the array of its pages."""
-        return self.join(jnp.moveaxis(pages, 0, self.axis + 1))
+        return self.merge_axis(jnp.moveaxis(pages, 0, self.axis + 1))
 
 
 def store_of(path: str, shape: tuple[int, ...], eight_bit: bool) -> Store:
@@ -184,7 +184,7 @@ def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
 
     def kept(x: jax.Array) -> Any:
         kept = store.save(store.view(x), kind)
-        return kept if pages is None else jax.tree.map(pages.split, kept)
+        return kept if pages is None else jax.tree.map(pages.to_pages, kept)
 
     shapes = jax.eval_shape(kept, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     origin = store.origin if pages is None else ((), *store.origin)
@@ -301,9 +301,9 @@ def advance(
         )
         return gradients, *kept
 
-    arrays = pages.comb(view), mean, square
+    arrays = pages.split_axis(view), mean, square
     updates, mean, square = jax.lax.fori_loop(0, pages.count, turn, arrays)
-    return store.restore(pages.join(updates)), mean, square
+    return store.restore(pages.merge_axis(updates)), mean, square
 
 
 def kept_otherwise(
@@ -319,16 +319,16 @@ def kept_otherwise(
     whole, paged = sorted((tuple(moment.shape), tuple(shape)), key=len)
     pages = pages_of(Plain(whole), whole, paged=True)
     if pages is None or (
-        paged != jax.eval_shape(pages.split, jax.ShapeDtypeStruct(whole, moment.dtype)).shape
+        paged != jax.eval_shape(pages.to_pages, jax.ShapeDtypeStruct(whole, moment.dtype)).shape
     ):
         return None
-    to_pages = moment.shape == paged
+    paging = moment.shape == paged
     axes = Plain(whole).origin
-    origin = tuple((axis + 1,) for (axis,) in axes) if to_pages else ((), *axes)
+    origin = tuple((axis + 1,) for (axis,) in axes) if paging else ((), *axes)
     there = placed(moment.sharding, shape, origin, None)
 
     def turn(x: jax.Array) -> jax.Array:
-        change = pages.split if to_pages else pages.unite
+        change = pages.to_pages if paging else pages.from_pages
         if moment.sharding.memory_kind != HOST:
             return change(x)
         return jax.device_put(change(jax.device_put(x, Space.Device)), Space.Host)

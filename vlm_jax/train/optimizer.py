@@ -158,15 +158,21 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """Return the optax transformation that trains each leaf as its row of the table says.
 
-    trainable: the first tree of `vlm_jax.split(params, table)`. table: ordered (regex, group)
-    rows; the number in "full(0.1)" or "lora(2)" scales the learning rate, those of
-    "full(1; layers 0*8, 1*24)" each layer's: 0 freezes it, though it has a state. training: a
-    mapping or object with TrainingArguments' names, see `OptimizerSettings`. Gradients are clipped
-    by their global norm over all that trains, then go to one optimizer a group; its state exists
-    for trained leaves only, in their dtype or, of the 8-bit optimizers, as `scale_by_adam` says.
-    Norms and biases do not decay, nor do the paths in `still`, which no gradient will reach: torch
-    passes such a parameter over. What Muon does not take, see `rules.MUON`, AdamW does.
-    Raises `UserError` where nothing trains, or a group or the optimizer is unknown.
+    Gradients are clipped by their global norm over all that trains, then go to one optimizer a
+    group; its state exists for trained leaves only, in their dtype or, of the 8-bit optimizers, as
+    `scale_by_adam` says. Norms and biases do not decay. Leaves that Muon does not take, see
+    `optimizers.MUON`, get AdamW.
+
+    Args:
+        trainable: the first tree of `vlm_jax.split(params, table)`.
+        table: ordered (regex, group) rows; the number in "full(0.1)" or "lora(2)" scales the
+            learning rate, those of "full(1; layers 0*8, 1*24)" each layer's: 0 freezes it, though
+            it has a state.
+        training: a mapping or object with TrainingArguments' names, see `OptimizerSettings`.
+        still: paths without a gradient, which do not decay: torch skips such a parameter.
+
+    Raises:
+        UserError: where nothing trains, or a group or the optimizer is unknown.
     """
     settings = OptimizerSettings.of(training)
     groups = match(table, flatten(trainable), "training table", unused="allow")
@@ -250,7 +256,8 @@ def rates_of_layers(
             if freeze_layers >= count:
                 raise UserError(
                     f"model.freeze_layers is {freeze_layers}, but the language model has {count} "
-                    f"layers. Take fewer, or model.language_model_lr_scale=0.0 to freeze it all."
+                    f"layers. Freeze fewer, or set model.language_model_lr_scale=0.0 to freeze it "
+                    "all."
                 )
             found[f"{prefix}/.*"] = (0.0,) * freeze_layers + (1.0,) * (count - freeze_layers)
         if component == "vision" and vision_layer_decay < 1:
@@ -267,7 +274,7 @@ def with_rates(
     rates: Mapping[str, tuple[float, ...] | float],
     paths: Sequence[str],
 ) -> list[tuple[str, str]]:
-    """Return a training table whose groups hold the rates of `rates_of_layers`.
+    """Return a training table whose groups hold the rates of `layerwise_rates`.
 
     A row that trains such leaves gets one above it for them.
     """

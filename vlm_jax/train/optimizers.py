@@ -132,7 +132,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _beside(shape: Any, leaf: Any) -> Any:
-    """Return where a part of a leaf's state lies: as the leaf, or whole on all of its devices."""
+    """Return where a part of a leaf's state lies: as the leaf, or replicated on its devices."""
     sharding = getattr(leaf, "sharding", None)
     if shape.shape == leaf.shape or not isinstance(sharding, NamedSharding):
         return sharding
@@ -151,7 +151,7 @@ def scale_by_adam(
 
     eight_bit: moments are kept as bitsandbytes' AdamW8bit keeps them; small tensors' as they are.
     The update is made of the new moments before they are rounded to eight bits.
-    paged: moments of large leaves lie in pinned host memory as equal pages. A step brings one
+    paged: moments of large leaves lie in pinned host memory as equal pages. A step fetches one
     page after the other to the device and back, whether or not there is room for more; that is
     offloading. bitsandbytes' pages are CUDA's unified memory, which moves when memory runs out.
     shardings: {path: sharding} of the leaves on a mesh, for what comes from the host and goes back.

@@ -1,4 +1,4 @@
-"""Where a training state lies on the mesh, as arrays and as shapes alike; batches put there.
+"""Placement of a training state and of batches on the mesh, as arrays or as shapes.
 
 Float32 masters have the sharding of their parameter, moments that of their leaf, as the optimizer's
 own `init` places them; scalars and keys are replicated.

@@ -1,4 +1,4 @@
-"""A run is asked to stop, by Ctrl-C or SIGTERM, and all of its processes stop at one step."""
+"""Preemption: on Ctrl-C or SIGTERM all processes of a run stop at one step."""
 
 import contextlib
 import signal
@@ -27,7 +27,7 @@ class Stop:
     A process alone stops where it was asked. Several decide together: each step, and each batch of
     an evaluation, carries every process's wish over all devices in a program of its own, whose
     answer is read at the next one, when it has long been there. So no clock and no message decides,
-    and nobody waits for one who has stopped already.
+    and none waits for one that has stopped already.
     """
 
     def __init__(self, mesh: Mesh):
@@ -43,7 +43,7 @@ class Stop:
             self._carry()  # compiled before the first step
 
     def now(self) -> bool:
-        """Return whether the run stops behind the last step that was told by `step_done`."""
+        """Return whether the run stops after the last step that `step_done` was given."""
         return self._agreed if self._several else self.asked.is_set()
 
     def step_done(self) -> None:
@@ -73,8 +73,8 @@ def interruptible(mesh: Mesh) -> Iterator[Stop]:
     after the first signal or later is a person who will not wait: it ends the program at once.
     """
     stop = Stop(mesh)
-    # Both Python's handler and the thread of `interrupts` bring a signal, the former when what the
-    # main thread does in C is over: each counts from the first one that it brought.
+    # Both Python's handler and the thread of `interrupts` report a signal, the former when what the
+    # main thread does in C is over: each counts from the first one that it reported.
     first: dict[int, float] = {}
 
     def ask(number: int) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: its data and step before it begins, then a bar or log lines."""
+"""Progress on the console: data and step before the run, then a bar or log lines."""
 
 import contextlib
 import datetime
@@ -67,9 +67,9 @@ def _live(bar: Progress) -> Iterator[None]:
 
 
 class Doing:
-    """What is being done that is no step, with its seconds: compiling, evaluating.
+    """What is being done besides steps, with its seconds: compiling, evaluating.
 
-    Where the console is no terminal it is a line each time, of what takes long alone.
+    Where the console is not a terminal it is a line each time, of what takes long alone.
     """
 
     def __init__(self, console: Console):
@@ -104,7 +104,7 @@ class Doing:
         self.words, self.since = words, since
 
     def say(self, words: str) -> None:
-        """Change the words of what is being done; its seconds go on."""
+        """Change the description of what is being done; its seconds run on."""
         self.words = words
 
     def text(self) -> str:
@@ -115,7 +115,7 @@ class Doing:
 class Bar:
     """The bar of a run: steps, the newest loss, the time to the end, and what else is being done.
 
-    step: where the run begins. stopping: whether it has been told to stop.
+    step: where the run begins. stopping: whether it has been asked to stop.
     """
 
     def __init__(self, doing: Doing, total: int, step: int, stopping: Callable[[], bool]):
@@ -252,7 +252,7 @@ def details(data: Pipeline, model: Model) -> list[str]:
     """Return what `--verbose` prints: the shapes of rows, what stays empty, how a step computes."""
     report = data.report
     shapes = ", ".join(f"{tokens} x {patches}" for tokens, patches in data.shapes)
-    again = "kept for" if model.remat == "none" else "computed again in"
+    again = "kept for" if model.remat == "none" else "recomputed in"
     return [
         f"{'packed rows' if report['packing'] else 'rows'} of tokens x patches: {shapes}; "
         f"{report['padding']:.1%} of tokens and {report['patch_padding']:.1%} of patches stay "

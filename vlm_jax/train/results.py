@@ -1,4 +1,4 @@
-"""A finished run: read back, and written for others as an adapter or a merged checkpoint."""
+"""Results of a finished run: read back, exported as an adapter or a merged checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -151,7 +151,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter with its image settings; it appears whole or not at all.
 
-    The tokenizer and chat template of an adapter that training went on from come along. LoRA is in
+    The tokenizer and chat template of an adapter that was trained further come along. LoRA is in
     PEFT's format, a bottleneck adapter in the `adapters` library's.
     """
     save = save_peft if model.adapter is None else save_adapter
@@ -237,7 +237,7 @@ class Exported:
     @property
     def explained(self) -> bool:
         """Whether rounding explains the difference; of kernels in 4 bits again `lost` does."""
-        # An accelerator multiplies float32 in fewer bits unless it is told otherwise.
+        # An accelerator multiplies float32 in fewer bits by default.
         dtype = self.dtype if jax.default_backend() == "cpu" else "bfloat16"
         return self.lost is not None or self.difference <= EXPLAINED[dtype] * self.deviation
 
@@ -318,7 +318,7 @@ def export(
     kernels again, as bitsandbytes stores them. `out` appears whole or not at all.
     Raises `UserError` where `out` holds files already, or the run has nothing to export.
     """
-    config, encoder = open_run(run)  # what is missing is told before weights are read
+    config, encoder = open_run(run)  # what is missing is reported before weights are read
     name = "merged" if merge else "exported"
     out = Path(run).expanduser() / name if out is None else Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -332,8 +332,8 @@ def export(
     into = lost = None
     if merge and model.adapter is not None:
         raise UserError(
-            f"The run '{run}' trained bottleneck adapters, which no weight can stand for: they "
-            f"cannot be merged. Leave --merge out for the adapter's own files."
+            f"The run '{run}' trained bottleneck adapters, which are non-linear and cannot be "
+            f"merged. Leave --merge out for the adapter's own files."
         )
     if not merge and model.lora is None and model.adapter is None:
         raise UserError(

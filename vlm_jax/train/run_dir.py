@@ -1,4 +1,4 @@
-"""A run's directory: locked for one run, refused where it holds another; its checkpoints' place.
+"""A run's directory: its lock, checks of earlier contents, the place of checkpoints.
 
 Of several processes the first one checks, locks, makes and clears it; the others must see it.
 Checkpoints may lie in a bucket.
@@ -113,7 +113,7 @@ class Claim:
     """The right to write checkpoints to a bucket, which knows no locks: the last run has it.
 
     A run that another one has taken the place of, as after a restart that it slept through, learns
-    of it before it would write. The mark stays when a run ends: whoever goes on claims anew.
+    of it before it would write. The mark stays when a run ends: a resumed run claims again.
     """
 
     def __init__(self, directory: Any):
@@ -124,7 +124,7 @@ class Claim:
 
     def check(self) -> None:
         """Raise `UserError` where another run has claimed the place since."""
-        owner = self.file.read_text() if self.file.exists() else "nobody: its mark was deleted"
+        owner = self.file.read_text() if self.file.exists() else "by no run: its mark was deleted"
         if owner != self.mark:
             raise UserError(
                 f"Another run writes its checkpoints to '{self.file.parent}' now "
@@ -159,7 +159,7 @@ def output_directory(places: Places, resume: bool | str) -> Iterator[tuple[bool,
             check_output(places, bool(resume))
             mark = secrets.token_hex(8)
             warning = stack.enter_context(_locked(directory, mark))
-            check_output(places, bool(resume))  # now that nobody else can change it
+            check_output(places, bool(resume))  # now that no other run can change it
         mark, resumed = processes.gather("output directory", [mark, resume])[0]
         if not (processes.is_primary() or places.in_bucket):
             _check_shared(directory, mark)
@@ -181,7 +181,7 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
         except OSError as error:
             raise UserError(
                 f"The lock '{path}' of the output directory cannot be opened ({error.strerror}). "
-                f"If no run is at work there, delete it, or take another training.output_dir."
+                f"If no run is at work there, delete it, or choose another training.output_dir."
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,7 +191,7 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
                 owner = file.read().split("\n")[0] or "another process"
             raise UserError(
                 f"Another run is at work in the output directory '{directory}' ({owner}). Wait for "
-                f"its end or stop it, or take another training.output_dir."
+                f"its end or stop it, or choose another training.output_dir."
             ) from None
         except OSError as error:  # a file system without locks
             warning = (
@@ -231,7 +231,7 @@ def _check_shared(directory: Path, mark: str) -> None:
     end = time.monotonic() + SEEN_WITHIN
     while True:
         with contextlib.suppress(OSError):
-            os.listdir(directory)  # a network file system looks anew
+            os.listdir(directory)  # a network file system looks again
             if mark in (directory / LOCK).read_text(encoding="utf-8"):
                 return
         if time.monotonic() > end:
@@ -246,7 +246,7 @@ def _check_shared(directory: Path, mark: str) -> None:
 
 def _cannot_be_made(directory: Path, error: OSError) -> UserError:
     return UserError(
-        f"The output directory '{directory}' cannot be made ({error.strerror}). Take another "
+        f"The output directory '{directory}' cannot be made ({error.strerror}). Choose another "
         f"training.output_dir."
     )
 
@@ -273,24 +273,25 @@ def check_output(places: Places, resume: bool) -> None:
     there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     if not there.is_dir():
         raise UserError(
-            f"The output directory '{directory}' cannot be made: '{there}' is a file. Take another "
-            f"training.output_dir."
+            f"The output directory '{directory}' cannot be made: '{there}' is a file. Choose "
+            f"another training.output_dir."
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(
             f"The output directory '{directory}' cannot be written: there is no permission to "
-            f"write in '{there}'. Take another training.output_dir."
+            f"write in '{there}'. Choose another training.output_dir."
         )
     held = [name for name in CONTENTS if (directory / name).exists()]
     if held and not resume:
         raise UserError(
-            f"The output directory '{directory}' already holds a run ({', '.join(held)}). Go on "
-            f"with it by --resume, take another training.output_dir, or delete it."
+            f"The output directory '{directory}' already holds a run ({', '.join(held)}). Resume "
+            f"it with --resume, choose another training.output_dir, or delete it."
         )
     if not resume and (owner := places.claimed()):
         raise UserError(
-            f"'{places.checkpoints}' is already a run's ({owner}). Go on with it by --resume, "
-            f"which ends that run if it is still at work, or take another training.checkpoint_dir."
+            f"'{places.checkpoints}' is already a run's ({owner}). Resume it with --resume, "
+            f"which ends that run if it is still at work, or choose another "
+            "training.checkpoint_dir."
         )
     if resume and not _holds_run(places):
         raise UserError(
@@ -306,7 +307,7 @@ def nothing_half_written(places: Places) -> Iterator[None]:
     Where the block fails before a checkpoint is saved, what it wrote is removed, so that the same
     command can be given again; files that were there before stay, and so does everything of a run
     whose checkpoints go to a bucket, which may not be there any more. Where it fails later,
-    everything stays. A `UserError` then also says how to go on.
+    everything stays. A `UserError` then also says how to resume.
     """
     directory = places.directory
     made = not directory.exists()
@@ -342,12 +343,12 @@ def nothing_half_written(places: Places) -> Iterator[None]:
             told = UserError(f"There is no room left on the disk of '{directory}'.")
         if not isinstance(told, UserError):
             raise
-        how = "Nothing had been saved yet: once this is mended, give the same command again."
+        how = "Nothing had been saved yet: once this is repaired, give the same command again."
         if places.in_bucket:
-            how = "Once this is mended, go on by --resume from the last checkpoint that is whole."
+            how = "Once this is repaired, resume from the last complete checkpoint with --resume."
         if saved:
             newest = places.checkpoints / str(saved[-1])
-            how = f"The last good checkpoint is '{newest}': once this is mended, add --resume."
+            how = f"The last good checkpoint is '{newest}': once this is repaired, add --resume."
         raise UserError(f"{told} {how}") from error
     finally:
         if primary:
@@ -364,7 +365,7 @@ def result_half_written(places: Places) -> Iterator[None]:
             raise
         raise UserError(
             f"There is no room left on the disk of '{places.directory}' for the result. All steps "
-            f"are done and saved: once this is mended, add --resume, which only writes it."
+            f"are done and saved: once this is repaired, add --resume, which only writes it."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Learning rates over a run: the schedules of transformers' `get_scheduler`, under its names."""
+"""Learning-rate schedules: those of transformers' `get_scheduler`, under its names."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -174,7 +174,7 @@ SCHEDULES = {
     "warmup_stable_decay": Schedule(warmup_stable_decay, ends=True, rises=False),
 }
 SCHEDULES["wsd"] = SCHEDULES["warmup_stable_decay"]
-# Those of transformers that look at what training brings, which a rate by step alone cannot.
+# Those of transformers that look at training's results, which a rate by step alone cannot.
 REFUSED = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -208,7 +208,7 @@ def schedule(
     if chosen.ends and total <= 0:
         raise UserError(
             f"The '{kind}' schedule ends at training.max_steps, which is {total}. Set it to the "
-            f"run's number of optimizer steps, or take lr_scheduler_type='constant'."
+            f"run's number of optimizer steps, or set lr_scheduler_type='constant'."
         )
 
     def at(step: Any) -> jax.Array:

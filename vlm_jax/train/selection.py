@@ -60,7 +60,7 @@ def best_of(config: RunSpec) -> Best | None:
         )
     if t.save_strategy == "steps" and not shares and t.save_steps % t.eval_steps:
         raise UserError(
-            f"{asked} training.save_steps is {t.save_steps}, which is no multiple of "
+            f"{asked} training.save_steps is {t.save_steps}, which is not a multiple of "
             f"training.eval_steps, {t.eval_steps}, so not every checkpoint would be evaluated. "
             f"Make it one, for instance training.eval_steps={t.save_steps}."
         )
@@ -175,7 +175,7 @@ def total_steps(max_steps: int, epochs: float, steps_per_epoch: int | None) -> i
         return max_steps
     if steps_per_epoch is None:
         raise UserError(
-            "Nobody knows how long a stream is, so num_train_epochs says nothing: set "
+            "The length of a stream is unknown, so num_train_epochs has no meaning: set "
             "training.max_steps, or leave data.streaming out."
         )
     return math.ceil(epochs * steps_per_epoch)

@@ -1,4 +1,4 @@
-"""What a run is built from: base, method, data; really, or as shapes and shardings alone."""
+"""Setup of a run: base, method, data; as arrays, or as shapes and shardings alone."""
 
 import dataclasses
 from collections.abc import Mapping

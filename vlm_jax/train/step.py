@@ -36,7 +36,7 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def stored(masters: Any, like: Any, rng: jax.Array, step: jax.Array) -> Any:
-    """Return float32 weights in the dtypes of `like`; by chance that follows from rng and step."""
+    """Return float32 weights in the dtypes of `like`; by stochastic rounding from rng and step."""
     key = jax.random.fold_in(jax.random.fold_in(rng, step), ROUNDING)
     kinds = {path: leaf.dtype for path, leaf in flatten(like).items()}
 
@@ -76,9 +76,14 @@ def init_state(
     param_dtype: Any = jnp.float32,
     ema: bool = False,
 ) -> TrainState:
-    """Return the state before the first step; trainable leaves become masters of param_dtype.
+    """Return the state before the first step.
 
-    The optimizer's state is float32 in any case. ema: keep a moving average too.
+    Args:
+        trainable: the first tree of `split`; its leaves become masters of param_dtype.
+        tx: of `optimizer`; its state is float32 in any case.
+        seed: of dropout, noise and stochastic rounding.
+        param_dtype: of the masters.
+        ema: whether the state holds a moving average too.
     """
     # A copy even of float32 leaves: the step donates its state, and the caller keeps the tree.
     copied = lambda tree, dtype: jax.tree.map(  # noqa: E731

@@ -66,7 +66,7 @@ def _cut(path: Path, step: int) -> dict[str, Any]:
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Raise `UserError` where a reporter is not installed, or wandb has nobody to write for."""
+    """Raise `UserError` where a reporter is not installed, or wandb has no account to write to."""
     for name in names:
         if name in HOSTED and importlib.util.find_spec(name) is None:
             raise UserError(
@@ -140,7 +140,7 @@ class Log:
     """Everything a run reports while it trains.
 
     directory: the run's. report_to: tensorboard, wandb, trackio, none. resume_step: None for a new
-    run, else the step it goes on from. `check_reporters` first.
+    run, else the step it resumes from. `check_reporters` first.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class Meter:
         self.waited += seconds
 
     def read(self) -> dict[str, float]:
-        """Return the mean loss and the answer tokens, in all and per second; start anew.
+        """Return the mean loss and the answer tokens, in all and per second; reset them.
 
         data_wait: the share of the time in which the loop waited for a batch.
         """
@@ -270,7 +270,7 @@ class Lines(Console):
         super().__init__(markup=False)
 
     def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
-        """Print as `Console` does; soft_wrap: where this is no terminal, do not break lines."""
+        """Print as `Console` does; soft_wrap: where this is not a terminal, do not break lines."""
         super().print(*objects, soft_wrap=soft_wrap and not self.is_terminal, **options)
 
 

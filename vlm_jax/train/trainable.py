@@ -1,4 +1,4 @@
-"""What trains and how: the recipe as a training table, and the parameters counted as PEFT does."""
+"""Trainable parameters: the recipe as a training table; counts as PEFT reports them."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from vlm_jax.model import Model
 from vlm_jax.models.layers.bottleneck import is_adapter
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.names import stacked_layers
-from vlm_jax.train.optimizer import rates_of_layers, with_rates
+from vlm_jax.train.optimizer import layerwise_rates, with_rates
 from vlm_jax.trees import FROZEN, Table, flatten, layer_factors, match, parse_group
 from vlm_jax.weights import is_quantized
 
@@ -46,14 +46,24 @@ def training_table(
 ) -> list[tuple[str, str]]:
     """Return the ordered (regex, group) rows of the usual VLM recipe for these parameters.
 
-    Each component trains at its scale of the learning rate; 0.0 freezes it. Where it holds LoRA
-    matrices or bottleneck adapters these train and its other leaves are frozen, otherwise it trains
-    in full; but the language model, its embeddings and its head are frozen where `lora_enabled` or
-    there are adapters, except for `modules_to_save` (default: the model's own). loraplus_lr_ratio:
-    how much faster B learns than A, LoRA+ (https://arxiv.org/abs/2402.12354). freeze_layers,
-    vision_layer_decay: see `rates_of_layers`. Every row matches a leaf; arrays are not read, so
-    `params` may be shapes.
-    Raises `UserError` for contradictions and where nothing is left to train.
+    A component with LoRA factors or bottleneck adapters trains these, and its other leaves are
+    frozen; otherwise it trains in full. But the language model, its embeddings and its head are
+    frozen where `lora_enabled` or there are adapters, except for `modules_to_save`. Every row
+    matches a leaf.
+
+    Args:
+        model: of `load` or `add_lora`.
+        params: its tree, or shapes: arrays are not read.
+        vision_encoder_lr_scale, projector_lr_scale, language_model_lr_scale: the component's share
+            of the learning rate; 0.0 freezes it.
+        lora_enabled: see above.
+        loraplus_lr_ratio: the learning rate of B over that of A, LoRA+
+            (https://arxiv.org/abs/2402.12354).
+        freeze_layers, vision_layer_decay: see `layerwise_rates`.
+        modules_to_save: by default the model's own.
+
+    Raises:
+        UserError: for contradictions, and where nothing is left to train.
     """
     paths = list(flatten(params))
     scales = {"vision": vision_encoder_lr_scale, "projector": projector_lr_scale}
@@ -70,7 +80,7 @@ def training_table(
             key = keys.get(component, "language_model_lr_scale")
             raise UserError(
                 f"LoRA targets layers of the {component}, or adapters stand in it, but model.{key} "
-                f"is 0.0, which freezes it. Set the scale above 0, or take the {component} out of "
+                f"is 0.0, which freezes it. Set the scale above 0, or remove the {component} from "
                 f"lora.target_modules or adapter.components."
             )
 
@@ -99,7 +109,7 @@ def training_table(
             key = keys.get(min(owners), "language_model_lr_scale")
             raise UserError(
                 f"lora.modules_to_save names '{known}', but model.{key} is 0.0, which freezes it. "
-                f"Set the scale above 0 or take '{known}' out."
+                f"Set the scale above 0 or remove '{known}'."
             )
         if owners <= scales.keys() - adapted:
             continue  # the tower and the projector have rows below
@@ -124,7 +134,7 @@ def training_table(
         else:
             rows.append((pattern, _group("full", scale_of(component))))
 
-    rates = rates_of_layers(model, paths, freeze_layers, vision_layer_decay)
+    rates = layerwise_rates(model, paths, freeze_layers, vision_layer_decay)
     rows = with_rates(rows, rates, paths)
     rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
     groups = match(rows, paths, "training table")
@@ -170,7 +180,7 @@ def lora_modules_to_save(
 ) -> tuple[str, ...]:
     """Return the modules an adapter must hold beside its matrices: all that trains in full.
 
-    kernels: the paths that get LoRA matrices (`lora.target_kernels`), or those of adapters;
+    kernels: the paths that get LoRA factors (`lora.target_kernels`), or those of adapters;
     a component that holds one trains through these alone.
     """
     names = list(modules_to_save)

@@ -1,4 +1,4 @@
-"""How a weight is stored is a property of its leaf; `dense` alone turns a leaf into an array."""
+"""Storage formats of weights: a property of the leaf; `dense` alone turns a leaf into an array."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where the blocks of a quantized array lie: runs along PyTorch's flattened weight, in our layout.
+"""Blocks of a quantized array: runs along PyTorch's flattened weight, in our layout.
 
 bitsandbytes cuts a tensor into blocks of equal length along its row-major order. Our matrices are
 its transposes ([in, out] against [out, in]) and stacked over layers; most of the time a block is

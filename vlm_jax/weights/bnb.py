@@ -1,4 +1,4 @@
-"""The tensors that bitsandbytes stores a 4-bit weight in: written, read, and checked.
+"""bitsandbytes' tensors of a 4-bit weight: written, read, checked.
 
 Beside `weight`, uint8 [bytes, 1], there are `weight.absmax`, `weight.quant_map`, of double
 quantization `weight.nested_absmax` and `weight.nested_quant_map`, and a JSON text as uint8,
@@ -67,8 +67,8 @@ def to_bnb(leaf: FourBit, layer: int | None = None) -> dict[str, Any]:
     """
     if not isinstance(leaf, FourBit):
         raise UserError(
-            f"to_bnb was given a {type(leaf).__name__}, which is no 4-bit leaf. Quantize it first, "
-            f"for instance by vlm_jax.nf4.quantize."
+            f"to_bnb was given a {type(leaf).__name__}, which is not a 4-bit leaf. Quantize it "
+            f"first, for instance by vlm_jax.nf4.quantize."
         )
     if leaf.ndim != (2 if layer is None else 3):
         raise ValueError(f"The leaf is {list(leaf.shape)}: give a layer for a stacked one only.")

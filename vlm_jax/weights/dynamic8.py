@@ -1,4 +1,4 @@
-"""bitsandbytes' dynamic 8-bit numbers: a code of 256 values times the largest of each block.
+"""bitsandbytes' dynamic 8-bit format: a code of 256 values times each block's maximum.
 
 Double quantization stores scales so, 8-bit AdamW its moments.
 

@@ -1,4 +1,4 @@
-"""Block-wise 4-bit weights: how they lie in memory, how they are made, and how they are read.
+"""Block-wise 4-bit weights: layout in memory, construction, decoding.
 
 QLoRA, https://arxiv.org/abs/2305.14314, section 3, in bitsandbytes' format, bit for bit. A kernel
 [in, out] is bitsandbytes' weight [out, in]; runs of `block` values along that weight, flattened by
@@ -76,7 +76,7 @@ class FourBit:
         return (math.prod(self.shape) + 1) // 2 + size
 
     def layer(self, index: int | None) -> "FourBit":
-        """Return one layer of a stack; of a leaf that is no stack (None), itself."""
+        """Return one layer of a stack; of a leaf that is not a stack (None), itself."""
         return self if index is None else jax.tree.map(lambda array: array[index], self)
 
     def scales(self) -> jax.Array:

@@ -1,4 +1,4 @@
-"""4-bit leaves from and to bitsandbytes' arrays: axes in its order, codes in bytes, scales flat."""
+"""4-bit leaves from and to bitsandbytes' arrays: axis order, packed bytes, flat scales."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Kernels made 4-bit, exactly as bitsandbytes does on the CPU, and on the device under `jit`."""
+"""Quantization to 4 bits, equal to bitsandbytes' on the CPU, on the device under `jit`."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def quantize(
     numpy arrays, and JAX's on the CPU, are quantized to bitsandbytes' very bits. Under `jit` and on
     accelerators it happens on the device; there subnormal numbers count as zero and nothing is
     refused. Raises `UserError` for inf or NaN, a block size that bitsandbytes does not know, and
-    what is no matrix of floats, naming `name`.
+    anything but a matrix of floats, naming `name`.
     """
     if isinstance(kernel, FourBit):
         raise UserError(f"{name} is quantized already, as {kernel.NAME}; dequantize it first.")
@@ -74,8 +74,8 @@ def check(shape: tuple[int, ...], block: int, dtype: Any, name: str) -> None:
     """Raise `UserError` for what cannot be quantized."""
     if block not in BLOCKS:
         raise UserError(
-            f"{name} is to be quantized in blocks of {block}, which bitsandbytes does not know. "
-            f"Take one of {', '.join(map(str, BLOCKS))}; 64 is the usual one."
+            f"{name} is to be quantized in blocks of {block}, which bitsandbytes does not "
+            f"support. Use one of {', '.join(map(str, BLOCKS))}; 64 is the usual one."
         )
     if len(shape) != 2 or 0 in shape:
         raise UserError(f"{name} has the shape {list(shape)}; only matrices are quantized.")
@@ -185,8 +185,8 @@ def _encode_exactly(
         if not np.isfinite(x).all():
             raise UserError(
                 f"{name} holds inf or NaN, for which there is no 4-bit code. The checkpoint is "
-                f"damaged, or its training diverged: mend it, or keep this tensor as it is by the "
-                f"quantization table."
+                f"damaged, or its training diverged: repair it, or keep this tensor as it is by "
+                f"the quantization table."
             )
         largest = np.abs(x).max(1)
         safe = np.maximum(largest, SMALLEST)[:, None]

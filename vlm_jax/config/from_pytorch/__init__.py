@@ -1,4 +1,4 @@
-"""Every key of TrainingArguments, LoraConfig, BitsAndBytesConfig, and what it is here.
+"""Keys of TrainingArguments, LoraConfig and BitsAndBytesConfig, and their equivalents here.
 
 So too of TRL's SFTConfig and of LLaMA-Factory. The tables of docs/FROM_PYTORCH.md are made of
 these, and so are the errors for keys that this program does not take.
@@ -42,9 +42,9 @@ TRAINING_ARGUMENTS = {
         SAME, "of shifted labels for every model; transformers shifts them for text models only"
     ),
     "bf16": Said(SAME),
-    "fp16": Said(REFUSED, "float16 needs loss scaling; take bf16"),
+    "fp16": Said(REFUSED, "float16 needs loss scaling; use bf16"),
     "bf16_full_eval": Said(NOT_NEEDED, "an evaluation computes in model.dtype, as a step does"),
-    "fp16_full_eval": Said(REFUSED, "float16 needs loss scaling; take bf16"),
+    "fp16_full_eval": Said(REFUSED, "float16 needs loss scaling; use bf16"),
     "tf32": Said(REFUSED, "set JAX_DEFAULT_MATMUL_PRECISION in the environment"),
     "activation_checkpointing": Said(RENAMED, "training.gradient_checkpointing"),
     "activation_checkpointing_kwargs": Said(RENAMED, "training.remat_policy"),
@@ -105,7 +105,9 @@ TRAINING_ARGUMENTS = {
     "load_best_model_at_end": Said(SAME),
     "metric_for_best_model": Said(SAME, "loss or accuracy, with or without eval_"),
     "greater_is_better": Said(SAME),
-    "ignore_data_skip": Said(REFUSED, "a resumed run goes on at its place, without reading again"),
+    "ignore_data_skip": Said(
+        REFUSED, "a resumed run continues at its data position, without reading again"
+    ),
     "restore_callback_states_from_checkpoint": Said(
         NOT_NEEDED, "a checkpoint holds what early stopping counts"
     ),
@@ -146,12 +148,12 @@ TRAINING_ARGUMENTS = {
     "do_train": Said(NOT_NEEDED, "`vlm-jax train` does"),
     "do_eval": Said(NOT_NEEDED, "data.eval_file or data.eval_share does, and `vlm-jax evaluate`"),
     "do_predict": Said(NOT_NEEDED, "`vlm-jax generate` does"),
-    "resume_from_checkpoint": Said(REFUSED, "`vlm-jax train --resume` goes on from the newest"),
+    "resume_from_checkpoint": Said(REFUSED, "`vlm-jax train --resume` takes the newest"),
     "local_rank": Said(NOT_NEEDED, "a process finds its number in the cluster's environment"),
 }
 
 _ON_DATA = "this start needs activations or gradients on data"
-_OTHER_LORA = "the forward pass of this variant is not had"
+_OTHER_LORA = "this LoRA variant is not implemented"
 
 LORA_CONFIG = {
     "task_type": Said(SAME, "CAUSAL_LM alone"),
@@ -249,7 +251,7 @@ TABLES = [
 
 
 def told(section: str | None, key: str) -> str | None:
-    """Return what to say of a key of theirs that is no key here; None: they have none so named.
+    """Return what to say of a foreign key that is not a key here; None: it is unknown there too.
 
     section: the one it stands in; None: none, so that the first of the tables has the word.
     """

@@ -1,4 +1,4 @@
-"""Keys of LLaMA-Factory's files beside those of TrainingArguments, and what each is here.
+"""Keys of LLaMA-Factory's files beside those of TrainingArguments, and their equivalents here.
 
 Those of supervised fine-tuning one by one; those of its other stages, optimizers and engines by
 their group.
@@ -38,7 +38,7 @@ _MODEL = {
     "disable_gradient_checkpointing": Said(
         RENAMED, "training.gradient_checkpointing, false where this is true"
     ),
-    "use_reentrant_gc": Said(NOT_NEEDED, "blocks are computed again by JAX"),
+    "use_reentrant_gc": Said(NOT_NEEDED, "rematerialisation is JAX's own"),
     "upcast_layernorm": Said(NOT_NEEDED, "norms are always computed in float32"),
     "upcast_lmhead_output": Said(NOT_NEEDED, "logits are always float32"),
     "train_from_scratch": Said(REFUSED, "a run starts from a checkpoint's weights"),
@@ -107,7 +107,9 @@ _TRAINING = {
     "pissa_init": Said(RENAMED, "lora.init_lora_weights, pissa"),
     "pissa_iter": Said(RENAMED, "lora.init_lora_weights, pissa_niter_16"),
     "pissa_convert": Said(NOT_NEEDED, "an adapter is written for the unchanged base"),
-    "create_new_adapter": Said(REFUSED, "a run goes on with model.adapter, or begins without it"),
+    "create_new_adapter": Said(
+        REFUSED, "model.adapter is trained further; without it a new adapter is made"
+    ),
     "freeze_trainable_layers": Said(RENAMED, "model.freeze_layers, the lowest that stay frozen"),
     "freeze_trainable_modules": Said(RENAMED, "lora.modules_to_save"),
     "freeze_extra_modules": Said(RENAMED, "lora.modules_to_save"),
@@ -142,7 +144,7 @@ _TRAINING = {
     **dict.fromkeys(
         ("use_swanlab", "swanlab_project"), Said(RENAMED, "training.report_to, wandb or trackio")
     ),
-    **dict.fromkeys(("fp8", "fp8_backend"), Said(REFUSED, "take training.bf16")),
+    **dict.fromkeys(("fp8", "fp8_backend"), Said(REFUSED, "use training.bf16")),
 }
 
 _OTHERS = {

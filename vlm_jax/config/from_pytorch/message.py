@@ -1,4 +1,4 @@
-"""What is said of a key of another program."""
+"""Messages about keys of other programs."""
 
 from typing import NamedTuple
 

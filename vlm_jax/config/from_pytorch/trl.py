@@ -1,4 +1,4 @@
-"""Every key that TRL's SFTConfig adds to TrainingArguments, and what it is here."""
+"""Keys that TRL's SFTConfig adds to TrainingArguments, and their equivalents here."""
 
 from vlm_jax.config.from_pytorch.message import NOT_NEEDED, REFUSED, RENAMED, Said
 

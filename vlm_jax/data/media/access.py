@@ -1,4 +1,4 @@
-"""From where images and videos may be read: files under the media root, others if allowed."""
+"""Access control of images and videos: the media root, other files and URLs if allowed."""
 
 import dataclasses
 import os

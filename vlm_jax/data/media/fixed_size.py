@@ -1,4 +1,4 @@
-"""Pixels of a tower that takes images of one size: CLIP, SigLIP, LLaVA. See `processors`."""
+"""The image processor of towers with one input size: CLIP, SigLIP, LLaVA. See `processors`."""
 
 import dataclasses
 import math

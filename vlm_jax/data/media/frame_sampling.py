@@ -1,4 +1,4 @@
-"""Which frames of a video are taken: those of Qwen's own utilities.
+"""Frame sampling of videos, as in Qwen's own utilities.
 
 These are `qwen-vl-utils`, `smart_nframes` and the `linspace` behind it
 (https://github.com/QwenLM/Qwen2.5-VL): fps frames a second, at least min_frames, at most

@@ -1,4 +1,4 @@
-"""A record's images and videos: their headers, the patch grids they get, their pixels."""
+"""Images and videos of a record: headers, patch grids, pixels."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""A checkpoint's image settings, `preprocessor_config.json`, to the processor they describe."""
+"""`preprocessor_config.json` to an image processor."""
 
 import itertools
 import math
@@ -101,7 +101,9 @@ def read_first(
         raw = read_json(path)
         settings = raw.get(key) if key else raw
         if settings is not None and not isinstance(settings, Mapping):
-            raise UserError(f"The image settings in '{path}' are no JSON object: {settings!r:.80}.")
+            raise UserError(
+                f"The image settings in '{path}' are not a JSON object: {settings!r:.80}."
+            )
         if settings is not None:
             return dict(settings)
     return None

@@ -1,4 +1,4 @@
-"""Reads an image from wherever a record keeps it: header alone for its size, or RGB pixels."""
+"""Reads an image from any source in a record: size from the header alone, or RGB pixels."""
 
 import base64
 import binascii

@@ -1,4 +1,4 @@
-"""Pixels as a checkpoint's own image processor makes them, with numpy and Pillow alone.
+"""Image processors equal to the checkpoints' own, with numpy and Pillow alone.
 
 Bit for bit what transformers' PIL processors return. Letters: P patches, C values a patch
 (channels x frames x patch x patch).

@@ -1,4 +1,4 @@
-"""Opens a video, whatever a record gives for one: its sampled frames, their number and size."""
+"""Opens a video from any source in a record: sampled frames, their number and size."""
 
 import dataclasses
 import math
@@ -99,7 +99,7 @@ def _open_frames(
         raise UserError("the list of frames is empty.")
     for key in ("video_start", "video_end"):
         if key in options:
-            raise UserError(f"it has {key}, but a list of frames has no seconds. Take it out.")
+            raise UserError(f"it has {key}, but a list of frames has no time. Remove it.")
     if sampling.nframes is not None:
         frames = [frames[i] for i in sampling.indices(len(frames), 1.0)]
     if len(frames) > sampling.max_frames:

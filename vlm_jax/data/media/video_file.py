@@ -1,4 +1,4 @@
-"""The frames of a video file, upright, by PyAV; and from the same frames the video's size."""
+"""Frames and size of a video file, upright, by PyAV."""
 
 import contextlib
 import io
@@ -88,7 +88,7 @@ def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[
             yield container, stream
     except av.FFmpegError as error:
         raise UserError(
-            f"{subject} is no video of a kind that is read, or it is damaged or cut short "
+            f"{subject} is not a video of a supported kind, or it is damaged or cut short "
             f"({error.strerror}). Copy it again, or write it as MP4."
         ) from error
 

@@ -1,4 +1,4 @@
-"""A checkpoint's video settings, and the patches they make of frames.
+"""A checkpoint's video settings, and patches of frames.
 
 Resizing is Pillow's, frame by frame, as for images: the reference resizes by torchvision, whose
 bicubic filter differs from Pillow's in the last bit of some values. Sizes, order and numbers are
@@ -120,7 +120,7 @@ class VideoProcessor:
     def cut(self, video: Video) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Return (bytes uint8 [P, C], grid); frames are decoded, resized and let go one by one.
 
-        The last frame is repeated where their number is no multiple of a patch's frames.
+        The last frame is repeated where their number is not a multiple of a patch's frames.
         """
         raw, depth, number = self.patches.raw, self.sampling.factor, -1
         size, grid = self.size(video), self.grid(video)

@@ -1,1 +1,1 @@
-"""Records: where they come from, and the shapes that they may have."""
+"""Records: sources and formats."""

@@ -1,4 +1,4 @@
-"""The objects and boxes of a record, written into its texts as a model family writes them."""
+"""Objects and boxes of a record, written in the text format of a model family."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +48,7 @@ def _grounding(known: Grounding | None, model_type: str, tokenizer: Any) -> Grou
         raise UserError(
             f"It has 'objects' and the words '{REF}' or '{BOX}', but how a {model_type} model "
             f"writes objects and boxes is not known. Write them into the texts as the model is to "
-            f"write them, and take 'objects' out."
+            f"write them, and remove 'objects'."
         )
     names = tokenizer.get_added_vocab()
     for name in re.findall(r"<\|\w+\|>", known.ref + known.box):
@@ -79,7 +79,7 @@ def _written(one: Object, grounding: Grounding, sizes: Sequence[tuple[int, int]]
         if not all(0 <= value <= grounding.side for value in values):
             raise UserError(
                 f"It has the box {box} in 'objects', outside of its picture of {width} x "
-                f"{height} (bbox_type {one['unit']}). Mend the box, or name its bbox_type: pixels "
+                f"{height} (bbox_type {one['unit']}). Correct the box, or its bbox_type: pixels "
                 f"are 'real', 'norm1' counts to 1, 'norm1000' to 1000."
             )
         points = zip(values[::2], values[1::2], strict=True)

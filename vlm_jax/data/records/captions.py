@@ -89,7 +89,7 @@ def as_turns(row: Any, where: str, prompt: str, taken: Collection[str]) -> dict[
             empty = [name for name in form.needed if rest[name] is None]
     answer = take(CAPTION)
     if answer is None and empty:
-        raise UserError(f"{where} has an empty '{empty[0]}'. Fill it, or take the row out.")
+        raise UserError(f"{where} has an empty '{empty[0]}'. Fill it, or remove the row.")
     if answer is not None and image is None and "images" not in rest:
         raise UserError(f"{where} has no 'file_name', which says which image it is about.")
     if answer is None:

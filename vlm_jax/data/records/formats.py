@@ -1,4 +1,4 @@
-"""The shapes a raw row may have, each read as turns: roles, texts and how much a turn counts."""
+"""Formats of raw rows, each read as turns: roles, texts, loss weights."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -92,7 +92,7 @@ def check_order(turns: list[Turn], where: str) -> None:
         if role == before:
             raise UserError(
                 f"{where}: turns {number - 1} and {number} are both the {role}'s. Roles must take "
-                f"turns: join the two into one, or mend the order."
+                f"turns: join the two into one, or correct the order."
             )
         before = role
 
@@ -172,7 +172,7 @@ def _weight(turn: Mapping[str, Any], role: str, where: str) -> float:
         if value and role != "assistant":
             raise UserError(
                 f"{where} is the {role}'s and has the {key} {value!r}: only what the assistant "
-                f"writes can carry loss. Take the key out of this turn."
+                f"writes can carry loss. Remove the key from this turn."
             )
     values = {float(value) for value in given.values()}
     if len(values) > 1:
@@ -199,7 +199,8 @@ def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
     )
     if not pairs:
         raise UserError(
-            f"{where} has a 'history' that is no list of [query, response] pairs: {history!r:.80}."
+            f"{where} has a 'history' that is not a list of [query, response] pairs: "
+            f"{history!r:.80}."
         )
     return [turn for pair in history for turn in _pair(*pair)]
 

@@ -1,4 +1,4 @@
-"""ms-swift's grounding: `<ref-object>` and `<bbox>` in texts, and the `objects` they stand for.
+"""ms-swift's grounding format: `<ref-object>` and `<bbox>` in texts, and their `objects`.
 
 A text part of a canonical record that has such words keeps them, with their values in order:
     {"type": "text", "text": "<ref-object> at <bbox>",
@@ -51,7 +51,7 @@ def place_objects(messages: Sequence[dict[str, Any]], given: Any, where: str) ->
         if count != len(found) and not (older and count == 0 and words):
             raise UserError(
                 f"{where} has {len(found)} of what '{word}' stands for in 'objects', but its texts "
-                f"have {count} of that word. There must be one for each; take out of 'objects' "
+                f"have {count} of that word. There must be one for each; remove from 'objects' "
                 f"what no word stands for."
             )
     rest = {REF: iter(refs), BOX: iter(boxes)}

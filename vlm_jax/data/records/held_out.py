@@ -1,4 +1,4 @@
-"""A share of the records that is held out of training, to evaluate on."""
+"""Held-out records: a share of the data for evaluation."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ def hold_out(
     """Return (what is left to train on, what is held out): every record in one of the two.
 
     Of a mixture each source gives its share. What is held out hangs on nothing but the number of
-    records and the seed, so that it is the same in every process and when a run goes on; it comes
+    records and the seed, so that it is the same in every process and after a resume; it comes
     in random order, of which the first ones are a fair sample. One record at least is held out, and
     one left. Raises `UserError` where a source has only one.
     """

@@ -1,4 +1,4 @@
-"""Rows of JSON files, found by one pass over the file and parsed when they are asked for."""
+"""Rows of JSON files: indexed in one pass, parsed on access."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def parse_row(data: bytes, where: str) -> Any:
-    """Return the value of one row; raises `UserError` that begins with `where` if it is no JSON."""
+    """Return the value of one row; raises `UserError`, which begins with `where`, for bad JSON."""
     try:
         return json.loads(data.decode())
     except UnicodeDecodeError as error:
@@ -35,7 +35,7 @@ def parse_row(data: bytes, where: str) -> Any:
 class JsonLines:
     """The rows of a JSONL file from front to back: blank lines are none, nothing is indexed.
 
-    A line that is no JSON comes as the `UserError` that says so, in its own place.
+    A line that is not JSON comes as the `UserError` that says so, in its own place.
     """
 
     def __init__(self, path: Path, start: int = 0):
@@ -92,7 +92,7 @@ class JsonRows(Sequence):
         return int(self.lines[index])
 
     def __getitem__(self, index: Any) -> Any:
-        """Return one row; raises `UserError`, naming file and line, where it is no JSON."""
+        """Return one row; raises `UserError`, naming file and line, where it is not JSON."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, end = int(self.starts[index]), int(self.ends[index])
@@ -216,7 +216,7 @@ def index_list(path: Path, name: str | None = None) -> JsonRows:
     """Return the rows of a JSON file that holds one list.
 
     The file is read whole once, to find where its rows are; none of them is kept.
-    Raises `UserError` where it is no JSON list, naming the line.
+    Raises `UserError` where it is not a JSON list, naming the line.
     """
     name = name or str(path)
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Records by index, of one source or of several, and the order in which an epoch visits them."""
+"""Mixtures of sources: records by index, and the order of an epoch."""
 
 import bisect
 import collections
@@ -69,7 +69,7 @@ class Records(Sequence):
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
-        """The identity of the rows and how they are read, or None where they are no plain values.
+        """The identity of the rows and how they are read, or None where they are not plain values.
 
         Of a file it is a hash of its bytes. What images hold is not in it, nor where they lie.
         """

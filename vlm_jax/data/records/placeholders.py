@@ -1,4 +1,4 @@
-"""Words by which other programs name a picture's place: refused where they would be one here."""
+"""Image placeholders of other programs, refused where they would be trained on as text."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +35,10 @@ def refuse_foreign(turns: Sequence[dict[str, Any]], kind: str, count: int, where
         if word := re.search(FOREIGN[kind], text, re.IGNORECASE):
             raise UserError(
                 f"{where} has {count} {kind}s that nothing places, and turn {number} has the word "
-                f"'{word[0]}', which is no place here: it would be trained on as text. Write "
-                f"'<{kind}>' once for each {kind}, in a text that is a plain string (or a part "
-                f"{{'type': '{kind}'}}); where that word is meant as text, '<{kind}>' elsewhere."
+                f"'{word[0]}', which is not a placeholder here: it would be trained on as text. "
+                f"Write '<{kind}>' once for each {kind}, in a text that is a plain string (or a "
+                f"part {{'type': '{kind}'}}); where that word is meant as text, '<{kind}>' "
+                "elsewhere."
             )
 
 

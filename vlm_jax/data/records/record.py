@@ -1,4 +1,4 @@
-"""The one form that every record takes.
+"""The record: the one form of every example before encoding.
 
 A canonical record is
     {"id": str, "index": int, "folder": str | None,
@@ -176,7 +176,7 @@ def _pair(kind: str, given: list[Any], named: list[Any], where: str) -> list[Any
     if wanted == 0 and given:
         raise UserError(
             f"{where} has {len(given)} {kind}s beside its messages, but every {kind} part "
-            f"brings its own. Leave one of the two out."
+            f"has its own. Remove one of the two."
         )
     if wanted != len(given):
         raise UserError(

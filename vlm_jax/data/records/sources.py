@@ -1,4 +1,4 @@
-"""Where records come from: files, data sets, rows in memory, and lists of them."""
+"""Sources of records: files, data sets, rows in memory, and lists of them."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ def read_records(
     image_folder: where relative image paths start, by default the data file's folder. split: of a
     data set that has several, by default "train". columns: {our name: the data's}.
     caption_prompt: what the user says where images have captions only.
-    Raises `UserError` for a missing file, a file that is no such, or an empty source. A row that
+    Raises `UserError` for a missing file, a file of another kind, or an empty source. A row that
     is not JSON raises when it is asked for, and hinders no other.
     """
     if isinstance(source, Records | Mixture):
@@ -58,7 +58,7 @@ def read_records(
         and not is_remote(image_folder)
         and not Path(image_folder).expanduser().is_dir()
     ):
-        raise UserError(f"The image folder '{image_folder}' does not exist or is no directory.")
+        raise UserError(f"The image folder '{image_folder}' does not exist or is not a directory.")
     check_columns(columns or {})
     prompt, taken = caption_prompt or PROMPT, (columns or {}).values()
     name = str(source) if isinstance(source, str | Path) else type(source).__name__
@@ -215,7 +215,7 @@ def _from_disk(path: Path, split: str | None, prompt: str, taken: Collection[str
         refuse_lost(table, f"The data file '{table}'")
     if not tables:
         raise UserError(
-            f"The directory '{path}' is no data set: expected what datasets.save_to_disk writes "
+            f"The directory '{path}' is not a data set: expected what datasets.save_to_disk writes "
             f"(state.json or dataset_dict.json), *.parquet files, or images with captions "
             f"(metadata.jsonl, metadata.csv, one other .csv or .tsv, or a .txt file beside each). "
             f"Give a .json or .jsonl file by its own path."
@@ -238,8 +238,8 @@ def _from_hub(name: str, split: str | None) -> Any:
         raise
     except Exception as error:  # network, gating and builders raise many unrelated types
         raise UserError(
-            f"'{name}' is no local file, and the Hugging Face hub did not give a data set of that "
-            f"name: {(str(error).splitlines() or [''])[0]}"
+            f"'{name}' is not a local file, and the Hugging Face hub did not give a data set of "
+            f"that name: {(str(error).splitlines() or [''])[0]}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Records of a stream: data sets that are read from front to back and never as a whole."""
+"""Streams: data sets read from front to back, never as a whole."""
 
 import functools
 import itertools
@@ -40,7 +40,7 @@ class Stream:
         """Yield the records behind the first `skip`; in a bad one's place, what is wrong with it.
 
         A record's "index" counts from the stream's beginning. Raises `UserError` where the stream
-        itself cannot go on (a damaged file, a connection that is lost).
+        itself cannot continue (a damaged file, a connection that is lost).
         """
         rows = enumerate(self.rows.skip(skip) if skip else self.rows, start=skip)
         index = skip - 1
@@ -52,7 +52,7 @@ class Stream:
             except Exception as error:  # network, builders and casts raise many unrelated types
                 raise UserError(
                     f"The stream '{self.name}' breaks behind record {index}: "
-                    f"{(str(error).splitlines() or [''])[0]}. Mend it there."
+                    f"{(str(error).splitlines() or [''])[0]}. Repair it there."
                 ) from error
             if isinstance(row, UserError):
                 yield row
@@ -127,7 +127,7 @@ class StreamRecords:
     """The records of a stream by number, as far as they are at hand: those of the last windows.
 
     What the planner has instead of `Records`: it goes through a stream window by window, in each
-    worker process anew. Pickles without what it holds.
+    worker process again. Pickles without what it holds.
     """
 
     fingerprint = None

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files, found by one pass over the file and parsed when they are asked for."""
+"""Rows of CSV and TSV files: indexed in one pass, parsed on access."""
 
 import csv
 import hashlib

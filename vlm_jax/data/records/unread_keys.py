@@ -1,4 +1,4 @@
-"""Keys of a record that look like content but are not read: refused, so that nothing is lost.
+"""Unread keys of a record that look like content: refused, lest data be lost.
 
 Real data has many columns beside its turns (source, category, score, width, image_id, task_id),
 which are no content and may be there. But where a picture, a video or tools stand under a name that
@@ -59,7 +59,7 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
         if row.get(key) is False and ("messages" in row or "conversations" in row):
             raise UserError(
                 f"{where} has the {key} false, which says that its answer is not wanted, and "
-                f"answers are trained on. Take such rows out, or the key if it says something else."
+                f"answers are trained on. Remove such rows, or the key if it means something else."
             )
     for key, name, value in _others(row, read):
         listed = isinstance(value, list | tuple | Mapping)
@@ -87,7 +87,7 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
         if instead is not None:
             raise UserError(
                 f"{where} has '{key}', which is not read: expected {instead}. Rename the key, or "
-                f"take it out if it is not to be trained on."
+                f"remove it if it is not to be trained on."
             )
 
 
@@ -113,7 +113,7 @@ def refuse_unread_in_turn(turn: Mapping[str, Any], read: Set[str], where: str) -
         if re.fullmatch(SAID_IN_TURN, name):
             raise UserError(
                 f"{where} has '{key}', which is not read: the turn would be trained on without it. "
-                f"Write it into the turn's text as the model is to write it, or take it out."
+                f"Write it into the turn's text as the model is to write it, or remove it."
             )
 
 

@@ -1,1 +1,1 @@
-"""Conversations as tokens: the chat template, in bounds, and where answers stand."""
+"""Text: chat templates within limits, tokens, spans of answers."""

@@ -1,4 +1,4 @@
-"""Where in a rendered conversation each answer stands: by the template's marks, or by prefixes.
+"""Spans of answers in a rendered conversation: by the template's marks, or by prefixes.
 
 A turn's edges are where the prompt that asks for it ends, `render(messages[:i], prompt)`, and where
 the conversation that ends with it does, `render(messages[:i + 1])`. To render every prefix takes
@@ -33,8 +33,8 @@ def find_answers(
 ) -> tuple[str, list[list[Span]]]:
     """Return the rendered text and, for every assistant turn, the spans of its answer.
 
-    ends: the special tokens that may end a turn. Raises `UserError` where answers cannot be told
-    from prompts, or are not in the text as they are.
+    ends: the special tokens that may end a turn. Raises `UserError` where answers cannot be
+    separated from prompts, or are not in the text as they are.
     """
     rendered, marks = render(messages, prompt)
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -66,7 +66,7 @@ def find_answers(
             raise UserError(
                 f"The chat template of '{template.directory}' does not render the assistant's turn "
                 f"{i} as it is: {said!r:.200} became {written!r:.200}. Its loss would be wrong; "
-                f"mend the template (chat_template.jinja) or the record."
+                f"correct the template (chat_template.jinja) or the record."
             )
     return rendered, turns
 
@@ -153,7 +153,7 @@ def _short_edges(
     edges: list[Edges] = []
 
     def adds(place: str, base: str) -> int | None:
-        """Return where the whole goes on behind what `place` adds to `base`, if it does."""
+        """Return where the whole continues after what `place` adds to `base`, if it does."""
         piece = place[len(base) :]
         same = place.startswith(base) and rendered.startswith(piece, length)
         return length + len(piece) if same else None

@@ -1,4 +1,4 @@
-"""Conversations into tokens and loss weights, by the checkpoint's own chat template.
+"""Conversations to tokens and loss weights, by the checkpoint's own chat template.
 
 The template is rendered once as it is; which characters the assistant writes comes from the
 turns (never from searching token ids), and the tokenizer's offsets carry it over to tokens.
@@ -139,7 +139,7 @@ class Chat:
         if not said:
             raise UserError(
                 f"The chat template of '{self.directory}' does not write the answer {ANSWER!r} of "
-                f"a conversation. Mend chat_template.jinja, or copy the checkpoint's own."
+                f"a conversation. Correct chat_template.jinja, or copy the checkpoint's own."
             )
         found = [(tail.find(end), -len(end), end) for end in self.ends if end in tail]
         name = min(found)[2] if found else self.eos

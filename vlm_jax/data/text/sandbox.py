@@ -1,8 +1,8 @@
-"""transformers' sandbox for chat templates, bounded: no step of one may fill the memory.
+"""transformers' sandbox for chat templates, with bounds on memory.
 
 The sandbox keeps a template from files, modules and private attributes, and `within` ends what
 loops for ever. What the interpreter does in one step (a power, a product, a join, the text of a
-list that names itself 2^n times) nobody can end, so its size is reckoned before it is done.
+list that names itself 2^n times) cannot be ended, so its size is computed before it is done.
 """
 
 import functools
@@ -22,7 +22,7 @@ START, END = "\ue0f4", "\ue0f5"  # around what `{% generation %}` marks, until a
 
 
 class TooLarge(Exception):
-    """What a template asks for; the message goes on behind its name."""
+    """What a template asks for; the message follows its name."""
 
 
 # Of text and containers together, so that no list can name one long text without end: an item of

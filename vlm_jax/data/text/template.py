@@ -20,7 +20,7 @@ class BadTemplate(UserError):
 class Template:
     """A template as transformers compiles it, with `{% generation %}` marks. Thread-safe.
 
-    directory: for errors. Raises `UserError` for what is no valid Jinja, or too large.
+    directory: for errors. Raises `UserError` for invalid Jinja, or too large.
     """
 
     def __init__(self, source: str, directory: str):
@@ -36,7 +36,7 @@ class Template:
             self._compiled = within(TEMPLATE_SECONDS, compile_template, source)
         except Exception as error:  # Python compiles what Jinja writes, and has limits of its own
             raise UserError(
-                f"The chat template of '{directory}' is no valid Jinja: {_said(error)}. Mend "
+                f"The chat template of '{directory}' is not valid Jinja: {_said(error)}. Correct "
                 f"chat_template.jinja, or copy the checkpoint's own."
             ) from error
 

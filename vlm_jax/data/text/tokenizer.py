@@ -85,7 +85,7 @@ def find_template(places: Sequence[str | Path], home: str | Path, tokenizer: Any
         if path.is_file():
             template = read_json(path).get("chat_template")
             if not isinstance(template, str):
-                raise UserError(f"The chat_template in '{path}' is no text: {template!r:.80}.")
+                raise UserError(f"The chat_template in '{path}' is not a text: {template!r:.80}.")
             return template
         template = tokenizer.chat_template if place == home else None
         if isinstance(template, dict):
@@ -94,6 +94,6 @@ def find_template(places: Sequence[str | Path], home: str | Path, tokenizer: Any
             return template
     raise UserError(
         f"'{places[-1]}' has no chat template (chat_template.jinja, chat_template.json, or "
-        f"chat_template in tokenizer_config.json). A base model has none: take the one of its "
+        f"chat_template in tokenizer_config.json). A base model has none: take that of its "
         f"instruction-tuned sister and put it there as chat_template.jinja."
     )

@@ -1,4 +1,4 @@
-"""Ends a computation that takes too long, in whichever thread it runs."""
+"""Time limits on computations in any thread."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 TICK = 0.25  # seconds
-AGAIN = 4  # ticks until an exception is sent anew: a callback of the interpreter may swallow one
+AGAIN = 4  # ticks until an exception is sent again: a callback of the interpreter may swallow one
 _jobs: dict[int, list[int]] = {}  # id of a job -> [its thread, the ticks that are left]
 _lock = threading.Lock()  # held where an exception is sent, and where a job ends
 _watch: threading.Thread | None = None

@@ -230,9 +230,9 @@ class Linear(nn.Module):
 class Embed(nn.Module):
     """int [B, T] to [B, T, D]; embedding [V, D]; `attend` is the tied head.
 
-    Rows of new tokens, where there are any, are a leaf of their own (see added_tokens.py). LoRA's
-    matrices, lora_A [V, R] and lora_B [R, D], have no dropout and leave the tied head alone, as in
-    PEFT.
+    Rows of new tokens, where there are any, are a leaf of their own (see added_tokens.py). The
+    LoRA factors, lora_A [V, R] and lora_B [R, D], have no dropout and leave the tied head alone, as
+    in PEFT.
     """
 
     vocabulary: int

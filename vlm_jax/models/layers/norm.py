@@ -10,7 +10,7 @@ from vlm_jax.models.layers.linear import along_last, parameter
 
 
 class RMSNorm(nn.Module):
-    """https://arxiv.org/abs/1910.07467. [..., D] to [..., D]."""
+    """RMSNorm, https://arxiv.org/abs/1910.07467: [..., D] to [..., D]."""
 
     epsilon: float
     dtype: Any
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """https://arxiv.org/abs/1607.06450. [..., D] to [..., D]."""
+    """LayerNorm, https://arxiv.org/abs/1607.06450: [..., D] to [..., D]."""
 
     epsilon: float
     dtype: Any

@@ -82,7 +82,7 @@ def places_are_spread() -> bool:
 
 
 def gather_places(x: Any) -> Any:
-    """Return x [rows, places, ...] whose places are whole on each device: keys and values, which
+    """Return x [rows, places, ...] with its sequence axis all-gathered: keys and values, which
     every query of the row attends to. As it is where places are not spread."""
     sharding = _rows.get()
     if sharding is None or not places_are_spread():

@@ -12,7 +12,7 @@ from vlm_jax.models.layers.partition import constrain_rows
 
 BLOCK_INPUT = "block_input"  # what a policy calls it
 
-# What the forward pass keeps for the backward one; the rest is computed again.
+# What the forward pass keeps for the backward one; the rest is recomputed.
 REMAT: dict[str, Any] = {
     "none": None,  # everything
     "block": jax.checkpoint_policies.nothing_saveable,  # each block's input
