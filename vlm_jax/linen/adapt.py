@@ -14,7 +14,7 @@ from vlm_jax.adapters.lora import merge as merge_lora
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
-from vlm_jax.linen.intercept import nnx_text, tell_deaf
+from vlm_jax.linen.intercept import nnx_text, warn_without_dropout
 from vlm_jax.linen.parts import Layer, Other, Site, unboxed
 from vlm_jax.linen.targets import (
     check_adapter,

@@ -201,7 +201,7 @@ def load_lora(
     held = {named[name][0] for name in matrices}
     adapted_layers = tuple(layer for layer in layers if layer in held)
     lora = dataclasses.replace(lora, targets=tuple(layer.name for layer in adapted_layers))
-    tell_deaf("LoRA", lora.dropout, adapted_layers)
+    warn_without_dropout("LoRA", lora.dropout, adapted_layers)
     quantized = tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit))
     variables = {"params": unflatten(flat), LORA: unflatten(made)}
     return Adapted(module, lora, adapted_layers, quantized), variables

@@ -236,7 +236,7 @@ def optimizer(
     return optax.chain(clip, groups_tx)
 
 
-def rates_of_layers(
+def layerwise_rates(
     model: Model, paths: Sequence[str], freeze_layers: int, vision_layer_decay: float
 ) -> dict[str, tuple[float, ...] | float]:
     """Return {regex of paths: factor of the rate, or one for each layer of a stack}.
