@@ -16,17 +16,9 @@ import numpy as np
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.decoder_config import AXES as DECODER_AXES
 from vlm_jax.models.decoder_config import decoder_from_hf
-from vlm_jax.models.family import Family, Grid
+from vlm_jax.models.family import Family, Grid, TowerSizes
 from vlm_jax.models.layers.linear import Linear, parameter
 from vlm_jax.models.vlm import VisionLanguageModel
-
-
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    width: int = 8
-    intermediate_size: int = 8
-    num_heads: int = 1
-    depth: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Toy(Family):
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Toy":
         text = decoder_from_hf(raw["text_config"], "llama", False, "config.json, text_config")
-        return cls(text, Tower(), raw["image_token_id"], None)
+        return cls(text, TowerSizes(8, 8, 1, 0), raw["image_token_id"], None)
 
     def image_tokens(self, grid: Grid = None) -> int:
         return 6

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Example
 from vlm_jax.errors import UserError
-from vlm_jax.models import read_config
+from vlm_jax.models import read_family
 from vlm_jax.models.family import Family
 from vlm_jax.models.layers.scan import REMAT
 from vlm_jax.models.methods import Adapter, LoRA
@@ -340,5 +340,5 @@ def from_config(
     """
     if remat not in REMAT:
         raise UserError(f"Unknown remat policy '{remat}'; known: {', '.join(REMAT)}.")
-    config = read_config(hf_config)
+    config = read_family(hf_config)
     return Model(config, jnp.dtype(dtype), dict(hf_config), source, remat=remat, files=files)

@@ -26,7 +26,7 @@ from vlm_jax.data.text.chat import TRAIN_ON, Chat
 from vlm_jax.data.text.template import BadTemplate
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import MAX_IMAGE_PIXELS, read_json
-from vlm_jax.models import read_config
+from vlm_jax.models import read_family
 from vlm_jax.models.family import Grid
 
 ON_BAD_EXAMPLE = ("raise", "skip")
@@ -112,7 +112,7 @@ class Encoder:
                 f"local directory of a Hugging Face checkpoint."
             )
         self.hf_config = read_json(path)
-        self.config = config = read_config(self.hf_config)
+        self.config = config = read_family(self.hf_config)
         self.directory = str(directory)
         self.max_seq_length, self.max_patches = max_seq_length, max_patches
         self.overlong = overlong

@@ -17,7 +17,7 @@ MODELS: dict[str, type[Family]] = {
 }
 
 
-def read_config(hf_config: Mapping[str, Any]) -> Family:
+def read_family(hf_config: Mapping[str, Any]) -> Family:
     """Return the family's sizes in a Hugging Face config.json.
 
     Raises `UserError` for an unknown family or a field whose meaning is not known.

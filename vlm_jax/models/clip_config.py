@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import number
+from vlm_jax.models.family import TowerSizes
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 
 
@@ -37,14 +38,10 @@ TOWERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Tower:
+class Tower(TowerSizes):
     """Sizes of the vision tower. slots: S, the tower's tokens an image."""
 
     kind: TowerKind
-    width: int
-    intermediate_size: int
-    depth: int
-    num_heads: int
     image_size: int
     patch_size: int
     channels: int

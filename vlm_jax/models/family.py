@@ -27,20 +27,14 @@ class Grounding(NamedTuple):
     side: int
 
 
-class Tower(Protocol):
-    """Sizes of a vision tower that more than its own module reads. depth: blocks."""
+@dataclasses.dataclass(frozen=True)
+class TowerSizes:
+    """What every vision tower has, read for estimates and adapters. depth: blocks."""
 
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def intermediate_size(self) -> int: ...
-
-    @property
-    def num_heads(self) -> int: ...
-
-    @property
-    def depth(self) -> int: ...
+    width: int
+    intermediate_size: int
+    num_heads: int
+    depth: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Family(Protocol):
     """
 
     text: DecoderConfig
-    vision: Tower
+    vision: TowerSizes
     image_token_id: int
     video_token_id: int | None  # None: a family without video
 

@@ -14,19 +14,15 @@ from vlm_jax.errors import UserError
 from vlm_jax.files.limits import number
 from vlm_jax.models.decoder_config import AXES as DECODER_AXES
 from vlm_jax.models.decoder_config import DecoderConfig, decoder_from_hf
-from vlm_jax.models.family import Family, Grid, Grounding
+from vlm_jax.models.family import Family, Grid, Grounding, TowerSizes
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.positions import mrope, vision_positions, vision_segments
 
 
 @dataclasses.dataclass(frozen=True)
-class Tower:
+class Tower(TowerSizes):
     """Sizes of the vision tower; patch_values = channels x frames x size x size."""
 
-    depth: int
-    width: int
-    num_heads: int
-    intermediate_size: int
     activation: str
     theta: float
     merge: int
