@@ -333,7 +333,9 @@ class Profiler:
 
     def toggle(self, step: int) -> None:
         if not self.running:
-            jax.profiler.start_trace(str(self.directory))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # of Python's calls, which slow a step many times
+            jax.profiler.start_trace(str(self.directory), profiler_options=options)
         else:
             jax.profiler.stop_trace()
             say(self.console, f"Wrote the profile until step {step} to '{self.directory}'.")
