@@ -1,5 +1,6 @@
 """Configs: defaults, files, coercion, and every wrong key or value refused by name."""
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlm_jax import UserError, config
-from vlm_jax.config import choices
+from vlm_jax.config import choices, specs
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +71,8 @@ def test_the_usual_yaml_runs_as_it_is(tmp_path):
 def test_shipped_configs_load(path):
     c = config.load(path)
     assert c.model.name_or_path and c.data.train_file
-    assert c.is_locked
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.model.type = "llava"
 
 
 def test_a_config_survives_json(tmp_path):
@@ -176,14 +178,14 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_every_key_has_a_comment():
-    lines = inspect.getsource(config.get_config).splitlines()
+    lines = inspect.getsource(specs).splitlines()
     described = set()
     for above, line in itertools.pairwise(lines):
-        found = re.match(r"\s+(?:c\.\w+|\w)\.(\w+) = ", line)
+        found = re.match(r"    (\w+): .* = ", line)
         if found and ("  # " in line or above.strip().startswith("#")):
             described.add(found[1])
     names = {key.split(".")[1] for key in config.flatten_config(config.get_config())}
-    assert names == described
+    assert names <= described
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_shipped_configs_build_at_full_size_without_allocating_it(name):
     counted = sum(l.size for path, l in flatten(shapes).items() if "lora_" not in path)
     assert counted == parameters
     trainable, frozen = vlm_jax.split(shapes, table)
-    tx = vlm_jax.optimizer(trainable, table, {**c.training, "max_steps": 10})
+    tx = vlm_jax.optimizer(trainable, table, {**dataclasses.asdict(c.training), "max_steps": 10})
     mesh = make_mesh(devices=jax.devices()[:1])
     whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), trainable)
     state = abstract_state(abstract(trainable, whole), tx, mesh)

@@ -140,10 +140,10 @@ def add_adapter(
 
 
 def check_bare(flat: Iterable[str]) -> None:
-    """Raise `UserError` where a flat tree holds LoRA matrices or bottleneck adapters."""
+    """Raise `UserError` where a flat tree holds LoRA factors or bottleneck adapters."""
     if any(is_adapter(path) or is_lora(path) for path in flat):
         raise UserError(
-            "These parameters hold LoRA matrices or an adapter already. Merge LoRA first; put each "
+            "These parameters hold LoRA factors or an adapter already. Merge LoRA first; put each "
             "adapter onto the base, and switch by with_adapter."
         )
 

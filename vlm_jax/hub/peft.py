@@ -135,7 +135,7 @@ def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, P
         if not np.array_equal(expected, leaf[place.index]):
             raise UserError(
                 f"The leaf '{path}' differs from the base checkpoint's tensor '{name}', but the "
-                f"adapter would leave it out: it holds the LoRA matrices and the modules of "
+                f"adapter would leave it out: it holds the LoRA factors and the modules of "
                 f"LoRA.modules_to_save. If the leaf was trained, add a module that it lies in, "
                 f"such as '{path.split('/')[-2]}', to modules_to_save, or write a whole checkpoint "
                 f"with save_pretrained. If an earlier adapter was merged into it, save that model "

@@ -63,7 +63,7 @@ def load_peft(
     directory = Path(directory).expanduser()
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
-        raise UserError("These parameters hold LoRA matrices already; merge them first.")
+        raise UserError("These parameters hold LoRA factors already; merge them first.")
     file = adapter_weights(directory, PEFT_WEIGHTS)
     config, lora = read_config(directory)
     counts = [x.shape[0] for key, x in read_header(file).items() if key.endswith(EMBEDDING_END)]

@@ -178,7 +178,7 @@ def load_lora(
         else:
             raise _homeless(directory, key, name, found, homes)
     if not matrices:
-        raise UserError(f"'{file}' holds no LoRA matrices.")
+        raise UserError(f"'{file}' holds no LoRA factors.")
     tied = [name for name in matrices if named[name][0].attended]
     for key, (leaf, tensor) in of_head.items():
         # The head's side of an embedding: its weight, or its B and A turned.

@@ -145,7 +145,7 @@ def prepare(
 
 
 def abstract_mesh(config: RunSpec, machine: Hardware) -> AbstractMesh:
-    """Return the mesh of a config's `mesh` section over devices that nobody describes."""
+    """Return the mesh of a config's `mesh` section over devices that are only described."""
     m, count = config.mesh, machine.count
     if m.devices > count:
         raise UserError(f"mesh.devices is {m.devices}, but there are {count} devices.")

@@ -244,7 +244,7 @@ class Intervals:
         )
 
     def saves(self, step: int) -> bool:
-        """Return whether a run that nobody stops has a checkpoint of this step."""
+        """Return whether a run without a stop has a checkpoint of this step."""
         return self.save(step) or step == self.total
 
     def due(self, step: int, stopping: bool) -> Due:
@@ -252,7 +252,7 @@ class Intervals:
 
         A checkpoint that may be the best holds its evaluation, and where runs stop early all hold
         what decides that: these are saved after it. Others come before it, since an evaluation
-        takes time and may fail. One out of turn is no candidate: a run that nobody stopped would
+        takes time and may fail. One out of turn is no candidate: a run without a stop would
         lack it.
         """
         evaluating = self.evaluate(step)

@@ -167,7 +167,7 @@ def make_step(
     gradient does not depend on how rows are split. objective: of `losses.OBJECTIVES`, or any that
     is called as those are; label_smoothing and neftune_alpha are its options. ema_decay: of the
     state's moving average, where it has one. Masters of 16 bits are computed with in float32 and
-    then rounded by chance, see `stored`.
+    then rounded stochastically, see `stored`.
     metrics: float32 scalars: loss, tokens (the objective's count) and its other means; grad_norm
     (before clipping) and grad_norm/<component> of each component that trains.
     """
