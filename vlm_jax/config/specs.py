@@ -154,7 +154,7 @@ class TrainSpec:
     label_smoothing_factor: float = 0.0
     # compute in bfloat16; trained weights are as param_dtype says, moments float32
     bf16: bool = True
-    # float32: masters; bfloat16: half of their memory, updates with stochastic rounding. A base of 32
+    # float32: masters; bfloat16: half of their memory, with stochastic rounding. A base of 32
     # bits is rounded to 16 once then, in layers that model.freeze_layers freezes too.
     param_dtype: str = "float32"
     # of a moving average of trained weights, which is evaluated and exported
