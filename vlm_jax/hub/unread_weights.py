@@ -36,19 +36,19 @@ def adapter_weights(directory: Path, file: str) -> Path:
     path = directory / file
     if not directory.is_dir():
         raise UserError(f"There is no adapter directory '{directory}'.")
-    inside = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
-    if inside and not (directory / "adapter_config.json").exists():
-        raise UserError(
-            f"'{directory}' is no adapter's directory, but holds some: {', '.join(inside[:6])}. "
-            f"Give one of them, such as '{directory / inside[0]}'."
-        )
     if not path.is_file():
-        raise UserError(
-            f"'{directory}' holds no {file}. LoRA is in adapter_model.safetensors, read by "
-            f"load_peft and load_lora, a bottleneck adapter in adapter.safetensors, read by "
-            f"load_adapter. A pickle (*.bin) is not read: load it with the library that wrote it "
-            f"and save it as safetensors."
+        remedy = (
+            "LoRA is in adapter_model.safetensors, read by load_peft and load_lora, a bottleneck "
+            "adapter in adapter.safetensors, read by load_adapter. A pickle (*.bin) is not read: "
+            "load it with the library that wrote it and save it as safetensors."
         )
+        inside = sorted(one.parent.name for one in directory.glob("*/adapter_config.json"))
+        if inside:
+            remedy = (
+                f"Adapters lie in it: {', '.join(inside[:6])}. Give one of them, such as "
+                f"'{directory / inside[0]}'."
+            )
+        raise UserError(f"'{directory}' holds no {file}. {remedy}")
     _check_beside(directory, file)
     return path
 
