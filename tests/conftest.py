@@ -62,6 +62,5 @@ def straight(place):
         "data.max_shapes=2",
         "evaluation.max_new_tokens=3",
         "training.report_to=tensorboard",
-        "training.profile_steps=2-3",
         f"data.eval_file={place / 'data/train.jsonl'}",
     )

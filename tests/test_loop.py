@@ -29,10 +29,8 @@ def test_a_run_writes_what_it_promises(straight):
     names = {path.name for path in directory.iterdir()}
     assert names == {
         *("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard"),
-        *("checkpoints", "adapter", "profile"),
+        *("checkpoints", "adapter"),
     }
-    assert [*directory.glob("profile/plugins/profile/*/*.xplane.pb")]
-    assert f"Wrote the profile until step 3 to '{directory / 'profile'}'." in text
     rows = lines(directory / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:

@@ -1,16 +1,18 @@
 """Where numbers go: whole lines, cut on resume, and to the services that are asked for."""
 
 import json
+import subprocess
 import sys
 import types
 
 import pytest
+import yaml
 from runs import make_config
 
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.train import loop, trackers
-from vlm_jax.train.trackers import JsonLines, Log, Meter, check_reporters
+from vlm_jax.train.trackers import JsonLines, Lines, Log, Meter, Profiler, check_reporters
 
 
 def test_resume_cuts_lines_of_steps_that_are_done_again(tmp_path):
@@ -110,3 +112,36 @@ def test_time_that_is_left_out_is_in_no_rate_and_loses_no_loss(monkeypatch):
     line = meter.read()
     assert line["loss"] == 2.0 and line["tokens"] == 20.0
     assert line["tokens_per_second"] == 5.0 and line["data_wait"] == 0.125
+
+
+@pytest.mark.nightly
+def test_a_profile_of_some_steps(place, tmp_path):
+    # In a process of its own: torch, which others of this session import, has a profiler too.
+    made = make_config(
+        place / "base", place / "data/train.jsonl", tmp_path / "run", "training.profile_steps=2-3"
+    )
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.to_dict(made)))
+    command = [sys.executable, "-m", "vlm_jax", "train", "--config", str(tmp_path / "c.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [*tmp_path.glob("run/profile/plugins/profile/*/*.xplane.pb")]
+    assert f"Wrote the profile until step 3 to '{tmp_path / 'run/profile'}'." in done.stdout
+
+
+@pytest.mark.parametrize(("steps", "done"), [("2-3", [1, 3]), ("4", [3, 4]), ("", [])])
+def test_where_a_profile_begins_and_ends(monkeypatch, tmp_path, steps, done):
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(f"jax.profiler.{name}", lambda *_, **__: None)
+    toggled = []
+    with Profiler(steps, tmp_path, Lines()) as profiler:
+        for step in range(6):
+            if profiler.at(step):
+                profiler.toggle(step)
+                toggled.append(step)
+    assert toggled == done and not profiler.running
+
+
+def test_steps_that_are_none_to_profile():
+    for steps in ("0-3", "5-4", "a"):
+        with pytest.raises(UserError, match="profile_steps"):
+            config.load(None, ["model.name_or_path=x", f"training.profile_steps={steps}"])
