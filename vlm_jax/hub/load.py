@@ -77,7 +77,7 @@ def _check_not_adapter(directory: Path) -> None:
     if (directory / "config.json").exists() or not (directory / "adapter_config.json").is_file():
         return
     raise UserError(
-        f"'{directory}' is an adapter and no whole checkpoint. Give its base, "
+        f"'{directory}' is an adapter, not a whole checkpoint. Give its base, "
         f"{named_base(directory)!r} by its own account, as the model, and this directory as the "
         f"adapter."
     )

@@ -24,7 +24,7 @@ def read_family(hf_config: Mapping[str, Any]) -> Family:
     """
     if not isinstance(hf_config, Mapping):
         raise UserError(
-            f"The config.json holds no JSON object but {hf_config!r:.80}. Take the config.json "
+            f"The config.json is not a JSON object but {hf_config!r:.80}. Use the config.json "
             f"that belongs to the checkpoint."
         )
     model_type = hf_config.get("model_type")
