@@ -84,7 +84,7 @@ def measure(method: str, steps: int, questions: int, data: tuple[Path, Path]) ->
         "moments": parts(step).moments,
         "peak": plan.memory(compiled).total,
         "seconds": outcome["seconds"],
-        "accuracy": answered.accuracy,
+        "accuracy": answered.mean,
     }
     file.write_text(json.dumps(row, indent=1) + "\n")
     return row

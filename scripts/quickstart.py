@@ -29,7 +29,8 @@ from rich.table import Table
 from vlm_jax import config as configs
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.errors import UserError
-from vlm_jax.evals.accuracy import Accuracy, Prediction, accuracy
+from vlm_jax.evals.accuracy import accuracy
+from vlm_jax.evals.answers import Prediction, Scores
 from vlm_jax.files.atomic import write_json
 from vlm_jax.train.loop import train
 from vlm_jax.train.results import export, load_run
@@ -90,7 +91,7 @@ def conversation(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return turns
 
 
-def evaluate(model, params, encoder: Encoder, records, e) -> Accuracy:
+def evaluate(model, params, encoder: Encoder, records, e) -> Scores:
     """Return accuracy by generation on all records, with a line of progress."""
     with CONSOLE.status("Answering the test questions ...") as status:
         return accuracy(
@@ -123,7 +124,7 @@ def draw_loss(metrics: Path, file: Path, method: str) -> None:
     plt.close(figure)
 
 
-def write_page(file: Path, before: Accuracy, after: Accuracy, records, count: int = 48) -> None:
+def write_page(file: Path, before: Scores, after: Scores, records, count: int = 48) -> None:
     """Write sample predictions with their images: every mistake first, then a random rest."""
     wrong = [i for i, p in enumerate(after.predictions) if not p.correct]
     order = list(range(len(after.predictions)))
@@ -155,8 +156,8 @@ def write_page(file: Path, before: Accuracy, after: Accuracy, records, count: in
         "s{color:#888;text-decoration:none;font-size:13px}s::before{content:'before: '}"
     )
     lead = (
-        f"{100 * after.accuracy:.2f} % of {len(after.predictions)} official test questions right "
-        f"after training, {100 * before.accuracy:.2f} % before. Mistakes come first."
+        f"{100 * after.mean:.2f} % of {len(after.predictions)} official test questions right "
+        f"after training, {100 * before.mean:.2f} % before. Mistakes come first."
     )
     file.write_text(
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
@@ -166,7 +167,7 @@ def write_page(file: Path, before: Accuracy, after: Accuracy, records, count: in
     )
 
 
-def print_table(before: Accuracy, after: Accuracy, method: str) -> None:
+def print_table(before: Scores, after: Scores, method: str) -> None:
     table = Table(title=f"easy-VQA, all {len(after.predictions)} official test questions, %")
     for column in ("", "all", "yes/no", "open answers"):
         table.add_column(column, justify="left" if not column else "right")
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str]) -> None:
     base, params = load_base(config)
     encoder = make_encoder(config, base)
     before = evaluate(base, params, encoder, records, config.evaluation)
-    CONSOLE.print(f"{100 * before.accuracy:.2f} % of {len(before.predictions)} test questions")
+    CONSOLE.print(f"{100 * before.mean:.2f} % of {len(before.predictions)} test questions")
     del params
 
     CONSOLE.rule(f"2  {method} in the language model, projector in full, vision tower frozen")
@@ -221,8 +222,8 @@ def main(arguments: Sequence[str]) -> None:
     write_page(out / "predictions.html", before, after, records)
     results = {
         "method": given.method,
-        "accuracy_before": before.accuracy,
-        "accuracy_after": after.accuracy,
+        "accuracy_before": before.mean,
+        "accuracy_after": after.mean,
         "accuracy_open_after": share(after.predictions, closed=False),
         "accuracy_yes_no_after": share(after.predictions, closed=True),
         "accuracy_open_before": share(before.predictions, closed=False),

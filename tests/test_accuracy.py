@@ -9,7 +9,7 @@ import vlm_jax
 from vlm_jax import UserError, generation
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.text.tokenizer import load_tokenizer
-from vlm_jax.evals import accuracy as module
+from vlm_jax.evals import answers as module
 from vlm_jax.evals.accuracy import accuracy, normalise
 
 
@@ -38,10 +38,10 @@ def test_predictions_are_matched_with_their_records(place, monkeypatch):
     )
     assert [p.id for p in found.predictions] == [f"r{i}" for i in range(12)]
     assert [p.correct for p in found.predictions] == [i % 2 == 0 for i in range(12)]
-    assert found.accuracy == 0.5 and found.skipped == 0
+    assert found.mean == 0.5 and found.skipped == 0
     assert seen[-1] == (12, 12)
     found = accuracy(model, params, encoder, records, batch_size=5, max_examples=3)
-    assert found.accuracy == pytest.approx(2 / 3)
+    assert found.mean == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}])

@@ -184,7 +184,7 @@ def test_every_key_has_a_comment():
         found = re.match(r"    (\w+): .* = ", line)
         if found and ("  # " in line or above.strip().startswith("#")):
             described.add(found[1])
-    names = {key.split(".")[1] for key in config.flatten_config(config.get_config())}
+    names = {key.split(".")[-1] for key in config.key_types()}
     assert names <= described
 
 

@@ -191,13 +191,14 @@ def _load(options: argparse.Namespace, encoder: Any) -> tuple[Any, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    import dataclasses
     import time
 
+    from vlm_jax.config.checks import check_choice
     from vlm_jax.config.schema import get_config
     from vlm_jax.data import read_records
-    from vlm_jax.evals.accuracy import accuracy
+    from vlm_jax.evals import EVALS
 
+    check_choice("--eval", options.eval, EVALS)
     predictions = None
     if options.predictions:
         predictions = writable(options.predictions, "--predictions", b'", "index": ')
@@ -214,7 +215,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             print(f"\r{done}/{total}", end="" if done < total else "\n", file=sys.stderr)
 
     start = time.perf_counter()
-    found = accuracy(
+    found = EVALS[options.eval](
         model,
         params,
         encoder,
@@ -224,9 +225,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         max_examples=options.max_examples,
         on_batch=progress,
     )
+    exact = {"correct": sum(p.correct for p in found.predictions)}
     result = {
-        "accuracy": found.accuracy,
-        "correct": sum(p.correct for p in found.predictions),
+        options.eval: found.mean,
+        **(exact if options.eval == "accuracy" else {}),
         "examples": len(found.predictions),
         "skipped": found.skipped,
         "seconds": time.perf_counter() - start,
@@ -235,14 +237,16 @@ def _evaluate(options: argparse.Namespace) -> int:
         "data": options.data,
     }
     if predictions is not None:
-        lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in found.predictions]
+        lines = [json.dumps(p.to_json(), ensure_ascii=False) for p in found.predictions]
         write(predictions, "\n".join(lines) + "\n", f"{len(lines)} predictions")
     if options.json:
         print(json.dumps(result))
     else:
+        words = f"{options.eval} of {result['examples']} answers:"
+        if options.eval == "accuracy":
+            words = f"{result['correct']} of {result['examples']} answers match exactly:"
         print(
-            f"{result['correct']} of {result['examples']} answers match exactly: "
-            f"{100 * found.accuracy:.2f} % ({result['skipped']} records skipped, "
+            f"{words} {100 * found.mean:.2f} % ({result['skipped']} records skipped, "
             f"{result['seconds']:.0f} s)"
         )
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_jax.config.choices import ALIASES, CHOICES, OPTIMIZERS, RANGES, REPORTERS
 from vlm_jax.config.from_pytorch import told
+from vlm_jax.config.parse import general
 from vlm_jax.errors import UserError, nearest
 
 MOST_TOLD = 10  # unknown keys of one file that an error speaks of
@@ -20,6 +21,21 @@ def check_choice(key: str, value: Any, allowed: Iterable[str | None]) -> None:
             f"'{key}' is {value!r}, which is not supported{nearest(value, named)}. "
             f"Supported: {', '.join(named)}."
         )
+
+
+def check_evaluator_keys(keys: Iterable[str], where: str, known: Iterable[str]) -> None:
+    """Raise `UserError` for a key of the section `evaluators` that is not among the known ones."""
+    names = [key.removeprefix("evaluators.*.") for key in known if key.startswith("evaluators.")]
+    for key in keys:
+        if (
+            key.startswith("evaluators.")
+            and general(key).removeprefix("evaluators.*.") not in names
+        ):
+            raise UserError(
+                f"Unknown config key '{key}' in {where}{nearest(key.rpartition('.')[2], names)}. "
+                f"Expected evaluators.NAME.KEY, with a name of letters, digits, - and _, and a KEY "
+                f"of {', '.join(names)}."
+            )
 
 
 def unknown_keys(given: Iterable[str], where: str, known: Iterable[str]) -> UserError:
@@ -36,7 +52,7 @@ def unknown_keys(given: Iterable[str], where: str, known: Iterable[str]) -> User
     else:
         sections = ", ".join(dict.fromkeys(key.split(".")[0] for key in known))
         more = (
-            f"Every key is listed with its meaning in vlm_jax/config/schema.py; the sections are "
+            f"Every key is listed with its meaning in vlm_jax/config/specs.py; the sections are "
             f"{sections}."
         )
     if left > 0:
@@ -90,6 +106,9 @@ def check(flat: Mapping[str, Any]) -> None:
         for key, value in flat.items():
             if re.fullmatch(pattern, key) and value is not None and not low <= value <= high:
                 raise UserError(f"'{key}' is {value}; it must be between {low:g} and {high:g}.")
+    for key, value in flat.items():
+        if general(key) == "evaluators.*.file" and value is None:
+            raise UserError(f"'{key}' is not set: name a file of records with reference answers.")
     if not flat["training.output_dir"].strip():
         raise UserError("'training.output_dir' is empty; name the directory that the run writes.")
     lora, targets = flat["lora.enabled"], flat["lora.target_modules"]

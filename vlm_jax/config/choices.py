@@ -184,8 +184,8 @@ RANGES: list[tuple[str, float, float]] = [
     (r"data\.video_(fps|min_frames|max_frames)", 1e-6, 1e9),
     (r"data\.max_image_pixels", 1, 178_956_970),  # Pillow refuses more itself
     (r"data\.image_resolution", 0, 1e6),
-    (r"evaluation\.(max_new_tokens|batch_size)", 1, 1e9),
-    (r"evaluation\.max_examples", 0, 1e12),
+    (r"(evaluation|evaluators\..*)\.(max_new_tokens|batch_size|every)", 1, 1e9),
+    (r"(evaluation|evaluators\..*)\.max_examples", 0, 1e12),
     (r"mesh\.devices", 0, 1e6),
     (r"mesh\.(data|fsdp|tensor|context)", -1, 1e6),
 ]

@@ -10,7 +10,7 @@ from vlm_jax import __version__
 ANY_KEY = (
     "Any key of the config can be set: --config.training.{example}, or by its name alone where one "
     "section has it: --{example}. Every key is listed with its default and meaning in "
-    "vlm_jax/config/schema.py."
+    "vlm_jax/config/specs.py."
 )
 
 
@@ -122,10 +122,13 @@ def parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="default: RUN/merged with --merge, else RUN/exported"
     )
 
-    evaluate = add("evaluate", "Measure exact-match accuracy of generated answers.")
+    evaluate = add("evaluate", "Generate answers and score them.")
     _add_model(evaluate)
     evaluate.add_argument(
         "--data", required=True, metavar="FILE", help="records with reference answers"
+    )
+    evaluate.add_argument(
+        "--eval", default="accuracy", metavar="NAME", help="accuracy (default: exact match), anls"
     )
     evaluate.add_argument("--split", help="split of a data set with several")
     evaluate.add_argument("--image-folder", metavar="DIR", help="root of relative image paths")

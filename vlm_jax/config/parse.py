@@ -1,6 +1,7 @@
 """Parsers of config values that are lists and maps: data sources, column names."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def general(key: str) -> str:
+    """Return "evaluators.*.file" for "evaluators.NAME.file", any other key as it is."""
+    return re.sub(r"^evaluators\.[\w-]+\.(\w+)$", r"evaluators.*.\1", key)
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Return the words of a list that is written as text, with brackets and quotes or without."""
+    return tuple(part for part in re.split(r"[\s,]+", text.strip("[]() ").replace("'", "")) if part)
 
 
 def sources_value(value: Any) -> Any:
@@ -116,6 +127,7 @@ def _parsed(value: Any, expected: str) -> Any:
 VALUES: dict[str, Callable[[Any], Any]] = {
     "data.train_file": sources_value,
     "data.eval_file": sources_value,
+    "evaluators.*.file": sources_value,
     "lora.rank_pattern": map_value(RANKS),
     "lora.alpha_pattern": map_value(ALPHAS),
     "lora.layers_to_transform": layers_value,

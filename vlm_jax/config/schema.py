@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlm_jax.config.checks import check_choice, unknown_keys
+from vlm_jax.config.checks import check_choice, check_evaluator_keys, unknown_keys
 from vlm_jax.config.choices import (
     ALIASES,
     CHOICES,
@@ -22,8 +22,8 @@ from vlm_jax.config.choices import (
     WORDS,
 )
 from vlm_jax.config.files import read_file
-from vlm_jax.config.parse import VALUES
-from vlm_jax.config.specs import SECTIONS, RunSpec
+from vlm_jax.config.parse import VALUES, general, words_of
+from vlm_jax.config.specs import SECTIONS, EvaluatorSpec, RunSpec
 from vlm_jax.errors import UserError
 
 
@@ -34,12 +34,20 @@ def get_config() -> ConfigDict:
     the keys by which that differs from plain LoRA.
     """
     c = ConfigDict()
-    for section, spec in SECTIONS.items():
-        c[section] = ConfigDict()
-        for field in dataclasses.fields(spec):
-            unset = field.default is None
-            c[section][field.name] = placeholder(_kind(field)) if unset else field.default
-    return c.lock()
+    for name, spec in SECTIONS.items():
+        c[name] = _section(spec)
+    c.evaluators = ConfigDict()
+    c.lock()
+    c.evaluators.unlock()  # its names are the user's
+    return c
+
+
+def _section(spec: type) -> ConfigDict:
+    """Return the keys of a section at their defaults."""
+    section = ConfigDict()
+    for field in dataclasses.fields(spec):
+        section[field.name] = placeholder(_kind(field)) if field.default is None else field.default
+    return section
 
 
 def _kind(field: dataclasses.Field) -> type:
@@ -55,7 +63,7 @@ def flatten_config(config: RunSpec | Mapping[str, Any], prefix: str = "") -> dic
     flat: dict[str, Any] = {}
     for key, value in config.items():
         is_tree = isinstance(value, Mapping | ConfigDict | FrozenConfigDict)
-        is_tree = is_tree and f"{prefix}{key}" not in VALUES
+        is_tree = is_tree and general(f"{prefix}{key}") not in VALUES
         if is_tree and (value or not prefix):  # an empty one in a section is a value, a wrong one
             flat.update(flatten_config(value, f"{prefix}{key}."))
         else:
@@ -63,18 +71,15 @@ def flatten_config(config: RunSpec | Mapping[str, Any], prefix: str = "") -> dic
     return flat
 
 
+def _sections() -> dict[str, ConfigDict]:
+    """Return every section at its defaults; that of one evaluator is "evaluators.*"."""
+    return {**get_config(), "evaluators.*": _section(EvaluatorSpec)}
+
+
 def key_types() -> dict[str, type]:
     """Return {"section.key": the type of its values} of every key."""
-    default = get_config()
-    types: dict[str, type] = {}
-    for section in default:
-        for key in default[section]:
-            types[f"{section}.{key}"] = default[section].get_type(key)
-    return types
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(part for part in re.split(r"[\s,]+", text.strip("[]() ").replace("'", "")) if part)
+    sections = _sections().items()
+    return {f"{name}.{key}": keys.get_type(key) for name, keys in sections for key in keys}
 
 
 def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
@@ -87,16 +92,16 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
             if kind is tuple:
                 return ()
             raise ValueError
-        if key in VALUES:
-            return VALUES[key](value)
+        if general(key) in VALUES:
+            return VALUES[general(key)](value)
         if key in ("lora.target_modules", "lora.exclude_modules") and isinstance(value, str):
             # One string is a preset or a regex, unless it plainly is a list.
             listed = value.startswith("[") or re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value)
-            return _words(value) if listed else value
+            return words_of(value) if listed else value
         if kind is bool:
             return SWITCHES[str(value).strip().lower()]
         if kind is tuple:
-            return _words(value) if isinstance(value, str) else tuple(str(v) for v in value)
+            return words_of(value) if isinstance(value, str) else tuple(str(v) for v in value)
         if isinstance(value, bool):
             raise ValueError
         if kind is int:
@@ -111,10 +116,10 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
         raise ValueError
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         names = {tuple: "list of strings", str: "string", bool: "true or false"}
-        expected = (key in VALUES and str(error)) or names.get(kind, kind.__name__)
+        expected = (general(key) in VALUES and str(error)) or names.get(kind, kind.__name__)
         raise UserError(
             f"The key '{key}' has the value {value!r} in {where}; expected {expected}. Its "
-            f"default is {flatten_config(get_config())[key]!r}."
+            f"default is {flatten_config(_sections())[general(key)]!r}."
         ) from None
 
 
@@ -143,10 +148,11 @@ def _with_implied(values: Mapping[str, Any]) -> dict[str, Any]:
 def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
     """Set flat `values` in `config`, with their aliases, types and names checked."""
     types = key_types()
-    optional = {key for key, value in flatten_config(get_config()).items() if value is None}
+    optional = {key for key, value in flatten_config(_sections()).items() if value is None}
     seen: dict[str, str] = {}
     words = {given: _known(given, value) for given, value in _with_implied(values).items()}
-    if unknown := [given for given, (key, _) in words.items() if key not in types]:
+    check_evaluator_keys([key for key, _ in words.values()], where, types)
+    if unknown := [given for given, (key, _) in words.items() if general(key) not in types]:
         raise unknown_keys(unknown, where, types)
     for given, (key, value) in words.items():
         if key in seen:
@@ -154,9 +160,13 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
         seen[key] = given
         if key in NONE_MEANS and (value is None or str(value).strip().lower() in NONE_WORDS):
             value = NONE_MEANS[key]
-        section, name = key.split(".")
+        section, *names, name = key.split(".")
+        keys, known = config[section], general(key)
+        for named in names:  # an evaluator
+            keys[named] = keys.get(named, _section(EvaluatorSpec))
+            keys = keys[named]
         with config.ignore_type():  # target_modules is a tuple or a string
-            config[section][name] = coerce(key, value, types[key], key in optional, where)
+            keys[name] = coerce(key, value, types[known], known in optional, where)
 
 
 def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunSpec:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.config.checks import check
-from vlm_jax.config.parse import VALUES, plain
+from vlm_jax.config.parse import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +250,20 @@ class EvaluationSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluatorSpec:
+    """An evaluator by name: answers to the questions of a file of its own, scored."""
+
+    eval: str = "accuracy"  # how answers are scored: a key of evals.EVALS
+    file: Any = None  # records with reference answers, as data.eval_file; required
+    split: str | None = None  # of a data set that has several
+    image_folder: str | None = None  # the root of relative paths; None: data.image_folder
+    every: int | None = None  # steps; None: with each evaluation, as training.eval_steps says
+    max_examples: int = 500  # the first ones; 0: all
+    max_new_tokens: int = 16  # longer answers are cut
+    batch_size: int = 16  # prompts that generate together
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSpec:
     """The devices of a run; the four sizes multiply to their number."""
 
@@ -273,6 +287,8 @@ class RunSpec:
     data: DataSpec = DataSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     mesh: MeshSpec = MeshSpec()
+    # Names of the user's own, each for an evaluator: evaluators.docvqa.file
+    evaluators: Mapping[str, EvaluatorSpec] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.flat())
@@ -282,34 +298,41 @@ class RunSpec:
         """Return the settings that a config holds; of such settings, themselves."""
         if isinstance(config, RunSpec):
             return config
-        return cls(**{name: SECTIONS[name](**dict(config[name])) for name in config})
+        made: dict[str, Any] = {}
+        for name, keys in config.items():
+            if name == "evaluators":
+                made[name] = {one: EvaluatorSpec(**dict(own)) for one, own in keys.items()}
+            else:
+                made[name] = SECTIONS[name](**dict(keys))
+        return cls(**made)
+
+    def _tree(self) -> dict[str, dict[str, Any]]:
+        """Return nested dicts of the values as they are."""
+        tree = {section: dict(vars(getattr(self, section))) for section in SECTIONS}
+        named = {name: dict(vars(spec)) for name, spec in self.evaluators.items()}
+        return {**tree, "evaluators": named}
 
     def flat(self) -> dict[str, Any]:
-        """Return {"section.key": value}."""
-        return {
-            f"{section}.{field.name}": getattr(getattr(self, section), field.name)
-            for section, spec in SECTIONS.items()
-            for field in dataclasses.fields(spec)
-        }
+        """Return {"section.key": value}, of evaluators {"evaluators.NAME.key": value}."""
+        tree = self._tree()
+        named = {f"evaluators.{name}": keys for name, keys in tree.pop("evaluators").items()}
+        sections = {**tree, **named}.items()
+        return {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()}
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain nested dicts of values that JSON can hold."""
-        tree: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-        for name, value in self.flat().items():
-            section, key = name.split(".")
-            tree[section][key] = (
-                plain(value) if name in VALUES or isinstance(value, tuple) else value
-            )
-        return tree
+        return plain(self._tree())
 
     def having(self, values: Mapping[str, Any]) -> "RunSpec":
         """Return these settings with others at some keys: {"mesh.data": 2}."""
-        changed: dict[str, dict[str, Any]] = {}
+        tree = self._tree()
         for name, value in values.items():
-            section, key = name.split(".")
-            changed.setdefault(section, {})[key] = value
-        sections = {s: dataclasses.replace(getattr(self, s), **v) for s, v in changed.items()}
-        return dataclasses.replace(self, **sections)
+            section, *named, key = name.split(".")
+            keys = tree[section]
+            for one in named:  # an evaluator
+                keys = keys[one]
+            keys[key] = value
+        return RunSpec.of(tree)
 
 
 SECTIONS: dict[str, type] = {

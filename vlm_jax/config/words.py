@@ -16,6 +16,7 @@ MEANT = {
     "training": "output_dir",
     "data": "train_file",
     "evaluation": "accuracy",
+    "evaluators": "NAME.file",
     "mesh": "fsdp",
 }
 
@@ -79,7 +80,7 @@ def _key(
         raise UserError(
             f"'{word}' names a section of the config, not a key. Write "
             f"--config.{name}.{MEANT[name]}={value}, or another of its keys; "
-            f"vlm_jax/config/schema.py lists them."
+            f"vlm_jax/config/specs.py lists them."
         )
     known = (*types, *ALIASES, *(key.partition("=")[0] for key in WORDS if "." in key))
     meant = sorted({ALIASES.get(key, key) for key in known if key.split(".")[1] == name})

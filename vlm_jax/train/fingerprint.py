@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from vlm_jax import config as configs
 from vlm_jax.config.checks import optimizer_name
+from vlm_jax.config.parse import general
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
 from vlm_jax.model import Model
@@ -28,6 +29,7 @@ DATA_KEYS = (
 PLACES = (
     *("model.name_or_path", "model.adapter", "training.output_dir", "training.run_name"),
     *("data.train_file", "data.eval_file", "data.image_folder"),
+    *("evaluators.*.file", "evaluators.*.image_folder"),
 )
 
 
@@ -80,7 +82,7 @@ def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str
 def settings_of(config: RunSpec) -> dict[str, str]:
     """Return {"section.key": value in words} of a config, but for where things lie."""
     flat = config.flat()
-    return {key: str(value) for key, value in flat.items() if key not in PLACES}
+    return {key: str(value) for key, value in flat.items() if general(key) not in PLACES}
 
 
 def sources_identity(source: Any) -> Any:

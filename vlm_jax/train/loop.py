@@ -34,6 +34,7 @@ from vlm_jax.train.run_dir import (
     result_half_written,
 )
 from vlm_jax.train.selection import (
+    HELD_OUT,
     Best,
     Intervals,
     Patience,
@@ -47,6 +48,7 @@ from vlm_jax.train.setup import (
     absolute_paths,
     build,
     evaluates,
+    evaluators_of,
     make_pipeline,
     objective_of,
     state_options,
@@ -112,7 +114,7 @@ def _train(
     processes.check_same("configs", settings_of(config))
 
     # Model and data
-    mesh = mesh_of(config)
+    mesh, named = mesh_of(config), evaluators_of(config)
     model, params, table, encoder = build(config, mesh)
     rows, share = rows_of(config, mesh), row_share(mesh)
     eval_rows = t.per_device_eval_batch_size * row_parts(mesh)
@@ -121,7 +123,9 @@ def _train(
         held_out = make_pipeline(config, encoder, eval_rows, share, training=False)
     total = total_steps(t.max_steps, t.num_train_epochs, data.steps_per_epoch)
     epoch = data.steps_per_epoch or total
-    intervals = Intervals.of(t, epoch, total, held_out is not None, best, patience)
+    intervals = Intervals.of(
+        t, epoch, total, held_out is not None, best, patience, config.evaluators
+    )
 
     # Optimizer and state
     print_report(
@@ -144,11 +148,11 @@ def _train(
     same = identity(config, model, table, rows)
     processes.check_same("data and base checkpoints", {**same, "shapes": data.shapes})
     checkpoints = None
-    run = Standing(state, pending=t.eval_on_start and held_out is not None, patience=patience)
+    run = Standing(state, pending=t.eval_on_start and bool(intervals.evaluate), patience=patience)
     if resume:
         checkpoints = Checkpoints(places.checkpoints, same, t.save_total_limit, best)
         if checkpoints.steps:
-            run.restore(checkpoints, held_out is not None, lambda words: say(console, words))
+            run.restore(checkpoints, bool(intervals.evaluate), lambda words: say(console, words))
         console.print(f"Resuming '{directory}' from step {run.step}.", highlight=False)
     del state
 
@@ -193,13 +197,15 @@ def _train(
             checkpoints.save(run.step, run.state, run.place, *run.note(candidate))
 
         def evaluate(candidate: bool = False) -> None:
-            assert held_out is not None
+            due = intervals.evaluations(run.step)
             with (
                 contextlib.suppress(Stopped),  # the evaluation stays pending
                 doing("evaluating", line=False),
             ):
                 found = evaluated(
-                    config=config, model=model, encoder=encoder, held_out=held_out, losses=losses,
+                    config=config, model=model, encoder=encoder,
+                    held_out=held_out if HELD_OUT in due else None, losses=losses,
+                    named=[one for name, one in named.items() if name in due],
                     state=run.state, frozen=frozen, feed=feed, check=stop.check,
                     answered=lambda done, of: doing.say(f"evaluating {done}/{of}"),
                 )  # fmt: skip

@@ -15,6 +15,7 @@ from vlm_jax.data.records.stream import StreamRecords
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
 from vlm_jax.evals.accuracy import accuracy
+from vlm_jax.evals.named import Evaluator
 from vlm_jax.model import Model
 from vlm_jax.train.placement import Feed
 from vlm_jax.train.step import TrainState
@@ -174,21 +175,59 @@ def evaluated(
     config: RunSpec,
     model: Model,
     encoder: Encoder,
-    held_out: Pipeline,
+    held_out: Pipeline | None,
     losses: Any,
+    named: Sequence[Evaluator],
     state: TrainState,
     frozen: Any,
     feed: Feed,
     check: Callable[[], None],
     answered: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Return the loss over all held-out examples and the accuracy of generated answers.
+    """Return the loss over all held-out examples, the accuracy of answers, and named figures.
 
+    held_out: None: not now. named: the evaluators that are due.
     check: called first and behind each batch; what it raises ends the evaluation.
     answered(done, total): called behind each batch of answers.
     """
     start = time.perf_counter()
     check()
+    values: dict[str, float] = {}
+    if held_out is not None:
+        values = mean_losses(held_out, losses, state, frozen, feed, check)
+
+    def on_batch(done: int, total: int) -> None:
+        answered(done, total)
+        check()
+
+    e, params = config.evaluation, join(state.result, frozen)
+    if held_out is not None and e.accuracy:
+        assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
+        values |= accuracy(
+            model,
+            params,
+            encoder,
+            held_out.records,
+            max_new_tokens=e.max_new_tokens,
+            batch_size=e.batch_size,
+            max_examples=e.max_examples,
+            on_batch=on_batch,
+        ).figures
+    for one in named:
+        values |= one.figures(model, params, encoder, on_batch)
+    # One process's word: what is chosen by it must be the same in all.
+    return processes.gather("evaluation", {**values, "seconds": time.perf_counter() - start})[0]
+
+
+def mean_losses(
+    held_out: Pipeline,
+    losses: Any,
+    state: TrainState,
+    frozen: Any,
+    feed: Feed,
+    check: Callable[[], None],
+) -> dict[str, float]:
+    """Return the objective's means over all held-out examples, its loss first."""
     sums: list[Any] = []
     for batch, _ in held_out.eval_batches(feed.bytes_only):
         sums.append(losses(state.result, frozen, feed(batch)))
@@ -197,34 +236,15 @@ def evaluated(
     rows = [(count, total, *others.values()) for total, count, others in jax.device_get(sums)]
     count, *totals = np.asarray(rows, np.float64).sum(0).tolist()
     named = zip(("loss", *sums[0][2]), totals, strict=True)
-    values = {name: total / max(count, 1e-9) for name, total in named}
-    e = config.evaluation
-    if e.accuracy:
-        assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
-
-        def on_batch(done: int, total: int) -> None:
-            answered(done, total)
-            check()
-
-        found = accuracy(
-            model,
-            join(state.result, frozen),
-            encoder,
-            held_out.records,
-            max_new_tokens=e.max_new_tokens,
-            batch_size=e.batch_size,
-            max_examples=e.max_examples,
-            on_batch=on_batch,
-        )
-        values["accuracy"], values["examples"] = found.accuracy, len(found.predictions)
-    # One process's word: what is chosen by it must be the same in all.
-    return processes.gather("evaluation", {**values, "seconds": time.perf_counter() - start})[0]
+    return {name: total / max(count, 1e-9) for name, total in named}
 
 
 def told(found: Mapping[str, float]) -> str:
     """Return what an evaluation found, for people."""
-    words = [f"evaluation: loss {found['loss']:.4f}"]
+    words = [f"loss {found['loss']:.4f}"] if "loss" in found else []
     if "accuracy" in found:
         right = round(found["accuracy"] * found["examples"])
         words.append(f"{right} of {found['examples']} right")
-    return ", ".join([*words, f"{found['seconds']:.0f} s"])
+    named = {name: value for name, value in found.items() if "/" in name}
+    words += [f"{n} {value:.4f}" for n, value in named.items() if not n.endswith("/examples")]
+    return "evaluation: " + ", ".join([*words, f"{found['seconds']:.0f} s"])

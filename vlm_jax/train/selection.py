@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vlm_jax.config.specs import RunSpec
@@ -11,6 +12,8 @@ from vlm_jax.train.setup import evaluates
 
 # What an evaluation gives that can tell the better model -> whether more of it is better.
 METRICS = {"loss": False, "accuracy": True}
+# What evaluates loss and accuracy, among the names of evaluators, of which none is empty.
+HELD_OUT = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,8 @@ class Patience:
         A bettering below the threshold counts as none, and yet is the value to beat from then on,
         as in transformers.
         """
+        if self.measure.metric not in evaluation:  # of named evaluators alone
+            return self
         value = evaluation[self.measure.metric]
         worst = -math.inf if self.measure.greater else math.inf
         best = worst if self.best is None else self.best
@@ -210,13 +215,14 @@ class Due(NamedTuple):
 class Intervals:
     """At which of its `total` steps a run logs, saves and evaluates, by TrainingArguments' rules.
 
+    evaluate: for each named evaluator, and for `HELD_OUT` where the run has held-out data.
     chooses: the best checkpoint is looked for. patient: evaluations may stop the run early.
     """
 
     total: int
     log: Callable[[int], bool]
     save: Callable[[int], bool]
-    evaluate: Callable[[int], bool]
+    evaluate: Mapping[str, Callable[[int], bool]]
     chooses: bool
     patient: bool
 
@@ -229,16 +235,30 @@ class Intervals:
         held_out: bool,
         best: Best | None,
         patience: Patience | None,
+        evaluators: Mapping[str, Any] = MappingProxyType({}),
     ) -> "Intervals":
-        """Return those of the section `training`. epoch: its steps. held_out: data is."""
+        """Return those of the section `training`. epoch: its steps. held_out: whether data is.
+
+        evaluators: the section `evaluators`.
+        """
         log = every(t.logging_strategy, t.logging_steps, epoch, total)
         evaluation = every(t.eval_strategy, t.eval_steps, epoch, total, t.eval_delay)
         ends = t.eval_strategy != "steps" or t.eval_delay <= total  # evaluated after the last step
+
+        def own(steps: int | None) -> Callable[[int], bool]:
+            at, last = evaluation, ends
+            if steps is not None:
+                at, last = every("steps", steps, epoch, total), True
+            return lambda step: at(step) or (last and step == total)
+
         return cls(
             total,
             lambda step: log(step) or (step == 1 and t.logging_first_step),
             every(t.save_strategy, t.save_steps, epoch, total),
-            lambda step: held_out and (evaluation(step) or (ends and step == total)),
+            {
+                **({HELD_OUT: own(None)} if held_out else {}),
+                **{name: own(one.every) for name, one in evaluators.items()},
+            },
             best is not None,
             patience is not None,
         )
@@ -247,20 +267,30 @@ class Intervals:
         """Return whether a run without a stop has a checkpoint of this step."""
         return self.save(step) or step == self.total
 
+    def evaluations(self, step: int) -> list[str]:
+        """Return what an evaluation of this step consists of, as keys of `evaluate`.
+
+        All of them before the first step, and where a resumed run has other intervals than the one
+        that left the evaluation pending.
+        """
+        due = [name for name, when in self.evaluate.items() if when(step)]
+        return due if due and step > 0 else list(self.evaluate)
+
     def due(self, step: int, stopping: bool) -> Due:
         """Return what is due after a step. stopping: it is the last one, because of a signal.
 
         A checkpoint that may be the best holds its evaluation, and where runs stop early all hold
         what decides that: these are saved after it. Others come before it, since an evaluation
         takes time and may fail. One out of turn is no candidate: a run without a stop would
-        lack it.
+        lack it. Named evaluators decide neither.
         """
-        evaluating = self.evaluate(step)
-        candidate = evaluating and self.chooses and self.saves(step)
+        evaluating = {name for name, when in self.evaluate.items() if when(step)}
+        decides = HELD_OUT in evaluating
+        candidate = decides and self.chooses and self.saves(step)
         order = ("save", "evaluate")
-        if candidate or (evaluating and self.patient):
+        if candidate or (decides and self.patient):
             order = ("evaluate", "save")
-        wanted = {"save": self.saves(step) or stopping, "evaluate": evaluating}
+        wanted = {"save": self.saves(step) or stopping, "evaluate": bool(evaluating)}
         return Due(tuple(action for action in order if wanted[action]), candidate)
 
 
@@ -284,11 +314,11 @@ class Standing:
         """Whether the run stops early here."""
         return self.patience is not None and self.patience.over
 
-    def restore(self, checkpoints: Any, held_out: bool, warn: Callable[[str], None]) -> None:
+    def restore(self, checkpoints: Any, evaluates: bool, warn: Callable[[str], None]) -> None:
         """Go on from the newest checkpoint that can be read."""
         self.state, self.place = checkpoints.restore_newest(self.state, warn)
         self.step = int(self.state.step)
-        self.pending = checkpoints.pending(self.step) and held_out
+        self.pending = checkpoints.pending(self.step) and evaluates
         if self.patience is not None:
             self.patience = self.patience.at(checkpoints.patience(self.step))
 

@@ -20,6 +20,8 @@ from vlm_jax.data.records.held_out import hold_out
 from vlm_jax.data.records.stream import open_stream
 from vlm_jax.data.text.tokenizer import has_tokenizer, load_tokenizer
 from vlm_jax.errors import UserError
+from vlm_jax.evals import EVALS
+from vlm_jax.evals.named import Evaluator
 from vlm_jax.hub.load import load
 from vlm_jax.hub.sizes import read_hf_config
 from vlm_jax.model import Model, from_config
@@ -149,6 +151,26 @@ def evaluates(config: RunSpec) -> bool:
     return config.data.eval_file is not None or config.data.eval_share > 0
 
 
+def evaluators_of(config: RunSpec) -> dict[str, Evaluator]:
+    """Return the run's named evaluators; raise `UserError` for one that cannot run."""
+    d, made = config.data, {}
+    for name, e in config.evaluators.items():
+        check_choice(f"evaluators.{name}.eval", e.eval, EVALS)
+        try:
+            records = read_records(
+                configs.plain(e.file),
+                e.image_folder or d.image_folder,
+                e.split,
+                columns=configs.plain(d.columns),
+                caption_prompt=d.caption_prompt,
+            )
+        except UserError as error:
+            raise UserError(f"evaluators.{name}.file: {error}") from error
+        options = {key: getattr(e, key) for key in ("max_new_tokens", "batch_size", "max_examples")}
+        made[name] = Evaluator(name, EVALS[e.eval], records, options)
+    return made
+
+
 def _records(config: RunSpec, training: bool) -> Any:
     """Return what a run trains on, or what it evaluates on."""
     d = config.data
@@ -246,15 +268,16 @@ def _absolute(value: Any) -> Any:
 def absolute_paths(config: RunSpec) -> dict[str, Any]:
     """Return the config as plain values whose paths hold from any working directory."""
     tree = config.to_dict()
-    for section, key in (
-        *(("model", "name_or_path"), ("model", "adapter"), ("data", "train_file")),
-        *(("data", "eval_file"), ("data", "image_folder"), ("training", "output_dir")),
-    ):
-        value = tree[section][key]
-        if key == "output_dir":
-            tree[section][key] = str(Path(value).expanduser().resolve())
-        elif value is not None:
-            tree[section][key] = _absolute(value)
+    places = [
+        *((tree["model"], key) for key in ("name_or_path", "adapter")),
+        *((tree["data"], key) for key in ("train_file", "eval_file", "image_folder")),
+        *((one, key) for one in tree["evaluators"].values() for key in ("file", "image_folder")),
+    ]
+    for keys, key in places:
+        if keys[key] is not None:
+            keys[key] = _absolute(keys[key])
+    output = Path(tree["training"]["output_dir"])
+    tree["training"]["output_dir"] = str(output.expanduser().resolve())
     return tree
 
 

@@ -81,7 +81,7 @@ _DATA = {
     "max_samples": Said(RENAMED, "training.max_steps; data are never cut"),
     "ignore_pad_token_for_loss": Said(NOT_NEEDED, "padding never carries loss"),
     "val_size": Said(RENAMED, "data.eval_share, a share below 1"),
-    "eval_on_each_dataset": Said(NOT_NEEDED, "`vlm-jax evaluate` takes one data set at a time"),
+    "eval_on_each_dataset": Said(NOT_NEEDED, "each data set has a name under `evaluators`"),
     "packing": Said(RENAMED, "data.packing"),
     "neat_packing": Said(RENAMED, "data.packing, where each example sees itself alone"),
     "tool_format": Said(NOT_NEEDED, _TEMPLATE),

@@ -206,7 +206,10 @@ def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
 
 
 def _asked(asked: str, answered: str) -> Callable[[Mapping[str, Any], str], list[Turn]]:
-    """Return what reads a question and an answer from two keys; of several answers the first."""
+    """Return what reads a question and an answer from two keys; of several answers the first.
+
+    All of them stand beside that turn's content, for evaluators.
+    """
 
     def turns(row: Mapping[str, Any], where: str) -> list[Turn]:
         answer = row[answered]
@@ -217,6 +220,8 @@ def _asked(asked: str, answered: str) -> Callable[[Mapping[str, Any], str], list
                 )
             row = {**row, answered: answer[0]}
         last = _pair(_text(row, asked, where), _text(row, answered, where))
+        if isinstance(answer, list | tuple) and len(answer) > 1:
+            last[1]["answers"] = [one for one in answer if isinstance(one, str)]
         return [*_history(row, where), *last]
 
     return turns

@@ -62,7 +62,8 @@ def canonical(
     taken as it is, and "<image>" in its texts is text. "<video>" is to videos what "<image>" is to
     images. `objects` are what "<ref-object>" and "<bbox>" stand for, see `data.grounding`. A
     `system` (or `system_prompt`) beside the turns becomes the first turn. A message keeps the
-    "weight" that its turn has in the loss, where that is not 1. Other keys are not read.
+    "weight" that its turn has in the loss, where that is not 1, and "answers", where there are
+    several right ones, of which the first is its text. Other keys are not read.
     line: where the row begins in its file, for errors. columns: {our name: the row's}.
     Raises `UserError`, naming the record, for what is malformed, for images and "<image>" markers
     that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).
@@ -91,8 +92,7 @@ def canonical(
     messages, media = _place_media(turns, media, where)
     place_objects(messages, row.get("objects"), where)
     for turn, message in zip(turns, messages, strict=True):
-        if "weight" in turn:
-            message["weight"] = turn["weight"]
+        message.update({key: turn[key] for key in ("weight", "answers") if key in turn})
     return {
         "id": str(index if record_id is None else record_id),
         "index": index,
