@@ -11,7 +11,7 @@ import vlm_jax
 from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.config.options import parser
-from vlm_jax.config.specs import EvaluatorSpec, TrainSpec
+from vlm_jax.config.specs import EvaluatorSpec, RunSpec, TrainSpec
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.text.tokenizer import load_tokenizer
 from vlm_jax.evals import EVALS, answers
@@ -52,7 +52,7 @@ def test_an_evaluator(name, place, monkeypatch):
 def test_the_help_of_evaluate_names_every_evaluator(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["evaluate", "--help"])
-    told = capsys.readouterr().out.partition("--eval ")[2].partition("--split")[0]
+    told = capsys.readouterr().out.rpartition("--eval ")[2].partition("--split")[0]
     assert all(name in told for name in EVALS)
 
 
@@ -98,6 +98,25 @@ def test_when_an_evaluator_is_due():
         return [step for step in range(9) if at(step)]
 
     assert due(None) == [0, 5, 8] and due(3) == [0, 3, 6, 8]
+
+
+def test_evaluators_are_settings_as_others(tmp_path):
+    made = config.load(
+        None, ["evaluators.docvqa.file=[{path: a.jsonl}, b.jsonl]", "evaluators.docvqa.every=20"]
+    )
+    assert made.evaluators == {
+        "docvqa": EvaluatorSpec(file=[{"path": "a.jsonl"}, "b.jsonl"], every=20)
+    }
+    assert made.flat()["evaluators.docvqa.every"] == 20
+    assert made.having({"evaluators.docvqa.every": 5}).evaluators["docvqa"].every == 5
+    assert made.evaluators["docvqa"].every == 20
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(made.to_dict()))
+    assert config.load(file) == config.load(None, made.flat()) == made
+    given = config.get_config()
+    given.evaluators.docvqa = {"file": "a.jsonl"}
+    assert RunSpec.of(given).evaluators == {"docvqa": EvaluatorSpec(file="a.jsonl")}
+    assert config.load(None).evaluators == {} and config.load(None).to_dict()["evaluators"] == {}
 
 
 def recipe(place, directory, **evaluators):
@@ -180,9 +199,7 @@ def test_an_evaluator_that_cannot_run_is_refused_at_the_start(
     place, tmp_path, monkeypatch, evaluator, message
 ):
     monkeypatch.setattr(vlm_jax.hub.load, "read_leaf", None)  # nobody comes to read weights
-    if "DATA" in evaluator:
-        evaluator = {**evaluator, "file": str(place / "data/train.jsonl")}
     if isinstance(evaluator, dict) and evaluator.get("file") == "DATA":
-        evaluator["file"] = str(place / "data/train.jsonl")
+        evaluator = {**evaluator, "file": str(place / "data/train.jsonl")}
     with pytest.raises(UserError, match=message):
         evaluators_of(config.load(recipe(place, tmp_path, a=evaluator)))
