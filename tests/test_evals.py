@@ -179,6 +179,24 @@ def test_named_evaluators_run_at_steps_of_their_own(place, tmp_path, capsys):
     ]
 
 
+def test_named_evaluators_beside_held_out_data(place, tmp_path):
+    data = str(place / "data/train.jsonl")
+    file = recipe(place, tmp_path, a={"file": data, "max_examples": 2, "every": 2})
+    held_out = [f"data.eval_file={data}", "training.eval_strategy=steps", "training.eval_steps=3"]
+    more = ["training.eval_on_start=true", "training.early_stopping_patience=1"]
+    words = [f"--config.{word}" for word in (*held_out, *more, "evaluation.max_examples=2")]
+    assert main(["train", "--config", file, *words]) == 0
+    rows = lines(tmp_path / "out/evaluations.jsonl")
+    both = {"step", "loss", "accuracy", "examples", "a/accuracy", "a/examples", "seconds"}
+    assert [row["step"] for row in rows] == [0, 2, 3]
+    assert [set(row) for row in rows] == [
+        both,
+        {"step", "a/accuracy", "a/examples", "seconds"},
+        both,
+    ]
+    assert rows[2]["accuracy"] == rows[2]["a/accuracy"]  # of the same two records
+
+
 @pytest.mark.parametrize(
     ("evaluator", "message"),
     [
