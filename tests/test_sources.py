@@ -258,7 +258,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ),
         (
             {"messages": [{**TURN, "content": [{"type": "video", "video": "a"}]}], "video": "b"},
-            "every video part brings its own",
+            "every video part has its own",
         ),
         ({**LLAVA, "image": ["a", "b"]}, "has 2 images, but its turns name 1"),
         (
