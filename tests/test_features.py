@@ -70,7 +70,7 @@ def test_ranks_rates_pages_and_packing(place, made, tmp_path, capsys):
     assert main([*words, "--report_to", "tensorboard", "--verbose"]) == 0
     said = capsys.readouterr().out
     assert "packed rows of tokens x patches: 96 x" in said and f"Wrote '{run}/adapter'." in said
-    assert "layers are computed again in the backward pass (dots); no gradient" in said  # one line
+    assert "layers are recomputed in the backward pass (dots); no gradient" in said  # one line
     adapter = json.loads((run / "adapter/adapter_config.json").read_text())
     assert adapter["use_dora"] and adapter["use_rslora"] and adapter["rank_pattern"]
     assert any((run / "tensorboard").iterdir())

@@ -330,7 +330,7 @@ def test_the_table_shows_what_the_json_holds(report):
         size(tree["host_memory"]), f"{tree['speed']['mfu']:.1%}",
         *(size(part) for part in tree["parts"].values() if part),
         *(f"{one['kind']} {one['dtype']}" for one in tree["exchanges"]),
-        *(f"{one['count']:,} a step" for one in tree["exchanges"]),
+        *(f"{one['count']:,} per step" for one in tree["exchanges"]),
     ]  # fmt: skip
     assert [words for words in expected if words not in shown] == []
 

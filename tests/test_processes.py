@@ -440,7 +440,7 @@ def test_what_several_processes_cannot_do_is_refused(place, monkeypatch):
     with pytest.raises(UserError, match=r"call\s+vlm_jax\.processes\.start"):
         mesh_of(made)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match=r"mesh\.devices is 4, but 2 processes bring 8"):
+    with pytest.raises(UserError, match=r"mesh\.devices is 4, but 2 processes have 8"):
         mesh_of(made)
 
 
