@@ -405,8 +405,8 @@ def test_lines_break_at_words_on_a_terminal(place, straight, tmp_path, monkeypat
     told = capsys.readouterr().err
     assert max(map(len, told.replace(str(run), "").splitlines())) <= 41
     assert told.split("'")[2].split() == ["already", "holds", "a", "run", "(config.json,",
-        "metrics.jsonl,", "checkpoints,", "adapter).", "Go", "on", "with", "it", "by", "--resume,",
-        "take", "another", "training.output_dir,", "or", "delete", "it."]  # fmt: skip
+        "metrics.jsonl,", "checkpoints,", "adapter).", "Resume", "it", "with", "--resume,",
+        "choose", "another", "training.output_dir,", "or", "delete", "it."]  # fmt: skip
 
     console = Lines()
     console.file, console._force_terminal, console._width = io.StringIO(), True, 40
