@@ -207,7 +207,7 @@ def test_bad_records_are_told(tiny):
     found = recommend(some, tiny)
     assert found.config["data"]["on_bad_example"] == "skip"
     (told,) = [(value, why) for what, value, why in found.reasons if what == "left out"]
-    assert told[0].startswith("2 ") and "record 38" in told[1].lower() and "mend" in told[1]
+    assert told[0].startswith("2 ") and "record 38" in told[1].lower() and "repair" in told[1]
 
 
 def test_rows_follow_from_the_lengths(tiny, tmp_path):
