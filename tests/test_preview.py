@@ -355,7 +355,7 @@ def test_bad_input_is_one_paragraph(qwen, tmp_path, capsys):
 
 def test_a_mesh_need_not_be_here(qwen, tmp_path):
     made = config.load(write_config(tmp_path, *qwen))
-    made = made.having({"mesh.data": 4, "mesh.fsdp": 8, "mesh.tensor": 2})
+    made = made.having({"mesh.devices": 0, "mesh.data": 4, "mesh.fsdp": 8, "mesh.tensor": 2})
     assert shards_of(made) == 32
     made = made.having({"mesh.devices": 256, "mesh.data": -1})
     assert shards_of(made) == 128
