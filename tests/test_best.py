@@ -62,7 +62,7 @@ def test_the_best_is_kept_known_again_and_read_without_moments(tmp_path):
         (["data.eval_file=null"], "nothing to evaluate on: set data.eval_file"),
         (["training.eval_strategy=no"], "save_strategy is steps and training.eval_strategy is no"),
         (["training.save_strategy=epoch"], "save_strategy is epoch.*eval_strategy is steps"),
-        (["training.eval_steps=3"], "save_steps is 2.*no multiple of training.eval_steps, 3"),
+        (["training.eval_steps=3"], "save_steps is 2.*not a multiple of training.eval_steps, 3"),
         (
             ["training.metric_for_best_model=accuracy", "evaluation.accuracy=false"],
             "Set evaluation.accuracy=true",
