@@ -437,7 +437,7 @@ def test_what_several_processes_cannot_do_is_refused(place, monkeypatch):
     data = place / "data/train.jsonl"
     made = make_config(place / "base", data, place / "x", "mesh.devices=4")
     monkeypatch.setattr(processes, "count", lambda: 2)
-    with pytest.raises(UserError, match=r"call\s+vlm_jax\.processes\.start"):
+    with pytest.raises(UserError, match=r"call\s+vlm_jax\.distributed\.processes\.start"):
         mesh_of(made)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"mesh\.devices is 4, but 2 processes have 8"):
