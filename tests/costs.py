@@ -28,6 +28,12 @@ MAY_BE_SLOW: dict[str, str] = {
     "tests/test_processes.py::test_two_processes_train_stop_and_go_on_as_one_process_does": (
         "two processes start and compile, and this is the only test of several in the fast tier"
     ),
+    "tests/test_export_spread.py::test_files_are_those_of_one_device[nf4-dq-True]": (
+        "a run on four devices in 4 bits, and exports of it by four devices and by one"
+    ),
+    "tests/test_quantization.py::test_merging_makes_dense_kernels_or_quantizes_again": (
+        "programs of both merges and of the adapted and the merged model, at 4 bits"
+    ),
 }
 
 

@@ -48,7 +48,9 @@ def unpaged(path, kept):
     codes, absmax = np.asarray(kept.codes), np.asarray(kept.absmax)
     absmax = np.broadcast_to(absmax, codes.shape)
     if pages is not None:
-        codes, absmax = (pages.merge_axis(np.moveaxis(x, 0, pages.axis + 1)) for x in (codes, absmax))
+        codes, absmax = (
+            pages.merge_axis(np.moveaxis(x, 0, pages.axis + 1)) for x in (codes, absmax)
+        )
     return store.restore(codes), store.restore(absmax)
 
 

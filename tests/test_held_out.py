@@ -108,4 +108,4 @@ def test_the_held_out_are_previewed(place, capsys, tmp_path):
     assert main(["preview", *arguments, "--config.data.eval_share=0.25"]) == 0
     said = capsys.readouterr().out
     out = ids(hold_out(read_records(place / "data/train.jsonl"), 0.25, seed=42)[1])
-    assert "the first 3 examples as an evaluation" in said and all(one in said for one in out)
+    assert "the first 3 examples in evaluation order" in said and all(one in said for one in out)
