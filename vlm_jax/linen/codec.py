@@ -176,7 +176,7 @@ def load_lora(
         elif tying and (said.copy or (said.leaf and not said.embedding)):
             of_head[key] = said.leaf, tensor  # peft writes the tied head's once more
         else:
-            raise _homeless(directory, key, name, found, homes)
+            raise _unmatched(directory, key, name, found, homes)
     if not matrices:
         raise UserError(f"'{file}' holds no LoRA factors.")
     tied = [name for name in matrices if named[name][0].attended]
@@ -189,7 +189,7 @@ def load_lora(
             for name in tied
         ]
         if not any(is_same(tensor, one) for one in own if one is not None):
-            raise _homeless(directory, key, key, found, homes)
+            raise _unmatched(directory, key, key, found, homes)
     if tied and not tying:
         raise UserError(
             f"The adapter in '{directory}' has LoRA on the embedding '{tied[0]}' but not "
@@ -211,7 +211,7 @@ def _weight(layer: Layer, flat: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(dense(unboxed(flat[layer.leaf]), jnp.float32))
 
 
-def _homeless(
+def _unmatched(
     directory: Path, key: str, name: str, found: Sequence[Layer | Other], known: Mapping[str, Any]
 ) -> UserError:
     others = [one for one in found if isinstance(one, Other) and one.unknown][:2]
