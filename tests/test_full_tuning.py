@@ -20,14 +20,7 @@ from vlm_jax.train.checkpoint import flat_state
 from vlm_jax.train.results import load_run
 from vlm_jax.train.step import averaged, stochastic_round
 from vlm_jax.train.trainable import report, trainable_line, training_table
-from vlm_jax.trees import (
-    flatten,
-    layer_factors,
-    layer_words,
-    match,
-    parse_group,
-    unflatten,
-)
+from vlm_jax.trees import Group, flatten, match, unflatten
 
 pytestmark = pytest.mark.exact
 
@@ -86,7 +79,7 @@ def test_rates_of_layers_are_torchs_groups(optim):
     }
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     params["layers"]["q"]["bias"] = params["layers"]["q"]["bias"].at[0].set(-0.0)
-    table = [("layers/.*", f"full(0.5; layers {layer_words(FACTORS)})"), (".*", "full")]
+    table = [("layers/.*", str(Group("full", 0.5, FACTORS))), (".*", "full")]
     training = {"learning_rate": 1e-2, "weight_decay": 0.1, "lr_scheduler_type": "constant",
                 "max_grad_norm": 1.0, "optim": optim}  # fmt: skip
     tx = vlm_jax.optimizer(params, table, training)
@@ -129,14 +122,13 @@ def test_rates_of_layers_are_torchs_groups(optim):
 
 
 def test_groups_with_layers_are_read_and_checked():
-    assert layer_words((0.0, 0.0, 0.25, 1.0, 1.0, 1.0)) == "0*2, 0.25, 1*3"
-    group = "lora(0.5; layers 0*2, 0.25, 1*3)"
-    assert parse_group(group) == ("lora", 0.5)
-    assert layer_factors(group) == (0.0, 0.0, 0.25, 1.0, 1.0, 1.0)
-    assert layer_factors("full(0.5)") is None and layer_factors("frozen") is None
+    group = Group("lora", 0.5, (0.0, 0.0, 0.25, 1.0, 1.0, 1.0))
+    assert str(group) == "lora(0.5; layers 0*2, 0.25, 1*3)" and Group.parse(str(group)) == group
+    for text in ("full(0.5)", "full", "frozen"):
+        assert str(Group.parse(text)) == text and Group.parse(text).layers is None
     for bad in ("full(1; layers )", "full(1; layers x)", "full(1; layer 1)", "frozen(1; layers 1)"):
         with pytest.raises(UserError, match="group"):
-            parse_group(bad)
+            Group.parse(bad)
     with pytest.raises(UserError, match="one number for each of its 3 layers"):
         vlm_jax.optimizer(
             {"kernel": jnp.zeros((3, 2, 2))}, [(".*", "full(1; layers 0, 1)")], {"max_steps": 3}

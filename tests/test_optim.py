@@ -14,7 +14,7 @@ from transformers import TrainingArguments, get_scheduler
 import vlm_jax
 from vlm_jax import UserError
 from vlm_jax.train.optimizer import OptimizerSettings, learning_rate
-from vlm_jax.trees import parse_group
+from vlm_jax.trees import Group
 
 TABLE = [
     (r".*/lora_[AB]", "lora"),
@@ -140,7 +140,7 @@ def test_bad_settings_and_groups_are_refused():
         vlm_jax.optimizer({"merger": trainable["merger"]}, [(".*", "frozen")], {"max_steps": 3})
     for bad in ("ful", "full(0)", "full(x)", "frozen(1)", "lora(-1)", "full(0.1"):
         with pytest.raises(UserError, match="group"):
-            parse_group(bad)
+            Group.parse(bad)
         with pytest.raises(UserError, match=r"group.*row '\.\*merger\.\*'"):
             vlm_jax.split(make_params(), [(".*merger.*", bad), (".*", "frozen")])
-    assert parse_group("full(0.1)") == ("full", 0.1)
+    assert Group.parse("full(0.1)") == Group("full", 0.1)

@@ -5,6 +5,7 @@ is its keys joined by "/". A table is an ordered sequence of `(regex, value)` ro
 match a whole path, and the first row that does gives the value.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -83,48 +84,73 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
 
 
 FROZEN = "frozen"
+_NUMBERS = r"\s*[\d.e+-]+(?:\*\d+)?\s*"
+_GROUP = re.compile(
+    rf"(frozen|full|lora|adapter)(?:\(([^;)]*)(?:; layers ({_NUMBERS}(?:,{_NUMBERS})*))?\))?"
+)
 
 
-def layer_words(factors: Iterable[float]) -> str:
-    """Return the numbers of a stack's layers, lowest first, as a group writes them: "0*8, 1*24"."""
-    runs = [(value, len(list(same))) for value, same in itertools.groupby(factors)]
-    return ", ".join(f"{value:g}*{count}" if count > 1 else f"{value:g}" for value, count in runs)
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How leaves train: a training table's "frozen", "full", "lora(2.0)" as a value.
 
+    Its string is what a table says, as "full(0.1; layers 0*8, 1*24)"; `Group.parse` reads it.
 
-def layer_factors(group: str) -> tuple[float, ...] | None:
-    """Return what the rate of each layer is multiplied by, of "full(0.1; layers 0*8, 1*24)".
-
-    Layers of factor 0 are frozen. None: the group has no such numbers.
+    kind: "frozen", "full", "lora" or "adapter".
+    scale: of the learning rate, above 0.
+    layers: the factor of the learning rate of each layer of a stack, lowest first, where layers
+        differ; those of factor 0 are frozen.
     """
-    parse_group(group)
-    _, words, listed = group.rstrip(")").partition("; layers ")
-    parts = [part.partition("*") for part in listed.split(",")] if words else []
-    numbers = [float(value) for value, _, count in parts for _ in range(int(count or 1))]
-    return tuple(numbers) or None
+
+    kind: str = FROZEN
+    scale: float = 1.0
+    layers: tuple[float, ...] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Group":
+        """Return the group of its string. Raises `UserError` for anything else."""
+        found = _GROUP.fullmatch(str(text))
+        try:
+            assert found is not None
+            kind, scale, listed = found.groups()
+            assert kind != FROZEN or scale is None
+            runs = [run.partition("*") for run in listed.split(",")] if listed else []
+            factors = [float(value) for value, _, count in runs for _ in range(int(count or 1))]
+            group = cls(kind, 1.0 if scale is None else float(scale), tuple(factors) or None)
+            assert group.scale > 0 and math.isfinite(group.scale)
+        except (AssertionError, ValueError):
+            raise UserError(
+                f"The training table has the group {text!r}; expected 'frozen', 'full', 'lora', "
+                f"'adapter', or one of the last three with a positive learning-rate scale, as in "
+                f"'full(0.1)', and maybe a factor for each layer of a stack, as in "
+                f"'full(0.1; layers 0*8, 1*24)'."
+            ) from None
+        return group
+
+    def __str__(self) -> str:
+        if self.layers is not None:
+            runs = [(factor, len(list(same))) for factor, same in itertools.groupby(self.layers)]
+            words = (f"{value:g}*{count}" if count > 1 else f"{value:g}" for value, count in runs)
+            return f"{self.kind}({self.scale!r}; layers {', '.join(words)})"
+        return self.kind if self.scale == 1 else f"{self.kind}({self.scale!r})"
+
+    @property
+    def frozen(self) -> bool:
+        return self.kind == FROZEN
 
 
-def parse_group(group: str) -> tuple[str, float]:
-    """Return (method, learning-rate scale) of "frozen", "full", "lora", "adapter", "full(0.1)".
+def groups_of(table: Table, paths: Iterable[str], unused: str = "raise") -> dict[str, Group]:
+    """Return `{path: Group}` by a training table of (regex, string) rows, as `match` does.
 
-    The latter two may have numbers of layers too, see `layer_factors`. Raises `UserError` for
-    anything else.
+    Raises `UserError` for a string that is no group, naming its row.
     """
-    number = r"\s*[\d.e+-]+(?:\*\d+)?\s*"
-    layers = rf"(?:; layers {number}(?:,{number})*)?"
-    found = re.fullmatch(rf"(frozen|full|lora|adapter)(?:\(([^;)]*){layers}\))?", str(group))
-    try:
-        assert found is not None
-        method, scale = found[1], 1.0 if found[2] is None else float(found[2])
-        assert method != FROZEN or found[2] is None
-        assert scale > 0 and math.isfinite(scale)
-    except (AssertionError, ValueError):
-        raise UserError(
-            f"The training table has the group {group!r}; expected 'frozen', 'full', 'lora', "
-            f"'adapter', or one of the last three with a positive learning-rate scale, as in "
-            f"'full(0.1)', and maybe a factor for each layer of a stack, as in "
-            f"'full(0.1; layers 0*8, 1*24)'."
-        ) from None
-    return method, scale
+    rows = []
+    for pattern, text in table:
+        try:
+            rows.append((pattern, Group.parse(text)))
+        except UserError as error:
+            raise UserError(f"{error} It stands in the row {pattern!r}.") from None
+    return match(rows, paths, "training table", unused)
 
 
 def split(params: Tree, table: Table) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,15 +161,10 @@ def split(params: Tree, table: Table) -> tuple[dict[str, Any], dict[str, Any]]:
     copied. `join` undoes it. Raises `UserError` for an unknown group, naming its row, and as
     `match` does.
     """
-    for pattern, group in table:
-        try:
-            parse_group(group)
-        except UserError as error:
-            raise UserError(f"{error} It stands in the row {pattern!r}.") from None
-    groups = match(table, flatten(params), "training table")
     flat = flatten(params)
-    trainable = {path: leaf for path, leaf in flat.items() if groups[path] != FROZEN}
-    frozen = {path: leaf for path, leaf in flat.items() if groups[path] == FROZEN}
+    groups = groups_of(table, flat)
+    trainable = {path: leaf for path, leaf in flat.items() if not groups[path].frozen}
+    frozen = {path: leaf for path, leaf in flat.items() if groups[path].frozen}
     return unflatten(trainable), unflatten(frozen)
 
 

@@ -135,7 +135,7 @@ NAMED = (
     Named(
         "the projector's own learning rate is ignored",
         "train/optimizer.py",
-        "parse_group(groups[path])[1],",
+        "groups[path].scale,",
         "1.0,",
         ("tests/test_optim.py::test_updates_equal_torch_adamw_with_clipping_and_groups[0.0]",),
     ),

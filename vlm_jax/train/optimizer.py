@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,19 +13,9 @@ from ml_collections import ConfigDict
 from vlm_jax.config.checks import optimizer_name
 from vlm_jax.config.schema import coerce, get_config
 from vlm_jax.errors import UserError, nearest
-from vlm_jax.model import Model
 from vlm_jax.train.optimizers import RULES, each_tensor, scale_by_adam, takes
 from vlm_jax.train.schedules import schedule
-from vlm_jax.trees import (
-    FROZEN,
-    Table,
-    flatten,
-    layer_factors,
-    layer_words,
-    map_leaves,
-    match,
-    parse_group,
-)
+from vlm_jax.trees import Group, Table, flatten, map_leaves, match
 from vlm_jax.weights import is_quantized
 
 # Decay pulls a weight towards zero; a norm's scale and a bias have no business there.
@@ -174,18 +163,26 @@ def optimizer(
     Raises:
         UserError: where nothing trains, or a group or the optimizer is unknown.
     """
-    settings = OptimizerSettings.of(training)
-    groups = match(table, flatten(trainable), "training table", unused="allow")
+    settings, flat = OptimizerSettings.of(training), flatten(trainable)
+    texts = match(table, flat, "training table", unused="allow")
+    groups = {path: Group.parse(text) for path, text in texts.items()}
     if not groups:
         raise UserError("Nothing is left to train: the training table freezes every parameter.")
-    frozen = [path for path, group in groups.items() if parse_group(group)[0] == FROZEN]
+    frozen = [path for path, group in groups.items() if group.frozen]
     if frozen:
         raise UserError(
             f"The training table freezes '{frozen[0]}', which is among the trainable leaves. Pass "
             f"the first tree of vlm_jax.split(params, table) with the same table."
         )
-
-    quantized = [path for path, leaf in flatten(trainable).items() if is_quantized(leaf)]
+    layers = {path: group.layers for path, group in groups.items() if group.layers is not None}
+    for path, factors in layers.items():
+        shape = flat[path].shape
+        if shape[:1] != (len(factors),):
+            raise UserError(
+                f"The training table has the group {texts[path]!r} for '{path}', which is of shape "
+                f"{shape}: it needs one number for each of its {shape[0] if shape else 0} layers."
+            )
+    quantized = [path for path, leaf in flat.items() if is_quantized(leaf)]
     if quantized:
         raise UserError(
             f"The training table trains '{quantized[0]}', which is stored in 4 bits: codes have no "
@@ -202,135 +199,46 @@ def optimizer(
 
     shardings = {
         path: None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-        for path, leaf in flatten(trainable).items()
+        for path, leaf in flat.items()
     }
-    check_layers(groups, {path: leaf.shape for path, leaf in flatten(trainable).items()})
     kind = optimizer_name(settings.optim)
-    own = {path: takes(kind, path) for path in groups}
+    kinds = {path: kind if takes(kind, path) else "adamw" for path in flat}
     # A group that two optimizers share has two names; checkpoints know the others by their own.
-    names = {path: group if own[path] else f"{group} adamw" for path, group in groups.items()}
+    names = {path: text if kinds[path] == kind else f"{text} adamw" for path, text in texts.items()}
     transforms = {
-        name: one_group(
-            settings,
-            kind if own[path] else "adamw",
-            parse_group(groups[path])[1],
-            decay_mask,
-            shardings,
-        )
+        name: one_group(settings, kinds[path], groups[path].scale, decay_mask, shardings)
         for path, name in names.items()
     }
-    labels = map_leaves(lambda path, _: names[path], trainable)
-    groups_tx = optax.multi_transform(transforms, labels)
+    groups_tx = optax.multi_transform(
+        transforms, map_leaves(lambda path, _: names[path], trainable)
+    )
     # Without a limit it is infinite: the state keeps one structure whatever the settings.
     limit = settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf
     clip = clip_by_global_norm(limit)
-    if any_layers(groups):  # neither of these has a state, so checkpoints keep their names
-        clip = optax.chain(frozen_layers(groups), clip)
-        inner, layers = groups_tx, scaled(groups)
+    if layers:  # neither of these has a state, so checkpoints keep their names
+        # Gradients of frozen layers are zeros, which the clipped norm does not see.
+        trains = {path: [float(f > 0) for f in fs] for path, fs in layers.items() if 0 in fs}
+        clip = optax.chain(scale_layers(trains), clip)
+        inner, scaled = groups_tx, scale_layers(layers)
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
             updates, state = inner.update(updates, state, params)
-            return layers.update(updates, optax.EmptyState(), params)[0], state
+            return scaled.update(updates, optax.EmptyState(), params)[0], state
 
         groups_tx = optax.GradientTransformation(inner.init, update)
     return optax.chain(clip, groups_tx)
 
 
-def layerwise_rates(
-    model: Model, paths: Sequence[str], freeze_layers: int, vision_layer_decay: float
-) -> dict[str, tuple[float, ...] | float]:
-    """Return {regex of paths: factor of the rate, or one for each layer of a stack}.
+def scale_layers(factors: Mapping[str, Sequence[float]]) -> optax.GradientTransformation:
+    """Multiply the leaf of each path by its factors, one for each layer of the stack.
 
-    freeze_layers: blocks of the language model that do not train, from the lowest on.
-    vision_layer_decay: what each block of the tower is slower by than the one above it, and what
-    lies below the blocks than the lowest (https://arxiv.org/abs/2106.08254, appendix H).
-    Raises `UserError` where no block would be left.
+    A factor of 0 gives -0.0: as an update it leaves even the sign of a zero as it was.
     """
-    found: dict[str, tuple[float, ...] | float] = {}
-    for prefix, count in model.config.stacks.items():
-        inside = [path for path in paths if path.startswith(f"{prefix}/")]
-        if not inside:
-            continue
-        component = model.component(inside[0])
-        if component == "language_model" and freeze_layers > 0:
-            if freeze_layers >= count:
-                raise UserError(
-                    f"model.freeze_layers is {freeze_layers}, but the language model has {count} "
-                    f"layers. Freeze fewer, or set model.language_model_lr_scale=0.0 to freeze it "
-                    "all."
-                )
-            found[f"{prefix}/.*"] = (0.0,) * freeze_layers + (1.0,) * (count - freeze_layers)
-        if component == "vision" and vision_layer_decay < 1:
-            found[f"{prefix}/.*"] = tuple(vision_layer_decay ** (count - i) for i in range(count))
-            for path in paths:
-                if model.component(path) == "vision" and path not in inside:
-                    if not re.fullmatch(model.config.BEHIND, path):
-                        found[re.escape(path)] = vision_layer_decay ** (count + 1)
-    return found
-
-
-def with_rates(
-    rows: Sequence[tuple[str, str]],
-    rates: Mapping[str, tuple[float, ...] | float],
-    paths: Sequence[str],
-) -> list[tuple[str, str]]:
-    """Return a training table whose groups hold the rates of `layerwise_rates`.
-
-    A row that trains such leaves gets one above it for them.
-    """
-    made: list[tuple[str, str]] = []
-    for pattern, group in rows:
-        for regex, factor in rates.items() if group != FROZEN else ():
-            row = f"(?={regex}$){pattern}"
-            if any(re.fullmatch(row, path) for path in paths):
-                method, scale = parse_group(group)
-                if isinstance(factor, tuple):
-                    made.append((row, f"{method}({scale!r}; layers {layer_words(factor)})"))
-                else:
-                    made.append((row, f"{method}({float(f'{scale * factor:g}')!r})"))
-        made.append((pattern, group))
-    return made
-
-
-def check_layers(groups: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `UserError` where a group has numbers of other layers than a leaf of it."""
-    for path, group in groups.items():
-        factors = layer_factors(group)
-        if factors is not None and shapes[path][:1] != (len(factors),):
-            raise UserError(
-                f"The training table has the group {group!r} for '{path}', which is of shape "
-                f"{shapes[path]}: it needs one number for each of its "
-                f"{shapes[path][0] if shapes[path] else 0} layers."
-            )
-
-
-def scaled(groups: Mapping[str, str]) -> optax.GradientTransformation:
-    """Return what multiplies each leaf by its group's factors of layers; frozen ones do not move.
-
-    Their update is -0.0, which leaves even the sign of a zero as it was. As gradients they are then
-    zeros, of which no norm takes notice.
-    """
-    factors = {path: layer_factors(group) for path, group in groups.items()}
 
     def one(path: str, leaf: Any) -> Any:
-        numbers = factors.get(path)
-        if numbers is None or isinstance(leaf, optax.MaskedNode):
+        if path not in factors or isinstance(leaf, optax.MaskedNode):
             return leaf
-        factor = jnp.asarray(numbers, leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))
+        factor = jnp.asarray(factors[path], leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))
         return jnp.where(factor == 0, jnp.asarray(-0.0, leaf.dtype), factor * leaf)
 
     return optax.stateless(lambda updates, _: map_leaves(one, updates))
-
-
-def frozen_layers(groups: Mapping[str, str]) -> optax.GradientTransformation:
-    """Return what takes the gradients of frozen layers away."""
-    only = {
-        path: f"full(1; layers {layer_words(float(f > 0) for f in factors)})"
-        for path, group in groups.items()
-        if (factors := layer_factors(group)) is not None and 0 in factors
-    }
-    return scaled(only)
-
-
-def any_layers(groups: Mapping[str, str]) -> bool:
-    return any(layer_factors(group) is not None for group in groups.values())

@@ -1,8 +1,10 @@
 """Trainable parameters: the recipe as a training table; counts as PEFT reports them."""
 
+import collections
+import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.adapters.added_tokens import is_added
@@ -20,15 +22,8 @@ from vlm_jax.model import Model
 from vlm_jax.models.layers.bottleneck import is_adapter
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.names import stacked_layers
-from vlm_jax.train.optimizer import layerwise_rates, with_rates
-from vlm_jax.trees import FROZEN, Table, flatten, layer_factors, match, parse_group
+from vlm_jax.trees import Group, Table, flatten, groups_of
 from vlm_jax.weights import is_quantized
-
-
-def _group(method: str, scale: float) -> str:
-    if scale == 0:
-        return FROZEN
-    return method if scale == 1 else f"{method}({scale!r})"
 
 
 def training_table(
@@ -66,17 +61,16 @@ def training_table(
         UserError: for contradictions, and where nothing is left to train.
     """
     paths = list(flatten(params))
-    scales = {"vision": vision_encoder_lr_scale, "projector": projector_lr_scale}
     keys = {"vision": "vision_encoder_lr_scale", "projector": "projector_lr_scale"}
+    scales = dict.fromkeys((name for _, name in model.config.COMPONENTS), language_model_lr_scale)
+    scales |= {"vision": vision_encoder_lr_scale, "projector": projector_lr_scale}
+    language = scales.keys() - keys.keys()
     adapted = {model.component(path) for path in paths if is_lora(path) or is_adapter(path)}
     if modules_to_save is None:
         modules_to_save = model.modules_to_save
 
-    def scale_of(component: str) -> float:
-        return scales.get(component, language_model_lr_scale)
-
     for component in sorted(adapted):
-        if scale_of(component) == 0:
+        if scales[component] == 0:
             key = keys.get(component, "language_model_lr_scale")
             raise UserError(
                 f"LoRA targets layers of the {component}, or adapters stand in it, but model.{key} "
@@ -84,79 +78,139 @@ def training_table(
                 f"lora.target_modules or adapter.components."
             )
 
-    dora = any(path.endswith("/lora_magnitude") for path in paths)
-    kinds = {r"lora_(A|B|magnitude)" if dora else r"lora_[AB]": 1.0}
-    if loraplus_lr_ratio != 1:
-        kinds = {"lora_B": loraplus_lr_ratio, r"lora_(A|magnitude)" if dora else "lora_A": 1.0}
-    method = "lora"
-    if any(map(is_adapter, paths)):
-        method, kinds = "adapter", {r"adapter_(down|up|norm_before)/.*": 1.0}
-    rows: list[tuple[str, str]] = []
-    for leaves, ratio in kinds.items():
-        own = {p: ratio * scale_of(name) for p, name in model.config.COMPONENTS if name in adapted}
+    # What is added, then modules to save, biases, and each component as a whole.
+    bottlenecks = any(map(is_adapter, paths))
+    rows: list[tuple[str, Group]] = []
+    for leaves, ratio in _added_leaves(paths, bottlenecks, loraplus_lr_ratio).items():
+        own = {p: ratio * scales[name] for p, name in model.config.COMPONENTS if name in adapted}
+        kind = "adapter" if bottlenecks else "lora"
         if len(set(own.values())) == 1:  # the usual case reads better as one row
-            rows.append((rf".*/{leaves}", _group(method, next(iter(own.values())))))
+            rows.append((rf".*/{leaves}", _group(kind, next(iter(own.values())))))
         else:
-            rows += [(f"(?={p}$).*/{leaves}", _group(method, scale)) for p, scale in own.items()]
-    if any(is_added(path) for path in paths):
+            rows += [(f"(?={p}$).*/{leaves}", _group(kind, scale)) for p, scale in own.items()]
+    if any(map(is_added, paths)):
         rows.append((r".*/added", _group("full", language_model_lr_scale)))
     modules = module_names(model, params)
     for name in modules_to_save:
         owners = {model.component(path) for path in saved_leaves(model, params, (name,))}
         known = peft_module(model, modules, name)
         assert known is not None
-        if owners and all(scale_of(owner) == 0 for owner in owners):
+        if owners and all(scales[owner] == 0 for owner in owners):
             key = keys.get(min(owners), "language_model_lr_scale")
             raise UserError(
                 f"lora.modules_to_save names '{known}', but model.{key} is 0.0, which freezes it. "
                 f"Set the scale above 0 or remove '{known}'."
             )
-        if owners <= scales.keys() - adapted:
+        if owners <= keys.keys() - adapted:
             continue  # the tower and the projector have rows below
         regex = rf".*{re.escape(known.replace('.', '/'))}/.*"
         for pattern, component in model.config.COMPONENTS:
             if component in owners:
                 row = regex if len(owners) == 1 else f"(?={pattern}$){regex}"
-                rows.append((row, _group("full", scale_of(component))))
-    rows += _bias_rows(
-        model,
-        params,
-        {
-            component: scale_of(component)
-            for _, component in model.config.COMPONENTS
-            if component in adapted or (component not in scales and lora_enabled)
-        },
-    )
+                rows.append((row, _group("full", scales[component])))
+    partly = adapted | (language if lora_enabled else set())
+    rows += _bias_rows(model, params, {name: scales[name] for name in scales if name in partly})
+    if bottlenecks:
+        partly |= language
     for pattern, component in model.config.COMPONENTS:
-        language = component not in scales
-        if component in adapted or (language and (lora_enabled or method == "adapter")):
-            rows.append((pattern, FROZEN))
-        else:
-            rows.append((pattern, _group("full", scale_of(component))))
+        rows.append(
+            (pattern, Group() if component in partly else _group("full", scales[component]))
+        )
 
     rates = layerwise_rates(model, paths, freeze_layers, vision_layer_decay)
     rows = with_rates(rows, rates, paths)
-    rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
-    groups = match(rows, paths, "training table")
+    table = [(row, str(group)) for row, group in rows if any(re.fullmatch(row, p) for p in paths)]
+    groups = groups_of(table, paths)
     for path, leaf in flatten(params).items():
-        if is_quantized(leaf) and groups[path] != FROZEN:
+        if is_quantized(leaf) and not groups[path].frozen:
             raise UserError(
                 f"'{path}' is to be trained, but it is stored in 4 bits, whose codes have no "
                 f"gradient. Enable lora for the {model.component(path)} or freeze it by its "
                 f"learning-rate scale; or leave it out of the quantization."
             )
-    if all(group == FROZEN for group in groups.values()):
+    if all(group.frozen for group in groups.values()):
         raise UserError(
             "Nothing is left to train: every component is frozen. Enable lora, or set one of "
             "model.vision_encoder_lr_scale, model.projector_lr_scale and "
             "model.language_model_lr_scale above 0."
         )
-    return rows
+    return table
+
+
+def layerwise_rates(
+    model: Model, paths: Sequence[str], freeze_layers: int, vision_layer_decay: float
+) -> dict[str, tuple[float, ...] | float]:
+    """Return {regex of paths: factor of the rate, or one for each layer of a stack}.
+
+    freeze_layers: blocks of the language model that do not train, from the lowest on.
+    vision_layer_decay: what each block of the tower is slower by than the one above it, and what
+    lies below the blocks than the lowest (https://arxiv.org/abs/2106.08254, appendix H).
+    Raises `UserError` where no block would be left.
+    """
+    found: dict[str, tuple[float, ...] | float] = {}
+    for prefix, count in model.config.stacks.items():
+        inside = [path for path in paths if path.startswith(f"{prefix}/")]
+        if not inside:
+            continue
+        component = model.component(inside[0])
+        if component == "language_model" and freeze_layers > 0:
+            if freeze_layers >= count:
+                raise UserError(
+                    f"model.freeze_layers is {freeze_layers}, but the language model has {count} "
+                    f"layers. Freeze fewer, or set model.language_model_lr_scale=0.0 to freeze it "
+                    "all."
+                )
+            found[f"{prefix}/.*"] = (0.0,) * freeze_layers + (1.0,) * (count - freeze_layers)
+        if component == "vision" and vision_layer_decay < 1:
+            found[f"{prefix}/.*"] = tuple(vision_layer_decay ** (count - i) for i in range(count))
+            for path in paths:
+                if model.component(path) == "vision" and path not in inside:
+                    if not re.fullmatch(model.config.BEHIND, path):
+                        found[re.escape(path)] = vision_layer_decay ** (count + 1)
+    return found
+
+
+def with_rates(
+    rows: Sequence[tuple[str, Group]],
+    rates: Mapping[str, tuple[float, ...] | float],
+    paths: Sequence[str],
+) -> list[tuple[str, Group]]:
+    """Return the rows of a training table with the rates of `layerwise_rates`.
+
+    A row that trains such leaves gets one above it for them.
+    """
+    made: list[tuple[str, Group]] = []
+    for pattern, group in rows:
+        for regex, factor in rates.items() if not group.frozen else ():
+            row = f"(?={regex}$){pattern}"
+            if any(re.fullmatch(row, path) for path in paths):
+                if isinstance(factor, tuple):
+                    changed = dataclasses.replace(group, layers=factor)
+                else:
+                    changed = dataclasses.replace(group, scale=float(f"{group.scale * factor:g}"))
+                made.append((row, changed))
+        made.append((pattern, group))
+    return made
+
+
+def _group(kind: str, scale: float) -> Group:
+    """Return the group of this learning-rate scale; 0 freezes it."""
+    return Group(kind, scale) if scale else Group()
+
+
+def _added_leaves(paths: Iterable[str], bottlenecks: bool, ratio: float) -> dict[str, float]:
+    """Return {regex of what LoRA or adapters add to a layer: its share of the learning rate}."""
+    if bottlenecks:
+        return {r"adapter_(down|up|norm_before)/.*": 1.0}
+    dora = any(path.endswith("/lora_magnitude") for path in paths)
+    if ratio != 1:
+        return {"lora_B": ratio, r"lora_(A|magnitude)" if dora else "lora_A": 1.0}
+    return {r"lora_(A|B|magnitude)" if dora else r"lora_[AB]": 1.0}
 
 
 def _bias_rows(
     model: Model, params: Mapping[str, Any], scales: Mapping[str, float]
-) -> list[tuple[str, str]]:
+) -> list[tuple[str, Group]]:
     """Return the rows of the biases that `LoRA.bias` trains. scales: of components not in full.
 
     A component whose scale is 0 stays frozen, and so do its biases.
@@ -207,32 +261,31 @@ def report(
 
     Of layers that differ it is the highest.
     """
-    flat = flatten(params)
-    groups = match(table, flat, "training table")
-    counts: dict[tuple[str, str], int] = {}
+    groups = groups_of(table, flatten(params))
+    counts: collections.Counter[tuple[str, Group]] = collections.Counter()
     trains = trained_sizes(model, params, groups)
     for path, size in leaf_sizes(model, params).items():
-        for group, count in ((groups[path], trains[path]), (FROZEN, size - trains[path])):
-            key = (model.component(path), group)
-            counts[key] = counts.get(key, 0) + count
-    counts = {key: count for key, count in counts.items() if count}
+        counts[model.component(path), groups[path]] += trains[path]
+        counts[model.component(path), Group()] += size - trains[path]
     order = ["vision", "projector", "embeddings", "language_model", "head"]
-    rows = []
-    for (component, group), count in sorted(counts.items(), key=lambda i: order.index(i[0][0])):
-        method, scale = parse_group(group)
-        names = {"frozen": "nothing (frozen)", "full": "all weights", "lora": "LoRA"}
-        names["adapter"] = "adapters"
-        fastest = max(layer_factors(group) or (1.0,))
-        rate = None if method == FROZEN else learning_rate * scale * fastest
-        rows.append(
-            {
-                "component": component,
-                "trains": names[method],
-                "parameters": count,
-                "learning_rate": rate,
-            }
-        )
-    return rows
+    names = {
+        "frozen": "nothing (frozen)",
+        "full": "all weights",
+        "lora": "LoRA",
+        "adapter": "adapters",
+    }
+    return [
+        {
+            "component": component,
+            "trains": names[group.kind],
+            "parameters": count,
+            "learning_rate": None
+            if group.frozen
+            else learning_rate * group.scale * max(group.layers or (1.0,)),
+        }
+        for (component, group), count in sorted(counts.items(), key=lambda i: order.index(i[0][0]))
+        if count
+    ]
 
 
 def leaf_sizes(model: Model, params: Mapping[str, Any]) -> dict[str, int]:
@@ -246,17 +299,14 @@ def leaf_sizes(model: Model, params: Mapping[str, Any]) -> dict[str, int]:
 
 
 def trained_sizes(
-    model: Model, params: Mapping[str, Any], groups: Mapping[str, str]
+    model: Model, params: Mapping[str, Any], groups: Mapping[str, Group]
 ) -> dict[str, int]:
     """Return {path: those of its parameters that train}. groups: of a training table, by path."""
     flat, found = flatten(params), {}
     for path in flat:
-        sizes, factors = _sizes(model, flat, path), layer_factors(groups[path])
-        if parse_group(groups[path])[0] == FROZEN:
-            found[path] = 0
-        else:
-            moves = [1.0] * len(sizes) if factors is None else factors
-            found[path] = sum(size for size, f in zip(sizes, moves, strict=True) if f)
+        sizes, group = _sizes(model, flat, path), groups[path]
+        factors = group.layers or [float(not group.frozen)] * len(sizes)
+        found[path] = sum(size for size, f in zip(sizes, factors, strict=True) if f)
     return found
 
 
@@ -287,7 +337,7 @@ def count_parameters(
     sizes = leaf_sizes(model, params)
     copied = saved_modules(model, params, model.modules_to_save).leaves
     if table is not None:
-        trained = trained_sizes(model, params, match(table, sizes, "training table"))
+        trained = trained_sizes(model, params, groups_of(table, sizes))
     elif model.lora is not None or model.adapter is not None:
         own = [path for path in sizes if is_lora(path) or is_adapter(path) or path in copied]
         trained = {path: sizes[path] for path in own}
