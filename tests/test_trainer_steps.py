@@ -12,7 +12,7 @@ from tiers import fast
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vlm_jax.data import Encoder, Pipeline
-from vlm_jax.train.selection import total_steps
+from vlm_jax.train.setup import total_steps
 
 
 class Line(torch.nn.Module):

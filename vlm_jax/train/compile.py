@@ -13,7 +13,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.model import Model
 from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.sharding import batch_shardings, check_lengths
-from vlm_jax.train.losses import Objective, cross_entropy, joined
+from vlm_jax.train.losses import joined
 from vlm_jax.train.step import TrainState
 
 Shape = tuple[int, int]  # tokens, patches
@@ -149,22 +149,22 @@ def compile_largest_step(
 
 
 def compile_largest_loss(
+    objective: Callable,
     model: Model,
     state: TrainState,
     frozen: Any,
     shapes: Sequence[Shape],
     rows: int,
     mesh: Any,
-    label_smoothing: float = 0.0,
     wider: Sequence[Shape] = (),
     tell: Tell = nullcontext,
-    objective: Objective = cross_entropy,
 ) -> OnceAShape:
-    """Return (trainable, frozen, batch) -> the objective's sums, compiled as the step is."""
+    """Return (trainable, frozen, batch) -> the objective's sums, compiled as the step is.
+
+    objective: of train.losses.OBJECTIVES, with its options.
+    """
     jitted = jax.jit(
-        lambda trainable, frozen, batch: objective(
-            model, joined(model, trainable, frozen), batch, label_smoothing=label_smoothing
-        )
+        lambda trainable, frozen, batch: objective(model, joined(model, trainable, frozen), batch)
     )
     check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)

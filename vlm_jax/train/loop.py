@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,7 +12,6 @@ from rich.console import Console
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.files.atomic import write_json
-from vlm_jax.sharding import row_parts, row_share
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     compile_largest_loss,
@@ -20,11 +20,11 @@ from vlm_jax.train.compile import (
 )
 from vlm_jax.train.fingerprint import identity, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
-from vlm_jax.train.metrics import Watch, added_only, evaluated, told, untrained
+from vlm_jax.train.metrics import Watch, added_only, evaluated, untrained
 from vlm_jax.train.optimizer import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.placement import Feed, on_mesh
 from vlm_jax.train.preemption import Stopped, interruptible
-from vlm_jax.train.progress import Bar, Doing, closing_lines, opening_lines
+from vlm_jax.train.progress import Bar, Doing, Monitor, closing_lines, opening_lines
 from vlm_jax.train.results import write_result
 from vlm_jax.train.run_dir import (
     Places,
@@ -39,17 +39,15 @@ from vlm_jax.train.selection import (
     Intervals,
     Patience,
     Standing,
-    best_leaves,
     best_of,
     patience_of,
-    total_steps,
+    result_leaves,
 )
 from vlm_jax.train.setup import (
     absolute_paths,
     build,
-    evaluates,
+    data_of,
     evaluators_of,
-    make_pipeline,
     objective_of,
     state_options,
     step_options,
@@ -114,81 +112,71 @@ def _train(
     processes.check_same("configs", settings_of(config))
 
     # Model and data
-    mesh, named = mesh_of(config), evaluators_of(config)
+    mesh, evaluators = mesh_of(config), evaluators_of(config)
     model, params, table, encoder = build(config, mesh)
-    rows, share = rows_of(config, mesh), row_share(mesh)
-    eval_rows = t.per_device_eval_batch_size * row_parts(mesh)
-    data, held_out = make_pipeline(config, encoder, rows, share), None
-    if evaluates(config):
-        held_out = make_pipeline(config, encoder, eval_rows, share, training=False)
-    total = total_steps(t.max_steps, t.num_train_epochs, data.steps_per_epoch)
-    epoch = data.steps_per_epoch or total
+    data = data_of(config, encoder, mesh, rows_of(config, mesh))
     intervals = Intervals.of(
-        t, epoch, total, held_out is not None, best, patience, config.evaluators
+        t, data.epoch, data.total, data.held_out is not None, best, patience, config.evaluators
     )
 
     # Optimizer and state
+    trainable, frozen = split(params, table)
+    trained = list(flatten(trainable))
+    idle, warnings = untrained(model, trained, data.training.may_have_images, encoder.tokenizer)
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
-    for line in opening_lines(model, params, data, held_out, rows, total, mesh, verbose):
+    for line in (*opening_lines(model, params, data, mesh, verbose), *warnings):
         say(console, line)
-    trainable, frozen = split(params, table)
-    trained = list(flatten(trainable))
-    idle, warnings = untrained(model, trained, data.may_have_images, encoder.tokenizer)
-    for line in warnings:
-        say(console, line)
-    settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=total)
+    settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=data.total)
     still = [path for path in trained if model.component(path) in idle]
     tx = optimizer(trainable, table, settings, still)
     state = on_mesh(init_state(trainable, tx, t.seed, **state_options(config)), mesh)
     del params, trainable
 
     # Resume
-    same = identity(config, model, table, rows)
-    processes.check_same("data and base checkpoints", {**same, "shapes": data.shapes})
-    checkpoints = None
+    same = identity(config, model, table, data.rows)
+    processes.check_same("data and base checkpoints", {**same, "shapes": data.training.shapes})
+    open_checkpoints = partial(Checkpoints, places.checkpoints, same, t.save_total_limit, best)
+    checkpoints = open_checkpoints() if resume else None
     run = Standing(state, pending=t.eval_on_start and bool(intervals.evaluate), patience=patience)
-    if resume:
-        checkpoints = Checkpoints(places.checkpoints, same, t.save_total_limit, best)
-        if checkpoints.steps:
-            run.restore(checkpoints, bool(intervals.evaluate), lambda words: say(console, words))
-        console.print(f"Resuming '{directory}' from step {run.step}.", highlight=False)
     del state
+    if checkpoints is not None:
+        if checkpoints.steps:
+            run.restore(checkpoints, bool(intervals.evaluate), partial(say, console))
+        console.print(f"Resuming '{directory}' from step {run.step}.", highlight=False)
 
     # Compile: the largest shapes first, so that what cannot run fails now
-    doing = Doing(console)
+    doing, feed = Doing(console), Feed(encoder, mesh)
     step = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
-    run_step = compile_largest_step(
-        step, model, run.state, frozen, data.shapes, rows, mesh, data.wider, doing
-    )
-    losses = held_out and compile_largest_loss(
-        model, run.state, frozen, held_out.shapes, eval_rows, mesh,
-        t.label_smoothing_factor, held_out.wider, doing, objective_of(config),
-    )  # fmt: skip
-    feed = Feed(encoder, mesh)
+    shapes = data.training.shapes, data.rows, mesh, data.training.wider
+    run_step = compile_largest_step(step, model, run.state, frozen, *shapes, doing)
+    losses: Any = None
+    if data.held_out is not None:
+        shapes = data.held_out.shapes, data.held_out_rows, mesh, data.held_out.wider
+        objective = partial(objective_of(config), label_smoothing=t.label_smoothing_factor)
+        losses = compile_largest_loss(objective, model, run.state, frozen, *shapes, doing)
 
     # From here on things are written
     with contextlib.ExitStack() as opened:
         opened.enter_context(nothing_half_written(places))
-        settings_told = absolute_paths(config)
+        written = absolute_paths(config)
         if processes.is_primary():
-            write_json(directory / "config.json", settings_told)
-        checkpoints = checkpoints or Checkpoints(places.checkpoints, same, t.save_total_limit, best)
+            write_json(directory / "config.json", written)
+        checkpoints = checkpoints or open_checkpoints()
         checkpoints.claim = claim
         log = open_log(
-            directory, t.report_to, run_name=t.run_name, project=t.project, config=settings_told,
+            directory, t.report_to, run_name=t.run_name, project=t.project, config=written,
             resume_step=run.step if resume else None,
         )  # fmt: skip
-        watch = Watch(
-            log, learning_rate(settings), epoch, intervals.log, added_only(trained, model.component)
-        )
-        batches: Any = data.batches(run.place, feed.bytes_only)
+        rare = added_only(trained, model.component)
+        watch = Watch(log, learning_rate(settings), data.epoch, intervals.log, rare)
+        batches: Any = data.training.batches(run.place, feed.bytes_only)
         stop = opened.enter_context(interruptible(mesh))  # until the last checkpoint is whole
         opened.enter_context(checkpoints)
         opened.enter_context(contextlib.closing(batches))
-        bar = Bar(doing, total, run.step, stop.asked.is_set)
-        opened.enter_context(bar.drawn())
+        monitor = Monitor(watch, Bar(doing, data.total, run.step, stop.asked.is_set))
+        opened.enter_context(monitor.bar.drawn())
         opened.enter_context(contextlib.closing(log))
         profiler = opened.enter_context(Profiler(t.profile_steps, directory / "profile", console))
 
@@ -198,21 +186,15 @@ def _train(
 
         def evaluate(candidate: bool = False) -> None:
             due = intervals.evaluations(run.step)
-            with (
-                contextlib.suppress(Stopped),  # the evaluation stays pending
-                doing("evaluating", line=False),
-            ):
+            with contextlib.suppress(Stopped), doing("evaluating", line=False):  # or it is pending
                 found = evaluated(
-                    config=config, model=model, encoder=encoder,
-                    held_out=held_out if HELD_OUT in due else None, losses=losses,
-                    named=[one for name, one in named.items() if name in due],
+                    config=config, model=model, encoder=encoder, losses=losses,
+                    held_out=data.held_out if HELD_OUT in due else None,
+                    named=[one for name, one in evaluators.items() if name in due],
                     state=run.state, frozen=frozen, feed=feed, check=stop.check,
                     answered=lambda done, of: doing.say(f"evaluating {done}/{of}"),
                 )  # fmt: skip
-                log.write_evaluation(run.step, found)
-                console.print(f"step {run.step}/{total}  {told(found)}", highlight=False)
-                watch.meter.leave_out(found["seconds"])
-                bar.leave_out(found["seconds"])
+                monitor.evaluated(run.step, found)
                 run.take(found)
 
         actions = {"save": save, "evaluate": evaluate}
@@ -228,28 +210,25 @@ def _train(
             if best is not None and run.step > 0 and intervals.saves(run.step):
                 save(candidate=True)
         profiler.start(run.step)
-        while run.step < total and not stop.now() and not run.over:
+        while run.step < data.total and not stop.now() and not run.over:
             if intervals.save(run.step + 1):  # or a kill in it would cost the steps of two saves
                 checkpoints.finish()
-            asked = time.perf_counter()
-            batch, ids, run.place = next(batches)
-            watch.meter.wait(time.perf_counter() - asked)
+            batch, ids, run.place = monitor.next(batches)
             run.state, metrics = run_step(run.state, frozen, feed(batch))
-            watch.meter.leave_out(run_step.compiling)
             run.step += 1
             stop.step_done()
-            bar.line(watch.push(run.step, ids, metrics, bool(batch.patch_segments.any())))
-            bar.stepped(run.step, watch.newest, run_step.compiling)
+            images = bool(batch.patch_segments.any())
+            monitor.step(run.step, ids, metrics, images, run_step.compiling)
             due = intervals.due(run.step, stop.now())
             run.pending = "evaluate" in due.actions
             if due.actions or run.step == 1:  # a broken step's checkpoint must replace no good one
-                bar.line(watch.flush())
+                monitor.flush()
             for action in due.actions:
                 actions[action](due.candidate)
             for when, act in hooks:
                 if when(run.step):
                     act(run.step)
-        bar.line(watch.flush())
+        monitor.flush()
         save()
 
     # Results
@@ -257,26 +236,23 @@ def _train(
         "steps": run.step,
         "output": str(directory),
         "evaluation": run.evaluation,
-        "stopped_early": run.over and run.step < total,
+        "stopped_early": run.over and run.step < data.total,
         "seconds": time.perf_counter() - start,
-        "data": data.report,
+        "data": data.training.report,
     }
-    unfinished = run.step < total or run.pending
+    unfinished = run.step < data.total or run.pending
     outcome["interrupted"] = unfinished and not outcome["stopped_early"]
-    write_skipped(directory / "skipped.jsonl", data.skipped())
-    for line in closing_lines(outcome, run, places.checkpoints, total):
+    write_skipped(directory / "skipped.jsonl", data.training.skipped())
+    for line in closing_lines(outcome, run, places.checkpoints, data.total):
         say(console, line)
     if outcome["interrupted"]:
         return outcome
-    trainable, kept = run.state.result, "trainable" if run.state.ema is None else "ema"
-    step_now, run.state = run.step, None  # the moments make room for what is read
-    if best is not None:
-        trainable, outcome["best"], line = best_leaves(best, checkpoints, trainable, step_now, kept)
-        say(console, line)
-        if processes.is_primary():
-            write_json(directory / "best.json", outcome["best"])
-    elif processes.is_primary():
+    trainable, chosen = result_leaves(run, best, checkpoints, partial(say, console))
+    outcome |= {} if chosen is None else {"best": chosen}
+    if processes.is_primary():
         (directory / "best.json").unlink(missing_ok=True)
+        if chosen is not None:
+            write_json(directory / "best.json", chosen)
     with result_half_written(places):
         result = write_result(model, join(trainable, frozen), directory, encoder)
     outcome["result"] = str(result)

@@ -239,7 +239,7 @@ def mean_losses(
     return {name: total / max(count, 1e-9) for name, total in named}
 
 
-def told(found: Mapping[str, float]) -> str:
+def evaluation_line(found: Mapping[str, float]) -> str:
     """Return what an evaluation found, for people."""
     words = [f"loss {found['loss']:.4f}"] if "loss" in found else []
     if "accuracy" in found:

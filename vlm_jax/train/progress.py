@@ -26,7 +26,9 @@ from vlm_jax.data import Pipeline
 from vlm_jax.distributed.interrupts import at_sudden_end
 from vlm_jax.model import Model
 from vlm_jax.quantization import summary
+from vlm_jax.train.metrics import Watch, evaluation_line
 from vlm_jax.train.selection import Standing
+from vlm_jax.train.setup import RunData
 from vlm_jax.train.trackers import numbers, say
 from vlm_jax.trees import flatten
 from vlm_jax.weights import is_quantized
@@ -181,9 +183,41 @@ class Bar:
         return f"ETA {datetime.timedelta(seconds=round(seconds))}"
 
 
-def headline(data: Pipeline, held_out: Pipeline | None, rows: int, total: int, mesh: Any) -> str:
+class Monitor:
+    """What a run logs and shows: its steps' metrics, a step late, its evaluations, and the bar."""
+
+    def __init__(self, watch: Watch, bar: Bar):
+        self.watch, self.bar = watch, bar
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """Return the next of the batches, counting the wait for it."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.watch.meter.wait(time.perf_counter() - start)
+        return batch
+
+    def step(self, step: int, ids: list[str], metrics: Any, images: bool, compiling: float) -> None:
+        """Take a dispatched step. compiling: seconds of it that the compiler took."""
+        self.watch.meter.leave_out(compiling)
+        self.bar.line(self.watch.push(step, ids, metrics, images))
+        self.bar.stepped(step, self.watch.newest, compiling)
+
+    def flush(self) -> None:
+        """Read, check and show the newest step's metrics."""
+        self.bar.line(self.watch.flush())
+
+    def evaluated(self, step: int, found: Mapping[str, float]) -> None:
+        """Log and show an evaluation, whose time is no step's."""
+        self.watch.log.write_evaluation(step, found)
+        line = f"step {step}/{self.bar.total}  {evaluation_line(found)}"
+        self.bar.console.print(line, highlight=False)
+        self.watch.meter.leave_out(found["seconds"])
+        self.bar.leave_out(found["seconds"])
+
+
+def headline(data: RunData, mesh: Any) -> str:
     """Return how many records are trained and evaluated on, and in how many rows and steps."""
-    report = data.report
+    report = data.training.report
     kept, seen, records = (report[key] for key in ("examples", "measured", "records"))
     words = f"{kept:,} of {_many(records, 'record')}"
     if seen < records:
@@ -195,32 +229,29 @@ def headline(data: Pipeline, held_out: Pipeline | None, rows: int, total: int, m
         notes.insert(0, f"left out: {', '.join(left_out)}")
     if notes:
         words += f" ({'; '.join(notes)})"
-    if held_out is not None:
-        words += f", {held_out.report['records']:,} to evaluate on"
-    words += f"; {_many(rows, 'row')} a step"
+    if data.held_out is not None:
+        words += f", {data.held_out.report['records']:,} to evaluate on"
+    words += f"; {_many(data.rows, 'row')} a step"
     if mesh.size > 1:
         sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
         words += f" on {mesh.size} devices ({sizes})"
-    words += f"; {_many(total, 'step')}"
-    epoch = data.steps_per_epoch
+    words += f"; {_many(data.total, 'step')}"
+    epoch = data.training.steps_per_epoch
     return words if epoch is None else f"{words}, {epoch:,} an epoch"
 
 
 def opening_lines(
     model: Model,
     params: Mapping[str, Any],
-    data: Pipeline,
-    held_out: Pipeline | None,
-    rows: int,
-    total: int,
+    data: RunData,
     mesh: Any,
     verbose: bool,
 ) -> list[str]:
     """Return what a run says of its data and weights before its first step."""
     four = any(is_quantized(leaf) for leaf in flatten(params).values())
     weights = summary(model, params) if four else []
-    shown = [headline(data, held_out, rows, total, mesh), *weights[:1]]
-    return shown + (weights[1:] + details(data, model) if verbose else [])
+    shown = [headline(data, mesh), *weights[:1]]
+    return shown + (weights[1:] + details(data.training, model) if verbose else [])
 
 
 def closing_lines(

@@ -170,22 +170,6 @@ def patience_of(config: RunSpec) -> Patience | None:
     return Patience(measure, t.early_stopping_patience, t.early_stopping_threshold)
 
 
-def total_steps(max_steps: int, epochs: float, steps_per_epoch: int | None) -> int:
-    """Return the optimizer steps of a run: max_steps if above 0, else those of so many epochs.
-
-    An epoch's last step may hold fewer micro-batches than the others. Raises `UserError` where
-    neither is known.
-    """
-    if max_steps > 0:
-        return max_steps
-    if steps_per_epoch is None:
-        raise UserError(
-            "The length of a stream is unknown, so num_train_epochs has no meaning: set "
-            "training.max_steps, or leave data.streaming out."
-        )
-    return math.ceil(epochs * steps_per_epoch)
-
-
 def every(
     strategy: str, interval: float, steps_per_epoch: int, total: int, delay: float = 0.0
 ) -> Callable[[int], bool]:
@@ -334,26 +318,29 @@ class Standing:
         return found, self.patience and self.patience.note, self.pending
 
 
-def best_leaves(
-    best: Best, checkpoints: Any, last: Any, step: int, kept: str
-) -> tuple[Any, dict[str, Any], str]:
-    """Return (the best checkpoint's leaves, {"step", "metric", "value"}, a line that says so).
+def result_leaves(
+    run: Standing, best: Best | None, checkpoints: Any, say: Callable[[str], None]
+) -> tuple[Any, dict[str, Any] | None]:
+    """Return (the leaves that a run results in, {"step", "metric", "value"} of the best or None).
 
-    last: those of the last step, `step`, which are taken where no checkpoint has a value. kept:
-    which leaves of a state they are, trainable or ema.
+    The run's state is dropped, so that the moments make room for what is read. say: gets a line on
+    the step that was chosen.
     """
+    last, kept, run.state = run.state.result, "trainable" if run.state.ema is None else "ema", None
+    if best is None:
+        return last, None
     chosen = checkpoints.best_step
     if chosen is None:
-        line = (
+        say(
             f"Warning: no checkpoint was saved with a finite {best.metric} on held-out data: the "
             f"result is the last step's."
         )
-        return last, {"step": step, "metric": best.metric, "value": None}, line
+        return last, {"step": run.step, "metric": best.metric, "value": None}
     value = checkpoints.evaluations[chosen][best.metric]
-    line = (
+    say(
         f"The result is step {chosen}'s: its {best.metric} on held-out data, {value:.4f}, is the "
         f"best of all checkpoints."
     )
-    if chosen != step:
+    if chosen != run.step:
         last = checkpoints.restore_trainable(last, chosen, kept)
-    return last, {"step": chosen, "metric": best.metric, "value": value}, line
+    return last, {"step": chosen, "metric": best.metric, "value": value}

@@ -1,9 +1,10 @@
 """Setup of a run: base, method, data; as arrays, or as shapes and shardings alone."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,14 @@ from vlm_jax.hub.load import load
 from vlm_jax.hub.sizes import read_hf_config
 from vlm_jax.model import Model, from_config
 from vlm_jax.quantization import Quantization
-from vlm_jax.sharding import check_spread, param_shardings, shard_params, used_on_mesh
+from vlm_jax.sharding import (
+    check_spread,
+    param_shardings,
+    row_parts,
+    row_share,
+    shard_params,
+    used_on_mesh,
+)
 from vlm_jax.train.adapt import adapt
 from vlm_jax.train.losses import OBJECTIVES, Objective
 from vlm_jax.train.optimizer import OptimizerSettings, optimizer
@@ -222,6 +230,52 @@ def make_pipeline(
         max_bad_share=d.max_bad_share,
         workers=config.training.dataloader_num_workers if training else 0,
     )
+
+
+class RunData(NamedTuple):
+    """A run's data, and the steps that follow from it.
+
+    rows, held_out_rows: of a global batch, of training and of evaluation. total: optimizer steps
+    of the run. epoch: those of an epoch, or of the run where data are a stream.
+    """
+
+    training: Pipeline
+    held_out: Pipeline | None
+    rows: int
+    held_out_rows: int
+    total: int
+    epoch: int
+
+
+def data_of(config: RunSpec, encoder: Encoder, mesh: Mesh, rows: int) -> RunData:
+    """Return what a run trains and evaluates on, of which this process has its share.
+
+    rows: of the global batch, `mesh.rows_of`.
+    """
+    t, share = config.training, row_share(mesh)
+    held_out_rows = t.per_device_eval_batch_size * row_parts(mesh)
+    training, held_out = make_pipeline(config, encoder, rows, share), None
+    if evaluates(config):
+        held_out = make_pipeline(config, encoder, held_out_rows, share, training=False)
+    total = total_steps(t.max_steps, t.num_train_epochs, training.steps_per_epoch)
+    epoch = training.steps_per_epoch or total
+    return RunData(training, held_out, rows, held_out_rows, total, epoch)
+
+
+def total_steps(max_steps: int, epochs: float, steps_per_epoch: int | None) -> int:
+    """Return the optimizer steps of a run: max_steps if above 0, else those of so many epochs.
+
+    An epoch's last step may hold fewer micro-batches than the others. Raises `UserError` where
+    neither is known.
+    """
+    if max_steps > 0:
+        return max_steps
+    if steps_per_epoch is None:
+        raise UserError(
+            "The length of a stream is unknown, so num_train_epochs has no meaning: set "
+            "training.max_steps, or leave data.streaming out."
+        )
+    return math.ceil(epochs * steps_per_epoch)
 
 
 def objective_of(config: RunSpec) -> Objective:
