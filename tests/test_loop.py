@@ -8,12 +8,15 @@ import signal
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from rich.console import Console
 from runs import lines, make_base, make_config, make_data, run, same_run
 from safetensors.numpy import load_file
 
 import vlm_jax
 from vlm_jax import UserError
+from vlm_jax.config.schema import get_config
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train import loop, metrics, moments
 from vlm_jax.train.results import load_run
@@ -192,6 +195,28 @@ def test_resume_after_the_last_step_writes_the_result_again(place, straight):
     outcome, _, _ = run(place, "straight", "data.max_shapes=2", resume=True)
     assert outcome["steps"] == 4
     assert (directory / "adapter/adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_config_object_is_read_at_the_door_alone(place, monkeypatch):
+    """Behind RunSpec.of nothing reads a ConfigDict, nor makes one."""
+    spec = make_config(place / "base", place / "data/train.jsonl", place / "door")
+    given, convert = get_config(), RunSpec.of
+    with given.unlocked():
+        given.update(spec.having({"training.max_steps": 1}).to_dict())
+
+    def spent(self, *names):
+        raise AssertionError(f"a ConfigDict is read for {names} inside of a run")
+
+    def at_the_door(config):
+        made = convert(config)
+        for name in ("__getattr__", "__getitem__", "items", "keys", "__init__"):
+            monkeypatch.setattr(ConfigDict, name, spent)
+        return made
+
+    monkeypatch.setattr(RunSpec, "of", at_the_door)
+    assert loop.train(given, console=Console(quiet=True))["steps"] == 1
+    with pytest.raises(AssertionError, match="inside of a run"):
+        _ = given.training
 
 
 def test_resume_refuses_what_would_change_the_run(place, straight):
