@@ -1,12 +1,11 @@
 """Method and training table of a run: LoRA, adapters or added tokens, by its config."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
-from vlm_jax import config as configs
 from vlm_jax.adapters.added_tokens import add_tokens, is_added
 from vlm_jax.adapters.bottleneck import add_adapter
 from vlm_jax.adapters.lora import add_lora
@@ -55,72 +54,89 @@ def adapt_base(
 
     Runs under `jax.eval_shape` too, unless an adapter of model.adapter has rows of an embedding.
     """
-    m, adapt = config.model, config.lora
-    params = dict(params)
-    if config.adapter.type is not None:
-        model, params, table = adapt_bottlenecks(config, model, params)
-        check_kept(model, params, table)
-        return model, params, table
+    m, bottlenecks = config.model, config.adapter.type is not None
+    add = _add_bottlenecks if bottlenecks else _add_lora
+    model, new, saved = add(config, model, dict(params))
+    table = training_table(
+        model,
+        new,
+        vision_encoder_lr_scale=m.vision_encoder_lr_scale,
+        projector_lr_scale=m.projector_lr_scale,
+        language_model_lr_scale=m.language_model_lr_scale,
+        lora_enabled=bottlenecks or config.lora.enabled or m.language_model_lr_scale == 0,
+        loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
+        freeze_layers=m.freeze_layers,
+        vision_layer_decay=m.vision_layer_decay,
+        modules_to_save=saved,
+    )
+    check_kept(model, new, table)
+    return model, new, table
+
+
+def _modules_to_save(
+    config: RunSpec, model: Model, kernels: list[str], asked: Iterable[str]
+) -> tuple[str, ...]:
+    """Return the modules to save beside an adapter of these kernels. asked: by the config."""
+    return lora_modules_to_save(
+        model,
+        kernels,
+        vision_encoder_lr_scale=config.model.vision_encoder_lr_scale,
+        projector_lr_scale=config.model.projector_lr_scale,
+        modules_to_save=asked,
+    )
+
+
+def _add_lora(
+    config: RunSpec, model: Model, params: dict[str, Any]
+) -> tuple[Model, dict[str, Any], tuple[str, ...] | None]:
+    """Return (model, params, the modules to save that train; None: the model's own)."""
+    m, asked = config.model, config.lora
     if m.adapter is not None:
         model, params = load_peft(model, params, m.adapter)
-    adapted = [  # what a loaded adapter reaches
-        path.replace(
-            "/lora_A", "/embedding" if path.startswith(model.config.embedding) else "/kernel"
-        )
+    adapted = [  # the weights with a loaded adapter's factors
+        path.removesuffix("lora_A")
+        + ("embedding" if path.startswith(model.config.embedding) else "kernel")
         for path in flatten(params)
         if path.endswith("/lora_A")
     ]
-    scales: dict[str, Any] = {
-        "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
-        "projector_lr_scale": m.projector_lr_scale,
-    }
-    alpha = int(adapt.alpha) if adapt.alpha == int(adapt.alpha) else adapt.alpha
-    targets = adapt.target_modules or PRESETS["llama"]
-    lora = LoRA(
-        adapt.r,
-        alpha,
-        adapt.dropout,
-        targets,
-        rslora=adapt.use_rslora,
-        dora=adapt.use_dora,
-        rank_pattern=configs.plain(adapt.rank_pattern) or {},
-        alpha_pattern=configs.plain(adapt.alpha_pattern) or {},
-        layers_to_transform=tuple(configs.plain(adapt.layers_to_transform) or ()),
-        layers_pattern=tuple(adapt.layers_pattern),
-        exclude_modules=adapt.exclude_modules or (),
-        bias=adapt.bias,
-        init=adapt.init_lora_weights,
-    )
+    lora = lora_of(config)
     kernels = adapted
-    if adapt.enabled and not adapted:
+    if asked.enabled and not adapted:
         kernels = target_kernels(model, params, lora)
-    saved = lora_modules_to_save(model, kernels, modules_to_save=adapt.modules_to_save, **scales)
+    saved = _modules_to_save(config, model, kernels, asked.modules_to_save)
     # The modules of a loaded adapter without LoRA stay in this one, trained further or not.
     loaded = () if adapted or model.lora is None else model.lora.modules_to_save
     lora = dataclasses.replace(lora, modules_to_save=tuple(dict.fromkeys((*loaded, *saved))))
     if adapted:
         model = _continue_lora(model, params, lora, config, adapted)
-    elif adapt.enabled:
+    elif asked.enabled:
         _check_start(lora, params, kernels)
-        key = jax.random.key(config.training.seed)
-        model, params = add_lora(model, params, lora, key)
+        model, params = add_lora(model, params, lora, jax.random.key(config.training.seed))
     elif m.language_model_lr_scale == 0:  # LLaVA's first stage: an adapter without LoRA
         model = dataclasses.replace(model, lora=dataclasses.replace(lora, targets=()))
     else:  # trained in full: the result is a whole checkpoint, whatever adapter it started from
         model = dataclasses.replace(model, lora=None)
-    table = training_table(
-        model,
-        params,
-        language_model_lr_scale=m.language_model_lr_scale,
-        lora_enabled=adapt.enabled or m.language_model_lr_scale == 0,
-        loraplus_lr_ratio=adapt.loraplus_lr_ratio,
-        freeze_layers=m.freeze_layers,
-        vision_layer_decay=m.vision_layer_decay,
-        modules_to_save=saved if loaded else None,
-        **scales,
+    return model, params, saved if loaded else None
+
+
+def lora_of(config: RunSpec) -> LoRA:
+    """Return what a config's lora section asks for, but for modules to save."""
+    asked = config.lora
+    return LoRA(
+        asked.r,
+        int(asked.alpha) if asked.alpha == int(asked.alpha) else asked.alpha,
+        asked.dropout,
+        asked.target_modules or PRESETS["llama"],
+        rslora=asked.use_rslora,
+        dora=asked.use_dora,
+        rank_pattern=asked.rank_pattern or {},
+        alpha_pattern=asked.alpha_pattern or {},
+        layers_to_transform=tuple(asked.layers_to_transform or ()),
+        layers_pattern=tuple(asked.layers_pattern),
+        exclude_modules=asked.exclude_modules or (),
+        bias=asked.bias,
+        init=asked.init_lora_weights,
     )
-    check_kept(model, params, table)
-    return model, params, table
 
 
 def _check_start(lora: LoRA, params: Mapping[str, Any], kernels: list[str]) -> None:
@@ -205,48 +221,32 @@ def adapter_of(config: RunSpec) -> Adapter:
     return Adapter(kind=asked.pop("type"), **asked)
 
 
-def adapt_bottlenecks(
+def _add_bottlenecks(
     config: RunSpec, model: Model, params: dict[str, Any]
-) -> tuple[Model, dict[str, Any], list[tuple[str, str]]]:
-    """Return (model, params, training table) of a base with the config's bottleneck adapters.
+) -> tuple[Model, dict[str, Any], tuple[str, ...]]:
+    """Return (model, params, the modules to save that train) with the config's adapters.
 
     Raises `UserError` where model.adapter holds LoRA, or adapters of another kind.
     """
-    m, adapter = config.model, adapter_of(config)
-    scales: dict[str, Any] = {
-        "vision_encoder_lr_scale": m.vision_encoder_lr_scale,
-        "projector_lr_scale": m.projector_lr_scale,
-    }
+    directory, adapter = config.model.adapter, adapter_of(config)
     loaded: tuple[str, ...] = ()
-    if m.adapter is not None:
-        read = load_adapter if is_adapter_directory(m.adapter) else load_peft
-        model, params = read(model, params, m.adapter)
+    if directory is not None:
+        read = load_adapter if is_adapter_directory(directory) else load_peft
+        model, params = read(model, params, directory)
         loaded = model.modules_to_save
         if any(map(is_lora, flatten(params))):
             raise UserError(
-                f"'{m.adapter}' holds LoRA factors, and adapter.type asks for bottleneck adapters "
+                f"'{directory}' holds LoRA factors, and adapter.type asks for bottleneck adapters "
                 f"beside them. Merge them first (vlm-jax export --merge) and train from the result."
             )
     if model.adapter is None:  # LLaVA's first stage saves modules alone
-        key = jax.random.key(config.training.seed)
-        model, params = add_adapter(model, params, adapter, key)
+        model, params = add_adapter(model, params, adapter, jax.random.key(config.training.seed))
     else:
-        _check_same(model.adapter, adapter, str(m.adapter))
+        _check_same(model.adapter, adapter, str(directory))
     places = [path for path in flatten(params) if is_adapter(path)]
-    saved = lora_modules_to_save(model, places, modules_to_save=adapter.modules_to_save, **scales)
-    modules = tuple(dict.fromkeys((*loaded, *saved)))
-    adapter = dataclasses.replace(adapter, modules_to_save=modules)
-    model = dataclasses.replace(model, adapter=adapter, lora=None)
-    table = training_table(
-        model,
-        params,
-        language_model_lr_scale=m.language_model_lr_scale,
-        freeze_layers=m.freeze_layers,
-        vision_layer_decay=m.vision_layer_decay,
-        modules_to_save=saved,
-        **scales,
-    )
-    return model, params, table
+    saved = _modules_to_save(config, model, places, adapter.modules_to_save)
+    adapter = dataclasses.replace(adapter, modules_to_save=tuple(dict.fromkeys((*loaded, *saved))))
+    return dataclasses.replace(model, adapter=adapter, lora=None), params, saved
 
 
 def _check_same(own: Adapter, asked: Adapter, directory: str) -> None:
