@@ -19,6 +19,7 @@ from vlm_jax.models.family import Grid
 KINDS = ("image", "video")
 Headers = dict[str, list[Any]]  # (height, width) of each image, the opened `Video` of each video
 Grids = dict[str, list[Grid]]
+Source = tuple[Any, str | None, Access]  # with the folder of relative paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,9 @@ class Media:
                     f"since it was measured.",
                 )
 
-    def _each(self, record: Record, kind: str, read: Callable[[Any, int, tuple], Any]) -> list[Any]:
+    def _each(
+        self, record: Record, kind: str, read: Callable[[Any, int, Source], Any]
+    ) -> list[Any]:
         """Return `read(processor, number, (source, folder, access))` of each image or video.
 
         Errors name record and number.
