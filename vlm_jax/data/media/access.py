@@ -5,6 +5,7 @@ import os
 import re
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import FETCH_BYTES, FETCH_SECONDS, MAX_IMAGE_PIXELS
@@ -26,44 +27,53 @@ class Access:
 SAFE = Access()
 
 
-def find(text: str, folder: str | Path | None, access: Access) -> Path | bytes | None:
-    """Return the file that a path means, an address's bytes, or None where there is no such file.
+def find(
+    source: str | Path | bytes | bytearray, folder: str | Path | None, access: Access
+) -> tuple[Path | bytes, str] | None:
+    """Return (file, what errors call it) of a path, or (bytes, ...) of an address or bytes.
 
-    folder: the media root, where relative paths start and which no path may leave (by `..`, as an
-    absolute path, or over a symbolic link). None, as for rows made in memory: any path goes.
+    None: there is no such file. folder: the media root, where relative paths start and which no
+    path may leave (by `..`, as an absolute path, or over a symbolic link). None, as for rows made
+    in memory: any path goes.
     Raises `UserError` for what `access` does not allow.
     """
+    if isinstance(source, bytes | bytearray):
+        return bytes(source), f"its content ({len(source)} bytes)"
+    text = str(source)
     scheme = re.match(r"([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
     if scheme and scheme[1].lower() in ("http", "https"):
-        return _fetch(text, access)
+        return _fetch(text, access), "what it gave"
     if scheme and scheme[1].lower() != "file":
         raise UserError(
             f"'{text}' is an address of a kind that images are not read from: download it, and "
             f"give the file's path."
         )
     path = located(text, folder)
-    try:
-        if not path.is_file():
-            return None
-    except (OSError, ValueError):  # a long base64 string is no path, nor is one with a null byte
+    if not os.path.isfile(path):  # False of a long base64 string and of a null byte, too
         return None
-    if folder is None or access.allow_absolute_paths:
-        return path
-    # By os.path: pathlib takes several times as long, twice for every image.
-    root, real = os.path.realpath(Path(folder).expanduser()), os.path.realpath(path)
-    if os.path.commonpath((root, real)) != root:
-        raise UserError(
-            f"'{path}' lies outside the media root '{root}' (links followed), and files outside "
-            f"are not read unless data.allow_absolute_paths is true. Set it if you trust the data "
-            f"file, or set data.image_folder to a directory that holds all its images and videos."
-        )
-    return path
+    if folder is not None and not access.allow_absolute_paths:
+        # By os.path: pathlib takes several times as long, twice for every image.
+        root, real = os.path.realpath(Path(folder).expanduser()), os.path.realpath(path)
+        if os.path.commonpath((root, real)) != root:
+            raise UserError(
+                f"'{path}' lies outside the media root '{root}' (links followed), and files "
+                f"outside are not read unless data.allow_absolute_paths is true. Set it if you "
+                f"trust the data file, or set data.image_folder to a directory that holds all its "
+                f"images and videos."
+            )
+    return path, "the file"
 
 
 def located(text: str, folder: str | Path | None) -> Path:
     """Return where a path of a record points: from the media root, or the home of "~/"."""
     own = Path(text.removeprefix("file://"))
     return Path(folder or "").expanduser() / (own.expanduser() if text.startswith("~/") else own)
+
+
+def quoted(source: Any) -> str:
+    """Return " 'PATH'" where a source is a path that errors can show, else ""."""
+    is_short = isinstance(source, str | Path) and len(str(source)) < 300
+    return f" '{source}'" if is_short else ""
 
 
 def _fetch(address: str, access: Access) -> bytes:

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from vlm_jax.data.media.access import Access
 from vlm_jax.data.media.frame_sampling import Sampling, Video
-from vlm_jax.data.media.images import DAMAGED, damaged, open_image, to_rgb, upright_size
+from vlm_jax.data.media.images import open_image, to_rgb, upright_size
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import MAX_ANIMATION_FRAMES, MAX_ANIMATION_PIXELS
 
@@ -28,43 +28,30 @@ def open_animation(
     Its rate is that of its first frame. A GIF may have one frame: that is still given as a video.
     """
     with open_image(file, None, access) as image:
-        try:
-            numbers = _numbers(image)
-            if len(numbers) < 2 and image.format != "GIF":
-                raise UserError(still)
-            height, width = upright_size(image)
-            _check_work(len(numbers), height, width)
-            image.seek(numbers[0])
-            image.load()  # some formats tell how long a frame is shown only with it
-            milliseconds = image.info.get("duration") or MILLISECONDS
-        except DAMAGED as error:
-            raise damaged(error) from error
-    wanted = sampling.indices(len(numbers), 1000 / milliseconds)
+        numbers = range(1)
+        if image.format in ANIMATED:
+            # The picture that programs show which know no animation may be none of its frames.
+            first = bool(image.info.get("default_image"))
+            numbers = range(first, getattr(image, "n_frames", 1))
+        if len(numbers) < 2 and image.format != "GIF":
+            raise UserError(still)
+        height, width = upright_size(image)
+        count = len(numbers)
+        if count > MAX_ANIMATION_FRAMES or count * height * width > MAX_ANIMATION_PIXELS:
+            raise UserError(
+                f"it is an animation of {count} frames of {width} x {height} pixels, more than "
+                f"{MAX_ANIMATION_FRAMES} frames or {MAX_ANIMATION_PIXELS} pixels in all. Write it "
+                f"as a video, as MP4 for example."
+            )
+        image.seek(numbers[0])
+        image.load()  # some formats tell how long a frame is shown only with it
+        milliseconds = image.info.get("duration") or MILLISECONDS
+    wanted = sampling.indices(count, 1000 / milliseconds)
 
     def read() -> Iterator[np.ndarray]:
         with open_image(file, None, access) as opened:
-            try:
-                for number in wanted:  # Pillow goes through all that lie between
-                    opened.seek(numbers[number])
-                    yield np.array(to_rgb(ImageOps.exif_transpose(opened)))
-            except DAMAGED as error:
-                raise damaged(error) from error
+            for number in wanted:  # Pillow goes through all that lie between
+                opened.seek(numbers[number])
+                yield np.array(to_rgb(ImageOps.exif_transpose(opened)))
 
     return Video(len(wanted), height, width, read, pixels)
-
-
-def _numbers(image: Image.Image) -> range:
-    """Return Pillow's numbers of the frames that are shown."""
-    if image.format not in ANIMATED:
-        return range(1)
-    # The picture that programs show which know no animation may be none of its frames.
-    return range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
-
-
-def _check_work(frames: int, height: int, width: int) -> None:
-    if frames > MAX_ANIMATION_FRAMES or frames * height * width > MAX_ANIMATION_PIXELS:
-        raise UserError(
-            f"it is an animation of {frames} frames of {width} x {height} pixels, more than "
-            f"{MAX_ANIMATION_FRAMES} frames or {MAX_ANIMATION_PIXELS} pixels in all. Write it as a "
-            f"video, as MP4 for example."
-        )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data.media.processors import Pixels, look_up, picture, resize, value_table
+from vlm_jax.data.media.processors import Pixels, look_up, picture, value_table
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import IMAGE_PIXELS
 from vlm_jax.models.family import Grid
@@ -24,6 +24,9 @@ class Fixed:
 
     raw: dict[str, Any]
     table: np.ndarray = dataclasses.field(repr=False, compare=False)
+    # Of what has one size there is no other.
+    largest = pixels = None
+    merged = 1
 
     @classmethod
     def from_settings(
@@ -38,37 +41,39 @@ class Fixed:
                 "min_pixels and max_pixels have no effect on this checkpoint: its image processor "
                 f"({raw['image_processor_type']}) gives every image one size. Remove them."
             )
-        size, crop = raw["size"], raw["crop_size"]
+        size, crop, sides = raw["size"], raw["crop_size"], {"height", "width"}
         if isinstance(size, int):
-            square = {"height": size, "width": size}
+            square = dict.fromkeys(("height", "width"), size)
             size = square if raw["default_to_square"] else {"shortest_edge": size}
         if isinstance(crop, int):
-            crop = {"height": crop, "width": crop}
+            crop = dict.fromkeys(("height", "width"), crop)
         processor = cls({**raw, "size": size, "crop_size": crop}, value_table(raw))
-        edges = {key for key, value in size.items() if value}
-        if raw["do_resize"] and edges not in ({"shortest_edge"}, {"height", "width"}):
-            raise UserError(
-                f"The image settings have size {size}; expected shortest_edge alone, or height "
-                f"and width."
-            )
-        if raw["do_center_crop"] and not {"height", "width"} <= {
-            k for k, n in (crop or {}).items() if n
-        }:
-            raise UserError(
-                f"The image settings have do_center_crop=true and crop_size {crop}; expected an "
-                f"object with height and width."
-            )
-        if not raw["do_center_crop"] and not (raw["do_resize"] and edges == {"height", "width"}):
-            raise UserError(
-                f"The image settings (size {size}, no centre crop) leave images of different "
-                f"sizes, but the vision tower takes one. Set crop_size, or height and width."
-            )
-        sides = [side for pair in (size, crop or {}) for side in pair.values() if side]
-        if max(sides, default=1) ** 2 > IMAGE_PIXELS:
-            raise UserError(
-                f"The image settings have size {size} and crop_size {crop}; a side may have "
-                f"{math.isqrt(IMAGE_PIXELS):,} pixels at most."
-            )
+        resized = {key: value for key, value in size.items() if value}
+        cropped = {key: value for key, value in (crop or {}).items() if value}
+        resizes, crops = raw["do_resize"], raw["do_center_crop"]
+        for wrong, message in (
+            (
+                resizes and resized.keys() not in ({"shortest_edge"}, sides),
+                f"have size {size}; expected shortest_edge alone, or height and width.",
+            ),
+            (
+                crops and not sides <= cropped.keys(),
+                f"have do_center_crop=true and crop_size {crop}; expected an object with height "
+                f"and width.",
+            ),
+            (
+                not crops and not (resizes and resized.keys() == sides),
+                f"(size {size}, no centre crop) leave images of different sizes, but the vision "
+                f"tower takes one. Set crop_size, or height and width.",
+            ),
+            (
+                max([*resized.values(), *cropped.values()], default=1) ** 2 > IMAGE_PIXELS,
+                f"have size {size} and crop_size {crop}; a side may have "
+                f"{math.isqrt(IMAGE_PIXELS):,} pixels at most.",
+            ),
+        ):
+            if wrong:
+                raise UserError(f"The image settings {message}")
         if image_resolution not in (None, processor.output[0]):
             raise UserError(
                 f"data.image_resolution is {image_resolution}, but this checkpoint's vision tower "
@@ -82,20 +87,8 @@ class Fixed:
         target = self.raw["crop_size"] if self.raw["do_center_crop"] else self.raw["size"]
         return target["height"], target["width"]
 
-    @property
-    def largest(self) -> int | None:
-        return None
-
-    @property
-    def pixels(self) -> tuple[int, int] | None:
-        return None
-
     def limited(self, max_pixels: int) -> "Fixed":
         return self
-
-    @property
-    def merged(self) -> int:
-        return 1
 
     def grid(self, height: int, width: int) -> Grid:
         if self.raw["do_resize"]:
@@ -128,14 +121,16 @@ class Fixed:
         raw, image = self.raw, picture(pixels)
         if raw["do_pad"]:
             image = pad_to_square(image, tuple(int(mean * 255) for mean in raw["image_mean"]))
-        array = None
         if raw["do_resize"]:
-            array = resize(image, self._resized(image.height, image.width), raw["resample"])
-        array = np.array(image) if array is None else array
+            size = self._resized(image.height, image.width)
+            image = image.resize(size[::-1], resample=raw["resample"])
         if raw["do_center_crop"]:
-            array = center_crop(array, self.output)
+            height, width = self.output
+            # Cropping rounds down, padding up, as the reference does; what lies outside is black.
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
         out = self.empty([None])[0] if out is None else out
-        out[:] = array.transpose(2, 0, 1)
+        out[:] = np.asarray(image).transpose(2, 0, 1)
         return out, None
 
     def settings(self) -> dict[str, Any]:
@@ -148,18 +143,3 @@ def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the middle (height, width) of the image; black where the image is smaller."""
-    spans = []
-    for have, want in zip(pixels.shape[:2], size, strict=True):
-        start = abs((have - want) // 2)  # cropping rounds down, padding up, as the reference does
-        if have >= want:
-            spans.append((slice(0, want), slice(start, start + want)))
-        else:
-            spans.append((slice(start, start + have), slice(0, have)))
-    (to_rows, from_rows), (to_columns, from_columns) = spans
-    cropped = np.zeros((*size, 3), np.uint8)
-    cropped[to_rows, to_columns] = pixels[from_rows, from_columns]
-    return cropped

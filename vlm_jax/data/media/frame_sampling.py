@@ -35,9 +35,8 @@ class Sampling:
 
         A video with fewer frames than one patch gives all it has.
         """
-        first, last = 0, total - 1
-        if self.video_start is not None:
-            first = max(0, math.ceil(self.video_start * rate))
+        first = max(0, math.ceil((self.video_start or 0) * rate))
+        last = total - 1
         if self.video_end is not None:
             last = min(last, math.floor(self.video_end * rate))
         if first > last:
@@ -58,7 +57,7 @@ class Sampling:
         else:
             least = math.ceil(self.min_frames / self.factor) * self.factor
             most = math.floor(min(self.max_frames, total) / self.factor) * self.factor
-            wanted = min(max(total / rate * self.fps, least), most, total)
+            wanted = min(max(total / rate * self.fps, least), most)
             count = math.floor(wanted / self.factor) * self.factor
             if count < 1:
                 raise UserError(f"max_frames is {self.max_frames}: give {self.factor} or more.")

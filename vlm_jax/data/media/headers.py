@@ -1,13 +1,13 @@
 """Images and videos of a record: headers, patch grids, pixels."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.media.access import Access
+from vlm_jax.data.media.access import Access, quoted
 from vlm_jax.data.media.images import image_size, read_rgb
 from vlm_jax.data.media.processors import ImageProcessor
 from vlm_jax.data.media.video import open_video
@@ -19,6 +19,7 @@ from vlm_jax.models.family import Grid
 KINDS = ("image", "video")
 Headers = dict[str, list[Any]]  # (height, width) of each image, the opened `Video` of each video
 Grids = dict[str, list[Grid]]
+Source = tuple[Any, str | None, Access]  # with the folder of relative paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,33 +59,23 @@ class Media:
 
     def headers(self, record: Record) -> Headers:
         """Return what the files' headers tell; no pixel is decoded."""
-
-        def film(source: Any, folder: str | None) -> Any:
-            assert self.video_processor is not None
-            return open_video(source, folder, self.access, self.video_processor.sampling)
-
         return {
-            "image": self._each(record, "image", lambda s, f: image_size(s, f, self.access)),
-            "video": self._each(record, "video", film),
+            "image": self._each(record, "image", lambda processor, n, file: image_size(*file)),
+            "video": self._each(
+                record, "video", lambda processor, n, file: open_video(*file, processor.sampling)
+            ),
         }
 
     def grids(self, record: Record, headers: Headers) -> Grids:
         """Return the patch grid of each image and video."""
-
-        def image(number: int, *_: Any) -> Grid:
-            assert self.processor is not None
-            return self.processor.grid(*headers["image"][number])
-
-        def video(number: int, *_: Any) -> Grid:
-            assert self.video_processor is not None
-            return self.video_processor.grid(headers["video"][number])
-
+        sizes, films = headers["image"], headers["video"]
         return {
-            kind: [
-                self._read(record, kind, n, lambda *_, n=n, grid=grid: grid(n))
-                for n in range(len(headers[kind]))
-            ]
-            for kind, grid in (("image", image), ("video", video))
+            "image": self._each(
+                record, "image", lambda processor, n, file: processor.grid(*sizes[n])
+            ),
+            "video": self._each(
+                record, "video", lambda processor, n, file: processor.grid(films[n])
+            ),
         }
 
     def tables(self) -> dict[str, np.ndarray]:
@@ -103,72 +94,70 @@ class Media:
         """
         return {
             "image": self._images(record, grids["image"], still),
-            "video": self._videos(record, grids),
+            "video": self._videos(record, grids["video"]),
         }
 
     def _images(self, record: Record, grids: Sequence[Grid], still: bool) -> np.ndarray | None:
-        processor = self.processor
-        if not grids or processor is None:
+        if not grids or self.processor is None:
             return None
-        cut, start = processor.empty(grids, still), 0
-        for number, grid in enumerate(grids):
-            end = start + (1 if grid is None else int(np.prod(grid)))
-            out = cut[start] if grid is None else cut[start:end]
-
-            def read(source: Any, folder: str | None, out: np.ndarray = out) -> Grid:
-                return processor.cut(read_rgb(source, folder, self.access), out)[1]
-
-            self._check(record, "image", number, self._read(record, "image", number, read), grid)
-            start = end
+        cut = self.processor.empty(grids, still)
+        ends = np.cumsum([1 if grid is None else math.prod(grid) for grid in grids])
+        parts = np.split(cut, ends[:-1])
+        real = self._each(
+            record, "image", lambda image, n, file: image.cut(read_rgb(*file), parts[n])[1]
+        )
+        self._check(record, "image", real, grids)
         return cut
 
-    def _videos(self, record: Record, grids: Grids) -> np.ndarray | None:
-        def read(source: Any, folder: str | None) -> Any:
-            processor = self.video_processor
-            assert processor is not None
-            return processor.cut(open_video(source, folder, self.access, processor.sampling))
+    def _videos(self, record: Record, grids: Sequence[Grid]) -> np.ndarray | None:
+        found = self._each(
+            record, "video", lambda video, _, file: video.cut(open_video(*file, video.sampling))
+        )
+        self._check(record, "video", [grid for _, grid in found], grids)
+        return np.concatenate([cut for cut, _ in found]) if found else None
 
-        found = []
-        for number, grid in enumerate(grids["video"]):
-            cut, real = self._read(record, "video", number, read)
-            self._check(record, "video", number, real, grid)
-            found.append(cut)
-        return np.concatenate(found) if found else None
+    def _check(
+        self, record: Record, kind: str, decoded: Sequence[Grid], promised: Sequence[Grid]
+    ) -> None:
+        for number, (real, grid) in enumerate(zip(decoded, promised, strict=True)):
+            if real != grid:
+                raise BadExample(
+                    "changed",
+                    f"{kind.capitalize()} {number} of {describe(record)} decodes to the patch grid "
+                    f"{real}, but its header promised {grid}: the file is damaged, or was replaced "
+                    f"since it was measured.",
+                )
 
-    def _check(self, record: Record, kind: str, number: int, real: Grid, grid: Grid) -> None:
-        if real != grid:
-            raise BadExample(
-                "changed",
-                f"{kind.capitalize()} {number} of {describe(record)} decodes to the patch grid "
-                f"{real}, but its header promised {grid}: the file is damaged, or was replaced "
-                f"since it was measured.",
-            )
+    def _each(
+        self, record: Record, kind: str, read: Callable[[Any, int, Source], Any]
+    ) -> list[Any]:
+        """Return `read(processor, number, (source, folder, access))` of each image or video.
 
-    def _each(self, record: Record, kind: str, read: Callable[..., Any]) -> list[Any]:
-        return [self._read(record, kind, i, read) for i in range(len(record[f"{kind}s"]))]
-
-    def _read(self, record: Record, kind: str, number: int, read: Callable[..., Any]) -> Any:
-        """Return `read(source, folder)` of one image or video; errors name record and number."""
-        source = record[f"{kind}s"][number]
-        if kind == "video" and not self.takes_video:
+        Errors name record and number.
+        """
+        sources = record[f"{kind}s"]
+        processor = self.processor if kind == "image" else self.video_processor
+        if sources and kind == "video" and not self.takes_video:
             raise BadExample(
                 "video",
                 f"{describe(record)} has a video, but '{self.directory}' is a {self.model_type} "
                 f"model, which takes images only. Train a Qwen2-VL, or give single frames as "
                 f"images.",
             )
-        if (self.processor if kind == "image" else self.video_processor) is None:
+        if sources and processor is None:
             files = "preprocessor_config.json, or processor_config.json with 'image_processor'"
             raise UserError(
                 f"{describe(record)} has {kind}s, but '{self.directory}' has no {kind} settings "
                 f"({files}). Copy the file of the checkpoint there."
             )
-        try:
-            return read(source, record["folder"] or self.folder)
-        except UserError as error:
-            name = (
-                f" '{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else ""
-            )
-            raise BadExample(
-                kind, f"{kind.capitalize()} {number}{name} of {describe(record)}: {error}"
-            ) from error
+        found = []
+        for number, source in enumerate(sources):
+            try:
+                file = source, record["folder"] or self.folder, self.access
+                found.append(read(processor, number, file))
+            except UserError as error:
+                raise BadExample(
+                    kind,
+                    f"{kind.capitalize()} {number}{quoted(source)} of {describe(record)}: {error}",
+                ) from error
+        return found

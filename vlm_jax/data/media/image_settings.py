@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ IGNORED = {
     "image_seq_length",
     "_valid_processor_keys",
 }
+# (file, key within it), in the order of transformers, whose release 5 writes the nested one.
+IMAGE_FILES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
 
 
 def read_settings(*directories: str | Path) -> dict[str, Any] | None:
@@ -83,8 +85,7 @@ def read_settings(*directories: str | Path) -> dict[str, Any] | None:
     `processor_config.json` with a nested "image_processor" (transformers 5 writes it) comes before
     `preprocessor_config.json`, as in transformers.
     """
-    files = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
-    return read_first(directories, files)
+    return read_first(directories, IMAGE_FILES)
 
 
 def read_first(
@@ -96,17 +97,28 @@ def read_first(
     """
     for directory, (name, key) in itertools.product(directories, files):
         path = Path(directory, name)
-        if not path.is_file():
-            continue
-        raw = read_json(path)
-        settings = raw.get(key) if key else raw
-        if settings is not None and not isinstance(settings, Mapping):
+        settings: Any = read_json(path) if path.is_file() else None
+        if settings is not None and key:
+            settings = settings.get(key)
+        if isinstance(settings, Mapping):
+            return dict(settings)
+        if settings is not None:
             raise UserError(
                 f"The image settings in '{path}' are not a JSON object: {settings!r:.80}."
             )
-        if settings is not None:
-            return dict(settings)
     return None
+
+
+def check_keys(
+    kind: str, raw: Mapping[str, Any], name: str, known: Collection[str], without_effect: Set[str]
+) -> None:
+    """Raise `UserError` for a key of image or video settings whose effect is not known."""
+    for key, value in raw.items():
+        if key not in {*known, *without_effect} and value not in (None, False):
+            raise UserError(
+                f"The {kind} settings have {key}={value!r:.80}, whose effect on {name} is not known"
+                f"{nearest(key, known)}. Known keys: {', '.join(known)}."
+            )
 
 
 def make_processor(
@@ -134,22 +146,16 @@ def make_processor(
             f"Supported: {', '.join(PROCESSORS)}."
         )
     make, defaults = PROCESSORS[name]
-    for key, value in raw.items():
-        if key not in defaults and key not in IGNORED and value not in (None, False):
-            raise UserError(
-                f"The image settings have {key}={value!r}, whose effect on {name} is not known"
-                f"{nearest(key, defaults)}. Known keys: {', '.join(defaults)}."
-            )
+    check_keys("image", raw, name, defaults, IGNORED)
     if name != "LlavaImageProcessor" and raw.get("do_pad"):
         raise UserError(f"The image settings have do_pad=true, which {name} is not known to do.")
-    for key in defaults:
-        expected = None if raw.get(key) is None else _misfit(key, raw[key], defaults[key])
-        if expected is not None:
+    given = {key: raw[key] for key in defaults if raw.get(key) is not None}
+    for key, value in given.items():
+        if expected := _misfit(key, value, defaults[key]):
             raise UserError(
-                f"The image settings have {key}={raw[key]!r:.80}; expected {expected}. They stand "
+                f"The image settings have {key}={value!r:.80}; expected {expected}. They stand "
                 f"in preprocessor_config.json or processor_config.json."
             )
-    given = {key: raw[key] for key in defaults if raw.get(key) is not None}
     settings = {**defaults, **given, "image_processor_type": name}
     return make(settings, min_pixels, max_pixels, image_resolution)
 
@@ -157,21 +163,19 @@ def make_processor(
 def _misfit(key: str, value: Any, default: Any) -> str | None:
     """Return what was expected of a setting where its value is of another kind, else None."""
 
-    def count(value: Any) -> bool:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and 1 <= value <= LARGEST.get(key, SIZE)
-
     def number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and finite(value)
+
+    def count(value: Any) -> bool:
+        return number(value) and isinstance(value, int) and 1 <= value <= LARGEST.get(key, SIZE)
 
     if isinstance(default, bool):
         fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(default, tuple):
-        listed = isinstance(value, list | tuple) and len(value) == 3 and all(map(number, value))
-        fits, expected = listed or number(value), "three numbers"
-        if fits and key == "image_std":  # is divided by
-            fits = 0 not in (value if isinstance(value, list | tuple) else [value])
-            expected = "three numbers that are not 0"
+        numbers = value if isinstance(value, list | tuple) else [value] * 3
+        fits, expected = len(numbers) == 3 and all(map(number, numbers)), "three numbers"
+        if key == "image_std":  # is divided by
+            fits, expected = fits and 0 not in numbers, "three numbers that are not 0"
     elif isinstance(default, float):
         fits, expected = number(value), "a number"
     elif key == "resample":

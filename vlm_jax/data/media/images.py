@@ -1,11 +1,10 @@
 """Reads an image from any source in a record: size from the header alone, or RGB pixels."""
 
 import base64
-import binascii
 import contextlib
 import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,27 @@ from vlm_jax.files.file_types import HEIC, head_of, kind_of, sentence
 from vlm_jax.files.limits import IMAGE_FORMATS
 
 
-def open_image(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> Image.Image:
-    """Return the image with only its header read; of an animation, its first frame.
+@contextlib.contextmanager
+def open_image(
+    source: Any, folder: str | Path | None = None, access: Access = SAFE
+) -> Iterator[Image.Image]:
+    """Give the image with only its header read, of an animation its first frame; close its file.
 
     source: a path (relative ones against `folder`), bytes, a `data:` URI or bare base64, a PIL
     image, a uint8 array [H, W] or [H, W, C], or a dict with `bytes` or `path` as `datasets` has.
-    access: what may be read, see `find`. Raises `UserError` that says what the source is; the
-    caller adds whose image it is.
+    access: what may be read, see `find`. Raises `UserError` that says what the source is, also
+    where it turns out to be damaged inside; the caller adds whose image it is.
     """
     image = _open_any(source, folder, access)
-    try:
+    # Leaving Pillow's own context keeps the pixels, where `close` destroys them.
+    with contextlib.nullcontext() if image is source else image:
         check_pixels(*image.size, access)
-    except UserError:
-        if image is not source:
-            image.close()
-        raise
-    return image
+        try:
+            yield image
+        except DAMAGED as error:
+            raise UserError(
+                f"it is damaged or truncated and cannot be decoded ({_words(error)})."
+            ) from error
 
 
 def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.Image:
@@ -47,45 +51,40 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8:
             raise UserError(f"an image array must be uint8, this one is {source.dtype}.")
-        if source.ndim == 3 and source.shape[2] == 1:
-            source = source[:, :, 0]
-        if source.ndim != 2 and not (source.ndim == 3 and source.shape[2] in (2, 3, 4)):
+        if source.ndim != 2 and not (source.ndim == 3 and source.shape[2] in range(1, 5)):
             raise UserError(
                 f"an image array must be [H, W] or [H, W, 1 to 4], this one is {source.shape}."
             )
-        return Image.fromarray(source)
+        return Image.fromarray(source[:, :, 0] if source.shape[2:] == (1,) else source)
     if isinstance(source, Mapping):
         value = source.get("bytes") or source.get("path")
         if not value:
             raise UserError(f"an image dict needs 'bytes' or 'path'; it has {sorted(source)}.")
         return _open_any(value, folder, access)
-    if isinstance(source, str | Path) and not str(source).startswith("data:"):
-        text = str(source)
-        found = find(text, folder, access)
-        if found is not None:
-            return _open(found, "the file" if isinstance(found, Path) else "what it gave")
-        data = _from_base64(text) if len(text) > 64 else None
-        if data is None:
-            path = located(text, folder)
-            raise UserError(f"there is no file '{path if len(text) < 300 else text[:60] + '…'}'.")
-        return _open(data, "the base64 string")
-    if isinstance(source, str):
+    if not isinstance(source, str | Path | bytes | bytearray):
+        raise UserError(
+            f"an image is a path, bytes, a data URI, a PIL image or an array, "
+            f"not {type(source).__name__}."
+        )
+    if isinstance(source, str) and source.startswith("data:"):
         data = _from_base64(source.partition(",")[2])
         if data is None:
             raise UserError(f"the data URI '{source[:40]}…' does not hold base64.")
         return _open(data, "the data URI")
-    if isinstance(source, bytes | bytearray):
-        return _open(bytes(source), f"its content ({len(source)} bytes)")
-    raise UserError(
-        f"an image is a path, bytes, a data URI, a PIL image or an array, "
-        f"not {type(source).__name__}."
-    )
+    if found := find(source, folder, access):
+        return _open(*found)
+    text = str(source)
+    data = _from_base64(text) if len(text) > 64 else None
+    if data is None:
+        path = located(text, folder)
+        raise UserError(f"there is no file '{path if len(text) < 300 else text[:60] + '…'}'.")
+    return _open(data, "the base64 string")
 
 
 def _from_base64(text: str) -> bytes | None:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None
 
 
@@ -96,18 +95,15 @@ HEIF = "HEIF"
 
 def _open(file: Path | bytes, subject: str) -> Image.Image:
     """Open a file or its bytes; subject: what errors call it."""
-
-    def opened(*formats: str) -> Image.Image:
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
-
+    given = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        return opened(*_formats())
+        return Image.open(given, formats=_formats())
     except DAMAGED as error:
         head = head_of(file)
         kind = kind_of(head)
         if kind is HEIC and _reads_heic():
             with contextlib.suppress(*DAMAGED):
-                return opened(HEIF)
+                return Image.open(given, formats=(HEIF,))
         elif kind is None or kind.medium != "image" or kind is HEIC:
             raise UserError(sentence(kind, head, subject)) from error
         what = kind.name.removeprefix("a still image ").strip("()")
@@ -135,11 +131,6 @@ def _reads_heic() -> bool:
     return True
 
 
-def damaged(error: BaseException) -> UserError:
-    """Return what to raise where a picture's header could be read and what follows cannot."""
-    return UserError(f"it is damaged or truncated and cannot be decoded ({_words(error)}).")
-
-
 def _words(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -156,22 +147,12 @@ def read_image(source: Any, folder: str | Path | None = None, access: Access = S
 
 def read_rgb(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> Image.Image:
     """Return what `read_image` does as a Pillow image, which spares copies where it is resized."""
-    image = open_image(source, folder, access)
-    given = image is source
-    result: Image.Image | None = None
-    try:
-        if not given:
+    with open_image(source, folder, access) as image:
+        if image is not source:
             ImageOps.exif_transpose(image, in_place=True)
-        rgb = to_rgb(ImageOps.exif_transpose(image) if given else image)
+        rgb = to_rgb(ImageOps.exif_transpose(image) if image is source else image)
         rgb.load()
-        # Pillow closes a file that it has read to its end, but not one with further frames.
-        result = rgb.copy() if rgb is image and getattr(image, "fp", None) is not None else rgb
-        return result
-    except DAMAGED as error:
-        raise damaged(error) from error
-    finally:
-        if not given and result is not image:
-            image.close()
+        return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -182,12 +163,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:  # Pillow opens some 16-bit files as 32-bit
             raise UserError("a 32-bit grey image has no agreed range: save it as 8-bit RGB.")
-        high = (grey >> 8).astype(np.uint8)
-        return Image.fromarray(np.repeat(high[:, :, None], 3, axis=2))
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -195,14 +174,8 @@ def image_size(
     source: Any, folder: str | Path | None = None, access: Access = SAFE
 ) -> tuple[int, int]:
     """Return (height, width) of what `read_image` gives, from the header and tags alone."""
-    image = open_image(source, folder, access)
-    try:
+    with open_image(source, folder, access) as image:
         return upright_size(image)
-    except DAMAGED as error:
-        raise damaged(error) from error
-    finally:
-        if image is not source:
-            image.close()
 
 
 TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # that may hold an orientation
@@ -215,9 +188,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     The exception is a PNG that has the tag behind its pixels, which is found by decoding it.
     """
     width, height = image.size
-    if ORIENTATION in getattr(image, "tag_v2", {}):  # Pillow's size of a TIFF is the upright one
-        return height, width
-    tagged = not image.info.keys().isdisjoint(TAGS) or _has_late_tag(image)
+    done = ORIENTATION in getattr(image, "tag_v2", {})  # Pillow's size of a TIFF is the upright one
+    tagged = not done and (not image.info.keys().isdisjoint(TAGS) or _has_late_tag(image))
     orientation = image.getexif().get(ORIENTATION, 1) if tagged else 1
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 

@@ -67,9 +67,7 @@ def value_table(raw: Mapping[str, Any]) -> np.ndarray:
     The reference multiplies in float64, rounds to float32, then subtracts and divides in
     float32; every pixel is one of 256 values, so doing it once per value is the same numbers.
     """
-    values = np.arange(256).astype(np.float64)
-    if raw["do_rescale"]:
-        values = values * raw["rescale_factor"]
+    values = np.arange(256).astype(np.float64) * (raw["rescale_factor"] if raw["do_rescale"] else 1)
     table = np.repeat(values.astype(np.float32)[None], 3, axis=0)
     if raw["do_normalize"]:
         mean, std = (
@@ -118,12 +116,6 @@ def picture(pixels: Pixels) -> Image.Image:
     return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
 
 
-def resize(pixels: Pixels, size: tuple[int, int], resample: int) -> np.ndarray:
-    """Return uint8 [height, width, 3] of the image resized by Pillow's filter number `resample`."""
-    height, width = size
-    return np.asarray(picture(pixels).resize((width, height), resample=resample))
-
-
 @dataclasses.dataclass(frozen=True)
 class Patches:
     """Qwen2-VL: resize to multiples of merge x patch, then cut into patches in merge blocks.
@@ -153,10 +145,10 @@ class Patches:
                 f"each image's aspect ratio. Give the least and the largest area in pixels: "
                 f"min_pixels and max_pixels, or size with shortest_edge and longest_edge."
             )
-        least = [min_pixels, raw["min_pixels"], size.get("shortest_edge"), size.get("min_pixels")]
-        most = [max_pixels, raw["max_pixels"], size.get("longest_edge"), size.get("max_pixels")]
-        low = next((n for n in least if n), 56 * 56)
-        high = next((n for n in most if n), 28 * 28 * 1280)
+        least = min_pixels or raw["min_pixels"] or size.get("shortest_edge")
+        most = max_pixels or raw["max_pixels"] or size.get("longest_edge")
+        low = least or size.get("min_pixels") or 56 * 56
+        high = most or size.get("max_pixels") or 28 * 28 * 1280
         factor = raw["patch_size"] * raw["merge_size"]
         if not raw["do_resize"]:
             raise UserError("The image settings have do_resize=false, which no patch grid allows.")
@@ -180,15 +172,14 @@ class Patches:
         return self.raw["merge_size"] ** 2
 
     @property
-    def largest(self) -> int | None:
+    def largest(self) -> int:
         # Enlarging to min_pixels rounds both sides up, which may end above max_pixels.
         merge = self.raw["merge_size"]
         least = self.min_pixels / (self.raw["patch_size"] * merge) ** 2
         longest = math.ceil(math.sqrt(200 * least)) + 1
         enlarged = max(
             long * (math.floor(least / (long - 1)) + 1)
-            for long in range(math.floor(math.sqrt(least)) + 1, longest + 1)
-            if long > 1
+            for long in range(max(1, math.floor(math.sqrt(least))) + 1, longest + 1)
         )
         return max(self.max_pixels // self.raw["patch_size"] ** 2, enlarged * merge**2)
 
@@ -243,8 +234,10 @@ class Patches:
             lines[:, :, :, :, channel] = own.transpose(0, 3, 1, 4, 2)
 
     def settings(self) -> dict[str, Any]:
-        # Both spellings: 4.x reads the first two, 5.x the last.
-        edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "size": edges}
+        limits = {  # in both spellings: 4.x reads the first two, 5.x the last
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+        }
         kept = {k: value for k, value in self.raw.items() if value is not None and k not in limits}
         return {**kept, **limits}

@@ -1,6 +1,7 @@
 """Opens a video from any source in a record: sampled frames, their number and size."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.media.access import Access, find
+from vlm_jax.data.media.access import Access, find, quoted
 from vlm_jax.data.media.animation import open_animation
 from vlm_jax.data.media.frame_sampling import Sampling, Video
 from vlm_jax.data.media.images import image_size, read_image
@@ -30,18 +31,22 @@ def open_video(source: Any, folder: str | Path | None, access: Access, sampling:
     these as "video" and any of `SAMPLING` and `PIXELS`. An animated picture is a video.
     Raises `UserError` that says what is wrong; the caller adds whose video it is.
     """
-    options: dict[str, Any] = {}
-    if isinstance(source, Mapping):
-        source, options = _unpack(source)
+    source, options = _unpack(source) if isinstance(source, Mapping) else (source, {})
     pixels = {key: int(options.pop(key)) for key in PIXELS if key in options}
     if "fps" in options:  # the checkpoint's own number of frames, if it sets one, gives way
-        sampling = dataclasses.replace(sampling, nframes=None)
+        options["nframes"] = None
     sampling = dataclasses.replace(sampling, **options)
-    if isinstance(source, np.ndarray) and source.ndim == 4:
-        source = list(source)
-    if isinstance(source, list | tuple):
+    if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
         return _open_frames(list(source), folder, access, sampling, options, pixels)
-    subject, file = _find(source, folder, access)
+    if not isinstance(source, str | Path | bytes | bytearray):
+        raise UserError(
+            f"a video is a path, bytes, a list of frames, or a dict with 'video', not "
+            f"{type(source).__name__}."
+        )
+    found = find(source, folder, access)
+    if found is None:
+        raise UserError(f"there is no file '{str(Path(folder or '', str(source)))[:300]}'.")
+    file, subject = found
     head = head_of(file)
     kind = kind_of(head)
     if kind is None or kind.medium == "video":  # some videos begin with nothing of their own
@@ -52,38 +57,22 @@ def open_video(source: Any, folder: str | Path | None, access: Access, sampling:
 
 
 def _unpack(source: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    options = {key: value for key, value in source.items() if value is not None}
+    options = {k: value for k, value in source.items() if value is not None and k != "type"}
     given = [options.pop(key) for key in SOURCES if key in options]
     known = (*SOURCES, *SAMPLING, *PIXELS)
-    unknown = sorted(map(str, options.keys() - {*known, "type"}))
-    options.pop("type", None)
+    unknown = sorted(map(str, options.keys() - set(known)))
     if unknown or not given:
         what = f"has '{unknown[0]}'{nearest(unknown[0], known)}" if unknown else "has no 'video'"
         raise UserError(f"the video {what}; expected 'video' and any of {', '.join(known[4:])}.")
     for key, value in options.items():
         least = 0 if key in ("video_start", "video_end") else 1e-9
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        whole = key in ("fps", "video_start", "video_end") or isinstance(value, int)
-        if not (number and whole and least <= value < math.inf):
+        kind = int | float if key in ("fps", "video_start", "video_end") else int
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not (is_number and least <= value < math.inf):
             raise UserError(f"its {key} is {value!r}; expected a positive number.")
     if "fps" in options and "nframes" in options:
         raise UserError("it has both fps and nframes, which exclude each other. Leave one out.")
     return given[0], options
-
-
-def _find(source: Any, folder: str | Path | None, access: Access) -> tuple[str, Path | bytes]:
-    if isinstance(source, bytes | bytearray):
-        return f"its content ({len(source)} bytes)", bytes(source)
-    if not isinstance(source, str | Path):
-        raise UserError(
-            f"a video is a path, bytes, a list of frames, or a dict with 'video', not "
-            f"{type(source).__name__}."
-        )
-    text = str(source)
-    found = find(text, folder, access)
-    if found is None:
-        raise UserError(f"there is no file '{str(Path(folder or '', text))[:300]}'.")
-    return "the file" if isinstance(found, Path) else "what it gave", found
 
 
 def _open_frames(
@@ -107,27 +96,21 @@ def _open_frames(
             f"it lists {len(frames)} frames, more than max_frames = {sampling.max_frames}. List "
             f"fewer, give nframes, or raise data.video_max_frames."
         )
-    sizes = [
-        _named(number, image_size, frame, folder, access) for number, frame in enumerate(frames)
-    ]
+    sizes = list(_each(image_size, frames, folder, access))
     for number, size in enumerate(sizes):
         if size != sizes[0]:
             raise UserError(
                 f"frame {number} has {size[0]} x {size[1]} pixels and frame 0 has {sizes[0][0]} x "
                 f"{sizes[0][1]}: the frames of a video must have one size."
             )
-
-    def read() -> Iterator[np.ndarray]:
-        for number, frame in enumerate(frames):
-            yield _named(number, read_image, frame, folder, access)
-
-    height, width = sizes[0]
-    return Video(len(frames), height, width, read, pixels)
+    read = functools.partial(_each, read_image, frames, folder, access)
+    return Video(len(frames), *sizes[0], frames=read, pixels=pixels)
 
 
-def _named(number: int, read: Callable[..., Any], frame: Any, *where: Any) -> Any:
-    try:
-        return read(frame, *where)
-    except UserError as error:
-        name = f" '{frame}'" if isinstance(frame, str | Path) and len(str(frame)) < 300 else ""
-        raise UserError(f"frame {number}{name}: {error}") from error
+def _each(read: Callable[..., Any], frames: list[Any], *place: Any) -> Iterator[Any]:
+    """Yield `read(frame, folder, access)` of each frame; errors name its number."""
+    for number, frame in enumerate(frames):
+        try:
+            yield read(frame, *place)
+        except UserError as error:
+            raise UserError(f"frame {number}{quoted(frame)}: {error}") from error

@@ -43,14 +43,12 @@ def open_film(
     wanted = sampling.indices(total, rate)
 
     def read() -> Iterator[np.ndarray]:
-        given, number = 0, -1
+        number = -1
         with _opened(file, subject, access) as (container, stream):
             for number, frame in enumerate(container.decode(stream)):
-                times = int((wanted == number).sum())
-                for _ in range(times):
+                for _ in range((wanted == number).sum()):
                     yield _upright(frame, access)
-                given += times
-                if given == len(wanted):
+                if number == wanted[-1]:
                     return
         raise UserError(
             f"{subject} should have {total} frames, but only {number + 1} can be decoded: it is "
@@ -83,8 +81,7 @@ def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[
                 raise UserError(f"{subject} is coded in a way that FFmpeg does not decode here.")
             check_pixels(stream.codec_context.width, stream.codec_context.height, access)
             # A header may say less than is decoded; sides are padded there (to 128 at most).
-            most = 2 * access.max_pixels + 2**16
-            stream.codec_context.options = {"max_pixels": str(most)}
+            stream.codec_context.options = {"max_pixels": str(2 * access.max_pixels + 2**16)}
             yield container, stream
     except av.FFmpegError as error:
         raise UserError(

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.media.frame_sampling import Sampling, Video
-from vlm_jax.data.media.image_settings import IGNORED, PROCESSORS, make_processor, read_first
+from vlm_jax.data.media.image_settings import (
+    IGNORED,
+    IMAGE_FILES,
+    PROCESSORS,
+    check_keys,
+    make_processor,
+    read_first,
+)
 from vlm_jax.data.media.processors import Patches, look_up, smart_resize
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import number
@@ -22,10 +29,6 @@ from vlm_jax.files.limits import number
 FILES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", ""),
-)
-IMAGE_FILES = (
-    ("processor_config.json", "image_processor"),
-    ("preprocessor_config.json", ""),
 )
 NAME, IMAGE_NAME = "Qwen2VLVideoProcessor", "Qwen2VLImageProcessor"
 # What a file leaves out.
@@ -87,9 +90,7 @@ class VideoProcessor:
     @property
     def largest(self) -> int:
         """The most patches a video may have whose record sets nothing itself."""
-        most = self.patches.largest
-        assert most is not None  # every image has its own size
-        return -(-self.sampling.max_frames // self.sampling.factor) * most
+        return -(-self.sampling.max_frames // self.sampling.factor) * self.patches.largest
 
     def settings(self) -> dict[str, Any]:
         """Return the `video_preprocessor_config.json` that serves videos as they are cut here."""
@@ -164,12 +165,7 @@ def make_video_processor(
             f"{nearest(name, [NAME])}. Supported: {NAME}."
         )
     cut = PROCESSORS[IMAGE_NAME][1]
-    for key, value in raw.items():
-        if key not in {*cut, *OWN, *NO_EFFECT} and value not in (None, False):
-            raise UserError(
-                f"The video settings have {key}={value!r:.80}, whose effect on {NAME} is not known"
-                f"{nearest(key, [*cut, *OWN])}. Known keys: {', '.join([*cut, *OWN])}."
-            )
+    check_keys("video", raw, NAME, [*cut, *OWN], NO_EFFECT)
     frames = {key: raw[key] for key in cut if raw.get(key) is not None}
     if name == NAME:
         frames["size"] = {**SIZE, **frames.get("size", {})}
@@ -180,12 +176,11 @@ def make_video_processor(
     )
     assert isinstance(processor, Patches)
     own = {**OWN, **{key: raw[key] for key in OWN if raw.get(key) is not None}}
-    for key in ("fps", "num_frames", "min_frames", "max_frames", "max_video_tokens"):
-        value = own[key]
-        if value is not None and not (isinstance(value, int | float) and value > 0):
+    numbers = ("fps", "num_frames", "min_frames", "max_frames", "max_video_tokens")
+    for key, value in ((key, own[key]) for key in numbers if own[key] is not None):
+        if not (isinstance(value, int | float) and value > 0):
             raise UserError(f"The video settings have {key}={value!r:.80}; expected a number > 0.")
-        if value is not None:
-            number(key, value, "file of video settings")
+        number(key, value, "file of video settings")
     sampling = Sampling(
         fps=float(fps or own["fps"] or Sampling.fps),
         min_frames=min_frames or own["min_frames"],

@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.data.records.formats import FORMATS
+from vlm_jax.data.records.formats import FORMATS, has_all
 from vlm_jax.data.records.jsonl import JsonRows, index_lines
-from vlm_jax.data.records.tables import CAPTION, IMAGE, index_table, tables_in
+from vlm_jax.data.records.tables import CAPTION, IMAGE, index_table
 from vlm_jax.errors import UserError
 from vlm_jax.files.file_types import refuse_lost
 
@@ -34,7 +34,7 @@ def read_captions(folder: Path, prompt: str, taken: Collection[str] = ()) -> Seq
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if any(path.with_suffix(".txt").is_file() for path in pictures):
         return Pairs(folder, [str(path.relative_to(folder)) for path in pictures], prompt)
-    tables = tables_in(folder)
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv"))
     if len(tables) > 1:
         raise UserError(
             f"The directory '{folder}' has {len(tables)} tables "
@@ -81,25 +81,21 @@ def as_turns(row: Any, where: str, prompt: str, taken: Collection[str]) -> dict[
 
     image = take(IMAGE) or None
     made = {} if image is None else {"image": image}
-    if any(_has(rest, form.needed) for form in FORMATS.values()):
+    if any(has_all(rest, form.needed) for form in FORMATS.values()):
         return {**rest, **made}
-    empty = [name for name in CAPTION if name in rest and rest[name] is None]
-    for form in FORMATS.values():  # a table has the column in each row
-        if not empty and rest.keys() >= set(form.needed):
-            empty = [name for name in form.needed if rest[name] is None]
+    # A table has the columns of its format in each row.
+    formats = [form.needed for form in FORMATS.values() if rest.keys() >= set(form.needed)]
+    columns = [name for names in (CAPTION, *formats) for name in names if name in rest]
+    empty = next((name for name in columns if rest[name] is None), None)
     answer = take(CAPTION)
     if answer is None and empty:
-        raise UserError(f"{where} has an empty '{empty[0]}'. Fill it, or remove the row.")
+        raise UserError(f"{where} has an empty '{empty}'. Fill it, or remove the row.")
     if answer is not None and image is None and "images" not in rest:
         raise UserError(f"{where} has no 'file_name', which says which image it is about.")
     if answer is None:
         return {**rest, **made}  # no format that is known, which says so itself
     asked = take(ASKED)
     return {**rest, **made, "question": prompt if asked is None else asked, "answer": answer}
-
-
-def _has(row: Mapping[str, Any], names: Sequence[str]) -> bool:
-    return all(row.get(name) is not None for name in names)
 
 
 class Pairs(Sequence):
@@ -112,15 +108,15 @@ class Pairs(Sequence):
         return len(self.names)
 
     def __getitem__(self, index: Any) -> Any:
-        path = (self.folder / self.names[index]).with_suffix(".txt")
+        name = self.names[index]
+        path = (self.folder / name).with_suffix(".txt")
         try:
             answer = path.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             raise UserError(
-                f"The image '{self.folder / self.names[index]}' has no caption: expected the text "
+                f"The image '{self.folder / name}' has no caption: expected the text "
                 f"file '{path.name}' beside it. Write it, or move the image elsewhere."
             ) from None
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"The caption '{path}' cannot be read as UTF-8: {error}.") from error
-        name = self.names[index]
         return {"id": name, "image": name, "question": self.prompt, "answer": answer}

@@ -1,7 +1,9 @@
 """Formats of raw rows, each read as turns: roles, texts, loss weights."""
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.data.records.unread_keys import is_given, refuse_unread_in_turn
@@ -22,7 +24,6 @@ ROLES = {
 # A system prompt beside the turns, as ShareGPT's and LLaMA-Factory's files have it.
 SYSTEM = ("system", "system_prompt")
 IMAGES, VIDEOS = ("images", "image"), ("videos", "video")
-TURN_KEYS = (("role", "content"), ("from", "value"))
 # What a turn counts in the loss: OpenAI's, axolotl's and ms-swift's names of it.
 WEIGHTS = ("weight", "train", "loss", "loss_scale")
 
@@ -46,7 +47,7 @@ def read_turns(
     A turn is {"role", "content"}, and "weight" where that is not 1. mapped: `data.columns`; a
     format that it names is preferred to one that it does not.
     """
-    found = [name for name, form in FORMATS.items() if _has(row, form)]
+    found = [name for name, form in FORMATS.items() if has_all(row, form.needed)]
     if not found:
         expected = ", ".join("/".join(form.needed) for form in FORMATS.values())
         raise UserError(
@@ -60,8 +61,7 @@ def read_turns(
         found = [name for name in found if name != "prompt and response"] or found
     read = BESIDE.union(*(FORMATS[name].needed + FORMATS[name].optional for name in found))
     for key in read & row.keys():
-        value = row[key]
-        if type(value) is float and math.isnan(value):
+        if type(row[key]) is float and math.isnan(row[key]):
             raise UserError(
                 f"{where} has NaN in '{key}', as pandas writes for what is missing. Write null, or "
                 f"leave the key out, where a row has none."
@@ -75,8 +75,9 @@ def read_turns(
     return _with_system(row, turns, where), read
 
 
-def _has(row: Mapping[str, Any], form: Format) -> bool:
-    return all(row.get(key) is not None for key in form.needed)
+def has_all(row: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Return whether a row has a value that is not null under each of the keys."""
+    return all(row.get(key) is not None for key in keys)
 
 
 def check_order(turns: list[Turn], where: str) -> None:
@@ -84,17 +85,15 @@ def check_order(turns: list[Turn], where: str) -> None:
 
     Whether an assistant may begin is for the checkpoint's chat template to say.
     """
-    before = None
-    for number, turn in enumerate(turns):
-        role = turn["role"]
-        if role == "system" and number:
+    roles = [turn["role"] for turn in turns]
+    for number, (before, role) in enumerate(itertools.pairwise(roles), start=1):
+        if role == "system":
             raise UserError(f"{where}: turn {number} is a system turn; only the first may be one.")
         if role == before:
             raise UserError(
                 f"{where}: turns {number - 1} and {number} are both the {role}'s. Roles must take "
                 f"turns: join the two into one, or correct the order."
             )
-        before = role
 
 
 def rename_columns(
@@ -107,8 +106,10 @@ def rename_columns(
             f"{where} has no column '{missing[0]}'{nearest(missing[0], row)}, which data.columns "
             f"names; it has {sorted(map(str, row))}. Write null where a row has none."
         )
-    kept = {key: value for key, value in row.items() if key not in columns.values()}
-    return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
+    return {
+        **{key: value for key, value in row.items() if key not in columns.values()},
+        **{ours: row[theirs] for ours, theirs in columns.items()},
+    }
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -132,10 +133,9 @@ def _listed(value: Any, where: str) -> list[Turn]:
         raise UserError(f"{where} holds no list of turns: {value!r:.80}.")
     turns = []
     for number, turn in enumerate(value):
-        keys = None
-        if isinstance(turn, Mapping):
-            keys = next((pair for pair in TURN_KEYS if turn.get(pair[0]) is not None), None)
-        if keys is None or turn.get(keys[1]) is None:
+        given = turn if isinstance(turn, Mapping) else {}
+        keys = ("from", "value") if given.get("role") is None else ("role", "content")
+        if not has_all(given, keys):
             raise UserError(
                 f"{where}: turn {number} is {turn!r:.80}; expected an object with 'role' and "
                 f"'content', or with 'from' and 'value'."
@@ -205,48 +205,45 @@ def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
     return [turn for pair in history for turn in _pair(*pair)]
 
 
-def _asked(asked: str, answered: str) -> Callable[[Mapping[str, Any], str], list[Turn]]:
-    """Return what reads a question and an answer from two keys; of several answers the first.
+def _answered(row: Mapping[str, Any], where: str, *, asked: str, answered: str) -> list[Turn]:
+    """A question and an answer under two keys; of several answers the first.
 
     All of them stand beside that turn's content, for evaluators.
     """
-
-    def turns(row: Mapping[str, Any], where: str) -> list[Turn]:
-        answer = row[answered]
-        if isinstance(answer, list | tuple):
-            if not answer:
-                raise UserError(
-                    f"{where} has an empty list in '{answered}'; the first one is trained on."
-                )
-            row = {**row, answered: answer[0]}
-        last = _pair(_text(row, asked, where), _text(row, answered, where))
-        if isinstance(answer, list | tuple) and len(answer) > 1:
-            last[1]["answers"] = [one for one in answer if isinstance(one, str)]
-        return [*_history(row, where), *last]
-
-    return turns
+    value = row[answered]
+    answers = value if isinstance(value, list | tuple) else [value]
+    if not answers:
+        raise UserError(f"{where} has an empty list in '{answered}'; the first one is trained on.")
+    answer = _text({answered: answers[0]}, answered, where)
+    last = _pair(_text(row, asked, where), answer)
+    if len(answers) > 1:
+        last[1]["answers"] = [one for one in answers if isinstance(one, str)]
+    return _history(row, where) + last
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> list[Turn]:
     """TRL: two texts, or two lists of messages; loss falls on the completion alone."""
-    turns = []
-    for key, role, weight in (("prompt", "user", 0.0), ("completion", "assistant", 1.0)):
-        if isinstance(row[key], list | tuple):
-            part = _listed(row[key], f"{where}, '{key}'")
-        else:
-            part = [{"role": role, "content": _text(row, key, where)}]
-        for turn in part:
-            if turn["role"] == "assistant" and weight == 0:
-                turn["weight"] = weight
-        turns += part
-    return turns
+    asked, answered = (
+        _listed(row[key], f"{where}, '{key}'")
+        if isinstance(row[key], list | tuple)
+        else [Turn(role=role, content=_text(row, key, where))]
+        for key, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    for turn in asked:
+        if turn["role"] == "assistant":
+            turn["weight"] = 0.0
+    return asked + answered
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> list[Turn]:
     """Alpaca: the input stands on a line below the instruction."""
     asked = [_text(row, key, where) for key in ("instruction", "input") if is_given(row, key)]
-    last = _pair("\n".join(asked), _text(row, "output", where))
-    return [*_history(row, where), *last]
+    return _history(row, where) + _pair("\n".join(asked), _text(row, "output", where))
+
+
+def _pairs(asked: str, answered: str) -> Format:
+    turns = functools.partial(_answered, asked=asked, answered=answered)
+    return Format(needed=(asked, answered), optional=("history",), turns=turns)
 
 
 # A format's first key, or all -> how it is read. To add one, add a row.
@@ -255,12 +252,10 @@ FORMATS: dict[str, Format] = {
     "conversations": Format(
         ("conversations",), (), lambda row, where: _listed(row["conversations"], where)
     ),
-    "query": Format(("query", "response"), ("history",), _asked("query", "response")),
+    "query": _pairs("query", "response"),
     "prompt": Format(("prompt", "completion"), (), _prompt),
-    "prompt and response": Format(
-        ("prompt", "response"), ("history",), _asked("prompt", "response")
-    ),
-    "question": Format(("question", "answer"), ("history",), _asked("question", "answer")),
+    "prompt and response": _pairs("prompt", "response"),
+    "question": _pairs("question", "answer"),
     "instruction": Format(("instruction", "output"), ("input", "history"), _instruction),
 }
 CHATS = ("messages", "conversations")

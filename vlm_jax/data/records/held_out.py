@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from vlm_jax.data.records.mixture import Mixture, Records
+from vlm_jax.data.records.mixture import Mixture, Part, Records
 from vlm_jax.errors import UserError
 
 
@@ -19,16 +19,9 @@ def hold_out(
     one left. Raises `UserError` where a source has only one.
     """
     if isinstance(records, Mixture):
-        pairs = [_halves(part.records, share, seed) for part in records.parts]
-        left = [
-            dataclasses.replace(part, records=one)
-            for part, (one, _) in zip(records.parts, pairs, strict=True)
-        ]
-        held = [
-            dataclasses.replace(part, records=other, weight=None, epochs=None)
-            for part, (_, other) in zip(records.parts, pairs, strict=True)
-        ]
-        return Mixture(left), Mixture(held)
+        pairs = [(part, *_halves(part.records, share, seed)) for part in records.parts]
+        left = [dataclasses.replace(part, records=rest) for part, rest, _ in pairs]
+        return Mixture(left), Mixture([Part(part.name, drawn) for part, _, drawn in pairs])
     return _halves(records, share, seed)
 
 

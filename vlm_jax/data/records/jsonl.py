@@ -1,13 +1,16 @@
 """Rows of JSON files: indexed in one pass, parsed on access."""
 
+import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -32,82 +35,85 @@ def parse_row(data: bytes, where: str) -> Any:
     raise UserError(f"{where} {problem}. Each row must be one whole JSON object.")
 
 
-class JsonLines:
-    """The rows of a JSONL file from front to back: blank lines are none, nothing is indexed.
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """The rows of a file from front to back; nothing is indexed. Pickled by path.
 
-    A line that is not JSON comes as the `UserError` that says so, in its own place.
+    rows: from an opened file and its name, (line it begins on, what parses it, given what errors
+    call it) of each row. One that cannot be parsed comes as the `UserError` that says so, in its
+    own place.
     """
 
-    def __init__(self, path: Path, start: int = 0):
-        self.path, self.start = path, start
+    path: Path
+    rows: Callable[[BinaryIO, str], Iterator[tuple[int, Callable[[str], Any]]]]
+    start: int = 0
 
-    def skip(self, count: int) -> "JsonLines":
+    def skip(self, count: int) -> "Lines":
         """Return the rows behind the next `count`."""
-        return JsonLines(self.path, self.start + count)
+        return dataclasses.replace(self, start=self.start + count)
 
     def __iter__(self) -> Iterator[Any]:
-        index = 0
         with open(self.path, "rb") as file:
-            check_utf8(os.pread(file.fileno(), 2, 0), str(self.path))
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(BOM) if number == 1 else line
-                if not line.strip(BLANK):
-                    continue
-                if index >= self.start:
-                    try:
-                        row = parse_row(line, f"Record {index} of '{self.path}', line {number},")
-                    except UserError as error:
-                        row = error
-                    yield row
-                index += 1
+            rows = enumerate(self.rows(file, str(self.path)))
+            for index, (line, parse) in itertools.islice(rows, self.start, None):
+                try:
+                    row = parse(f"Record {index} of '{self.path}', line {line},")
+                except UserError as error:
+                    row = error
+                yield row
+
+
+def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, Callable[[str], Any]]]:
+    """Yield the rows of a JSONL file for `Lines`: blank lines are none."""
+    check_utf8(os.pread(file.fileno(), 2, 0), name)
+    for number, line in enumerate(file, start=1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip(BLANK):
+            yield number, functools.partial(parse_row, line)
 
 
 class JsonRows(Sequence):
     """The rows of one file: where each begins and ends, and the line it begins on.
 
-    starts, ends: int64 [N], bytes. lines: int32 [N], counted from 1. fingerprint: BLAKE2b of the
-    file. name: what errors call the file (a compressed file is read from its plain copy).
+    spans: int64 [N, 3], bytes from start to end, and lines from 1. fingerprint: BLAKE2b of the
+    file. name: what errors call the file (a compressed file is read from its plain copy). parse:
+    gives the value of a row of bytes, or raises `UserError` that begins with what errors call it.
     Thread-safe: rows are read by `pread`. Pickled by path: other processes open it again.
     """
 
     def __init__(
         self,
         path: Path,
-        starts: np.ndarray,
-        ends: np.ndarray,
-        lines: np.ndarray,
+        spans: Sequence[tuple[int, int, int]] | np.ndarray,
         fingerprint: str,
         name: str,
+        parse: Callable[[bytes, str], Any] = parse_row,
     ):
         self.path, self.name, self.fingerprint = str(path.resolve()), name, fingerprint
-        self.starts, self.ends, self.lines = starts, ends, lines
+        self.spans, self.parse = np.asarray(spans, np.int64).reshape(-1, 3), parse
         self._stamp = _stamp(os.stat(self.path))
         self._file: int | None = None
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.spans)
 
     def line(self, index: int) -> int:
         """Return the line, from 1, on which a row begins."""
-        return int(self.lines[index])
+        return int(self.spans[index, 2])
 
     def __getitem__(self, index: Any) -> Any:
         """Return one row; raises `UserError`, naming file and line, where it is not JSON."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        start, end = int(self.starts[index]), int(self.ends[index])
+            return [self[i] for i in range(len(self))[index]]
+        start, end, line = self.spans[index].tolist()
         data = os.pread(self._open(), end - start, start)
-        where = f"Record {index} of '{self.name}', line {self.line(index)},"
+        where = f"Record {index} of '{self.name}', line {line},"
         if len(data) < end - start:
             raise UserError(
                 f"{where} is no longer whole: the file became shorter since it was opened. Leave "
                 f"data files as they are while they are read, and start again."
             )
         return self.parse(data, where)
-
-    def parse(self, data: bytes, where: str) -> Any:
-        """Return the value of one row; raises `UserError` that begins with `where`."""
-        return parse_row(data, where)
 
     def _open(self) -> int:
         if self._file is None:
@@ -140,15 +146,14 @@ def index_lines(path: Path, name: str | None = None) -> JsonRows:
 
     A UTF-8 byte order mark at the start is passed over.
     """
-    name = name or str(path)
     digest = hashlib.blake2b(digest_size=16)
-    starts, ends, lines = [], [], []
+    spans = [np.zeros((0, 3), np.int64)]
     # The end of the last line so far, and its number. The byte before the file counts as one.
     newline, number, base = -1, 0, 0
     blank_lead = np.isin(np.arange(256), np.frombuffer(BLANK, np.uint8))
     with open(path, "rb") as file, ThreadPoolExecutor(1) as pool:
         head = os.pread(file.fileno(), len(BOM), 0)
-        check_utf8(head[:2], name)
+        check_utf8(head[:2], name or str(path))
         newline = len(BOM) - 1 if head == BOM else -1
         for chunk in _ahead(file, pool, digest):
             found = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + base
@@ -157,24 +162,12 @@ def index_lines(path: Path, name: str | None = None) -> JsonRows:
                 numbers = np.arange(number + 1, number + 1 + len(found))
                 keep = begin < found
                 _drop_blank(file, chunk, base, begin, found, keep, blank_lead)
-                starts.append(begin[keep])
-                ends.append(found[keep])
-                lines.append(numbers[keep].astype(np.int32))
+                spans.append(np.stack([begin, found, numbers], axis=1)[keep])
                 newline, number = int(found[-1]), number + len(found)
             base += len(chunk)
         if newline + 1 < base and os.pread(file.fileno(), base, newline + 1).strip(BLANK):
-            starts.append(np.array([newline + 1]))
-            ends.append(np.array([base]))
-            lines.append(np.array([number + 1], np.int32))
-    empty = [np.zeros(0, np.int64)]
-    return JsonRows(
-        path,
-        np.concatenate(starts or empty).astype(np.int64, copy=False),
-        np.concatenate(ends or empty).astype(np.int64, copy=False),
-        np.concatenate(lines or empty).astype(np.int32, copy=False),
-        digest.hexdigest(),
-        name,
-    )
+            spans.append(np.array([[newline + 1, base, number + 1]]))
+    return JsonRows(path, np.concatenate(spans), digest.hexdigest(), name or str(path))
 
 
 def check_utf8(mark: bytes, name: str) -> None:
@@ -239,18 +232,15 @@ def index_list(path: Path, name: str | None = None) -> JsonRows:
     if spans is None:
         kind = type(json.loads(text)).__name__
         raise UserError(f"The data file '{name}' holds a JSON {kind}; expected a list.")
-    starts, ends, lines = np.zeros((3, len(spans)), np.int64)
-    place, line, ascii_only = 0, 1, text.isascii()
-    for i, (a, b) in enumerate(spans):
-        between = text[place:a]
-        row = text[a:b]
-        byte += len(between) if ascii_only else len(between.encode(errors="surrogateescape"))
-        line += between.count("\n")
-        starts[i], lines[i] = byte, line
-        byte += len(row) if ascii_only else len(row.encode(errors="surrogateescape"))
-        line += row.count("\n")
-        ends[i], place = byte, b
-    return JsonRows(path, starts, ends, lines.astype(np.int32), fingerprint, name)
+    rows, place, line = [], 0, 1
+    for begin, end in spans:
+        start = byte + len(text[place:begin].encode(errors="surrogateescape"))
+        byte = start + len(text[begin:end].encode(errors="surrogateescape"))
+        line += text.count("\n", place, begin)
+        rows.append((start, byte, line))
+        line += text.count("\n", begin, end)
+        place = end
+    return JsonRows(path, rows, fingerprint, name)
 
 
 def _elements(text: str) -> list[tuple[int, int]] | None:
@@ -266,16 +256,14 @@ def _elements(text: str) -> list[tuple[int, int]] | None:
         return None
     place = skip(place + 1)
     spans: list[tuple[int, int]] = []
-    closed = text[place : place + 1] == "]"
-    while not closed:
+    while text[place : place + 1] != "]":
+        if spans:
+            if text[place : place + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+            place = skip(place + 1)
         end = decode(text, place)[1]
         spans.append((place, end))
         place = skip(end)
-        mark = text[place : place + 1]
-        if mark not in (",", "]") or not mark:
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
-        closed = mark == "]"
-        place = place if closed else skip(place + 1)
     if skip(place + 1) != len(text):
         raise json.JSONDecodeError("Extra data", text, skip(place + 1))
     return spans

@@ -44,10 +44,8 @@ class Records(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index = self._own(int(index) % len(self))
+            return [self[i] for i in range(len(self))[index]]
+        index = self._own(range(len(self))[index])
         line = self._line and self._line(index)
         return canonical(
             self.rows[index], index, self.folder, self.name, line=line, columns=self.columns
@@ -144,15 +142,13 @@ class Mixture(Sequence):
         return self.ends[-1]
 
     def _find(self, index: int) -> tuple[Part, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index = int(index) % len(self)
+        index = range(len(self))[index]
         i = bisect.bisect_right(self.ends, index)
         return self.parts[i], index - (self.ends[i - 1] if i else 0)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self[i] for i in range(len(self))[index]]
         part, own = self._find(index)
         record: Record = part.records[own]
         return {**record, "id": f"{part.name}:{record['id']}"}
@@ -172,8 +168,7 @@ class Mixture(Sequence):
         """Return how many records of each source an epoch visits, on average over epochs."""
         sizes = [len(part.records) for part in self.parts]
         if self.parts[0].weight is None:
-            times = [1 if part.epochs is None else part.epochs for part in self.parts]
-            return [n * _exact(r) for n, r in zip(sizes, times, strict=True)]
+            return [len(part.records) * _exact(part.epochs or 1) for part in self.parts]
         weights = [_exact(part.weight or 0) for part in self.parts]
         shares = [sum(sizes) * w / sum(weights) for w in weights]
         whole = [int(share) for share in shares]
@@ -190,11 +185,11 @@ class Mixture(Sequence):
         What an epoch takes of all sources is then shuffled together. Without `shuffle` each
         source's records come in its own order, source by source.
         """
-        taken, begin = [], 0
-        for number, (quota, end) in enumerate(zip(self._quota, self.ends, strict=True)):
+        taken = []
+        for number, (quota, part) in enumerate(zip(self._quota, self.parts, strict=True)):
             start, stop = math.floor(quota * epoch), math.floor(quota * (epoch + 1))
-            taken.append(begin + _walk(end - begin, start, stop, [seed, number], shuffle))
-            begin = end
+            own = _walk(len(part.records), start, stop, [seed, number], shuffle)
+            taken.append(self.ends[number] - len(part.records) + own)
         order = np.concatenate(taken)
         if shuffle:
             order = order[np.random.default_rng([seed, epoch]).permutation(len(order))]

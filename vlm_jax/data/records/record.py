@@ -8,7 +8,7 @@ A canonical record is
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.data.records.formats import IMAGES, VIDEOS, check_order, read_turns, rename_columns
@@ -19,6 +19,10 @@ from vlm_jax.errors import UserError
 
 Record = dict[str, Any]
 MARKERS = {"image": "<image>", "video": "<video>"}
+SOURCES = {  # of a part of its own
+    "image": ("image", "image_url", "url", "path", "base64", "bytes"),
+    "video": ("video", "video_url", "url", "path", "bytes"),
+}
 CANONICAL = {"id", "index", "folder", "messages", "images", "videos"}
 FRAME_FILE = r"\S.*\.(jpe?g|png|webp|bmp|tiff?)"
 
@@ -85,7 +89,9 @@ def canonical(
     turns, read = read_turns(row, where, columns or {})
     check_order(turns, where)
     media = {"image": _media(row, IMAGES, where), "video": _media(row, VIDEOS, where)}
-    has_media = any(media.values()) or any(map(_brings_media, turns))
+    has_media = any(media.values()) or any(
+        _names(turn["content"], kind, in_text=False) for turn in turns for kind in MARKERS
+    )
     refuse_unread(row, read, has_media, where)
     if not has_media:
         refuse_inline(turns, where)
@@ -122,40 +128,20 @@ def _is_frame(value: Any) -> bool:
     return not isinstance(value, bytes | list | tuple | Mapping)
 
 
-def _brings_media(turn: dict[str, Any]) -> bool:
-    parts = turn["content"] if isinstance(turn["content"], list | tuple) else ()
-    kinds = [str(part.get("type")) for part in parts if isinstance(part, Mapping)]
-    return any("image" in kind or "video" in kind for kind in kinds)
-
-
 def _place_media(
     turns: list[dict[str, Any]], media: dict[str, list[Any]], where: str
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     """Return messages whose content is parts, and the image or video of each part of its kind."""
+    in_answers = [kind for kind in MARKERS if _is_answered(turns, kind, len(media[kind]))]
     messages: list[dict[str, Any]] = []
     # A part's own image or video, or None where it takes the next of the record's.
     named: dict[str, list[Any]] = {kind: [] for kind in MARKERS}
-    in_answers = [kind for kind in MARKERS if _is_answered(turns, kind, len(media[kind]))]
     for turn in turns:
-        content = turn["content"]
-        if isinstance(content, str) and turn["role"] == "assistant":
-            parts = _split_answer(content, in_answers)
-        elif isinstance(content, str):
-            parts = _split_markers(content)
-        elif isinstance(content, list | tuple):
-            parts = list(content)
-        else:
-            raise UserError(
-                f"{where} has content that is neither text nor a list: {content!r:.80}."
-            )
-        clean = []
-        for part in parts:
-            kind, value = _part(part, where)
+        clean: list[dict[str, str]] = []
+        for kind, value in (_part(part, where) for part in _parts(turn, in_answers, where)):
             if kind in named:
                 named[kind].append(value)
-                clean.append({"type": kind})
-            else:
-                clean.append({"type": "text", "text": value})
+            clean.append({"type": kind} if kind in named else {"type": kind, "text": value})
         messages.append({"role": turn["role"], "content": clean})
     placed = {kind: _pair(kind, media[kind], named[kind], where) for kind in MARKERS}
     for kind in reversed(MARKERS):  # what nothing names: images first, then videos
@@ -194,50 +180,51 @@ def _is_answered(turns: list[dict[str, Any]], kind: str, given: int) -> bool:
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     named = sum(text.count(MARKERS[kind]) for text in answers if isinstance(text, str))
     return named == given > 0 and not any(
-        _names(turn["content"], kind, turn["role"] != "assistant") for turn in turns
+        _names(turn["content"], kind, in_text=turn["role"] != "assistant") for turn in turns
     )
 
 
-def _names(content: Any, kind: str, asked: bool) -> bool:
+def _names(content: Any, kind: str, in_text: bool) -> bool:
+    """Return whether content has a part of a kind, or in_text a marker."""
     if isinstance(content, str):
-        return asked and MARKERS[kind] in content
+        return in_text and MARKERS[kind] in content
     parts = content if isinstance(content, list | tuple) else ()
     return any(isinstance(part, Mapping) and kind in str(part.get("type")) for part in parts)
 
 
-def _split_answer(text: str, kinds: Sequence[str]) -> list[dict[str, str]]:
-    """Return an answer's text with images or videos in it, to the last space as it is written."""
-    if not kinds:
-        return [{"type": "text", "text": text}]
-    pieces = re.split("|".join(f"({MARKERS[kind]})" for kind in kinds), text)
-    return [
-        {"type": piece[1:-1]} if piece in MARKERS.values() else {"type": "text", "text": piece}
-        for piece in pieces
-        if piece
-    ]
-
-
-def _split_markers(text: str) -> list[dict[str, str]]:
-    """Return text, image and video parts.
-
-    The line break LLaVA writes beside a marker is no content, nor is white space at the turn's
-    ends; a space within a sentence, "a <image> b", is.
-    """
-    pieces = re.split("|".join(MARKERS.values()), text)
+def _parts(turn: dict[str, Any], in_answers: Collection[str], where: str) -> Sequence[Any]:
+    """Return the parts of a turn; in_answers: the kinds whose markers are read in answers."""
+    content = turn["content"]
+    if isinstance(content, list | tuple):
+        return content
+    if not isinstance(content, str):
+        raise UserError(f"{where} has content that is neither text nor a list: {content!r:.80}.")
+    is_answer = turn["role"] == "assistant"
+    pieces = _split(content, in_answers if is_answer else MARKERS)
     if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
-    kinds = [kind[1:-1] for kind in re.findall("|".join(MARKERS.values()), text)]
-    texts = [number for number, piece in enumerate(pieces) if piece.strip()]
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(pieces):
-        if number:
-            parts.append({"type": kinds[number - 1]})
-        if number in texts:
-            piece = re.sub(r"^\s*\n\s*|\s*\n\s*$", "", piece)
-            piece = piece.lstrip() if number == texts[0] else piece
-            piece = piece.rstrip() if number == texts[-1] else piece
-            parts.append({"type": "text", "text": piece})
-    return parts
+        return pieces
+    if not is_answer:
+        pieces = _trimmed(pieces)
+    return [{"type": p[1:-1]} if n % 2 else p for n, p in enumerate(pieces) if p]
+
+
+def _split(text: str, kinds: Collection[str]) -> list[str]:
+    """Return the texts around the markers of these kinds, and the markers, by turns."""
+    return re.split(f"({'|'.join(MARKERS[kind] for kind in kinds)})", text) if kinds else [text]
+
+
+def _trimmed(pieces: Sequence[str]) -> list[str]:
+    """Return what `_split` gives without what is no content; an answer keeps it.
+
+    The line break LLaVA writes beside a marker is none, nor is white space at the turn's ends; a
+    space within a sentence, "a <image> b", is.
+    """
+    kept = [re.sub(r"^\s*\n\s*|\s*\n\s*$", "", p) if p.strip() else "" for p in pieces]
+    texts = [number for number in range(0, len(kept), 2) if kept[number]]
+    if texts:
+        kept[texts[0]] = kept[texts[0]].lstrip()
+        kept[texts[-1]] = kept[texts[-1]].rstrip()
+    return kept
 
 
 def _part(part: Any, where: str) -> tuple[str, Any]:
@@ -247,28 +234,22 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return "text", part["text"]
-    if kind in ("image", "image_url"):
-        keys = ("image", "image_url", "url", "path", "base64", "bytes")
-        value = next((part[key] for key in keys if is_given(part, key)), None)
-        if isinstance(source := part.get("source"), Mapping):  # Anthropic's
-            value = source.get("url") or source.get("data")
-        value = value["url"] if isinstance(value, Mapping) and "url" in value else value
-        return "image", None if is_nothing(value) else value
-    if kind in ("video", "video_url"):
-        return "video", _video_part(part)
+    for medium in MARKERS:
+        if kind in (medium, f"{medium}_url"):
+            return medium, _own_source(part, medium)
     raise UserError(
         f"{where} has the content part {part!r:.80}; expected "
         f"{{'type': 'text', 'text': …}}, {{'type': 'image'}} or {{'type': 'video'}}."
     )
 
 
-def _video_part(part: Mapping[str, Any]) -> Any:
-    """Return a video part's own source, with what it says about sampling, or None."""
-    keys = ("video", "video_url", "url", "path", "bytes")
-    said = {key: part[key] for key in part if is_given(part, key) and key != "type"}
-    found = next((key for key in keys if key in said), None)
-    value = said.pop(found) if found else None
+def _own_source(part: Mapping[str, Any], kind: str) -> Any:
+    """Return an image or video part's own source, or None; a video's with its sampling."""
+    options = {key: part[key] for key in part if is_given(part, key) and key != "type"}
+    value = options.pop(next((key for key in SOURCES[kind] if key in options), ""), None)
+    if kind == "image" and isinstance(source := options.get("source"), Mapping):  # Anthropic's
+        value = source.get("url") or source.get("data")
     value = value["url"] if isinstance(value, Mapping) and "url" in value else value
-    if said and isinstance(value, Mapping):
-        return {**said, **value}
-    return {**said, "video": value} if said else value
+    if kind == "image" or not options:
+        return None if is_nothing(value) else value
+    return {**options, **(value if isinstance(value, Mapping) else {"video": value})}

@@ -1,9 +1,10 @@
 """Sources of records: files, data sets, rows in memory, and lists of them."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,34 +48,32 @@ def read_records(
     """
     if isinstance(source, Records | Mixture):
         return source
-    options = {
-        **{"image_folder": image_folder, "split": split},
-        **{"columns": columns, "caption_prompt": caption_prompt},
-    }
     if is_list_of_sources(source):
+        options = {
+            "image_folder": image_folder,
+            "split": split,
+            "columns": columns,
+            "caption_prompt": caption_prompt,
+        }
         return _mixture(source, options)
-    if (
-        image_folder
-        and not is_remote(image_folder)
-        and not Path(image_folder).expanduser().is_dir()
-    ):
+    is_local = image_folder and not is_remote(image_folder)
+    if is_local and not Path(str(image_folder)).expanduser().is_dir():
         raise UserError(f"The image folder '{image_folder}' does not exist or is not a directory.")
     check_columns(columns or {})
     prompt, taken = caption_prompt or PROMPT, (columns or {}).values()
     name = str(source) if isinstance(source, str | Path) else type(source).__name__
-    folder, rows = None, source
+    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    folder = None
     if is_remote(source):
         folder, rows = source.rpartition("/")[0], _from_file(download(source), source, split)
-    elif isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        if path.is_file():
-            rows, folder = _from_file(path, str(path), split), str(path.parent)
-        elif path.is_dir():
-            rows, folder = _from_disk(path, split, prompt, taken), str(path)
-        else:
-            rows = _from_hub(str(source), split)
-    elif isinstance(source, Mapping):
+    elif path is None:
         rows = pick_split(source, name, split)
+    elif path.is_file():
+        folder, rows = str(path.parent), _from_file(path, str(path), split)
+    elif path.is_dir():
+        folder, rows = str(path), _from_disk(path, split, prompt, taken)
+    else:
+        rows = _from_hub(name, split)
     if isinstance(rows, CsvRows):
         rows = Metadata(rows, prompt, taken)
     if type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"):
@@ -144,13 +143,11 @@ def _number(value: Any, key: str, where: str) -> float | None:
 
 def _from_file(path: Path, name: str, split: str | None) -> Any:
     """Return the rows of a data file; name: what errors call it."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    packed = suffixes[-1:] and suffixes[-1] in COMPRESSED
-    suffix = (suffixes[:-1] if packed else suffixes)[-1:]
-    wanted = "".join(suffix)
+    packed = path.suffix.lower() in COMPRESSED
+    wanted = (Path(path.stem) if packed else path).suffix.lower()
     if wanted not in READERS or (packed and wanted in UNPACKED):
         raise UserError(
-            f"The data file '{name}' has the suffix '{''.join(suffixes[-1:])}'; expected one of "
+            f"The data file '{name}' has the suffix '{path.suffix.lower()}'; expected one of "
             f"{', '.join(READERS)}, or of a text file with {' or '.join(COMPRESSED)} behind it."
         )
     if split:
@@ -165,21 +162,25 @@ def _read_table(path: Path, name: str) -> Any:
     from datasets import Dataset
 
     kind = path.suffix.lower().removeprefix(".")
-    try:
+    with reporting(f"The data file '{name}' is not readable {kind}"):
         if kind == "parquet":
             pyarrow.parquet.read_schema(path)  # or datasets would log its own error first
             rows = Dataset.from_parquet(str(path))
         else:
             rows = Dataset.from_file(str(path))
-    except Exception as error:  # pyarrow and datasets have no common ancestor of theirs
-        raise UserError(f"The data file '{name}' is not readable {kind}: {error}") from error
     with open(path, "rb") as file:
-        rows.fingerprint = hashlib.file_digest(file, _blake2b).hexdigest()
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    rows.fingerprint = digest.hexdigest()
     return rows
 
 
-def _blake2b() -> Any:
-    return hashlib.blake2b(digest_size=16)
+@contextlib.contextmanager
+def reporting(problem: str, remedy: str = "") -> Iterator[None]:
+    """Raise `UserError` with the problem, the first line of what is raised inside, the remedy."""
+    try:
+        yield
+    except Exception as error:  # network, gating, builders and casts raise many unrelated types
+        raise UserError(f"{problem}: {(str(error).splitlines() or [''])[0]}{remedy}") from error
 
 
 READERS: dict[str, Callable[[Path, str], Any]] = {
@@ -202,7 +203,8 @@ def _from_disk(path: Path, split: str | None, prompt: str, taken: Collection[str
 
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return pick_split(datasets.load_from_disk(str(path)), str(path), split)
-    captions = None if any(path.rglob("*.parquet")) else read_captions(path, prompt, taken)
+    tables = sorted(path.rglob("*.parquet"))
+    captions = None if tables else read_captions(path, prompt, taken)
     if captions is not None:
         if split:
             raise UserError(
@@ -210,7 +212,6 @@ def _from_disk(path: Path, split: str | None, prompt: str, taken: Collection[str
                 f"'{split}' in it: give the directory of one split."
             )
         return captions
-    tables = sorted(path.rglob("*.parquet"))
     for table in tables:
         refuse_lost(table, f"The data file '{table}'")
     if not tables:
@@ -232,15 +233,12 @@ def _from_hub(name: str, split: str | None) -> Any:
         )
     import datasets
 
-    try:
-        return pick_split(datasets.load_dataset(name), name, split)
-    except UserError:
-        raise
-    except Exception as error:  # network, gating and builders raise many unrelated types
-        raise UserError(
-            f"'{name}' is not a local file, and the Hugging Face hub did not give a data set of "
-            f"that name: {(str(error).splitlines() or [''])[0]}"
-        ) from error
+    with reporting(
+        f"'{name}' is not a local file, and the Hugging Face hub did not give a data set of that "
+        f"name"
+    ):
+        data = datasets.load_dataset(name)
+    return pick_split(data, name, split)
 
 
 def pick_split(data: Any, name: str, split: str | None) -> Any:

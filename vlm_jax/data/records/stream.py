@@ -10,12 +10,14 @@ import numpy as np
 
 from vlm_jax.data.records.captions import PROMPT, as_turns
 from vlm_jax.data.records.formats import check_columns
-from vlm_jax.data.records.jsonl import JsonLines
+from vlm_jax.data.records.jsonl import Lines, json_lines
 from vlm_jax.data.records.record import Record, canonical
-from vlm_jax.data.records.sources import READERS, encoded_images, pick_split
-from vlm_jax.data.records.tables import CsvLines
+from vlm_jax.data.records.sources import READERS, encoded_images, pick_split, reporting
+from vlm_jax.data.records.tables import table_lines
 from vlm_jax.errors import UserError
 from vlm_jax.files.file_types import refuse_lost
+
+END = object()
 
 
 class Stream:
@@ -42,25 +44,20 @@ class Stream:
         A record's "index" counts from the stream's beginning. Raises `UserError` where the stream
         itself cannot continue (a damaged file, a connection that is lost).
         """
-        rows = enumerate(self.rows.skip(skip) if skip else self.rows, start=skip)
-        index = skip - 1
-        while True:
-            try:
-                index, row = next(rows)
-            except StopIteration:
+        rows = iter(self.rows.skip(skip) if skip else self.rows)
+        for index in itertools.count(skip):
+            where = f"The stream '{self.name}' breaks behind record {index - 1}"
+            with reporting(where, ". Repair it there."):
+                row: Any = next(rows, END)
+            if row is END:
                 return
-            except Exception as error:  # network, builders and casts raise many unrelated types
-                raise UserError(
-                    f"The stream '{self.name}' breaks behind record {index}: "
-                    f"{(str(error).splitlines() or [''])[0]}. Repair it there."
-                ) from error
-            if isinstance(row, UserError):
-                yield row
-                continue
-            try:
-                yield canonical(row, index, self.folder, self.name, columns=self.columns)
-            except UserError as error:
-                yield error
+            record = row
+            if not isinstance(row, UserError):
+                try:
+                    record = canonical(row, index, self.folder, self.name, columns=self.columns)
+                except UserError as error:
+                    record = error
+            yield record
 
     def place(self, index: int) -> str:
         """Return where a record stands, for errors."""
@@ -83,40 +80,34 @@ def open_stream(
 
     name = str(source) if isinstance(source, str | Path) else type(source).__name__
     folder = str(image_folder) if image_folder else None
-    path = Path(source).expanduser() if isinstance(source, str | Path) else None
     if isinstance(source, list | tuple):
         raise UserError("A list of sources cannot be streamed: leave data.streaming out.")
-    try:
-        if path is not None and path.is_file():
+    rows = source
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if path.is_file():
             folder = folder or str(path.parent)
             refuse_lost(path, f"The data file '{path}'")
             if path.suffix in (".jsonl", ".ndjson"):
-                return Stream(JsonLines(path), name, folder, columns)
+                return Stream(Lines(path, json_lines), name, folder, columns)
             if path.suffix.lower() in (".csv", ".tsv"):
                 prompt, taken = caption_prompt or PROMPT, tuple((columns or {}).values())
                 read = functools.partial(as_turns, prompt=prompt, taken=taken)
-                return Stream(CsvLines(path, read), name, folder, columns)
+                lines = Lines(path, functools.partial(table_lines, read=read))
+                return Stream(lines, name, folder, columns)
             if path.suffix != ".parquet":
                 raise UserError(
                     f"The data file '{path}' cannot be streamed; expected .jsonl, .csv, .tsv or "
                     f".parquet. Leave data.streaming out: other files are read without it."
                 )
-            rows = datasets.load_dataset(
-                "parquet", data_files=str(path), split="train", streaming=True
-            )
-        elif path is not None:
+            options = {"path": "parquet", "data_files": str(path), "split": "train"}
+        else:
             if path.suffix in READERS or (not path.is_dir() and name.count("/") != 1):
                 raise UserError(f"There is no data file or directory '{name}'.")
-            rows = datasets.load_dataset(str(source), streaming=True)
             folder = folder or (str(path) if path.is_dir() else None)
-        else:
-            rows = source
-    except UserError:
-        raise
-    except Exception as error:  # network, gating and builders raise many unrelated types
-        raise UserError(
-            f"'{name}' cannot be opened as a stream: {(str(error).splitlines() or [''])[0]}"
-        ) from error
+            options = {"path": str(source)}
+        with reporting(f"'{name}' cannot be opened as a stream"):
+            rows = datasets.load_dataset(**options, streaming=True)
     rows = pick_split(rows, name, split)
     if not isinstance(rows, datasets.IterableDataset):
         raise UserError(f"A stream is an IterableDataset or a name of one, not {name}.")
@@ -135,19 +126,12 @@ class StreamRecords:
 
     def __init__(self, stream: Stream):
         self.stream, self.name, self.folder = stream, stream.name, stream.folder
-        self._begin()
-
-    def _begin(self) -> None:
         self._held: dict[int, Record | UserError] = {}
         self._rest: Iterator[Record | UserError] | None = None
         self._next = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._begin()
+    def __reduce__(self) -> tuple:
+        return StreamRecords, (self.stream,)
 
     def __getitem__(self, index: int) -> Record:
         record = self._held[int(index)]
@@ -164,9 +148,9 @@ class StreamRecords:
             found = [self._held[cursor]] if cursor in self._held else []
             found += itertools.islice(self._rest, size + 1 - len(found))
             members = np.arange(cursor, cursor + min(size, len(found)))
-            self._held.update(zip(range(cursor, cursor + len(found)), found, strict=True))
-            for old in [i for i in self._held if i < cursor - (self.HELD - 1) * size]:
-                del self._held[old]
+            self._held.update(enumerate(found, start=cursor))
+            oldest = cursor - (self.HELD - 1) * size
+            self._held = {i: record for i, record in self._held.items() if i >= oldest}
             last = len(found) <= size
             cursor = self._next = cursor + len(members)
             if last:

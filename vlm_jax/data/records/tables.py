@@ -1,16 +1,15 @@
 """Rows of CSV and TSV files: indexed in one pass, parsed on access."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from vlm_jax.data.records.formats import READ
 from vlm_jax.data.records.jsonl import BOM, JsonRows, check_utf8
@@ -25,27 +24,32 @@ LISTS = ("image", "images", "video", "videos", "messages", "conversations", "his
 
 
 class _Reader:
-    """A file's records, front to back: (place in bytes, line from 1, bytes), header first.
+    """A file's header, and its rows front to back: (place in bytes, line from 1, bytes).
 
     Lines of nothing but separators are none.
     """
 
-    def __init__(self, file: Any, name: str):
+    def __init__(self, file: BinaryIO, name: str):
         self.file, self.name, self.digest = file, name, hashlib.blake2b(digest_size=16)
         self.place, self.line = 0, 1
         head = os.pread(file.fileno(), 1 << 16, 0)
         check_utf8(head[:2], name)
         if head.startswith(BOM):
             self.place = file.seek(len(BOM))
-        said = re.match(rb"sep=([,;\t])\r?\n", head.removeprefix(BOM))
-        if said:  # Excel's
-            self.place, self.line = file.seek(self.place + said.end()), 2
+        excel = re.match(rb"sep=([,;\t])\r?\n", head.removeprefix(BOM))
+        if excel:
+            self.place, self.line = file.seek(self.place + excel.end()), 2
         first = re.split(rb"[\r\n]", head[self.place :], maxsplit=1)[0].decode(errors="replace")
-        self.separator = said[1].decode() if said else _separator(first, name)
+        self.separator = excel[1].decode() if excel else _separator(first, name)
         # The module's own limit, for the whole process, is 128 KiB; a row is bounded below.
         csv.field_size_limit(max(csv.field_size_limit(), CSV_ROW_BYTES))
+        self.rows = self._read()
+        _, _, data = next(self.rows, (0, 0, b""))
+        if not data:
+            raise UserError(f"The data file '{name}' is empty: its first row names the columns.")
+        self.header = _Header(data, self.separator, name)
 
-    def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
+    def _read(self) -> Iterator[tuple[int, int, bytes]]:
         held: list[bytes] = []
 
         def lines() -> Iterator[str]:
@@ -139,69 +143,30 @@ def _value(column: str, cell: str) -> Any:
 class CsvRows(JsonRows):
     """The rows of a CSV file with a header, as `JsonRows` are of a JSON file."""
 
-    def __init__(self, header: _Header, *place: Any):
-        super().__init__(*place)
-        self.header = header
-
-    def parse(self, data: bytes, where: str) -> dict[str, Any]:
-        return self.header.row(data, where)
-
 
 def index_table(path: Path, name: str | None = None) -> CsvRows:
     """Return the rows of a .csv or .tsv file whose first row names the columns.
 
     Columns are separated by commas, semicolons or tabs, whichever the header has.
     """
-    name = name or str(path)
-    places, lines, ends = [], [], []
-    header = None
     with open(path, "rb") as file:
-        reader = _Reader(file, name)
-        for place, line, data in reader:
-            if header is None:
-                header = _Header(data, reader.separator, name)
-                continue
-            places.append(place)
-            ends.append(place + len(data))
-            lines.append(line)
-    if header is None:
-        raise UserError(f"The data file '{name}' is empty: its first row names the columns.")
-    starts, stops = np.array(places, np.int64), np.array(ends, np.int64)
+        reader = _Reader(file, name or str(path))
+        spans = [(place, place + len(data), line) for place, line, data in reader.rows]
     fingerprint = f"{reader.digest.hexdigest()} {reader.separator}"
-    return CsvRows(header, path, starts, stops, np.array(lines, np.int32), fingerprint, name)
+    return CsvRows(path, spans, fingerprint, reader.name, reader.header.row)
 
 
-class CsvLines:
-    """The rows of a CSV file from front to back; nothing is indexed.
+def table_lines(
+    file: BinaryIO, name: str, read: Callable[[Any, str], Any]
+) -> Iterator[tuple[int, Callable[[str], Any]]]:
+    """Yield the rows of a CSV file for `jsonl.Lines`.
 
-    A row that cannot be read comes as the `UserError` that says so, in its own place.
     read: what makes a record's row of {column: text} and where it stands.
     """
+    reader = _Reader(file, name)
 
-    def __init__(self, path: Path, read: Callable[[Any, str], Any], start: int = 0):
-        self.path, self.name, self.read, self.start = path, str(path), read, start
+    def parse(data: bytes, where: str) -> Any:
+        return read(reader.header.row(data, where), where)
 
-    def skip(self, count: int) -> "CsvLines":
-        """Return the rows behind the next `count`."""
-        return CsvLines(self.path, self.read, self.start + count)
-
-    def __iter__(self) -> Iterator[Any]:
-        with open(self.path, "rb") as file:
-            reader = _Reader(file, self.name)
-            rows = iter(reader)
-            _, _, data = next(rows, (0, 0, b""))
-            header = _Header(data, reader.separator, self.name)
-            for index, (_, line, data) in enumerate(rows):
-                if index < self.start:
-                    continue
-                where = f"Record {index} of '{self.name}', line {line},"
-                try:
-                    row = self.read(header.row(data, where), where)
-                except UserError as error:
-                    row = error
-                yield row
-
-
-def tables_in(folder: Path) -> Sequence[Path]:
-    """Return the CSV and TSV files of a directory itself."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in (".csv", ".tsv"))
+    for _, line, data in reader.rows:
+        yield line, functools.partial(parse, data)

@@ -63,32 +63,43 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
             )
     for key, name, value in _others(row, read):
         listed = isinstance(value, list | tuple | Mapping)
-        instead = None
-        if re.fullmatch(ONE_OF_SEVERAL, name):
-            instead = "all images in 'images', a list"
-        elif re.fullmatch(IMAGE, name) and not has_images:
-            instead = "'image', or 'images' for a list"
-        elif re.fullmatch(TURNS, name) and listed:
-            instead = "all turns in one list, 'messages' or 'conversations'"
-        elif re.fullmatch(PREFERRED, name):
-            instead = "the one answer to train on, in the turns"
-        elif re.fullmatch(SETTINGS, name):
-            instead = "settings for all rows, in the config (data.max_pixels, ...)"
-        elif re.fullmatch(SYSTEM, name):
-            instead = "'system', or a system turn"
-        elif re.fullmatch(TOOLS, name) and (listed or str(value).lstrip().startswith(("[{", "{"))):
-            instead = "tools written into the turns"
-        elif re.fullmatch(VIDEO, name) and not (has_images and name.endswith(ADDRESS)):
-            instead = "'video', or 'videos' for a list"
-        elif re.fullmatch(OTHER_MEDIA, name) and not (has_images and name.endswith(ADDRESS)):
-            instead = "images and videos, which are all that can be trained on"
-        elif not has_images and key != "id" and _is_image(value):
-            instead = "'image', or 'images' for a list"
-        if instead is not None:
-            raise UserError(
-                f"{where} has '{key}', which is not read: expected {instead}. Rename the key, or "
-                f"remove it if it is not to be trained on."
-            )
+        is_address = has_images and name.endswith(ADDRESS)
+        for is_content, instead in (
+            (re.fullmatch(ONE_OF_SEVERAL, name), "all images in 'images', a list"),
+            (
+                not has_images and re.fullmatch(IMAGE, name),
+                "'image', or 'images' for a list",
+            ),
+            (
+                listed and re.fullmatch(TURNS, name),
+                "all turns in one list, 'messages' or 'conversations'",
+            ),
+            (re.fullmatch(PREFERRED, name), "the one answer to train on, in the turns"),
+            (
+                re.fullmatch(SETTINGS, name),
+                "settings for all rows, in the config (data.max_pixels, ...)",
+            ),
+            (re.fullmatch(SYSTEM, name), "'system', or a system turn"),
+            (
+                re.fullmatch(TOOLS, name)
+                and (listed or str(value).lstrip().startswith(("[{", "{"))),
+                "tools written into the turns",
+            ),
+            (not is_address and re.fullmatch(VIDEO, name), "'video', or 'videos' for a list"),
+            (
+                not is_address and re.fullmatch(OTHER_MEDIA, name),
+                "images and videos, which are all that can be trained on",
+            ),
+            (
+                not has_images and key != "id" and _is_image(value),
+                "'image', or 'images' for a list",
+            ),
+        ):
+            if is_content:
+                raise UserError(
+                    f"{where} has '{key}', which is not read: expected {instead}. Rename the key, "
+                    f"or remove it if it is not to be trained on."
+                )
 
 
 def _is_image(value: Any) -> bool:
