@@ -15,6 +15,7 @@ from vlm_jax.batch import Batch, Example
 from vlm_jax.errors import UserError
 from vlm_jax.models import read_family
 from vlm_jax.models.family import Family
+from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.scan import REMAT
 from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -84,11 +85,8 @@ class Model:
         """The Linen module: `module.apply` with `method=` reaches its parts."""
         scale = None if self.lora is None else self.lora.scale
         form = None if self.adapter is None else self.adapter.form
-        return self._class(self.config, self.dtype, scale, self.remat, form)
-
-    @property
-    def _class(self) -> type[VisionLanguageModel]:
-        return pkgutil.resolve_name(self.config.MODULE)
+        compute = Compute(self.dtype, scale, self.remat, form)
+        return pkgutil.resolve_name(self.config.MODULE)(self.config, compute)
 
     def apply(
         self,
@@ -130,10 +128,8 @@ class Model:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return random parameters of this architecture, to train from nothing."""
-        batch = self.collate([[]], 2, self.config.patch_unit)
-        batch = jax.tree.map(jnp.asarray, batch)
-        module = self._class(self.config, self.dtype)
-        return jax.tree.map(lambda leaf: leaf, dict(jax.jit(module.init)(key, batch)["params"]))
+        batch = jax.tree.map(jnp.asarray, self.collate([[]], 2, self.config.patch_unit))
+        return jax.jit(self.module.init)(key, batch)["params"]
 
     def abstract(self, dtype: Any = None) -> dict[str, Any]:
         """Return the base's parameters as shapes in `dtype` (default: the model's)."""

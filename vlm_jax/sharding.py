@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
+from vlm_jax.models import decoder_config
 from vlm_jax.trees import flatten, map_leaves, match, unflatten
 from vlm_jax.weights import FourBit
 
@@ -97,7 +98,7 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
         leaf = "embedding" if lora[1] == model.config.embedding else "kernel"
         return f"{lora[1]}/{leaf}"  # which may be in another part of the tree
 
-    rows = [*ADAPTER_AXES, *model.config.AXES]
+    rows = [*ADAPTER_AXES, *model.config.AXES, *decoder_config.AXES]
     tables = match(rows, [kernel_of(path) for path in flat], "sharding table", unused="allow")
     axes = {}
     for path in flat:
