@@ -189,8 +189,7 @@ class Qwen2VL(Family):
 
     def _media(self, tokens: np.ndarray, kind: str, values: Any, grids: Any, token_id: int | None):
         """Return (patches [P, C], grids [I, 3], token slots) of a kind; raise where they differ."""
-        grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
-        grids = grids.reshape(-1, 3)
+        grids = np.asarray(() if grids is None else grids, np.int64).reshape(-1, 3)
         whole = self.vision.patch_values
         values = np.zeros((0, whole), np.float32) if values is None else np.asarray(values)
         one_frame = values.dtype == np.uint8 and (whole // self.vision.patch_shape[1],)
@@ -225,8 +224,8 @@ class Qwen2VL(Family):
             self.video_token_id,
         )  # fmt: skip
         image_index = np.full(len(tokens), -1, np.int32)
-        image_index[image_slots] = np.arange(len(image_slots))
-        image_index[video_slots] = len(image_slots) + np.arange(len(video_slots))
+        slots = np.concatenate([image_slots, video_slots])
+        image_index[slots] = np.arange(len(slots))
         grids = np.concatenate([image_grids, video_grids])
         merge = self.vision.merge
         return {
