@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.models.decoder import Decoder
-from vlm_jax.models.decoder_config import AXES as DECODER_AXES
 from vlm_jax.models.decoder_config import decoder_from_hf
 from vlm_jax.models.family import Family, Grid, TowerSizes
+from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.linear import Linear, parameter
 from vlm_jax.models.vlm import VisionLanguageModel
 
@@ -35,27 +35,19 @@ class Toy(Family):
         (r"lm_head/.*", "head"),
     )
     AXES = ((r"model/(tower|connector)/kernel", ("embed", "wide")), (r".*_newline", (None,)))
-    AXES = (*AXES, *DECODER_AXES)
     HAS_GRIDS = False
     LEARNED_FEATURES = 1
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Toy":
         text = decoder_from_hf(raw["text_config"], "llama", False, "config.json, text_config")
-        return cls(text, TowerSizes(8, 8, 1, 0), raw["image_token_id"], None)
+        return cls(text, TowerSizes(8, 8, 1, 0, (3, 4, 4)), raw["image_token_id"], None)
 
     def image_tokens(self, grid: Grid = None) -> int:
         return 6
 
-    def values_per_image(self, grid: Grid = None) -> int:
-        return 1
-
-    def image_patches(self, grid: Grid = None) -> int:
-        return 9
-
     patch_unit = 9
     unit_features = 4
-    patch_axes = (3, 1, 16)
     cell = 4
 
     def layout(self, tokens: np.ndarray, media: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -87,16 +79,13 @@ class Toy(Family):
 
 class Body(nn.Module):
     cfg: Toy
-    dtype: Any
-    lora: Any
-    remat: str
-    adapter: Any
+    compute: Compute
 
     def setup(self) -> None:
-        width = self.cfg.text.hidden_size
-        self.tower = Linear(self.cfg.vision.width, False, self.dtype)
-        self.connector = Linear(width, False, self.dtype, self.lora)
-        self.text_model = Decoder(self.cfg.text, self.dtype, self.lora, self.remat, self.adapter)
+        width, compute = self.cfg.text.hidden_size, self.compute
+        self.tower = Linear(self.cfg.vision.width, False, compute.dtype)
+        self.connector = Linear(width, False, compute.dtype, compute.lora)
+        self.text_model = Decoder(self.cfg.text, compute)
         self.image_newline = parameter(self, "image_newline", nn.initializers.normal(), (width,))
 
     def features(self, batch) -> jax.Array:
@@ -110,7 +99,4 @@ class Body(nn.Module):
 
 
 class Module(VisionLanguageModel):
-    cfg: Toy
-
-    def make_body(self) -> nn.Module:
-        return Body(self.cfg, self.dtype, self.lora, self.remat, self.adapter)
+    BODY = Body

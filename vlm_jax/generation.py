@@ -77,7 +77,7 @@ def _generate(
 ) -> jax.Array:  # fmt: skip
     variables = {"params": params}
     B, T = batch.tokens.shape
-    cache: Any = empty_cache(module.cfg.text, B, T + new_tokens, module.dtype)
+    cache: Any = empty_cache(module.cfg.text, B, T + new_tokens, module.compute.dtype)
     hidden, cache = module.apply(variables, batch, cache, method="hidden")
     logits = module.apply(variables, hidden[:, -1], method="logits")
     # The next position is one past the largest on any axis: after an image they differ.

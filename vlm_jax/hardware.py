@@ -131,12 +131,9 @@ def hardware(name: str) -> Hardware:
 
     Raises `UserError` with the known ones for another name.
     """
-    text = re.sub(r"[\s_]", "", name.lower()).removeprefix("nvidia")
-    text = text if text.startswith("tpu7x") else text.removeprefix("tpu")
-    text = text.removeprefix("-")
-    count: int | None = None
-    if many := re.fullmatch(r"(\d+)x(.+)", text):
-        count, text = int(many[1]), many[2]
+    text = re.sub(r"[\s_]", "", name.lower())
+    [(many, text)] = re.findall(r"^(?:nvidia)?(?:tpu(?!7x))?-?(?:(\d+)x)?(.*)$", text)
+    count = int(many or 0)
     device, _, shape = text.partition(":")
     device = OTHER_NAMES.get(device, device)
     asked = device.split("-")[0]  # without a count, for the nearest of the known

@@ -15,6 +15,7 @@ from vlm_jax.batch import Batch, Example
 from vlm_jax.errors import UserError
 from vlm_jax.models import read_family
 from vlm_jax.models.family import Family
+from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.scan import REMAT
 from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.models.vlm import VisionLanguageModel
@@ -84,11 +85,8 @@ class Model:
         """The Linen module: `module.apply` with `method=` reaches its parts."""
         scale = None if self.lora is None else self.lora.scale
         form = None if self.adapter is None else self.adapter.form
-        return self._class(self.config, self.dtype, scale, self.remat, form)
-
-    @property
-    def _class(self) -> type[VisionLanguageModel]:
-        return pkgutil.resolve_name(self.config.MODULE)
+        compute = Compute(self.dtype, scale, self.remat, form)
+        return pkgutil.resolve_name(self.config.MODULE)(self.config, compute)
 
     def apply(
         self,
@@ -130,10 +128,8 @@ class Model:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return random parameters of this architecture, to train from nothing."""
-        batch = self.collate([[]], 2, self.config.patch_unit)
-        batch = jax.tree.map(jnp.asarray, batch)
-        module = self._class(self.config, self.dtype)
-        return jax.tree.map(lambda leaf: leaf, dict(jax.jit(module.init)(key, batch)["params"]))
+        batch = jax.tree.map(jnp.asarray, self.collate([[]], 2, self.config.patch_unit))
+        return jax.jit(self.module.init)(key, batch)["params"]
 
     def abstract(self, dtype: Any = None) -> dict[str, Any]:
         """Return the base's parameters as shapes in `dtype` (default: the model's)."""
@@ -191,23 +187,14 @@ class Model:
                     f"has {self.vocab_size} tokens. Add rows with add_tokens, or use the "
                     f"checkpoint's own tokenizer."
                 )
+            learned = ~np.isin(tokens, [i for i in (images.token, videos.token) if i])
             if labels is not None:
-                weights = (np.asarray(labels)[row, place] != -100).astype(np.float32)
-            else:
-                placeholder = np.isin(tokens, [i for i in (images.token, videos.token) if i])
-                weights = (~placeholder).astype(np.float32)
-            media = {
-                "pixel_values": images.take(tokens, row),
-                "image_grid_thw": images.grids_taken,
-                "pixel_values_videos": videos.take(tokens, row),
-                "video_grid_thw": videos.grids_taken,
-            }
-            given = {name: value for name, value in media.items() if value is not None}
-            layout = cfg.layout(tokens, given)
-            examples.append({"tokens": tokens, "weights": weights, **layout})
+                learned = np.asarray(labels)[row, place] != -100
+            layout = cfg.layout(tokens, {**images.take(tokens, row), **videos.take(tokens, row)})
+            examples.append({"tokens": tokens, "weights": learned.astype(np.float32), **layout})
             places.append(place)
-        images.finish()
-        videos.finish()
+        for media in (images, videos):
+            media.finish()
         patches = max((len(example["patches"]) for example in examples), default=0)
         batch = self.collate([[example] for example in examples], length, patches)
         return _scatter(batch, places)
@@ -232,54 +219,60 @@ class Model:
         return self.collate([[example]], len(example["tokens"]), len(example["patches"]))
 
 
+# Leaves of a batch whose last axis is a row's tokens.
+TOKEN_LEAVES = ("tokens", "targets", "weights", "segments", "positions", "image_index")
+# The names that a processor gives to the pixels and the grids of a kind of media.
+NAMES_OF_MEDIA = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
+
+
 class _Media:
     """One kind of media of a whole batch, handed out row by row in order."""
 
     def __init__(self, model: Model, kind: str, token: int | None, values: Any, grids: Any):
-        self.model, self.kind, self.token = model, kind, token
+        self.config, self.kind, self.token = model.config, kind, token
+        self.pixels, self.sizes = NAMES_OF_MEDIA[kind]
         self.values = None if values is None else np.asarray(values, np.float32)
-        pixels, sizes = {
-            "image": ("pixel_values", "image_grid_thw"),
-            "video": ("pixel_values_videos", "video_grid_thw"),
-        }[kind]
-        if not model.config.HAS_GRIDS and grids is not None:
-            raise UserError(f"All {kind}s of this model have one size: it takes no {sizes}.")
-        if model.config.HAS_GRIDS and (values is None) != (grids is None):
-            have, lack = (pixels, sizes) if grids is None else (sizes, pixels)
+        self.image = self.value = 0
+        self.grids: list = [None] * (0 if values is None else len(values))
+        if not self.config.HAS_GRIDS and grids is not None:
+            raise UserError(f"All {kind}s of this model have one size: it takes no {self.sizes}.")
+        if self.config.HAS_GRIDS and (values is None) != (grids is None):
+            names = (self.pixels, self.sizes)
+            have, lack = names if grids is None else names[::-1]
             raise UserError(
                 f"The batch has {have} but no {lack}: give both, as the checkpoint's processor "
                 f"returns them. The grids say how many patches each {kind} has."
             )
-        if grids is not None and np.shape(grids)[1:] != (3,):
-            raise UserError(f"{sizes} must be [{kind}s, 3]; it is {list(np.shape(grids))}.")
         if grids is not None:
-            self.grids: list = [tuple(int(n) for n in grid) for grid in np.asarray(grids)]
-        else:
-            self.grids = [None] * (0 if self.values is None else len(self.values))
-        self.image = self.value = 0
-        self.grids_taken: np.ndarray | None = None
+            if np.shape(grids)[1:] != (3,):
+                raise UserError(
+                    f"{self.sizes} must be [{kind}s, 3]; it is {list(np.shape(grids))}."
+                )
+            self.grids = [tuple(int(n) for n in grid) for grid in np.asarray(grids)]
 
-    def take(self, tokens: np.ndarray, row: int) -> np.ndarray | None:
-        """Return the pixel values of the images whose placeholders stand in `tokens`."""
-        self.grids_taken = None
+    def take(self, tokens: np.ndarray, row: int) -> dict[str, np.ndarray]:
+        """Return the arrays of the images whose placeholders stand in `tokens`, by their names."""
         if self.values is None or self.token is None:
-            return None
-        cfg = self.model.config
-        wanted, first, start = int((tokens == self.token).sum()), self.image, self.value
+            return {}
+        held, first, start = int((tokens == self.token).sum()), self.image, self.value
+        wanted = held
         while wanted > 0 and self.image < len(self.grids):
-            wanted -= cfg.image_tokens(self.grids[self.image])
-            self.value += cfg.values_per_image(self.grids[self.image])
+            wanted -= self.config.image_tokens(self.grids[self.image])
+            self.value += self.config.values_per_image(self.grids[self.image])
             self.image += 1
         if wanted != 0:
             raise UserError(
-                f"Row {row} holds {int((tokens == self.token).sum())} {self.kind} tokens, which no "
-                f"whole number of the batch's {self.kind}s fills (off by {wanted}). Placeholders "
-                f"and {self.kind}s must agree exactly; was the row truncated?"
+                f"Row {row} holds {held} {self.kind} tokens, which no whole number of the batch's "
+                f"{self.kind}s fills (off by {wanted}). Placeholders and {self.kind}s must agree "
+                f"exactly; was the row truncated?"
             )
-        taken = self.grids[first : self.image]
-        if taken and taken[0] is not None:
-            self.grids_taken = np.asarray(taken, np.int64)
-        return self.values[start : self.value]
+        arrays = {self.pixels: self.values[start : self.value]}
+        if self.config.HAS_GRIDS and self.image > first:
+            arrays[self.sizes] = np.asarray(self.grids[first : self.image], np.int64)
+        return arrays
 
     def finish(self) -> None:
         """Raise where images are left over that no row has placeholders for."""
@@ -292,9 +285,8 @@ class _Media:
 
 def _scatter(batch: Batch, places: list[np.ndarray]) -> Batch:
     """Return the batch with each row's tokens moved from its start to the given slots."""
-    names = ("tokens", "targets", "weights", "segments", "positions", "image_index")
     moved = {}
-    for name in names:
+    for name in TOKEN_LEAVES:
         array = getattr(batch, name)
         new = np.full_like(array, -1 if name == "image_index" else 0)
         for row, place in enumerate(places):
@@ -315,8 +307,8 @@ def with_adapter_files(model: Model, directory: str | Path) -> Model:
     """Return the model whose encoders take what the directory of a loaded adapter has of theirs."""
     if model.source is None:
         return model
-    source = dataclasses.replace(model.source, adapter=str(Path(directory).absolute()))
-    return dataclasses.replace(model, source=source)
+    adapter = str(Path(directory).absolute())
+    return dataclasses.replace(model, source=dataclasses.replace(model.source, adapter=adapter))
 
 
 def from_config(

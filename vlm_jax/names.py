@@ -53,10 +53,8 @@ def embedding_name(model: Model) -> str:
 
 def stacked_layers(model: Model, path: str) -> int | None:
     """Return how many layers a leaf stacks, or None."""
-    for prefix, layers in model.config.stacks.items():
-        if path.startswith(f"{prefix}/"):
-            return layers
-    return None
+    stacks = model.config.stacks.items()
+    return next((layers for prefix, layers in stacks if path.startswith(f"{prefix}/")), None)
 
 
 def layers_of(model: Model, path: str) -> dict[str, int | None]:
@@ -99,9 +97,7 @@ def is_unused(model: Model, name: str) -> bool:
 
 def to_tree(path: str, tensor: np.ndarray) -> np.ndarray:
     """Return a tensor from disk as (a slice of) the leaf at `path`."""
-    if path.endswith("/kernel"):
-        return tensor.reshape(tensor.shape[0], -1).T
-    return tensor
+    return tensor.reshape(tensor.shape[0], -1).T if path.endswith("/kernel") else tensor
 
 
 def to_disk(place: Place, leaf: np.ndarray) -> np.ndarray:

@@ -48,15 +48,13 @@ def mrope(
     """
     tokens = np.asarray(tokens)
     length = len(tokens)
-    kinds = []
-    if image_token_id is not None:
-        kinds.append(("image", tokens == image_token_id, grid_list(image_grid_thw)))
-    if video_token_id is not None:
-        kinds.append(("video", tokens == video_token_id, grid_list(video_grid_thw)))
-    blocks = []  # (first token, grid) of every image and video
-    for name, mask, grids in kinds:
+    blocks = []  # (first token, tokens, grid) of every image and video
+    for name, token_id, grid_thw in (
+        ("image", image_token_id, image_grid_thw),
+        ("video", video_token_id, video_grid_thw),
+    ):
+        grids, places = grid_list(grid_thw), np.flatnonzero(tokens == token_id)
         sizes = [t * (h // merge) * (w // merge) for t, h, w in grids]
-        places = np.flatnonzero(mask)
         if len(places) != sum(sizes):
             raise UserError(
                 f"A row of {length} tokens holds {len(places)} {name} placeholders, but its "
@@ -78,13 +76,12 @@ def mrope(
     positions = np.empty((3, length), np.int32)
     token = position = 0
     for first, size, (t, h, w) in sorted(blocks):
-        text = first - token
-        positions[:, token:first] = position + np.arange(text)
-        position += text
-        offsets = np.indices((t, h // merge, w // merge)).reshape(3, size)
-        positions[:, first : first + size] = position + offsets
-        position += max(h, w) // merge
+        positions[:, token:first] = position + np.arange(first - token)
+        position += first - token
         token = first + size
+        offsets = np.indices((t, h // merge, w // merge)).reshape(3, size)
+        positions[:, first:token] = position + offsets
+        position += max(h, w) // merge
     positions[:, token:] = position + np.arange(length - token)
     return positions
 
@@ -98,8 +95,8 @@ def vision_positions(grid_thw: Grids, merge: int) -> np.ndarray:
     """
     parts = [np.zeros((0, 2), np.int32)]
     for t, h, w in grid_list(grid_thw):
-        frame = np.indices((h, w)).reshape(2, h // merge, merge, w // merge, merge)
-        frame = frame.transpose(1, 3, 2, 4, 0).reshape(h * w, 2)
+        cells = np.indices((h, w)).reshape(2, h // merge, merge, w // merge, merge)
+        frame = cells.transpose(1, 3, 2, 4, 0).reshape(h * w, 2)
         parts.append(np.tile(frame, (t, 1)).astype(np.int32))
     return np.concatenate(parts)
 

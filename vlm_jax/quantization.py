@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import check_patterns
 from vlm_jax.model import Model
 from vlm_jax.models import MODELS
-from vlm_jax.names import current_name, layer_names, module_name
+from vlm_jax.names import current_name, layer_names, stacked_layers
 from vlm_jax.trees import Table, flatten, match, unflatten
 from vlm_jax.weights import FORMATS, FourBit, dynamic8
 
@@ -35,18 +36,21 @@ class Storage(NamedTuple):
         *layers, inputs, outputs = shape
         blocks = -(-inputs * outputs // self.block)
         aligned = inputs % self.block == 0
-        scales = (inputs // self.block, outputs) if aligned else (blocks,)
 
         def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*layers, *shape), dtype)
 
-        nested = offset = None
-        if self.double:
-            nested = array(jnp.float32, -(-blocks // dynamic8.BLOCK))
-            offset = array(jnp.float32)
-        absmax = array(jnp.uint8 if self.double else jnp.float32, *scales)
-        codes = array(jnp.uint4, inputs, outputs)
-        return self.format(codes, absmax, nested, offset, block=self.block, dtype=dtype)
+        return self.format(
+            codes=array(jnp.uint4, inputs, outputs),
+            absmax=array(
+                jnp.uint8 if self.double else jnp.float32,
+                *((inputs // self.block, outputs) if aligned else (blocks,)),
+            ),
+            nested=array(jnp.float32, -(-blocks // dynamic8.BLOCK)) if self.double else None,
+            offset=array(jnp.float32) if self.double else None,
+            block=self.block,
+            dtype=dtype,
+        )
 
 
 # What `quantize` and rows of the table may say: a format, and with "-dq" double quantization.
@@ -75,7 +79,30 @@ class Quantization:
         Raises `UserError` for a component or module that the model does not have, and where no
         layer is left to quantize.
         """
-        return _table(model, self)
+        paths = _kernels(model)
+        known = {model.component(path) for path in paths}
+        rows = [(re.escape(path), DENSE) for path in _skipped(model, paths, self.skip)]
+        for component in self.components:
+            if component not in known:
+                raise UserError(
+                    f"The component '{component}' has no linear layer to quantize"
+                    f"{nearest(component, known)}. Those that have: {', '.join(sorted(known))}."
+                )
+        rows += [(re.escape(path), DENSE) for path in model.config.disk_shapes]
+        for pattern, owner in model.config.COMPONENTS:  # in its order, for the first row wins
+            row = f"(?={pattern}$).*/kernel"
+            if any(re.fullmatch(row, path) for path in paths):
+                rows.append((row, self.storage if owner in self.components else DENSE))
+        table = [*rows, (".*", DENSE)]
+        if self.storage not in match(table, paths, "quantization table", unused="allow").values():
+            raise UserError(
+                f"Nothing is left to quantize as {self.storage}: of the linear layers of "
+                f"model.quantize_components, {list(self.components)}, model.llm_int8_skip_modules, "
+                f"{list(self.skip)}, keeps all dense. Remove the name that covers them from the "
+                f"skipped modules or add a component ({', '.join(sorted(known))}); to train a "
+                f"dense base, leave model.quantize and model.load_in_4bit out."
+            )
+        return table
 
 
 # What `load` takes; a mapping is a `BitsAndBytesConfig` as a dict.
@@ -120,45 +147,16 @@ def from_bitsandbytes(settings: Any, dtype: Any) -> Quantization:
             f"model computes in {jnp.dtype(dtype).name}. Load it with the same dtype, float32 or "
             f"bfloat16, in both (BitsAndBytesConfig's default is float32)."
         )
-    storage = f"{fields['bnb_4bit_quant_type']}"
-    storage += "-dq" if fields["bnb_4bit_use_double_quant"] else ""
+    double = "-dq" if fields["bnb_4bit_use_double_quant"] else ""
+    storage = f"{fields['bnb_4bit_quant_type']}{double}"
     return Quantization(storage, skip=tuple(fields["llm_int8_skip_modules"] or ()))
 
 
 def described(quantize: Any) -> str:
     """Return how an error names a value of `quantize`."""
     if isinstance(quantize, str | Quantization):
-        return repr(quantize if isinstance(quantize, str) else quantize.storage)
-    return (
-        "a BitsAndBytesConfig" if isinstance(quantize, Mapping) else f"a {type(quantize).__name__}"
-    )
-
-
-def _table(model: Model, wanted: Quantization) -> Table:
-    paths = _kernels(model)
-    known = {model.component(path) for path in paths}
-    rows = [(re.escape(path), DENSE) for path in _skipped(model, paths, wanted.skip)]
-    for component in wanted.components:
-        if component not in known:
-            raise UserError(
-                f"The component '{component}' has no linear layer to quantize"
-                f"{nearest(component, known)}. Those that have: {', '.join(sorted(known))}."
-            )
-    rows += [(re.escape(path), DENSE) for path in model.config.disk_shapes]
-    for pattern, owner in model.config.COMPONENTS:  # in its order, for the first row wins
-        row = f"(?={pattern}$).*/kernel"
-        if any(re.fullmatch(row, path) for path in paths):
-            rows.append((row, wanted.storage if owner in wanted.components else DENSE))
-    table = [*rows, (".*", DENSE)]
-    if wanted.storage not in match(table, paths, "quantization table", unused="allow").values():
-        raise UserError(
-            f"Nothing is left to quantize as {wanted.storage}: of the linear layers of "
-            f"model.quantize_components, {list(wanted.components)}, model.llm_int8_skip_modules, "
-            f"{list(wanted.skip)}, keeps all dense. Remove the name that covers them from the "
-            f"skipped modules or add a component ({', '.join(sorted(known))}); to train a dense "
-            f"base, leave model.quantize and model.load_in_4bit out."
-        )
-    return table
+        return repr(getattr(quantize, "storage", quantize))
+    return f"a {'BitsAndBytesConfig' if isinstance(quantize, Mapping) else type(quantize).__name__}"
 
 
 def _skipped(model: Model, kernels: list[str], skip: tuple[str, ...]) -> list[str]:
@@ -210,9 +208,8 @@ def _skips(model: Model, pattern: str, name: str) -> bool:
 
 def _kernels(model: Model) -> list[str]:
     """Return the paths of linear layers: convolutions are products here, but not elsewhere."""
-    convolutions = model.config.disk_shapes
-    paths = flatten(model.abstract())
-    return [path for path in paths if path.endswith("/kernel") and path not in convolutions]
+    others = model.config.disk_shapes
+    return [p for p in flatten(model.abstract()) if p.endswith("/kernel") and p not in others]
 
 
 def storages(model: Model, quantize: Quantize) -> dict[str, Storage | None]:
@@ -285,37 +282,31 @@ def summary(model: Model, params: Mapping[str, Any]) -> list[str]:
 
     Tensors are counted as a checkpoint has them, layer by layer.
     """
-    flat = flatten(params)
-    kernels = set(_kernels(model))
-    values = bits = tensors = 0
-    kinds: dict[str, None] = {}
-    dense: dict[str, int] = {}
+    flat, kernels = flatten(params), set(_kernels(model))
+    layers = {path: stacked_layers(model, path) or 1 for path in flat}
+    # A checkpoint in 4 bits was quantized elsewhere.
+    who = "the checkpoint" if model.hf_config.get("quantization_config") else "quantize"
+    dense: Counter[str] = Counter()
     for path, leaf in flat.items():
-        layers = (
-            leaf.shape[0] if module_name(model, path, 0) != module_name(model, path, None) else 1
-        )
-        if isinstance(leaf, FourBit):
-            values, bits = values + math.prod(leaf.shape), bits + 8 * leaf.nbytes
-            tensors += layers
-            kinds[leaf.NAME + ("-dq" if leaf.double else "")] = None
+        beside = path.endswith(("/lora_A", "/lora_B", "/lora_magnitude", "/added"))
+        if beside or isinstance(leaf, FourBit):
             continue
-        if path.endswith(("/lora_A", "/lora_B", "/lora_magnitude", "/added")):
-            continue
-        component = model.component(path)
         if path.endswith("/embedding"):
             reason = "embeddings, which are looked up"
         elif path not in kernels:
             reason = "norms, biases and convolutions, which are small"
         else:
+            component = model.component(path)
             owner = PLACES.get(component, component)
-            # A checkpoint in 4 bits was quantized elsewhere.
-            who = "the checkpoint" if model.hf_config.get("quantization_config") else "quantize"
             reason = f"linear layers of the {owner}, which {who} leaves dense"
-        dense[reason] = dense.get(reason, 0) + layers
-    first = f"quantized: {_tensors(tensors)}"
-    if tensors:
-        each = f"{bits / values:.3f} bits each"
-        first += f", {values:,d} parameters, as {', '.join(kinds)}, {each}"
+        dense[reason] += layers[path]
+    four = {path: leaf for path, leaf in flat.items() if isinstance(leaf, FourBit)}
+    first = f"quantized: {_tensors(sum(layers[path] for path in four))}"
+    if four:
+        values = sum(math.prod(leaf.shape) for leaf in four.values())
+        bits = 8 * sum(leaf.nbytes for leaf in four.values()) / values
+        kinds = {leaf.NAME + ("-dq" if leaf.double else ""): None for leaf in four.values()}
+        first += f", {values:,d} parameters, as {', '.join(kinds)}, {bits:.3f} bits each"
     return [first] + [
         f"kept dense: {_tensors(count)} ({reason})" for reason, count in dense.items()
     ]

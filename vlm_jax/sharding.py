@@ -17,14 +17,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
-from vlm_jax.model import Model
+from vlm_jax.model import TOKEN_LEAVES, Model
+from vlm_jax.models import decoder_config
 from vlm_jax.trees import flatten, map_leaves, match, unflatten
 from vlm_jax.weights import FourBit
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
-# Leaves of a batch whose last axis is a row's tokens.
-TOKEN_LEAVES = ("tokens", "targets", "weights", "segments", "positions", "image_index")
 # Logical axis -> mesh axis.
 RULES: dict[str | None, str | None] = {
     "embed": "fsdp",
@@ -97,20 +96,15 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
         leaf = "embedding" if lora[1] == model.config.embedding else "kernel"
         return f"{lora[1]}/{leaf}"  # which may be in another part of the tree
 
-    rows = [*ADAPTER_AXES, *model.config.AXES]
+    rows = [*ADAPTER_AXES, *model.config.AXES, *decoder_config.AXES]
     tables = match(rows, [kernel_of(path) for path in flat], "sharding table", unused="allow")
     axes = {}
     for path in flat:
         own = tables[kernel_of(path)]
-        if path.endswith(("/lora_A", "/start_A")):
-            own = (own[0], None)
-        elif path.endswith(("/lora_B", "/start_B")):
-            own = (None, own[1])
-        elif path.endswith("/lora_magnitude"):
-            own = (own[1],)
-        elif path.endswith("/lora_scale"):
-            own = ()
-        axes[path] = own
+        first, second = (*own[:1], None), (None, *own[1:])
+        beside = {"lora_A": first, "start_A": first, "lora_B": second, "start_B": second}
+        beside |= {"lora_magnitude": own[1:], "lora_scale": ()}
+        axes[path] = beside.get(path.rsplit("/", 1)[-1], own)
     return axes
 
 
@@ -162,44 +156,44 @@ def check_spread(model: Model, params: Mapping[str, Any], mesh: Mesh) -> None:
             )
 
 
-def _spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
-    """Return how the last dimensions spread over these mesh axes, where they divide."""
-    names = (None,) * (len(shape) - len(names)) + names
-    return PartitionSpec(
-        *(
-            name if name is not None and size % mesh.shape[name] == 0 else None
-            for size, name in zip(shape, names, strict=True)
-        )
-    )
-
-
 def leaf_sharding(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Any:
     """Return a `NamedSharding` by a leaf's logical axes, or for a quantized leaf a leaf of them.
 
     Scales lie as their codes do, where they divide; otherwise they are replicated on that axis,
     as nested scales and scales of blocks that run over columns always are.
     """
-    names = tuple(RULES[axis] for axis in axes)
-    if not isinstance(leaf, FourBit):
-        return NamedSharding(mesh, _spec(leaf.shape, names, mesh))
 
     def place(shape: tuple[int, ...], names: tuple[str | None, ...]) -> NamedSharding:
-        return NamedSharding(mesh, _spec(shape, names, mesh))
+        """Spread the last dimensions over these mesh axes, where they divide."""
+        names = (None,) * (len(shape) - len(names)) + names
+        return NamedSharding(
+            mesh,
+            PartitionSpec(
+                *(
+                    name if name is not None and size % mesh.shape[name] == 0 else None
+                    for size, name in zip(shape, names, strict=True)
+                )
+            ),
+        )
 
-    scales = names if leaf.aligned else ()
-    whole = NamedSharding(mesh, PartitionSpec())
-    used = None
-    if mesh.size > 1:  # while it is decoded, a kernel is split by the tensor axis alone
-        kept = tuple(None if name == "fsdp" else name for name in names)
-        one = leaf.absmax.shape[-2:] if leaf.aligned else leaf.absmax.shape[-1:]
-        used = (place(leaf.shape[-2:], kept), place(one, kept if leaf.aligned else ()))
+    names = tuple(RULES[axis] for axis in axes)
+    if not isinstance(leaf, FourBit):
+        return place(leaf.shape, names)
+    replicated = NamedSharding(mesh, PartitionSpec()) if leaf.double else None
+    # While it is decoded, a kernel is split by the tensor axis alone.
+    kept = tuple(None if name == "fsdp" else name for name in names)
+    axes_of_scales = 2 if leaf.aligned else 1
+    used = (
+        place(leaf.shape[-2:], kept),
+        place(leaf.absmax.shape[-axes_of_scales:], kept if leaf.aligned else ()),
+    )
     return dataclasses.replace(
         leaf,
         codes=place(leaf.shape, names),
-        absmax=place(leaf.absmax.shape, scales),
-        nested=whole if leaf.double else None,
-        offset=whole if leaf.double else None,
-        used=used,
+        absmax=place(leaf.absmax.shape, names if leaf.aligned else ()),
+        nested=replicated,
+        offset=replicated,
+        used=used if mesh.size > 1 else None,
     )
 
 

@@ -5,6 +5,7 @@ patch.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -41,16 +42,17 @@ TOWERS = {
 class Tower(TowerSizes):
     """Sizes of the vision tower. slots: S, the tower's tokens an image."""
 
+    BLOCKS = "encoder/layers"
+    CONVOLUTION = "embeddings/patch_embedding"
+
     kind: TowerKind
     image_size: int
-    patch_size: int
-    channels: int
     activation: str
     epsilon: float
 
     @property
     def grid(self) -> int:
-        return self.image_size // self.patch_size
+        return self.image_size // self.patch_shape[-1]
 
     @property
     def slots(self) -> int:
@@ -72,23 +74,23 @@ def tower_from_hf(raw: dict[str, Any]) -> Tower:
         return fields.size(name, kind.defaults[name])
 
     fields.require("attention_dropout", (0.0, 0), 0.0)
+    patch = size("patch_size")
     tower = Tower(
         kind=kind,
         width=size("hidden_size"),
         intermediate_size=size("intermediate_size"),
         depth=size("num_hidden_layers"),
         num_heads=size("num_attention_heads"),
+        patch_shape=(fields.size("num_channels", 3), patch, patch),
         image_size=size("image_size"),
-        patch_size=size("patch_size"),
-        channels=fields.size("num_channels", 3),
         activation=fields.require("hidden_act", ACTIVATION_NAMES, kind.defaults["hidden_act"]),
         epsilon=fields.positive("layer_norm_eps", kind.defaults["layer_norm_eps"]),
     )
-    number("patch_values", tower.channels * tower.patch_size**2, f"{where} (channels x size^2)")
-    if tower.image_size < tower.patch_size or tower.width % tower.num_heads:
+    number("patch_values", math.prod(tower.patch_shape), f"{where} (channels x size^2)")
+    if tower.image_size < patch or tower.width % tower.num_heads:
         raise UserError(
             f"The {where} has images of {tower.image_size} pixels in patches of "
-            f"{tower.patch_size}, and a width of {tower.width} for {tower.num_heads} heads: a "
+            f"{patch}, and a width of {tower.width} for {tower.num_heads} heads: a "
             f"patch must fit the image, and the heads must divide the width."
         )
     fields.finish()
@@ -97,16 +99,11 @@ def tower_from_hf(raw: dict[str, Any]) -> Tower:
 
 def cut_patches(vision: Tower, pixel_values: np.ndarray) -> np.ndarray:
     """Return [I, S, C] of pixels [I, channels, height, width]; a class token's slot is zeros."""
-    size, patch, grid = vision.image_size, vision.patch_size, vision.grid
-    images = np.asarray(pixel_values)
-    if images.ndim != 4 or images.shape[1:] != (vision.channels, size, size):
-        raise UserError(
-            f"pixel_values has the shape {list(images.shape)}; this tower takes "
-            f"[images, {vision.channels}, {size}, {size}]. Check the image processor's size."
-        )
-    images = images[:, :, : grid * patch, : grid * patch]  # a convolution drops the remainder
-    images = images.reshape(len(images), vision.channels, grid, patch, grid, patch)
+    (channels, patch, _), grid = vision.patch_shape, vision.grid
+    # A convolution drops the remainder.
+    images = pixel_values[:, :, : grid * patch, : grid * patch]
+    images = images.reshape(len(images), channels, grid, patch, grid, patch)
     flat = images.transpose(0, 2, 4, 1, 3, 5).reshape(
-        len(images), grid * grid, vision.channels * patch * patch
+        len(images), grid * grid, channels * patch * patch
     )
     return np.pad(flat, ((0, 0), (int(vision.kind.has_class_token), 0), (0, 0)))

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.hf_config import ACTIVATION_NAMES, REQUIRED, Fields
+from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.models.rope_config import Rope, rope_from_hf
 
 
@@ -66,24 +66,16 @@ AXES = [
 ]
 
 
-def _window(fields: Fields) -> int | None:
-    """Return the sliding window; an absent field has its default, but a null means none."""
-    absent = fields.peek("sliding_window", REQUIRED) is REQUIRED
-    size = fields.size("sliding_window", None)
-    return 4096 if absent else size
-
-
 def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int, ...] | None:
     """Return each layer's window as the reference applies it, or None where none has one."""
     if model_type == "llama":
         return None
+    size = fields.size("sliding_window", 4096, null=True)
     if model_type == "mistral":
-        size = _window(fields)
         return None if size is None else (int(size),) * num_layers
-    size = _window(fields)
     first = fields.take("max_window_layers", {"qwen2": 28}.get(model_type, 80))
     kinds = fields.take("layer_types", None, list)
-    if not fields.take("use_sliding_window", False) or size is None:
+    if not fields.take("use_sliding_window", False):
         size = None
     if kinds is None:
         kinds = [
@@ -122,10 +114,9 @@ def decoder_from_hf(
         return fields.size(name, defaults[name])
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    # An absent field has its default, but a null means as many as there are query heads.
-    absent = fields.peek("num_key_value_heads", REQUIRED) is REQUIRED
-    kv_heads = fields.size("num_key_value_heads", None)
-    kv_heads = (defaults["num_key_value_heads"] if absent else kv_heads) or heads
+    # A null means as many as there are query heads.
+    default = defaults["num_key_value_heads"]
+    kv_heads = fields.size("num_key_value_heads", default, null=True) or heads
     head_dim = fields.size("head_dim", None) or hidden // heads
     if head_dim % 2:
         raise UserError(
@@ -137,17 +128,19 @@ def decoder_from_hf(
             f"The {where} has {heads} query heads on {kv_heads} key and value heads: the latter "
             f"must divide the former."
         )
-    layers, longest = size("num_hidden_layers"), size("max_position_embeddings")
-    theta = fields.take("rope_theta", defaults["rope_theta"])
     scaling = fields.take("rope_scaling", None, dict)
     rope = rope_from_hf(
-        fields.take("rope_parameters", None, dict) or scaling, theta, head_dim, longest, where
+        fields.take("rope_parameters", None, dict) or scaling,
+        fields.take("rope_theta", defaults["rope_theta"]),
+        head_dim,
+        size("max_position_embeddings"),
+        where,
     )
     if model_type == "qwen2_vl_text" and not rope.mrope_section:
         raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
     fields.require("attention_dropout", (0.0, 0), 0.0)
-    is_qwen = model_type.startswith("qwen2")
-    llama_bias = model_type == "llama" and fields.take("attention_bias", False)
+    layers, is_llama = size("num_hidden_layers"), model_type == "llama"
+    bias = bool(is_llama and fields.take("attention_bias", False))
     config = DecoderConfig(
         vocab_size=size("vocab_size"),
         hidden_size=hidden,
@@ -158,9 +151,9 @@ def decoder_from_hf(
         head_dim=head_dim,
         epsilon=fields.positive("rms_norm_eps", defaults["rms_norm_eps"]),
         activation=fields.require("hidden_act", ACTIVATION_NAMES, "silu"),
-        qkv_bias=is_qwen or bool(llama_bias),
-        o_bias=bool(llama_bias),
-        mlp_bias=bool(model_type == "llama" and fields.take("mlp_bias", False)),
+        qkv_bias=model_type.startswith("qwen2") or bias,
+        o_bias=bias,
+        mlp_bias=bool(is_llama and fields.take("mlp_bias", False)),
         rope=rope,
         windows=_windows(fields, model_type, layers),
         tied=bool(fields.take("tie_word_embeddings", False) or tied),

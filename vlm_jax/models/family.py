@@ -6,6 +6,7 @@ Letters: T tokens, P patches, C values a patch, I images.
 """
 
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -29,12 +30,31 @@ class Grounding(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TowerSizes:
-    """What every vision tower has, read for estimates and adapters. depth: blocks."""
+    """What every vision tower has, read for estimates and adapters.
+
+    depth: blocks. patch_shape: channels, frames where a patch has several, height, width. BLOCKS,
+    CONVOLUTION: where its stacked blocks and its kernel on patches lie, below the tower's module.
+    """
+
+    BLOCKS: ClassVar[str]
+    CONVOLUTION: ClassVar[str]
 
     width: int
     intermediate_size: int
     num_heads: int
     depth: int
+    patch_shape: tuple[int, ...]
+
+
+def components(vision: str, projector: str, text: str = "language_model") -> list[tuple[str, str]]:
+    """Return `Family.COMPONENTS` of modules by their paths in `model`."""
+    return [
+        (f"model/{projector}/.*", "projector"),
+        (f"model/{vision}/.*", "vision"),
+        (f"model/{text}/embed_tokens/.*", "embeddings"),
+        (f"model/{text}/.*", "language_model"),
+        ("lm_head/.*", "head"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +76,8 @@ class Family(Protocol):
     VISION: ClassVar[str]
     # Parameter path -> vision, projector, embeddings, language_model or head; first match wins.
     COMPONENTS: ClassVar[Sequence[tuple[str, str]]]
-    # Parameter path -> logical axes that are sharded (`sharding.py`); first match wins.
+    # Parameter path -> logical axes that are sharded (`sharding.py`), the decoder's left out; first
+    # match wins.
     AXES: ClassVar[Sequence[tuple[str, tuple[str | None, ...]]]]
     # Any layout of tensor names in use -> the current one; every row is applied, in order.
     RENAMES: ClassVar[Sequence[tuple[str, str]]] = ()
@@ -76,32 +97,10 @@ class Family(Protocol):
     def from_hf(cls, raw: dict[str, Any]) -> Self:
         """Return the sizes in a config.json. Raises `UserError` for a field it does not know."""
 
-    @abstractmethod
-    def image_tokens(self, grid: Grid = None) -> int:
-        """Return how many placeholders an image or video stands for."""
-
-    @abstractmethod
-    def values_per_image(self, grid: Grid = None) -> int:
-        """Return how many rows of the processor's pixel_values an image or video takes."""
-
-    @abstractmethod
-    def image_patches(self, grid: Grid = None) -> int:
-        """Return how many patch slots of a row an image or video takes."""
-
     @property
     @abstractmethod
     def patch_unit(self) -> int:
         """What the number of patches of a row must be a multiple of."""
-
-    @property
-    @abstractmethod
-    def unit_features(self) -> int:
-        """How many features the tower makes of `patch_unit` patches."""
-
-    @property
-    @abstractmethod
-    def patch_axes(self) -> tuple[int, int, int]:
-        """What the values of a patch are, outermost first: channels, frames, pixels of one."""
 
     @abstractmethod
     def layout(self, tokens: np.ndarray, media: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -124,17 +123,42 @@ class Family(Protocol):
     def cell(self) -> int:
         """The side in pixels of what one image feature sees."""
 
+    # What most families have alike.
+
+    def image_patches(self, grid: Grid = None) -> int:
+        """Return how many patch slots of a row an image or video takes."""
+        return self.patch_unit if grid is None else math.prod(int(n) for n in grid)
+
+    def image_tokens(self, grid: Grid = None) -> int:
+        """Return how many placeholders an image or video stands for."""
+        return self.features(self.image_patches(grid))
+
+    def values_per_image(self, grid: Grid = None) -> int:
+        """Return how many rows of the processor's pixel_values an image or video takes."""
+        return self.image_patches(grid) if self.HAS_GRIDS else 1
+
     @property
-    @abstractmethod
+    def unit_features(self) -> int:
+        """How many features the tower makes of `patch_unit` patches."""
+        return 1
+
+    @property
+    def patch_axes(self) -> tuple[int, int, int]:
+        """What the values of a patch are, outermost first: channels, frames, pixels of one."""
+        channels, *frames, height, width = self.vision.patch_shape
+        return channels, math.prod(frames), height * width
+
+    @property
     def stacks(self) -> dict[str, int]:
         """The layers that are stacked in the tree: {prefix: number of layers}."""
+        tower = f"model/{self.VISION}/{self.vision.BLOCKS}"
+        return {tower: self.vision.depth, f"model/{self.TEXT}/layers": self.text.num_layers}
 
     @property
-    @abstractmethod
     def disk_shapes(self) -> dict[str, tuple[int, ...]]:
         """The convolutions: {path of the kernel: its shape on disk, outputs first}."""
-
-    # What most families have alike.
+        kernel = f"model/{self.VISION}/{self.vision.CONVOLUTION}/kernel"
+        return {kernel: (self.vision.width, *self.vision.patch_shape)}
 
     def holds_pixels(self, positions: Any) -> Any:
         """Return which patch slots of an image hold pixels, by `patch_positions` of one number."""

@@ -53,16 +53,20 @@ class Fields:
         self.where = where
         self.known = set(IRRELEVANT) | set(irrelevant.split())
 
-    def take(self, name: str, default: Any = REQUIRED, kind: type | None = None) -> Any:
+    def take(
+        self, name: str, default: Any = REQUIRED, kind: type | None = None, null: bool = False
+    ) -> Any:
         """Return and consume a field; `default` stands in where it is missing.
 
         kind: what it must be, by default the type of `default`: bool, int, float (which an int is
-        too) or dict. With a default of None, and for bool, null is allowed. Else `UserError`.
+        too) or dict. With `null` or a default of None, and for bool, null is allowed. Else
+        `UserError`.
         """
         self.known.add(name)
         if name in self.fields:
             kind = type(default) if kind is None else kind
-            return self._checked(name, self.fields.pop(name), kind, default is None or kind is bool)
+            null |= default is None or kind is bool
+            return self._checked(name, self.fields.pop(name), kind, null)
         if default is REQUIRED:
             raise UserError(
                 f"The {self.where} lacks the field '{name}', which fixes the size of the model. "
@@ -70,12 +74,12 @@ class Fields:
             )
         return default
 
-    def size(self, name: str, default: Any = REQUIRED) -> Any:
+    def size(self, name: str, default: Any = REQUIRED, null: bool = False) -> Any:
         """Return a field that counts something: a whole number of at least 1.
 
-        With a default of None null is allowed.
+        With `null` or a default of None null is allowed.
         """
-        value = self.take(name, default, int)
+        value = self.take(name, default, int, null)
         if value is not None and value < 1:
             raise UserError(f"The {self.where} has {name} = {value!r}; expected at least 1.")
         return value

@@ -11,9 +11,8 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.models.clip_config import Tower, cut_patches, tower_from_hf
-from vlm_jax.models.decoder_config import AXES as DECODER_AXES
 from vlm_jax.models.decoder_config import decoder_from_hf
-from vlm_jax.models.family import Family, Grid
+from vlm_jax.models.family import Family, Grid, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 
 
@@ -57,12 +56,12 @@ class Llava(Family):
         tower = tower_from_hf(top.take("vision_config", kind=dict))
         given = top.take("vision_feature_layer", -2, object)
         layers = tuple(given) if isinstance(given, list | tuple) else (given,)
-        for layer in layers:
-            if not isinstance(layer, int) or not -tower.depth - 1 <= layer <= tower.depth:
-                raise UserError(
-                    f"config.json asks for vision_feature_layer {given!r}, but the tower "
-                    f"has {tower.depth} layers: expected one of their numbers, or a list of them."
-                )
+        states = range(-tower.depth - 1, tower.depth + 1)
+        if not all(isinstance(layer, int) and layer in states for layer in layers):
+            raise UserError(
+                f"config.json asks for vision_feature_layer {given!r}, but the tower "
+                f"has {tower.depth} layers: expected one of their numbers, or a list of them."
+            )
         strategy = top.require("vision_feature_select_strategy", ("default", "full"), "default")
         config = cls(
             text=decoder_from_hf(
@@ -85,13 +84,7 @@ class Llava(Family):
     MODULE = "vlm_jax.models.llava_module:Module"
     PROJECTOR = "multi_modal_projector"
     VISION = "vision_tower"
-    COMPONENTS = [
-        (r"model/multi_modal_projector/.*", "projector"),
-        (r"model/vision_tower/.*", "vision"),
-        (r"model/language_model/embed_tokens/.*", "embeddings"),
-        (r"model/language_model/.*", "language_model"),
-        (r"lm_head/.*", "head"),
-    ]
+    COMPONENTS = components("vision_tower", "multi_modal_projector")
     AXES = [
         (r"model/vision_tower/.*/([qkv]_proj|fc1|patch_embedding)/kernel", ("embed", "wide")),
         (r"model/vision_tower/.*/(out_proj|fc2)/kernel", ("wide", "embed")),
@@ -100,7 +93,6 @@ class Llava(Family):
         (r"model/multi_modal_projector/linear_1/kernel", ("embed", "wide")),
         (r"model/multi_modal_projector/linear_2/kernel", ("wide", "embed")),
         (r"model/multi_modal_projector/.*bias", (None,)),
-        *DECODER_AXES,
     ]
     RENAMES = [
         (r"^language_model\.lm_head\.", "lm_head."),
@@ -131,12 +123,6 @@ class Llava(Family):
     def image_tokens(self, grid: Grid = None) -> int:
         return self.vision.slots - int(self.drop_first)
 
-    def values_per_image(self, grid: Grid = None) -> int:
-        return 1
-
-    def image_patches(self, grid: Grid = None) -> int:
-        return self.vision.slots
-
     @property
     def patch_unit(self) -> int:
         return self.vision.slots
@@ -145,14 +131,10 @@ class Llava(Family):
     def unit_features(self) -> int:
         return self.vision.slots
 
-    @property
-    def patch_axes(self) -> tuple[int, int, int]:
-        return self.vision.channels, 1, self.vision.patch_size**2
-
     def layout(self, tokens: np.ndarray, media: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return `Family.layout`; media: pixel_values [I, channels, height, width]."""
         vision = self.vision
-        size = (vision.channels, vision.image_size, vision.image_size)
+        size = (vision.patch_shape[0], vision.image_size, vision.image_size)
         pixel_values = media.get("pixel_values", np.zeros((0, *size), np.float32))
         if pixel_values.shape[1:] != size:
             raise UserError(
@@ -182,20 +164,17 @@ class Llava(Family):
 
     def pixels(self, patches: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Return `Family.pixels`, without what the tower's last whole patch leaves out."""
-        vision = self.vision
-        grid, size = vision.grid, vision.patch_size
-        cut = patches[np.argsort(positions)][
-            vision.slots - grid**2 :
-        ]  # a class token has no pixels
-        image = cut.reshape(grid, grid, vision.channels, size, size).transpose(0, 3, 1, 4, 2)
-        return image.reshape(1, grid * size, grid * size, vision.channels)
+        (channels, size, _), grid = self.vision.patch_shape, self.vision.grid
+        cut = patches[np.argsort(positions)][-(grid**2) :]  # a class token has no pixels
+        image = cut.reshape(grid, grid, channels, size, size).transpose(0, 3, 1, 4, 2)
+        return image.reshape(1, grid * size, grid * size, channels)
 
     def holds_pixels(self, positions: Any) -> Any:
         return positions >= int(self.vision.kind.has_class_token)
 
     @property
     def cell(self) -> int:
-        return self.vision.patch_size
+        return self.vision.patch_shape[-1]
 
     @property
     def vision_layers(self) -> int:
@@ -205,26 +184,12 @@ class Llava(Family):
         return self.vision.slots  # of its own image
 
     @property
-    def stacks(self) -> dict[str, int]:
-        return {
-            "model/vision_tower/encoder/layers": self.vision.depth,
-            "model/language_model/layers": self.text.num_layers,
-        }
-
-    @property
-    def disk_shapes(self) -> dict[str, tuple[int, ...]]:
-        vision = self.vision
-        shape = (vision.width, vision.channels, vision.patch_size, vision.patch_size)
-        return {"model/vision_tower/embeddings/patch_embedding/kernel": shape}
-
-    @property
     def unused_parameters(self) -> int:
         width, wide = self.vision.width, self.vision.intermediate_size
         norm = 2 * width
         if self.vision.kind.has_class_token:
             return norm
-        attention = (
-            4 * width * width + 4 * width
-        )  # SigLIP's pooling: q, k, v in one, and the output
+        attention = 4 * width * width + 4 * width  # q, k, v in one, and the output
         mlp = 2 * width * wide + wide + width
-        return norm + width + attention + norm + mlp  # the last norm, the query, and the head's
+        # SigLIP's pooling head: the last norm, the query, attention, norm and MLP.
+        return norm + width + attention + norm + mlp

@@ -12,9 +12,8 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import number
-from vlm_jax.models.decoder_config import AXES as DECODER_AXES
 from vlm_jax.models.decoder_config import DecoderConfig, decoder_from_hf
-from vlm_jax.models.family import Family, Grid, Grounding, TowerSizes
+from vlm_jax.models.family import Family, Grounding, TowerSizes, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.positions import mrope, vision_positions, vision_segments
 
@@ -23,11 +22,13 @@ from vlm_jax.positions import mrope, vision_positions, vision_segments
 class Tower(TowerSizes):
     """Sizes of the vision tower; patch_values = channels x frames x size x size."""
 
+    BLOCKS = "blocks"
+    CONVOLUTION = "patch_embed/proj"
+
     activation: str
     theta: float
     merge: int
     patch_values: int
-    patch_shape: tuple[int, int, int, int]
 
 
 def _published(
@@ -122,20 +123,24 @@ class Qwen2VL(Family):
         patch, frames = vision.size("patch_size", 14), vision.size("temporal_patch_size", 2)
         channels = vision.size("in_channels", vision.size("in_chans", 3))
         rope = vision.take("rope_parameters", None, dict) or {}
-        if vision.take("hidden_size", 3584) != decoder.hidden_size:
-            raise UserError(
+        for wrong, message in (
+            (
+                vision.take("hidden_size", 3584) != decoder.hidden_size,
                 "The vision_config's hidden_size must equal the decoder's hidden_size, "
-                f"{decoder.hidden_size}: the merger's output replaces token embeddings."
-            )
-        if width % heads:
-            raise UserError(
-                f"The vision_config has {heads} heads for a width of {width}: they must divide it."
-            )
-        if width // heads % 4:
-            raise UserError(
+                f"{decoder.hidden_size}: the merger's output replaces token embeddings.",
+            ),
+            (
+                width % heads,
+                f"The vision_config has {heads} heads for a width of {width}: they must divide it.",
+            ),
+            (
+                width // heads % 4,
                 f"The vision_config has heads of {width // heads} numbers (embed_dim / num_heads); "
-                f"they are turned in pairs by two positions, so it must be a multiple of 4."
-            )
+                f"they are turned in pairs by two positions, so it must be a multiple of 4.",
+            ),
+        ):
+            if wrong:
+                raise UserError(message)
         vision.known.add("spatial_patch_size")
         shape = (channels, frames, patch, patch)
         number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
@@ -156,18 +161,11 @@ class Qwen2VL(Family):
     MODULE = "vlm_jax.models.qwen2_vl_module:Module"
     PROJECTOR = "merger"
     VISION = "visual"
-    COMPONENTS = [
-        (r"model/visual/merger/.*", "projector"),
-        (r"model/visual/.*", "vision"),
-        (r"model/language_model/embed_tokens/.*", "embeddings"),
-        (r"model/language_model/.*", "language_model"),
-        (r"lm_head/.*", "head"),
-    ]
+    COMPONENTS = components("visual", "visual/merger")
     AXES = [
         (r"model/visual/.*/(qkv|fc1|0)/kernel", ("embed", "wide")),
         (r"model/visual/.*/(proj|fc2|2)/kernel", ("wide", "embed")),
         (r"model/visual/.*(scale|bias)", (None,)),
-        *DECODER_AXES,
     ]
     RENAMES = [
         (r"^visual\.", "model.visual."),
@@ -185,33 +183,13 @@ class Qwen2VL(Family):
     }
     KNOWN_IMAGES = {"min_pixels": 3136, "max_pixels": 12845056}
 
-    def image_tokens(self, grid: Grid = None) -> int:
-        return self.image_patches(grid) // self.patch_unit
-
-    def values_per_image(self, grid: Grid = None) -> int:
-        return self.image_patches(grid)
-
-    def image_patches(self, grid: Grid = None) -> int:
-        assert grid is not None
-        return math.prod(int(n) for n in grid)
-
     @property
     def patch_unit(self) -> int:
         return self.vision.merge**2
 
-    @property
-    def unit_features(self) -> int:
-        return 1
-
-    @property
-    def patch_axes(self) -> tuple[int, int, int]:
-        channels, frames, height, width = self.vision.patch_shape
-        return channels, frames, height * width
-
     def _media(self, tokens: np.ndarray, kind: str, values: Any, grids: Any, token_id: int | None):
         """Return (patches [P, C], grids [I, 3], token slots) of a kind; raise where they differ."""
-        grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
-        grids = grids.reshape(-1, 3)
+        grids = np.asarray(() if grids is None else grids, np.int64).reshape(-1, 3)
         whole = self.vision.patch_values
         values = np.zeros((0, whole), np.float32) if values is None else np.asarray(values)
         one_frame = values.dtype == np.uint8 and (whole // self.vision.patch_shape[1],)
@@ -246,8 +224,8 @@ class Qwen2VL(Family):
             self.video_token_id,
         )  # fmt: skip
         image_index = np.full(len(tokens), -1, np.int32)
-        image_index[image_slots] = np.arange(len(image_slots))
-        image_index[video_slots] = len(image_slots) + np.arange(len(video_slots))
+        slots = np.concatenate([image_slots, video_slots])
+        image_index[slots] = np.arange(len(slots))
         grids = np.concatenate([image_grids, video_grids])
         merge = self.vision.merge
         return {
@@ -286,15 +264,3 @@ class Qwen2VL(Family):
             "merge_size": self.vision.merge,
             "patch_size": self.vision.patch_shape[-1],
         }
-
-    @property
-    def stacks(self) -> dict[str, int]:
-        return {
-            "model/visual/blocks": self.vision.depth,
-            "model/language_model/layers": self.text.num_layers,
-        }
-
-    @property
-    def disk_shapes(self) -> dict[str, tuple[int, ...]]:
-        shape = (self.vision.width, *self.vision.patch_shape)
-        return {"model/visual/patch_embed/proj/kernel": shape}

@@ -57,8 +57,8 @@ def rope_from_hf(
         raise UserError(f"The {where} has mrope_section = {section!r}; expected whole numbers.")
     section = tuple(section)
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind == "mrope":  # 4.x's name of the default frequencies with three axes
-        kind = "default"
+    # "mrope" is 4.x's name of the default frequencies with three axes.
+    kind = "default" if kind == "mrope" else kind
     if kind not in KINDS:
         raise UserError(
             f"The {where} asks for rope type '{kind}', which is not supported; supported: "

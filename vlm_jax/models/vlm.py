@@ -4,7 +4,7 @@ Letters: B rows, T tokens, F image features a row, D model, V vocabulary.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from vlm_jax.batch import Batch
 from vlm_jax.models.family import Family
-from vlm_jax.models.layers.bottleneck import Bottleneck
-from vlm_jax.models.layers.linear import Linear, LoRAScale
+from vlm_jax.models.layers.block import Compute
+from vlm_jax.models.layers.linear import Linear
 from vlm_jax.models.layers.partition import gather_places
 
 # Here, as the data side makes batches without JAX.
@@ -44,23 +44,20 @@ def noise_size(segments_BT: jax.Array, width: int, alpha: float) -> jax.Array:
 class VisionLanguageModel(nn.Module):
     """Tower, projector, decoder and head: a `Batch` to float32 logits [B, T, V].
 
-    cfg: sizes. dtype: compute dtype. lora: alpha and dropout where the tree holds
-    LoRA leaves. remat: a key of `layers.scan.REMAT`. adapter: how bottleneck adapters compute.
+    BODY: a family's part of it, made of (cfg, compute): its submodules are named as in the
+    checkpoint's `model`, the decoder among them, and `features(batch)` gives [B, F, D].
     """
 
-    cfg: Family
-    dtype: Any = jnp.float32
-    lora: LoRAScale | None = None
-    remat: str = "none"
-    adapter: Bottleneck | None = None
+    BODY: ClassVar[type[nn.Module]]
 
-    def make_body(self) -> nn.Module:
-        raise TypeError("A family defines make_body.")
+    cfg: Family
+    compute: Compute
 
     def setup(self) -> None:
-        self.model = self.make_body()
-        if not self.cfg.text.tied:
-            self.lm_head = Linear(self.cfg.text.vocab_size, False, self.dtype, self.lora)
+        text, compute = self.cfg.text, self.compute
+        self.model: Any = self.BODY(self.cfg, compute)
+        if not text.tied:
+            self.lm_head = Linear(text.vocab_size, False, compute.dtype, compute.lora)
 
     @property
     def decoder(self) -> Any:

@@ -9,7 +9,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,7 +76,8 @@ class Blocks:
     def view(self, x: Any) -> Any:
         """Return the array, NumPy's or JAX's, as its view."""
         if self.whole:
-            before, (length, *after) = self._around()
+            at = len(self.shape) - (2 if self.transposed else 1)  # the axis that blocks run along
+            before, (length, *after) = self.shape[:at], self.shape[at:]
             return x.reshape(*before, length // self.size, self.size, *after)
         if self.transposed:
             x = x.swapaxes(-2, -1)
@@ -99,19 +99,9 @@ class Blocks:
         return flat.reshape(*self._stack, columns, rows).swapaxes(-2, -1)
 
     @property
-    def view_shape(self) -> tuple[int, ...]:
-        """The shape of the view."""
-        return jax.eval_shape(self.view, jax.ShapeDtypeStruct(self.shape, jnp.float32)).shape
-
-    @property
     def _tensor(self) -> tuple[int, ...]:
         return self.shape[len(self.shape) - self.rank :]
 
     @property
     def _stack(self) -> tuple[int, ...]:
         return self.shape[: len(self.shape) - self.rank]
-
-    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shape, parted before the axis that blocks run along."""
-        at = len(self.shape) - (2 if self.transposed else 1)
-        return self.shape[:at], self.shape[at:]

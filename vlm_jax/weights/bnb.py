@@ -103,10 +103,7 @@ def suffixes(leaf: FourBit) -> list[str]:
 def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]:
     """Return {suffix of the weight's name: tensor} as bitsandbytes saves them."""
     arrays = to_bnb(leaf, layer)
-    tensors = {"": arrays.pop("weight")}
-    for suffix in SUFFIXES:
-        if suffix[1:] in arrays:
-            tensors[suffix] = arrays.pop(suffix[1:])
+    tensors = {suffix: arrays.pop(suffix[1:] or "weight") for suffix in suffixes(leaf)[:-1]}
     if "offset" in arrays:
         arrays["nested_offset"] = float(arrays.pop("offset"))
     text = json.dumps({**arrays, "shape": list(arrays["shape"])})
@@ -152,54 +149,53 @@ def from_tensors(
         stated = tuple(int(size) for size in state["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise refuse(f"'{name}{keys[0]}' holds no settings ({error}).") from error
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise refuse(f"its quant_type is {kind!r}; known are {', '.join(FORMATS)}.")
-    if block not in BLOCKS:
-        raise refuse(f"its blocksize is {block!r}; known are {', '.join(map(str, BLOCKS))}.")
-    if dtype not in DTYPES:
-        raise refuse(f"its dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
+    for key, value, known in (
+        ("quant_type", kind, tuple(FORMATS)),
+        ("blocksize", block, BLOCKS),
+        ("dtype", dtype, DTYPES),
+    ):
+        if value not in known:
+            raise refuse(f"its {key} is {value!r}; known are {', '.join(map(str, known))}.")
     shape = stated if shape is None else shape
     count = math.prod(shape)
     if math.prod(stated) != count or (len(shape) == 2 and stated != tuple(shape)):
         raise refuse(
             f"it stands for {list(stated)} values, but config.json asks for {list(shape)}."
         )
-    format, blocks = FORMATS[kind], -(-count // block)
-    double = ".nested_absmax" in tensors
-    lengths = {"": -(-count // 2), ".absmax": blocks, ".quant_map": 16}
-    types = {"": np.uint8, ".absmax": np.uint8 if double else np.float32, ".quant_map": np.float32}
+    format, blocks, double = FORMATS[kind], -(-count // block), ".nested_absmax" in tensors
+    # Suffix -> its length, its dtype and, of a map, its values.
+    needed: dict[str, tuple[int, type, Any]] = {
+        "": (-(-count // 2), np.uint8, None),
+        ".absmax": (blocks, np.uint8 if double else np.float32, None),
+        ".quant_map": (16, np.float32, np.asarray(format.VALUES, np.float32)),
+    }
     if double:
-        lengths |= {".nested_absmax": -(-blocks // dynamic8.BLOCK), ".nested_quant_map": 256}
-        types |= {".nested_absmax": np.float32, ".nested_quant_map": np.float32}
+        needed |= {
+            ".nested_absmax": (-(-blocks // dynamic8.BLOCK), np.float32, None),
+            ".nested_quant_map": (256, np.float32, dynamic8.dynamic_map(signed=True)),
+        }
     if "" in tensors and tensors[""].dtype.name in DTYPES:  # bnb_4bit_quant_storage, as FSDP needs
         tensors = {**tensors, "": np.ascontiguousarray(tensors[""]).reshape(-1).view(np.uint8)}
-    for suffix, length in lengths.items():
+    for suffix, (length, stored_as, values) in needed.items():
         if suffix not in tensors:
             raise refuse(f"'{name}{suffix}' is missing.")
         found = tensors[suffix]
-        if found.size != length or found.dtype != types[suffix]:
+        if found.size != length or found.dtype != stored_as:
             raise refuse(
                 f"'{name}{suffix}' holds {found.size} values of {found.dtype}; a weight of "
-                f"{list(shape)} in blocks of {block} needs {length} of "
-                f"{np.dtype(types[suffix]).name}."
+                f"{list(shape)} in blocks of {block} needs {length} of {np.dtype(stored_as).name}."
             )
-    for suffix in (".absmax", ".nested_absmax"):
-        if suffix in tensors and not all_finite(tensors[suffix]):
+        if suffix.endswith("absmax") and not all_finite(found):
             raise refuse(f"'{name}{suffix}' holds NaN or infinity.")
-    maps = {".quant_map": np.asarray(format.VALUES, np.float32)}
-    if double:
-        maps[".nested_quant_map"] = dynamic8.dynamic_map(signed=True)
-        if state.get("nested_blocksize") != dynamic8.BLOCK:
-            raise refuse(f"its nested_blocksize is {state.get('nested_blocksize')!r}, not 256.")
-    for suffix, known in maps.items():
-        if not np.allclose(tensors[suffix], known, rtol=0, atol=1e-6):
+        if values is not None and not np.allclose(found, values, rtol=0, atol=1e-6):
             raise refuse(f"'{name}{suffix}' is not the map of {kind}.")
     nested = offset = None
     if double:
-        nested, mean = tensors[".nested_absmax"].reshape(-1), state.get("nested_offset")
+        if state.get("nested_blocksize") != dynamic8.BLOCK:
+            raise refuse(f"its nested_blocksize is {state.get('nested_blocksize')!r}, not 256.")
+        mean = state.get("nested_offset")
         if not isinstance(mean, int | float) or not math.isfinite(mean):
             raise refuse(f"its nested_offset is {mean!r}, not a number.")
-        offset = np.asarray(mean, np.float32)
-    codes = from_bytes(tensors[""], count)
-    flat = Flat(codes, tensors[".absmax"].reshape(-1), nested, offset)
+        nested, offset = tensors[".nested_absmax"].reshape(-1), np.asarray(mean, np.float32)
+    flat = Flat(from_bytes(tensors[""], count), tensors[".absmax"].reshape(-1), nested, offset)
     return Stored(flat, format, block, dtype, shape)

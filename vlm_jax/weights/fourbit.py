@@ -71,7 +71,7 @@ class FourBit:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, two codes to a byte."""
-        rest = [leaf for leaf in (self.absmax, self.nested, self.offset) if leaf is not None]
+        rest = jax.tree.leaves((self.absmax, self.nested, self.offset))
         size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in rest)
         return (math.prod(self.shape) + 1) // 2 + size
 

@@ -11,30 +11,29 @@ import numpy as np
 from vlm_jax.weights.fourbit import FourBit
 
 
-class Flat(NamedTuple):
+class Arrays(NamedTuple):
+    """The arrays of one 4-bit weight on the host; nested and offset: of double quantization."""
+
+    codes: np.ndarray
+    absmax: np.ndarray
+    nested: np.ndarray | None
+    offset: np.ndarray | None
+
+
+class Flat(Arrays):
     """A weight [out, in] as bitsandbytes has it, flattened by rows, before packing.
 
     codes: uint8 [out * in], one a byte. absmax: float32, or uint8 codes [blocks]. nested: float32
     and offset: float32 [] of double quantization, or None.
     """
 
-    codes: np.ndarray
-    absmax: np.ndarray
-    nested: np.ndarray | None
-    offset: np.ndarray | None
 
-
-class Packed(NamedTuple):
+class Packed(Arrays):
     """One layer of a leaf on the host, in the order of our memory.
 
     codes: uint8 [in, out / 2], the code of the even column in the low bits, or [in, out], one a
     byte, where `out` is odd. The rest as in `FourBit`.
     """
-
-    codes: np.ndarray
-    absmax: np.ndarray
-    nested: np.ndarray | None
-    offset: np.ndarray | None
 
 
 def host_device() -> Any:
@@ -46,13 +45,13 @@ def host_device() -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _columns(codes: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _columns(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     inputs, outputs = shape
     codes = codes.reshape(outputs, inputs).T
     return codes if outputs % 2 else codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
-def pack(flat: Flat, shape: tuple[int, int], block: int) -> Packed:
+def pack(flat: Flat, shape: tuple[int, ...], block: int) -> Packed:
     """Return the arrays of one layer whose kernel has this shape, [in, out]."""
     inputs, outputs = shape
     with jax.default_device(host_device()):

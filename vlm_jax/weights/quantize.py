@@ -32,12 +32,10 @@ def quantize(
     """
     if isinstance(kernel, FourBit):
         raise UserError(f"{name} is quantized already, as {kernel.NAME}; dequantize it first.")
-    is_array = isinstance(kernel, np.ndarray | jax.Array)
-    if not is_array or kernel.ndim not in (2, 3):
-        what = f"is a {type(kernel).__name__} of shape {list(np.shape(kernel))}"
+    if not isinstance(kernel, np.ndarray | jax.Array) or kernel.ndim not in (2, 3):
         raise UserError(
-            f"{name} {what}; only matrices are quantized, as numpy or JAX "
-            f"arrays [in, out] or [layers, in, out]."
+            f"{name} is a {type(kernel).__name__} of shape {list(np.shape(kernel))}; only matrices "
+            f"are quantized, as numpy or JAX arrays [in, out] or [layers, in, out]."
         )
     check(kernel.shape[-2:], block, kernel.dtype, name)
     if kernel.ndim == 3:
@@ -72,18 +70,25 @@ def lying_as(leaf: FourBit, like: FourBit) -> FourBit:
 
 def check(shape: tuple[int, ...], block: int, dtype: Any, name: str) -> None:
     """Raise `UserError` for what cannot be quantized."""
-    if block not in BLOCKS:
-        raise UserError(
-            f"{name} is to be quantized in blocks of {block}, which bitsandbytes does not "
-            f"support. Use one of {', '.join(map(str, BLOCKS))}; 64 is the usual one."
-        )
-    if len(shape) != 2 or 0 in shape:
-        raise UserError(f"{name} has the shape {list(shape)}; only matrices are quantized.")
-    if jnp.dtype(dtype).name not in KINDS:
-        raise UserError(
-            f"{name} is of type {jnp.dtype(dtype).name}; only floats are quantized "
-            f"({', '.join(KINDS)}). Convert it to one of them first."
-        )
+    type_name = jnp.dtype(dtype).name
+    for wrong, message in (
+        (
+            block not in BLOCKS,
+            f"is to be quantized in blocks of {block}, which bitsandbytes does not support. Use "
+            f"one of {', '.join(map(str, BLOCKS))}; 64 is the usual one.",
+        ),
+        (
+            len(shape) != 2 or 0 in shape,
+            f"has the shape {list(shape)}; only matrices are quantized.",
+        ),
+        (
+            type_name not in KINDS,
+            f"is of type {type_name}; only floats are quantized ({', '.join(KINDS)}). Convert it "
+            f"to one of them first.",
+        ),
+    ):
+        if wrong:
+            raise UserError(f"{name} {message}")
 
 
 def kind(dtype: Any) -> str:

@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from vlm_jax.models.layers.partition import gather_places
 
 ATTENDED = "attended"  # what a remat policy calls the result
-IMPLEMENTATIONS: dict[str, Any] = {}
 
 
 def attention(
@@ -25,7 +24,6 @@ def attention(
     causal: bool,
     window: Any = None,
     q_start: Any = 0,
-    implementation: str = "xla",
 ) -> jax.Array:
     """Return [B, T, N, H]; scores are scaled by 1/sqrt(H) and softmaxed in float32.
 
@@ -37,13 +35,6 @@ def attention(
     k_BSKH, v_BSKH = gather_places(k_BSKH), gather_places(v_BSKH)
     if k_segments_BS is not None:
         k_segments_BS = gather_places(k_segments_BS)
-    out_BTNH = IMPLEMENTATIONS[implementation](
-        q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, causal, window, q_start
-    )
-    return checkpoint_name(out_BTNH, ATTENDED)
-
-
-def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, causal, window, q_start):
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -51,7 +42,7 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, causal, window, q
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores = scores * H**-0.5
     mask_BTS = jnp.ones((1, 1, 1), bool)
-    if q_segments_BT is not None:
+    if q_segments_BT is not None and k_segments_BS is not None:
         mask_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
     if causal:
         distance_TS = (q_start + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
@@ -62,7 +53,4 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, causal, window, q
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
-
-
-IMPLEMENTATIONS["xla"] = _xla
+    return checkpoint_name(out_BTKGH.reshape(B, T, N, H), ATTENDED)

@@ -170,14 +170,16 @@ def dora_matmul(
     return y + (ratio - 1) * kernel_product(x_lora, kernel, scale, start) + ratio * update
 
 
-def scale_of(module: nn.Module, lora: LoRAScale | None, rank: int) -> Any:
-    """Return what an adapter's product is multiplied by: the leaf `lora_scale`, or the model's."""
+def factors_of(module: nn.Module, lora: LoRAScale | None) -> tuple[Any, Any, Any]:
+    """Return (A, B, what their product is multiplied by: the leaf `lora_scale`, or the model's)."""
     if lora is None:
         raise ValueError(f"{module.path} has LoRA leaves, but the model was built without.")
-    if module.has_variable("params", "lora_scale"):
+    leaves = module.variables["params"]
+    a, b = leaves["lora_A"], leaves["lora_B"]
+    if "lora_scale" in leaves:
         # A number of the adapter's, whatever a training table says of "lora_.*".
-        return jax.lax.stop_gradient(module.get_variable("params", "lora_scale"))
-    return lora.scale(rank)
+        return a, b, jax.lax.stop_gradient(leaves["lora_scale"])
+    return a, b, lora.scale(a.shape[-1])
 
 
 def less_start(a: Any, b: Any, start_a: Any, start_b: Any) -> tuple[jax.Array, jax.Array]:
@@ -202,25 +204,21 @@ class Linear(nn.Module):
         init = nn.initializers.normal(0.02)
         kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        if self.has_variable("params", "lora_A"):
-            a: Any = self.get_variable("params", "lora_A")
-            b: Any = self.get_variable("params", "lora_B")
-            scale = scale_of(self, self.lora, a.shape[-1])
+        leaves = self.variables["params"]
+        if "lora_A" in leaves:
+            a, b, scale = factors_of(self, self.lora)
             assert self.lora is not None
             x_lora = dropped(self, x, self.lora.dropout)
-            start: Any = None
-            if self.has_variable("params", "start_A"):
-                start = tuple(self.get_variable("params", f"start_{one}") for one in "AB")
+            start = (leaves["start_A"], leaves["start_B"]) if "start_A" in leaves else None
             factors = (kernel, a, b, scale, x_lora, start)
-            if self.has_variable("params", "lora_magnitude"):
-                y = dora_matmul(x, *factors, self.get_variable("params", "lora_magnitude"))
+            if "lora_magnitude" in leaves:
+                y = dora_matmul(x, *factors, leaves["lora_magnitude"])
             else:
                 y = lora_matmul(x, *factors)
         else:
             y = matmul(x, kernel)
-        if self.has_variable("params", "added"):  # outputs of new tokens: see added_tokens.py
-            added = dense(self.get_variable("params", "added"), self.dtype)
-            y = jnp.concatenate([y, matmul(x, added)], axis=-1)
+        if "added" in leaves:  # outputs of new tokens: see added_tokens.py
+            y = jnp.concatenate([y, matmul(x, dense(leaves["added"], self.dtype))], axis=-1)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             y = y + along_last(bias.astype(self.dtype), y)
@@ -243,13 +241,9 @@ class Embed(nn.Module):
     def setup(self) -> None:
         shape = (self.vocabulary, self.features)
         self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape)
-        has_added = self.has_variable("params", "added")
-        self.added = self.get_variable("params", "added") if has_added else None
-        self.low = None
-        if self.has_variable("params", "lora_A"):
-            a: Any = self.get_variable("params", "lora_A")
-            b: Any = self.get_variable("params", "lora_B")
-            self.low = a, b, scale_of(self, self.lora, a.shape[-1])
+        leaves = self.variables["params"]
+        self.added = leaves.get("added")
+        self.low = factors_of(self, self.lora) if "lora_A" in leaves else None
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = dense(self.embedding, self.dtype)[tokens_BT]

@@ -30,12 +30,14 @@ def rows_over(sharding: NamedSharding) -> Iterator[None]:
         _rows.reset(token)
 
 
-def _axes(sharding: NamedSharding) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the mesh axes that rows and tokens are spread over, without those of one device."""
-    both = [*sharding.spec, None][:2]
-    names = [(one,) if isinstance(one, str) else tuple(one or ()) for one in both]
-    rows, tokens = ([n for n in one if sharding.mesh.shape[n] > 1] for one in names)
-    return tuple(rows), tuple(tokens)
+    sharding = _rows.get()
+    if sharding is None:
+        return (), ()
+    both = [(one,) if isinstance(one, str) else one or () for one in (*sharding.spec, None)]
+    rows, tokens = (tuple(n for n in one if sharding.mesh.shape[n] > 1) for one in both[:2])
+    return rows, tokens
 
 
 def mesh() -> Any:
@@ -46,12 +48,7 @@ def mesh() -> Any:
 
 def parts() -> tuple[int, int]:
     """Return over how many devices rows and a row's tokens are spread; 1 outside `rows_over`."""
-    sharding = _rows.get()
-    if sharding is None:
-        return 1, 1
-    rows, tokens = (
-        math.prod(sharding.mesh.shape[name] for name in names) for names in _axes(sharding)
-    )
+    rows, tokens = (math.prod(mesh().shape[name] for name in names) for names in _axes())
     return rows, tokens
 
 
@@ -61,31 +58,26 @@ def constrain_rows(x: Any) -> Any:
     Places are tokens or patches. Where their number does not divide, more rows do, as the images of
     a batch; where those do not either, each device of a row has all its places.
     """
-    sharding = _rows.get()
-    if sharding is None:
+    if mesh() is None:
         return x
-    rows, tokens = _axes(sharding)
-    size = math.prod(sharding.mesh.shape[name] for name in tokens)
+    (rows, tokens), sizes = _axes(), parts()
     over: list[Any] = [rows or None, tokens or None]
-    if x.ndim < 2 or x.shape[1] % size:
-        more = math.prod(sharding.mesh.shape[name] for name in rows) * size
-        over = [(rows if x.shape[0] % more else (*rows, *tokens)) or None]
+    if x.ndim < 2 or x.shape[1] % sizes[1]:
+        over = [(rows if x.shape[0] % math.prod(sizes) else (*rows, *tokens)) or None]
     spec = PartitionSpec(*over, *[None] * (x.ndim - len(over)))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), spec))
 
 
 def places_are_spread() -> bool:
     """Return whether the tokens of a row lie on several devices: then rows must not be merged with
     them, since no sharding describes the merged axis, and each device would get all of it."""
-    sharding = _rows.get()
-    return sharding is not None and bool(_axes(sharding)[1])
+    return bool(_axes()[1])
 
 
 def gather_places(x: Any) -> Any:
     """Return x [rows, places, ...] with its sequence axis all-gathered: keys and values, which
     every query of the row attends to. As it is where places are not spread."""
-    sharding = _rows.get()
-    if sharding is None or not places_are_spread():
+    if not places_are_spread():
         return x
     spec = PartitionSpec(FREE, None, *[FREE] * (x.ndim - 2))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), spec))

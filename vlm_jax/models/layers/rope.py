@@ -5,8 +5,10 @@ RoPE: https://arxiv.org/abs/2104.09864; M-RoPE: https://arxiv.org/abs/2409.12191
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +20,16 @@ def _plain_frequencies(theta: float, head_dim: int) -> np.ndarray:
     return (1.0 / np.float32(theta) ** exponent).astype(np.float32)
 
 
-def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
+def _dynamic(rope: Rope, frequencies: np.ndarray, positions: Any) -> Any:
+    """A traced value, which depends on the length."""
+    length = jnp.maximum(jnp.max(positions) + 1, rope.max_position).astype(jnp.float32)
+    stretch = rope.factor * length / rope.max_position - (rope.factor - 1)
+    theta = rope.theta * stretch ** (rope.head_dim / (rope.head_dim - 2))
+    exponent = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)
+    return 1.0 / theta**exponent
+
+
+def _llama3(rope: Rope, frequencies: np.ndarray, positions: Any) -> np.ndarray:
     wavelength = 2 * math.pi / frequencies
     low = rope.original_max_position / rope.low_freq_factor
     high = rope.original_max_position / rope.high_freq_factor
@@ -30,7 +41,7 @@ def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
     return np.where((wavelength <= low) & (wavelength >= high), blended, scaled).astype(np.float32)
 
 
-def _yarn(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
+def _yarn(rope: Rope, frequencies: np.ndarray, positions: Any) -> np.ndarray:
     """https://arxiv.org/abs/2309.00071, section 3.2: interpolate only the slow dimensions."""
 
     def dimension(rotations: float) -> float:
@@ -60,22 +71,23 @@ def _attention_factor(rope: Rope) -> float:
     return scale(1.0)
 
 
-def _frequencies(rope: Rope, positions: Any) -> Any:
-    """Return float32 [H/2]; a traced value only for "dynamic", which depends on the length."""
-    plain = _plain_frequencies(rope.theta, rope.head_dim)
-    if rope.kind == "linear":
-        return plain / np.float32(rope.factor)
-    if rope.kind == "llama3":
-        return _llama3(rope, plain)
-    if rope.kind == "yarn":
-        return _yarn(rope, plain)
-    if rope.kind == "dynamic":
-        length = jnp.maximum(jnp.max(positions) + 1, rope.max_position).astype(jnp.float32)
-        stretch = rope.factor * length / rope.max_position - (rope.factor - 1)
-        theta = rope.theta * stretch ** (rope.head_dim / (rope.head_dim - 2))
-        exponent = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)
-        return 1.0 / theta**exponent
-    return plain
+# `Rope.kind` -> a function of it, the plain frequencies and positions to float32 [H/2].
+SCALINGS: dict[str, Callable[[Rope, np.ndarray, Any], Any]] = {
+    "default": lambda rope, plain, positions: plain,
+    "linear": lambda rope, plain, positions: plain / np.float32(rope.factor),
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def _angles(positions: Any, frequencies: Any) -> jax.Array:
+    """Return [..., F] of positions [...] and frequencies [F].
+
+    float32: at position 30,000 a bfloat16 angle is off by whole turns.
+    """
+    leading = (None,) * positions.ndim
+    return positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[leading]
 
 
 def rope_angles(rope: Rope, positions: Any) -> tuple[Any, Any]:
@@ -83,14 +95,11 @@ def rope_angles(rope: Rope, positions: Any) -> tuple[Any, Any]:
 
     With three axes, `mrope_section` says how many frequencies turn with time, height, width.
     """
-    frequencies = jnp.asarray(_frequencies(rope, positions))
-    # float32: at position 30,000 a bfloat16 angle is off by whole turns.
+    plain = _plain_frequencies(rope.theta, rope.head_dim)
+    angles = _angles(positions, SCALINGS[rope.kind](rope, plain, positions))
     if positions.ndim == 3:
-        angles_B3TH = positions.astype(jnp.float32)[..., None] * frequencies[None, None, None, :]
         axis = np.repeat(np.arange(len(rope.mrope_section)), rope.mrope_section)
-        angles = jnp.stack([angles_B3TH[:, a, :, i] for i, a in enumerate(axis)], axis=-1)
-    else:
-        angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+        angles = jnp.stack([angles[:, a, :, i] for i, a in enumerate(axis)], axis=-1)
     factor = _attention_factor(rope)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
@@ -100,8 +109,7 @@ def grid_angles(positions_BP2: Any, head_dim: int, theta: float) -> tuple[Any, A
 
     The first quarter of the head turns with the height, the second with the width.
     """
-    frequencies = jnp.asarray(_plain_frequencies(theta, head_dim // 2))
-    angles_BP2F = positions_BP2.astype(jnp.float32)[..., None] * frequencies[None, None, None, :]
+    angles_BP2F = _angles(positions_BP2, _plain_frequencies(theta, head_dim // 2))
     angles = angles_BP2F.reshape(*positions_BP2.shape[:2], head_dim // 2)
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -57,11 +57,9 @@ class Stack(nn.Module):
             for name, leaves in made.items():
                 self.param(name, lambda _, leaves=leaves: leaves)
             return x, outs
-        stacked = dict(self.variables["params"])
-        keys: Any = None
-        if self.has_rng("dropout"):
-            keys = jax.random.split(self.make_rng("dropout"), self.length)
-        layers = (stacked, keys, per_layer)
+        drops = self.has_rng("dropout")
+        keys = jax.random.split(self.make_rng("dropout"), self.length) if drops else None
+        layers = (dict(self.variables["params"]), keys, per_layer)
         if upto is not None:
             layers = jax.tree.map(lambda leaf: leaf[:upto], layers)
 

@@ -1,0 +1,101 @@
+"""What towers, projectors and decoders share: how they compute, MLPs, the pre-norm block.
+
+Letters: D model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from vlm_jax.models.layers.activations import ACTIVATIONS
+from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
+from vlm_jax.models.layers.linear import Linear, LoRAScale
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the parts of a model compute.
+
+    dtype: of activations. lora: alpha and dropout where the tree holds LoRA leaves. remat: a key of
+    `layers.scan.REMAT`. adapter: how bottleneck adapters compute.
+    """
+
+    dtype: Any
+    lora: LoRAScale | None = None
+    remat: str = "none"
+    adapter: Bottleneck | None = None
+
+    def linear(self, name: str, features: int, use_bias: bool = True) -> Linear:
+        """Return a linear layer for the module that is running, which may carry LoRA."""
+        return Linear(features, use_bias, self.dtype, self.lora, name=name)
+
+
+class MLP(nn.Module):
+    """Two layers with an activation between: [..., in] to [..., out].
+
+    names, widths: of the two layers, in order.
+    """
+
+    names: tuple[str, str]
+    widths: tuple[int, int]
+    activation: str
+    compute: Compute
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first, second = (
+            self.compute.linear(name, width, self.use_bias)
+            for name, width in zip(self.names, self.widths, strict=True)
+        )
+        return second(ACTIVATIONS[self.activation](first(x)))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU, https://arxiv.org/abs/2002.05202: [..., D] to [..., D], of width `hidden` between.
+
+    down_proj(activation(gate_proj(x)) * up_proj(x)).
+    """
+
+    hidden: int
+    activation: str
+    compute: Compute
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        linear = functools.partial(self.compute.linear, use_bias=self.use_bias)
+        gate = ACTIVATIONS[self.activation](linear("gate_proj", self.hidden)(x))
+        up = linear("up_proj", self.hidden)(x)
+        return linear("down_proj", x.shape[-1])(gate * up)
+
+
+class Block(nn.Module):
+    """Pre-norm block, https://arxiv.org/abs/2010.11929, https://arxiv.org/abs/2302.13971.
+
+    x + attention(norm(x)), then x + mlp(norm(x)): x [..., D] to (x, what attention gives beside
+    it), as `Stack` calls it. norm, attention, mlp: make these; `attention(x, context, layer)`.
+    names: of the two norms and of attention. keep: give x itself beside x (features of several
+    layers).
+    """
+
+    norm: Callable[..., nn.Module]
+    attention: Callable[..., nn.Module]
+    mlp: Callable[..., nn.Module]
+    names: tuple[str, str, str]
+    compute: Compute
+    keep: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Any, layer: Any) -> tuple[jax.Array, Any]:
+        adapter, dtype = self.compute.adapter, self.compute.dtype
+        norm1, norm2, attention = self.names
+        attended, out = self.attention(name=attention)(self.norm(name=norm1)(x), context, layer)
+        x = Residual(adapter, dtype, name=ATTENTION)(x, attended)
+        mapped = self.mlp(name="mlp")(self.norm(name=norm2)(x))
+        x = Residual(adapter, dtype, name=OUTPUT)(x, mapped)
+        return x, (x if self.keep else out)
