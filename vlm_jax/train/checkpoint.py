@@ -20,7 +20,7 @@ from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError, first_line
 from vlm_jax.train.moments import kept_otherwise
 from vlm_jax.train.progress import tell_failed_saves_once
-from vlm_jax.train.run_dir import SEEN_WITHIN, Claim
+from vlm_jax.train.run_dir import SEEN_WITHIN
 from vlm_jax.train.selection import Best, kept
 from vlm_jax.train.step import TrainState, is_key
 
@@ -46,11 +46,10 @@ def flat_state(state: Any) -> dict[str, Any]:
 def _unflat(flat: Mapping[str, Any], like: Any) -> Any:
     """Return a tree as `like` of the leaves of `flat_state`, which are in its order."""
     leaves, treedef = jax.tree.flatten(like)
-    new = [
+    return treedef.unflatten(
         jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key(leaf) else value
         for leaf, value in zip(leaves, flat.values(), strict=True)
-    ]
-    return jax.tree.unflatten(treedef, new)
+    )
 
 
 class Damaged(UserError):
@@ -78,7 +77,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.directory = epath.Path(directory)
         self.identity = json.loads(json.dumps(identity))
         self.keep, self.best = keep, best
-        self.claim: Claim | None = None
+        self.claim: Callable[[], None] | None = None  # of `Places.claim`
         self.wrote = False
         tell_failed_saves_once()
         options = ocp.CheckpointManagerOptions(
@@ -157,7 +156,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self.evaluations[step] = evaluation
         if step not in self.steps:
             if self.claim is not None:
-                self.claim.check()
+                self.claim()
             self.finish()
             self._empty_trash()
             meta = {
@@ -269,8 +268,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """Rename a checkpoint and return its new name. All processes call it, the first does."""
         aside = self.directory
         if processes.is_primary():
-            names = (f"damaged-{step}{end}" for end in ("", *(f".{n}" for n in range(1, 99))))
-            aside = next(p for n in names if not (p := self.directory / n).exists())
+            ends = ("", *(f".{n}" for n in range(1, 99)))
+            names = (self.directory / f"damaged-{step}{end}" for end in ends)
+            aside = next(name for name in names if not name.exists())
             (self.directory / str(step)).rename(aside)
         name = processes.gather("damaged checkpoint", aside.name)[0]
         self._look()

@@ -107,8 +107,8 @@ def load_run(
     config = _config_of(directory)
     full = directory / "model"
     if exact:
-        base = resolve(base_name(config), config.model.revision)
-        config = config.having({"model.dtype": stored_dtype(full if full.is_dir() else base)})
+        stored = full if full.is_dir() else resolve(base_name(config), config.model.revision)
+        config = config.having({"model.dtype": stored_dtype(stored)})
     mesh = mesh_for_reading(config)
     if full.is_dir():
         model, params = load(str(full), compute_dtype(config), mesh=mesh)
@@ -122,16 +122,16 @@ def load_run(
             repo = named_base(directory / "adapter") or model.source.repo
             model = dataclasses.replace(model, source=dataclasses.replace(model.source, repo=repo))
         return model, params, config
-    one = mesh or make_mesh(devices=jax.local_devices()[:1])
-    model, params, table, _ = build(config, one, encoder)
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    model, params, table, _ = build(config, mesh, encoder)
     trainable, frozen = split(params, table)
     options = state_options(config)
     kept, dtype = ("ema", jnp.float32) if options["ema"] else ("trainable", options["param_dtype"])
-    like = of_dtype(trainable, dtype)
     same = identity(config, model, table, rows=0)
     same = {name: same[name] for name in ("base", "training table", "lora", "adapter")}
     with Checkpoints(places_of(config, directory).checkpoints, same) as checkpoints:
-        trained = checkpoints.restore_trainable(like, checkpoints.steps[-1], kept)
+        like, step = of_dtype(trainable, dtype), checkpoints.steps[-1]
+        trained = checkpoints.restore_trainable(like, step, kept)
     return model, join(trained, frozen), config
 
 
@@ -197,8 +197,11 @@ def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     saved = saved_modules(model, params, (*model.modules_to_save, *added)).leaves
     saved += bias_leaves(model, params)
-    kinds = (is_lora, is_adapter, is_added)
-    written = {p: flat[p] for p in flat if p in saved or any(kind(p) for kind in kinds)}
+    written = {
+        path: leaf
+        for path, leaf in flat.items()
+        if path in saved or is_lora(path) or is_adapter(path) or is_added(path)
+    }
     return unflatten({**flat, **processes.to_host(written, processes.is_primary())})
 
 
@@ -237,36 +240,41 @@ class Exported:
         return self.lost is not None or self.difference <= EXPLAINED[dtype] * self.deviation
 
     def __str__(self) -> str:
-        cost = "the largest logit difference"
-        if self.into is not None and self.lost is None and self.explained:
-            cost = f"what rounding to {self.dtype} costs of logits"
+        rounded = self.into is not None and self.lost is None and self.explained
+        cost = (
+            f"what rounding to {self.dtype} costs of logits"
+            if rounded
+            else "the largest logit difference"
+        )
+        answers = f"same answers on {self.same} of {self.probes} probes; " if self.probes else ""
         judged = f"{self.difference:.2g} is {cost}" if self.difference else "logits are equal"
-        if self.probes:
-            judged = f"same answers on {self.same} of {self.probes} probes; {judged}"
-        words = [
-            f"Wrote '{self.directory}' and read it back: {judged} (their standard deviation is "
-            f"{self.deviation:.2f})."
-        ]
-        if self.into is not None:
-            words.append(f"LoRA was merged into {self.into}.")
-        if self.lost is not None:
-            words.append(
-                f"Quantizing the sums again changed them by {100 * self.lost[0]:.2f} % of their "
-                f"norm, which is {self.lost[1]:.2f} times the norm of what was learned: leave "
-                f"--quantized out to keep it."
-            )
-        if not self.explained:
-            words.append(
+        changed, forgotten = self.lost or (0.0, 0.0)
+        sentences = (
+            (
+                True,
+                f"Wrote '{self.directory}' and read it back: {answers}{judged} (their standard "
+                f"deviation is {self.deviation:.2f}).",
+            ),
+            (self.into is not None, f"LoRA was merged into {self.into}."),
+            (
+                self.lost is not None,
+                f"Quantizing the sums again changed them by {100 * changed:.2f} % of their norm, "
+                f"which is {forgotten:.2f} times the norm of what was learned: leave --quantized "
+                f"out to keep it.",
+            ),
+            (
+                not self.explained,
                 f"Warning: this is more than rounding to {self.dtype} explains, so these files are "
-                f"not the run. Use the run's adapter instead, and please report it."
-            )
-        elif self.same < self.probes:
-            words.append(
+                f"not the run. Use the run's adapter instead, and please report it.",
+            ),
+            (
+                self.explained and self.same < self.probes,
                 f"Warning: {self.probes - self.same} answers differ. Before you use these files, "
                 f"compare `vlm-jax evaluate` of --model '{self.directory}' with that of the run; "
-                f"without --merge nothing is rounded."
-            )
-        return " ".join(words)
+                f"without --merge nothing is rounded.",
+            ),
+        )
+        return " ".join(sentence for applies, sentence in sentences if applies)
 
 
 def probe(encoder: Encoder, questions: Sequence[str] = QUESTIONS[:1], turns: int = 1) -> Batch:

@@ -13,9 +13,9 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -52,10 +52,30 @@ class Places(NamedTuple):
                 if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
             )
 
-    def claim(self) -> "Claim":
-        """Return a new claim of the bucket; raise `UserError` where it cannot be written."""
+    def claim(self) -> Callable[[], None]:
+        """Claim the bucket, which knows no locks: the last run to do so may write checkpoints.
+
+        Return a check that raises `UserError` where another run has claimed it since. So a run that
+        another one has taken the place of, as after a restart that it slept through, learns of it
+        before it would write. The mark stays when a run ends: a resumed run claims again. Raises
+        `UserError` where it cannot be written.
+        """
+        mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}\n"
+        file = self.checkpoints / OWNER
         with self._bucket_errors():
-            return Claim(self.checkpoints)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            file.write_text(mark)
+
+        def check() -> None:
+            owner = file.read_text() if file.exists() else "by no run: its mark was deleted"
+            if owner != mark:
+                raise UserError(
+                    f"Another run writes its checkpoints to '{self.checkpoints}' now "
+                    f"({owner.split(',')[0]}). This one ends; start it again with another "
+                    f"training.checkpoint_dir."
+                )
+
+        return check
 
     def claimed(self) -> str | None:
         """Return which run claimed the bucket last, in words; None: none, or there is no bucket."""
@@ -105,30 +125,6 @@ def places_of(config: RunSpec, directory: Path | None = None) -> Places:
             f'pip install "vlm_jax[gcs]"'
         )
     return Places(directory, epath.Path(apart))
-
-
-class Claim:
-    """The right to write checkpoints to a bucket, which knows no locks: the last run has it.
-
-    A run that another one has taken the place of, as after a restart that it slept through, learns
-    of it before it would write. The mark stays when a run ends: a resumed run claims again.
-    """
-
-    def __init__(self, directory: Any):
-        self.file = epath.Path(directory) / OWNER
-        self.mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}\n"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(self.mark)
-
-    def check(self) -> None:
-        """Raise `UserError` where another run has claimed the place since."""
-        owner = self.file.read_text() if self.file.exists() else "by no run: its mark was deleted"
-        if owner != self.mark:
-            raise UserError(
-                f"Another run writes its checkpoints to '{self.file.parent}' now "
-                f"({owner.split(',')[0]}). This one ends; start it again with another "
-                f"training.checkpoint_dir."
-            )
 
 
 # What a run writes while it trains, and its result.

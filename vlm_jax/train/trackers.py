@@ -136,21 +136,22 @@ class Log(Reporter):
         config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
     ):
-        self.metrics = JsonLines(directory / "metrics.jsonl", resume_step)
-        self.evaluations = JsonLines(directory / "evaluations.jsonl", resume_step)
         self.writers: list[Writer] = []
-        self.closers: list[Callable[[], Any]] = [self.metrics.close, self.evaluations.close]
-        try:
+        with contextlib.ExitStack() as opened:
+            self.metrics, self.evaluations = (
+                opened.enter_context(
+                    contextlib.closing(JsonLines(directory / f"{name}.jsonl", resume_step))
+                )
+                for name in ("metrics", "evaluations")
+            )
             for name in report_to:
                 if name == "tensorboard":
-                    self._tensorboard(directory, resume_step)
+                    opened.callback(self._tensorboard(directory, resume_step))
                 elif name in HOSTED:
-                    self._hosted(name, directory, run_name, project, config or {})
-        except BaseException:
-            self.close()
-            raise
+                    opened.callback(self._hosted(name, directory, run_name, project, config or {}))
+            self.opened = opened.pop_all()
 
-    def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
+    def _tensorboard(self, directory: Path, resume_step: int | None) -> Callable[[], Any]:
         from tensorboardX import SummaryWriter
 
         with _explained("tensorboard", "cannot write"):
@@ -164,7 +165,7 @@ class Log(Reporter):
                 board.add_scalar(name, value, step)
 
         self.writers.append(write)
-        self.closers.append(board.close)
+        return board.close
 
     def _hosted(
         self,
@@ -173,7 +174,7 @@ class Log(Reporter):
         run_name: str | None,
         project: str,
         config: Mapping[str, Any],
-    ) -> None:
+    ) -> Callable[[], Any]:
         module: Any = importlib.import_module(name)
         # Else wandb writes where the command was given; trackio has a place of its own.
         place = {"dir": os.environ.get("WANDB_DIR") or str(directory)} if name == "wandb" else {}
@@ -182,7 +183,7 @@ class Log(Reporter):
                 project=project, name=run_name or directory.name, config=dict(config), **place
             )
         self.writers.append(lambda step, values: module.log(dict(values), step=step))
-        self.closers.append(module.finish)
+        return module.finish
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self.metrics.write(step, values)
@@ -201,8 +202,7 @@ class Log(Reporter):
             write(step, values)
 
     def close(self) -> None:
-        for close in self.closers:
-            close()
+        self.opened.close()
 
 
 class Meter:
@@ -296,19 +296,17 @@ class Profiler(contextlib.AbstractContextManager["Profiler"]):
 
     def __init__(self, steps: str, directory: Path, console: Console):
         first, _, last = steps.partition("-")
-        self.window = (int(first) - 1, int(last or first)) if steps else None
+        self.first, self.last = (int(first) - 1, int(last or first)) if steps else (-1, -1)
         self.directory, self.console, self.running = directory, console, False
 
     def start(self, step: int) -> None:
         """Begin where a run begins within the steps."""
-        if self.window is not None and self.window[0] <= step < self.window[1]:
+        if self.first <= step < self.last:
             self.toggle(step)
 
     def at(self, step: int) -> bool:
         """Return whether it begins or ends behind this step."""
-        return self.window is not None and (
-            step == self.window[1] if self.running else step == self.window[0]
-        )
+        return step == (self.last if self.running else self.first)
 
     def toggle(self, step: int) -> None:
         if not self.running:
