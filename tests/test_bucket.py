@@ -18,7 +18,7 @@ from several import free_port, started, wait_until, written
 from vlm_jax import UserError, config
 from vlm_jax.train import loop, metrics
 from vlm_jax.train.results import load_run
-from vlm_jax.train.run_dir import Claim, places_of
+from vlm_jax.train.run_dir import places_of
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_the_last_run_that_came_writes(place, bucket, monkeypatch):
 
     def another_comes(self, step, *rest):
         if step == 3:
-            Claim("gs://bucket/runs/third")
+            places_of(config.load(None, [there])).claim()
         return push(self, step, *rest)
 
     monkeypatch.setattr(loop.Watch, "push", another_comes)

@@ -1,5 +1,6 @@
 """Keys of a config mean what they mean in transformers: turns, early stopping, smoothing, order."""
 
+import dataclasses
 import json
 import math
 import random
@@ -84,7 +85,8 @@ def test_patience_is_the_callbacks(greater, threshold):
                 callback.on_evaluate(args, trainer.state, control, metrics)
                 Trainer._determine_best_metric(trainer, metrics, None)
                 patience = patience.after({"loss": float(value)})
-                patience = patience.at(json.loads(json.dumps(patience.note)))
+                note = json.loads(json.dumps(patience.note))
+                patience = dataclasses.replace(patience, **note)
                 assert patience.waited == callback.early_stopping_patience_counter
                 assert patience.over == control.should_training_stop
                 if patience.over:

@@ -42,6 +42,11 @@ class UserError(Exception):
         return marked(super().__str__())
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def nearest(name: str, known) -> str:
     """Return `" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string."""
     import difflib

@@ -18,7 +18,7 @@ from typing import Any
 from vlm_jax.distributed import processes
 from vlm_jax.distributed.interrupts import INTERRUPTED, clear, ending, on_signal
 from vlm_jax.distributed.processes import ProcessSlot
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, first_line
 
 FAILED = "vlm_jax/failed"  # {"process", "code", "text"} of the first process that failed
 LEFT = "vlm_jax/left/"  # a key for each process that is about to end
@@ -70,6 +70,7 @@ def _last_message(here: ProcessSlot) -> Iterator[Callable[[str], None]]:
     """
     child = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", LAST_WORDS],
+        bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is not meant for it
@@ -77,23 +78,21 @@ def _last_message(here: ProcessSlot) -> Iterator[Callable[[str], None]]:
     pipe = child.stdin
     assert pipe is not None
 
-    def say(message: str) -> None:
+    def set_message(message: str) -> None:
         pipe.write(b"\0" + message.encode())
-        pipe.flush()
 
-    say(
+    set_message(
         f"vlm-jax train: {here} ended without a word of its own: it was killed, or JAX ended it "
         f"because another process died or was killed (lines above this one say so, and the "
         f"output of the others may say why). What was saved is whole: start all processes again, "
         f"with --resume if there is a checkpoint.\n"
     )
-    try:
-        yield say
-    finally:
-        with contextlib.suppress(OSError):  # it may have been killed
-            say("")
-            pipe.close()
-        child.wait()
+    with child:
+        try:
+            yield set_message
+        finally:
+            with contextlib.suppress(OSError):  # it may have been killed
+                set_message("")
 
 
 def _watch(here: ProcessSlot, done: threading.Event, set_message: Callable[[str], None]) -> None:
@@ -115,8 +114,11 @@ def _failure() -> dict[str, Any] | None:
 
 
 def _say_others(here: ProcessSlot, failure: dict[str, Any]) -> None:
-    which = f"process {failure['process']} of {here.count}"
-    print(f"vlm-jax train: {which} stopped the run: {failure['text']}", file=sys.stderr)
+    print(
+        f"vlm-jax train: process {failure['process']} of {here.count} stopped the run: "
+        f"{failure['text']}",
+        file=sys.stderr,
+    )
 
 
 def _fail(
@@ -132,6 +134,7 @@ def _fail(
             time.sleep(1)
     mine = isinstance(error, UserError | KeyboardInterrupt)
     failure = _explained(here) if joined and not mine else None
+    code = 1
     if failure is not None:
         _say_others(here, failure)
         code = failure["code"]
@@ -140,14 +143,12 @@ def _fail(
     elif _is_of_others(error):
         error = UserError(
             f"{str(here).capitalize()} can no longer reach another one, which may have died or "
-            f"been killed ({str(error).splitlines()[0][:300]}). What was saved is whole: start all "
-            f"processes again, with --resume if there is a checkpoint."
+            f"been killed ({first_line(error)}). What was saved is whole: start all processes "
+            f"again, with --resume if there is a checkpoint."
         )
         report(error)
-        code = 1
     else:
         traceback.print_exception(error)
-        code = 1
     _tell(here, code, " ".join(str(error).split()), set_message, joined)
 
 
@@ -170,8 +171,8 @@ def _tell(
     """Tell the others why this process ends, if it had joined them, and end it."""
     if joined:
         with contextlib.suppress(Exception):  # another was first, or there is no coordinator
-            told = {"process": here.number, "code": code, "text": text or "it was interrupted."}
-            processes.client().key_value_set(FAILED, json.dumps(told))
+            failure = {"process": here.number, "code": code, "text": text or "it was interrupted."}
+            processes.client().key_value_set(FAILED, json.dumps(failure))
     _leave(here, code, set_message, joined)
 
 
@@ -205,19 +206,14 @@ def _leave(
         set_message("")
     if joined:
         with contextlib.suppress(Exception):
-            _tell_leaving(here)
+            client, end = processes.client(), time.monotonic() + PATIENCE
+            client.key_value_set(f"{LEFT}{here.number}", "")
+            if here.number == 0:
+                while len(client.key_value_dir_get(LEFT)) < here.count and time.monotonic() < end:
+                    time.sleep(0.1)
+                time.sleep(LOOK)  # for the last one to end
     clear()  # last, since the main thread may run until now
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
-
-
-def _tell_leaving(here: ProcessSlot) -> None:
-    client, end = processes.client(), time.monotonic() + PATIENCE
-    client.key_value_set(f"{LEFT}{here.number}", "")
-    while here.number == 0 and time.monotonic() < end:
-        if len(client.key_value_dir_get(LEFT)) == here.count:
-            time.sleep(LOOK)  # for the last one to end
-            return
-        time.sleep(0.1)

@@ -90,6 +90,16 @@ def _raise(number: int) -> None:
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def if_ended(act: Callable[[], None]) -> Iterator[None]:
+    """Have an act done before the process is ended from a side thread while a block lasts."""
+    at_sudden_end.append(act)
+    try:
+        yield
+    finally:
+        at_sudden_end.remove(act)
+
+
 def clear() -> None:
     """Do what `at_sudden_end` holds, the last first."""
     for act in reversed(at_sudden_end):

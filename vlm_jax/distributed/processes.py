@@ -1,9 +1,10 @@
 """Several processes, often one a host: start, barriers, exchange of small values."""
 
-import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import operator
 import os
 import socket
 import threading
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, first_line
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's own: where process 0 listens, if not everywhere
@@ -46,13 +47,13 @@ def process_slot() -> ProcessSlot | None:
     what JAX finds itself: a TPU pod, SLURM, Open MPI. JAX_NUM_PROCESSES=1: alone.
     Raises `UserError` where one of the three is missing or has no meaning.
     """
-    given = {name: os.environ[name] for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)}
+    names = (ADDRESS, COUNT, NUMBER)
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
     if given.get(COUNT) == "1":
         return None
     if not given:
         return _detected()
-    missing = [name for name in (ADDRESS, COUNT, NUMBER) if name not in given]
-    if missing:
+    if missing := [name for name in names if name not in given]:
         raise UserError(
             f"The environment sets {' and '.join(given)}, but not {' and '.join(missing)}. To "
             f"start several processes set all three in each: {ADDRESS}=host:port of process 0, "
@@ -68,8 +69,8 @@ def process_slot() -> ProcessSlot | None:
     return ProcessSlot(given[ADDRESS], count, number)
 
 
-def _integer(name: str, least: int, default: int | None = None) -> int:
-    text = os.environ.get(name) or str(default)
+def _integer(name: str, least: int) -> int:
+    text = os.environ.get(name) or str(SECONDS.get(name))
     if not text.isdecimal() or int(text) < least:
         raise UserError(
             f"The environment variable {name} is {text!r}; expected a whole number of {least} or "
@@ -95,7 +96,7 @@ def _detected() -> ProcessSlot | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice for who wants several processes
             address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, None, _integer(START_TIMEOUT, 1, SECONDS[START_TIMEOUT])
+                None, None, None, None, None, _integer(START_TIMEOUT, 1)
             )
     except Exception as error:  # each kind of cluster raises its own
         raise UserError(
@@ -121,8 +122,7 @@ def start(here: ProcessSlot | None = None) -> None:
     here = here or process_slot()
     if here is None or jax.distributed.is_initialized():
         return
-    timeout = _integer(START_TIMEOUT, 1, SECONDS[START_TIMEOUT])
-    heartbeat = _integer(HEARTBEAT_TIMEOUT, 5, SECONDS[HEARTBEAT_TIMEOUT])
+    timeout, heartbeat = _integer(START_TIMEOUT, 1), _integer(HEARTBEAT_TIMEOUT, 5)
     end = time.monotonic() + timeout
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Programs with collectives must run in one order everywhere; on the CPU, dispatched ahead,
@@ -135,17 +135,16 @@ def start(here: ProcessSlot | None = None) -> None:
     elif not os.environ.get(BIND):
         _check_free(here)
 
-    def join() -> None:
-        jax.distributed.initialize(
-            here.address,
-            here.count,
-            here.number,
-            here.devices,
-            # On its own timeout JAX aborts the process: ours comes first.
-            initialization_timeout=timeout + 600,
-            heartbeat_timeout_seconds=heartbeat,
-        )
-
+    join = functools.partial(
+        jax.distributed.initialize,
+        here.address,
+        here.count,
+        here.number,
+        here.devices,
+        # On its own timeout JAX aborts the process: ours comes first.
+        initialization_timeout=timeout + 600,
+        heartbeat_timeout_seconds=heartbeat,
+    )
     try:
         if not returned(join, end):
             raise UserError(
@@ -157,29 +156,23 @@ def start(here: ProcessSlot | None = None) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             f"The processes could not be connected at '{here.address}' (this is number "
-            f"{here.number} of {here.count}): {str(error).splitlines()[0]}. {ADDRESS} must name "
-            f"the host of process 0 and a port that is free there."
+            f"{here.number} of {here.count}): {first_line(error)}. {ADDRESS} must name the host of "
+            f"process 0 and a port that is free there."
         ) from error
 
 
 def _check_free(here: ProcessSlot) -> None:
     """Raise `UserError` where process 0 cannot listen; JAX, finding that out, may crash."""
     _, port = _host_and_port(here.address)
-    family, everywhere = (
-        (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
-    )
-    try:
-        with socket.socket(family) as probe:
-            # As JAX does; a run that has just ended holds nobody up.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            probe.bind((everywhere, port))
-            probe.listen(1)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:  # everywhere, as JAX does; a port that a run has just left is free
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise UserError(
-            f"Process 0 cannot listen at port {port} of '{here.address}': {error.strerror}. "
-            f"{ADDRESS} must name the host of process 0 and a port that is free there."
+            f"Process 0 cannot listen at port {port} of '{here.address}': {reason}. {ADDRESS} must "
+            f"name the host of process 0 and a port that is free there."
         ) from error
 
 
@@ -187,7 +180,7 @@ def _reach(here: ProcessSlot, end: float, timeout: int) -> None:
     """Wait until the coordinator listens; raise `UserError` where it does not."""
     while True:
         try:
-            with contextlib.closing(socket.create_connection(_host_and_port(here.address), 5)):
+            with socket.create_connection(_host_and_port(here.address), 5):
                 return
         except OSError as error:
             if time.monotonic() > end:
@@ -264,8 +257,8 @@ def gather(name: str, value: Any) -> list[Any]:
     place = f"vlm_jax/{next(_calls)}/{name}/"
     client().key_value_set(f"{place}{number()}", json.dumps(value))
     wait_for_all(name)
-    found = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in _listed(place)}
-    return [found[i] for i in range(count())]
+    texts = {int(key.rsplit("/", 1)[1]): text for key, text in client().key_value_dir_get(place)}
+    return [json.loads(texts[i]) for i in range(count())]
 
 
 def check_same(what: str, value: dict[str, Any]) -> None:
@@ -284,16 +277,8 @@ def check_same(what: str, value: dict[str, Any]) -> None:
             )
 
 
-def _listed(place: str) -> list[tuple[str, str]]:
-    return client().key_value_dir_get(place)
-
-
 def _same(x: Any) -> Any:  # by name, so that what JAX has compiled for it is found again
     return x
-
-
-def _layer(x: Any, i: Any) -> Any:
-    return x[i]
 
 
 def to_host(tree: Any, here: bool = True) -> Any:
@@ -315,7 +300,7 @@ def to_host(tree: Any, here: bool = True) -> Any:
         if leaf.ndim < 3:
             gathered = jax.jit(_same, out_shardings=everywhere)(leaf)
             return np.asarray(gathered) if here else None
-        layer = jax.jit(_layer, out_shardings=everywhere)
+        layer = jax.jit(operator.getitem, out_shardings=everywhere)
         array = np.empty(leaf.shape, leaf.dtype) if here else None
         for i in range(leaf.shape[0]):
             gathered = layer(leaf, i)

@@ -17,12 +17,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, first_line
 from vlm_jax.train.moments import kept_otherwise
 from vlm_jax.train.progress import tell_failed_saves_once
-from vlm_jax.train.run_dir import SEEN_WITHIN, Claim
+from vlm_jax.train.run_dir import SEEN_WITHIN
 from vlm_jax.train.selection import Best, kept
-from vlm_jax.train.step import TrainState
+from vlm_jax.train.step import TrainState, is_key
 
 FORMAT = 2  # of what a checkpoint says of itself; 1 knew a base by three samples of each file
 TRASH = "deleted"  # where old checkpoints go first, at once: removing one takes a while
@@ -35,24 +35,21 @@ def flat_state(state: Any) -> dict[str, Any]:
 
     Flat, because orbax then needs to know nothing of optax's types, and a mismatch has a name.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    flat = {}
-    for path, leaf in leaves:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        flat[jax.tree_util.keystr(path, simple=True, separator=".")] = leaf
-    return flat
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (
+            jax.random.key_data(leaf) if is_key(leaf) else leaf
+        )
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
 
 
 def _unflat(flat: Mapping[str, Any], like: Any) -> Any:
     """Return a tree as `like` of the leaves of `flat_state`, which are in its order."""
     leaves, treedef = jax.tree.flatten(like)
-    new = [
-        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else value
+    new = (
+        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key(leaf) else value
         for leaf, value in zip(leaves, flat.values(), strict=True)
-    ]
+    )
     return jax.tree.unflatten(treedef, new)
 
 
@@ -60,7 +57,7 @@ class Damaged(UserError):
     """A checkpoint that cannot be read."""
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run, in `directory/<step>`; each appears whole or not at all.
 
     identity: what must be equal when the run is resumed, as nested dicts of JSON values; any
@@ -81,7 +78,7 @@ class Checkpoints:
         self.directory = epath.Path(directory)
         self.identity = json.loads(json.dumps(identity))
         self.keep, self.best = keep, best
-        self.claim: Claim | None = None
+        self.claim: Callable[[], None] | None = None  # of `Places.claim`
         self.wrote = False
         tell_failed_saves_once()
         options = ocp.CheckpointManagerOptions(
@@ -104,7 +101,7 @@ class Checkpoints:
         return self._best_of(self.steps)
 
     def _best_of(self, steps: Sequence[int]) -> int | None:
-        there = {step: self.evaluations[step] for step in steps if step in self.evaluations}
+        there = {step: found for step, found in self.evaluations.items() if step in steps}
         return None if self.best is None else self.best.step(there)
 
     def _look(self) -> None:
@@ -160,7 +157,7 @@ class Checkpoints:
             self.evaluations[step] = evaluation
         if step not in self.steps:
             if self.claim is not None:
-                self.claim.check()
+                self.claim()
             self.finish()
             self._empty_trash()
             meta = {
@@ -193,8 +190,7 @@ class Checkpoints:
         step = self.manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"There is no checkpoint in '{self.directory}'.")
-        wanted = flat_state(like)
-        meta, saved = self._check(step, wanted)
+        meta, saved = self._check(step, flat_state(like))
         return _unflat(self._read_state(step, saved), like), meta["data"]
 
     def restore_trainable(self, like: Any, step: int, kept: str = "trainable") -> Any:
@@ -207,13 +203,9 @@ class Checkpoints:
         _, saved = self._check(step, flat_state(tree), f"{kept}.")
         return _unflat(self._read_state(step, saved), tree)[kept]
 
-    def patience(self, step: int) -> dict[str, Any]:
-        """Return the state of early stopping that `save` was given; {} without one."""
-        return self._read_meta(step).get("patience", {})
-
-    def pending(self, step: int) -> bool:
-        """Return whether an evaluation of this step was still to come when it was saved."""
-        return self._read_meta(step).get("pending", False)
+    def meta(self, step: int) -> dict[str, Any]:
+        """Return what the checkpoint of `step` says of itself, see `save`."""
+        return self._read(step, *META)
 
     def _check(
         self, step: int, wanted: Mapping[str, Any], prefix: str = ""
@@ -223,8 +215,7 @@ class Checkpoints:
         wanted: arrays by name, all that begin with the prefix.
         Raises `UserError` where the checkpoint is not of this run's leaves.
         """
-        meta = self._read_meta(step)
-        where = self.directory / str(step)
+        meta, where = self.meta(step), self.directory / str(step)
         if meta.get("format") != FORMAT:
             raise UserError(
                 f"The checkpoint '{where}' was written by another version of vlm_jax, whose "
@@ -236,14 +227,14 @@ class Checkpoints:
         names = wanted.keys() | {name for name in meta["shapes"] if name.startswith(prefix)}
         saved = {}
         for name in sorted(names, key=lambda name: (not name.startswith("trainable"), name)):
-            leaf, old = wanted.get(name), meta["shapes"].get(name)
-            found = None if leaf is None or old is None else _saved(name, leaf, old)
+            leaf, shape = wanted.get(name), meta["shapes"].get(name, "nothing")
+            found = None if leaf is None else _saved(name, leaf, shape)
             if found is None:
-                new = None if leaf is None else _shape(leaf)
                 raise UserError(
-                    f"The checkpoint '{where}' holds '{name}' as {old or 'nothing'}, but this run "
-                    f"needs {new or 'nothing'}. It belongs to another model or training table; "
-                    f"resume with the config it was made with, or choose a new output_dir."
+                    f"The checkpoint '{where}' holds '{name}' as {shape}, but this run needs "
+                    f"{'nothing' if leaf is None else _shape(leaf)}. It belongs to another model "
+                    f"or training table; resume with the config it was made with, or choose a new "
+                    f"output_dir."
                 )
             saved[name] = found
         return meta, {name: saved[name] for name in wanted}
@@ -278,15 +269,13 @@ class Checkpoints:
         """Rename a checkpoint and return its new name. All processes call it, the first does."""
         aside = self.directory
         if processes.is_primary():
-            names = (f"damaged-{step}{end}" for end in ("", *(f".{n}" for n in range(1, 99))))
-            aside = next(p for n in names if not (p := self.directory / n).exists())
+            ends = ("", *(f".{n}" for n in range(1, 99)))
+            names = (self.directory / f"damaged-{step}{end}" for end in ends)
+            aside = next(name for name in names if not name.exists())
             (self.directory / str(step)).rename(aside)
         name = processes.gather("damaged checkpoint", aside.name)[0]
         self._look()
         return name
-
-    def _read_meta(self, step: int) -> dict[str, Any]:
-        return self._read(step, *META)
 
     def _read_state(self, step: int, saved: Mapping[str, "Saved"]) -> dict[str, Any]:
         """Return the leaves of these names, as this run keeps them."""
@@ -304,8 +293,8 @@ class Checkpoints:
             found = self._read_here(step, *item)
         except Damaged as error:
             damage = error
-        told = processes.gather("a checkpoint was read", None if damage is None else str(damage))
-        for words in filter(None, told):
+        damages = processes.gather("a checkpoint was read", None if damage is None else str(damage))
+        for words in filter(None, damages):
             raise Damaged(words) from damage
         return found
 
@@ -315,34 +304,27 @@ class Checkpoints:
         By itself, not through the manager, whose `restore` ends with a collective: processes that
         have read would wait in it for one that could not.
         """
-        where = self.directory / str(step)
         try:
             with contextlib.closing(handler()) as reader:
                 return reader.restore(self.manager.directory / str(step) / item, args=args)
         except Exception as error:  # orbax and tensorstore raise many unrelated types
-            if isinstance(error, OSError | MemoryError) and not isinstance(
-                error, FileNotFoundError
-            ):
+            machine = isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+            if machine and not isinstance(error, FileNotFoundError):
                 raise  # the checkpoint may be whole
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise Damaged(
-                f"The checkpoint '{where}' is damaged and cannot be read ({reason}). Delete it to "
-                f"resume from the one before, or start again in another output_dir."
+                f"The checkpoint '{self.directory / str(step)}' is damaged and cannot be read "
+                f"({first_line(error)}). Delete it to resume from the one before, or start again "
+                f"in another output_dir."
             ) from error
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or processes.count() == 1:
             self.close()
-            return
-        # What was begun is finished by threads of all processes, whose programs may wait for this
-        # one meanwhile. If another one is dead it never is, and the error must be raised.
-        with contextlib.suppress(Exception):
-            processes.returned(self.finish, time.monotonic() + PATIENCE)
+        else:
+            # What was begun is finished by threads of all processes, whose programs may wait for
+            # this one meanwhile. If another one is dead it never is, and the error must be raised.
+            with contextlib.suppress(Exception):
+                processes.returned(self.finish, time.monotonic() + PATIENCE)
 
     def finish(self) -> None:
         """Wait until what was begun is written."""
@@ -384,13 +366,12 @@ def _shape(leaf: Any) -> str:
 
 
 def _compare(what: str, saved: Any, now: Any, where: epath.Path) -> None:
-    if saved == now:
-        return
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
         for key in sorted(saved.keys() | now.keys()):
             _compare(f"{what}.{key}", saved.get(key), now.get(key), where)
-        return
-    raise UserError(
-        f"The checkpoint '{where}' cannot be resumed: '{what}' was {saved!r} when it was written "
-        f"and is {now!r} now. Resume with what it was made with, or choose a new output_dir."
-    )
+    elif saved != now:
+        raise UserError(
+            f"The checkpoint '{where}' cannot be resumed: '{what}' was {saved!r} when it was "
+            f"written and is {now!r} now. Resume with what it was made with, or choose a new "
+            f"output_dir."
+        )

@@ -2,14 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 
 from vlm_jax.batch import Batch
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, first_line
 from vlm_jax.model import Model
 from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.sharding import batch_shardings, check_lengths
@@ -39,8 +39,9 @@ def out_of_memory_explained() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        first = str(error).splitlines()[0][:300]
-        raise UserError(f"A device ran out of memory. {LESS_MEMORY} ({first})") from error
+        raise UserError(
+            f"A device ran out of memory. {LESS_MEMORY} ({first_line(error)})"
+        ) from error
 
 
 def abstract_batch(model: Model, rows: int, shape: Shape, mesh: Any) -> Batch:
@@ -73,14 +74,13 @@ def compile_step(
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
     with rows_over(batch.tokens.sharding):
-        lowered = jitted.lower(state, frozen, batch)
-    return lowered.compile(options), jitted
+        return jitted.lower(state, frozen, batch).compile(options), jitted
 
 
 class OnceAShape:
     """A function of (..., batch), compiled when a batch of a new shape comes.
 
-    shapes: (rows, T, P), all that are foreseen. wider: others that there may be. compiling:
+    shapes: all of its `rows` rows that are foreseen. wider: others that there may be. compiling:
     seconds that the last call spent on it. tell: shows words while a block lasts. why: what stands
     in them behind the shape.
     """
@@ -88,39 +88,34 @@ class OnceAShape:
     def __init__(
         self,
         jitted: Callable,
-        shapes: Iterable[tuple[int, int, int]],
-        wider: Iterable[tuple[int, int, int]] = (),
+        rows: int,
+        shapes: Sequence[Shape],
+        wider: Sequence[Shape] = (),
         tell: Tell = nullcontext,
         why: str = "",
     ):
-        self.jitted, self.shapes, self.wider = jitted, frozenset(shapes), frozenset(wider)
-        self.tell, self.why = tell, why
-        self.compiled: set[tuple[int, int, int]] = set()
+        self.jitted, self.shapes, self.tell, self.why = jitted, shapes, tell, why
+        self.known = {(rows, *shape) for shape in (*shapes, *wider)}
+        self.compiled: set[Shape] = set()
         self.compiling = 0.0
 
     def __call__(self, *args: Any) -> Any:
         batch = args[-1]
-        every = self.shapes | self.wider
-        assert batch.shape in every, f"{batch.shape} is not one of {sorted(every)}"
-        start = time.perf_counter()
-        new = batch.shape not in self.compiled
-        with rows_over(batch.tokens.sharding), self.told(batch.shape) if new else nullcontext():
+        assert batch.shape in self.known, f"{batch.shape} is not one of {sorted(self.known)}"
+        start, shape = time.perf_counter(), batch.shape[1:]
+        new = shape not in self.compiled
+        with rows_over(batch.tokens.sharding), self.announced(shape) if new else nullcontext():
             result = self.jitted(*args)
         # A program that is there is dispatched and runs on behind the call.
         self.compiling = time.perf_counter() - start if new else 0.0
         return result
 
-    def told(self, shape: tuple[int, int, int]) -> AbstractContextManager[Any]:
-        """Tell that a shape is compiled while a block lasts, and count it as compiled."""
+    def announced(self, shape: Shape) -> AbstractContextManager[Any]:
+        """Show that a shape is compiled while a block lasts, and count it as compiled."""
         self.compiled.add(shape)
-        _, tokens, patches = shape
         number, count = len(self.compiled), len(self.shapes)
         of = f", {number} of {count} shapes" if 1 < count >= number else ""
-        return self.tell(f"compiling {tokens} x {patches}{self.why}{of}")
-
-
-def _of(rows: int, shapes: Iterable[Shape]) -> list[tuple[int, int, int]]:
-    return [(rows, *shape) for shape in shapes]
+        return self.tell(f"compiling {shape[0]} x {shape[1]}{self.why}{of}")
 
 
 def compile_largest_step(
@@ -141,8 +136,8 @@ def compile_largest_step(
     """
     check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
-    steps = OnceAShape(run, _of(rows, shapes), _of(rows, wider), tell)
-    with steps.told((rows, *shapes[-1])):
+    steps = OnceAShape(run, rows, shapes, wider, tell)
+    with steps.announced(shapes[-1]):
         compiled, steps.jitted = compile_step(run, state, frozen, batch)
     _check_memory(compiled, shapes[-1], rows)
     return steps
@@ -168,8 +163,8 @@ def compile_largest_loss(
     )
     check_lengths(mesh, (tokens for tokens, _ in shapes))
     batch = abstract_batch(model, rows, shapes[-1], mesh)
-    losses = OnceAShape(jitted, _of(rows, shapes), _of(rows, wider), tell, " to evaluate")
-    with rows_over(batch.tokens.sharding), losses.told((rows, *shapes[-1])):
+    losses = OnceAShape(jitted, rows, shapes, wider, tell, " to evaluate")
+    with rows_over(batch.tokens.sharding), losses.announced(shapes[-1]):
         jitted.lower(state.result, frozen, batch).compile()
     return losses
 
@@ -179,8 +174,8 @@ def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:
     usage = compiled.memory_analysis()
     if limit is None or usage is None:
         return
-    sizes = usage.argument_size_in_bytes + usage.temp_size_in_bytes + usage.output_size_in_bytes
-    need = sizes - usage.alias_size_in_bytes
+    taken = usage.argument_size_in_bytes + usage.temp_size_in_bytes + usage.output_size_in_bytes
+    need = taken - usage.alias_size_in_bytes
     if need > limit:
         raise UserError(
             f"A step of {rows} rows of {shape[0]} tokens and {shape[1]} patches needs "

@@ -19,6 +19,7 @@ from vlm_jax.model import Model
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.losses import CHUNK_POSITIONS, head_of
 from vlm_jax.train.setup import abstract_base, abstract_run, base_name
+from vlm_jax.train.step import is_key
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 
@@ -59,13 +60,12 @@ def estimate(config: RunSpec, shape: Shape, rows: int = 1, tokens: int | None = 
     mesh = make_mesh(devices=jax.devices()[:1])
     model, _, state, frozen = abstract_run(one, mesh, tokens)
     masters = nbytes(state.trainable)
-    paged = config.training.optim.startswith("paged")
-    moments = (0 if paged else nbytes(state.opt_state)) + nbytes(state.ema)
+    on_host = config.training.optim.startswith("paged")
     tower = trains_tower(model, state.trainable)
     return Estimate(
         weights=nbytes(frozen),
         trained=masters + beside_masters(config, model, masters),
-        moments=moments,
+        moments=(0 if on_host else nbytes(state.opt_state)) + nbytes(state.ema),
         activations=activations(model, shape, rows, tower, largest(frozen)),
         head=gathered_head(model, state.trainable, frozen),
     )
@@ -87,9 +87,11 @@ def beside_masters(config: RunSpec, model: Model, masters: int) -> int:
 def gathered_head(model: Model, trainable: Any, frozen: Any) -> int:
     """Return the bytes of a whole head, and of its gradients where it trains: see `over`."""
     own = f"{head_of(model)}/"
-    head = sum(nbytes(leaf) for path, leaf in flatten(frozen).items() if path.startswith(own))
-    learned = [leaf for path, leaf in flatten(trainable).items() if path.startswith(own)]
-    return head + 3 * sum(math.prod(leaf.shape) for leaf in learned) * model.dtype.itemsize
+    still, learned = (
+        [leaf for path, leaf in flatten(tree).items() if path.startswith(own)]
+        for tree in (frozen, trainable)
+    )
+    return nbytes(still) + 3 * sum(math.prod(x.shape) for x in learned) * model.dtype.itemsize
 
 
 def trains_tower(model: Model, trainable: Any) -> bool:
@@ -99,23 +101,21 @@ def trains_tower(model: Model, trainable: Any) -> bool:
 
 def nbytes(tree: Any) -> int:
     """Return the bytes of a tree of arrays, shapes and 4-bit leaves."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, FourBit))
     return sum(
         leaf.nbytes
         if isinstance(leaf, FourBit)
-        else math.prod(leaf.shape) * (4 if _is_key(leaf) else jnp.dtype(leaf.dtype).itemsize)
-        for leaf in leaves
+        else math.prod(leaf.shape) * (4 if is_key(leaf) else jnp.dtype(leaf.dtype).itemsize)
+        for leaf in _leaves(tree)
     )
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, FourBit))
 
 
 def largest(tree: Any) -> int:
     """Return the values of the largest 4-bit kernel of one layer, which is decoded whole."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, FourBit))
-    sizes = [math.prod(leaf.shape[-2:]) for leaf in leaves if isinstance(leaf, FourBit)]
+    sizes = (math.prod(leaf.shape[-2:]) for leaf in _leaves(tree) if isinstance(leaf, FourBit))
     return max(sizes, default=0)
 
 
@@ -133,18 +133,14 @@ def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int
     seen = tokens and patches * (2 * vision.intermediate_size + 6 * vision.width) * size
     seen += rows * vision.num_heads * shape[1] ** 2 * 4
     kept = tokens * text.hidden_size * text.num_layers * size
-    if tower:
-        kept += patches * vision.width * vision.depth * size
-    if model.remat == "offload":
-        kept = 0
-    if model.remat == "block_save_attention":
-        kept += tokens * text.num_heads * text.head_dim * text.num_layers * size
-    if model.remat == "dots":  # what each product gives
-        kept += (
-            tokens * (2 * text.intermediate_size + 5 * text.hidden_size) * (text.num_layers * size)
-        )
-    if model.remat == "none":
-        kept += inside * (text.num_layers - 1) + tower * seen * (vision.depth - 1)
+    kept += tower * patches * vision.width * vision.depth * size
+    products = 2 * text.intermediate_size + 5 * text.hidden_size  # what each of them gives
+    kept += {
+        "offload": -kept,
+        "block_save_attention": tokens * text.num_heads * text.head_dim * text.num_layers * size,
+        "dots": tokens * products * text.num_layers * size,
+        "none": inside * (text.num_layers - 1) + tower * seen * (vision.depth - 1),
+    }.get(model.remat, 0)
     head = 2 * min(tokens, CHUNK_POSITIONS) * text.vocab_size * 4
     pixels = patches * getattr(vision, "patch_values", 0) * 4
     # Of the largest of them there are values and their gradients.
@@ -193,5 +189,5 @@ def image_patches(config: RunSpec, model: Model, tokens: int | None = None) -> i
         image_resolution=d.image_resolution or None,
     )
     assert processor.largest is not None
-    largest = -(-processor.largest // unit) * unit
-    return min(largest, _most_patches(config, model, tokens or d.max_seq_length))
+    most = _most_patches(config, model, tokens or d.max_seq_length)
+    return min(-(-processor.largest // unit) * unit, most)

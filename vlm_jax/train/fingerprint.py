@@ -41,16 +41,16 @@ def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str
     """
     assert model.source is not None
     d, t, quantized = config.data, config.training, quantization_of(config)
-    adapter = Path(config.model.adapter or "", "adapter_model.safetensors")
-    if config.model.adapter and is_adapter_directory(config.model.adapter):
-        adapter = Path(config.model.adapter, WEIGHTS)
+    adapter = config.model.adapter
+    bottleneck = adapter and is_adapter_directory(adapter)
+    weights = WEIGHTS if bottleneck else "adapter_model.safetensors"
     own = {} if model.adapter is None else dataclasses.asdict(model.adapter)
     own.pop("targets", None)  # of foreign modules alone: older checkpoints have no such field
     return {
         "base": base_identity(model.source.directory),
         "model": {
             "dtype": compute_dtype(config),
-            "adapter": file_identity(adapter),
+            "adapter": file_identity(Path(adapter, weights)) if adapter else "",
             **({} if quantized is None else {"quantize": str(quantized)}),
         },
         "training table": [list(row) for row in table],
@@ -81,8 +81,7 @@ def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str
 
 def settings_of(config: RunSpec) -> dict[str, str]:
     """Return {"section.key": value in words} of a config, but for where things lie."""
-    flat = config.flat()
-    return {key: str(value) for key, value in flat.items() if general(key) not in PLACES}
+    return {key: str(value) for key, value in config.flat().items() if general(key) not in PLACES}
 
 
 def sources_identity(source: Any) -> Any:
@@ -90,8 +89,8 @@ def sources_identity(source: Any) -> Any:
     if isinstance(source, list):
         return [sources_identity(one) for one in source]
     if isinstance(source, Mapping):
-        said = {key: value for key, value in source.items() if key not in ("path", "image_folder")}
-        return {**said, "path": sources_identity(source["path"])}
+        rest = {key: value for key, value in source.items() if key not in ("path", "image_folder")}
+        return {**rest, "path": sources_identity(source["path"])}
     return file_identity(Path(source).expanduser())
 
 

@@ -31,8 +31,7 @@ def _gather_weighted(x_BTD, targets_BT, weights_BT, chunk: int):
     B, T, D = x_BTD.shape
     chunks = -(-T // chunk)
     order_BT = jnp.argsort(weights_BT <= 0, axis=1, stable=True)
-    padding = chunks * chunk - T
-    order_BT = jnp.pad(order_BT, ((0, 0), (0, padding)))
+    order_BT = jnp.pad(order_BT, ((0, 0), (0, chunks * chunk - T)))
     weights = jnp.take_along_axis(weights_BT, order_BT, axis=1)
     weights = jnp.where((jnp.arange(chunks * chunk) < T)[None, :], weights, 0.0)
     targets = jnp.take_along_axis(targets_BT, order_BT, axis=1)
@@ -78,9 +77,11 @@ def summed_losses(
 
     Without smoothing a row's is minus the log-probability of its answer. Positions without weight
     cost no logits: each row's weighted positions are gathered first, and chunks that hold none are
-    skipped. Options: see `cross_entropy`.
+    skipped.
+    rngs: {"dropout": key} turns LoRA's dropout on. label_smoothing: the share of each target that
+    is spread over the whole vocabulary, transformers' label_smoothing_factor. neftune_alpha: above
+    0, noise of the same key on the embeddings of text, its neftune_noise_alpha.
     """
-    axis = 1 if per_row else None
     variables, module = {"params": params}, model.module
     batch = jax.tree.map(jnp.asarray, batch)
     if neftune_alpha > 0:
@@ -104,7 +105,7 @@ def summed_losses(
             everywhere_BC = jnp.mean(logits_BCV, axis=-1)
             picked_BC = (1 - label_smoothing) * picked_BC + label_smoothing * everywhere_BC
         losses_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - picked_BC
-        return jnp.sum(losses_BC * weights_BC, axis)
+        return jnp.sum(losses_BC * weights_BC, 1 if per_row else None)
 
     # The backward pass makes a chunk's logits again rather than keep them. It is the body that is
     # computed again and not the branch, whose inputs, the head among them, a chunk would keep.
@@ -121,19 +122,13 @@ def cross_entropy(
     params: dict[str, Any],
     batch: Batch,
     rngs: dict[str, jax.Array] | None = None,
-    *,
-    label_smoothing: float = 0.0,
-    neftune_alpha: float = 0.0,
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Return (weighted sum of the tokens' cross-entropies, sum of weights, {}).
 
-    rngs: {"dropout": key} turns LoRA's dropout on. label_smoothing: the share of each target that
-    is spread over the whole vocabulary, transformers' label_smoothing_factor. neftune_alpha: above
-    0, noise of the same key on the embeddings of text, its neftune_noise_alpha.
+    options: label_smoothing and neftune_alpha, as `summed_losses` takes them.
     """
-    total = summed_losses(
-        model, params, batch, rngs, label_smoothing=label_smoothing, neftune_alpha=neftune_alpha
-    )
+    total = summed_losses(model, params, batch, rngs, **options)
     return total, jnp.sum(batch.weights), {}
 
 
@@ -151,13 +146,10 @@ def loss(
     frozen: Mapping[str, Any],
     batch: Batch,
     rngs: dict[str, jax.Array] | None = None,
-    *,
-    label_smoothing: float = 0.0,
-    neftune_alpha: float = 0.0,
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Return `(loss_sum, tokens)` of `cross_entropy`, differentiable in `trainable`.
 
-    Divide by the tokens of the whole global batch.
+    Divide by the tokens of the whole global batch. options: as `cross_entropy` takes them.
     """
-    options = {"label_smoothing": label_smoothing, "neftune_alpha": neftune_alpha}
     return cross_entropy(model, joined(model, trainable, frozen), batch, rngs, **options)[:2]

@@ -37,12 +37,11 @@ def mesh_of(config: RunSpec, devices: Sequence[Any] | None = None) -> jax.shardi
             )
     if wanted > len(devices):
         raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
-    over = devices[:wanted] if wanted else devices
+    over = devices[: wanted or None]
     sizes = None
     if processes.is_primary():  # what is free may differ between devices: one process decides
         sizes = sizes_of(config, len(over), memory_of(over[0]) if config.mesh.auto else 0)
-    sizes = processes.gather("mesh", sizes)[0]
-    return make_mesh(**sizes, devices=over)
+    return make_mesh(**processes.gather("mesh", sizes)[0], devices=over)
 
 
 def sizes_of(config: RunSpec, count: int, memory: int) -> dict[str, int]:
@@ -92,10 +91,8 @@ def mesh_for_reading(config: RunSpec) -> jax.sharding.Mesh | None:
         return None
     sizes = {"fsdp": m.fsdp, "tensor": m.tensor, "context": m.context}
     if m.auto or not 1 < math.prod(sizes.values()) <= len(devices):
-        sizes_free = MeshSpec(auto=True, devices=m.devices)
-        picking = dataclasses.replace(config, mesh=sizes_free)
-        picked = sizes_of(picking, len(devices), memory_of(devices[0]))
-        sizes = {"fsdp": picked["fsdp"]}
+        free = dataclasses.replace(config, mesh=MeshSpec(auto=True, devices=m.devices))
+        sizes = {"fsdp": sizes_of(free, len(devices), memory_of(devices[0]))["fsdp"]}
     count = math.prod(sizes.values())
     return None if count == 1 else make_mesh(data=1, **sizes, devices=devices[:count])
 

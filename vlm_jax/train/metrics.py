@@ -97,8 +97,7 @@ class Watch:
         rare: Collection[str] = (),
     ):
         self.log, self.rate, self.steps_per_epoch = log, rate, steps_per_epoch
-        self.log_at = log_at
-        self.rare = rare
+        self.log_at, self.rare = log_at, rare
         self.meter = Meter()
         self.waiting: tuple | None = None
         self.newest: float | None = None  # loss that was read
@@ -118,8 +117,7 @@ class Watch:
         """
         if self.waiting is None:
             return None
-        step, ids, metrics, images = self.waiting
-        self.waiting = None
+        (step, ids, metrics, images), self.waiting = self.waiting, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise self._not_finite(step, ids, values)
@@ -138,13 +136,13 @@ class Watch:
         return {"step": step, **line}
 
     def _not_finite(self, step: int, ids: list[str], values: dict[str, float]) -> UserError:
-        remedy = "Look at these examples, or lower training.learning_rate."
-        if step == 1:
-            remedy = (
-                "Nothing was updated before it, so no learning rate is at fault: the weights are "
-                "(those read are finite, but values may grow beyond what model.dtype holds; does "
-                "the base answer, by vlm-jax generate?), or the examples are."
-            )
+        remedy = (
+            "Nothing was updated before it, so no learning rate is at fault: the weights are "
+            "(those read are finite, but values may grow beyond what model.dtype holds; does the "
+            "base answer, by vlm-jax generate?), or the examples are."
+            if step == 1
+            else "Look at these examples, or lower training.learning_rate."
+        )
         return UserError(
             f"Step {step} gave loss {values['loss']} and gradient norm {values['grad_norm']}, so "
             f"the run stops. Its examples were {', '.join(ids[:16])}"
@@ -152,22 +150,18 @@ class Watch:
         )
 
     def _check_gradients(self, step: int, values: dict[str, float], images: bool) -> None:
+        prefix = "grad_norm/"
         if self.unseen is None:
-            prefix = "grad_norm/"
             self.unseen = {n.removeprefix(prefix) for n in values if n.startswith(prefix)}
-        for component in sorted(self.unseen):
-            if component in NEED_IMAGES and not images:
-                continue
-            zero = values[f"grad_norm/{component}"] == 0
-            if component in self.rare and zero:
-                continue
-            self.unseen.discard(component)
-            if zero:
-                raise UserError(
-                    f"The {component} is to be trained, but its gradient is zero at step {step}, "
-                    f"so nothing of it would be learned. Freeze it (model.*_lr_scale, lora.*), or "
-                    f"look whether the data can reach it."
-                )
+        reached = {name for name in self.unseen if images or name not in NEED_IMAGES}
+        zero = {name for name in reached if values[f"{prefix}{name}"] == 0}
+        for component in sorted(zero.difference(self.rare)):
+            raise UserError(
+                f"The {component} is to be trained, but its gradient is zero at step {step}, so "
+                f"nothing of it would be learned. Freeze it (model.*_lr_scale, lora.*), or look "
+                f"whether the data can reach it."
+            )
+        self.unseen -= reached - zero
 
 
 def evaluated(
@@ -192,9 +186,7 @@ def evaluated(
     """
     start = time.perf_counter()
     check()
-    values: dict[str, float] = {}
-    if held_out is not None:
-        values = mean_losses(held_out, losses, state, frozen, feed, check)
+    values = {} if held_out is None else mean_losses(held_out, losses, state, frozen, feed, check)
 
     def on_batch(done: int, total: int) -> None:
         answered(done, total)
@@ -245,6 +237,9 @@ def evaluation_line(found: Mapping[str, float]) -> str:
     if "accuracy" in found:
         right = round(found["accuracy"] * found["examples"])
         words.append(f"{right} of {found['examples']} right")
-    named = {name: value for name, value in found.items() if "/" in name}
-    words += [f"{n} {value:.4f}" for n, value in named.items() if not n.endswith("/examples")]
+    words += [
+        f"{name} {value:.4f}"
+        for name, value in found.items()
+        if "/" in name and not name.endswith("/examples")
+    ]
     return "evaluation: " + ", ".join([*words, f"{found['seconds']:.0f} s"])

@@ -9,7 +9,7 @@ resumes a run without them, and the other way.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,26 +41,6 @@ class Moment8:
     absmax: jax.Array
 
 
-class Store(Protocol):
-    """What a store of one leaf's moments does, whatever it keeps."""
-
-    def view(self, x: jax.Array) -> jax.Array:
-        """Return an array of the leaf's shape as the view that moments are kept in."""
-
-    def restore(self, view: jax.Array) -> jax.Array:
-        """Return the array of the leaf's shape of a view."""
-
-    @property
-    def origin(self) -> tuple[tuple[int, ...], ...]:
-        """For each axis of the view, the leaf's axes it is cut from; none for a block's axis."""
-
-    def save(self, moment: jax.Array, kind: str) -> Any:
-        """Return what is kept of a view."""
-
-    def load(self, kept: Any, kind: str) -> jax.Array:
-        """Return the view of what is kept."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Plain:
     """Keeps a moment as an array of the leaf's shape and dtype."""
@@ -69,18 +49,23 @@ class Plain:
 
     @property
     def origin(self) -> tuple[tuple[int, ...], ...]:
+        """For each axis of the view, the leaf's axes it is cut from; none for a block's axis."""
         return tuple((axis,) for axis in range(len(self.shape)))
 
     def view(self, x: jax.Array) -> jax.Array:
+        """Return an array of the leaf's shape as the view that moments are kept in."""
         return x
 
     def restore(self, view: jax.Array) -> jax.Array:
+        """Return the array of the leaf's shape of a view."""
         return view
 
     def save(self, moment: jax.Array, kind: str) -> jax.Array:
+        """Return what is kept of a view."""
         return moment
 
     def load(self, kept: jax.Array, kind: str) -> jax.Array:
+        """Return the view of what is kept."""
         return kept
 
 
@@ -107,6 +92,9 @@ class EightBit:
         return dequantize(kept.codes, kept.absmax, signed=kind == "mean")
 
 
+Store = Plain | EightBit  # of one leaf's moments
+
+
 @dataclasses.dataclass(frozen=True)
 class Pages:
     """The cut of an array into `count` pages, of which the p-th has every count-th index from p.
@@ -119,23 +107,6 @@ class Pages:
     count: int
     axis: int
     memory: str | None = None
-
-    @classmethod
-    def of(cls, store: Store, leaf: tuple[int, ...], memory: str | None = None) -> "Pages":
-        """Return the pages of a leaf's view: its layers if it is a stack, else parts of an axis."""
-        if len(leaf) >= 3 and leaf[0] > 1:
-            return cls(leaf[0], 0, memory)
-        view = jax.eval_shape(store.view, jax.ShapeDtypeStruct(leaf, jnp.float32)).shape
-        # Small leaves have few pages, as each page has its latency.
-        size = math.prod(view)
-        least = max(2, min(16, size >> 20), -(-size // LARGEST_PAGE))
-        cuts = [
-            (count, axis)
-            for axis, length in enumerate(view)
-            for count in range(1, min(length, size // SMALLEST_PAGE) + 1)
-            if length % count == 0 and store.origin[axis]  # never a block's axis
-        ]
-        return cls(*min((cut for cut in cuts if cut[0] >= least), default=max(cuts)), memory)
 
     def split_axis(self, x: jax.Array) -> jax.Array:
         """Return an array with its pages along the axis after `axis`: a reshape alone."""
@@ -167,12 +138,26 @@ def store_of(path: str, shape: tuple[int, ...], eight_bit: bool) -> Store:
 def pages_of(store: Store, shape: tuple[int, ...], paged: bool) -> Pages | None:
     """Return how the moments of a leaf are paged, or None where they are kept as one.
 
-    Eight-bit moments of large leaves are in pages even on the device: as float32 and as indices
-    of a table they take several times their room, and so they do one page at a time.
+    A page is a layer of a stack, else part of an axis of the view. Eight-bit moments of large
+    leaves are in pages even on the device: as float32 and as indices of a table they take several
+    times their room, and so they do one page at a time.
     """
     if math.prod(shape) < SMALLEST_PAGED or not (paged or isinstance(store, EightBit)):
         return None
-    return Pages.of(store, shape, HOST if paged else None)
+    memory = HOST if paged else None
+    if len(shape) >= 3 and shape[0] > 1:
+        return Pages(shape[0], 0, memory)
+    view = jax.eval_shape(store.view, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+    # Small leaves have few pages, as each page has its latency.
+    size = math.prod(view)
+    least = max(2, min(16, size >> 20), -(-size // LARGEST_PAGE))
+    cuts = [
+        (count, axis)
+        for axis, length in enumerate(view)
+        for count in range(1, min(length, size // SMALLEST_PAGE) + 1)
+        if length % count == 0 and store.origin[axis]  # never a block's axis
+    ]
+    return Pages(*min((cut for cut in cuts if cut[0] >= least), default=max(cuts)), memory)
 
 
 def fresh(store: Store, pages: Pages | None, leaf: Any, kind: str) -> Any:
@@ -232,8 +217,7 @@ def placed(sharding: Any, shape: tuple[int, ...], origin: Any, memory: str | Non
     for size, axes in zip(shape, origin, strict=True):
         listed = [(n,) if isinstance(n, str) else n for n in (spec[axis] for axis in axes) if n]
         name = tuple(part for parts in listed for part in parts)
-        parts = math.prod(sharding.mesh.shape[part] for part in name)
-        whole = size % parts == 0
+        whole = size % math.prod(sharding.mesh.shape[part] for part in name) == 0
         names.append((name if len(name) > 1 else name[0]) if name and whole else None)
     return NamedSharding(
         sharding.mesh, PartitionSpec(*names), memory_kind=memory or sharding.memory_kind
@@ -260,11 +244,10 @@ def advance(
     """
 
     def one(gradient: jax.Array, mean: Any, square: Any) -> tuple[jax.Array, Any, Any]:
-        moments = store.load(mean, "mean"), store.load(square, "square")
-        update, *new = rule(gradient, *moments)
+        before = gradient, mean, square
+        update, *new = rule(gradient, store.load(mean, "mean"), store.load(square, "square"))
         kept = update, store.save(new[0], "mean"), store.save(new[1], "square")
-        as_before = lambda new, old: new.astype(old.dtype)  # noqa: E731
-        return jax.tree.map(as_before, kept, (gradient, mean, square))
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), kept, before)
 
     view = store.view(gradient)
     if pages is None:

@@ -27,10 +27,10 @@ def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
     """
 
     def place(leaf: jax.Array) -> jax.Array:
-        on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh:
+            return leaf
         kind = leaf.sharding.memory_kind
-        target = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
-        return leaf if on_mesh else put(leaf, target)
+        return put(leaf, NamedSharding(mesh, PartitionSpec(), memory_kind=kind))
 
     return jax.tree.map(place, state)
 
@@ -53,16 +53,22 @@ def abstract_state(
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    def of(dtype: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
-            dict(trainable),
-        )
-
-    masters = of(jnp.float32)
-    step, rng, average = jnp.zeros((), jnp.int32), jax.random.key(0), masters if ema else None
-    state = TrainState(step, of(param_dtype), tx.init(masters), rng, average)
+    masters = of_dtype(dict(trainable), jnp.float32)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=of_dtype(dict(trainable), param_dtype),
+        opt_state=tx.init(masters),
+        rng=jax.random.key(0),
+        ema=masters if ema else None,
+    )
     return jax.tree.map(place, state)
+
+
+def of_dtype(tree: Any, dtype: Any) -> Any:
+    """Return a tree's shapes and shardings, all of one dtype."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), tree
+    )
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -83,7 +89,6 @@ class Feed:
     def __init__(self, encoder: Encoder, mesh: Any):
         self.mesh, table = mesh, encoder.value_table
         self.bytes_only = table is not None
-        self.look_up: Any = None
         if table is not None:
             look_up = LookUp(table, encoder.config)
             rows = NamedSharding(mesh, PartitionSpec(BATCH))
@@ -91,6 +96,6 @@ class Feed:
 
     def __call__(self, batch: Batch) -> Batch:
         batch = shard_batch(batch, self.mesh)
-        if self.look_up is None:
+        if not self.bytes_only:
             return batch
         return dataclasses.replace(batch, patches=self.look_up(batch))

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import logging
 import os
 import sys
@@ -23,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from vlm_jax.data import Pipeline
-from vlm_jax.distributed.interrupts import at_sudden_end
+from vlm_jax.distributed.interrupts import if_ended
 from vlm_jax.model import Model
 from vlm_jax.quantization import summary
 from vlm_jax.train.metrics import Watch, evaluation_line
@@ -39,15 +40,15 @@ REFRESH = 4  # times a second
 SHOW_CURSOR = b"\x1b[?25h\n"
 
 
-class _Told(ProgressColumn):
-    """A column of what a function says at the moment."""
+class _Words(ProgressColumn):
+    """A column of what a function returns at the moment."""
 
-    def __init__(self, tell: Callable[[], str], style: str = ""):
+    def __init__(self, words: Callable[[], str], style: str = ""):
         super().__init__()
-        self.tell, self.style = tell, style
+        self.words, self.style = words, style
 
     def render(self, task: Task) -> Text:
-        return Text(self.tell(), self.style, no_wrap=True)
+        return Text(self.words(), self.style, no_wrap=True)
 
 
 @contextlib.contextmanager
@@ -57,15 +58,8 @@ def _live(bar: Progress) -> Iterator[None]:
     def restore() -> None:
         os.write(bar.console.file.fileno(), SHOW_CURSOR)
 
-    if bar.disable:
+    with contextlib.nullcontext() if bar.disable else if_ended(restore), bar:
         yield
-        return
-    at_sudden_end.append(restore)
-    try:
-        with bar:
-            yield
-    finally:
-        at_sudden_end.remove(restore)
 
 
 class Doing:
@@ -79,31 +73,25 @@ class Doing:
         self.words, self.since = "", 0.0
         self.bar: Progress | None = None  # a bar that is drawn, and shows it
 
-    def __call__(self, words: str, line: bool = True) -> contextlib.AbstractContextManager[None]:
-        """Show words while a block lasts. line: they are worth a line in a log file."""
-        return self._during(words, line)
-
     @contextlib.contextmanager
-    def _during(self, words: str, line: bool) -> Iterator[None]:
+    def __call__(self, words: str, line: bool = True) -> Iterator[None]:
+        """Show words while a block lasts. line: they are worth a line in a log file."""
         before = self.words, self.since
         self.words, self.since = words, time.perf_counter()
         if line and not self.console.is_terminal:
             say(self.console, words)
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._set, *before)
-            if self.bar is None:  # alone, and its last state stays as a line
-                alone = Progress(
-                    _Told(self.text),
-                    console=self.console,
-                    refresh_per_second=REFRESH,
-                    disable=not self.console.is_terminal,
-                )
-                alone.add_task("")
-                stack.enter_context(_live(alone))
-            yield
-
-    def _set(self, words: str, since: float) -> None:
-        self.words, self.since = words, since
+        alone = Progress(  # its last state stays as a line
+            _Words(self.text),
+            console=self.console,
+            refresh_per_second=REFRESH,
+            disable=self.bar is not None or not self.console.is_terminal,
+        )
+        alone.add_task("")
+        try:
+            with _live(alone):
+                yield
+        finally:
+            self.words, self.since = before
 
     def say(self, words: str) -> None:
         """Change the description of what is being done; its seconds run on."""
@@ -122,18 +110,17 @@ class Bar:
 
     def __init__(self, doing: Doing, total: int, step: int, stopping: Callable[[], bool]):
         self.doing, self.console, self.total, self.step = doing, doing.console, total, step
-        self.stopping = stopping
         self.newest, self.rest = "", ""
         self.times: deque[float] = deque(maxlen=RECENT)
         self.last: float | None = None  # when the step before this one was read
         wide = self.console.width >= WIDE
         self.bar = Progress(
-            _Told(self._now, "bold"),
+            _Words(lambda: doing.text() or ("stopping" if stopping() else "train"), "bold"),
             BarColumn(30 if wide else 12),
             MofNCompleteColumn(),
-            _Told(lambda: "" if self.doing.words else f"{self.newest}{self.rest}"),
+            _Words(lambda: "" if doing.words else f"{self.newest}{self.rest}"),
             *([TimeElapsedColumn()] if wide else []),
-            _Told(self._left),
+            _Words(self._left),
             console=self.console,
             refresh_per_second=REFRESH,
             disable=not self.console.is_terminal,
@@ -170,9 +157,6 @@ class Bar:
         self.rest = f"{rate}  {line['tokens_per_second']:,.0f} tokens/s"
         if not self.console.is_terminal:
             say(self.console, f"step {line['step']}/{self.total}  {numbers(line)}")
-
-    def _now(self) -> str:
-        return self.doing.text() or ("stopping" if self.stopping() else "train")
 
     def _left(self) -> str:
         if self.doing.words and self.console.width < WIDE:
@@ -222,11 +206,10 @@ def headline(data: RunData, mesh: Any) -> str:
     words = f"{kept:,} of {_many(records, 'record')}"
     if seen < records:
         words = f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
-    left_out = [f"{count:,} {reason}" for reason, count in report["dropped"].items()]
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
     changed = (("shrunk", "with smaller images"), ("turns_dropped", "without old turns"))
-    notes = [f"{report[key]:,} {said}" for key, said in changed if report[key]]
-    if left_out:
-        notes.insert(0, f"left out: {', '.join(left_out)}")
+    notes = [f"left out: {left_out}"] if left_out else []
+    notes += [f"{report[key]:,} {change}" for key, change in changed if report[key]]
     if notes:
         words += f" ({'; '.join(notes)})"
     if data.held_out is not None:
@@ -304,20 +287,17 @@ def tell_failed_saves_once() -> None:
     tensorstore's, whose writes are still under way, find the loop closed that they report to.
     """
     logging.getLogger("absl").addFilter(_is_news)
-    if getattr(sys.unraisablehook, "__module__", None) != __name__:
-        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+    if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
+        sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not record.exc_info or "orbax" not in Path(record.pathname).parts
 
 
-def _without_closed_loops(
-    hook: Callable[["sys.UnraisableHookArgs"], object],
-) -> Callable[["sys.UnraisableHookArgs"], object]:
-    def filtered(met: "sys.UnraisableHookArgs") -> None:
-        closed = met.exc_type is RuntimeError and str(met.exc_value) == "Event loop is closed"
-        if not (closed and met.object is None):
-            hook(met)
-
-    return filtered
+def _report_unraisable(
+    hook: Callable[["sys.UnraisableHookArgs"], object], met: "sys.UnraisableHookArgs"
+) -> None:
+    closed = met.exc_type is RuntimeError and str(met.exc_value) == "Event loop is closed"
+    if not (closed and met.object is None):
+        hook(met)

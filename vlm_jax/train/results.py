@@ -1,7 +1,7 @@
 """Results of a finished run: read back, exported as an adapter or a merged checkpoint."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from vlm_jax.sharding import make_mesh, mesh_under, shard_params
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.fingerprint import identity
 from vlm_jax.train.mesh import mesh_for_reading
-from vlm_jax.train.run_dir import places_of
+from vlm_jax.train.placement import of_dtype
+from vlm_jax.train.run_dir import RESULTS, places_of
 from vlm_jax.train.setup import (
     base_name,
     build,
@@ -70,8 +71,6 @@ def open_run(directory: str | Path) -> tuple[RunSpec, Encoder]:
         config = config.having({"model.adapter": None})  # the model holds what it had
         return config, encoder_of(config, full)
     adapter = directory / "adapter"
-    if not adapter.is_dir() and not places_of(config, directory).saved_steps():
-        raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
     base = resolve(base_name(config), config.model.revision, weights=False)
     return config, encoder_of(config, base, adapter if adapter.is_dir() else None)
 
@@ -83,12 +82,16 @@ def _config_of(directory: Path) -> RunSpec:
             f"a run."
         )
     try:
-        return configs.load(directory / "config.json")
+        config = configs.load(directory / "config.json")
     except UserError as error:
         raise UserError(
             f"The run in '{directory}' cannot be read: {error} If this is a checkpoint and no run, "
             f"give it by --model."
         ) from error
+    finished = any((directory / name).is_dir() for name in RESULTS)
+    if not finished and not places_of(config, directory).saved_steps():
+        raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
+    return config
 
 
 def load_run(
@@ -104,8 +107,8 @@ def load_run(
     config = _config_of(directory)
     full = directory / "model"
     if exact:
-        base = resolve(base_name(config), config.model.revision)
-        config = config.having({"model.dtype": stored_dtype(full if full.is_dir() else base)})
+        stored = full if full.is_dir() else resolve(base_name(config), config.model.revision)
+        config = config.having({"model.dtype": stored_dtype(stored)})
     mesh = mesh_for_reading(config)
     if full.is_dir():
         model, params = load(str(full), compute_dtype(config), mesh=mesh)
@@ -119,22 +122,16 @@ def load_run(
             repo = named_base(directory / "adapter") or model.source.repo
             model = dataclasses.replace(model, source=dataclasses.replace(model.source, repo=repo))
         return model, params, config
-    places = places_of(config, directory)
-    if not places.saved_steps():
-        raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
-    one = mesh or make_mesh(devices=jax.local_devices()[:1])
-    model, params, table, _ = build(config, one, encoder)
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    model, params, table, _ = build(config, mesh, encoder)
     trainable, frozen = split(params, table)
     options = state_options(config)
     kept, dtype = ("ema", jnp.float32) if options["ema"] else ("trainable", options["param_dtype"])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), trainable
-    )
     same = identity(config, model, table, rows=0)
     same = {name: same[name] for name in ("base", "training table", "lora", "adapter")}
-    checkpoints = Checkpoints(places.checkpoints, same)
-    trained = checkpoints.restore_trainable(like, checkpoints.steps[-1], kept)
-    checkpoints.close()
+    with Checkpoints(places_of(config, directory).checkpoints, same) as checkpoints:
+        like, step = of_dtype(trainable, dtype), checkpoints.steps[-1]
+        trained = checkpoints.restore_trainable(like, step, kept)
     return model, join(trained, frozen), config
 
 
@@ -159,12 +156,12 @@ def write_adapter(
         save(model, params, folder, compare_base=False)  # see check_kept
         for before in encoder.directories[:-1]:  # the last one is the base
             copy_all(spoken(Path(before)), folder)
-        settings = encoder.image_settings()
-        if settings is not None:  # served images must be cut as the trained ones were
-            write_json(folder / "preprocessor_config.json", settings)
-        settings = encoder.video_settings()
-        if settings is not None:
-            write_json(folder / "video_preprocessor_config.json", settings)
+        for name, settings in (
+            ("preprocessor_config.json", encoder.image_settings()),
+            ("video_preprocessor_config.json", encoder.video_settings()),
+        ):
+            if settings is not None:  # what is served must be cut as what was trained on
+                write_json(folder / name, settings)
 
 
 def write_result(
@@ -200,11 +197,12 @@ def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     saved = saved_modules(model, params, (*model.modules_to_save, *added)).leaves
     saved += bias_leaves(model, params)
-    kinds = (is_lora, is_adapter, is_added)
-    written = [p for p in flat if p in saved or any(kind(p) for kind in kinds)]
-    primary = processes.is_primary()
-    gathered = {path: processes.to_host(flat[path], primary) for path in written}
-    return unflatten({**flat, **gathered})
+    written = {
+        path: leaf
+        for path, leaf in flat.items()
+        if path in saved or is_lora(path) or is_adapter(path) or is_added(path)
+    }
+    return unflatten({**flat, **processes.to_host(written, processes.is_primary())})
 
 
 # The largest logit difference that rounding explains, in standard deviations of the logits, by the
@@ -242,44 +240,46 @@ class Exported:
         return self.lost is not None or self.difference <= EXPLAINED[dtype] * self.deviation
 
     def __str__(self) -> str:
-        cost = "the largest logit difference"
-        if self.into is not None and self.lost is None and self.explained:
-            cost = f"what rounding to {self.dtype} costs of logits"
+        rounded = self.into is not None and self.lost is None and self.explained
+        cost = (
+            f"what rounding to {self.dtype} costs of logits"
+            if rounded
+            else "the largest logit difference"
+        )
+        answers = f"same answers on {self.same} of {self.probes} probes; " if self.probes else ""
         judged = f"{self.difference:.2g} is {cost}" if self.difference else "logits are equal"
-        if self.probes:
-            judged = f"same answers on {self.same} of {self.probes} probes; {judged}"
-        words = [
-            f"Wrote '{self.directory}' and read it back: {judged} (their standard deviation is "
-            f"{self.deviation:.2f})."
-        ]
-        if self.into is not None:
-            words.append(f"LoRA was merged into {self.into}.")
-        if self.lost is not None:
-            words.append(
-                f"Quantizing the sums again changed them by {100 * self.lost[0]:.2f} % of their "
-                f"norm, which is {self.lost[1]:.2f} times the norm of what was learned: leave "
-                f"--quantized out to keep it."
-            )
-        if not self.explained:
-            words.append(
+        changed, forgotten = self.lost or (0.0, 0.0)
+        sentences = (
+            (
+                True,
+                f"Wrote '{self.directory}' and read it back: {answers}{judged} (their standard "
+                f"deviation is {self.deviation:.2f}).",
+            ),
+            (self.into is not None, f"LoRA was merged into {self.into}."),
+            (
+                self.lost is not None,
+                f"Quantizing the sums again changed them by {100 * changed:.2f} % of their norm, "
+                f"which is {forgotten:.2f} times the norm of what was learned: leave --quantized "
+                f"out to keep it.",
+            ),
+            (
+                not self.explained,
                 f"Warning: this is more than rounding to {self.dtype} explains, so these files are "
-                f"not the run. Use the run's adapter instead, and please report it."
-            )
-        elif self.same < self.probes:
-            words.append(
+                f"not the run. Use the run's adapter instead, and please report it.",
+            ),
+            (
+                self.explained and self.same < self.probes,
                 f"Warning: {self.probes - self.same} answers differ. Before you use these files, "
                 f"compare `vlm-jax evaluate` of --model '{self.directory}' with that of the run; "
-                f"without --merge nothing is rounded."
-            )
-        return " ".join(words)
+                f"without --merge nothing is rounded.",
+            ),
+        )
+        return " ".join(sentence for applies, sentence in sentences if applies)
 
 
-def probe(encoder: Encoder, question: str = QUESTIONS[0], turn: int = 0) -> Batch:
-    """Return a small batch that runs every part of the model: a drawn image and a question."""
-    return _batch(encoder, [_example(encoder, question, turn)])
-
-
-def _batch(encoder: Encoder, examples: list[Any]) -> Batch:
+def probe(encoder: Encoder, questions: Sequence[str] = QUESTIONS[:1], turns: int = 1) -> Batch:
+    """Return a small batch that runs every part of the model: questions about a drawn image."""
+    examples = [_example(encoder, one, turn) for one in questions for turn in range(turns)]
     tokens, patches = (max(len(one[name]) for one in examples) for name in ("tokens", "patches"))
     return encoder.collate([[one] for one in examples], tokens, patches)
 
@@ -297,8 +297,7 @@ def _example(encoder: Encoder, question: str, turn: int) -> Any:
 
 def _answers(model: Model, params: Mapping[str, Any], encoder: Encoder) -> np.ndarray:
     """Return int32 [probes, ANSWER]: greedy answers to each question of each picture."""
-    asked = [_example(encoder, one, turn) for one in QUESTIONS for turn in range(TURNS)]
-    return np.asarray(generate(model, params, _batch(encoder, asked), ANSWER))
+    return np.asarray(generate(model, params, probe(encoder, QUESTIONS, TURNS), ANSWER))
 
 
 def _logits(model: Model, params: Mapping[str, Any], batch: Batch) -> np.ndarray:
@@ -319,8 +318,7 @@ def export(
     Raises `UserError` where `out` holds files already, or the run has nothing to export.
     """
     config, encoder = open_run(run)  # what is missing is reported before weights are read
-    name = "merged" if merge else "exported"
-    out = Path(run).expanduser() / name if out is None else Path(out).expanduser()
+    out = Path(Path(run, "merged" if merge else "exported") if out is None else out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"The output directory '{out}' exists and is not empty. Name a new one by --out."
@@ -349,9 +347,13 @@ def export(
             into = "the decoded 4-bit weights that it was trained on" if four else "the base"
         if quantized:
             lost = requantization_error(model, params)
-        images, videos = encoder.image_settings(), encoder.video_settings()
         save_pretrained(
-            model, params, out, quantized=quantized, processor=images, video_processor=videos
+            model,
+            params,
+            out,
+            quantized=quantized,
+            processor=encoder.image_settings(),
+            video_processor=encoder.video_settings(),
         )
         del params  # two models may not have room
         again, read = load(str(out), str(model.dtype), mesh=mesh)
@@ -359,12 +361,12 @@ def export(
         write_adapter(model, params, out, encoder)
         del params
         again, read = load_adapted(config, out, mesh)
-    after = _logits(again, read, batch)
+    difference = np.abs(before - _logits(again, read, batch)).max()
     repeated = _answers(again, read, encoder) if merge else answers
     return Exported(
         directory=str(out),
         into=into,
-        difference=float(np.abs(before - after).max()),
+        difference=float(difference),
         deviation=float(before.std()),
         dtype=str(model.dtype),
         same=int((answers == repeated).all(1).sum()),

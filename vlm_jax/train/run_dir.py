@@ -13,17 +13,17 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 from etils import epath
 
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
-from vlm_jax.distributed.interrupts import at_sudden_end
-from vlm_jax.errors import UserError
+from vlm_jax.distributed.interrupts import if_ended
+from vlm_jax.errors import UserError, first_line
 
 BUCKET = "gs://"  # what orbax and tensorstore read and write beside directories
 OWNER = "owner.txt"  # beside checkpoints in a bucket: the run that may write there
@@ -46,17 +46,36 @@ class Places(NamedTuple):
         Raises `UserError` where a bucket cannot be read.
         """
         with self._bucket_errors():
-            found = list(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
             return sorted(
                 int(path.name)
-                for path in found
+                for path in (self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())
                 if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
             )
 
-    def claim(self) -> "Claim":
-        """Return a new claim of the bucket; raise `UserError` where it cannot be written."""
+    def claim(self) -> Callable[[], None]:
+        """Claim the bucket, which knows no locks: the last run to do so may write checkpoints.
+
+        Return a check that raises `UserError` where another run has claimed it since. So a run that
+        another one has taken the place of, as after a restart that it slept through, learns of it
+        before it would write. The mark stays when a run ends: a resumed run claims again. Raises
+        `UserError` where it cannot be written.
+        """
+        mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}\n"
+        file = self.checkpoints / OWNER
         with self._bucket_errors():
-            return Claim(self.checkpoints)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            file.write_text(mark)
+
+        def check() -> None:
+            owner = file.read_text() if file.exists() else "by no run: its mark was deleted"
+            if owner != mark:
+                raise UserError(
+                    f"Another run writes its checkpoints to '{self.checkpoints}' now "
+                    f"({owner.split(',')[0]}). This one ends; start it again with another "
+                    f"training.checkpoint_dir."
+                )
+
+        return check
 
     def claimed(self) -> str | None:
         """Return which run claimed the bucket last, in words; None: none, or there is no bucket."""
@@ -72,9 +91,8 @@ class Places(NamedTuple):
             if not self.in_bucket:
                 raise
             raise UserError(
-                f"'{self.checkpoints}' cannot be reached: "
-                f"{str(error).splitlines()[0][:300] if str(error) else type(error).__name__}. "
-                f"Check training.checkpoint_dir, and that this host may read and write the bucket "
+                f"'{self.checkpoints}' cannot be reached: {first_line(error)}. Check "
+                f"training.checkpoint_dir, and that this host may read and write the bucket "
                 f"(gcloud auth application-default login)."
             ) from error
 
@@ -109,30 +127,6 @@ def places_of(config: RunSpec, directory: Path | None = None) -> Places:
     return Places(directory, epath.Path(apart))
 
 
-class Claim:
-    """The right to write checkpoints to a bucket, which knows no locks: the last run has it.
-
-    A run that another one has taken the place of, as after a restart that it slept through, learns
-    of it before it would write. The mark stays when a run ends: a resumed run claims again.
-    """
-
-    def __init__(self, directory: Any):
-        self.file = epath.Path(directory) / OWNER
-        self.mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}\n"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(self.mark)
-
-    def check(self) -> None:
-        """Raise `UserError` where another run has claimed the place since."""
-        owner = self.file.read_text() if self.file.exists() else "by no run: its mark was deleted"
-        if owner != self.mark:
-            raise UserError(
-                f"Another run writes its checkpoints to '{self.file.parent}' now "
-                f"({owner.split(',')[0]}). This one ends; start it again with another "
-                f"training.checkpoint_dir."
-            )
-
-
 # What a run writes while it trains, and its result.
 LOGS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "tensorboard", "wandb", "checkpoints")
 RESULTS = ("adapter", "model")
@@ -150,19 +144,19 @@ def output_directory(places: Places, resume: bool | str) -> Iterator[tuple[bool,
     Raises `UserError` as `check_output` does, where another run is at work in the directory, and
     where processes do not all see one and the same although they write their checkpoints there.
     """
-    directory = places.directory
+    mark = secrets.token_hex(8)
     with contextlib.ExitStack() as stack:
-        mark, warning = "", None
+        warning = None
         if processes.is_primary():
-            if resume == "auto":
-                resume = _holds_run(places)
+            if resume == "auto":  # of a run in a bucket the logs may be lost
+                logs = os.path.exists(places.directory / "config.json")
+                resume = logs or places.claimed() is not None
             check_output(places, bool(resume))
-            mark = secrets.token_hex(8)
-            warning = stack.enter_context(_locked(directory, mark))
+            warning = stack.enter_context(_locked(places.directory, mark))
             check_output(places, bool(resume))  # now that no other run can change it
         mark, resumed = processes.gather("output directory", [mark, resume])[0]
         if not (processes.is_primary() or places.in_bucket):
-            _check_shared(directory, mark)
+            _check_shared(places.directory, mark)
         yield resumed, warning
 
 
@@ -170,10 +164,7 @@ def output_directory(places: Places, resume: bool | str) -> Iterator[tuple[bool,
 def _locked(directory: Path, mark: str) -> Iterator[str | None]:
     """Hold the directory's lock, and make the directory for it; yield a warning, or None."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_be_made(directory, error) from error
+    _make(directory)
     path, warning = directory / LOCK, None
     while True:
         try:
@@ -198,12 +189,9 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
                 f"Warning: '{directory}' cannot be locked ({error.strerror}), so a second run "
                 f"there would not be refused: start none."
             )
-        try:
-            same = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-        except FileNotFoundError:
-            same = False
-        if same:
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                break
         file.close()  # the run before took it away meanwhile
 
     def release() -> None:
@@ -212,18 +200,14 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
             with contextlib.suppress(OSError):
                 one.rmdir()
 
-    at_sudden_end.append(release)
-    try:
-        with file:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{mark}\n")
-            file.flush()
-            try:
-                yield warning
-            finally:
-                release()  # while it is still locked
-    finally:
-        at_sudden_end.remove(release)
+    with if_ended(release), file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{mark}\n")
+        file.flush()
+        try:
+            yield warning
+        finally:
+            release()  # while it is still locked
 
 
 def _check_shared(directory: Path, mark: str) -> None:
@@ -244,16 +228,14 @@ def _check_shared(directory: Path, mark: str) -> None:
         time.sleep(0.2)
 
 
-def _cannot_be_made(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"The output directory '{directory}' cannot be made ({error.strerror}). Choose another "
-        f"training.output_dir."
-    )
-
-
-def _holds_run(places: Places) -> bool:
-    """Return whether there is a run to resume; of one in a bucket the logs may be lost."""
-    return (places.directory / "config.json").exists() or places.claimed() is not None
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The output directory '{directory}' cannot be made ({error.strerror}). Choose another "
+            f"training.output_dir."
+        ) from error
 
 
 def check_output(places: Places, resume: bool) -> None:
@@ -271,33 +253,37 @@ def check_output(places: Places, resume: bool) -> None:
             f"training.output_dir is {str(directory)!r}, which cannot be a directory: {error}."
         ) from error
     there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
-    if not there.is_dir():
-        raise UserError(
+    held = [name for name in CONTENTS if os.path.exists(directory / name)]
+    owner = places.claimed()
+    for wrong, message in (
+        (
+            not there.is_dir(),
             f"The output directory '{directory}' cannot be made: '{there}' is a file. Choose "
-            f"another training.output_dir."
-        )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
+            f"another training.output_dir.",
+        ),
+        (
+            not os.access(there, os.W_OK | os.X_OK),
             f"The output directory '{directory}' cannot be written: there is no permission to "
-            f"write in '{there}'. Choose another training.output_dir."
-        )
-    held = [name for name in CONTENTS if (directory / name).exists()]
-    if held and not resume:
-        raise UserError(
+            f"write in '{there}'. Choose another training.output_dir.",
+        ),
+        (
+            held and not resume,
             f"The output directory '{directory}' already holds a run ({', '.join(held)}). Resume "
-            f"it with --resume, choose another training.output_dir, or delete it."
-        )
-    if not resume and (owner := places.claimed()):
-        raise UserError(
-            f"'{places.checkpoints}' is already a run's ({owner}). Resume it with --resume, "
-            f"which ends that run if it is still at work, or choose another "
-            "training.checkpoint_dir."
-        )
-    if resume and not _holds_run(places):
-        raise UserError(
+            f"it with --resume, choose another training.output_dir, or delete it.",
+        ),
+        (
+            owner and not resume,
+            f"'{places.checkpoints}' is already a run's ({owner}). Resume it with --resume, which "
+            f"ends that run if it is still at work, or choose another training.checkpoint_dir.",
+        ),
+        (
+            resume and owner is None and "config.json" not in held,
             f"There is no run to resume in '{directory}': it has no config.json. Check "
-            f"training.output_dir, or start without --resume."
-        )
+            f"training.output_dir, or start without --resume.",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)
 
 
 @contextlib.contextmanager
@@ -309,7 +295,7 @@ def nothing_half_written(places: Places) -> Iterator[None]:
     whose checkpoints go to a bucket, which may not be there any more. Where it fails later,
     everything stays. A `UserError` then also says how to resume.
     """
-    directory = places.directory
+    directory, primary = places.directory, processes.is_primary()
     made = not directory.exists()
     new = [directory / name for name in LOGS if not (directory / name).exists()]
 
@@ -324,35 +310,30 @@ def nothing_half_written(places: Places) -> Iterator[None]:
         if made and not any(directory.iterdir()):
             directory.rmdir()
 
-    primary = processes.is_primary()
     processes.wait_for_all("the directory was looked at")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_be_made(directory, error) from error
-    if primary:
-        at_sudden_end.append(clean)
-    try:
-        yield
-    except BaseException as error:
-        saved = [] if places.in_bucket else places.saved_steps()
-        if primary:
-            clean()
-        told: BaseException = error
-        if _disk_is_full(error):
-            told = UserError(f"There is no room left on the disk of '{directory}'.")
-        if not isinstance(told, UserError):
-            raise
-        how = "Nothing had been saved yet: once this is repaired, give the same command again."
-        if places.in_bucket:
-            how = "Once this is repaired, resume from the last complete checkpoint with --resume."
-        if saved:
-            newest = places.checkpoints / str(saved[-1])
-            how = f"The last good checkpoint is '{newest}': once this is repaired, add --resume."
-        raise UserError(f"{told} {how}") from error
-    finally:
-        if primary:
-            at_sudden_end.remove(clean)
+    _make(directory)
+    with if_ended(clean) if primary else contextlib.nullcontext():
+        try:
+            yield
+        except BaseException as error:
+            saved = [] if places.in_bucket else places.saved_steps()
+            if primary:
+                clean()
+            full = _disk_is_full(error)
+            if not (full or isinstance(error, UserError)):
+                raise
+            what = f"There is no room left on the disk of '{directory}'." if full else str(error)
+            how = "Nothing had been saved yet: once this is repaired, give the same command again."
+            if places.in_bucket:
+                how = (
+                    "Once this is repaired, resume from the last complete checkpoint with --resume."
+                )
+            elif saved:
+                newest = places.checkpoints / str(saved[-1])
+                how = (
+                    f"The last good checkpoint is '{newest}': once this is repaired, add --resume."
+                )
+            raise UserError(f"{what} {how}") from error
 
 
 @contextlib.contextmanager

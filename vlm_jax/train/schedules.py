@@ -72,10 +72,11 @@ def cosine_warmup_with_min_lr(
 ) -> Factor:
     """Reach the peak at the warm-up's last step, and the lowest rate at the run's last."""
     step, first = jnp.asarray(at.step, jnp.float32), warmup_lr_rate
-    if first is None:
-        rising = (step + 1) / max(1, at.warmup)
-    else:
-        rising = first + (1 - first) * step / max(1, at.warmup - 1)
+    rising = (
+        (step + 1) / max(1, at.warmup)
+        if first is None
+        else first + (1 - first) * step / max(1, at.warmup - 1)
+    )
     next_left = (at.decay - at.after - 1) / at.decay
     falling = _above(_cosine(next_left, num_cycles), _lowest(at, min_lr, min_lr_rate))
     return jnp.where(step < at.warmup, rising, falling)
@@ -87,8 +88,7 @@ def polynomial(at: Span, lr_end: float = 1e-7, power: float = 1.0) -> Factor:
             f"lr_end, {lr_end}, of the polynomial schedule must be below the learning rate, "
             f"{at.rate}."
         )
-    end = lr_end / at.rate
-    return _above(jnp.maximum(0.0, at.left) ** power, end)
+    return _above(jnp.maximum(0.0, at.left) ** power, lr_end / at.rate)
 
 
 def inverse_sqrt(at: Span, timescale: int | None = None) -> Factor:
@@ -130,8 +130,8 @@ def warmup_stable_decay(
         "1-sqrt": 1 - jnp.sqrt(jnp.maximum(0.0, 1 - left)),
     }[decay_type]
     falling = jnp.where(left > 0, _above(falling, min_lr_ratio), min_lr_ratio)
-    factor = jnp.where(left > 1, 1.0, falling)
-    return jnp.where(step < at.warmup, _above(rising, min_lr_ratio), factor)
+    falling = jnp.where(left > 1, 1.0, falling)
+    return jnp.where(step < at.warmup, _above(rising, min_lr_ratio), falling)
 
 
 def _cosine(left: jax.Array, num_cycles: float) -> jax.Array:
@@ -200,10 +200,9 @@ def schedule(
     known = list(inspect.signature(chosen.factor).parameters)[1:]
     for name in options:
         if name not in known:
-            takes = f"It takes {', '.join(known)}." if known else "It takes none."
             raise UserError(
                 f"training.lr_scheduler_kwargs has '{name}', which the '{kind}' schedule does not "
-                f"take{nearest(name, known)}. {takes}"
+                f"take{nearest(name, known)}. It takes {', '.join(known) or 'none'}."
             )
     if chosen.ends and total <= 0:
         raise UserError(

@@ -48,25 +48,29 @@ def best_of(config: RunSpec) -> Best | None:
     if not t.load_best_model_at_end:
         return None
     asked = "training.load_best_model_at_end is true, but"
-    best = metric_of(config, asked)
-    if t.eval_strategy == "no" or t.save_strategy != t.eval_strategy:
-        raise UserError(
-            f"{asked} training.save_strategy is {t.save_strategy} and training.eval_strategy is "
+    best, by_steps = metric_of(config, asked), t.save_strategy == "steps"
+    shares = t.save_steps < 1 or t.eval_steps < 1  # each rounds up for itself
+    for wrong, message in (
+        (
+            t.eval_strategy == "no" or t.save_strategy != t.eval_strategy,
+            f"training.save_strategy is {t.save_strategy} and training.eval_strategy is "
             f"{t.eval_strategy}, so not every checkpoint would be evaluated. Set both to steps, or "
-            f"both to epoch."
-        )
-    shares = (t.save_steps < 1) or (t.eval_steps < 1)  # each rounds up for itself
-    if t.save_strategy == "steps" and shares and t.save_steps != t.eval_steps:
-        raise UserError(
-            f"{asked} training.save_steps is {t.save_steps} and training.eval_steps is "
-            f"{t.eval_steps}: as shares of all steps they must be equal."
-        )
-    if t.save_strategy == "steps" and not shares and t.save_steps % t.eval_steps:
-        raise UserError(
-            f"{asked} training.save_steps is {t.save_steps}, which is not a multiple of "
+            f"both to epoch.",
+        ),
+        (
+            by_steps and shares and t.save_steps != t.eval_steps,
+            f"training.save_steps is {t.save_steps} and training.eval_steps is {t.eval_steps}: as "
+            f"shares of all steps they must be equal.",
+        ),
+        (
+            by_steps and not shares and t.save_steps % t.eval_steps,
+            f"training.save_steps is {t.save_steps}, which is not a multiple of "
             f"training.eval_steps, {t.eval_steps}, so not every checkpoint would be evaluated. "
-            f"Make it one, for instance training.eval_steps={t.save_steps}."
-        )
+            f"Make it one, for instance training.eval_steps={t.save_steps}.",
+        ),
+    ):
+        if wrong:
+            raise UserError(f"{asked} {message}")
     return best
 
 
@@ -98,14 +102,9 @@ def kept(steps: Sequence[int], limit: int, best: int | None) -> set[int]:
     """
     if limit <= 0:
         return set(steps)
-    stay = set(steps[-1:])
-    if best is not None:
-        stay.add(best)
-    for step in reversed(steps):
-        if len(stay) >= limit:
-            break
-        stay.add(step)
-    return stay
+    always = {best, *steps[-1:]} - {None}
+    ranked = sorted(steps, key=lambda step: (step in always, step), reverse=True)
+    return set(ranked[: max(limit, len(always))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +127,8 @@ class Patience:
 
     @property
     def note(self) -> dict[str, Any]:
-        """What `at` needs, as JSON values."""
+        """What `dataclasses.replace` restores it by, as JSON values."""
         return {"best": self.best, "waited": self.waited}
-
-    def at(self, note: Mapping[str, Any]) -> "Patience":
-        """Return the same rule as far as a run had come that gave this note."""
-        return dataclasses.replace(self, **note)
 
     def after(self, evaluation: Mapping[str, float]) -> "Patience":
         """Return what is known after an evaluation. A value that is not a number betters nothing.
@@ -143,13 +138,11 @@ class Patience:
         """
         if self.measure.metric not in evaluation:  # of named evaluators alone
             return self
-        value = evaluation[self.measure.metric]
-        worst = -math.inf if self.measure.greater else math.inf
-        best = worst if self.best is None else self.best
-        better = value > best if self.measure.greater else value < best
-        enough = better and abs(value - best) > self.threshold
-        waited = 0 if self.best is None or enough else self.waited + 1
-        return dataclasses.replace(self, best=value if better else best, waited=waited)
+        value, sign = evaluation[self.measure.metric], 1 if self.measure.greater else -1
+        best = -sign * math.inf if self.best is None else self.best
+        gain = sign * (value - best)
+        waited = 0 if self.best is None or gain > self.threshold else self.waited + 1
+        return dataclasses.replace(self, best=value if gain > 0 else best, waited=waited)
 
 
 def patience_of(config: RunSpec) -> Patience | None:
@@ -230,10 +223,10 @@ class Intervals:
         ends = t.eval_strategy != "steps" or t.eval_delay <= total  # evaluated after the last step
 
         def own(steps: int | None) -> Callable[[int], bool]:
-            at, last = evaluation, ends
-            if steps is not None:
-                at, last = every("steps", steps, epoch, total), True
-            return lambda step: at(step) or (last and step == total)
+            if steps is None:
+                return lambda step: evaluation(step) or (ends and step == total)
+            at = every("steps", steps, epoch, total)
+            return lambda step: at(step) or step == total
 
         return cls(
             total,
@@ -271,9 +264,8 @@ class Intervals:
         evaluating = {name for name, when in self.evaluate.items() if when(step)}
         decides = HELD_OUT in evaluating
         candidate = decides and self.chooses and self.saves(step)
-        order = ("save", "evaluate")
-        if candidate or (decides and self.patient):
-            order = ("evaluate", "save")
+        evaluated_first = candidate or (decides and self.patient)
+        order = ("evaluate", "save") if evaluated_first else ("save", "evaluate")
         wanted = {"save": self.saves(step) or stopping, "evaluate": bool(evaluating)}
         return Due(tuple(action for action in order if wanted[action]), candidate)
 
@@ -302,9 +294,10 @@ class Standing:
         """Go on from the newest checkpoint that can be read."""
         self.state, self.place = checkpoints.restore_newest(self.state, warn)
         self.step = int(self.state.step)
-        self.pending = checkpoints.pending(self.step) and evaluates
+        meta = checkpoints.meta(self.step)
+        self.pending = meta.get("pending", False) and evaluates
         if self.patience is not None:
-            self.patience = self.patience.at(checkpoints.patience(self.step))
+            self.patience = dataclasses.replace(self.patience, **meta.get("patience", {}))
 
     def take(self, found: Mapping[str, float]) -> None:
         """Take the evaluation of this step; the one before the first step is only shown."""

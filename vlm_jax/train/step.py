@@ -22,6 +22,11 @@ from vlm_jax.trees import flatten, map_leaves
 ROUNDING = 0x726F  # sets this key apart from dropout's and noise's of the same step
 
 
+def is_key(leaf: Any) -> bool:
+    """Return whether an array, or its shape, is of random keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """Return float32 `x` as bfloat16: one of its two neighbours, whose expectation is x.
 
@@ -103,11 +108,10 @@ def split_rows(batch: Batch, micro_batches: int) -> Batch:
     """
 
     def regroup(leaf: jax.Array) -> jax.Array:
-        rows = leaf.shape[0]
+        rows, *sizes = leaf.shape
         if rows % micro_batches:
             raise ValueError(f"{rows} rows do not divide into {micro_batches} micro-batches.")
-        shape = (rows // micro_batches, micro_batches, *leaf.shape[1:])
-        return leaf.reshape(shape).swapaxes(0, 1)
+        return leaf.reshape(rows // micro_batches, micro_batches, *sizes).swapaxes(0, 1)
 
     return jax.tree.map(regroup, batch)
 
@@ -144,10 +148,9 @@ def _gradients(
         (total, (count, others)), grads = grad(masters, *inputs)
         return jax.tree.map(jnp.add, sums, (total, count, grads)), others
 
-    zeros = jax.tree.map(jnp.zeros_like, masters)
-    start = (jnp.float32(0.0), jnp.float32(0.0), zeros)
-    sums, others = jax.lax.scan(body, start, (split_rows(batch, micro_batches), keys))
-    total, count, grads = sums
+    start = (jnp.float32(0.0), jnp.float32(0.0), jax.tree.map(jnp.zeros_like, masters))
+    inputs = (split_rows(batch, micro_batches), keys)
+    (total, count, grads), others = jax.lax.scan(body, start, inputs)
     return total, count, jax.tree.map(lambda each: jnp.sum(each, 0), others), grads
 
 
@@ -186,17 +189,14 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, masters)
         metrics = {name: total * scale for name, total in others.items()}
-        metrics |= {"loss": loss_sum * scale, "tokens": tokens}
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics |= {"loss": loss_sum * scale, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
         parts: dict[str, dict[str, Any]] = {}
         for path, leaf in flatten(grads).items():
             parts.setdefault(model.component(path), {})[path] = leaf
         for component, leaves in parts.items():
             metrics[f"grad_norm/{component}"] = optax.tree.norm(leaves)
         masters = optax.apply_updates(masters, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = averaged(ema, masters, ema_decay, state.step)
+        ema = None if state.ema is None else averaged(state.ema, masters, ema_decay, state.step)
         trainable = stored(masters, state.trainable, state.rng, state.step)
         return TrainState(state.step + 1, trainable, opt_state, state.rng, ema), metrics
 

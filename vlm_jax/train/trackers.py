@@ -9,14 +9,15 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as RichTable
 
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, first_line
 from vlm_jax.files.atomic import write_whole
 
 HOSTED = ("wandb", "trackio")  # packages with wandb's interface
@@ -32,11 +33,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
-        self.last: dict[str, Any] = {}
-        if resume_step is not None and path.exists():
-            self.last = _cut(path, resume_step)
-        mode = "w" if resume_step is None else "a"
-        self.file = open(path, mode, encoding="utf-8")
+        self.last = _cut(path, resume_step) if resume_step is not None and path.exists() else {}
+        self.file = open(path, "w" if resume_step is None else "a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -93,14 +91,14 @@ def _explained(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
-            f"training.report_to names '{name}', which {what}: {reason}. {remedy}"
+            f"training.report_to names '{name}', which {what}: {first_line(error).rstrip('.')}. "
+            f"{remedy}"
         ) from error
 
 
-class Reporter(Protocol):
-    """What takes the numbers of a run."""
+class Reporter:
+    """Takes the numbers of a run and writes none, as where another process speaks for this one."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line of training metrics."""
@@ -110,33 +108,18 @@ class Reporter(Protocol):
 
     def evaluated(self, step: int) -> dict[str, float] | None:
         """Return what was written of an evaluation of this step before the run was resumed."""
+        return None
 
     def close(self) -> None:
         """Finish what is being written."""
 
 
-class Silent:
-    """Takes numbers and writes none: the log of a process that another one speaks for."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-    def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-    def evaluated(self, step: int) -> dict[str, float] | None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
 def open_log(directory: Path, report_to: Sequence[str], **options: Any) -> Reporter:
     """Return `Log` of these arguments in the first process, and a silent one in others."""
-    return Log(directory, report_to, **options) if processes.is_primary() else Silent()
+    return Log(directory, report_to, **options) if processes.is_primary() else Reporter()
 
 
-class Log:
+class Log(Reporter):
     """Everything a run reports while it trains.
 
     directory: the run's. report_to: tensorboard, wandb, trackio, none. resume_step: None for a new
@@ -153,33 +136,36 @@ class Log:
         config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
     ):
-        self.metrics = JsonLines(directory / "metrics.jsonl", resume_step)
-        self.evaluations = JsonLines(directory / "evaluations.jsonl", resume_step)
         self.writers: list[Writer] = []
-        self.closers: list[Callable[[], Any]] = [self.metrics.close, self.evaluations.close]
-        try:
+        with contextlib.ExitStack() as opened:
+            self.metrics, self.evaluations = (
+                opened.enter_context(
+                    contextlib.closing(JsonLines(directory / f"{name}.jsonl", resume_step))
+                )
+                for name in ("metrics", "evaluations")
+            )
             for name in report_to:
                 if name == "tensorboard":
-                    self._tensorboard(directory, resume_step)
+                    opened.callback(self._tensorboard(directory, resume_step))
                 elif name in HOSTED:
-                    self._hosted(name, directory, run_name, project, config or {})
-        except BaseException:
-            self.close()
-            raise
+                    opened.callback(self._hosted(name, directory, run_name, project, config or {}))
+            self.opened = opened.pop_all()
 
-    def _tensorboard(self, directory: Path, resume_step: int | None) -> None:
+    def _tensorboard(self, directory: Path, resume_step: int | None) -> Callable[[], Any]:
         from tensorboardX import SummaryWriter
 
-        purge = None if resume_step is None else resume_step + 1
         with _explained("tensorboard", "cannot write"):
-            board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+            board = SummaryWriter(
+                str(directory / "tensorboard"),
+                purge_step=None if resume_step is None else resume_step + 1,
+            )
 
         def write(step: int, values: Mapping[str, Any]) -> None:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
 
         self.writers.append(write)
-        self.closers.append(board.close)
+        return board.close
 
     def _hosted(
         self,
@@ -188,7 +174,7 @@ class Log:
         run_name: str | None,
         project: str,
         config: Mapping[str, Any],
-    ) -> None:
+    ) -> Callable[[], Any]:
         module: Any = importlib.import_module(name)
         # Else wandb writes where the command was given; trackio has a place of its own.
         place = {"dir": os.environ.get("WANDB_DIR") or str(directory)} if name == "wandb" else {}
@@ -197,20 +183,17 @@ class Log:
                 project=project, name=run_name or directory.name, config=dict(config), **place
             )
         self.writers.append(lambda step, values: module.log(dict(values), step=step))
-        self.closers.append(module.finish)
+        return module.finish
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line of training metrics."""
         self.metrics.write(step, values)
         self._publish(step, {f"train/{name}": value for name, value in values.items()})
 
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line of evaluation results."""
         self.evaluations.write(step, values)
         self._publish(step, {f"eval/{name}": value for name, value in values.items()})
 
     def evaluated(self, step: int) -> dict[str, float] | None:
-        """Return what was written of an evaluation of this step before the run was resumed."""
         values = dict(self.evaluations.last)
         return values if values.pop("step", None) == step else None
 
@@ -219,8 +202,7 @@ class Log:
             write(step, values)
 
     def close(self) -> None:
-        for close in self.closers:
-            close()
+        self.opened.close()
 
 
 class Meter:
@@ -289,11 +271,8 @@ def numbers(values: Mapping[str, Any]) -> str:
 
 def print_report(console: Console, rows: Sequence[Mapping[str, Any]], line: str) -> None:
     """Print the table of what trains and PEFT's line."""
-    table = RichTable(title="What trains", title_justify="left")
-    table.add_column("component")
-    table.add_column("trains")
-    table.add_column("parameters", justify="right")
-    table.add_column("learning rate", justify="right")
+    right = (Column(name, justify="right") for name in ("parameters", "learning rate"))
+    table = RichTable("component", "trains", *right, title="What trains", title_justify="left")
     for row in rows:
         rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
         table.add_row(row["component"], row["trains"], f"{row['parameters']:,d}", rate)
@@ -304,12 +283,12 @@ def print_report(console: Console, rows: Sequence[Mapping[str, Any]], line: str)
 def write_skipped(file: Path, skipped: Iterable[Any]) -> None:
     """Write the records that no process could use, one a line; no file where there are none."""
     known = processes.gather("skipped", [dataclasses.asdict(one) for one in skipped])
-    lines = list({one["index"]: one for found in known for one in found}.values())
+    lines = {one["index"]: json.dumps(one) + "\n" for found in known for one in found}
     if lines and processes.is_primary():
-        file.write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+        file.write_text("".join(lines.values()), encoding="utf-8")
 
 
-class Profiler:
+class Profiler(contextlib.AbstractContextManager["Profiler"]):
     """Writes a trace of some steps, `jax.profiler`'s, which TensorBoard and Perfetto show.
 
     steps: "10-13", or "" for none. Closed where the run ends within.
@@ -317,19 +296,17 @@ class Profiler:
 
     def __init__(self, steps: str, directory: Path, console: Console):
         first, _, last = steps.partition("-")
-        self.window = (int(first) - 1, int(last or first)) if steps else None
+        self.first, self.last = (int(first) - 1, int(last or first)) if steps else (-1, -1)
         self.directory, self.console, self.running = directory, console, False
 
     def start(self, step: int) -> None:
         """Begin where a run begins within the steps."""
-        if self.window is not None and self.window[0] <= step < self.window[1]:
+        if self.first <= step < self.last:
             self.toggle(step)
 
     def at(self, step: int) -> bool:
         """Return whether it begins or ends behind this step."""
-        return self.window is not None and (
-            step == self.window[1] if self.running else step == self.window[0]
-        )
+        return step == (self.last if self.running else self.first)
 
     def toggle(self, step: int) -> None:
         if not self.running:
@@ -340,9 +317,6 @@ class Profiler:
             jax.profiler.stop_trace()
             say(self.console, f"Wrote the profile until step {step} to '{self.directory}'.")
         self.running = not self.running
-
-    def __enter__(self) -> "Profiler":
-        return self
 
     def __exit__(self, *error: Any) -> None:
         if self.running:

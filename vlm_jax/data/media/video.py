@@ -104,7 +104,8 @@ def _open_frames(
                 f"{sizes[0][1]}: the frames of a video must have one size."
             )
     read = functools.partial(_each, read_image, frames, folder, access)
-    return Video(len(frames), *sizes[0], frames=read, pixels=pixels)
+    height, width = sizes[0]
+    return Video(len(frames), height, width, read, pixels)
 
 
 def _each(read: Callable[..., Any], frames: list[Any], *place: Any) -> Iterator[Any]:
