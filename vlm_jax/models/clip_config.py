@@ -93,8 +93,7 @@ def tower_from_hf(raw: dict[str, Any]) -> Tower:
             f"{patch}, and a width of {tower.width} for {tower.num_heads} heads: a "
             f"patch must fit the image, and the heads must divide the width."
         )
-    fields.finish()
-    return tower
+    return fields.finish(tower)
 
 
 def cut_patches(vision: Tower, pixel_values: np.ndarray) -> np.ndarray:

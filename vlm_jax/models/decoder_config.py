@@ -141,22 +141,22 @@ def decoder_from_hf(
     fields.require("attention_dropout", (0.0, 0), 0.0)
     layers, is_llama = size("num_hidden_layers"), model_type == "llama"
     bias = bool(is_llama and fields.take("attention_bias", False))
-    config = DecoderConfig(
-        vocab_size=size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=size("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        epsilon=fields.positive("rms_norm_eps", defaults["rms_norm_eps"]),
-        activation=fields.require("hidden_act", ACTIVATION_NAMES, "silu"),
-        qkv_bias=model_type.startswith("qwen2") or bias,
-        o_bias=bias,
-        mlp_bias=bool(is_llama and fields.take("mlp_bias", False)),
-        rope=rope,
-        windows=_windows(fields, model_type, layers),
-        tied=bool(fields.take("tie_word_embeddings", False) or tied),
+    return fields.finish(
+        DecoderConfig(
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=size("intermediate_size"),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            epsilon=fields.positive("rms_norm_eps", defaults["rms_norm_eps"]),
+            activation=fields.require("hidden_act", ACTIVATION_NAMES, "silu"),
+            qkv_bias=model_type.startswith("qwen2") or bias,
+            o_bias=bias,
+            mlp_bias=bool(is_llama and fields.take("mlp_bias", False)),
+            rope=rope,
+            windows=_windows(fields, model_type, layers),
+            tied=bool(fields.take("tie_word_embeddings", False) or tied),
+        )
     )
-    fields.finish()
-    return config

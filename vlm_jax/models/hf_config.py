@@ -128,8 +128,8 @@ class Fields:
             )
         return value
 
-    def finish(self) -> None:
-        """Raise `UserError` naming the first field that nothing handled."""
+    def finish(self, made: Any = None) -> Any:
+        """Return what was made of the fields; raise `UserError` for the first unhandled one."""
         for name in self.fields:
             if name not in self.known and not name.startswith("_"):
                 raise UserError(
@@ -137,3 +137,4 @@ class Fields:
                     f"model family does not know{nearest(name, self.known)}. It may change the "
                     f"computation, so the checkpoint is refused rather than computed wrongly."
                 )
+        return made

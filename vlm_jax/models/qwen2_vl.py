@@ -13,9 +13,13 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import number
 from vlm_jax.models.decoder_config import DecoderConfig, decoder_from_hf
-from vlm_jax.models.family import Family, Grounding, TowerSizes, components
+from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, TowerSizes, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.positions import mrope, vision_positions, vision_segments
+
+# Fields beside the decoder's, in flat files among them.
+NOT_OF_TEXT = """image_token_id video_token_id vision_start_token_id vision_end_token_id
+    vision_token_id spatial_merge_size"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +45,6 @@ def _published(
     tied: bool = False,
 ) -> dict[str, Any]:
     """Return the flat config.json that the Qwen2-VL checkpoints carry."""
-    vision = {
-        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
-        "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-        "temporal_patch_size": 2, "hidden_size": hidden,
-    }  # fmt: skip
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0,
         "bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
@@ -57,7 +56,11 @@ def _published(
         "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
         "tie_word_embeddings": tied, "torch_dtype": "bfloat16", "transformers_version": "4.41.2",
         "use_cache": True, "use_sliding_window": False, "vocab_size": vocabulary,
-        "vision_config": vision,
+        "vision_config": {
+            "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+            "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+            "temporal_patch_size": 2, "hidden_size": hidden,
+        },
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     }  # fmt: skip
 
@@ -98,12 +101,15 @@ class Qwen2VL(Family):
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Qwen2VL":
         top = Fields(raw, "config.json", "vision_token_id spatial_merge_size")
-        vision = Fields(top.take("vision_config", kind=dict), "config.json, vision_config")
+        vision = Fields(
+            top.take("vision_config", kind=dict),
+            "config.json, vision_config",
+            "spatial_patch_size",
+        )
         tied = top.take("tie_word_embeddings", False)
         text = top.take("text_config", None, dict)
         image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
-        tokens = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
         where, copies = "config.json, text_config", {}
         if text is None:  # the flat shape: whatever is left at the top belongs to the decoder
             text, where = top.fields, "config.json"
@@ -112,8 +118,7 @@ class Qwen2VL(Family):
             top.finish()
 
         def read(fields: dict[str, Any]) -> DecoderConfig:
-            irrelevant = f"{tokens} vision_token_id spatial_merge_size"
-            return decoder_from_hf(dict(fields), "qwen2_vl_text", tied, where, irrelevant)
+            return decoder_from_hf(dict(fields), "qwen2_vl_text", tied, where, NOT_OF_TEXT)
 
         decoder = read(text)
         if copies:
@@ -141,21 +146,21 @@ class Qwen2VL(Family):
         ):
             if wrong:
                 raise UserError(message)
-        vision.known.add("spatial_patch_size")
         shape = (channels, frames, patch, patch)
         number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
-        tower = Tower(
-            depth=vision.size("depth", 32),
-            width=width,
-            num_heads=heads,
-            intermediate_size=int(width * vision.positive("mlp_ratio", 4.0)),
-            activation=vision.require("hidden_act", ACTIVATION_NAMES, "quick_gelu"),
-            theta=float(Fields(rope, vision.where).positive("rope_theta", 10000.0)),
-            merge=vision.size("spatial_merge_size", 2),
-            patch_values=math.prod(shape),
-            patch_shape=shape,
+        tower = vision.finish(
+            Tower(
+                depth=vision.size("depth", 32),
+                width=width,
+                num_heads=heads,
+                intermediate_size=int(width * vision.positive("mlp_ratio", 4.0)),
+                activation=vision.require("hidden_act", ACTIVATION_NAMES, "quick_gelu"),
+                theta=float(Fields(rope, vision.where).positive("rope_theta", 10000.0)),
+                merge=vision.size("spatial_merge_size", 2),
+                patch_values=math.prod(shape),
+                patch_shape=shape,
+            )
         )
-        vision.finish()
         return cls(decoder, tower, image, video)
 
     MODULE = "vlm_jax.models.qwen2_vl_module:Module"
@@ -215,19 +220,15 @@ class Qwen2VL(Family):
         pixel_values [P, C], image_grid_thw [I, 3], pixel_values_videos, video_grid_thw. Patches
         may be bytes, and of one frame that stands for all.
         """
-        images, image_grids, image_slots = self._media(
-            tokens, "image", media.get("pixel_values"), media.get("image_grid_thw"),
-            self.image_token_id,
-        )  # fmt: skip
-        videos, video_grids, video_slots = self._media(
-            tokens, "video", media.get("pixel_values_videos"), media.get("video_grid_thw"),
-            self.video_token_id,
-        )  # fmt: skip
+        ids = {"image": self.image_token_id, "video": self.video_token_id}
+        (images, image_grids, image_slots), (videos, video_grids, video_slots) = (
+            self._media(tokens, kind, *map(media.get, NAMES_OF_MEDIA[kind]), token_id)
+            for kind, token_id in ids.items()
+        )
         image_index = np.full(len(tokens), -1, np.int32)
         slots = np.concatenate([image_slots, video_slots])
         image_index[slots] = np.arange(len(slots))
-        grids = np.concatenate([image_grids, video_grids])
-        merge = self.vision.merge
+        grids, merge = np.concatenate([image_grids, video_grids]), self.vision.merge
         return {
             "positions": mrope(
                 tokens, image_grids, video_grids, merge, self.image_token_id, self.video_token_id
@@ -247,8 +248,8 @@ class Qwen2VL(Family):
         height, width = (int(n) + 1 for n in positions.max(0))
         grid = np.zeros((height, width, channels, frames, size, size), patches.dtype)
         grid[positions[:, 0], positions[:, 1]] = patches.reshape(-1, channels, frames, size, size)
-        image = grid.transpose(3, 0, 4, 1, 5, 2)
-        return image.reshape(frames, height * size, width * size, channels)
+        shape = (frames, height * size, width * size, channels)
+        return grid.transpose(3, 0, 4, 1, 5, 2).reshape(shape)
 
     def holds_pixels(self, positions: Any) -> Any:
         return positions[..., 0] >= 0
