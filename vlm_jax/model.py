@@ -178,8 +178,8 @@ class Model:
         length = ids.shape[1] if pad_to is None else pad_to
         if length < ids.shape[1]:
             raise UserError(f"pad_to={pad_to} is shorter than the rows' {ids.shape[1]} tokens.")
-        places = [np.flatnonzero(row) for row in mask]
-        rows = [row[place] for row, place in zip(ids, places, strict=True)]
+        real = mask.astype(bool)
+        rows = [row[kept] for row, kept in zip(ids, real, strict=True)]
         image_id, video_id = cfg.image_token_id, cfg.video_token_id
         images = _by_row(cfg, "image", image_id, rows, pixel_values, image_grid_thw)
         videos = _by_row(cfg, "video", video_id, rows, pixel_values_videos, video_grid_thw)
@@ -193,11 +193,12 @@ class Model:
                 )
             learned = ~np.isin(tokens, [i for i in (image_id, video_id) if i is not None])
             if labels is not None:
-                learned = np.asarray(labels)[row, places[row]] != -100
+                learned = np.asarray(labels)[row][real[row]] != -100
             layout = cfg.layout(tokens, {**images[row], **videos[row]})
             examples.append({"tokens": tokens, "weights": learned.astype(np.float32), **layout})
         patches = max((len(example["patches"]) for example in examples), default=0)
-        return _scatter(self.collate([[one] for one in examples], length, patches), places)
+        batch = self.collate([[example] for example in examples], length, patches)
+        return _scatter(batch, np.pad(real, ((0, 0), (0, length - ids.shape[1]))))
 
     def encode(
         self,
@@ -276,15 +277,18 @@ def _by_row(
     return found
 
 
-def _scatter(batch: Batch, places: list[np.ndarray]) -> Batch:
-    """Return the batch with each row's tokens moved from its start to the given slots."""
-    moved = {}
-    for name in TOKEN_LEAVES:
-        array = getattr(batch, name)
-        new = np.full_like(array, -1 if name == "image_index" else 0)
-        for row, place in enumerate(places):
-            new[row, ..., place] = array[row, ..., : len(place)].T
-        moved[name] = new
+def _scatter(batch: Batch, real: np.ndarray) -> Batch:
+    """Return the batch with each row's tokens moved from its start to the slots of `real` [B, T].
+
+    What lies behind a row's tokens is all padding, so that this is a permutation of each row.
+    """
+    order = np.argsort(np.argsort(~real, axis=1, kind="stable"), axis=1)
+    index = {2: order, 3: order[:, None]}  # positions may be [B, 3, T]
+    moved = {
+        name: np.take_along_axis(leaf, index[leaf.ndim], axis=-1)
+        for name, leaf in vars(batch).items()
+        if name in TOKEN_LEAVES
+    }
     return dataclasses.replace(batch, **moved)
 
 
@@ -299,8 +303,8 @@ def with_adapter_files(model: Model, directory: str | Path) -> Model:
     """Return the model whose encoders take what the directory of a loaded adapter has of theirs."""
     if model.source is None:
         return model
-    adapter = str(Path(directory).absolute())
-    return dataclasses.replace(model, source=dataclasses.replace(model.source, adapter=adapter))
+    source = dataclasses.replace(model.source, adapter=str(Path(directory).absolute()))
+    return dataclasses.replace(model, source=source)
 
 
 def from_config(

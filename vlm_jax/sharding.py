@@ -78,13 +78,12 @@ def mesh_sizes(devices: int, data: int, fsdp: int, tensor: int, context: int = 1
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    whole = known > 0 and devices % known == 0
-    if len(free) > 1 or not whole or (not free and known != devices):
+    if len(free) > 1 or known < 1 or devices % known or (not free and known != devices):
         raise UserError(
             f"A mesh of {sizes} does not cover {devices} devices. The sizes must multiply to "
             f"the number of devices; one of them may be -1."
         )
-    return {**sizes, **dict.fromkeys(free, devices // max(known, 1))}
+    return {**sizes, **dict.fromkeys(free, devices // known)}
 
 
 def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
@@ -149,11 +148,11 @@ def check_spread(model: Model, params: Mapping[str, Any], mesh: Mesh) -> None:
     for axis in ("fsdp", "tensor"):
         share, other = spread(model, params, axis, mesh.shape[axis])
         if mesh.shape[axis] > 1 and share < LEAST_SPREAD:
-            shape = list(flatten(params)[other].shape)
             raise UserError(
                 f"mesh.{axis} is {mesh.shape[axis]}, which divides {share:.0%} of this model's "
-                f"parameters: each device would hold the others whole, as '{other}', {shape}. Take "
-                f"a divisor of its sizes, as 2, 4 or 8, and mesh.data for the rest."
+                f"parameters: each device would hold the others whole, as '{other}', "
+                f"{list(flatten(params)[other].shape)}. Take a divisor of its sizes, as 2, 4 or 8, "
+                f"and mesh.data for the rest."
             )
 
 
@@ -250,11 +249,11 @@ def put(leaf: Any, sharding: Any) -> jax.Array:
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        same = leaf.sharding == sharding
-        return leaf if same else jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+        move = jax.jit(lambda x: x, out_shardings=sharding)
+        return leaf if leaf.sharding == sharding else move(leaf)
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = put(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        impl = jax.random.key_impl(leaf)
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=impl)
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

@@ -114,6 +114,6 @@ class VisionTower(nn.Module):
         if vision.kind.pre_norm:  # in the checkpoints' spelling
             x_BPE = LayerNorm(vision.epsilon, dtype, name="pre_layrnorm")(x_BPE)
         B, P, E = x_BPE.shape
-        encoder = Encoder(vision, self.wanted, self.compute, name="encoder")
-        out = encoder(x_BPE.reshape(-1, vision.slots, E))
+        x_ISE = x_BPE.reshape(-1, vision.slots, E)
+        out = Encoder(vision, self.wanted, self.compute, name="encoder")(x_ISE)
         return out.reshape(B, P, out.shape[-1])

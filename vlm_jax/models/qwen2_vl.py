@@ -5,14 +5,14 @@ Letters: T tokens, P patches, C values a patch, I images.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import number
-from vlm_jax.models.decoder_config import DecoderConfig, decoder_from_hf
+from vlm_jax.models.decoder_config import flat_or_nested
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, TowerSizes, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.positions import mrope, vision_positions, vision_segments
@@ -65,33 +65,6 @@ def _published(
     }  # fmt: skip
 
 
-def _check_copies(
-    decoder: DecoderConfig,
-    read: Callable[[dict[str, Any]], DecoderConfig],
-    text: dict[str, Any],
-    copies: dict[str, Any],
-) -> None:
-    """Raise where the top level's copies of nested fields would make another decoder.
-
-    transformers reads the nested ones since 4.52 and the top level before. Where both describe
-    one decoder, as a sliding window does that nothing uses, there is nothing to choose.
-    """
-    try:
-        same = read({**text, **copies}) == decoder
-    except UserError:
-        same = False
-    if not same:
-        differ = ", ".join(
-            f"'{name}' (as {value!r} and nested as {text[name]!r})"
-            for name, value in copies.items()
-        )
-        raise UserError(
-            f"The config.json gives {differ} twice, at the top and in text_config, and the two "
-            f"describe different decoders. transformers reads text_config since 4.52 and the top "
-            f"level before: delete the wrong ones."
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Qwen2VL(Family):
     """What the computation depends on; `from_hf` reads a config.json, flat (4.x) or nested."""
@@ -106,28 +79,14 @@ class Qwen2VL(Family):
             "config.json, vision_config",
             "spatial_patch_size",
         )
-        tied = top.take("tie_word_embeddings", False)
-        text = top.take("text_config", None, dict)
         image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
-        where, copies = "config.json, text_config", {}
-        if text is None:  # the flat shape: whatever is left at the top belongs to the decoder
-            text, where = top.fields, "config.json"
-        else:
-            copies = top.drop_copies(text)  # 4.52 and later wrote the decoder's fields twice
-            top.finish()
-
-        def read(fields: dict[str, Any]) -> DecoderConfig:
-            return decoder_from_hf(dict(fields), "qwen2_vl_text", tied, where, NOT_OF_TEXT)
-
-        decoder = read(text)
-        if copies:
-            _check_copies(decoder, read, text, copies)
+        decoder = flat_or_nested(top, "qwen2_vl_text", NOT_OF_TEXT)
         width = vision.size("embed_dim", 1280)
         heads = vision.size("num_heads", 16)
         patch, frames = vision.size("patch_size", 14), vision.size("temporal_patch_size", 2)
         channels = vision.size("in_channels", vision.size("in_chans", 3))
-        rope = vision.take("rope_parameters", None, dict) or {}
+        rope = Fields(vision.take("rope_parameters", None, dict) or {}, vision.where)
         for wrong, message in (
             (
                 vision.take("hidden_size", 3584) != decoder.hidden_size,
@@ -155,7 +114,7 @@ class Qwen2VL(Family):
                 num_heads=heads,
                 intermediate_size=int(width * vision.positive("mlp_ratio", 4.0)),
                 activation=vision.require("hidden_act", ACTIVATION_NAMES, "quick_gelu"),
-                theta=float(Fields(rope, vision.where).positive("rope_theta", 10000.0)),
+                theta=float(rope.positive("rope_theta", 10000.0)),
                 merge=vision.size("spatial_merge_size", 2),
                 patch_values=math.prod(shape),
                 patch_shape=shape,
@@ -192,8 +151,11 @@ class Qwen2VL(Family):
     def patch_unit(self) -> int:
         return self.vision.merge**2
 
-    def _media(self, tokens: np.ndarray, kind: str, values: Any, grids: Any, token_id: int | None):
+    def _media(
+        self, tokens: np.ndarray, kind: str, media: Mapping[str, Any], token_id: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (patches [P, C], grids [I, 3], token slots) of a kind; raise where they differ."""
+        values, grids = map(media.get, NAMES_OF_MEDIA[kind])
         grids = np.asarray(() if grids is None else grids, np.int64).reshape(-1, 3)
         whole = self.vision.patch_values
         values = np.zeros((0, whole), np.float32) if values is None else np.asarray(values)
@@ -222,8 +184,7 @@ class Qwen2VL(Family):
         """
         ids = {"image": self.image_token_id, "video": self.video_token_id}
         (images, image_grids, image_slots), (videos, video_grids, video_slots) = (
-            self._media(tokens, kind, *map(media.get, NAMES_OF_MEDIA[kind]), token_id)
-            for kind, token_id in ids.items()
+            self._media(tokens, kind, media, token_id) for kind, token_id in ids.items()
         )
         image_index = np.full(len(tokens), -1, np.int32)
         slots = np.concatenate([image_slots, video_slots])

@@ -175,10 +175,10 @@ def factors_of(module: nn.Module, lora: LoRAScale | None) -> tuple[Any, Any, Any
         raise ValueError(f"{module.path} has LoRA leaves, but the model was built without.")
     leaves = module.variables["params"]
     a, b = leaves["lora_A"], leaves["lora_B"]
-    if "lora_scale" in leaves:
-        # A number of the adapter's, whatever a training table says of "lora_.*".
-        return a, b, jax.lax.stop_gradient(leaves["lora_scale"])
-    return a, b, lora.scale(a.shape[-1])
+    if "lora_scale" not in leaves:
+        return a, b, lora.scale(a.shape[-1])
+    # A number of the adapter's, whatever a training table says of "lora_.*".
+    return a, b, jax.lax.stop_gradient(leaves["lora_scale"])
 
 
 def less_start(a: Any, b: Any, start_a: Any, start_b: Any) -> tuple[jax.Array, jax.Array]:
