@@ -14,7 +14,7 @@ import numpy as np
 from vlm_jax.batch import Batch, Example
 from vlm_jax.errors import UserError
 from vlm_jax.models import read_family
-from vlm_jax.models.family import Family
+from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grid
 from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.scan import REMAT
 from vlm_jax.models.methods import Adapter, LoRA
@@ -83,9 +83,12 @@ class Model:
     @property
     def module(self) -> VisionLanguageModel:
         """The Linen module: `module.apply` with `method=` reaches its parts."""
-        scale = None if self.lora is None else self.lora.scale
-        form = None if self.adapter is None else self.adapter.form
-        compute = Compute(self.dtype, scale, self.remat, form)
+        compute = Compute(
+            self.dtype,
+            None if self.lora is None else self.lora.scale,
+            self.remat,
+            None if self.adapter is None else self.adapter.form,
+        )
         return pkgutil.resolve_name(self.config.MODULE)(self.config, compute)
 
     def apply(
@@ -175,29 +178,27 @@ class Model:
         length = ids.shape[1] if pad_to is None else pad_to
         if length < ids.shape[1]:
             raise UserError(f"pad_to={pad_to} is shorter than the rows' {ids.shape[1]} tokens.")
-        images = _Media(self, "image", cfg.image_token_id, pixel_values, image_grid_thw)
-        videos = _Media(self, "video", cfg.video_token_id, pixel_values_videos, video_grid_thw)
-        examples, places = [], []
-        for row in range(len(ids)):
-            place = np.flatnonzero(mask[row])
-            tokens = ids[row, place]
+        real = mask.astype(bool)
+        rows = [row[kept] for row, kept in zip(ids, real, strict=True)]
+        image_id, video_id = cfg.image_token_id, cfg.video_token_id
+        images = _by_row(cfg, "image", image_id, rows, pixel_values, image_grid_thw)
+        videos = _by_row(cfg, "video", video_id, rows, pixel_values_videos, video_grid_thw)
+        examples = []
+        for row, tokens in enumerate(rows):
             if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
                 raise UserError(
                     f"Row {row} holds the token ids {tokens.min()} to {tokens.max()}; the model "
                     f"has {self.vocab_size} tokens. Add rows with add_tokens, or use the "
                     f"checkpoint's own tokenizer."
                 )
-            learned = ~np.isin(tokens, [i for i in (images.token, videos.token) if i])
+            learned = ~np.isin(tokens, [i for i in (image_id, video_id) if i is not None])
             if labels is not None:
-                learned = np.asarray(labels)[row, place] != -100
-            layout = cfg.layout(tokens, {**images.take(tokens, row), **videos.take(tokens, row)})
+                learned = np.asarray(labels)[row][real[row]] != -100
+            layout = cfg.layout(tokens, {**images[row], **videos[row]})
             examples.append({"tokens": tokens, "weights": learned.astype(np.float32), **layout})
-            places.append(place)
-        for media in (images, videos):
-            media.finish()
         patches = max((len(example["patches"]) for example in examples), default=0)
         batch = self.collate([[example] for example in examples], length, patches)
-        return _scatter(batch, places)
+        return _scatter(batch, np.pad(real, ((0, 0), (0, length - ids.shape[1]))))
 
     def encode(
         self,
@@ -221,85 +222,80 @@ class Model:
 
 # Leaves of a batch whose last axis is a row's tokens.
 TOKEN_LEAVES = ("tokens", "targets", "weights", "segments", "positions", "image_index")
-# The names that a processor gives to the pixels and the grids of a kind of media.
-NAMES_OF_MEDIA = {
-    "image": ("pixel_values", "image_grid_thw"),
-    "video": ("pixel_values_videos", "video_grid_thw"),
-}
 
 
-class _Media:
-    """One kind of media of a whole batch, handed out row by row in order."""
+def _by_row(
+    config: Family,
+    kind: str,
+    token_id: int | None,
+    rows: Sequence[np.ndarray],
+    values: Any,
+    grids: Any,
+) -> list[dict[str, np.ndarray]]:
+    """Return the arrays of the media whose placeholders stand in each row's tokens, in order.
 
-    def __init__(self, model: Model, kind: str, token: int | None, values: Any, grids: Any):
-        self.config, self.kind, self.token = model.config, kind, token
-        self.pixels, self.sizes = NAMES_OF_MEDIA[kind]
-        self.values = None if values is None else np.asarray(values, np.float32)
-        self.image = self.value = 0
-        self.grids: list = [None] * (0 if values is None else len(values))
-        if not self.config.HAS_GRIDS and grids is not None:
-            raise UserError(f"All {kind}s of this model have one size: it takes no {self.sizes}.")
-        if self.config.HAS_GRIDS and (values is None) != (grids is None):
-            names = (self.pixels, self.sizes)
-            have, lack = names if grids is None else names[::-1]
-            raise UserError(
-                f"The batch has {have} but no {lack}: give both, as the checkpoint's processor "
-                f"returns them. The grids say how many patches each {kind} has."
-            )
-        if grids is not None:
-            if np.shape(grids)[1:] != (3,):
-                raise UserError(
-                    f"{self.sizes} must be [{kind}s, 3]; it is {list(np.shape(grids))}."
-                )
-            self.grids = [tuple(int(n) for n in grid) for grid in np.asarray(grids)]
-
-    def take(self, tokens: np.ndarray, row: int) -> dict[str, np.ndarray]:
-        """Return the arrays of the images whose placeholders stand in `tokens`, by their names."""
-        if self.values is None or self.token is None:
-            return {}
-        held, first, start = int((tokens == self.token).sum()), self.image, self.value
-        wanted = held
-        while wanted > 0 and self.image < len(self.grids):
-            wanted -= self.config.image_tokens(self.grids[self.image])
-            self.value += self.config.values_per_image(self.grids[self.image])
-            self.image += 1
+    values, grids: of a whole batch, as a processor gives them; returned by its names of them.
+    """
+    pixels, sizes = NAMES_OF_MEDIA[kind]
+    if not config.HAS_GRIDS and grids is not None:
+        raise UserError(f"All {kind}s of this model have one size: it takes no {sizes}.")
+    if config.HAS_GRIDS and (values is None) != (grids is None):
+        have, lack = (pixels, sizes) if grids is None else (sizes, pixels)
+        raise UserError(
+            f"The batch has {have} but no {lack}: give both, as the checkpoint's processor "
+            f"returns them. The grids say how many patches each {kind} has."
+        )
+    if grids is not None and np.shape(grids)[1:] != (3,):
+        raise UserError(f"{sizes} must be [{kind}s, 3]; it is {list(np.shape(grids))}.")
+    if values is None:
+        return [{} for _ in rows]
+    values = np.asarray(values, np.float32)
+    each: Sequence[Grid] = [None] * len(values)
+    if grids is not None:
+        each = [(int(t), int(h), int(w)) for t, h, w in np.asarray(grids)]
+    found, image, value = [], 0, 0
+    for row, tokens in enumerate(rows):
+        held = 0 if token_id is None else int((tokens == token_id).sum())
+        wanted, first, start = held, image, value
+        while wanted > 0 and image < len(each):
+            wanted -= config.image_tokens(each[image])
+            value += config.values_per_image(each[image])
+            image += 1
         if wanted != 0:
             raise UserError(
-                f"Row {row} holds {held} {self.kind} tokens, which no whole number of the batch's "
-                f"{self.kind}s fills (off by {wanted}). Placeholders and {self.kind}s must agree "
-                f"exactly; was the row truncated?"
+                f"Row {row} holds {held} {kind} tokens, which no whole number of the batch's "
+                f"{kind}s fills (off by {wanted}). Placeholders and {kind}s must agree exactly; "
+                f"was the row truncated?"
             )
-        arrays = {self.pixels: self.values[start : self.value]}
-        if self.config.HAS_GRIDS and self.image > first:
-            arrays[self.sizes] = np.asarray(self.grids[first : self.image], np.int64)
-        return arrays
-
-    def finish(self) -> None:
-        """Raise where images are left over that no row has placeholders for."""
-        if self.image != len(self.grids):
-            raise UserError(
-                f"The batch has {len(self.grids)} {self.kind}s, but the rows have placeholders "
-                f"for {self.image}."
-            )
+        found.append({pixels: values[start:value]})
+        if grids is not None and image > first:
+            found[-1][sizes] = np.asarray(each[first:image], np.int64)
+    if image != len(each):
+        raise UserError(
+            f"The batch has {len(each)} {kind}s, but the rows have placeholders for {image}."
+        )
+    return found
 
 
-def _scatter(batch: Batch, places: list[np.ndarray]) -> Batch:
-    """Return the batch with each row's tokens moved from its start to the given slots."""
-    moved = {}
-    for name in TOKEN_LEAVES:
-        array = getattr(batch, name)
-        new = np.full_like(array, -1 if name == "image_index" else 0)
-        for row, place in enumerate(places):
-            new[row, ..., place] = array[row, ..., : len(place)].T
-        moved[name] = new
+def _scatter(batch: Batch, real: np.ndarray) -> Batch:
+    """Return the batch with each row's tokens moved from its start to the slots of `real` [B, T].
+
+    What lies behind a row's tokens is all padding, so that this is a permutation of each row.
+    """
+    order = np.argsort(np.argsort(~real, axis=1, kind="stable"), axis=1)
+    index = {2: order, 3: order[:, None]}  # positions may be [B, 3, T]
+    moved = {
+        name: np.take_along_axis(leaf, index[leaf.ndim], axis=-1)
+        for name, leaf in vars(batch).items()
+        if name in TOKEN_LEAVES
+    }
     return dataclasses.replace(batch, **moved)
 
 
 @functools.lru_cache(maxsize=16)  # a trace of the whole model; a load asks several times
 def _shapes(config: Family) -> dict[str, tuple[int, ...]]:
     """Return {path: shape} of the base's parameters."""
-    model = Model(config, jnp.dtype("float32"), {})
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    params = jax.eval_shape(Model(config, jnp.dtype("float32"), {}).init, jax.random.key(0))
     return {path: leaf.shape for path, leaf in flatten(params).items()}
 
 
@@ -307,8 +303,8 @@ def with_adapter_files(model: Model, directory: str | Path) -> Model:
     """Return the model whose encoders take what the directory of a loaded adapter has of theirs."""
     if model.source is None:
         return model
-    adapter = str(Path(directory).absolute())
-    return dataclasses.replace(model, source=dataclasses.replace(model.source, adapter=adapter))
+    source = dataclasses.replace(model.source, adapter=str(Path(directory).absolute()))
+    return dataclasses.replace(model, source=source)
 
 
 def from_config(
@@ -332,5 +328,11 @@ def from_config(
     """
     if remat not in REMAT:
         raise UserError(f"Unknown remat policy '{remat}'; known: {', '.join(REMAT)}.")
-    config = read_family(hf_config)
-    return Model(config, jnp.dtype(dtype), dict(hf_config), source, remat=remat, files=files)
+    return Model(
+        read_family(hf_config),
+        jnp.dtype(dtype),
+        dict(hf_config),
+        source,
+        remat=remat,
+        files=files,
+    )

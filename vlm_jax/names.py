@@ -71,15 +71,15 @@ def layer_names(model: Model, path: str) -> list[str]:
 
 def disk_places(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
     """Return {tensor name in the current layout: its `Place`} for leaves of the given shapes."""
-    convolutions = model.config.disk_shapes
-    places = {}
+    places: dict[str, Place] = {}
     for path, shape in shapes.items():
         leaf = path.rsplit("/", 1)[1]
         one = shape if stacked_layers(model, path) is None else shape[1:]
-        on_disk = convolutions.get(path, one[::-1] if leaf == "kernel" else one)
-        for module, layer in layers_of(model, path).items():
-            name = f"{module}.{LEAVES[leaf]}" if leaf in LEAVES else f"{module}.{leaf}"
-            places[name] = Place(path, layer, tuple(on_disk))
+        on_disk = model.config.disk_shapes.get(path, one[::-1] if leaf == "kernel" else one)
+        places |= {
+            f"{module}.{LEAVES.get(leaf, leaf)}": Place(path, layer, tuple(on_disk))
+            for module, layer in layers_of(model, path).items()
+        }
     return places
 
 

@@ -16,9 +16,8 @@ Grids = Sequence[Sequence[int]] | np.ndarray | None
 
 def grid_list(grids: Grids) -> list[tuple[int, int, int]]:
     """Return the grids as a list of three-integer tuples; None gives no grid."""
-    if grids is None:
-        return []
-    return [(int(t), int(h), int(w)) for t, h, w in np.asarray(grids, np.int64).reshape(-1, 3)]
+    rows = np.asarray(() if grids is None else grids, np.int64).reshape(-1, 3)
+    return [(int(t), int(h), int(w)) for t, h, w in rows]
 
 
 def mrope(

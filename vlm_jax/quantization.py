@@ -148,8 +148,10 @@ def from_bitsandbytes(settings: Any, dtype: Any) -> Quantization:
             f"bfloat16, in both (BitsAndBytesConfig's default is float32)."
         )
     double = "-dq" if fields["bnb_4bit_use_double_quant"] else ""
-    storage = f"{fields['bnb_4bit_quant_type']}{double}"
-    return Quantization(storage, skip=tuple(fields["llm_int8_skip_modules"] or ()))
+    return Quantization(
+        f"{fields['bnb_4bit_quant_type']}{double}",
+        skip=tuple(fields["llm_int8_skip_modules"] or ()),
+    )
 
 
 def described(quantize: Any) -> str:
@@ -166,8 +168,12 @@ def _skipped(model: Model, kernels: list[str], skip: tuple[str, ...]) -> list[st
     """
     found: dict[str, None] = {}
     modules = {path: layer_names(model, path) for path in flatten(model.abstract())}
-    every = [name for names in modules.values() for name in names]
-    check_patterns(skip, every, "value of model.llm_int8_skip_modules", lambda row: f"(?:{row}).*")
+    check_patterns(
+        skip,
+        [name for names in modules.values() for name in names],
+        "value of model.llm_int8_skip_modules",
+        lambda row: f"(?:{row}).*",
+    )
     for pattern in skip:
         hits = {
             path: [_skips(model, pattern, name) for name in names]
@@ -180,8 +186,7 @@ def _skipped(model: Model, kernels: list[str], skip: tuple[str, ...]) -> list[st
                     f"{[i for i, hit in enumerate(hits[path]) if hit][:8]} of '{path}'. Layers are "
                     f"stacked here, so a name must not hold a layer's number."
                 )
-            if hits[path][0]:
-                found[path] = None
+        found |= {path: None for path in kernels if hits[path][0]}
         if pattern not in ELSEWHERE and not any(map(any, hits.values())):
             ends = {part for path in modules for part in path.split("/")}
             raise UserError(
@@ -228,7 +233,6 @@ def storages(model: Model, quantize: Quantize) -> dict[str, Storage | None]:
     if isinstance(quantize, Mapping) or type(quantize).__name__ == "BitsAndBytesConfig":
         quantize = from_bitsandbytes(quantize, model.dtype)
     if isinstance(quantize, Quantization):
-        _check_name(quantize.storage)
         quantize = quantize.table(model)
     if not isinstance(quantize, list | tuple) or any(
         not isinstance(row, list | tuple) or len(row) != 2 for row in quantize
@@ -239,12 +243,13 @@ def storages(model: Model, quantize: Quantize) -> dict[str, Storage | None]:
             f"a list of (regex, name or 'dense') rows over paths."
         )
     for _, name in quantize:
-        if name != DENSE:
-            _check_name(name)
+        if name not in (DENSE, *NAMES):
+            raise UserError(
+                f"quantize={name!r} is not supported{nearest(str(name), NAMES)}. Supported: "
+                f"{', '.join(NAMES)} (-dq: double quantization), or None."
+            )
     kernels = set(_kernels(model))
-    if not any(pattern == ".*" for pattern, _ in quantize):
-        quantize = [*quantize, (".*", DENSE)]
-    found = match(quantize, paths, "quantization table")
+    found = match([*quantize, (".*", DENSE)], paths, "quantization table")
     for path, name in found.items():
         if name != DENSE and path not in kernels:
             raise UserError(
@@ -255,22 +260,16 @@ def storages(model: Model, quantize: Quantize) -> dict[str, Storage | None]:
     return {path: None if name == DENSE else NAMES[name] for path, name in found.items()}
 
 
-def _check_name(name: Any) -> None:
-    if name not in NAMES:
-        raise UserError(
-            f"quantize={name!r} is not supported{nearest(str(name), NAMES)}. Supported: "
-            f"{', '.join(NAMES)} (-dq: double quantization), or None."
-        )
-
-
 def abstract(model: Model, quantize: Quantize, dtype: Any = None) -> dict[str, Any]:
     """Return the base's parameters as shapes, as `load` with the same `quantize` stores them."""
     dtype = jnp.dtype(dtype or model.dtype)
     flat = flatten(model.abstract(dtype))
-    for path, storage in storages(model, quantize).items():
-        if storage is not None:
-            flat[path] = storage.abstract(flat[path].shape, dtype.name)
-    return unflatten(flat)
+    quantized = {
+        path: storage.abstract(flat[path].shape, dtype.name)
+        for path, storage in storages(model, quantize).items()
+        if storage is not None
+    }
+    return unflatten({**flat, **quantized})
 
 
 # Components as a sentence names them.

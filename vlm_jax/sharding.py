@@ -6,8 +6,8 @@ a row over context.
 """
 
 import dataclasses
+import itertools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError
 from vlm_jax.model import TOKEN_LEAVES, Model
 from vlm_jax.models import decoder_config
+from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.trees import flatten, map_leaves, match, unflatten
 from vlm_jax.weights import FourBit
 
@@ -77,27 +78,25 @@ def mesh_sizes(devices: int, data: int, fsdp: int, tensor: int, context: int = 1
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    whole = known > 0 and devices % known == 0
-    if len(free) > 1 or not whole or (not free and known != devices):
+    if len(free) > 1 or known < 1 or devices % known or (not free and known != devices):
         raise UserError(
             f"A mesh of {sizes} does not cover {devices} devices. The sizes must multiply to "
             f"the number of devices; one of them may be -1."
         )
-    return {**sizes, **dict.fromkeys(free, devices // max(known, 1))}
+    return {**sizes, **dict.fromkeys(free, devices // known)}
 
 
 def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
     """Return each leaf's logical axes; LoRA's follow from the kernel they stand beside."""
 
     def kernel_of(path: str) -> str:
-        lora = re.fullmatch(r"(.*)/(?:lora_(?:A|B|magnitude|scale)|start_[AB])", path)
-        if lora is None:
+        if not is_lora(path):
             return path
-        leaf = "embedding" if lora[1] == model.config.embedding else "kernel"
-        return f"{lora[1]}/{leaf}"  # which may be in another part of the tree
+        module = path.rsplit("/", 1)[0]  # whose kernel may be in another part of the tree
+        return f"{module}/{'embedding' if module == model.config.embedding else 'kernel'}"
 
     rows = [*ADAPTER_AXES, *model.config.AXES, *decoder_config.AXES]
-    tables = match(rows, [kernel_of(path) for path in flat], "sharding table", unused="allow")
+    tables = match(rows, map(kernel_of, flat), "sharding table", unused="allow")
     axes = {}
     for path in flat:
         own = tables[kernel_of(path)]
@@ -130,17 +129,18 @@ def spread(model: Model, params: Mapping[str, Any], axis: str, size: int) -> tup
     whole model, arrays or shapes. The other is a leaf's path, "" where there is none.
     """
     flat = flatten(params)
-    sizes, divided = {}, set()
+    sizes: dict[str, int] = {}
+    others: dict[str, int] = {}
     for path, names in _logical_axes(model, flat).items():
         shape = flat[path].shape
         lengths = dict(zip((RULES[name] for name in names[::-1]), shape[::-1], strict=False))
         if axis in lengths:
             sizes[path] = math.prod(shape)
-            if lengths[axis] % size == 0:
-                divided.add(path)
-    others = sorted(sizes.keys() - divided, key=lambda path: -sizes[path])
-    share = sum(sizes[path] for path in divided) / max(1, sum(sizes.values()))
-    return share, others[0] if others else ""
+            if lengths[axis] % size:
+                others[path] = sizes[path]
+    total = sum(sizes.values())
+    share = (total - sum(others.values())) / max(1, total)
+    return share, max(others, key=others.__getitem__, default="")
 
 
 def check_spread(model: Model, params: Mapping[str, Any], mesh: Mesh) -> None:
@@ -148,11 +148,11 @@ def check_spread(model: Model, params: Mapping[str, Any], mesh: Mesh) -> None:
     for axis in ("fsdp", "tensor"):
         share, other = spread(model, params, axis, mesh.shape[axis])
         if mesh.shape[axis] > 1 and share < LEAST_SPREAD:
-            shape = list(flatten(params)[other].shape)
             raise UserError(
                 f"mesh.{axis} is {mesh.shape[axis]}, which divides {share:.0%} of this model's "
-                f"parameters: each device would hold the others whole, as '{other}', {shape}. Take "
-                f"a divisor of its sizes, as 2, 4 or 8, and mesh.data for the rest."
+                f"parameters: each device would hold the others whole, as '{other}', "
+                f"{list(flatten(params)[other].shape)}. Take a divisor of its sizes, as 2, 4 or 8, "
+                f"and mesh.data for the rest."
             )
 
 
@@ -249,11 +249,11 @@ def put(leaf: Any, sharding: Any) -> jax.Array:
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        same = leaf.sharding == sharding
-        return leaf if same else jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+        move = jax.jit(lambda x: x, out_shardings=sharding)
+        return leaf if leaf.sharding == sharding else move(leaf)
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = put(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        impl = jax.random.key_impl(leaf)
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=impl)
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -295,10 +295,10 @@ def share_of(process: int, holders: Sequence[Sequence[int]]) -> tuple[int, int]:
     [[0, 0], [0, 0], [1, 1], [1, 1]] gives process 1 share (1, 2); [[0, 1], [0, 1]] gives both
     (0, 1).
     """
-    parts: dict[int, list[int]] = {}
-    for part, owners in enumerate(holders):
-        for owner in set(owners):
-            parts.setdefault(owner, []).append(part)
+    parts = {
+        owner: [part for part, owners in enumerate(holders) if owner in owners]
+        for owner in set(itertools.chain(*holders))
+    }
     shares = sorted({tuple(found) for found in parts.values()})
     if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != len(holders):
         described = "; ".join(f"process {p}: {found}" for p, found in sorted(parts.items()))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from vlm_jax.models.clip_config import Tower
 from vlm_jax.models.layers.attention import attention
 from vlm_jax.models.layers.block import MLP, Block, Compute
-from vlm_jax.models.layers.linear import Linear, parameter
+from vlm_jax.models.layers.linear import Embed, Linear, parameter
 from vlm_jax.models.layers.norm import LayerNorm
 from vlm_jax.models.layers.scan import Stack
 
@@ -40,18 +40,6 @@ class TowerAttention(nn.Module):
         return self.compute.linear("out_proj", E)(out.reshape(images, slots, E)), None
 
 
-class Table(nn.Module):
-    """A learned table [positions, E], named as an embedding on disk."""
-
-    rows: int
-    width: int
-
-    @nn.compact
-    def __call__(self):
-        init = nn.initializers.normal(0.02)
-        return parameter(self, "embedding", init, (self.rows, self.width))
-
-
 class Embeddings(nn.Module):
     """Patches [B, P, C] to [B, P, E]: projection, class token in slot 0, learned positions."""
 
@@ -62,14 +50,14 @@ class Embeddings(nn.Module):
     def __call__(self, patches_BPC, positions_BP):
         vision, dtype = self.vision, self.dtype
         # The reference's convolution has stride = kernel: a matrix product over flat patches.
-        projection = Linear(vision.width, vision.kind.patch_bias, dtype, name="patch_embedding")
-        x_BPE = projection(patches_BPC)
+        linear = Linear(vision.width, vision.kind.patch_bias, dtype, name="patch_embedding")
+        x_BPE = linear(patches_BPC)
         if vision.kind.has_class_token:
             init = nn.initializers.normal(vision.width**-0.5)
             token_E = parameter(self, "class_embedding", init, (vision.width,)).astype(dtype)
             x_BPE = jnp.where((positions_BP == 0)[:, :, None], token_E[None, None, :], x_BPE)
-        table = Table(vision.slots, vision.width, name="position_embedding")()
-        return x_BPE + table.astype(dtype)[positions_BP]
+        places = Embed(vision.slots, vision.width, dtype, name="position_embedding")
+        return x_BPE + places(positions_BP)
 
 
 class Encoder(nn.Module):
@@ -86,12 +74,17 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_ISE):
         vision, compute = self.vision, self.compute
-        widths = (vision.intermediate_size, vision.width)
         make_block = functools.partial(
             Block,
             norm=functools.partial(LayerNorm, vision.epsilon, compute.dtype),
             attention=functools.partial(TowerAttention, vision.num_heads, compute),
-            mlp=functools.partial(MLP, ("fc1", "fc2"), widths, vision.activation, compute),
+            mlp=functools.partial(
+                MLP,
+                ("fc1", "fc2"),
+                (vision.intermediate_size, vision.width),
+                vision.activation,
+                compute,
+            ),
             names=("layer_norm1", "layer_norm2", "self_attn"),
             compute=compute,
             keep=len(self.wanted) > 1,
@@ -121,6 +114,6 @@ class VisionTower(nn.Module):
         if vision.kind.pre_norm:  # in the checkpoints' spelling
             x_BPE = LayerNorm(vision.epsilon, dtype, name="pre_layrnorm")(x_BPE)
         B, P, E = x_BPE.shape
-        encoder = Encoder(vision, self.wanted, self.compute, name="encoder")
-        out = encoder(x_BPE.reshape(-1, vision.slots, E))
+        x_ISE = x_BPE.reshape(-1, vision.slots, E)
+        out = Encoder(vision, self.wanted, self.compute, name="encoder")(x_ISE)
         return out.reshape(B, P, out.shape[-1])

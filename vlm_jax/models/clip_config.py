@@ -13,7 +13,7 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import number
 from vlm_jax.models.family import TowerSizes
-from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
+from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields, entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,30 +61,20 @@ class Tower(TowerSizes):
 
 def tower_from_hf(raw: dict[str, Any]) -> Tower:
     where = "config.json, vision_config"
-    fields = Fields(raw, where, "vocab_size vision_use_head")
-    model_type = fields.peek("model_type", "clip_vision_model")
-    if not isinstance(model_type, str) or model_type not in TOWERS:
-        raise UserError(
-            f"The {where} has a tower of type '{model_type}', which is not supported; supported: "
-            f"{', '.join(TOWERS)}."
-        )
-    kind = TOWERS[model_type]
-
-    def size(name: str) -> Any:
-        return fields.size(name, kind.defaults[name])
-
+    kind = entry(TOWERS, raw.get("model_type", "clip_vision_model"), "tower", where)
+    fields = Fields(raw, where, "vocab_size vision_use_head", kind.defaults)
     fields.require("attention_dropout", (0.0, 0), 0.0)
-    patch = size("patch_size")
+    patch = fields.size("patch_size")
     tower = Tower(
         kind=kind,
-        width=size("hidden_size"),
-        intermediate_size=size("intermediate_size"),
-        depth=size("num_hidden_layers"),
-        num_heads=size("num_attention_heads"),
+        width=fields.size("hidden_size"),
+        intermediate_size=fields.size("intermediate_size"),
+        depth=fields.size("num_hidden_layers"),
+        num_heads=fields.size("num_attention_heads"),
         patch_shape=(fields.size("num_channels", 3), patch, patch),
-        image_size=size("image_size"),
-        activation=fields.require("hidden_act", ACTIVATION_NAMES, kind.defaults["hidden_act"]),
-        epsilon=fields.positive("layer_norm_eps", kind.defaults["layer_norm_eps"]),
+        image_size=fields.size("image_size"),
+        activation=fields.require("hidden_act", ACTIVATION_NAMES),
+        epsilon=fields.positive("layer_norm_eps"),
     )
     number("patch_values", math.prod(tower.patch_shape), f"{where} (channels x size^2)")
     if tower.image_size < patch or tower.width % tower.num_heads:
@@ -93,8 +83,7 @@ def tower_from_hf(raw: dict[str, Any]) -> Tower:
             f"{patch}, and a width of {tower.width} for {tower.num_heads} heads: a "
             f"patch must fit the image, and the heads must divide the width."
         )
-    fields.finish()
-    return tower
+    return fields.finish(tower)
 
 
 def cut_patches(vision: Tower, pixel_values: np.ndarray) -> np.ndarray:

@@ -96,8 +96,7 @@ class Decoder(nn.Module):
             start = cache["start"]
             keys = jax.lax.dynamic_update_slice(cache["segments"], segments_BT, (0, start))
             per_layer["cache"] = {"k": cache["k"], "v": cache["v"]}
-        context = (cos, sin, segments_BT, keys, start)
-        x_BTD, new = self.layers(x_BTD, context, per_layer)
+        x_BTD, new = self.layers(x_BTD, (cos, sin, segments_BT, keys, start), per_layer)
         if cache is not None:
             cache = {**new, "segments": keys, "start": start + x_BTD.shape[1]}
         return self.norm(x_BTD), cache

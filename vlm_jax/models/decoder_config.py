@@ -1,10 +1,11 @@
 """The sizes of a decoder, read from a Hugging Face text config; `decoder` computes with them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
+from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields, entry
 from vlm_jax.models.rope_config import Rope, rope_from_hf
 
 
@@ -44,12 +45,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": dict(
         vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
-        max_position_embeddings=32768,
+        max_position_embeddings=32768, max_window_layers=28,
     ),
     "qwen2_vl_text": dict(
         vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6,
-        max_position_embeddings=32768,
+        max_position_embeddings=32768, max_window_layers=80,
     ),
 }  # fmt: skip
 
@@ -73,7 +74,7 @@ def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int, ...
     size = fields.size("sliding_window", 4096, null=True)
     if model_type == "mistral":
         return None if size is None else (int(size),) * num_layers
-    first = fields.take("max_window_layers", {"qwen2": 28}.get(model_type, 80))
+    first = fields.take("max_window_layers")
     kinds = fields.take("layer_types", None, list)
     if not fields.take("use_sliding_window", False):
         size = None
@@ -103,20 +104,10 @@ def decoder_from_hf(
 
     tied: the value at the top level of a nested config.json; either level may tie the head.
     """
-    if not isinstance(model_type, str) or model_type not in DEFAULTS:
-        raise UserError(
-            f"The {where} has a decoder of type '{model_type}', which is not supported; "
-            f"supported: {', '.join(DEFAULTS)}."
-        )
-    fields, defaults = Fields(raw, where, irrelevant), DEFAULTS[model_type]
-
-    def size(name: str) -> Any:
-        return fields.size(name, defaults[name])
-
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    fields = Fields(raw, where, irrelevant, entry(DEFAULTS, model_type, "decoder", where))
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     # A null means as many as there are query heads.
-    default = defaults["num_key_value_heads"]
-    kv_heads = fields.size("num_key_value_heads", default, null=True) or heads
+    kv_heads = fields.size("num_key_value_heads", null=True) or heads
     head_dim = fields.size("head_dim", None) or hidden // heads
     if head_dim % 2:
         raise UserError(
@@ -131,32 +122,68 @@ def decoder_from_hf(
     scaling = fields.take("rope_scaling", None, dict)
     rope = rope_from_hf(
         fields.take("rope_parameters", None, dict) or scaling,
-        fields.take("rope_theta", defaults["rope_theta"]),
+        fields.take("rope_theta"),
         head_dim,
-        size("max_position_embeddings"),
+        fields.size("max_position_embeddings"),
         where,
     )
     if model_type == "qwen2_vl_text" and not rope.mrope_section:
         raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
     fields.require("attention_dropout", (0.0, 0), 0.0)
-    layers, is_llama = size("num_hidden_layers"), model_type == "llama"
+    layers, is_llama = fields.size("num_hidden_layers"), model_type == "llama"
     bias = bool(is_llama and fields.take("attention_bias", False))
-    config = DecoderConfig(
-        vocab_size=size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=size("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        epsilon=fields.positive("rms_norm_eps", defaults["rms_norm_eps"]),
-        activation=fields.require("hidden_act", ACTIVATION_NAMES, "silu"),
-        qkv_bias=model_type.startswith("qwen2") or bias,
-        o_bias=bias,
-        mlp_bias=bool(is_llama and fields.take("mlp_bias", False)),
-        rope=rope,
-        windows=_windows(fields, model_type, layers),
-        tied=bool(fields.take("tie_word_embeddings", False) or tied),
+    return fields.finish(
+        DecoderConfig(
+            vocab_size=fields.size("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.size("intermediate_size"),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            epsilon=fields.positive("rms_norm_eps"),
+            activation=fields.require("hidden_act", ACTIVATION_NAMES, "silu"),
+            qkv_bias=model_type.startswith("qwen2") or bias,
+            o_bias=bias,
+            mlp_bias=bool(is_llama and fields.take("mlp_bias", False)),
+            rope=rope,
+            windows=_windows(fields, model_type, layers),
+            tied=bool(fields.take("tie_word_embeddings", False) or tied),
+        )
     )
-    fields.finish()
-    return config
+
+
+def flat_or_nested(top: Fields, model_type: str, irrelevant: str) -> DecoderConfig:
+    """Return the decoder of a config.json with its fields at the top (4.x), nested, or in both.
+
+    top: what no one else takes of it, consumed. Raises `UserError` where the top level's copies of
+    nested fields would make another decoder: transformers reads the nested ones since 4.52 and the
+    top level before. Where both describe one decoder, as a sliding window does that nothing uses,
+    there is nothing to choose.
+    """
+    tied, nested = top.take("tie_word_embeddings", False), top.take("text_config", None, dict)
+    where = "config.json" if nested is None else "config.json, text_config"
+
+    def read(fields: Mapping[str, Any]) -> DecoderConfig:
+        return decoder_from_hf(dict(fields), model_type, tied, where, irrelevant)
+
+    if nested is None:
+        return read(top.fields)
+    copies = top.drop_copies(nested)  # 4.52 and later wrote the decoder's fields twice
+    top.finish()
+    decoder = read(nested)
+    try:
+        same = not copies or read({**nested, **copies}) == decoder
+    except UserError:
+        same = False
+    if not same:
+        differ = ", ".join(
+            f"'{name}' (as {value!r} and nested as {nested[name]!r})"
+            for name, value in copies.items()
+        )
+        raise UserError(
+            f"The config.json gives {differ} twice, at the top and in text_config, and the two "
+            f"describe different decoders. transformers reads text_config since 4.52 and the top "
+            f"level before: delete the wrong ones."
+        )
+    return decoder

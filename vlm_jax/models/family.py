@@ -18,6 +18,11 @@ from vlm_jax.models.decoder_config import DecoderConfig
 from vlm_jax.trees import match
 
 Grid = tuple[int, int, int] | None  # frames, height, width in patches; None where all have one size
+# The names that a Hugging Face processor gives to the pixels and the grids of a kind of media.
+NAMES_OF_MEDIA = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
 
 
 class Grounding(NamedTuple):
@@ -151,14 +156,16 @@ class Family(Protocol):
     @property
     def stacks(self) -> dict[str, int]:
         """The layers that are stacked in the tree: {prefix: number of layers}."""
-        tower = f"model/{self.VISION}/{self.vision.BLOCKS}"
-        return {tower: self.vision.depth, f"model/{self.TEXT}/layers": self.text.num_layers}
+        return {
+            f"model/{self.VISION}/{self.vision.BLOCKS}": self.vision.depth,
+            f"model/{self.TEXT}/layers": self.text.num_layers,
+        }
 
     @property
     def disk_shapes(self) -> dict[str, tuple[int, ...]]:
         """The convolutions: {path of the kernel: its shape on disk, outputs first}."""
-        kernel = f"model/{self.VISION}/{self.vision.CONVOLUTION}/kernel"
-        return {kernel: (self.vision.width, *self.vision.patch_shape)}
+        shape = (self.vision.width, *self.vision.patch_shape)
+        return {f"model/{self.VISION}/{self.vision.CONVOLUTION}/kernel": shape}
 
     def holds_pixels(self, positions: Any) -> Any:
         """Return which patch slots of an image hold pixels, by `patch_positions` of one number."""

@@ -1,6 +1,7 @@
 """Reads a Hugging Face `config.json`: every field is handled, known to be irrelevant, or raised."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from vlm_jax.errors import UserError, nearest
@@ -37,32 +38,50 @@ IRRELEVANT = frozenset(
 )
 
 
+def entry(table: Mapping[str, Any], name: Any, what: str, where: str) -> Any:
+    """Return what a table holds for a model_type, or raise."""
+    if not isinstance(name, str) or name not in table:
+        raise UserError(
+            f"The {where} has a {what} of type '{name}', which is not supported; supported: "
+            f"{', '.join(table)}."
+        )
+    return table[name]
+
+
 class Fields:
     """The fields of one (sub-)config; `take` reads one, `finish` raises for whatever is left.
 
-    where: how errors name this config, such as "config.json, text_config".
+    where: how errors name this config, such as "config.json, text_config". defaults: of fields that
+    it may leave out, as the reference's class defines them.
     """
 
-    def __init__(self, fields: Mapping[str, Any], where: str, irrelevant: str = ""):
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        where: str,
+        irrelevant: str = "",
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ):
         if not isinstance(fields, Mapping):
             raise UserError(
                 f"The {where} is not a JSON object: {fields!r:.80}. Use the config.json that "
                 f"belongs to the checkpoint."
             )
         self.fields = dict(fields)
-        self.where = where
+        self.where, self.defaults = where, defaults
         self.known = set(IRRELEVANT) | set(irrelevant.split())
 
     def take(
         self, name: str, default: Any = REQUIRED, kind: type | None = None, null: bool = False
     ) -> Any:
-        """Return and consume a field; `default` stands in where it is missing.
+        """Return and consume a field; its default stands in where it is missing.
 
         kind: what it must be, by default the type of `default`: bool, int, float (which an int is
         too) or dict. With `null` or a default of None, and for bool, null is allowed. Else
         `UserError`.
         """
         self.known.add(name)
+        default = self.defaults.get(name, default)
         if name in self.fields:
             kind = type(default) if kind is None else kind
             null |= default is None or kind is bool
@@ -84,15 +103,14 @@ class Fields:
             raise UserError(f"The {self.where} has {name} = {value!r}; expected at least 1.")
         return value
 
-    def positive(self, name: str, default: float) -> float:
+    def positive(self, name: str, default: Any = REQUIRED) -> float:
         """Return a field that is a number above 0."""
         value = self.take(name, default, float)
         number(name, value, self.where, above=0)
         return value
 
     def _checked(self, name: str, value: Any, kind: type, optional: bool) -> Any:
-        others: dict[type, Any] = {float: (int, float), dict: Mapping}
-        allowed = others.get(kind, kind)
+        allowed: Any = {float: (int, float), dict: Mapping}.get(kind, kind)
         fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
         if fits and kind in (int, float):
             number(name, value, self.where)
@@ -103,21 +121,16 @@ class Fields:
             f"config.json that belongs to the checkpoint."
         )
 
-    def peek(self, name: str, default: Any = None) -> Any:
-        """Return a field without consuming it."""
-        return self.fields.get(name, default)
-
     def drop_copies(self, nested: Mapping[str, Any]) -> dict[str, Any]:
         """Forget fields that a nested config repeats; return those whose values differ there."""
-        names = [name for name in self.fields if name in nested]
-        copies = {name: self.fields.pop(name) for name in names}
+        copies = {name: self.fields.pop(name) for name in list(self.fields) if name in nested}
         return {
             name: value
             for name, value in copies.items()
             if name not in self.known and value != nested[name]
         }
 
-    def require(self, name: str, allowed: tuple, default: Any) -> Any:
+    def require(self, name: str, allowed: tuple, default: Any = REQUIRED) -> Any:
         """Return a field whose value must be one of `allowed`; else raise, naming it."""
         value = self.take(name, default)
         if value not in allowed:
@@ -128,8 +141,8 @@ class Fields:
             )
         return value
 
-    def finish(self) -> None:
-        """Raise `UserError` naming the first field that nothing handled."""
+    def finish(self, made: Any = None) -> Any:
+        """Return what was made of the fields; raise `UserError` for the first unhandled one."""
         for name in self.fields:
             if name not in self.known and not name.startswith("_"):
                 raise UserError(
@@ -137,3 +150,4 @@ class Fields:
                     f"model family does not know{nearest(name, self.known)}. It may change the "
                     f"computation, so the checkpoint is refused rather than computed wrongly."
                 )
+        return made

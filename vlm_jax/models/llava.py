@@ -63,23 +63,23 @@ class Llava(Family):
                 f"has {tower.depth} layers: expected one of their numbers, or a list of them."
             )
         strategy = top.require("vision_feature_select_strategy", ("default", "full"), "default")
-        config = cls(
-            text=decoder_from_hf(
-                text,
-                text.get("model_type", "llama"),
-                top.take("tie_word_embeddings", False),
-                "config.json, text_config",
-            ),
-            vision=tower,
-            image_token_id=top.size("image_token_index", top.size("image_token_id", 32000)),
-            video_token_id=None,
-            layers=tuple(layer % (tower.depth + 1) for layer in layers),
-            drop_first=strategy == "default",
-            projector_activation=top.require("projector_hidden_act", ACTIVATION_NAMES, "gelu"),
-            projector_bias=top.take("multimodal_projector_bias", True),
+        return top.finish(
+            cls(
+                text=decoder_from_hf(
+                    text,
+                    text.get("model_type", "llama"),
+                    top.take("tie_word_embeddings", False),
+                    "config.json, text_config",
+                ),
+                vision=tower,
+                image_token_id=top.size("image_token_index", top.size("image_token_id", 32000)),
+                video_token_id=None,
+                layers=tuple(layer % (tower.depth + 1) for layer in layers),
+                drop_first=strategy == "default",
+                projector_activation=top.require("projector_hidden_act", ACTIVATION_NAMES, "gelu"),
+                projector_bias=top.take("multimodal_projector_bias", True),
+            )
         )
-        top.finish()
-        return config
 
     MODULE = "vlm_jax.models.llava_module:Module"
     PROJECTOR = "multi_modal_projector"
@@ -165,8 +165,8 @@ class Llava(Family):
     def pixels(self, patches: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Return `Family.pixels`, without what the tower's last whole patch leaves out."""
         (channels, size, _), grid = self.vision.patch_shape, self.vision.grid
-        cut = patches[np.argsort(positions)][-(grid**2) :]  # a class token has no pixels
-        image = cut.reshape(grid, grid, channels, size, size).transpose(0, 3, 1, 4, 2)
+        held = patches[np.argsort(positions)][-(grid**2) :]  # a class token has no pixels
+        image = held.reshape(grid, grid, channels, size, size).transpose(0, 3, 1, 4, 2)
         return image.reshape(1, grid * size, grid * size, channels)
 
     def holds_pixels(self, positions: Any) -> Any:

@@ -29,8 +29,8 @@ class Body(nn.Module):
         self.language_model = Decoder(cfg.text, self.compute)
 
     def features(self, batch) -> jax.Array:
-        states = self.vision_tower(batch.patches, batch.patch_positions)
-        return self.multi_modal_projector(states)
+        seen = self.vision_tower(batch.patches, batch.patch_positions)
+        return self.multi_modal_projector(seen)
 
 
 class Module(VisionLanguageModel):

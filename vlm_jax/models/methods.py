@@ -103,5 +103,9 @@ class Adapter:
 
     @property
     def form(self) -> Bottleneck:
-        reads = KINDS[self.kind].reads
-        return Bottleneck(reads, str(self.non_linearity), float(self.scaling or 0), self.dropout)
+        return Bottleneck(
+            KINDS[self.kind].reads,
+            str(self.non_linearity),
+            float(self.scaling or 0),
+            self.dropout,
+        )

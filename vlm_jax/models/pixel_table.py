@@ -34,5 +34,5 @@ class LookUp:
         values_BPcfv = jnp.asarray(self.table.reshape(-1))[bytes_BPcfv + first_cfv[None, None]]
         values_BPcfv = jnp.broadcast_to(values_BPcfv, (B, P, c, f, v))
         held_BP = (batch.patch_segments > 0) & self.family.holds_pixels(batch.patch_positions)
-        patches = jnp.where(held_BP[:, :, None], values_BPcfv.reshape(B, P, c * f * v), 0.0)
-        return dataclasses.replace(batch, patches=patches)
+        values_BPC = values_BPcfv.reshape(B, P, c * f * v)
+        return dataclasses.replace(batch, patches=jnp.where(held_BP[:, :, None], values_BPC, 0.0))

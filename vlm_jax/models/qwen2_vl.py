@@ -5,17 +5,21 @@ Letters: T tokens, P patches, C values a patch, I images.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import number
-from vlm_jax.models.decoder_config import DecoderConfig, decoder_from_hf
-from vlm_jax.models.family import Family, Grounding, TowerSizes, components
+from vlm_jax.models.decoder_config import flat_or_nested
+from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, TowerSizes, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.positions import mrope, vision_positions, vision_segments
+
+# Fields beside the decoder's, in flat files among them.
+NOT_OF_TEXT = """image_token_id video_token_id vision_start_token_id vision_end_token_id
+    vision_token_id spatial_merge_size"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +45,6 @@ def _published(
     tied: bool = False,
 ) -> dict[str, Any]:
     """Return the flat config.json that the Qwen2-VL checkpoints carry."""
-    vision = {
-        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
-        "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-        "temporal_patch_size": 2, "hidden_size": hidden,
-    }  # fmt: skip
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0,
         "bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
@@ -57,36 +56,13 @@ def _published(
         "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
         "tie_word_embeddings": tied, "torch_dtype": "bfloat16", "transformers_version": "4.41.2",
         "use_cache": True, "use_sliding_window": False, "vocab_size": vocabulary,
-        "vision_config": vision,
+        "vision_config": {
+            "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+            "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+            "temporal_patch_size": 2, "hidden_size": hidden,
+        },
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     }  # fmt: skip
-
-
-def _check_copies(
-    decoder: DecoderConfig,
-    read: Callable[[dict[str, Any]], DecoderConfig],
-    text: dict[str, Any],
-    copies: dict[str, Any],
-) -> None:
-    """Raise where the top level's copies of nested fields would make another decoder.
-
-    transformers reads the nested ones since 4.52 and the top level before. Where both describe
-    one decoder, as a sliding window does that nothing uses, there is nothing to choose.
-    """
-    try:
-        same = read({**text, **copies}) == decoder
-    except UserError:
-        same = False
-    if not same:
-        differ = ", ".join(
-            f"'{name}' (as {value!r} and nested as {text[name]!r})"
-            for name, value in copies.items()
-        )
-        raise UserError(
-            f"The config.json gives {differ} twice, at the top and in text_config, and the two "
-            f"describe different decoders. transformers reads text_config since 4.52 and the top "
-            f"level before: delete the wrong ones."
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,31 +74,19 @@ class Qwen2VL(Family):
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Qwen2VL":
         top = Fields(raw, "config.json", "vision_token_id spatial_merge_size")
-        vision = Fields(top.take("vision_config", kind=dict), "config.json, vision_config")
-        tied = top.take("tie_word_embeddings", False)
-        text = top.take("text_config", None, dict)
+        vision = Fields(
+            top.take("vision_config", kind=dict),
+            "config.json, vision_config",
+            "spatial_patch_size",
+        )
         image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
-        tokens = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
-        where, copies = "config.json, text_config", {}
-        if text is None:  # the flat shape: whatever is left at the top belongs to the decoder
-            text, where = top.fields, "config.json"
-        else:
-            copies = top.drop_copies(text)  # 4.52 and later wrote the decoder's fields twice
-            top.finish()
-
-        def read(fields: dict[str, Any]) -> DecoderConfig:
-            irrelevant = f"{tokens} vision_token_id spatial_merge_size"
-            return decoder_from_hf(dict(fields), "qwen2_vl_text", tied, where, irrelevant)
-
-        decoder = read(text)
-        if copies:
-            _check_copies(decoder, read, text, copies)
+        decoder = flat_or_nested(top, "qwen2_vl_text", NOT_OF_TEXT)
         width = vision.size("embed_dim", 1280)
         heads = vision.size("num_heads", 16)
         patch, frames = vision.size("patch_size", 14), vision.size("temporal_patch_size", 2)
         channels = vision.size("in_channels", vision.size("in_chans", 3))
-        rope = vision.take("rope_parameters", None, dict) or {}
+        rope = Fields(vision.take("rope_parameters", None, dict) or {}, vision.where)
         for wrong, message in (
             (
                 vision.take("hidden_size", 3584) != decoder.hidden_size,
@@ -141,21 +105,21 @@ class Qwen2VL(Family):
         ):
             if wrong:
                 raise UserError(message)
-        vision.known.add("spatial_patch_size")
         shape = (channels, frames, patch, patch)
         number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
-        tower = Tower(
-            depth=vision.size("depth", 32),
-            width=width,
-            num_heads=heads,
-            intermediate_size=int(width * vision.positive("mlp_ratio", 4.0)),
-            activation=vision.require("hidden_act", ACTIVATION_NAMES, "quick_gelu"),
-            theta=float(Fields(rope, vision.where).positive("rope_theta", 10000.0)),
-            merge=vision.size("spatial_merge_size", 2),
-            patch_values=math.prod(shape),
-            patch_shape=shape,
+        tower = vision.finish(
+            Tower(
+                depth=vision.size("depth", 32),
+                width=width,
+                num_heads=heads,
+                intermediate_size=int(width * vision.positive("mlp_ratio", 4.0)),
+                activation=vision.require("hidden_act", ACTIVATION_NAMES, "quick_gelu"),
+                theta=float(rope.positive("rope_theta", 10000.0)),
+                merge=vision.size("spatial_merge_size", 2),
+                patch_values=math.prod(shape),
+                patch_shape=shape,
+            )
         )
-        vision.finish()
         return cls(decoder, tower, image, video)
 
     MODULE = "vlm_jax.models.qwen2_vl_module:Module"
@@ -187,8 +151,11 @@ class Qwen2VL(Family):
     def patch_unit(self) -> int:
         return self.vision.merge**2
 
-    def _media(self, tokens: np.ndarray, kind: str, values: Any, grids: Any, token_id: int | None):
+    def _media(
+        self, tokens: np.ndarray, kind: str, media: Mapping[str, Any], token_id: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (patches [P, C], grids [I, 3], token slots) of a kind; raise where they differ."""
+        values, grids = map(media.get, NAMES_OF_MEDIA[kind])
         grids = np.asarray(() if grids is None else grids, np.int64).reshape(-1, 3)
         whole = self.vision.patch_values
         values = np.zeros((0, whole), np.float32) if values is None else np.asarray(values)
@@ -215,19 +182,14 @@ class Qwen2VL(Family):
         pixel_values [P, C], image_grid_thw [I, 3], pixel_values_videos, video_grid_thw. Patches
         may be bytes, and of one frame that stands for all.
         """
-        images, image_grids, image_slots = self._media(
-            tokens, "image", media.get("pixel_values"), media.get("image_grid_thw"),
-            self.image_token_id,
-        )  # fmt: skip
-        videos, video_grids, video_slots = self._media(
-            tokens, "video", media.get("pixel_values_videos"), media.get("video_grid_thw"),
-            self.video_token_id,
-        )  # fmt: skip
+        ids = {"image": self.image_token_id, "video": self.video_token_id}
+        (images, image_grids, image_slots), (videos, video_grids, video_slots) = (
+            self._media(tokens, kind, media, token_id) for kind, token_id in ids.items()
+        )
         image_index = np.full(len(tokens), -1, np.int32)
         slots = np.concatenate([image_slots, video_slots])
         image_index[slots] = np.arange(len(slots))
-        grids = np.concatenate([image_grids, video_grids])
-        merge = self.vision.merge
+        grids, merge = np.concatenate([image_grids, video_grids]), self.vision.merge
         return {
             "positions": mrope(
                 tokens, image_grids, video_grids, merge, self.image_token_id, self.video_token_id
@@ -247,8 +209,8 @@ class Qwen2VL(Family):
         height, width = (int(n) + 1 for n in positions.max(0))
         grid = np.zeros((height, width, channels, frames, size, size), patches.dtype)
         grid[positions[:, 0], positions[:, 1]] = patches.reshape(-1, channels, frames, size, size)
-        image = grid.transpose(3, 0, 4, 1, 5, 2)
-        return image.reshape(frames, height * size, width * size, channels)
+        shape = (frames, height * size, width * size, channels)
+        return grid.transpose(3, 0, 4, 1, 5, 2).reshape(shape)
 
     def holds_pixels(self, positions: Any) -> Any:
         return positions[..., 0] >= 0

@@ -62,8 +62,8 @@ class Merger(nn.Module):
         B, P, E = x_BPE.shape
         merged = E * self.merge**2
         x_BFE = x_BPE.reshape(B, P // self.merge**2, merged)
-        mlp = MLP(("0", "2"), (merged, self.features), "gelu", self.compute, name="mlp")
-        return mlp(x_BFE)
+        widths = (merged, self.features)
+        return MLP(("0", "2"), widths, "gelu", self.compute, name="mlp")(x_BFE)
 
 
 class PatchEmbed(nn.Module):
@@ -91,12 +91,17 @@ class Visual(nn.Module):
     @nn.compact
     def __call__(self, batch) -> jax.Array:
         vision, compute = self.vision, self.compute
-        widths = (vision.intermediate_size, vision.width)
         make_block = functools.partial(
             Block,
             norm=functools.partial(LayerNorm, EPSILON, compute.dtype),
             attention=functools.partial(TowerAttention, vision.num_heads, compute),
-            mlp=functools.partial(MLP, ("fc1", "fc2"), widths, vision.activation, compute),
+            mlp=functools.partial(
+                MLP,
+                ("fc1", "fc2"),
+                (vision.intermediate_size, vision.width),
+                vision.activation,
+                compute,
+            ),
             names=("norm1", "norm2", "attn"),
             compute=compute,
         )

@@ -55,22 +55,27 @@ def rope_from_hf(
     number("rope_theta", float(given.get("rope_theta", theta)), where, above=0)
     if not isinstance(section, list | tuple) or not all(isinstance(n, int) for n in section):
         raise UserError(f"The {where} has mrope_section = {section!r}; expected whole numbers.")
-    section = tuple(section)
     kind = given.get("rope_type", given.get("type", "default"))
     # "mrope" is 4.x's name of the default frequencies with three axes.
     kind = "default" if kind == "mrope" else kind
-    if kind not in KINDS:
-        raise UserError(
+    for wrong, message in (
+        (
+            kind not in KINDS,
             f"The {where} asks for rope type '{kind}', which is not supported; supported: "
-            f"{', '.join(KINDS)} and mrope."
-        )
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"The {where} sets partial_rotary_factor, which is not supported.")
-    if section and sum(section) != head_dim // 2:
-        raise UserError(
+            f"{', '.join(KINDS)} and mrope.",
+        ),
+        (
+            given.get("partial_rotary_factor", 1.0) != 1.0,
+            f"The {where} sets partial_rotary_factor, which is not supported.",
+        ),
+        (
+            section and sum(section) != head_dim // 2,
             f"The mrope_section {list(section)} of the {where} sums to {sum(section)}, but half "
-            f"the head dimension is {head_dim // 2}; the two must be equal."
-        )
+            f"the head dimension is {head_dim // 2}; the two must be equal.",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)
     original = given.get("original_max_position_embeddings") or max_position
     factor = given.get("factor") or (max_position / original if kind == "yarn" else 1.0)
     return Rope(
@@ -88,5 +93,5 @@ def rope_from_hf(
         truncate=given.get("truncate", True),
         mscale=given.get("mscale"),
         mscale_all_dim=given.get("mscale_all_dim"),
-        mrope_section=section,
+        mrope_section=tuple(section),
     )

@@ -36,8 +36,8 @@ def noise_size(segments_BT: jax.Array, width: int, alpha: float) -> jax.Array:
     tokens: of the example that it belongs to (https://arxiv.org/abs/2310.05914, section 2). Rows
     of transformers count padding too; here it must not matter.
     """
-    T = segments_BT.shape[1]
-    count = jax.vmap(lambda segments: jnp.zeros(T + 1).at[segments].add(1.0)[segments])
+    none = jnp.zeros(segments_BT.shape[1] + 1)
+    count = jax.vmap(lambda segments: none.at[segments].add(1.0)[segments])
     return alpha * jax.lax.rsqrt(count(segments_BT) * width)
 
 
@@ -89,18 +89,16 @@ class VisionLanguageModel(nn.Module):
 
         noise: see `embed`.
         """
-        x_BTD = self.embed(batch, noise)
-        return self.decoder(x_BTD, batch.positions, batch.segments, cache)
+        return self.decoder(self.embed(batch, noise), batch.positions, batch.segments, cache)
 
     def decode(self, tokens_BT, positions, segments_BT, cache) -> tuple[jax.Array, Any]:
         """Return hidden states [B, T, D] of text that follows what the cache holds."""
-        x_BTD = self.decoder.embed_tokens(tokens_BT)
-        return self.decoder(x_BTD, positions, segments_BT, cache)
+        embed = self.decoder.embed_tokens
+        return self.decoder(embed(tokens_BT), positions, segments_BT, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return float32 [..., V]: the loss and sampling need the full precision."""
-        tied = self.cfg.text.tied
-        head = self.decoder.embed_tokens.attend if tied else self.lm_head
+        head = self.decoder.embed_tokens.attend if self.cfg.text.tied else self.lm_head
         return head(hidden).astype(jnp.float32)
 
     def __call__(self, batch: Batch) -> jax.Array:

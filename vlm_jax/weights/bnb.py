@@ -7,6 +7,7 @@ quantization `weight.nested_absmax` and `weight.nested_quant_map`, and a JSON te
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -51,11 +52,9 @@ class Stored(NamedTuple):
 
 def weight_of(name: str) -> str | None:
     """Return the weight's name that a tensor beside it belongs to, or None for any other."""
-    for suffix in SUFFIXES:
-        if name.endswith(f".weight{suffix}"):
-            return name.removesuffix(suffix)
-    stem, found, _ = name.partition(STATE)
-    return stem if found else None
+    ends = "|".join(map(re.escape, SUFFIXES))
+    found = re.fullmatch(rf"(?s)(.*\.weight)(?:{ends})|(.*?){re.escape(STATE)}.*", name)
+    return (found[1] or found[2]) if found else None
 
 
 def to_bnb(leaf: FourBit, layer: int | None = None) -> dict[str, Any]:
@@ -96,8 +95,7 @@ def to_bnb(leaf: FourBit, layer: int | None = None) -> dict[str, Any]:
 
 def suffixes(leaf: FourBit) -> list[str]:
     """Return the suffixes of `to_tensors`."""
-    names = SUFFIXES if leaf.double else SUFFIXES[:2]
-    return ["", *names, STATE + leaf.NAME]
+    return ["", *SUFFIXES[: 4 if leaf.double else 2], STATE + leaf.NAME]
 
 
 def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]:
@@ -107,19 +105,16 @@ def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]
     if "offset" in arrays:
         arrays["nested_offset"] = float(arrays.pop("offset"))
     text = json.dumps({**arrays, "shape": list(arrays["shape"])})
-    tensors[STATE + leaf.NAME] = np.frombuffer(text.encode(), np.uint8)
-    return tensors
+    return {**tensors, STATE + leaf.NAME: np.frombuffer(text.encode(), np.uint8)}
 
 
 def decoded(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Return the weight [out, in] of {suffix: tensor}, in the dtype that its codes stand for."""
     stored = from_tensors(tensors, None, name)
-    inputs, outputs = stored.shape[::-1]
-    packed = pack(stored.flat, (inputs, outputs), stored.block)
+    packed = pack(stored.flat, stored.shape[::-1], stored.block)
     with jax.default_device(host_device()):
-        codes, absmax, nested, offset = jax.tree.map(jnp.asarray, packed)
-        codes = unpack_codes(codes, outputs)
-        leaf = stored.format(codes, absmax, nested, offset, block=stored.block, dtype=stored.dtype)
+        arrays = packed._replace(codes=unpack_codes(jnp.asarray(packed.codes), stored.shape[0]))
+        leaf = stored.format(*jax.tree.map(jnp.asarray, arrays), stored.block, stored.dtype)
         return np.ascontiguousarray(np.asarray(leaf.dense(stored.dtype)).T)
 
 

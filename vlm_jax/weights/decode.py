@@ -19,8 +19,9 @@ def select(codes: jax.Array, values: Sequence[float]) -> jax.Array:
     level = [jnp.float32(value) for value in values]
     for bit in range(4):
         mask = (bits & (1 << bit)) != 0
-        pairs = zip(level[::2], level[1::2], strict=True)
-        level = [jnp.where(mask, high, low) for low, high in pairs]
+        level = [
+            jnp.where(mask, high, low) for low, high in zip(level[::2], level[1::2], strict=True)
+        ]
     return level[0]
 
 

@@ -72,8 +72,8 @@ class FourBit:
     def nbytes(self) -> int:
         """Bytes of all arrays, two codes to a byte."""
         rest = jax.tree.leaves((self.absmax, self.nested, self.offset))
-        size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in rest)
-        return (math.prod(self.shape) + 1) // 2 + size
+        sizes = (math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in rest)
+        return (math.prod(self.shape) + 1) // 2 + sum(sizes)
 
     def layer(self, index: int | None) -> "FourBit":
         """Return one layer of a stack; of a leaf that is not a stack (None), itself."""
@@ -93,8 +93,8 @@ class FourBit:
 
     def _nested_scales(self) -> jax.Array:
         """Return the scale of each 8-bit code, in a shape that meets `absmax`."""
-        blocks = math.prod(self.absmax.shape)
         if not self.aligned:
+            blocks = math.prod(self.absmax.shape)
             return jnp.repeat(self.nested, dynamic8.BLOCK, total_repeat_length=blocks)
         # Column o holds the flat blocks [o * rows, (o + 1) * rows): the runs of 256 that it meets
         # are few, so a row of `out` values for each of them, and a select, do without a gather
@@ -103,10 +103,9 @@ class FourBit:
         first = np.arange(columns, dtype=np.int32) * rows
         ends = np.arange(1, (rows + dynamic8.BLOCK - 2) // dynamic8.BLOCK + 1) * dynamic8.BLOCK
         place = jnp.arange(rows, dtype=jnp.int32)[:, None]
-        last = self.nested.shape[0] - 1
 
         def run(i: int) -> jax.Array:
-            index = np.minimum(first // dynamic8.BLOCK + i, last)
+            index = np.minimum(first // dynamic8.BLOCK + i, self.nested.shape[0] - 1)
             return self.nested.at[index].get(mode="promise_in_bounds")[None, :]
 
         scales = jnp.broadcast_to(run(0), (rows, columns))
@@ -123,9 +122,8 @@ class FourBit:
         inputs, outputs = leaf.shape
         scales = leaf.scales()
         if leaf.aligned:
-            rows = inputs // leaf.block
-            scales = jnp.broadcast_to(scales[:, None, :], (rows, leaf.block, outputs))
-            scales = scales.reshape(inputs, outputs)
+            shape = (inputs // leaf.block, leaf.block, outputs)
+            scales = jnp.broadcast_to(scales[:, None, :], shape).reshape(inputs, outputs)
         else:
             first = jnp.arange(outputs, dtype=jnp.int32) * inputs
             place = first[None, :] + jnp.arange(inputs, dtype=jnp.int32)[:, None]
@@ -138,8 +136,9 @@ class FourBit:
     def _gathered(self, used: tuple[NamedSharding, NamedSharding]) -> "FourBit":
         # The barrier keeps the compiler from decoding first and moving 16-bit weights.
         constrain = jax.lax.with_sharding_constraint
-        pair = constrain(self.codes, used[0]), constrain(self.absmax, used[1])
-        codes, absmax = jax.lax.optimization_barrier(pair)
+        codes, absmax = jax.lax.optimization_barrier(
+            (constrain(self.codes, used[0]), constrain(self.absmax, used[1]))
+        )
         return dataclasses.replace(self, codes=codes, absmax=absmax, used=None)
 
 

@@ -39,11 +39,11 @@ def quantize(
         )
     check(kernel.shape[-2:], block, kernel.dtype, name)
     if kernel.ndim == 3:
-        layers = [
-            quantize(format, layer, block, double, f"{name}, layer {i},")
-            for i, layer in enumerate(kernel)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        layers = enumerate(kernel)
+        return jax.tree.map(
+            lambda *leaves: jnp.stack(leaves),
+            *(quantize(format, x, block, double, f"{name}, layer {i},") for i, x in layers),
+        )
     if isinstance(kernel, jax.core.Tracer) or (
         isinstance(kernel, jax.Array) and any(d.platform != "cpu" for d in kernel.devices())
     ):
@@ -57,8 +57,8 @@ def quantize(
 
 def requantized(like: FourBit, kernel: jax.Array, name: str) -> FourBit:
     """Return a dense kernel [in, out] in the format of a 4-bit one."""
-    made = quantize(type(like), kernel, like.block, like.double, name)
-    return dataclasses.replace(made, dtype=like.dtype, used=like.used)
+    leaf = quantize(type(like), kernel, like.block, like.double, name)
+    return dataclasses.replace(leaf, dtype=like.dtype, used=like.used)
 
 
 def lying_as(leaf: FourBit, like: FourBit) -> FourBit:
@@ -182,11 +182,11 @@ def _encode_exactly(
     if not places.size:
         return codes, absmax
     codes, absmax = codes.copy(), absmax.copy()
-    flat = weight.reshape(-1)
     for some in np.array_split(places, -(-places.size * block // CHUNK)):
         where = some[:, None] * block + np.arange(block)
         inside = where < codes.size
-        x = np.where(inside, flat[np.minimum(where, codes.size - 1)].astype(np.float32), 0)
+        values = weight.reshape(-1)[np.minimum(where, codes.size - 1)]
+        x = np.where(inside, values.astype(np.float32), 0)
         if not np.isfinite(x).all():
             raise UserError(
                 f"{name} holds inf or NaN, for which there is no 4-bit code. The checkpoint is "

@@ -104,8 +104,7 @@ def lora_update(x_lora: jax.Array, a: Any, b: Any, scale: Any) -> jax.Array:
     scale: a number, or an array of none.
     """
     dtype = x_lora.dtype
-    low = matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)
-    return matmul(low, dense(b, dtype))
+    return matmul(matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype), dense(b, dtype))
 
 
 def lora_matmul(
@@ -158,8 +157,8 @@ def dora_matmul(
     norms of the columns count as constants in the backward pass (section 4.3 of the paper).
     """
     whole: tuple[Any, Any] = (a, b) if start is None else less_start(a, b, *start)
-    norms = jax.lax.stop_gradient(column_norms(kernel, *whole, scale))
-    ratio_O = jnp.asarray(magnitude, jnp.float32) / norms
+    norms_O = jax.lax.stop_gradient(column_norms(kernel, *whole, scale))
+    ratio_O = jnp.asarray(magnitude, jnp.float32) / norms_O
     if not isinstance(scale, float):  # of a layer: 0 where it has no matrices, and so no norms
         ratio_O = jnp.where(scale == 0, 1, ratio_O)
     ratio = along_last(ratio_O.astype(x.dtype), x)
@@ -176,10 +175,10 @@ def factors_of(module: nn.Module, lora: LoRAScale | None) -> tuple[Any, Any, Any
         raise ValueError(f"{module.path} has LoRA leaves, but the model was built without.")
     leaves = module.variables["params"]
     a, b = leaves["lora_A"], leaves["lora_B"]
-    if "lora_scale" in leaves:
-        # A number of the adapter's, whatever a training table says of "lora_.*".
-        return a, b, jax.lax.stop_gradient(leaves["lora_scale"])
-    return a, b, lora.scale(a.shape[-1])
+    if "lora_scale" not in leaves:
+        return a, b, lora.scale(a.shape[-1])
+    # A number of the adapter's, whatever a training table says of "lora_.*".
+    return a, b, jax.lax.stop_gradient(leaves["lora_scale"])
 
 
 def less_start(a: Any, b: Any, start_a: Any, start_b: Any) -> tuple[jax.Array, jax.Array]:
@@ -201,8 +200,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(0.02)
-        kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
+        shape = (x.shape[-1], self.features)
+        kernel = parameter(self, "kernel", nn.initializers.normal(0.02), shape)
         x = x.astype(self.dtype)
         leaves = self.variables["params"]
         if "lora_A" in leaves:
@@ -239,8 +238,8 @@ class Embed(nn.Module):
     lora: LoRAScale | None = None
 
     def setup(self) -> None:
-        shape = (self.vocabulary, self.features)
-        self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape)
+        init, shape = nn.initializers.normal(0.02), (self.vocabulary, self.features)
+        self.embedding = parameter(self, "embedding", init, shape)
         leaves = self.variables["params"]
         self.added = leaves.get("added")
         self.low = factors_of(self, self.lora) if "lora_A" in leaves else None

@@ -65,8 +65,8 @@ class Stack(nn.Module):
 
         def body(x: Any, layer: Any) -> Any:
             params, key, extra = layer
-            rngs = None if key is None else {"dropout": key}
             x = checkpoint_name(jax.tree.map(constrain_rows, x), BLOCK_INPUT)
+            rngs = None if key is None else {"dropout": key}
             return block.apply({"params": params}, x, context, extra, rngs=rngs)
 
         if self.remat != "none":
