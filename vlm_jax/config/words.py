@@ -1,5 +1,6 @@
 """Config keys on the command line: with section or without, in any spelling."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from vlm_jax.config.checks import unknown_keys
@@ -58,8 +59,8 @@ def _groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
             f"is set by --config.section.key=value."
         )
     starts = [at for at, word in enumerate(words) if word.startswith("--")]
-    ends = [*starts[1:], len(words)]
-    return [(words[at], list(words[at + 1 : end])) for at, end in zip(starts, ends, strict=True)]
+    edges = itertools.pairwise([*starts, len(words)])
+    return [(words[start], list(words[start + 1 : end])) for start, end in edges]
 
 
 def _key(
