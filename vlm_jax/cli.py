@@ -8,32 +8,31 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_jax.config.options import parser, spelled
 from vlm_jax.distributed.interrupts import INTERRUPTED, STOPPED, end_at_once, on_signal
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.output import wrapped, writable, write
 
+if TYPE_CHECKING:
+    from vlm_jax.config.specs import RunSpec
+    from vlm_jax.data import Encoder
+    from vlm_jax.model import Model
 
-def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from vlm_jax import config as configs
 
-    config = configs.load(options.config, overrides)  # bad keys are reported before JAX loads
+def _train(options: argparse.Namespace, config: "RunSpec") -> int:
     from vlm_jax.distributed.failures import together
 
     resume = "auto" if options.resume == "auto" else options.resume is not None
     with together(lambda error: _report(options, error)):
         from vlm_jax.train.loop import train
 
-        outcome = train(config, resume, verbose=options.verbose)
-        return INTERRUPTED if outcome["interrupted"] else 0
+        result = train(config, resume, verbose=options.verbose)
+        return INTERRUPTED if result["interrupted"] else 0
 
 
-def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from vlm_jax import config as configs
-
-    config = configs.load(options.config, overrides)
+def _preview(options: argparse.Namespace, config: "RunSpec") -> int:
     page = options.out or (None if options.text else "preview.html")
     file = writable(page, "--out", b"<title>Preview of ") if page else None
     from vlm_jax.preview.collect import preview
@@ -50,10 +49,7 @@ def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from vlm_jax import config as configs
-
-    config = configs.load(options.config, overrides)
+def _plan(options: argparse.Namespace, config: "RunSpec") -> int:
     # Nothing runs here: this machine's own chips are left to whoever uses them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from vlm_jax.hardware import DEVICES, hardware
@@ -62,11 +58,13 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from vlm_jax.plan.topologies import INSTALL, compilers
 
     if DEVICES[hardware(options.topology).device].compiles:
-        first = "Compiling; a large model takes some minutes ..."
-        if not compilers():
-            first = f"There is no compiler for it here, so memory is estimated. {INSTALL}"
+        first = (
+            "Compiling; a large model takes some minutes ..."
+            if compilers()
+            else f"There is no compiler for it here, so memory is estimated. {INSTALL}"
+        )
         print(wrapped(first, sys.stderr), file=sys.stderr)
-    sizes: dict[str, Any] = {"tokens": options.tokens, "patches": options.patches}
+    sizes = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
         return _fit(options, config, sizes)
     found = plan_step(
@@ -79,7 +77,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0 if found.fits else 1
 
 
-def _fit(options: argparse.Namespace, config: Any, sizes: dict[str, Any]) -> int:
+def _fit(options: argparse.Namespace, config: "RunSpec", sizes: dict[str, Any]) -> int:
     from vlm_jax.plan.fit import fit
     from vlm_jax.plan.show import show, trial_line
 
@@ -134,12 +132,11 @@ def _recommend(options: argparse.Namespace) -> int:
         console.print("Nothing was written; --out FILE writes a config for vlm-jax train.")
         return 0
     write(found, file)
-    console.print(f"Wrote '{file}'. Next, look at what the model will see, then train:")
-    console.print(f"  vlm-jax preview --config {file}\n  vlm-jax train --config {file}")
-    topology = options.hardware or "v5e-1"
     console.print(
+        f"Wrote '{file}'. Next, look at what the model will see, then train:\n"
+        f"  vlm-jax preview --config {file}\n  vlm-jax train --config {file}\n"
         f"Memory is estimated. Where there is a compiler, it can be asked:\n"
-        f"  vlm-jax plan --config {file} --topology {topology}"
+        f"  vlm-jax plan --config {file} --topology {options.hardware or 'v5e-1'}"
     )
     return 0
 
@@ -147,12 +144,12 @@ def _recommend(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from vlm_jax.train.results import export
 
-    done = export(options.run, options.out, options.merge, options.quantized)
-    print(wrapped(str(done), sys.stdout))
+    written = export(options.run, options.out, options.merge, options.quantized)
+    print(wrapped(str(written), sys.stdout))
     return 0
 
 
-def _encoder(options: argparse.Namespace, **changes: Any) -> tuple[Any, Any]:
+def _encoder(options: argparse.Namespace, **changes: Any) -> "tuple[RunSpec | None, Encoder]":
     """Return (config of the run or None, encoder): whatever is missing is reported before weights.
 
     changes: of the encoder's options.
@@ -176,7 +173,7 @@ def _encoder(options: argparse.Namespace, **changes: Any) -> tuple[Any, Any]:
     return None, Encoder(directory, adapter=adapter, **changes)
 
 
-def _load(options: argparse.Namespace, encoder: Any) -> tuple[Any, Any]:
+def _load(options: argparse.Namespace, encoder: "Encoder") -> "tuple[Model, Any]":
     """Return (model, params) of --run, or of --model with its --adapter."""
     import vlm_jax
 
@@ -194,18 +191,18 @@ def _evaluate(options: argparse.Namespace) -> int:
     import time
 
     from vlm_jax.config.checks import check_choice
-    from vlm_jax.config.schema import get_config
+    from vlm_jax.config.specs import EvaluationSpec
     from vlm_jax.data import read_records
     from vlm_jax.evals import EVALS
 
     check_choice("--eval", options.eval, EVALS)
-    predictions = None
+    file = None
     if options.predictions:
-        predictions = writable(options.predictions, "--predictions", b'", "index": ')
+        file = writable(options.predictions, "--predictions", b'", "index": ')
     changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
     config, encoder = _encoder(options, image_folder=options.image_folder, **changes)
     records = read_records(options.data, options.image_folder, options.split)
-    defaults = (config or get_config()).evaluation
+    defaults = EvaluationSpec() if config is None else config.evaluation
     if not options.json:
         print("Reading the model ...", file=sys.stderr)
     model, params = _load(options, encoder)
@@ -225,10 +222,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         max_examples=options.max_examples,
         on_batch=progress,
     )
-    exact = {"correct": sum(p.correct for p in found.predictions)}
+    correct = sum(p.correct for p in found.predictions)
+    is_accuracy = options.eval == "accuracy"
     result = {
         options.eval: found.mean,
-        **(exact if options.eval == "accuracy" else {}),
+        **({"correct": correct} if is_accuracy else {}),
         "examples": len(found.predictions),
         "skipped": found.skipped,
         "seconds": time.perf_counter() - start,
@@ -236,18 +234,19 @@ def _evaluate(options: argparse.Namespace) -> int:
         "adapter": options.adapter,
         "data": options.data,
     }
-    if predictions is not None:
+    if file is not None:
         lines = [json.dumps(p.to_json(), ensure_ascii=False) for p in found.predictions]
-        write(predictions, "\n".join(lines) + "\n", f"{len(lines)} predictions")
+        write(file, "\n".join(lines) + "\n", f"{len(lines)} predictions")
     if options.json:
         print(json.dumps(result))
     else:
-        words = f"{options.eval} of {result['examples']} answers:"
-        if options.eval == "accuracy":
-            words = f"{result['correct']} of {result['examples']} answers match exactly:"
+        answers = f"{result['examples']} answers"
         print(
-            f"{words} {100 * found.mean:.2f} % ({result['skipped']} records skipped, "
-            f"{result['seconds']:.0f} s)"
+            f"{correct} of {answers} match exactly:"
+            if is_accuracy
+            else f"{options.eval} of {answers}:",
+            f"{100 * found.mean:.2f} % ({result['skipped']} records skipped, "
+            f"{result['seconds']:.0f} s)",
         )
     return 0
 
@@ -257,8 +256,7 @@ def _generate(options: argparse.Namespace) -> int:
     from vlm_jax.generation import end_tokens
 
     _, encoder = _encoder(options)
-    content: list[dict[str, str]] = [{"type": "image"} for _ in options.image]
-    content.append({"type": "text", "text": options.prompt})
+    content = [{"type": "image"}] * len(options.image) + [{"type": "text", "text": options.prompt}]
     record = {"messages": [{"role": "user", "content": content}], "images": options.image}
     example = encoder.prompt(record)
     batch = encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
@@ -280,11 +278,8 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-CONFIGURED = {
-    "train": _train,
-    "preview": _preview,
-    "plan": _plan,
-}  # they take --config.section.key=value
+# Those of the first table read a config and take --config.section.key=value.
+CONFIGURED = {"train": _train, "preview": _preview, "plan": _plan}
 COMMANDS = {
     "recommend": _recommend,
     "export": _export,
@@ -293,27 +288,16 @@ COMMANDS = {
 }
 
 
-def _overrides(options: argparse.Namespace, words: list[str]) -> dict[str, str]:
-    """Return {"section.key": value} of the words that are not options of the command itself."""
-    if not words:
-        return {}
-    from vlm_jax.config.words import overrides
-
-    return overrides(words, _names(options))
-
-
-def _refuse(options: argparse.Namespace, words: list[str]) -> None:
-    """Raise `UserError` for words that are not options of a command without a config."""
-    if not words:
-        return
-    word = words[0].partition("=")[0]
+def _unknown_option(options: argparse.Namespace, word: str) -> UserError:
+    """Return the error for a word that is no option of a command without a config."""
+    word = word.partition("=")[0]
     if word.startswith("--config"):
-        raise UserError(
+        return UserError(
             f"'{word}' belongs to the commands {', '.join(CONFIGURED)}, which read a config. "
             f"`vlm-jax {options.command} --help` lists this one's options."
         )
     guess = nearest(word, [f"--{name}" for name in _names(options)])
-    raise UserError(
+    return UserError(
         f"'{word}' is not an option of this command{guess}. `vlm-jax {options.command} --help` "
         f"lists its options."
     )
@@ -340,8 +324,7 @@ def _main(arguments: Sequence[str]) -> int:
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(USABLE))
     known = parser()
-    given = spelled(arguments)
-    options, others = known.parse_known_args(given)
+    options, others = known.parse_known_args(spelled(arguments))
     if options.command is None:
         if others:
             known.error(f"a command comes first, and no {others[0]}")
@@ -349,8 +332,14 @@ def _main(arguments: Sequence[str]) -> int:
         return 2
     try:
         if options.command in CONFIGURED:
-            return CONFIGURED[options.command](options, _overrides(options, others))
-        _refuse(options, others)
+            from vlm_jax.config.schema import load
+            from vlm_jax.config.words import overrides
+
+            # Bad keys are reported before JAX loads.
+            config = load(options.config, overrides(others, _names(options)))
+            return CONFIGURED[options.command](options, config)
+        if others:
+            raise _unknown_option(options, others[0])
         return COMMANDS[options.command](options)
     except (UserError, MemoryError, KeyboardInterrupt) as error:
         if options.debug:

@@ -1,13 +1,13 @@
 """Config files as trees of sections: YAML, JSON, and Python with get_config()."""
 
-import importlib.util
-import sys
+import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+import yaml
 
+from vlm_jax.config.parse import TREE
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import CONFIG_BYTES, parse_json, parse_yaml, read_text
 
@@ -33,8 +33,6 @@ def read_file(path: str | Path) -> tuple[Path, Mapping[str, Any]]:
 
 def _read_text(path: Path) -> Mapping[str, Any]:
     """Return the sections of a YAML or JSON file."""
-    import yaml
-
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = read_text(path, CONFIG_BYTES, "a config")
@@ -47,24 +45,18 @@ def _read_text(path: Path) -> Mapping[str, Any]:
 
 
 def _read_python(path: Path, argument: str | None) -> Mapping[str, Any]:
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no caches beside configs
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
             raise UserError(f"'{path}' defines no function get_config().")
-        tree = module.get_config() if argument is None else module.get_config(argument)
+        tree = get_config() if argument is None else get_config(argument)
     except UserError:
         raise
     except Exception as error:  # it is the user's own code; ml_collections names the nearest key
         raise UserError(
             f"The config file '{path}' raised {type(error).__name__}: {error}"
         ) from error
-    finally:
-        sys.dont_write_bytecode = write
-    if not isinstance(tree, Mapping | ConfigDict | FrozenConfigDict):
+    if not isinstance(tree, TREE):
         raise UserError(
             f"get_config() in '{path}' returned {type(tree).__name__}; expected the config: a "
             f"ConfigDict or a dict of sections."

@@ -3,28 +3,24 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import parse_yaml
 
 SOURCES = "a path, or a list of paths and of {path, weight, ...}"
-RANKS = "ranks by regex, {layers.0.*q_proj: 32}"
-ALPHAS = "alphas by regex, {layers.0.*q_proj: 64}"
 LAYERS = "numbers of layers, [0, 1, 2]"
-START = "true, or a word such as gaussian, pissa, loftq"
-COLUMNS = "our names of columns with the data's own, {question: q_text}"
-SIDE = "the side of a square in pixels, or dynamic"
-STEPS = "a number of steps, or a share of all steps below 1"
-OPTIONS = "the schedule's own options, {min_lr_rate: 0.1}"
+TREE = Mapping | ConfigDict | FrozenConfigDict  # of keys and values
 
 
 def plain(value: Any) -> Any:
     """Return lists and maps as JSON has them, whatever ml_collections made of them."""
-    if isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
+    if isinstance(value, TREE):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
@@ -52,41 +48,29 @@ def sources_value(value: Any) -> Any:
     return value
 
 
-def map_value(expected: str) -> Callable[[Any], dict[str, Any]]:
-    """Return what reads a map, and raises `ValueError` with what is expected for all else."""
-
-    def read(value: Any) -> dict[str, Any]:
-        value = _parsed(value, expected)
-        if not isinstance(value, dict):
-            raise ValueError(expected)
-        return value
-
-    return read
+def map_value(value: Any, expected: str) -> dict[str, Any]:
+    """Return a map; raises `ValueError` with what is expected for all else."""
+    value = _parsed(value, expected)
+    if not isinstance(value, dict):
+        raise ValueError(expected)
+    return value
 
 
 def steps_value(value: Any) -> int | float:
     """Return a whole number of steps, or a share of all of them above 0 and below 1."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except ValueError:
-        number = math.nan
+    number = _number(value)
     if 0 < number < 1:
         return number
-    if not number >= 0 or number != round(number):
-        raise ValueError(STEPS)
+    if number < 0 or not number.is_integer():
+        raise ValueError("a number of steps, or a share of all steps below 1")
     return int(number)
 
 
 def side_value(value: Any) -> int:
     """Return the side of a square in pixels; 0 for the word dynamic."""
-    if str(value).strip().lower() == "dynamic":
-        return 0
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError):
-        number = math.nan
-    if not math.isfinite(number) or number != round(number):
-        raise ValueError(SIDE)
+    number = 0.0 if str(value).strip().lower() == "dynamic" else _number(value)
+    if not number.is_integer():
+        raise ValueError("the side of a square in pixels, or dynamic")
     return int(number)
 
 
@@ -99,7 +83,7 @@ def layers_value(value: Any) -> list[int]:
         numbers = [int(str(one)) for one in (value if isinstance(value, list) else [value])]
     except ValueError:
         raise ValueError(LAYERS) from None
-    if isinstance(value, bool) or any(number < 0 for number in numbers):
+    if min(numbers, default=0) < 0:
         raise ValueError(LAYERS)
     return numbers
 
@@ -107,14 +91,20 @@ def layers_value(value: Any) -> list[int]:
 def start_value(value: Any) -> str:
     """Return a value of init_lora_weights as a word."""
     if not isinstance(value, bool | str) or not str(value).strip():
-        raise ValueError(START)
+        raise ValueError("true, or a word such as gaussian, pissa, loftq")
     return str(value).strip().lower()
+
+
+def _number(value: Any) -> float:
+    """Return a value as a number; NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        return math.nan
 
 
 def _parsed(value: Any, expected: str) -> Any:
     """Return a value as JSON has it; text in brackets, as on the command line, is read as YAML."""
-    import yaml
-
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         try:
             value = parse_yaml(value, "the value")
@@ -128,13 +118,17 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "data.train_file": sources_value,
     "data.eval_file": sources_value,
     "evaluators.*.file": sources_value,
-    "lora.rank_pattern": map_value(RANKS),
-    "lora.alpha_pattern": map_value(ALPHAS),
+    "lora.rank_pattern": partial(map_value, expected="ranks by regex, {layers.0.*q_proj: 32}"),
+    "lora.alpha_pattern": partial(map_value, expected="alphas by regex, {layers.0.*q_proj: 64}"),
     "lora.layers_to_transform": layers_value,
     "lora.init_lora_weights": start_value,
-    "data.columns": map_value(COLUMNS),
+    "data.columns": partial(
+        map_value, expected="our names of columns with the data's own, {question: q_text}"
+    ),
     "data.image_resolution": side_value,
-    "training.lr_scheduler_kwargs": map_value(OPTIONS),
+    "training.lr_scheduler_kwargs": partial(
+        map_value, expected="the schedule's own options, {min_lr_rate: 0.1}"
+    ),
     **{
         f"training.{name}": steps_value
         for name in ("warmup_steps", "logging_steps", "save_steps", "eval_steps")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vlm_jax.config.checks import check_choice, check_evaluator_keys, unknown_keys
@@ -22,7 +22,7 @@ from vlm_jax.config.choices import (
     WORDS,
 )
 from vlm_jax.config.files import read_file
-from vlm_jax.config.parse import VALUES, general, words_of
+from vlm_jax.config.parse import TREE, VALUES, general, words_of
 from vlm_jax.config.specs import SECTIONS, EvaluatorSpec, RunSpec
 from vlm_jax.errors import UserError
 
@@ -33,27 +33,37 @@ def get_config() -> ConfigDict:
     A file or an override may also say `method`, a key of choices.METHODS, as "dora": it stands for
     the keys by which that differs from plain LoRA.
     """
-    c = ConfigDict()
-    for name, spec in SECTIONS.items():
-        c[name] = _section(spec)
-    c.evaluators = ConfigDict()
+    sections = {name: _section(spec) for name, spec in SECTIONS.items()}
+    c = ConfigDict({**sections, "evaluators": {}})
     c.lock()
     c.evaluators.unlock()  # its names are the user's
     return c
 
 
-def _section(spec: type) -> ConfigDict:
+def _section(spec: type) -> dict[str, Any]:
     """Return the keys of a section at their defaults."""
-    section = ConfigDict()
-    for field in dataclasses.fields(spec):
-        section[field.name] = placeholder(_kind(field)) if field.default is None else field.default
-    return section
+    return {
+        field.name: placeholder(_kind(field)) if field.default is None else field.default
+        for field in dataclasses.fields(spec)
+    }
 
 
 def _kind(field: dataclasses.Field) -> type:
     """Return the type of a key's values, the first one of its annotation."""
+    if field.default is not None:
+        return type(field.default)
     first = (typing.get_args(field.type) or (field.type,))[0]
     return object if first is Any else typing.get_origin(first) or first
+
+
+def _fields() -> dict[str, dataclasses.Field]:
+    """Return {"section.key": its field} by the alphabet; one evaluator's are "evaluators.*.key"."""
+    sections = {**dict(sorted(SECTIONS.items())), "evaluators.*": EvaluatorSpec}
+    return {
+        f"{section}.{field.name}": field
+        for section, spec in sections.items()
+        for field in sorted(dataclasses.fields(spec), key=lambda field: field.name)
+    }
 
 
 def flatten_config(config: RunSpec | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -62,24 +72,17 @@ def flatten_config(config: RunSpec | Mapping[str, Any], prefix: str = "") -> dic
         return config.flat()
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        is_tree = isinstance(value, Mapping | ConfigDict | FrozenConfigDict)
-        is_tree = is_tree and general(f"{prefix}{key}") not in VALUES
+        is_tree = isinstance(value, TREE) and general(f"{prefix}{key}") not in VALUES
         if is_tree and (value or not prefix):  # an empty one in a section is a value, a wrong one
-            flat.update(flatten_config(value, f"{prefix}{key}."))
+            flat |= flatten_config(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _sections() -> dict[str, ConfigDict]:
-    """Return every section at its defaults; that of one evaluator is "evaluators.*"."""
-    return {**get_config(), "evaluators.*": _section(EvaluatorSpec)}
-
-
 def key_types() -> dict[str, type]:
     """Return {"section.key": the type of its values} of every key."""
-    sections = _sections().items()
-    return {f"{name}.{key}": keys.get_type(key) for name, keys in sections for key in keys}
+    return {key: _kind(field) for key, field in _fields().items()}
 
 
 def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
@@ -106,9 +109,9 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
             raise ValueError
         if kind is int:
             number = float(value)
-            if number != int(number):
+            if not number.is_integer():
                 raise ValueError
-            return int(number) if abs(number) > 2**53 or not isinstance(value, int) else value
+            return int(number)
         if kind is float:
             return float(value)
         if isinstance(value, str | Path):
@@ -119,7 +122,7 @@ def coerce(key: str, value: Any, kind: type, optional: bool, where: str) -> Any:
         expected = (general(key) in VALUES and str(error)) or names.get(kind, kind.__name__)
         raise UserError(
             f"The key '{key}' has the value {value!r} in {where}; expected {expected}. Its "
-            f"default is {flatten_config(_sections())[general(key)]!r}."
+            f"default is {_fields()[general(key)].default!r}."
         ) from None
 
 
@@ -145,11 +148,11 @@ def _with_implied(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in implied.items() if key not in known}, **given}
 
 
-def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
-    """Set flat `values` in `config`, with their aliases, types and names checked."""
-    types = key_types()
-    optional = {key for key, value in flatten_config(_sections()).items() if value is None}
+def _resolved(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return flat values under our names of keys, checked and of the keys' types."""
+    types, fields = key_types(), _fields()
     seen: dict[str, str] = {}
+    found: dict[str, Any] = {}
     words = {given: _known(given, value) for given, value in _with_implied(values).items()}
     check_evaluator_keys([key for key, _ in words.values()], where, types)
     if unknown := [given for given, (key, _) in words.items() if general(key) not in types]:
@@ -160,13 +163,9 @@ def _overlay(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
         seen[key] = given
         if key in NONE_MEANS and (value is None or str(value).strip().lower() in NONE_WORDS):
             value = NONE_MEANS[key]
-        section, *names, name = key.split(".")
-        keys, known = config[section], general(key)
-        for named in names:  # an evaluator
-            keys[named] = keys.get(named, _section(EvaluatorSpec))
-            keys = keys[named]
-        with config.ignore_type():  # target_modules is a tuple or a string
-            keys[name] = coerce(key, value, types[known], known in optional, where)
+        known = general(key)
+        found[key] = coerce(key, value, types[known], fields[known].default is None, where)
+    return found
 
 
 def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> RunSpec:
@@ -179,26 +178,23 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
     the wrong type, or a value that is not supported.
     """
     if not isinstance(overrides, Mapping):
-        pairs = {}
-        for item in overrides:
-            name, equals, value = item.partition("=")
-            if not equals:
-                raise UserError(f"The override '{item}' has no value; write section.key=value.")
-            pairs[name] = value
-        overrides = pairs
-    config = get_config()
+        overrides = list(overrides)
+        if bare := [item for item in overrides if "=" not in item]:
+            raise UserError(f"The override '{bare[0]}' has no value; write section.key=value.")
+        overrides = dict(item.split("=", 1) for item in overrides)
+    found: dict[str, Any] = {}
     if path is not None:
         file, tree = read_file(path)
         for section, values in tree.items():
-            is_section = isinstance(values, Mapping | ConfigDict | FrozenConfigDict)
-            if section in config and not is_section and _spelled(section, values) not in WORDS:
+            is_section = section in SECTIONS or section == "evaluators"
+            is_word = isinstance(values, TREE) or _spelled(section, values) in WORDS
+            if is_section and not is_word:
                 raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
         values = flatten_config(tree)
         if "method" in overrides:  # another method, and not what the file's one stood for
             values.pop("method", None)
-        _overlay(config, values, f"'{file}'")
-    _overlay(config, overrides, "the overrides")
-    return RunSpec.of(config)
+        found = _resolved(values, f"'{file}'")
+    return RunSpec.of_flat({**found, **_resolved(overrides, "the overrides")})
 
 
 def to_dict(config: RunSpec | ConfigDict) -> dict[str, dict[str, Any]]:

@@ -301,38 +301,37 @@ class RunSpec:
         made: dict[str, Any] = {}
         for name, keys in config.items():
             if name == "evaluators":
-                made[name] = {one: EvaluatorSpec(**dict(own)) for one, own in keys.items()}
+                made[name] = {one: _section(EvaluatorSpec, own) for one, own in keys.items()}
             else:
-                made[name] = SECTIONS[name](**dict(keys))
+                made[name] = _section(SECTIONS[name], keys)
         return cls(**made)
 
-    def _tree(self) -> dict[str, dict[str, Any]]:
-        """Return nested dicts of the values as they are."""
-        tree = {section: dict(vars(getattr(self, section))) for section in SECTIONS}
-        named = {name: dict(vars(spec)) for name, spec in self.evaluators.items()}
-        return {**tree, "evaluators": named}
+    @classmethod
+    def of_flat(cls, values: Mapping[str, Any]) -> "RunSpec":
+        """Return the settings of {"section.key": value}, defaults elsewhere."""
+        tree: dict[str, Any] = {}
+        for name, value in values.items():
+            *sections, key = name.split(".")  # of an evaluator two
+            keys = tree
+            for section in sections:
+                keys = keys.setdefault(section, {})
+            keys[key] = value
+        return cls.of(tree)
 
     def flat(self) -> dict[str, Any]:
         """Return {"section.key": value}, of evaluators {"evaluators.NAME.key": value}."""
-        tree = self._tree()
+        tree = dataclasses.asdict(self)
         named = {f"evaluators.{name}": keys for name, keys in tree.pop("evaluators").items()}
         sections = {**tree, **named}.items()
         return {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()}
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain nested dicts of values that JSON can hold."""
-        return plain(self._tree())
+        return plain(dataclasses.asdict(self))
 
     def having(self, values: Mapping[str, Any]) -> "RunSpec":
         """Return these settings with others at some keys: {"mesh.data": 2}."""
-        tree = self._tree()
-        for name, value in values.items():
-            section, *named, key = name.split(".")
-            keys = tree[section]
-            for one in named:  # an evaluator
-                keys = keys[one]
-            keys[key] = value
-        return RunSpec.of(tree)
+        return RunSpec.of_flat({**self.flat(), **values})
 
 
 SECTIONS: dict[str, type] = {
@@ -344,3 +343,8 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationSpec,
     "mesh": MeshSpec,
 }
+
+
+def _section(spec: type, keys: Mapping[str, Any]) -> Any:
+    """Return a section of values without types of ml_collections."""
+    return spec(**{k: v if isinstance(v, tuple) else plain(v) for k, v in keys.items()})

@@ -1,5 +1,6 @@
 """Config keys on the command line: with section or without, in any spelling."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from vlm_jax.config.checks import unknown_keys
@@ -33,12 +34,9 @@ def overrides(words: Sequence[str], options: Iterable[str] = ()) -> dict[str, st
     for word, values in _groups(words):
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.removeprefix("config.").replace("-", "_")
-        if equals:
-            values = [value, *values]
-        if f"{name}={' '.join(values)}" in WORDS:  # mesh=auto
-            key = name
-        else:
-            key = _key(name, values, word.partition("=")[0], types, options)
+        values = [value, *values] if equals else values
+        is_key = f"{name}={' '.join(values)}" in WORDS  # mesh=auto
+        key = name if is_key else _key(name, values, word.partition("=")[0], types, options)
         kind = types.get(ALIASES.get(key, key))
         if not values and (kind is bool or f"{key}={SWITCH}" in WORDS):
             values = [SWITCH]
@@ -55,18 +53,14 @@ def overrides(words: Sequence[str], options: Iterable[str] = ()) -> dict[str, st
 
 def _groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Return [(a word that begins with --, the words behind it)]."""
-    groups: list[tuple[str, list[str]]] = []
-    for word in words:
-        if word.startswith("--"):
-            groups.append((word, []))
-        elif groups:
-            groups[-1][1].append(word)
-        else:
-            raise UserError(
-                f"'{word}' belongs to no option. A config file follows --config, and a key of it "
-                f"is set by --config.section.key=value."
-            )
-    return groups
+    if words and not words[0].startswith("--"):
+        raise UserError(
+            f"'{words[0]}' belongs to no option. A config file follows --config, and a key of it "
+            f"is set by --config.section.key=value."
+        )
+    starts = [at for at, word in enumerate(words) if word.startswith("--")]
+    edges = itertools.pairwise([*starts, len(words)])
+    return [(words[start], list(words[start + 1 : end])) for start, end in edges]
 
 
 def _key(

@@ -18,28 +18,25 @@ class Trial:
     @property
     def flags(self) -> str:
         """It as the command line takes it."""
-        words = {True: "true", False: "false"}
         return " ".join(
-            f"--config.{key}={words[value] if isinstance(value, bool) else value}"
+            f"--config.{key}={str(value).lower() if isinstance(value, bool) else value}"
             for key, value in self.overrides.items()
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return it in short, as `json.dumps` takes it."""
-        speed = self.report.speed
         return {
             "overrides": self.overrides,
             "verdict": self.report.verdict,
             "peak": self.report.peak,
-            "tokens_per_second": speed.tokens_per_second,
+            "tokens_per_second": self.report.speed.tokens_per_second,
         }
 
 
 # Each keeps more than the one before, and computes less again; all are of layers.scan.REMAT.
 POLICIES = ("block", "block_save_attention", "dots", "none")
-LAST_RESORT = (
-    "offload"  # keeps less than any, for a way to the host and back: where block is too much
-)
+# Keeps less than any, for a way to the host and back: where block is too much.
+LAST_RESORT = "offload"
 
 
 def settings(config: RunSpec, policy: str) -> list[dict[str, Any]]:
@@ -50,14 +47,14 @@ def settings(config: RunSpec, policy: str) -> list[dict[str, Any]]:
     """
     training = config.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    sizes = [size for size in (2**n for n in range(rows.bit_length())) if rows % size == 0]
     return [
         {
             "training.per_device_train_batch_size": size,
             "training.gradient_accumulation_steps": rows // size,
             "training.remat_policy": policy,
         }
-        for size in sizes
+        for size in (2**n for n in range(rows.bit_length()))
+        if rows % size == 0
     ]
 
 
@@ -89,15 +86,12 @@ def fit(
                 return number
         return len(candidates)
 
-    most = len(settings(config, LAST_RESORT))
-    rest = fitting(settings(config, POLICIES[0]))
-    room = rest
+    room = rest = fitting(settings(config, POLICIES[0]))
     for policy in POLICIES[1:]:
         room = fitting(settings(config, policy)[:room])
-    if rest < most:
-        fitting(settings(config, LAST_RESORT)[rest:])
-    good = [trial for trial in tried if trial.report.fits]
-    return max(good, key=_worth, default=None), tried
+    fitting(settings(config, LAST_RESORT)[rest:])
+    fitted = [trial for trial in tried if trial.report.fits]
+    return max(fitted, key=_worth, default=None), tried
 
 
 def _worth(trial: Trial) -> tuple[float, int]:

@@ -55,20 +55,17 @@ class Parts:
 def parts(step: Step) -> Parts:
     """Return what a step's arguments take of each device's memory."""
     state = step.state
-    trained = flatten(state.trainable)
-
-    def small(path: str) -> bool:
-        return is_lora(path) or is_adapter(path)
-
+    small = [
+        leaf for path, leaf in flatten(state.trainable).items() if is_lora(path) or is_adapter(path)
+    ]
     moments = jax.tree.leaves((state.opt_state, state.ema))
-    on_host = [leaf for leaf in moments if leaf.sharding.memory_kind == HOST]
-    here = [leaf for leaf in moments if leaf.sharding.memory_kind != HOST]
+    on_host = nbytes([leaf for leaf in moments if leaf.sharding.memory_kind == HOST])
     return Parts(
         base=nbytes(step.frozen),
-        lora=sum(nbytes(leaf) for path, leaf in trained.items() if small(path)),
-        masters=sum(nbytes(leaf) for path, leaf in trained.items() if not small(path)),
-        moments=nbytes(here),
-        moments_host=nbytes(on_host),
+        lora=nbytes(small),
+        masters=nbytes(state.trainable) - nbytes(small),
+        moments=nbytes(moments) - on_host,
+        moments_host=on_host,
         batch=nbytes(step.batch),
         rest=nbytes((state.step, state.rng)),
     )
@@ -93,13 +90,9 @@ def table(step: Step) -> list[Leaf]:
     rows = []
     for tree, trains in ((step.frozen, False), (step.state.trainable, True)):
         for path, leaf in flatten(tree).items():
-            quantized = isinstance(leaf, FourBit)
-            array = leaf.codes if quantized else leaf
-            storage = (
-                f"{leaf.NAME}{'-dq' if leaf.double else ''}"
-                if quantized
-                else jnp.dtype(leaf.dtype).name
-            )
-            spec = ", ".join(str(axis) for axis in array.sharding.spec)
+            array, storage = leaf, jnp.dtype(leaf.dtype).name
+            if isinstance(leaf, FourBit):
+                array, storage = leaf.codes, leaf.NAME + ("-dq" if leaf.double else "")
+            spec = ", ".join(map(str, array.sharding.spec))
             rows.append(Leaf(path, tuple(leaf.shape), storage, spec, nbytes(leaf), trains))
     return sorted(rows)

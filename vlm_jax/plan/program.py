@@ -5,6 +5,7 @@ branches and calls name other computations; how often each runs follows from the
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -99,12 +100,10 @@ def estimated_cycles(compiled: jax.stages.Compiled) -> int:
         raise UserError(
             "This program carries no estimated cycles: only the TPU compiler gives them."
         )
-    done: dict[str, int] = {}
 
+    @functools.cache
     def cycles(name: str) -> int:
-        if name not in done:
-            done[name] = sum(map(of, program[name]))
-        return done[name]
+        return sum(map(of, program[name]))
 
     def of(instruction: Instruction) -> int:
         if instruction.opcode == "conditional":
@@ -113,9 +112,9 @@ def estimated_cycles(compiled: jax.stages.Compiled) -> int:
             return _trips(program, instruction) * sum(map(cycles, called_by(instruction)))
         if instruction.opcode in ("call", "async-start"):
             return sum(map(cycles, called_by(instruction)))
-        found = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
+        count = int(first(r'"estimated_cycles":"(\d+)"', instruction.text, "0"))
         # Of what it has no estimate the compiler writes -1, in 64 bits without a sign.
-        return int(found[1]) if found and int(found[1]) < 2**63 else 0
+        return count if count < 2**63 else 0
 
     return cycles(entry)
 
@@ -126,7 +125,8 @@ def estimated_seconds(compiled: jax.stages.Compiled) -> float:
     Raises `UserError` where the clock is not known; see `estimated_cycles` for what is left out.
     """
     cycles = estimated_cycles(compiled)
-    kind = _device_kind(compiled)
+    shardings = jax.tree.leaves(compiled.input_shardings)
+    kind = next(iter(shardings[0].device_set)).device_kind
     clock = next((device.clock for device in DEVICES.values() if device.kind == kind), None)
     if clock is None:
         raise UserError(f"The clock of '{kind}' is not published; use estimated_cycles.")
@@ -139,14 +139,19 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     The parts that an asynchronous collective falls into are one.
     """
     program, entry = parse(compiled)
-    found: list[Collective] = []
-    for kind, instruction, times in exchanges(program, run_times(program, entry)):
-        where = re.search(r'op_name="([^"]*)"', instruction.text)
-        words = where[1] if where else ""
-        for dtype, shape in _results(instruction):
-            size = math.prod(shape) * bits(dtype) // 8
-            found.append(Collective(kind, dtype, shape, size, times, words, _group(instruction)))
-    return found
+    return [
+        Collective(
+            kind,
+            dtype,
+            shape,
+            math.prod(shape) * bits(dtype) // 8,
+            times,
+            first(r'op_name="([^"]*)"', instruction.text),
+            _group(instruction),
+        )
+        for kind, instruction, times in exchanges(program, run_times(program, entry))
+        for dtype, shape in _results(instruction)
+    ]
 
 
 def exchanges(program: Program, times: Mapping[str, int]) -> Iterator[tuple[str, Instruction, int]]:
@@ -161,10 +166,10 @@ def exchanges(program: Program, times: Mapping[str, int]) -> Iterator[tuple[str,
             kind = re.fullmatch(rf"({KIND})(-start)?", instruction.opcode)
             if not kind or not times.get(name):
                 continue
-            channel = re.search(r"channel_id=(\d+)", instruction.text)
-            key = (kind[1], channel[1] if channel else f"{name}/{instruction.name}")
-            first, least = found.get(key, (instruction, times[name]))
-            found[key] = first, min(least, times[name])
+            own = f"{name}/{instruction.name}"  # where it has no channel
+            key = (kind[1], first(r"channel_id=(\d+)", instruction.text, own))
+            start, least = found.get(key, (instruction, times[name]))
+            found[key] = start, min(least, times[name])
     for (kind_, _), (instruction, count) in found.items():
         yield kind_, instruction, count
 
@@ -177,21 +182,29 @@ def parse(compiled: jax.stages.Compiled) -> tuple[Program, str]:
     """
     program: Program = {}
     entry = ""
-    current: str | None = None
+    body: list[Instruction] | None = None  # of the computation that goes on
     for line in (compiled.as_text() or "").splitlines():
-        if current is None:
-            head = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line)
-            if head:
-                current = head[2]
-                program[current] = []
+        if body is None:
+            if head := re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line):
+                body = program[head[2]] = []
                 entry = head[2] if head[1] else entry
         elif END.fullmatch(line):
-            current = None
-        else:
-            found = re.match(r"\s+(?:ROOT )?%?([^\s=]+) = (.*?)\s([a-z][a-z0-9-]*)\(", line)
-            if found:
-                program[current].append(Instruction(found[1], found[3], found[2], line))
+            body = None
+        elif found := re.match(r"\s+(?:ROOT )?%?([^\s=]+) = (.*?)\s([a-z][a-z0-9-]*)\(", line):
+            body.append(Instruction(found[1], found[3], found[2], line))
     return program, entry
+
+
+def first(pattern: str, text: str, default: str = "") -> str:
+    """Return the group of a pattern's first match in a text."""
+    match = re.search(pattern, text)
+    return match[1] if match else default
+
+
+def operands(instruction: Instruction) -> list[str]:
+    """Return the names of the values that an instruction takes."""
+    _, _, arguments = instruction.text.partition(f" {instruction.opcode}(")
+    return re.findall(r"%([^\s,)]+)", arguments.partition(")")[0])
 
 
 def called_by(instruction: Instruction) -> list[str]:
@@ -205,19 +218,13 @@ def called_by(instruction: Instruction) -> list[str]:
 
 def _trips(program: Program, loop: Instruction) -> int:
     """Return how often a loop runs: as the compiler says, or the bound that its condition holds."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
-    if known:
-        return int(known[1])
-    condition = re.search(r"\bcondition=%?([^\s,)]+)", loop.text)
-    assert condition is not None
-    body = {i.name: i for i in program[condition[1]]}
+    if known := first(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(known)
+    body = {i.name: i for i in program[first(r"\bcondition=%?([^\s,)]+)", loop.text)]}
     for i in body.values():
         if i.opcode == "compare" and "direction=LT" in i.text:
-            operands = re.findall(r"%([^\s,)]+)", i.text.split(" compare(", 1)[1].split(")")[0])
-            bound = body[operands[1]]
-            value = re.search(r" constant\((\d+)\)", bound.text)
-            if value:
-                return int(value[1])
+            if bound := first(r" constant\((\d+)\)", body[operands(i)[1]].text):
+                return int(bound)
     raise UserError(
         f"How often the loop '{loop.name}' runs is not known before it does: its condition holds "
         f"no constant. The program can be compiled and run, but its time is unknown."
@@ -270,10 +277,5 @@ def _group(instruction: Instruction) -> int:
 
 
 def bits(dtype: str) -> int:
-    number = re.match(r"[a-z]+(\d+)", dtype)
-    return int(number[1]) if number else 8  # pred
-
-
-def _device_kind(compiled: jax.stages.Compiled) -> str:
-    shardings = jax.tree.leaves(compiled.input_shardings)
-    return next(iter(shardings[0].device_set)).device_kind
+    """Return the bits of an element; of pred, a byte."""
+    return int(first(r"^[a-z]+(\d+)", dtype, "8"))

@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import yaml
 
 from vlm_jax import config as configs
 from vlm_jax.config.parse import sources_value
+from vlm_jax.config.specs import DataSpec
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.records.sources import is_list_of_sources
 from vlm_jax.data.statistics import RowChoice, Sizes, choose_row, measure, pixel_limits
@@ -81,6 +84,17 @@ class Recommendation:
     hardware: Hardware | None
 
 
+class _Candidate(NamedTuple):
+    """A config of a method, the sample that it fits, and its memory where shards hold a copy."""
+
+    method: Method
+    sample: Sizes
+    row: RowChoice
+    config: dict[str, dict[str, Any]]
+    shards: int
+    need: Estimate
+
+
 def recommend(
     data: Any,
     model: str,
@@ -104,59 +118,54 @@ def recommend(
         raise UserError(f"--data is {data!r}; expected {error}.") from None
     records = read_records(source, image_folder, split)
     named = isinstance(source, str) or is_list_of_sources(source)  # and no rows in memory
-    directory = resolve(model, revision, weights=False)
-    access: dict[str, Any] = {
-        "image_folder": image_folder,
-        "allow_absolute_paths": allow_absolute_paths,
-    }
-    encoder = Encoder(directory, **access)
+    encoder = Encoder(
+        resolve(model, revision, weights=False),
+        image_folder=image_folder,
+        allow_absolute_paths=allow_absolute_paths,
+    )
     count = len(records)
     band = next(one for one in BANDS if count < one.below)
-    methods = _suited(band.method)
     in_4_bits = bool(encoder.hf_config.get("quantization_config"))
-    if in_4_bits:
-        methods = [at for at in methods if METHODS[at].quantize]
-    start = methods[0]
+    methods = [one for one in _suited(band.method) if one.quantize or not in_4_bits]
+    given: dict[str, dict[str, Any]] = {
+        "model": {"name_or_path": model, "revision": revision},
+        "data": {
+            "train_file": source if named else None,
+            "image_folder": image_folder,
+            "train_split": split,
+            "allow_absolute_paths": allow_absolute_paths or None,
+        },
+        "training": {"output_dir": output_dir},
+    }
 
-    chosen_at = len(METHODS)
-    for max_pixels, reason in pixel_limits(encoder, records):
-        limited = encoder.replace(max_pixels=max_pixels)
-        found = measure(limited, records, max_pixels, reason)
-        row = choose_row(encoder, found.sizes)
-        for at in methods:
-            made = _config(
-                METHODS[at], count, row, found,
-                {
-                    "model": {"name_or_path": model, "revision": revision},
-                    "data": {
-                        "train_file": source if named else None,
-                        "image_folder": image_folder,
-                        "train_split": split,
-                        "allow_absolute_paths": allow_absolute_paths or None,
-                    },
-                    "training": {"output_dir": output_dir},
-                },
-            )  # fmt: skip
-            # Copies of the model where one device holds it, else one copy that all share.
-            alone = _need(made, encoder, row.shape)
-            for shards in sorted({1, 1 if machine is None else machine.count}):
-                need = alone.over(shards)
-                if machine is None or need.total <= machine.usable:
-                    chosen_at = at
-                    break
-            if chosen_at < len(METHODS):
-                made |= _mesh(machine, shards)
-                break
-        if chosen_at < len(METHODS):
+    def candidates() -> Iterator[_Candidate]:
+        """Yield what to try, the best first."""
+        for max_pixels, reason in pixel_limits(encoder, records):
+            limited = encoder.replace(max_pixels=max_pixels)
+            sample = measure(limited, records, max_pixels, reason)
+            row = choose_row(encoder, sample.sizes)
+            for method in methods:
+                made = _config(method, band, count, row, sample, given)
+                # Copies of the model where one device holds it, else one copy that all share.
+                alone = _need(made, encoder, row.shape)
+                for shards in sorted({1, 1 if machine is None else machine.count}):
+                    yield _Candidate(method, sample, row, made, shards, alone.over(shards))
+
+    for best in candidates():
+        if machine is None or best.need.total <= machine.usable:
             break
     else:
         assert machine is not None
         raise UserError(
             f"No method fits {machine.name} ({machine.count} x {machine.memory / GB:.0f} GB) by "
-            f"estimate: {METHODS[-1].name} with rows of {row.shape[0]} tokens and {row.shape[1]} "
-            f"patches needs {need.total / GB:.1f} GB a device. Take more or larger devices, a "
-            f"smaller model, or shorter examples."
+            f"estimate: {METHODS[-1].name} with rows of {best.row.shape[0]} tokens and "
+            f"{best.row.shape[1]} patches needs {best.need.total / GB:.1f} GB a device. Take more "
+            f"or larger devices, a smaller model, or shorter examples."
         )
+    made, row = best.config, best.row
+    if machine is not None and machine.count > 1:
+        copies = machine.count // best.shards
+        made["mesh"] = {"devices": machine.count, "data": copies, "fsdp": best.shards}
     if in_4_bits:
         made["model"].pop("quantize", None)
     devices, budget = (1, _here()) if machine is None else (machine.count, machine.usable)
@@ -167,37 +176,42 @@ def recommend(
             "per_device_train_batch_size": at_once,
             "gradient_accumulation_steps": micro_batches if at_once > 1 else rows,
         }
-        need = _need(made, encoder, row.shape, at_once).over(shards)
-        if at_once == 1 or need.total <= budget:
+        best = best._replace(need=_need(made, encoder, row.shape, at_once).over(best.shards))
+        if at_once == 1 or best.need.total <= budget:
             break
-    reasons = _reasons(count, band, start, chosen_at, row, found, need, machine, made)
-    return Recommendation(METHODS[chosen_at], reasons, made, need, machine)
+    why = band.why
+    if methods[0] != METHODS[band.method]:
+        why = f"the checkpoint is in 4 bits already, so not {METHODS[band.method].name}"
+    if best.method != methods[0] and machine is not None:
+        why = f"{methods[0].name} suits {count:,} examples, but does not fit {machine.name}"
+    return Recommendation(
+        best.method, _reasons(best, count, why, machine), made, best.need, machine
+    )
 
 
-def _suited(start: int) -> list[int]:
+def _suited(start: int) -> list[Method]:
     """Return the methods to try from one on: the dearest first, none of a larger rank."""
     most = METHODS[start].rank or math.inf
-    return [i for i, one in enumerate(METHODS) if i >= start and one.rank <= most]
-
-
-# The config
+    return [one for one in METHODS[start:] if one.rank <= most]
 
 
 def _config(
     method: Method,
+    band: Band,
     count: int,
     row: RowChoice,
-    found: Sizes,
+    sample: Sizes,
     given: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    band = next(one for one in BANDS if count < one.below)
+    """Return the config of a method, without the keys of `given` and others that are None."""
+    sizes = {"r": method.rank, "alpha": 2 * method.rank} if method.rank else {}
     made: dict[str, dict[str, Any]] = {
         "model": {
             **given["model"],
             "quantize": "nf4-dq" if method.quantize else None,
             "vision_encoder_lr_scale": method.vision,
         },
-        "lora": {"enabled": method.rank > 0},
+        "lora": {"enabled": method.rank > 0, **sizes},
         "training": {
             **given["training"],
             "num_train_epochs": band.epochs,
@@ -210,32 +224,24 @@ def _config(
             **given["data"],
             "eval_share": float(f"{min(EVAL_SHARE, EVAL_MOST / count):.1g}") if count > 1 else None,
             "max_seq_length": row.shape[0],
-            "max_pixels": found.max_pixels,
+            "max_pixels": sample.max_pixels,
             "packing": row.packing,
-            "on_bad_example": "skip" if found.bad else "raise",
+            "on_bad_example": "skip" if sample.bad else "raise",
         },
     }
-    if method.rank:
-        made["lora"] |= {"r": method.rank, "alpha": 2 * method.rank}
     return {
         section: {key: value for key, value in keys.items() if value is not None}
         for section, keys in made.items()
     }
 
 
-def _mesh(machine: Hardware | None, shards: int) -> dict[str, dict[str, int]]:
-    if machine is None or machine.count == 1:
-        return {}
-    copies = machine.count // shards
-    return {"mesh": {"devices": machine.count, "data": copies, "fsdp": shards}}
-
-
 def _need(
     made: dict[str, dict[str, Any]], encoder: Encoder, shape: tuple[int, int], rows: int = 1
 ) -> Estimate:
-    flat: dict[str, Any] = configs.flatten_config(made)
-    flat |= {"model.name_or_path": encoder.directory, "model.revision": None}
-    return estimate(configs.load(None, flat), shape, rows, len(encoder.tokenizer))
+    """Return the memory of a step of `rows` rows at once on one device."""
+    base = {"model.name_or_path": encoder.directory, "model.revision": None}
+    config = configs.load(None, {**configs.flatten_config(made), **base})
+    return estimate(config, shape, rows, len(encoder.tokenizer))
 
 
 def _here() -> int:
@@ -247,30 +253,19 @@ def _here() -> int:
 
 
 def _reasons(
-    count: int,
-    band: Band,
-    start: int,
-    chosen: int,
-    row: RowChoice,
-    found: Sizes,
-    need: Estimate,
-    machine: Hardware | None,
-    made: dict[str, dict[str, Any]],
+    best: _Candidate, count: int, why: str, machine: Hardware | None
 ) -> list[tuple[str, str, str]]:
-    method, tokens = METHODS[chosen], row.shape[0]
-    why = band.why
-    if start != band.method:
-        why = f"the checkpoint is in 4 bits already, so not {METHODS[band.method].name}"
-    if chosen != start and machine is not None:
-        why = f"{METHODS[start].name} suits {count:,} examples, but does not fit {machine.name}"
+    """Return (what, value, why) of each choice; why: of the method."""
+    row, sample, need, made = best.row, best.sample, best.need, best.config
+    tokens, measured = sample.sizes[:, 0], len(sample.sizes) + sample.bad
     rows = [
-        ("examples", f"{count:,}", f"{len(found.sizes) + found.bad:,} of them measured"),
-        ("method", method.name, why),
+        ("examples", f"{count:,}", f"{measured:,} of them measured"),
+        ("method", best.method.name, why),
         (
             "row",
-            f"{tokens:,} tokens",
-            f"99 of 100 examples have at most {int(np.quantile(found.sizes[:, 0], 0.99)):,}; "
-            f"the median {int(np.median(found.sizes[:, 0])):,}",
+            f"{row.shape[0]:,} tokens",
+            f"99 of 100 examples have at most {int(np.quantile(tokens, 0.99)):,}; "
+            f"the median {int(np.median(tokens)):,}",
         ),
         (
             "packing",
@@ -280,20 +275,18 @@ def _reasons(
             else "it would save little",
         ),
     ]
-    if found.max_pixels is not None:
-        side = round(math.sqrt(found.max_pixels))
-        text = f"about {side} x {side}: {found.reason}"
-        rows.append(("max_pixels", f"{found.max_pixels:,}", text))
-    training = made["training"]
-    at_once = training["per_device_train_batch_size"]
-    micro_batches = training["gradient_accumulation_steps"]
-    step = at_once * micro_batches * (machine.count if machine else 1)
+    if sample.max_pixels is not None:
+        side = round(math.sqrt(sample.max_pixels))
+        text = f"about {side} x {side}: {sample.reason}"
+        rows.append(("max_pixels", f"{sample.max_pixels:,}", text))
     if mesh := made.get("mesh"):
-        shared = mesh["fsdp"] > 1
-        text = "one device does not hold it all" if shared else "one device holds it all"
+        text = "one device does not hold it all" if best.shards > 1 else "one device holds it all"
         rows.append(("mesh", f"fsdp {mesh['fsdp']}, data {mesh['data']}", text))
+    at_once = made["training"]["per_device_train_batch_size"]
+    micro_batches = made["training"]["gradient_accumulation_steps"]
+    step = at_once * micro_batches * (machine.count if machine else 1)
     rows += [
-        ("learning rate", f"{method.rate:g}", "usual for this method"),
+        ("learning rate", f"{best.method.rate:g}", "usual for this method"),
         ("rows a step", f"{step}", f"about {round(step * row.density)} examples"),
         (
             "rows at once",
@@ -309,41 +302,27 @@ def _reasons(
             f"{size(need.trained)}, moments {size(need.moments)}, activations "
             f"{size(need.activations)}",
         ),
+        (
+            "hardware",
+            "not named",
+            "the method was checked against none, rows at once against this machine: name what "
+            "trains by --hardware",
+        )
+        if machine is None
+        else (
+            "hardware",
+            f"{machine.count} x {machine.device}",
+            f"{machine.memory / GB:.0f} GB each, {machine.usable / GB:.1f} of them counted on",
+        ),
     ]
-    if machine is None:
-        rows.append(
-            (
-                "hardware",
-                "not named",
-                "the method was checked against none, rows at once against this machine: name what "
-                "trains by --hardware",
-            )
-        )
-    else:
-        rows.append(
-            (
-                "hardware",
-                f"{machine.count} x {machine.device}",
-                f"{machine.memory / GB:.0f} GB each, {machine.usable / GB:.1f} of them counted on",
-            )
-        )
     if share := made["data"].get("eval_share"):
-        rows.append(
-            (
-                "held out",
-                f"{share:.0%} of them",
-                "to evaluate on; with a file for that set data.eval_file instead",
-            )
-        )
-    if found.bad:
-        most = configs.get_config().data.max_bad_share
-        stops = found.bad > most * (len(found.sizes) + found.bad)
-        text = (
-            f" More than data.max_bad_share ({most:.0%}): training stops, so repair them."
-            if stops
-            else ""
-        )
-        rows.append(("left out", f"{found.bad} of the sample", found.first + text))
+        text = "to evaluate on; with a file for that set data.eval_file instead"
+        rows.append(("held out", f"{share:.0%} of them", text))
+    if sample.bad:
+        text, most = sample.first, DataSpec.max_bad_share
+        if sample.bad > most * measured:
+            text += f" More than data.max_bad_share ({most:.0%}): training stops, so repair them."
+        rows.append(("left out", f"{sample.bad} of the sample", text))
     if row.longer:
         rows.append(("longer", f"{row.longer} of the sample", "treated as data.overlong says"))
     return rows
@@ -356,18 +335,20 @@ def size(count: int) -> str:
 
 def write(recommendation: Recommendation, file: Path) -> None:
     """Write the config as `.yaml` or `.py`, each of which `vlm-jax train --config` takes."""
-    told = f"{recommendation.method.name}, as vlm-jax recommend chose it."
+    title = f"{recommendation.method.name}, as vlm-jax recommend chose it."
     if file.suffix in (".yaml", ".yml"):
-        import yaml
-
         body = yaml.safe_dump(recommendation.config, sort_keys=False, allow_unicode=True)
-        file.write_text(f"# {told}\n{body}", encoding="utf-8")
-        return
-    lines = [f'"""{told}"""', "", "from vlm_jax import config", "", "", "def get_config():"]
-    lines.append("    c = config.get_config()")
-    for key, value in configs.flatten_config(recommendation.config).items():
-        lines.append(f"    c.{key} = {value!r}")
-    file.write_text("\n".join([*lines, "    return c", ""]), encoding="utf-8")
+        text = f"# {title}\n{body}"
+    else:
+        settings = configs.flatten_config(recommendation.config).items()
+        lines = [
+            *(f'"""{title}"""', "", "from vlm_jax import config", "", "", "def get_config():"),
+            "    c = config.get_config()",
+            *(f"    c.{key} = {value!r}" for key, value in settings),
+            "    return c",
+        ]
+        text = "\n".join(lines) + "\n"
+    file.write_text(text, encoding="utf-8")
 
 
 def check_out(file: Path) -> None:

@@ -92,14 +92,15 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as what `json.dumps` takes, under the names of its fields."""
-        tree = dataclasses.asdict(self)
         rows = self.parameters
-        tree["parameters"] = None if rows is None else [row._asdict() for row in rows]
-        return tree
+        return {
+            **dataclasses.asdict(self),
+            "parameters": None if rows is None else [row._asdict() for row in rows],
+        }
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class _Verdict:
     """What a compiler, or the estimate in its place, says. None: it does not say."""
 
     basis: str
@@ -152,14 +153,6 @@ def plan_step(
             seconds = cycles / device.clock if device.clock else None
     elif step.mesh.size == 1:
         out = 0
-    parts = {
-        "base weights": own.base,
-        "LoRA": own.lora,
-        "other trained weights": own.masters,
-        "optimizer moments": own.moments,
-        "batch": own.batch + own.rest,
-        **found.beside,
-    }
     return Report(
         model=str(step.config.model.name_or_path),
         hardware=machine.name,
@@ -170,7 +163,14 @@ def plan_step(
         said=found.said,
         peak=found.peak,
         capacity=found.capacity,
-        parts=parts,
+        parts={
+            "base weights": own.base,
+            "LoRA": own.lora,
+            "other trained weights": own.masters,
+            "optimizer moments": own.moments,
+            "batch": own.batch + own.rest,
+            **found.beside,
+        },
         moments_host=own.moments_host,
         mesh=step.sizes,
         rows=step.rows,
@@ -202,7 +202,7 @@ def plan_step(
     )
 
 
-def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Found:
+def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
     capacity, began = device.usable, time.perf_counter()
     try:
         compiled = step.compile()
@@ -217,35 +217,39 @@ def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Found:
         if peak == 0:  # in words that are not known
             peak, allowed = own.device, capacity
             said = f"the compiler refuses it: {str(error).splitlines()[0][:200]}"
-        rest = {"gradients, activations, temporaries": max(0, peak - own.device)}
+        beside = {"gradients, activations, temporaries": max(0, peak - own.device)}
         seconds = time.perf_counter() - began
-        return _Found(COMPILED, peak, allowed, False, said, rest, seconds=seconds)
+        return _Verdict(COMPILED, peak, allowed, False, said, beside, seconds=seconds)
     seconds = time.perf_counter() - began
     memory = program.memory(compiled)
-    if device.is_tpu:  # what does not fit is refused
-        fits, said = True, "the compiler accepts it"
-    else:
-        fits = memory.total <= capacity
-        said = f"{capacity / device.memory:.0%} of the memory are counted on"
+    fits = device.is_tpu or memory.total <= capacity  # a TPU's compiler refuses what does not
+    said = f"{capacity / device.memory:.0%} of the memory are counted on"
+    if device.is_tpu:
+        said = "the compiler accepts it"
     beside = {
         "gradients, activations, temporaries": memory.temporary,
         "results": memory.outputs - memory.aliased,
         "code": memory.code,
         "alignment": memory.arguments - own.device,
     }
-    return _Found(COMPILED, memory.total, capacity, fits, said, beside, compiled, seconds)
+    return _Verdict(COMPILED, memory.total, capacity, fits, said, beside, compiled, seconds)
 
 
-def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Found:
+def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
     model, learned = step.model, step.state.trainable
-    tower = trains_tower(model, learned)
     head = gathered_head(model, learned, step.frozen) if step.sizes["fsdp"] > 1 else 0
     beside = {
         "gradients and copies of what trains": beside_masters(
             step.config, model, own.lora + own.masters
         ),
         "activations": head
-        + activations(model, step.shape, step.rows_at_once, tower, largest(step.frozen)),
+        + activations(
+            model,
+            step.shape,
+            step.rows_at_once,
+            trains_tower(model, learned),
+            largest(step.frozen),
+        ),
     }
     peak, capacity = own.device + sum(beside.values()), device.usable
     said = f"{capacity / device.memory:.0%} of the memory are counted on"
@@ -253,7 +257,7 @@ def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Found:
         said = "by estimate, in what its compiler lets a program have"
     if own.device > capacity:
         said = f"weights and moments alone take {own.device / GIB:.2f} of {capacity / GIB:.2f} GiB"
-    return _Found(ESTIMATED, peak, capacity, peak <= capacity, said, beside)
+    return _Verdict(ESTIMATED, peak, capacity, peak <= capacity, said, beside)
 
 
 def refused(message: str) -> tuple[int, int]:
@@ -286,17 +290,16 @@ def _summed(each: list[program.Collective]) -> list[Exchange]:
 
 def _host_memory(step: Step, own: leaves.Parts, device: Device) -> int:
     """Return what one process takes of its host's memory while it loads, by `HOST_RULE`."""
-    most, local = 0, min(step.mesh.size, device.per_host)
-    for tree in (step.frozen, step.state.trainable):
-        for leaf in flatten(tree).values():
-            if isinstance(leaf, FourBit):
-                size = leaf.nbytes
-            else:
-                shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
-                size = min(leaf.size, shard * local) * jnp.dtype(leaf.dtype).itemsize
-            layer = leaf.shape[-2:] if len(leaf.shape) > 2 else leaf.shape
-            dense = step.model.dtype.itemsize
-            for length in layer:
-                dense *= length
-            most = max(most, size + 2 * dense)
+    local = min(step.mesh.size, device.per_host)
+
+    def loading(leaf: Any) -> int:
+        """Return the bytes of a leaf as it is stored, and of one of its layers twice as read."""
+        layer = math.prod(leaf.shape[-2:]) * step.model.dtype.itemsize
+        if isinstance(leaf, FourBit):
+            return leaf.nbytes + 2 * layer
+        values = min(leaf.size, local * math.prod(leaf.sharding.shard_shape(leaf.shape)))
+        return values * jnp.dtype(leaf.dtype).itemsize + 2 * layer
+
+    trees = (step.frozen, step.state.trainable)
+    most = max(loading(leaf) for tree in trees for leaf in flatten(tree).values())
     return PROCESS + most + local * own.moments_host

@@ -42,8 +42,11 @@ def show(report: Report, console: Console | None = None) -> None:
 def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     speed, work = report.speed, report.flops["all"]
     yield "verdict", report.verdict, report.said
-    share = f"{report.peak / report.capacity:.0%} of the usable memory"
-    yield "memory per device", f"{size(report.peak)} of {size(report.capacity)}", share
+    yield (
+        "memory per device",
+        f"{size(report.peak)} of {size(report.capacity)}",
+        f"{report.peak / report.capacity:.0%} of the usable memory",
+    )
     for name, part in report.parts.items():
         if part:
             yield f"  {name}", size(part), ""
@@ -52,13 +55,12 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     yield "", "", ""
     mesh = ", ".join(f"{name} {length}" for name, length in report.mesh.items())
     yield "mesh", mesh, f"{report.devices} device{'s' * (report.devices > 1)}"
-    row = f"{report.tokens:,} tokens, {report.patches:,} patches each"
-    if report.micro_batches > 1:
-        row += f", in {report.micro_batches} micro-batches"
+    parts = f", in {report.micro_batches} micro-batches" if report.micro_batches > 1 else ""
+    row = f"{report.tokens:,} tokens, {report.patches:,} patches each{parts}"
     yield "rows per step", f"{report.rows:,}", row
     yield "", "", ""
-    parts = (("forward", "forward"), ("activations", "by activations"), ("weights", "by weights"))
-    split = ", ".join(f"{words} {work[key] / work['model']:.0%}" for key, words in parts)
+    named = {"forward": "forward", "activations": "by activations", "weights": "by weights"}
+    split = ", ".join(f"{words} {work[key] / work['model']:.0%}" for key, words in named.items())
     yield "FLOPs of the model", flops(work["model"]), split
     yield "  recomputed", flops(work["recomputed"]), "rematerialisation"
     if report.bytes_accessed is not None:
@@ -68,15 +70,11 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     for one in report.exchanges or ():
         yield f"{one.kind} {one.dtype}", size(one.bytes), f"{one.count:,} per step"
     yield "", "", ""
-    for name, value in (
-        ("compute", speed.compute),
-        ("memory", speed.memory),
-        ("network", speed.network),
-    ):
+    for name in ("compute", "memory", "network"):
+        value = getattr(speed, name)
         why = "not published by the maker, or not compiled" if value is None else ""
         yield f"bound by {name}", seconds(value), why
-    at_most = "at most " if speed.rule == ROOFLINE else ""
-    at_least = "at least " if speed.rule == ROOFLINE else ""
+    at_most, at_least = ("at most ", "at least ") if speed.rule == ROOFLINE else ("", "")
     yield "time per step", at_least * (speed.step is not None) + seconds(speed.step), speed.rule
     if speed.step is not None and report.fits:
         yield "tokens per second", f"{at_most}{speed.tokens_per_second:,.0f}", "all devices"

@@ -49,10 +49,8 @@ def speed(
     bounds = {
         "compute": _over(flops / count, device.flops),
         "memory": _over(bytes_accessed, device.bandwidth),
-        "network": _over(sent, device.link),
+        "network": 0.0 if sent == 0 else _over(sent, device.link),
     }
-    if not sent:
-        bounds["network"] = 0.0 if sent == 0 else None
     known = {name: seconds for name, seconds in bounds.items() if seconds is not None}
     if compiler is not None:
         known = {"the compiler's schedule": compiler, "network": bounds["network"] or 0.0}
@@ -60,7 +58,6 @@ def speed(
     usable = compiler is not None or bounds["compute"] is not None
     limit = max(known, key=lambda name: known[name]) if usable else None
     step = known[limit] if limit else None
-    peak = device.flops
     return Speed(
         **bounds,
         compiler=compiler,
@@ -68,7 +65,7 @@ def speed(
         limit=limit,
         rule=COMPILER if compiler is not None else ROOFLINE,
         tokens_per_second=tokens / step if step else None,
-        mfu=model_flops / (step * count * peak) if step and peak else None,
+        mfu=model_flops / (step * count * device.flops) if step and device.flops else None,
     )
 
 
@@ -82,7 +79,7 @@ def sent(collectives: Iterable[Collective], devices: int) -> int:
     A ring of n: an all-gather to R bytes passes on R (n - 1) / n, an all-reduce twice that, a
     reduce-scatter that leaves R bytes R (n - 1); a permute sends its R.
     """
-    whole = 0.0
+    total = 0.0
     for one in collectives:
         n = one.group or devices
         share = {
@@ -91,5 +88,5 @@ def sent(collectives: Iterable[Collective], devices: int) -> int:
             "collective-permute": 1,
             "collective-broadcast": 1,
         }.get(one.kind, (n - 1) / n)
-        whole += one.bytes * one.times * share
-    return round(whole)
+        total += one.bytes * one.times * share
+    return round(total)

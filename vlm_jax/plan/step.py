@@ -57,9 +57,9 @@ class Step:
     def compile(self) -> jax.stages.Compiled:
         """Return the step, compiled; a compiler's error is passed on as it is."""
         assert isinstance(self.mesh, Mesh)
-        options = OPTIONS[self.mesh.devices.flat[0].platform]
+        own = OPTIONS[self.mesh.devices.flat[0].platform]
         with tempfile.TemporaryDirectory(prefix="vlm_jax.plan.") as dump:
-            options = {**options, "xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            options = {**own, "xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             compiled, _ = compile_run(self.run, self.state, self.frozen, self.batch, options)
             return readable(compiled, Path(dump))
 
@@ -105,8 +105,9 @@ def compile_step(
     """
     sizes = {f"mesh.{name}": n for name, n in (mesh or {}).items()}
     changes = {**(overrides or {}), **({"mesh.auto": False, **sizes} if sizes else {})}
-    loaded = load(config, changes)
-    step = prepare(loaded, devices(topology), rows=rows, tokens=tokens, patches=patches)
+    step = prepare(
+        load(config, changes), devices(topology), rows=rows, tokens=tokens, patches=patches
+    )
     with out_of_memory_explained():
         return step.compile()
 
@@ -130,15 +131,16 @@ def prepare(
 
     See `compile_step` for sizes and errors.
     """
-    over: Any
-    over = abstract_mesh(config, found) if isinstance(found, Hardware) else mesh_of(config, found)
+    over: Any = (
+        abstract_mesh(config, found) if isinstance(found, Hardware) else mesh_of(config, found)
+    )
     model, tx, state, frozen = abstract_run(config, over)
     parts = config.training.gradient_accumulation_steps
     shards = over.shape["data"] * over.shape["fsdp"]
-    tokens = _whole("tokens", tokens, config.data.max_seq_length)
+    tokens = _multiple("tokens", tokens, config.data.max_seq_length)
     unit = model.config.patch_unit
-    patches = _whole("patches", patches, image_patches(config, model, tokens), unit, least=0)
-    rows = _whole("rows", rows, rows_of(config, over), shards * parts)
+    patches = _multiple("patches", patches, image_patches(config, model, tokens), unit, least=0)
+    rows = _multiple("rows", rows, rows_of(config, over), shards * parts)
     run = make_step(model, tx, parts, **step_options(config))
     batch = abstract_batch(model, rows, (tokens, patches), over)
     return Step(config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts)
@@ -159,7 +161,7 @@ def abstract_mesh(config: RunSpec, machine: Hardware) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
-def _whole(name: str, given: int | None, default: int, unit: int = 1, least: int = 1) -> int:
+def _multiple(name: str, given: int | None, default: int, unit: int = 1, least: int = 1) -> int:
     """Return a size, or raise `UserError` where no batch has it."""
     size = default if given is None else given
     if size < least or size % unit:

@@ -49,13 +49,11 @@ def devices(topology: str) -> list[Any]:
 
 
 def _tpu(topology: str, chip: str, shape: str) -> list[Any]:
-    wanted = "x".join(["2"] * TPUS[chip].dimensions)
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or (
-        shape.count("x") + 1 != TPUS[chip].dimensions
-    ):
+    dimensions = TPUS[chip].dimensions
+    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{dimensions - 1}}}", shape):
         raise UserError(
             f"The topology '{topology}' has no shape that a slice of {chip} can have; write it as "
-            f"'{chip}:{wanted}'."
+            f"'{chip}:{'x'.join(['2'] * dimensions)}'."
         )
     if find_spec(LIBTPU) is None:
         raise UserError(f"Compiling for '{topology}' needs libtpu. {INSTALL}")
@@ -86,10 +84,9 @@ def _gpu(topology: str, gpu: str, shape: str) -> list[Any]:
 
 def _describe(asked: str, platform: str, name: str, **options: Any) -> list[Any]:
     try:
-        found = topologies.get_topology_desc(name, platform, **options)
+        return list(topologies.get_topology_desc(name, platform, **options).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         raise UserError(
             f"The topology '{asked}' could not be described: {str(error).splitlines()[0]} Known to "
             f"work are {', '.join(EXAMPLES)}."
         ) from error
-    return list(found.devices)

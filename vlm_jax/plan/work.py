@@ -6,7 +6,6 @@ again, and so is that by the kernel, where it trains. Attention is 4 x T^2 x wid
 look-ups are left out. What is recomputed (rematerialisation) is counted by itself.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -40,13 +39,10 @@ class Work(NamedTuple):
     def total(self) -> int:
         return self.model + self.recomputed
 
-    def plus(self, other: "Work") -> "Work":
-        return Work(*map(sum, zip(self, other, strict=True)))
-
 
 def total(works: Iterable[Work]) -> Work:
     """Return the sum of works, of a step's components for instance."""
-    return functools.reduce(Work.plus, works, Work())
+    return Work(*map(sum, zip(*works, strict=True)))
 
 
 def count(
@@ -79,18 +75,17 @@ def count(
     layers = {"vision": cfg.vision_layers, "language_model": cfg.text.num_layers}
     firsts = {name: _first(name, leaves, owner) for name in ORDER}
     stacks = tuple(f"{prefix}/" for prefix in cfg.stacks)
-    read = () if model.adapter is None else model.adapter.components
-    if model.adapter is not None and model.adapter.form.reads == "input":
-        read = ()
+    adapter = model.adapter
+    read = () if adapter is None or adapter.form.reads == "input" else adapter.components
 
     def product(path: str) -> Work:
         # Where matrices started is one product with them, gradients included (see lora_init.py).
-        name = path.rsplit("/", 1)[1].replace("start_", "lora_")
+        module, name = path.replace("start_", "lora_").split("/")[-2:]
         learns, in_stack = path in trained or "/start_" in path, path.startswith(stacks)
         component = "head" if owner[path] == "embeddings" else owner[path]  # a tied one
-        once = 2 * positions[component] * math.prod(leaves[path].shape[-2:])
-        once *= layers[component] if in_stack else 1
-        module = path.split("/")[-2]
+        times = layers[component] if in_stack else 1
+        once = 2 * positions[component] * math.prod(leaves[path].shape[-2:]) * times
+        redone = False
         if component == "head":
             # The loss recomputes logits, chunk by chunk, whatever the blocks do.
             back, redone = enters["head"], True
@@ -99,17 +94,15 @@ def count(
             # The last product of a block or of an adapter is only added, so it is not computed
             # again, unless an adapter reads it.
             last = module in (*cfg.LAST, "adapter_up") and name != "lora_A"
-            if module != "adapter_up" and component in read:
-                last = False
-            redone = back and again and not last
+            is_read = component in read and module != "adapter_up"
+            redone = back and again and (is_read or not last)
+        elif component == "vision":  # it sees pixels, by which nothing asks for a gradient
+            back = inside[component] and name == "lora_B"
         else:
             # Before a component's first product there may be a norm that trains.
             is_first = path.rsplit("/", 1)[0] == firsts[component] and name != "lora_B"
             norm = any(owner[p] == component and p.endswith("/scale") for p in trained)
             back = enters[component] or norm if is_first else inside[component]
-            if component == "vision":  # it sees pixels, by which nothing asks for a gradient
-                back = inside[component] and name == "lora_B"
-            redone = False
         return Work(once, once * back, once * learns, once * redone)
 
     found: dict[str, list[Work]] = {name: [] for name in ORDER if name != "embeddings"}
@@ -123,10 +116,9 @@ def count(
                 found["language_model"].append(Work(once, once, once))
         elif name in KERNELS:
             found[owner[path]].append(product(path))
-    width = cfg.text.num_heads * cfg.text.head_dim
     for name, keys, wide in (
         ("vision", cfg.attended_patches(patches), cfg.vision.width),
-        ("language_model", tokens, width),
+        ("language_model", tokens, cfg.text.num_heads * cfg.text.head_dim),
     ):
         once = 4 * positions[name] * keys * wide * layers[name]
         redone = int(once * ATTENTION_AGAIN[model.remat]) * inside[name]

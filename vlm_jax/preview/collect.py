@@ -1,8 +1,9 @@
 """The content of a preview, as plain data: settings, statistics, and the first rows of training."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.files.limits import read_json
 from vlm_jax.hub.load import resolve
 from vlm_jax.model import Source, from_config
-from vlm_jax.preview.example import Example, Picture, Reader
+from vlm_jax.preview.example import Example, Reader
 from vlm_jax.sharding import mesh_sizes
 from vlm_jax.train.setup import base_name, check_type, data_seed, make_encoder, make_pipeline
 
@@ -99,8 +100,8 @@ def preview(config: RunSpec | ConfigDict, examples: int = 16, split: str = "trai
     split: "train", or "eval" for what a run evaluates on, as an evaluation goes through it. Raises
     `UserError` for whatever training would refuse before its first step.
     """
-    pipeline = open_pipeline(config, split)
-    t = config.training
+    config = RunSpec.of(config)
+    pipeline, t = open_pipeline(config, split), config.training
     seen = collect(pipeline, examples, split)
     total: int | None = None  # of a stream, without max_steps
     if split == "eval":
@@ -119,7 +120,7 @@ def preview(config: RunSpec | ConfigDict, examples: int = 16, split: str = "trai
 
 
 def open_pipeline(config: RunSpec, split: str = "train") -> Pipeline:
-    """Return the pipeline that training would make; of a hub checkpoint only small files come."""
+    """Return the pipeline that training would make, from a hub checkpoint's small files alone."""
     if split not in SPLITS:
         raise UserError(f"There is no split '{split}'; expected one of {', '.join(SPLITS)}.")
     name, t = base_name(config), config.training
@@ -127,12 +128,12 @@ def open_pipeline(config: RunSpec, split: str = "train") -> Pipeline:
     source = Source(str(directory), {}, name, config.model.revision)
     model = from_config(read_json(directory / "config.json"), source=source)
     check_type(config, model)
+    is_training = split == "train"
+    rows = t.per_device_eval_batch_size
+    if is_training:
+        rows = t.per_device_train_batch_size * t.gradient_accumulation_steps
     encoder, shards = make_encoder(config, model), shards_of(config)
-    if split == "eval":
-        rows = t.per_device_eval_batch_size * shards
-        return make_pipeline(config, encoder, rows, training=False)
-    rows = t.per_device_train_batch_size * t.gradient_accumulation_steps * shards
-    return make_pipeline(config, encoder, rows)
+    return make_pipeline(config, encoder, rows * shards, training=is_training)
 
 
 def shards_of(config: RunSpec) -> int:
@@ -147,16 +148,14 @@ def shards_of(config: RunSpec) -> int:
 def collect(pipeline: Pipeline, examples: int = 16, split: str = "train") -> Preview:
     """Return the preview of a pipeline's first examples, without what only a config knows."""
     report = pipeline.report  # first: of a stream, only what was read last is at hand
-    steps: Iterator[Step]
-    steps = iter(pipeline.eval_steps()) if split == "eval" else pipeline.planner.steps()
-    reader = Reader(pipeline.encoder)
+    steps: Iterable[Step]
+    steps = pipeline.eval_steps() if split == "eval" else pipeline.planner.steps()
     damaged: list[str] = []
-    rows = list(_rows(pipeline, reader, steps, examples, damaged))
-    measures = pipeline.measures
+    rows = list(_rows(pipeline, steps, examples, damaged))
+    encoder, measures = pipeline.encoder, pipeline.measures
     everything = np.arange(measures.count)
     known = np.setdiff1d(everything, measures.unknown(everything), assume_unique=True)
     sizes = measures.sizes(measures.kept(known))
-    encoder = pipeline.encoder
     return Preview(
         model=encoder.directory,
         data=pipeline.records.name,
@@ -177,11 +176,10 @@ def collect(pipeline: Pipeline, examples: int = 16, split: str = "train") -> Pre
 
 
 def _rows(
-    pipeline: Pipeline, reader: Reader, steps: Iterator[Step], most: int, damaged: list[str]
+    pipeline: Pipeline, steps: Iterable[Step], most: int, damaged: list[str]
 ) -> Iterator[Row]:
     """Yield rows until `most` examples are shown, or the first epoch ends."""
-    encoder, measurer = pipeline.encoder, pipeline.measurer
-    shown = 0
+    encoder, reader, shown = pipeline.encoder, Reader(pipeline.encoder), 0
     for number, step in enumerate(steps, start=1):
         for place, indices in enumerate(step.rows, start=1):
             made, good = [], []
@@ -190,8 +188,8 @@ def _rows(
                     made.append(encoder.example(pipeline.records[index]))
                     good.append(index)
                 except UserError as error:
-                    if not measurer.allowed(error):
-                        raise measurer.named(index, error) from error
+                    if not pipeline.measurer.allowed(error):
+                        raise pipeline.measurer.named(index, error) from error
                     damaged.append(str(error))
             # One row at a time: a whole global batch of images may be gigabytes.
             batch = encoder.collate([made], *step.shape)
@@ -224,20 +222,20 @@ def _named(pipeline: Pipeline, example: Example, index: int) -> Example:
         "image": list(headers["image"]),
         "video": [(film.height, film.width) for film in headers["video"]],
     }
-    pictures: list[Picture] = []
-    for picture in reversed(example.pictures):  # turns that were left out are leading ones
-        pictures.append(dataclasses.replace(picture, original=originals[picture.kind].pop()))
+    pictures = [
+        dataclasses.replace(picture, original=originals[picture.kind].pop())
+        for picture in reversed(example.pictures)  # turns that were left out are leading ones
+    ]
     flags = int(pipeline.measures.sizes(np.array([index]))[0, 3])
-    notes = []
-    if flags & SHRUNK:
-        notes.append("Its images were made smaller to fit.")
-    if flags & TURNS_DROPPED:
-        notes.append("Its first turns were left out to fit.")
+    notes = {
+        SHRUNK: "Its images were made smaller to fit.",
+        TURNS_DROPPED: "Its first turns were left out to fit.",
+    }
     return dataclasses.replace(
         example,
         id=record["id"],
         place=pipeline.records.place(index),
-        notes=notes,
+        notes=[note for flag, note in notes.items() if flags & flag],
         pictures=pictures[::-1],
     )
 
@@ -262,23 +260,23 @@ def histogram(name: str, values: np.ndarray, limit: int | None) -> Histogram:
 
 def _round_width(least: float) -> int:
     """Return the least of 1, 2, 4, 5, 8, 10, 16, 20, ... that is at least this."""
-    power = 1
-    while True:
-        for step in (1, 2, 4, 5, 8):
-            if step * power >= least:
-                return step * power
-        power *= 10
+    return next(
+        step * 10**power
+        for power in itertools.count()
+        for step in (1, 2, 4, 5, 8)
+        if step * 10**power >= least
+    )
 
 
 def settings(config: RunSpec, pipeline: Pipeline, films: bool = False) -> list[Setting]:
     """Return what decides how examples look, as it came out; films: whether there are videos."""
     t, encoder = config.training, pipeline.encoder
-    media = encoder.media
-    packed = pipeline.planner.capacity
+    media, packed = encoder.media, pipeline.planner.capacity
+    longest = "any" if encoder.max_seq_length is None else f"{encoder.max_seq_length:,}"
     found = [
         Setting("train_on", encoder.train_on, "assistant turns that carry loss"),
         Setting("resolution", *_resolution(pipeline)),
-        Setting("max_seq_length", _number(encoder.max_seq_length), "maximum tokens per row"),
+        Setting("max_seq_length", longest, "maximum tokens per row"),
         Setting(
             "packing",
             "on" if packed else "off",
@@ -332,10 +330,6 @@ def _resolution(pipeline: Pipeline) -> tuple[str, str]:
     if low == high:
         return f"{low:,} pixels", f"about {side} × {side} for every image, aspect ratio kept"
     return f"{low:,} to {high:,} pixels", f"at most about {side} × {side}, aspect ratio kept"
-
-
-def _number(value: int | None) -> str:
-    return "any" if value is None else f"{value:,}"
 
 
 def first_messages(report: dict[str, Any]) -> Sequence[tuple[str, int, str]]:

@@ -5,7 +5,8 @@ Letters: T tokens and P patches of a row, C values a patch.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,22 +86,12 @@ class Example:
     def runs(self) -> list[tuple[str, str]]:
         """(tokens, position ids) of each stretch of text and each picture."""
         found: list[tuple[str, str]] = []
-        text: list[Piece] = []
-
-        def close() -> None:
-            if text:
-                first, last = text[0], text[-1]
-                found.append((_span(first.start, last.start), _join(first.position, last.position)))
-                text.clear()
-
-        for piece in self.pieces:
-            if piece.number:
-                close()
-                end = piece.start + piece.count - 1
-                found.append((f"{_span(piece.start, end)} {piece.kind}", piece.position))
-            else:
-                text.append(piece)
-        close()
+        for number, group in itertools.groupby(self.pieces, key=lambda piece: piece.number):
+            stretch = list(group)
+            first, last = stretch[0], stretch[-1]
+            tokens = _span(first.start, last.start + last.count - 1)
+            positions = _span(first.position, last.position)
+            found.append((f"{tokens} {first.kind}" if number else tokens, positions))
         return found
 
 
@@ -125,11 +116,11 @@ class Reader:
             for number in range(1, int(segments.max(initial=0)) + 1)
         ]
 
-    def text(self, tokens: Sequence[int]) -> str:
+    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Return the text of tokens, special ones included."""
         return self._decode([*self.anchor, *tokens])[self.ahead :]
 
-    def _decode(self, tokens: Sequence[int]) -> str:
+    def _decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return self.backend.decode([int(t) for t in tokens], skip_special_tokens=False)
 
     def _example(self, batch: Batch, row: int, here: np.ndarray) -> Example:
@@ -139,18 +130,24 @@ class Reader:
         positions = np.asarray(batch.positions[row])[..., here].reshape(-1, len(here))
         kinds, numbers, pictures = self._pictures(batch, row, here, tokens)
         pieces: list[Piece] = []
-        texts = self._spell(tokens, numbers)
-        for t, text in enumerate(texts):
+        for t, text in enumerate(self._spell(tokens, numbers)):
             if numbers[t] and t and numbers[t] == numbers[t - 1]:
                 continue
             count = int((numbers == numbers[t]).sum()) if numbers[t] else 1
-            kind = kinds[t] or ("loss" if weights[t] else "text")
-            position = _position(positions[:, t : t + count])
-            fields = (float(weights[t]), t, position, int(tokens[t]), count, int(numbers[t]))
-            pieces.append(Piece(kind, text, *fields))
+            piece = Piece(
+                kind=kinds[t] or ("loss" if weights[t] else "text"),
+                text=text,
+                weight=float(weights[t]),
+                start=t,
+                position=_position(positions[:, t : t + count]),
+                token=int(tokens[t]),
+                count=count,
+                number=int(numbers[t]),
+            )
+            pieces.append(piece)
         return Example(
             pieces=pieces,
-            targets=list(self._targets(tokens, weights)),
+            targets=self._targets(tokens, weights),
             pictures=pictures,
             tokens=len(tokens),
             loss_tokens=int(np.count_nonzero(weights)),
@@ -159,33 +156,25 @@ class Reader:
 
     def _spell(self, tokens: np.ndarray, numbers: np.ndarray) -> list[str]:
         """Return each token's text; tokens that share a character with the one before have ""."""
-        texts: list[str] = []
-        waiting: list[int] = []
-        for token, number in zip(tokens.tolist(), numbers, strict=True):
+        texts = [""] * len(tokens)
+        start = 0  # of the tokens that share a character
+        for t, number in enumerate(numbers):
             if number:  # a placeholder
-                if waiting:
-                    texts[-len(waiting)] = self.text(waiting)
-                    waiting = []
-                texts.append(self._decode([token]))
-                continue
-            waiting.append(token)
-            text = self.text(waiting)
-            if "\ufffd" in text and len(waiting) < LONGEST_CHARACTER:
-                texts.append("")
-                continue
-            texts.append("")
-            texts[-len(waiting)] = text
-            waiting = []
-        if waiting:
-            texts[-len(waiting)] = self.text(waiting)
+                texts[t] = self._decode(tokens[t : t + 1])
+            else:
+                texts[start] = self.text(tokens[start : t + 1])
+            if number or "\ufffd" not in texts[start] or t + 1 - start == LONGEST_CHARACTER:
+                start = t + 1
         return texts
 
-    def _targets(self, tokens: np.ndarray, weights: np.ndarray) -> Iterator[Target]:
-        """Yield the stretches of equal weight above 0."""
+    def _targets(self, tokens: np.ndarray, weights: np.ndarray) -> list[Target]:
+        """Return the stretches of equal weight above 0."""
         edges = np.flatnonzero(np.diff(weights)) + 1
-        for part in np.split(np.arange(len(tokens)), edges):
-            if len(part) and weights[part[0]]:
-                yield Target(self.text(tokens[part].tolist()), float(weights[part[0]]), len(part))
+        return [
+            Target(self.text(tokens[part]), float(weights[part[0]]), len(part))
+            for part in np.split(np.arange(len(tokens)), edges)
+            if len(part) and weights[part[0]]
+        ]
 
     def _pictures(
         self, batch: Batch, row: int, here: np.ndarray, tokens: np.ndarray
@@ -200,19 +189,16 @@ class Reader:
         kinds = [
             names[token] if s else "" for token, s in zip(tokens.tolist(), segment, strict=True)
         ]
-        numbers = np.zeros(len(tokens), np.int64)
-        count = 0
-        for t, kind in enumerate(kinds):
-            if not kind:
-                continue
-            goes_on = t > 0 and kinds[t - 1] == kind
-            # A video's frames are segments of their own; two videos never touch.
-            count += not (goes_on and (kind == "video" or segment[t] == segment[t - 1]))
-            numbers[t] = count
-        pictures = []
-        for number in range(1, count + 1):
-            mine = np.flatnonzero(numbers == number)
-            pictures.append(self._picture(batch, row, kinds[mine[0]], segment[mine]))
+        begins = [  # a video's frames are segments of their own; two videos never touch
+            kind != ""
+            and not (
+                t > 0 and kinds[t - 1] == kind and (kind == "video" or segment[t] == segment[t - 1])
+            )
+            for t, kind in enumerate(kinds)
+        ]
+        numbers = np.cumsum(begins) * (segment != 0)
+        places = [np.flatnonzero(numbers == n) for n in range(1, sum(begins) + 1)]
+        pictures = [self._picture(batch, row, kinds[at[0]], segment[at]) for at in places]
         return kinds, numbers, pictures
 
     def _picture(self, batch: Batch, row: int, kind: str, segments: np.ndarray) -> Picture:
@@ -220,9 +206,10 @@ class Reader:
         frames, patches = [], 0
         for segment in dict.fromkeys(segments.tolist()):
             places = np.flatnonzero(of_patch == segment)
-            values = np.asarray(batch.patches[row])[places]
-            where = np.asarray(batch.patch_positions[row])[places]
-            found = self.config.pixels(values, where)
+            found = self.config.pixels(
+                np.asarray(batch.patches[row])[places],
+                np.asarray(batch.patch_positions[row])[places],
+            )
             frames.append(found if kind == "video" else found[:1])
             patches += len(places)
         pixels = to_bytes(np.concatenate(frames), self.tables[kind])
@@ -243,13 +230,11 @@ def _position(positions: Any) -> str:
     if positions.shape[1] == 1 and len(np.unique(positions)) == 1:
         return str(int(positions[0, 0]))
     names = ("t", "h", "w") if len(positions) == 3 else ("",)
-    spans = [_span(int(axis.min()), int(axis.max())) for axis in positions]
-    return " ".join(f"{name} {span}".strip() for name, span in zip(names, spans, strict=True))
+    return " ".join(
+        f"{name} {_span(int(axis.min()), int(axis.max()))}".strip()
+        for name, axis in zip(names, positions, strict=True)
+    )
 
 
-def _span(first: int, last: int) -> str:
+def _span(first: int | str, last: int | str) -> str:
     return str(first) if first == last else f"{first}–{last}"
-
-
-def _join(first: str, last: str) -> str:
-    return first if first == last else f"{first}–{last}"

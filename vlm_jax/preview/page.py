@@ -36,8 +36,7 @@ def render(preview: Preview) -> str:
         weight=weight,
         title=title,
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         p=preview,
         report=preview.report,
         dropped=first_messages(preview.report),
