@@ -49,9 +49,9 @@ class Batch:
         return (*self.tokens.shape, self.patches.shape[1])
 
 
+# One example before padding: tokens int [T], weights float [T] (of token t itself, as labels are),
+# and a family's layout: positions, image_index, patches, patch_segments, patch_positions.
 Example = dict[str, np.ndarray]
-"""One example before padding: tokens int [T], weights float [T] (of token t itself, as labels
-are), and a family's layout: positions, image_index, patches, patch_segments, patch_positions."""
 
 
 def shift(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,20 +83,18 @@ def collate(
     Raises `ValueError` where a row does not fit: nothing is ever cut.
     """
     B = len(rows)
-    axes = like["positions"].shape[:-1]  # () or (3,)
     C = like["patches"].shape[1]
-    place = like["patch_positions"].shape[1:]  # () or (2,)
     held = sum(len(example["patches"]) for examples in rows for example in examples)
     batch = Batch(
         tokens=np.zeros((B, length), np.int32),
         targets=np.zeros((B, length), np.int32),
         weights=np.zeros((B, length), np.float32),
         segments=np.zeros((B, length), np.int32),
-        positions=np.zeros((B, *axes, length), np.int32),
+        positions=np.zeros((B, *like["positions"].shape[:-1], length), np.int32),  # () or (3,)
         image_index=np.full((B, length), -1, np.int32),
         patches=np.zeros((B, patches, C), pixels) if padded else np.empty((held, C), pixels),
         patch_segments=np.zeros((B, patches), np.int32),
-        patch_positions=np.zeros((B, patches, *place), np.int32),
+        patch_positions=np.zeros((B, patches, *like["patch_positions"].shape[1:]), np.int32),
     )
     slots, taken = batch.patches.reshape(-1, C), 0
     for row, examples in enumerate(rows):
@@ -109,10 +107,9 @@ def collate(
                     f"{length} and {patches}."
                 )
             here, there = slice(t, t + n), slice(p, p + m)
-            targets, weights = shift(example["tokens"], example["weights"])
-            batch.tokens[row, here] = example["tokens"]
-            batch.targets[row, here] = targets
-            batch.weights[row, here] = weights
+            tokens, weights = example["tokens"], example["weights"]
+            batch.tokens[row, here] = tokens
+            batch.targets[row, here], batch.weights[row, here] = shift(tokens, weights)
             batch.segments[row, here] = number
             batch.positions[row, ..., here] = example["positions"]
             index = example["image_index"]

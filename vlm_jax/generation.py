@@ -82,8 +82,8 @@ def _generate(
     logits = module.apply(variables, hidden[:, -1], method="logits")
     # The next position is one past the largest on any axis: after an image they differ.
     axes = tuple(range(1, batch.positions.ndim))
-    position = jnp.max(batch.positions, axis=axes, keepdims=True) + 1
-    position = jnp.broadcast_to(position, (*batch.positions.shape[:-1], 1))
+    largest = jnp.max(batch.positions, axis=axes, keepdims=True)
+    position = jnp.broadcast_to(largest + 1, (*batch.positions.shape[:-1], 1))
     one = jnp.ones((B, 1), jnp.int32)
 
     def body(state):
@@ -99,13 +99,12 @@ def _generate(
         logits = module.apply(variables, hidden[:, 0], method="logits")
         return step + 1, out, done, logits, position + 1, cache, key
 
-    def running(state):
-        return (state[0] < new_tokens) & ~jnp.all(state[2])
-
     out = jnp.full((B, new_tokens), pad, jnp.int32)
-    empty = jnp.all(batch.segments == 0, axis=1)  # rows that only fill the batch up
-    state = (jnp.int32(0), out, empty, logits, position, cache, key)
-    return jax.lax.while_loop(running, body, state)[1]
+    done = jnp.all(batch.segments == 0, axis=1)  # rows that only fill the batch up
+    state = (jnp.int32(0), out, done, logits, position, cache, key)
+    return jax.lax.while_loop(
+        lambda state: (state[0] < new_tokens) & ~jnp.all(state[2]), body, state
+    )[1]
 
 
 def generate(
@@ -154,11 +153,12 @@ def generate(
         spread = PartitionSpec(BATCH if len(batch.tokens) % row_parts(mesh) == 0 else None)
         batch = jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, spread)), batch)
         key = put(key, NamedSharding(mesh, PartitionSpec()))
-    out = _generate(
-        dict(params), batch, key, module=model.module,
-        new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p, top_k), eos=eos, pad=pad,
+    return processes.to_host(
+        _generate(
+            dict(params), batch, key, module=model.module, new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p, top_k), eos=eos, pad=pad,
+        )
     )  # fmt: skip
-    return processes.to_host(out)
 
 
 FILE = "generation_config.json"
@@ -172,18 +172,13 @@ def generation_file(model: Model) -> dict[str, Any]:
     if model.source is None:
         return {}
     file = Path(model.source.directory) / FILE
-    if not file.exists():
-        return {}
-    return read_json(file)
+    return read_json(file) if file.exists() else {}
 
 
 def settings(model: Model) -> dict[str, Any]:
     """Return the checkpoint's fields for generation: those of that file, else of config.json."""
-    found: dict[str, Any] = {}
-    text = model.hf_config.get("text_config") or {}
-    for given in (text, model.hf_config, generation_file(model)):
-        found.update({key: value for key, value in given.items() if value is not None})
-    return found
+    files = (model.hf_config.get("text_config") or {}, model.hf_config, generation_file(model))
+    return {key: value for file in files for key, value in file.items() if value is not None}
 
 
 def end_tokens(model: Model, turn_end: int | None = None) -> tuple[tuple[int, ...], int]:
@@ -215,5 +210,9 @@ def exported(model: Model) -> dict[str, Any] | None:
     if ids == end_tokens(model)[0]:
         return None
     # Without the file transformers reads these in config.json; with it, it does not.
-    special = {"bos_token_id": settings(model).get("bos_token_id"), "pad_token_id": pad}
-    return {**special, **generation_file(model), "eos_token_id": list(ids)}
+    return {
+        "bos_token_id": settings(model).get("bos_token_id"),
+        "pad_token_id": pad,
+        **generation_file(model),
+        "eos_token_id": list(ids),
+    }

@@ -1,15 +1,17 @@
 """Local uncompressed copies of compressed or remote data files."""
 
+import errno
 import gzip
 import hashlib
 import os
-import tempfile
+import secrets
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import UserError
+from vlm_jax.files.atomic import replacing
 
 CHUNK = 1 << 22
 # How an address begins -> the Python package that fsspec needs for it, and our extra with it.
@@ -28,8 +30,7 @@ def is_remote(source: Any) -> bool:
 
 def cache_directory() -> Path:
     """Return the user's cache directory of this library."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base, "vlm_jax")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "vlm_jax")
 
 
 def download(address: str) -> Path:
@@ -40,40 +41,35 @@ def download(address: str) -> Path:
     """
     import fsspec
 
-    scheme = next(start for start in REMOTE if address.startswith(start))
-    package, extra = REMOTE[scheme]
+    package, extra = next(needs for start, needs in REMOTE.items() if address.startswith(start))
     try:
         system, path = fsspec.core.url_to_fs(address)
+        if not system.isfile(path):
+            raise FileNotFoundError("no such file")
+        version = f"{address} {_version(system.info(path))}".encode()
+        folder = hashlib.blake2b(version, digest_size=8).hexdigest()
+        target = cache_directory() / "downloads" / folder / Path(path).name
+        if not target.is_file():
+            with system.open(path, "rb") as file:
+                _write(target, iter(lambda: file.read(CHUNK), b""))
+        return target
     except ImportError as error:
         line = f'pip install "vlm_jax[{extra}]"' if extra else f"pip install {package}"
         raise UserError(
             f"'{address}' needs the package {package}, which is not installed: {line}"
         ) from error
-    try:
-        if not system.isfile(path):
-            raise FileNotFoundError("no such file")
-        version = f"{address} {_version(system.info(path))}"
-        key = hashlib.blake2b(version.encode(), digest_size=8).hexdigest()
-        target = cache_directory() / "downloads" / key / Path(path).name
-        if not target.is_file():
-            with system.open(path, "rb") as file:
-                _write(target, iter(lambda: file.read(CHUNK), b""))
-    except UserError:
-        raise
     except Exception as error:  # every file system has exceptions of its own
         raise UserError(
             f"The data file '{address}' cannot be read: {type(error).__name__}: {error}. Check its "
             f"address and this machine's rights to it."
         ) from error
-    return target
 
 
 def _version(info: dict[str, Any]) -> str:
-    for key in ("etag", "ETag", "md5Hash", "crc32c", "blob_id", "checksum"):
-        if info.get(key):
-            return str(info[key])
+    digests = ("etag", "ETag", "md5Hash", "crc32c", "blob_id", "checksum")
     times = ("mtime", "updated", "LastModified", "last_modified", "created")
-    return f"{info.get('size')} {[str(info[key]) for key in times if key in info]}"
+    dated = f"{info.get('size')} {[str(info[key]) for key in times if key in info]}"
+    return next((str(info[key]) for key in digests if info.get(key)), dated)
 
 
 def decompress(path: Path) -> Path:
@@ -82,23 +78,19 @@ def decompress(path: Path) -> Path:
     It lies in `.vlm_jax` beside the file, or in the user's cache directory where that cannot be
     written. Raises `UserError` for a damaged file.
     """
-    digest = hashlib.blake2b(digest_size=8)
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    plain = Path(digest.hexdigest(), path.stem)
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
     places = [path.parent / ".vlm_jax", cache_directory() / "plain"]
-    for place in places:
-        if (place / plain).is_file():
-            return place / plain
-    for place in places:
+    targets = [place / digest / path.stem for place in places]
+    for target in targets:
+        if target.is_file():
+            return target
+    for place, target in zip(places, targets, strict=True):
         try:
-            _write(place / plain, _plain(path))
-            return place / plain
-        except PermissionError:
-            continue
+            _write(target, _plain(path))
+            return target
         except OSError as error:
-            if error.errno == 30:  # a read-only file system
+            if isinstance(error, PermissionError) or error.errno == errno.EROFS:
                 continue
             raise UserError(f"'{path}' cannot be decompressed to '{place}': {error}.") from error
     raise UserError(
@@ -108,9 +100,11 @@ def decompress(path: Path) -> Path:
 
 
 def _plain(path: Path) -> Iterator[bytes]:
+    import zstandard
+
     try:
         yield from COMPRESSED[path.suffix.lower()](path)
-    except (EOFError, gzip.BadGzipFile, zlib.error, _zstd_error()) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise UserError(
             f"The data file '{path}' is damaged or cut short: {error}. Copy it again."
         ) from error
@@ -118,8 +112,7 @@ def _plain(path: Path) -> Iterator[bytes]:
 
 def _gunzip(path: Path) -> Iterator[bytes]:
     with gzip.open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+        yield from iter(lambda: file.read(CHUNK), b"")
 
 
 def _unzstd(path: Path) -> Iterator[bytes]:
@@ -137,24 +130,12 @@ def _unzstd(path: Path) -> Iterator[bytes]:
         raise EOFError("its last frame has no end")
 
 
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
-
-
 COMPRESSED: dict[str, Callable[[Path], Iterator[bytes]]] = {".gz": _gunzip, ".zst": _unzstd}
 
 
 def _write(target: Path, chunks: Iterator[bytes]) -> None:
     """Write a file that is there whole or not at all, whoever else writes it too."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(chunks)
-        os.chmod(name, 0o644)  # mkstemp lets nobody else read it
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    part = target.with_name(f".part-{secrets.token_hex(8)}")
+    with replacing(target, part), open(part, "wb") as file:
+        file.writelines(chunks)

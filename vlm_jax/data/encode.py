@@ -1,5 +1,6 @@
 """The encoder: a record to the arrays of an example, by a checkpoint's tokenizer and processor."""
 
+import collections
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -96,8 +97,9 @@ class Encoder:
         adapter: str | Path | None = None,
         chat: Chat | None = None,
     ):
-        arguments = {k: value for k, value in locals().items() if k not in ("self", "chat")}
-        self._remake = functools.partial(Encoder, **arguments)
+        self._remake = functools.partial(
+            Encoder, **{k: value for k, value in locals().items() if k not in ("self", "chat")}
+        )
         for name, value, known in (
             ("overlong", overlong, tuple(POLICIES)),
             ("train_on", train_on, TRAIN_ON),
@@ -156,8 +158,10 @@ class Encoder:
 
     def replace(self, **options: Any) -> "Encoder":
         """Return the encoder with other options; of one directory the tokenizer is loaded once."""
-        chat = None if options.keys() & {"directory", "adapter"} else self.chat
-        return Encoder(**{**self._remake.keywords, **options}, chat=chat)
+        return Encoder(
+            **{**self._remake.keywords, **options},
+            chat=None if options.keys() & {"directory", "adapter"} else self.chat,
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -174,8 +178,8 @@ class Encoder:
             for path in Path(directory).glob(pattern)
         }
         options = {**self._remake.keywords, "directory": files, "image_folder": self.image_folder}
-        del options["adapter"]  # by its files, wherever they lie
-        return {name: value for name, value in options.items() if name != "on_bad_example"}
+        without = ("on_bad_example", "adapter")  # the latter by its files, wherever they lie
+        return {name: value for name, value in options.items() if name not in without}
 
     def encode(self, record: Record) -> dict[str, Any]:
         """Return one record's arrays, whole: nothing is ever cut off.
@@ -199,8 +203,9 @@ class Encoder:
         one frame then, which stands for all, unless the example holds a video.
         """
         fitted = self.fit(record)
-        still = still and not fitted.record["videos"]
-        return self._example(self._decode(fitted, bytes_only, still))
+        return self._example(
+            self._decode(fitted, bytes_only, still and not fitted.record["videos"])
+        )
 
     @property
     def value_table(self) -> np.ndarray | None:
@@ -217,14 +222,14 @@ class Encoder:
         record, messages = fitted.record, fitted.record["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        kinds = [part["type"] for m in messages for part in m["content"]]
-        counts = {f"{kind}s": kinds.count(kind) for kind in KINDS}
-        own = {name: record[name][:count] for name, count in counts.items()}
+        counts = collections.Counter(part["type"] for m in messages for part in m["content"])
+        own = {f"{kind}s": record[f"{kind}s"][: counts[kind]] for kind in KINDS}
         record = {**record, "messages": messages, **own}
-        grids = {kind: fitted.grids[kind][: counts[f"{kind}s"]] for kind in KINDS}
-        tokens = self.chat.prompt(messages, *(self._features(grids[kind]) for kind in KINDS))
-        weights = np.zeros(len(tokens), np.float32)
-        return self._example(self._decode(Fitted(record, fitted.media, grids, tokens, weights)))
+        grids = {kind: fitted.grids[kind][: counts[kind]] for kind in KINDS}
+        features = self._features(grids)
+        tokens = self.chat.prompt(messages, features["image"], features["video"])
+        no_weights = np.zeros(len(tokens), np.float32)
+        return self._example(self._decode(Fitted(record, fitted.media, grids, tokens, no_weights)))
 
     def measure(self, record: Record) -> Size:
         """Return the example's `Size` from its text and its images' headers: no pixel is decoded.
@@ -232,8 +237,12 @@ class Encoder:
         Raises `BadExample` as `encode` does, as far as headers tell.
         """
         fitted = self.fit(record)
-        answers = int(np.count_nonzero(fitted.weights))
-        return Size(len(fitted.tokens), self._patches(fitted.grids), answers, fitted.notes)
+        return Size(
+            tokens=len(fitted.tokens),
+            patches=self._patches(fitted.grids),
+            answers=int(np.count_nonzero(fitted.weights)),
+            notes=fitted.notes,
+        )
 
     def fit(self, record: Any) -> Fitted:
         """Return a raw or canonical record as it fits a row, by headers alone.
@@ -258,35 +267,36 @@ class Encoder:
             media = self.media.limited(max_pixels)
             own = {k: headers[k][len(headers[k]) - len(record[f"{k}s"]) :] for k in KINDS}
             grids = media.grids(record, own)
-            features, turns = self._all_features(grids), len(record["messages"])
+            features, turns = self._features(grids), len(record["messages"])
             if turns not in texts:
                 texts[turns] = features, *self._encode_text(record, features)
             encoded, ids, weights = texts[turns]
             tokens = len(ids) + _count(features) - _count(encoded)
             if features != encoded:  # other features for the same text: encoded once it fits
                 ids = None
-            made = media, grids, ids, weights
-            return Trial(record, max_pixels, tokens, self._patches(grids), made)
+            return Trial(
+                record, max_pixels, tokens, self._patches(grids), (media, grids, ids, weights)
+            )
 
         limits = self.max_seq_length, self.max_patches
         trial, fits = fit(record, attempt, limits, self.overlong, self.media.pixels)
         media, grids, tokens, weights = trial.encoded
         if not fits:
-            counts = {kind: len(grids[kind]) for kind in KINDS}
-            features = _count(self._all_features(grids))
-            raise too_long(trial, limits, self.overlong, features, counts)
+            raise too_long(trial, limits, self.overlong, _count(self._features(grids)), grids)
         if tokens is None:
-            tokens, weights = self._encode_text(trial.record, self._all_features(grids))
-        notes = SHRUNK * (trial.max_pixels is not None)
-        notes |= FILMED * bool(trial.record["videos"])
+            tokens, weights = self._encode_text(trial.record, self._features(grids))
+        notes = SHRUNK * (trial.max_pixels is not None) | FILMED * bool(trial.record["videos"])
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
         return Fitted(trial.record, media, grids, tokens, weights, notes)
 
     def grounded(self, record: Record) -> Record:
         """Return a canonical record with its objects and boxes written as the family does."""
-        sizes = lambda: self.media.headers(record)["image"]  # noqa: E731
         return fill(
-            record, self.config.GROUNDING, self.hf_config["model_type"], self.tokenizer, sizes
+            record,
+            self.config.GROUNDING,
+            self.hf_config["model_type"],
+            self.tokenizer,
+            sizes=lambda: self.media.headers(record)["image"],
         )
 
     def most_patches(self) -> int:
@@ -317,8 +327,7 @@ class Encoder:
 
     def video_settings(self) -> dict[str, Any] | None:
         """Return the video_preprocessor_config.json of the same kind; None without video."""
-        video = self.media.video_processor
-        return None if video is None else video.settings()
+        return None if self.media.video_processor is None else self.media.video_processor.settings()
 
     def _decode(self, fitted: Fitted, bytes_only: bool = False, still: bool = False) -> dict:
         values = fitted.media.cut(fitted.record, fitted.grids, still)
@@ -339,18 +348,14 @@ class Encoder:
     def _example(self, arrays: dict[str, Any]) -> Example:
         media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
         given = {name: arrays[name] for name in media if arrays[name] is not None}
-        tokens = arrays["tokens"]
-        layout = self.config.layout(tokens, given)
-        return {"tokens": tokens, "weights": arrays["weights"], **layout}
+        layout = self.config.layout(arrays["tokens"], given)
+        return {"tokens": arrays["tokens"], "weights": arrays["weights"], **layout}
 
     def _patches(self, grids: Grids) -> int:
         return sum(self.config.image_patches(grid) for kind in KINDS for grid in grids[kind])
 
-    def _features(self, grids: Sequence[Grid]) -> list[int]:
-        return [self.config.image_tokens(grid) for grid in grids]
-
-    def _all_features(self, grids: Grids) -> dict[str, list[int]]:
-        return {kind: self._features(grids[kind]) for kind in KINDS}
+    def _features(self, grids: Grids) -> dict[str, list[int]]:
+        return {kind: [self.config.image_tokens(grid) for grid in grids[kind]] for kind in KINDS}
 
     def _encode_text(
         self, record: Record, features: dict[str, list[int]]

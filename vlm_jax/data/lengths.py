@@ -5,6 +5,7 @@ they are worth keeping: between runs, and between the processes of one run, whic
 the others have not.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,12 +51,12 @@ class Measures:
 
     path: the file, made where it is missing, shared by all who open it; None: a temporary file
     that ends with its first owner. Pickles as its path, so that worker processes share it.
+    run: the number of the run, which its processes share; None: a new one.
     What one run finds bad (`drop`) the next one measures again: it may have been repaired since.
     """
 
-    def __init__(self, count: int, path: str | Path | None = None):
-        self.count = count
-        self.run = secrets.randbits(30)
+    def __init__(self, count: int, path: str | Path | None = None, run: int | None = None):
+        self.count, self.run = count, secrets.randbits(30) if run is None else run
         self._owned = tempfile.NamedTemporaryFile(suffix=".sizes") if path is None else None
         self.path = str(self._owned.name if self._owned else path)
         self._map()
@@ -75,12 +76,8 @@ class Measures:
             self.path, np.int32, mode="r+", shape=(self.count, len(COLUMNS))
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"count": self.count, "path": self.path, "run": self.run, "_owned": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
+    def __reduce__(self) -> tuple:
+        return type(self), (self.count, self.path, self.run)
 
     def unknown(self, indices: np.ndarray) -> np.ndarray:
         """Return those of the indices that are not measured yet."""
@@ -127,10 +124,6 @@ class Measures:
 class StreamMeasures(Measures):
     """Sizes of a stream's records, whose number is unknown: in memory, per process."""
 
-    def __init__(self) -> None:
-        self.count, self.path, self.run = 0, "", secrets.randbits(30)
-        self._map()
-
     def _map(self) -> None:
         self.table = np.zeros((1024, len(COLUMNS)), np.int32)
 
@@ -140,9 +133,6 @@ class StreamMeasures(Measures):
             more = np.zeros((max(self.count, len(self.table)), len(COLUMNS)), np.int32)
             self.table = np.concatenate([self.table, more])
         return super().unknown(indices)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"count": 0, "path": "", "run": self.run, "_owned": None}
 
 
 def measures_file(place: str | Path | None, content: str | None, settings: Any) -> Path | None:
@@ -159,19 +149,17 @@ def measures_file(place: str | Path | None, content: str | None, settings: Any) 
         json.dumps([VERSION, content, settings], sort_keys=True).encode(), digest_size=12
     ).hexdigest()
     place = Path(place).expanduser()
-    name, beside = "records", None
+    name, folders = "records", [cache_directory() / "sizes"]
     if place.exists():
-        name, beside = place.name, (place if place.is_dir() else place.parent) / ".vlm_jax"
-    for folder in (beside, cache_directory() / "sizes"):
-        if folder is None:
-            continue
-        try:
+        name = place.name
+        folders.insert(0, (place if place.is_dir() else place.parent) / ".vlm_jax")
+    for folder in folders:
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder / f"{name}-{key}.sizes"
+            if os.access(folder, os.W_OK):
+                return folder / f"{name}-{key}.sizes"
     raise UserError(
-        f"The sizes of the records of '{place}' can be kept neither in '{beside}' nor in "
-        f"'{cache_directory()}': neither can be written. Make one of them writable."
+        f"The sizes of the records of '{place}' cannot be kept: "
+        f"{' and '.join(map(repr, map(str, folders)))} cannot be written. Make one of them "
+        f"writable."
     )

@@ -4,10 +4,13 @@ Each worker plans for itself, so that what travels between processes is a step's
 and its arrays the other.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -61,30 +64,25 @@ class Making:
 
 def batches(source: "Steps", making: Making) -> Iterator[tuple[Batch, "Made"]]:
     """Yield each step's batch and what is known beside it, made ahead of time."""
-    dataset: Any = grain.MapDataset.source(source)
+    # Where processes make batches, this one reads nothing itself.
+    reading = grain.ReadOptions(
+        num_threads=0 if making.workers else 1,
+        prefetch_buffer_size=0 if making.workers else making.prefetch,
+    )
+    dataset: Any = grain.MapDataset.source(source).to_iter_dataset(reading)
     if making.workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads some, which no program here defines
-            flags.FLAGS.mark_as_parsed()
+        flags.FLAGS.mark_as_parsed()  # Grain reads some, which no program here defines
         _start_quiet_tracker()
-        options = grain.MultiprocessingOptions(
-            num_workers=making.workers, per_worker_buffer_size=making.prefetch
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=making.workers, per_worker_buffer_size=making.prefetch
+            ),
+            functools.partial(_quiet_worker, os.getpid()),
         )
-        alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        dataset = dataset.to_iter_dataset(alone).mp_prefetch(
-            options, functools.partial(_quiet_worker, os.getpid())
-        )
-    else:
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=making.prefetch)
-        dataset = dataset.to_iter_dataset(ahead)
-    iterator = iter(dataset)
-    try:
+    with contextlib.closing(source), contextlib.closing(iter(dataset)) as iterator:
         for arrays, made in iterator:
             batch = Batch(**arrays)
             yield pad_patches(batch) if making.workers else batch, made
-    finally:
-        if making.workers:
-            iterator.close()
-        source.close()
 
 
 class Steps:
@@ -102,24 +100,16 @@ class Steps:
         steps: list[Step] | None = None,
         bytes_only: bool = False,
     ):
+        self._arguments = planner, mine, making, state, steps, bytes_only
         self.planner, self.mine, self.state, self.steps = planner, mine, state, steps
-        self.bytes_only = bytes_only
-        self.workers, self.threads = making.workers, making.threads
-        self._begin()
-
-    def _begin(self) -> None:
+        self.workers, self.bytes_only = making.workers, bytes_only
         self._plan: Iterator[Step] | None = None
         self._next = 0
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = None if making.workers else ThreadPoolExecutor(making.threads)
         self._lock, self._closed = threading.Lock(), False
 
-    def __getstate__(self) -> dict[str, Any]:
-        private = ("_plan", "_next", "_pool", "_lock", "_closed")
-        return {name: value for name, value in self.__dict__.items() if name not in private}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
+    def __reduce__(self) -> tuple:
+        return Steps, self._arguments
 
     def __len__(self) -> int:
         return ENDLESS if self.steps is None else len(self.steps)
@@ -136,47 +126,35 @@ class Steps:
             self._closed = True
             if self._pool is not None:
                 self._pool.shutdown(wait=True, cancel_futures=True)
-                self._pool = None
 
     def _step(self, number: int) -> Step:
         if self.steps is not None:
             return self.steps[number]
         if self._plan is None or number < self._next:
             share = number % self.workers / self.workers if self.workers else 0.0
-            self._plan, self._next = (
-                dataclasses.replace(self.planner, share=share).steps(self.state),
-                0,
-            )
+            plan = dataclasses.replace(self.planner, share=share).steps(self.state)
+            self._plan, self._next = plan, 0
         # What is passed over is another worker's to make, but was planned here too.
-        for _ in range(number - self._next):
-            next(self._plan)
-        self._next = number + 1
-        return next(self._plan)
+        passed, self._next = number - self._next, number + 1
+        return next(itertools.islice(self._plan, passed, None))
 
     def _make(self, step: Step) -> tuple[dict[str, np.ndarray], Made]:
-        mine = step.rows[self.mine]
-        if self._pool is None and not self.workers:
-            self._pool = ThreadPoolExecutor(self.threads)
-        places = [index for row in mine for index in row]
         still = self.bytes_only and step.still
         example = functools.partial(self._example, still=still)
-        found = iter((self._pool.map if self._pool else map)(example, places))
-        ids, skipped, rows = [], [], []
-        for row in mine:
-            examples: list[Example] = []
-            for one in (next(found) for _ in row):
-                if isinstance(one, Skipped):
-                    skipped.append(one)
-                else:
-                    ids.append(one[0])
-                    examples.append(one[1])
-            rows.append(examples)
-        rows += [[] for _ in range(self.mine.stop - self.mine.start - len(rows))]
+        places = [(i, index) for i, row in enumerate(step.rows[self.mine]) for index in row]
+        found = (self._pool.map if self._pool else map)(example, [index for _, index in places])
+        rows: list[list[Example]] = [[] for _ in range(self.mine.stop - self.mine.start)]
+        ids, skipped = [], []
+        for (i, _), one in zip(places, found, strict=True):
+            if isinstance(one, Skipped):
+                skipped.append(one)
+            else:
+                ids.append(one[0])
+                rows[i].append(one[1])
         encoder = self.planner.measurer.encoder
         # Neither padding nor further frames of the same go through shared memory.
         batch = encoder.collate(rows, *step.shape, self.bytes_only, not self.workers, still)
-        arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        return arrays, Made(ids, step, skipped)
+        return vars(batch), Made(ids, step, skipped)
 
     def _example(self, index: int, still: bool) -> tuple[str, Example] | Skipped:
         """Return (id, example) of a record; what is wrong with it where it proves damaged."""
@@ -184,13 +162,14 @@ class Steps:
         try:
             record = measurer.records[index]
             example = measurer.encoder.example(record, self.bytes_only, still)
+            found = len(example["tokens"]), len(example["patches"])
             planned = measurer.measures.sizes(np.array([index]))[0]
-            if planned[0] >= 0 and tuple(planned[:2]) != sizes_of(example):
+            if planned[0] >= 0 and tuple(planned[:2]) != found:
                 measurer.measures.forget(index)
                 raise BadExample(
                     "changed",
                     f"{describe(record)} was measured as {planned[0]} tokens and {planned[1]} "
-                    f"patches, and now takes {sizes_of(example)}: its images were replaced since. "
+                    f"patches, and now takes {found}: its images were replaced since. "
                     f"Start the run again, which measures them again.",
                 )
             return record["id"], example
@@ -200,26 +179,17 @@ class Steps:
             return Skipped(index, reason_of(error), f"In {measurer.records.place(index)}: {error}")
 
 
-def sizes_of(example: Example) -> tuple[int, int]:
-    """Return the tokens and patches of an example."""
-    return len(example["tokens"]), len(example["patches"])
-
-
 def _start_quiet_tracker() -> None:
     """Start Python's tracker of shared memory, which all processes share, without its warning.
 
     What is on its way from a worker when a run ends is taken back by the tracker, as it should be,
     but with a warning that some memory was leaked.
     """
-    before = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # -W of processes started now
     try:
         resource_tracker.ensure_running()
     finally:
-        if before is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = before
+        sys.warnoptions.pop()
 
 
 def _quiet_worker(parent: int, number: int, count: int) -> None:
@@ -230,11 +200,11 @@ def _quiet_worker(parent: int, number: int, count: int) -> None:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    told: list[float] = []  # when SIGTERM came
-    signal.signal(signal.SIGTERM, lambda number, frame: told.append(time.monotonic()))
+    ends: list[float] = []  # LINGER after each SIGTERM
+    signal.signal(signal.SIGTERM, lambda number, frame: ends.append(time.monotonic() + LINGER))
 
     def watch() -> None:
-        while os.getppid() == parent and not (told and time.monotonic() - told[0] > LINGER):
+        while os.getppid() == parent and not (ends and time.monotonic() > ends[0]):
             time.sleep(1)
         os._exit(1)
 

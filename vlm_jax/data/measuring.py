@@ -63,11 +63,11 @@ class Measurer:
             return error
         return None
 
-    def bad(self, indices: np.ndarray) -> np.ndarray:
-        """Return bool: which of the measured records are left out because they are bad."""
+    def bad(self, indices: np.ndarray) -> int:
+        """Return how many of the measured records are left out because they are bad."""
         tokens = self.measures.sizes(indices)[:, 0]
         fine = [-1 - REASONS.index(reason) for reason in ALWAYS_DROPPED]
-        return (tokens < 0) & ~np.isin(tokens, fine)
+        return int(((tokens < 0) & ~np.isin(tokens, fine)).sum())
 
     def why(self, index: int) -> str:
         """Return the message of a record that is left out."""
@@ -81,19 +81,23 @@ class Measurer:
 
     def allowed(self, error: UserError) -> bool:
         """Return whether a record may be left out for this."""
-        if reason_of(error) in ALWAYS_DROPPED:
-            return self.encoder.overlong != "error"
-        return self.skip_bad
+        overlong = reason_of(error) in ALWAYS_DROPPED
+        return self.encoder.overlong != "error" if overlong else self.skip_bad
 
     def named(self, index: int, error: UserError) -> UserError:
         """Return the error with what an example does not know: its file, and the way round it."""
-        where = ""
-        if isinstance(error, BadExample):
-            where = f"In {self.records.place(index)}: "
-        way = "To leave such examples out, counted and reported, set data.on_bad_example=skip."
-        if reason_of(error) in ALWAYS_DROPPED:
-            way = "To leave such examples out, counted, set data.overlong=drop."
-        return BadExample(reason_of(error), f"{where}{error} {way}")
+        where = f"In {self.records.place(index)}: " if isinstance(error, BadExample) else ""
+        overlong = reason_of(error) in ALWAYS_DROPPED
+        way = "set data.overlong=drop" if overlong else "and reported, set data.on_bad_example=skip"
+        return BadExample(
+            reason_of(error), f"{where}{error} To leave such examples out, counted, {way}."
+        )
+
+
+def sample(count: int, most: int, seed: int = 0) -> np.ndarray:
+    """Return the numbers, in rising order, of at most so many of `count` records, drawn by seed."""
+    rng = np.random.default_rng([seed, most])
+    return np.arange(count) if count <= most else np.sort(rng.choice(count, most, False))
 
 
 def reason_of(error: UserError) -> str:

@@ -3,7 +3,9 @@
 An image is whole or not there at all: its tokens are never truncated, and neither is an answer.
 """
 
-from collections.abc import Callable, Mapping
+import collections
+import itertools
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, NamedTuple
 
 from vlm_jax.data.records.record import BadExample, Record, describe
@@ -34,12 +36,11 @@ TRIED = {
     "drop": "",
     "error": "",
 }
-Try = Callable[[Record, int | None], Trial]
 
 
 def fit(
     record: Record,
-    attempt: Try,
+    attempt: Callable[[Record, int | None], Trial],
     limits: tuple[int | None, int | None],
     policy: str,
     pixels: tuple[int, int] | None,
@@ -55,8 +56,8 @@ def fit(
     steps = POLICIES[policy]
 
     def fits(trial: Trial) -> bool:
-        sizes = (trial.tokens, trial.patches)
-        return all(limit is None or n <= limit for n, limit in zip(sizes, limits, strict=True))
+        pairs = zip((trial.tokens, trial.patches), limits, strict=True)
+        return all(limit is None or size <= limit for size, limit in pairs)
 
     whole = attempt(record, None)
     if fits(whole):
@@ -80,7 +81,8 @@ def fit(
         return best
 
     found = tried(0)
-    most = count_exchanges(record) - 1 if "turns" in steps else 0
+    exchanges = [message for message in record["messages"] if message["role"] == "user"]
+    most = len(exchanges) - 1 if "turns" in steps else 0
     if found is None and most > 0:  # an exchange less never takes more: the fewest are bisected
         found, few, many = tried(most), 0, most
         while found is not None and many - few > 1:
@@ -95,11 +97,11 @@ def too_long(
     limits: tuple[int | None, int | None],
     policy: str,
     features: int,
-    media: Mapping[str, int],
+    media: Mapping[str, Sized],
 ) -> BadExample:
     """Return what says that a trial does not fit: by how much, and what would help.
 
-    features: its tokens that stand for images and videos; media: how many of each there are.
+    features: its tokens that stand for images and videos; media: anything that it has for each.
     """
     length, most_patches = limits
     over = length is not None and trial.tokens > length
@@ -114,32 +116,22 @@ def too_long(
     )
     return BadExample(
         reason,
-        f"{describe(trial.record)} has {have} ({features} tokens are for {media['image']} images "
-        f"and {media['video']} videos), more than {limit}{TRIED[policy]}. It is not cut: raise the "
-        f"limit, lower data.max_pixels, or split the conversation.",
+        f"{describe(trial.record)} has {have} ({features} tokens are for {len(media['image'])} "
+        f"images and {len(media['video'])} videos), more than {limit}{TRIED[policy]}. It is not "
+        f"cut: raise the limit, lower data.max_pixels, or split the conversation.",
     )
-
-
-def count_exchanges(record: Record) -> int:
-    """Return how many user turns a conversation has."""
-    return sum(message["role"] == "user" for message in record["messages"])
 
 
 def drop_exchanges(record: Record, count: int) -> Record:
     """Return the record without its first `count` user turns, their answers and their images."""
-    messages, seen = [], 0
-    dropped = {"image": 0, "video": 0}
-    for message in record["messages"]:
-        seen += message["role"] == "user"
-        if message["role"] == "system" or seen > count:
-            messages.append(message)
-            continue
-        for part in message["content"]:
-            if part["type"] in dropped:
-                dropped[part["type"]] += 1
+    messages = record["messages"]
+    turns = itertools.accumulate(message["role"] == "user" for message in messages)
+    kept = [m["role"] == "system" or turn > count for m, turn in zip(messages, turns, strict=True)]
+    left_out = itertools.compress(messages, (not keep for keep in kept))
+    dropped = collections.Counter(part["type"] for m in left_out for part in m["content"])
     rest = {
         name: record[name][dropped[kind] :]
         for name, kind in (("images", "image"), ("videos", "video"))
         if name in record
     }
-    return {**record, "messages": messages, **rest}
+    return {**record, "messages": list(itertools.compress(messages, kept)), **rest}

@@ -23,8 +23,7 @@ def pack(sizes: np.ndarray, capacity: Shape) -> list[np.ndarray]:
     still has room for both its tokens and its patches (Johnson 1973; at most 11/9 of the optimum
     in one dimension). Depends on `sizes` and `capacity` alone.
     """
-    limits = np.maximum(np.array(capacity, np.int64), 1)
-    shares = sizes / limits
+    shares = sizes / np.maximum(np.array(capacity, np.int64), 1)
     if len(sizes) == 0:
         return []
     order = np.lexsort((shares.sum(1), shares.max(1)))[::-1]
@@ -33,10 +32,8 @@ def pack(sizes: np.ndarray, capacity: Shape) -> list[np.ndarray]:
     for example in order:
         size = sizes[example]
         fits = np.flatnonzero((room[: len(rows)] >= size).all(1))
-        if len(fits):
-            row = int(fits[0])
-        else:
-            row = len(rows)
+        row = int(fits[0]) if len(fits) else len(rows)
+        if row == len(rows):
             rows.append([])
             room[row] = np.maximum(capacity, size)
         rows[row].append(int(example))
@@ -62,5 +59,4 @@ def patch_capacity(sizes: np.ndarray, tokens: int, most: int, unit: int) -> int:
     tried = sorted(
         {min(most, -(-max(largest, int(share * balance)) // unit) * unit) for share in PATCH_SHARES}
     )
-    prices = [len(pack(sizes, (tokens, P))) * cost(np.array((tokens, P))) for P in tried]
-    return tried[int(np.argmin(prices))]
+    return min(tried, key=lambda P: len(pack(sizes, (tokens, P))) * cost(np.array((tokens, P))))

@@ -4,6 +4,8 @@
 and what is left out is counted.
 """
 
+import collections
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +24,7 @@ from vlm_jax.data.lengths import (
     measures_file,
 )
 from vlm_jax.data.loader import Made, Making, Skipped, Steps, batches
-from vlm_jax.data.measuring import ALWAYS_DROPPED, Measurer
+from vlm_jax.data.measuring import ALWAYS_DROPPED, Measurer, sample
 from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.planner import Planner, State, Step
 from vlm_jax.data.records.mixture import Mixture, Records
@@ -100,24 +102,31 @@ class Pipeline:
             encoder = Encoder(encoder, **options)
         elif options:
             raise UserError(f"Options {sorted(options)} belong to the Encoder, which was given.")
-        if rows < 1 or max_shapes < 1 or workers < 0 or prefetch < 1 or threads < 1:
-            raise UserError("rows, max_shapes, prefetch, threads must be 1 or more, workers 0.")
-        if rows % process_count or not 0 <= process_index < process_count:
-            raise UserError(
-                f"A global batch of {rows} rows does not divide among {process_count} processes "
-                f"(this is number {process_index}): make it a multiple."
-            )
-        if micro_batches < 1 or rows % micro_batches:
-            raise UserError(f"{rows} rows do not divide into {micro_batches} micro-batches.")
         length = _least(max_length, encoder.max_seq_length)
-        if packing and length is None:
-            raise UserError(
-                "Packing needs to know how long a row is: set data.max_seq_length, its tokens."
-            )
-        encoder = encoder.replace(
+        for wrong, message in (
+            (
+                rows < 1 or max_shapes < 1 or workers < 0 or prefetch < 1 or threads < 1,
+                "rows, max_shapes, prefetch, threads must be 1 or more, workers 0.",
+            ),
+            (
+                rows % process_count or not 0 <= process_index < process_count,
+                f"A global batch of {rows} rows does not divide among {process_count} processes "
+                f"(this is number {process_index}): make it a multiple.",
+            ),
+            (
+                micro_batches < 1 or rows % micro_batches,
+                f"{rows} rows do not divide into {micro_batches} micro-batches.",
+            ),
+            (
+                packing and length is None,
+                "Packing needs to know how long a row is: set data.max_seq_length, its tokens.",
+            ),
+        ):
+            if wrong:
+                raise UserError(message)
+        self.encoder = encoder = encoder.replace(
             max_seq_length=length, max_patches=_least(max_patches, encoder.max_patches)
         )
-        self.encoder = encoder
         self.streaming = isinstance(records, Stream)
         self.records: Records | Mixture | StreamRecords = (
             StreamRecords(records)
@@ -132,24 +141,19 @@ class Pipeline:
         self.measures = self._open_measures()
         self.measurer = Measurer(encoder, self.records, self.measures, skip_bad)
         self.damaged: dict[int, Skipped] = {}  # found when their pixels were decoded
-        self._seen = self._bad = 0
 
-        sample = self._sample(seed)
-        self.all_measured = not self.streaming and len(sample) == self.measures.count
+        sampled = self._sample(seed)
+        self.all_measured = not self.streaming and len(sampled) == self.measures.count
         if not self.all_measured and encoder.max_seq_length is None:
             raise UserError(
                 f"Of the records of '{self.records.name}' only {SAMPLE} are measured before "
                 f"training starts: set data.max_seq_length, the most tokens a row may have."
             )
-        with ThreadPoolExecutor(threads) as pool:
-            self.measurer.measure(sample, pool)
-        self._sampled = len(sample), int(self.measurer.bad(sample).sum())
-        self._check_share(*self._sampled)
-        kept = self.measures.kept(sample)
+        kept = self._measure(sampled)
         if len(kept) == 0:
             why = " ".join(f"{one.reason}: {one.why}" for one in self._first_dropped())
             raise UserError(
-                f"None of the {len(sample)} records that were looked at can be trained on. The "
+                f"None of the {len(sampled)} records that were looked at can be trained on. The "
                 f"first of each kind of trouble: {why}"
             )
         sizes = self.measures.sizes(kept)[:, :2]
@@ -157,12 +161,12 @@ class Pipeline:
         packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
         density = len(kept) / packed  # examples a row
         shuffle = shuffle and sampling != "sequential"
+        visits = math.inf  # of records in an epoch: a mixture may visit one twice, or not
+        if not isinstance(self.records, StreamRecords):
+            visits = len(self.records.order(seed, 0, shuffle))
         window = max(WINDOW, int(8 * rows * density))
         if sampling == "group_by_length":
-            steps = MEGABATCH
-            if not isinstance(self.records, StreamRecords):
-                steps = min(steps, len(self.records.order(seed, 0, shuffle)) // (4 * rows))
-            window = rows * max(1, steps)
+            window = rows * max(1, int(min(MEGABATCH, visits / (4 * rows))))
         self.planner = Planner(
             measurer=self.measurer,
             rows=rows,
@@ -176,10 +180,9 @@ class Pipeline:
             sampling=sampling,
         )
         self.steps_per_epoch: int | None = None
-        if isinstance(self.records, StreamRecords):
+        if self.streaming:
             return
-        order = self.records.order(seed, 0, shuffle)  # a mixture may visit a record twice, or not
-        expected = len(order) / len(sample) * packed  # rows an epoch
+        expected = visits / len(sampled) * packed  # rows an epoch
         micro = self.planner.micro
         expected = expected // micro * micro if drop_last else expected
         self.steps_per_epoch = int(-(-expected // rows))
@@ -203,32 +206,27 @@ class Pipeline:
         shares of slots that stay empty in epoch 0.
         """
         everything = np.arange(self.measures.count)
-        known = np.setdiff1d(everything, self.measures.unknown(everything), assume_unique=True)
-        kept = self.measures.kept(known)
+        kept = self.measures.kept(everything)
         table = self.measures.sizes(kept)
-        sizes = table[:, :2]
-        steps: list[tuple[np.ndarray, Shape]]
+        sizes = rows = table[:, :2]
         if self.all_measured:
-            plan = self.planner.epoch({"epoch": 0, "step": 0})
             steps = [
                 (np.searchsorted(kept, np.sort(np.concatenate(step.rows).astype(int))), step.shape)
-                for step in plan
+                for step in self.planner.epoch({"epoch": 0, "step": 0})
             ]
-            shares = padding(steps, sizes, self.rows)
         else:
-            rows = sizes
             if self.planner.capacity is not None:
                 rows = row_sizes(pack(sizes[: 4 * SAMPLE], self.planner.capacity), sizes)
-            shares = padding(group(rows, self.rows, self.planner.shapes), rows, self.rows)
-        dropped = {reason: len(found) for reason, found in self.measures.reasons().items()}
-        for one in self.damaged.values():
-            dropped[one.reason] = dropped.get(one.reason, 0) + 1
+            steps = group(rows, self.rows, self.planner.shapes)
+        shares = padding(steps, rows, self.rows)
+        counts = {reason: len(found) for reason, found in self.measures.reasons().items()}
+        dropped = collections.Counter(one.reason for one in self.damaged.values())
         tokens, patches, answers, _ = (int(n) for n in table.sum(0))
         return {
             "records": self.measures.count,
-            "measured": len(known),
+            "measured": len(everything) - len(self.measures.unknown(everything)),
             "examples": len(kept) - len(self.damaged),
-            "dropped": dropped,
+            "dropped": dict(collections.Counter(counts) + dropped),
             "first_dropped": {one.reason: one.why for one in self._first_dropped()},
             "shrunk": int((table[:, 3] & SHRUNK > 0).sum()),
             "turns_dropped": int((table[:, 3] & TURNS_DROPPED > 0).sum()),
@@ -280,22 +278,17 @@ class Pipeline:
 
         The last batch of rows is filled with empty rows, whose weights are 0.
         """
-        steps = self.eval_steps()
-        planned = Steps(self.planner, self.mine, self.making, steps=steps, bytes_only=bytes_only)
-        for batch, made in self._made(planned):
+        steps = Steps(
+            self.planner, self.mine, self.making, steps=self.eval_steps(), bytes_only=bytes_only
+        )
+        for batch, made in self._made(steps):
             yield batch, made.ids
 
     def eval_steps(self) -> list[Step]:
         """Return the steps that `eval_batches` makes; measures every record."""
         if self.streaming:
             raise UserError("A stream cannot be evaluated on: give a file or data set by its name.")
-        everything = np.arange(self.measures.count)
-        with ThreadPoolExecutor(self.making.threads) as pool:
-            self.measurer.measure(everything, pool)
-        self._sampled = len(everything), int(self.measurer.bad(everything).sum())
-        self._seen = self._bad = 0
-        self._check_share(*self._sampled)
-        kept = self.measures.kept(everything)
+        kept = self._measure(np.arange(self.measures.count))
         sizes = self.measures.sizes(kept)
         still = sizes[:, 3] & FILMED == 0
         return [
@@ -307,21 +300,27 @@ class Pipeline:
 
     def _open_measures(self) -> Measures:
         if isinstance(self.records, StreamRecords):
-            return StreamMeasures()
+            return StreamMeasures(0, path="")
         parts = self.records.parts if isinstance(self.records, Mixture) else [self]
         folders = [str(Path(part.records.folder or "").resolve()) for part in parts]
         settings = {**self.encoder.settings, "folders": folders}
-        file = measures_file(self.records.name, self.records.fingerprint, settings)
-        return Measures(len(self.records), file)
+        return Measures(
+            len(self.records), measures_file(self.records.name, self.records.fingerprint, settings)
+        )
 
     def _sample(self, seed: int) -> np.ndarray:
         """Return the records that shapes are chosen by."""
         if isinstance(self.records, StreamRecords):
             return next(self.records.windows(0, SAMPLE), (np.arange(0), True))[0]
-        count = len(self.records)
-        if count <= SAMPLE:
-            return np.arange(count)
-        return np.sort(np.random.default_rng([seed, SAMPLE]).choice(count, SAMPLE, False))
+        return sample(len(self.records), SAMPLE, seed)
+
+    def _measure(self, indices: np.ndarray) -> np.ndarray:
+        """Measure records, the first that come up, and return those that are not left out."""
+        with ThreadPoolExecutor(self.making.threads) as pool:
+            self.measurer.measure(indices, pool)
+        self._sampled = self._seen, self._bad = len(indices), self.measurer.bad(indices)
+        self._check_share()
+        return self.measures.kept(indices)
 
     def _choose_shapes(
         self, sizes: np.ndarray, max_shapes: int, kept: np.ndarray, packing: bool
@@ -340,10 +339,9 @@ class Pipeline:
             records = [self.records[int(i)] for i in kept]
             # A stream's beginning may hold none, and its rest many.
             images = max(int(self.streaming), *(len(record["images"]) for record in records))
-            images *= self.encoder.most_patches()
-            films = max(len(r["videos"]) for r in records) * self.encoder.most_video_patches()
-            tokens = length or tokens
-            patches = round_up(max(patches, images + films), unit)
+            films = max(len(record["videos"]) for record in records)
+            slots = images * self.encoder.most_patches() + films * self.encoder.most_video_patches()
+            tokens, patches = length or tokens, round_up(max(patches, slots), unit)
         patches = min(patches, most)
         if length is not None:
             tokens = min(tokens, length)
@@ -363,35 +361,34 @@ class Pipeline:
         """Yield batches; take note of what went wrong in them."""
         self._seen, self._bad = self._sampled
         for batch, made in batches(source, self.making):
-            new = [one for one in made.skipped if one.index not in self.damaged]
-            self.damaged.update((one.index, one) for one in new)
+            new = {one.index: one for one in made.skipped if one.index not in self.damaged}
+            self.damaged |= new
             # Where all were measured at the start, all have been counted.
-            counted = (0, 0) if self.all_measured else (made.step.seen, made.step.bad)
-            self._check_share(counted[0], counted[1] + len(new))
+            seen, bad = (0, 0) if self.all_measured else (made.step.seen, made.step.bad)
+            self._check_share(seen, bad + len(new))
             yield batch, made
 
     # Bad records
 
-    def _first_dropped(self) -> Iterator[Skipped]:
-        """Yield the first record of each reason."""
-        seen = set()
-        for reason, found in self.measures.reasons().items():
-            seen.add(reason)
-            yield Skipped(int(found[0]), reason, self.measurer.why(int(found[0])))
+    def _first_dropped(self) -> list[Skipped]:
+        """Return the first record of each reason."""
+        first = {
+            reason: Skipped(int(found[0]), reason, self.measurer.why(int(found[0])))
+            for reason, found in self.measures.reasons().items()
+        }
         for one in self.damaged.values():
-            if one.reason not in seen:
-                seen.add(one.reason)
-                yield one
+            first.setdefault(one.reason, one)
+        return list(first.values())
 
-    def _check_share(self, seen: int, bad: int) -> None:
-        """Raise `UserError` where more records are bad than may be."""
+    def _check_share(self, seen: int = 0, bad: int = 0) -> None:
+        """Count records that came up; raise `UserError` where more are bad than may be."""
         self._seen, self._bad = self._seen + seen, self._bad + bad
         if self._bad > self.max_bad_share * self._seen:
-            first = next((o for o in self._first_dropped() if o.reason not in ALWAYS_DROPPED), None)
+            bad_ones = (o.why for o in self._first_dropped() if o.reason not in ALWAYS_DROPPED)
             raise UserError(
                 f"{self._bad} of the {self._seen} records of '{self.records.name}' that came up "
                 f"are bad, more than data.max_bad_share = {self.max_bad_share:g}. The first: "
-                f"{first.why if first else ''} Repair them, or allow a larger share."
+                f"{next(bad_ones, '')} Repair them, or allow a larger share."
             )
 
 

@@ -94,43 +94,45 @@ class Planner:
     def epoch(self, state: State) -> Iterator[Step]:
         """Yield the rest of an epoch's steps from a state on."""
         epoch, number = int(state["epoch"]), int(state["step"])
+        ended = {"epoch": epoch + 1, "step": 0, "cursor": 0, "row": 0, "first": 0}
         cursor, done = int(state.get("cursor", 0)), int(state.get("row", 0))
         first = int(state.get("first", 0))  # rows that the step before took from this window
         waiting: list[tuple[list[int], np.ndarray]] = []  # rows of a step that is not full yet
         seen = bad = 0
-
-        def step(cursor: int, row: int, first: int, ended: bool) -> Step:
-            nonlocal number, seen, bad
-            number += 1
-            sizes = np.array([size for _, size in waiting])
-            shape, still = self._shape(sizes), not sizes[:, 2].any()
-            place = {"epoch": epoch, "step": number, "cursor": cursor, "row": row, "first": first}
-            if ended:
-                place = {"epoch": epoch + 1, "step": 0, "cursor": 0, "row": 0, "first": 0}
-            after = {**place, **self._about()}
-            made = Step([r for r, _ in waiting], shape, after, still, seen, bad)
-            waiting.clear()
-            seen = bad = 0
-            return made
-
         for members, last in self._windows(epoch, cursor):
             self.measurer.measure(members, share=self.share)
             after = cursor + len(members)
-            seen, bad = seen + len(members), bad + self._bad(members)
+            seen, bad = seen + len(members), bad + self.measurer.bad(members)
             rows, sizes = self._rows(self.measurer.measures.kept(members))
             sequence = self._arrange(sizes, first, [self.seed, epoch, cursor], last)
             for i in range(done, len(rows)):
                 waiting.append((rows[sequence[i]], sizes[sequence[i]]))
                 if len(waiting) == self.rows:
-                    left = len(rows) - (i + 1)
-                    place = (after, 0, 0) if left == 0 else (cursor, i + 1, first)
-                    too_few = left < (self.micro if self.drop_last else 1)
-                    yield step(*place, ended=too_few and last)
+                    number, left = number + 1, len(rows) - (i + 1)
+                    place = (cursor, i + 1, first) if left else (after, 0, 0)
+                    following = dict(zip(ended, (epoch, number, *place), strict=True))
+                    if last and left < (self.micro if self.drop_last else 1):
+                        following = ended
+                    yield self._step(waiting, following, seen, bad)
+                    waiting, seen, bad = [], 0, 0
             first, cursor, done = -len(waiting) % self.rows, after, 0
         if self.drop_last:
             del waiting[len(waiting) // self.micro * self.micro :]
         if waiting:
-            yield step(0, 0, 0, ended=True)
+            yield self._step(waiting, ended, seen, bad)
+
+    def _step(
+        self, rows: list[tuple[list[int], np.ndarray]], after: State, seen: int, bad: int
+    ) -> Step:
+        sizes = np.array([size for _, size in rows])
+        return Step(
+            rows=[row for row, _ in rows],
+            shape=self.shapes[fit(sizes.max(0), self.shapes)],
+            after={**after, **self._about()},
+            still=not sizes[:, 2].any(),
+            seen=seen,
+            bad=bad,
+        )
 
     def _windows(self, epoch: int, cursor: int) -> Iterator[tuple[np.ndarray, bool]]:
         """Yield (records of a window, whether it is the epoch's last) from the cursor on."""
@@ -177,22 +179,15 @@ class Planner:
             order = order[~np.isin(order, dropped)]
         head, rest = order[:first], order[first:]
         over = len(rest) % self.rows
-        groups = rest[over:].reshape(-1, self.rows)
-        groups = groups[rng.permutation(len(groups))]
+        groups = rng.permutation(rest[over:].reshape(-1, self.rows))
         return np.concatenate([head, groups.reshape(-1), rest[:over], dropped])
-
-    def _shape(self, sizes: np.ndarray) -> Shape:
-        index = fit(sizes.max(0), self.shapes)
-        assert index is not None  # the last shape holds everything
-        return self.shapes[index]
-
-    def _bad(self, members: np.ndarray) -> int:
-        return int(self.measurer.bad(members).sum())
 
     def _about(self) -> State:
         """Return what a state must agree on."""
-        packed = 0 if self.capacity is None else self.capacity[0]
         records = self.measurer.records
-        count = -1 if isinstance(records, StreamRecords) else len(records)
-        about = {"records": count, "rows": self.rows, "seed": self.seed}
-        return {**about, "packed": packed}
+        return {
+            "records": -1 if isinstance(records, StreamRecords) else len(records),
+            "rows": self.rows,
+            "seed": self.seed,
+            "packed": 0 if self.capacity is None else self.capacity[0],
+        }

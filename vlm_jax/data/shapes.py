@@ -49,14 +49,11 @@ def choose_shapes(sizes: np.ndarray, cap: Shape, max_shapes: int, unit: int) -> 
         np.int64,
     ).reshape(-1, 2)
     kinds, counts = np.unique(rounded, axis=0, return_counts=True)
-    best: tuple[float, list[Shape]] | None = None
-    for key in (cost(kinds), kinds[:, 0], kinds[:, 1]):
-        order = np.lexsort((cost(kinds), key))
-        total, ladder = _cut(kinds[order], counts[order], cap, max_shapes)
-        if best is None or total < best[0]:
-            best = total, ladder
-    assert best is not None
-    return sorted(set(best[1]), key=lambda shape: (cost(np.array(shape)), shape))
+    prices = cost(kinds)
+    orders = [np.lexsort((prices, key)) for key in (prices, kinds[:, 0], kinds[:, 1])]
+    cuts = [_cut(kinds[order], counts[order], cap, max_shapes) for order in orders]
+    _, ladder = min(cuts, key=lambda cut: cut[0])
+    return sorted(set(ladder), key=lambda shape: (cost(np.array(shape)), shape))
 
 
 def wider_shapes(cap: Shape, most: int, unit: int) -> list[Shape]:
@@ -102,17 +99,16 @@ def _cut(
         if totals[start] < best[0] * (1 - LEAST_GAIN):
             best = float(totals[start]), runs, start
     ladder, (total, runs, end) = [cap], best
-    for level in reversed(range(runs)):
-        start = int(came[level][end])
-        tokens, patches = kinds[start:end].max(0)
-        ladder.append((int(tokens), int(patches)))
+    for origin in reversed(came[:runs]):
+        start = int(origin[end])
+        ladder.append(tuple(kinds[start:end].max(0).tolist()))
         end = start
     return total, ladder
 
 
-def fit(size: np.ndarray, shapes: Sequence[Shape]) -> int | None:
-    """Return the first (cheapest) shape that holds `size` [2], or None."""
-    return next((i for i, (t, p) in enumerate(shapes) if size[0] <= t and size[1] <= p), None)
+def fit(size: np.ndarray, shapes: Sequence[Shape]) -> int:
+    """Return which is the first (cheapest) shape that holds `size` [2]; one of them has to."""
+    return next(i for i, (t, p) in enumerate(shapes) if size[0] <= t and size[1] <= p)
 
 
 def group(sizes: np.ndarray, rows: int, shapes: Sequence[Shape]) -> list[tuple[np.ndarray, Shape]]:
@@ -125,14 +121,8 @@ def group(sizes: np.ndarray, rows: int, shapes: Sequence[Shape]) -> list[tuple[n
     needs = np.array([fit(size, shapes) for size in sizes], np.int64)
     order = np.lexsort((cost(sizes), needs))
     first = len(order) % rows or rows
-    starts = [0, *range(first, len(order), rows)] if len(order) else []
-    steps = []
-    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
-        members = order[start:end]
-        index = fit(sizes[members].max(0), shapes)
-        assert index is not None  # the last shape holds everything
-        steps.append((members, shapes[index]))
-    return steps
+    parts = np.split(order, range(first, len(order), rows)) if len(order) else []
+    return [(members, shapes[fit(sizes[members].max(0), shapes)]) for members in parts]
 
 
 def padding(steps: Sequence[tuple[np.ndarray, Shape]], sizes: np.ndarray, rows: int) -> list[float]:

@@ -1,5 +1,6 @@
 """Statistics of a data sample: row lengths, image sizes, gain of packing."""
 
+import contextlib
 import dataclasses
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import numpy as np
 
 from vlm_jax.data import Encoder
 from vlm_jax.data.lengths import Measures
-from vlm_jax.data.measuring import Measurer
+from vlm_jax.data.measuring import Measurer, sample
 from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.shapes import choose_shapes, cost, group, round_up
 from vlm_jax.errors import UserError
@@ -44,12 +45,10 @@ def pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]
     low, high = encoder.media.pixels
     unit = encoder.config.cell**2
     areas = []
-    for index in _sample(len(records)):
-        try:
-            sizes = encoder.media.headers(records[int(index)])["image"]
-        except UserError:
-            continue  # counted by `measure`
-        areas += [height * width for height, width in sizes]
+    for index in sample(len(records), SAMPLE):
+        with contextlib.suppress(UserError):  # counted by `measure`
+            images = encoder.media.headers(records[int(index)])["image"]
+            areas += [height * width for height, width in images]
     if not areas:
         return [(None, "")]
     asked = int(np.quantile(areas, 0.95))
@@ -65,29 +64,22 @@ def pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]
     return limits
 
 
-def _sample(count: int) -> np.ndarray:
-    if count <= SAMPLE:
-        return np.arange(count)
-    return np.sort(np.random.default_rng([0, SAMPLE]).choice(count, SAMPLE, False))
-
-
 def measure(encoder: Encoder, records: Any, max_pixels: int | None, reason: str = "") -> Sizes:
     """Return the sizes of a seeded sample; raises `UserError` where none can be trained on."""
-    sample = _sample(len(records))
+    sampled = sample(len(records), SAMPLE)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         measures = Measures(len(records), Path(folder, "sizes"))
         measurer = Measurer(encoder, records, measures, skip_bad=True)
-        measurer.measure(sample, pool)
-        kept = measures.kept(sample)
-        sizes = measures.sizes(kept)[:, :2]
-    dropped = np.setdiff1d(sample, kept)
+        measurer.measure(sampled, pool)
+    kept = measures.kept(sampled)
+    dropped = np.setdiff1d(sampled, kept)
     first = measurer.why(int(dropped[0])) if len(dropped) else ""
     if len(kept) == 0:
         raise UserError(
-            f"None of the {len(sample)} records of '{records.name}' that were looked at can be "
+            f"None of the {len(sampled)} records of '{records.name}' that were looked at can be "
             f"trained on. The first: {first}"
         )
-    return Sizes(sizes, max_pixels, reason, len(dropped), first)
+    return Sizes(measures.sizes(kept)[:, :2], max_pixels, reason, len(dropped), first)
 
 
 class RowChoice(NamedTuple):
@@ -121,9 +113,7 @@ def choose_row(encoder: Encoder, sizes: np.ndarray) -> RowChoice:
     filled = row_sizes(packed, fitting)
     ladder = choose_shapes(filled, (packed_length, slots), 4, unit)
     dense = sum(rows * cost(np.array(shape)) for _, shape in group(filled, rows, ladder))
-    saved = 1 - float(dense / padded)
-    longer = int(len(sizes) - len(fitting))
+    saved, longer = 1 - float(dense / padded), len(sizes) - len(fitting)
     if dense < SAVES * padded and len(packed) > 1:
-        density = len(fitting) / len(packed)
-        return RowChoice((packed_length, slots), True, density, saved, longer)
+        return RowChoice((packed_length, slots), True, len(fitting) / len(packed), saved, longer)
     return RowChoice((length, patches), False, 1.0, saved, longer)

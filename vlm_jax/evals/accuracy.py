@@ -1,7 +1,6 @@
 """Exact-match accuracy: the share of answers that are the first right one, after `normalise`."""
 
 import functools
-import re
 from collections.abc import Sequence
 
 from vlm_jax.evals.answers import scored
@@ -12,7 +11,7 @@ def normalise(text: str) -> str:
 
     Nothing else is forgiven: "a red ball" is not "red ball", and 2 is not "two".
     """
-    return re.sub(r"\s+", " ", text).strip().lower().rstrip(".").rstrip()
+    return " ".join(text.split()).lower().rstrip(".").rstrip()
 
 
 def is_exact(prediction: str, answers: Sequence[str]) -> bool:

@@ -1,8 +1,10 @@
 """Greedy answers to the questions of records, and their mean score: what evaluators are made of."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,6 @@ from vlm_jax.sharding import mesh_under, row_parts
 
 # Shapes that prompts are padded to; each is one compilation.
 MAX_SHAPES = 3
-
-
 # How right a generated answer is, from 0 to 1, given what the record has as right answers.
 Score = Callable[[str, Sequence[str]], float]
 
@@ -48,11 +48,11 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Return a line of a file of predictions."""
-        whole = isinstance(self.score, bool)
+        exact = isinstance(self.score, bool)
         return {
             **{"id": self.id, "index": self.index, "question": self.question},
-            **({"answer": self.answer} if whole else {"answers": list(self.answers)}),
-            **{"prediction": self.prediction, "correct" if whole else "score": self.score},
+            **({"answer": self.answer} if exact else {"answers": list(self.answers)}),
+            **{"prediction": self.prediction, "correct" if exact else "score": self.score},
         }
 
 
@@ -83,35 +83,29 @@ def right_answers(record: Record) -> tuple[str, ...]:
     """Return a canonical record's right answers, its last turn's text first; () without any."""
     last = record["messages"][-1] if record["messages"] else {"role": ""}
     text = _text(last).strip() if last["role"] == "assistant" else ""
-    others = [one.strip() for one in last.get("answers", ())]
-    return tuple(dict.fromkeys([text, *others])) if text else ()
+    return tuple(dict.fromkeys([text, *map(str.strip, last.get("answers", ()))])) if text else ()
 
 
 def _plan(
     encoder: Encoder, records: Sequence[Record], count: int, rows: int
-) -> tuple[list[tuple[list[Record], Shape]], int]:
-    """Return batches (records of about one size, their shape), and the number left out.
+) -> list[tuple[list[Record], Shape]]:
+    """Return batches: records of about one size that have answers and can be read, their shape.
 
     Raises `UserError` where nothing is left.
     """
     kept: list[Record] = []
-    sizes, skipped, first_error = [], 0, ""
+    sizes, first_error = [], ""
     for number in range(count):
         try:
             record = records[number]
-            if not right_answers(record):
-                skipped += 1
-                continue
-            record = encoder.grounded(record)
-            size = encoder.measure(record)
+            if right_answers(record):
+                record = encoder.grounded(record)
+                sizes.append(encoder.measure(record)[:2])
+                kept.append(record)
         except UserError as error:  # a malformed record, or a `BadExample`
             if encoder.on_bad_example == "raise" and reason_of(error) not in ALWAYS_DROPPED:
                 raise _named(records, number, error) from error
             first_error = first_error or f" The first that cannot be read: {error}"
-            skipped += 1
-            continue
-        kept.append(record)
-        sizes.append((size.tokens, size.patches))
     if not kept:
         raise UserError(
             f"None of the {count} evaluation records ends with an assistant's answer and can be "
@@ -121,10 +115,8 @@ def _plan(
     measured = np.array(sizes)
     unit = encoder.config.patch_unit
     cap = (round_up(int(measured[:, 0].max())), round_up(int(measured[:, 1].max()), unit))
-    shapes = choose_shapes(measured, cap, MAX_SHAPES, unit)
-    return [
-        ([kept[i] for i in members], shape) for members, shape in group(measured, rows, shapes)
-    ], skipped
+    steps = group(measured, rows, choose_shapes(measured, cap, MAX_SHAPES, unit))
+    return [([kept[i] for i in members], shape) for members, shape in steps]
 
 
 def _named(records: Sequence[Record], number: int, error: UserError) -> UserError:
@@ -142,29 +134,24 @@ def _collate(
     Damaged pixels show only here, since `_plan` reads no more than an image's header.
     """
     good: list[Record] = []
-    filled: list[list[Example]] = []
+    filled: list[list[Example]] = [[] for _ in range(rows)]
     for record in records:
         try:
-            filled.append([encoder.prompt(record)])
+            filled[len(good)].append(encoder.prompt(record))
+            good.append(record)
         except UserError:
             if encoder.on_bad_example == "raise":
                 raise
-            continue
-        good.append(record)
-    filled += [[] for _ in range(rows - len(good))]
     return good, encoder.collate(filled, *shape)
 
 
 def _ahead(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
     """Yield (item, make(item)), making the next one in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(make, items[0]) if items else None
-        for number, item in enumerate(items):
-            assert following is not None
-            made = following.result()
-            if number + 1 < len(items):
-                following = pool.submit(make, items[number + 1])
-            yield item, made
+        futures = (pool.submit(make, item) for item in items)
+        pairs = itertools.pairwise(itertools.chain(futures, [Future()]))
+        for item, (made, _) in zip(items, pairs, strict=True):
+            yield item, made.result()
 
 
 def scored(
@@ -198,41 +185,39 @@ def scored(
     if mesh is not None:
         batch_size = -(-batch_size // row_parts(mesh)) * row_parts(mesh)
     count = min(len(records), max_examples) if max_examples > 0 else len(records)
-    batches, skipped = _plan(encoder, records, count, batch_size)
+    batches = _plan(encoder, records, count, batch_size)
     eos, pad = end_tokens(model, encoder.chat.turn_end)
     # Each process finds out for itself what it can read: all must come to the same.
     readable = [record["index"] for planned, _ in batches for record in planned]
     processes.check_same("readable records", {"records": readable})
-    total = sum(len(planned) for planned, _ in batches)
     predictions: list[Prediction] = []
     done = 0
-    for (planned_now, _), (records_now, batch) in _ahead(
+    for (planned, _), (good, batch) in _ahead(
         lambda planned: _collate(encoder, planned[0], planned[1], batch_size), batches
     ):
-        good = [record["index"] for record in records_now]
-        processes.check_same("readable images", {"of records": good})
-        done += len(planned_now)
-        skipped += len(planned_now) - len(records_now)
-        if not records_now:
-            on_batch(done, total)
-            continue
-        new = generate(model, params, batch, max_new_tokens, eos_token_id=eos, pad_token_id=pad)
-        texts = [encoder.chat.answer(row, eos) for row in new[: len(records_now)]]
-        for record, text in zip(records_now, texts, strict=True):
-            answers, text = right_answers(record), text.strip()
-            asked = [message for message in record["messages"] if message["role"] == "user"]
-            predictions.append(
-                Prediction(
-                    id=record["id"],
-                    index=record["index"],
-                    question=_text(asked[-1]).strip() if asked else "",
-                    answers=answers,
-                    prediction=text,
-                    score=score(text, answers),
-                )
-            )
-        on_batch(done, total)
+        processes.check_same("readable images", {"of records": [one["index"] for one in good]})
+        done += len(planned)
+        if good:
+            new = generate(model, params, batch, max_new_tokens, eos_token_id=eos, pad_token_id=pad)
+            texts = [encoder.chat.answer(row, eos).strip() for row in new[: len(good)]]
+            predictions += map(functools.partial(_scored, score), good, texts)
+        on_batch(done, len(readable))
     if not predictions:
-        raise UserError(f"The images of all {total} evaluation records with an answer are damaged.")
+        raise UserError(
+            f"The images of all {len(readable)} evaluation records with an answer are damaged."
+        )
     predictions.sort(key=lambda p: p.index)
-    return Scores(metric, predictions, skipped)
+    return Scores(metric, predictions, count - len(predictions))
+
+
+def _scored(score: Score, record: Record, text: str) -> Prediction:
+    asked = [message for message in record["messages"] if message["role"] == "user"]
+    answers = right_answers(record)
+    return Prediction(
+        id=record["id"],
+        index=record["index"],
+        question=_text(asked[-1]).strip() if asked else "",
+        answers=answers,
+        prediction=text,
+        score=score(text, answers),
+    )

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -40,27 +41,25 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
             f"The directory '{target}' cannot be made ({error.strerror}: '{error.filename}'). "
             f"Choose another path."
         ) from error
-    stale: list[Path] = []
     remove = functools.partial(shutil.rmtree, temporary, ignore_errors=True)
     at_sudden_end.append(remove)
     try:
         yield temporary
-        for path in temporary.iterdir():  # some writers leave them readable by their owner alone
-            if not path.is_dir():
-                path.chmod(0o666 & ~_umask())
+        # Some writers leave files readable by their owner alone.
+        for path in (path for path in temporary.iterdir() if not path.is_dir()):
+            path.chmod(0o666 & ~_umask())
         if target.exists():
             fresh = {path.name for path in temporary.iterdir()}
-            patterns = list(instead_of)
-            if "model.safetensors" in fresh or "model.safetensors.index.json" in fresh:
+            patterns = [*instead_of]
+            if fresh & {"model.safetensors", "model.safetensors.index.json"}:
                 # Readers differ in whether shards or a single file come first: leave one kind.
                 patterns += ["model*.safetensors", "model*.index.json"]
-            for pattern in patterns:
-                stale += [old for old in target.glob(pattern) if old.name not in fresh]
+            found = [old for pattern in patterns for old in target.glob(pattern)]
             for path in sorted(temporary.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(target / path.name, ignore_errors=True)
                 os.replace(path, target / path.name)
-            for old in stale:
+            for old in (old for old in found if old.name not in fresh):
                 if old.is_dir():
                     shutil.rmtree(old)
                 else:
@@ -74,7 +73,7 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
         os.close(held)
 
 
-PART = ".part"  # the end of the name of a directory that is not whole yet
+PART = ".part"  # the end of the name of a directory or file that is not whole yet
 
 
 def _temporary(target: Path) -> tuple[Path, int]:
@@ -94,12 +93,12 @@ def _remove_leftovers(target: Path) -> None:
 
     The system lets go of a lock when its process dies: what can be locked is free.
     """
-    for path in target.parent.iterdir():
-        own = path.name.lstrip(".").startswith(f"{target.name}.") and path.name.endswith(PART)
-        if not (own and path.name.startswith(".") and path.is_dir() and not path.is_symlink()):
-            continue
-        with contextlib.suppress(OSError):  # it is locked, gone, or cannot be locked here
-            held = os.open(path, os.O_RDONLY)
+    # A writer inside a writer has one dot more.
+    leftover = re.compile(rf"\.+{re.escape(target.name)}\..*{re.escape(PART)}")
+    for path in (path for path in target.parent.iterdir() if leftover.fullmatch(path.name)):
+        # It is locked, gone, no directory, or cannot be locked here.
+        with contextlib.suppress(OSError):
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path)
@@ -113,15 +112,20 @@ def _umask() -> int:
     return mask
 
 
+@contextlib.contextmanager
+def replacing(path: Path, part: Path) -> Iterator[Path]:
+    """Yield `part`, which replaces `path` in one step when the block ends well, and else goes."""
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one step: where that fails or is cut short, what was there before stays."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with replacing(path, path.with_name(f".{path.name}{PART}")) as part:
+        part.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -140,25 +144,18 @@ def write_shards(
     sizes: {tensor name: bytes}; tensor(name) makes one array when its shard is written, so that
     no more than one shard is on the host at a time.
     """
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    index = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
         tensors = {name: np.ascontiguousarray(tensor(name)) for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         del tensors  # before those of the next one are made
-        index.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        total = {"total_size": sum(sizes.values())}
-        write_json(
-            directory / "model.safetensors.index.json", {"metadata": total, "weight_map": index}
-        )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(directory / "model.safetensors.index.json", index)

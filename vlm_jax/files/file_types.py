@@ -23,8 +23,6 @@ class Kind(NamedTuple):
 
 AGAIN = "download it again, from an address that needs no login and gives the file itself"
 FRAMES = "give it as an image; a video of frame files is a list of them"
-FILM = "give it as a video"
-RASTER = "export it as PNG"
 UNPACK = "unpack it, and give the path of the file that is in it"
 NETWORK = "give the video's own file; what other files or addresses a list names is not opened"
 
@@ -34,10 +32,10 @@ def _image(name: str) -> Kind:
 
 
 def _video(name: str) -> Kind:
-    return Kind("video", f"a video ({name})", FILM)
+    return Kind("video", f"a video ({name})", "give it as a video")
 
 
-def _unread(name: str, remedy: str = RASTER) -> Kind:
+def _unread(name: str, remedy: str = "export it as PNG") -> Kind:
     return Kind("other", f"{name}, which is not read", remedy)
 
 
@@ -50,13 +48,11 @@ POINTER = Kind(
     "a Git LFS pointer, which stands for a file that was not fetched",
     "run `git lfs pull` in its repository",
 )
-PAGE = Kind("lost", "a web page (HTML), as a download that failed leaves it", AGAIN)
 HEIC = Kind(
     "image",
     "a HEIC picture, as phones write them",
     "pip install 'vlm_jax[heic]', or convert it to JPEG",
 )
-POSTSCRIPT = _unread("PostScript")
 TEXT, JSON = (
     Kind("text", name, "copy or download again what was meant") for name in ("text", "JSON text")
 )
@@ -70,7 +66,10 @@ KINDS: tuple[tuple[bytes, Kind], ...] = (
         PROLOGUE + rb"(?:<!doctype svg[^>]*>\s*)?" + COMMENTS + rb"<svg\b",
         _unread("an SVG drawing"),
     ),
-    (PROLOGUE + rb"<(?:!doctype html|html|head|body|title|script|meta)\b", PAGE),
+    (
+        PROLOGUE + rb"<(?:!doctype html|html|head|body|title|script|meta)\b",
+        Kind("lost", "a web page (HTML), as a download that failed leaves it", AGAIN),
+    ),
     (PROLOGUE + rb"<MPD\b", _unread("a DASH playlist", NETWORK)),
     (
         PROLOGUE + rb"<(?:Error|AuthenticationFailed)\b",
@@ -80,7 +79,7 @@ KINDS: tuple[tuple[bytes, Kind], ...] = (
     (rb"#EXTM3U", _unread("an HLS playlist", NETWORK)),
     (rb"ffconcat version", _unread("a list of videos (ffconcat)", NETWORK)),
     (rb"v=0\r?\no=", _unread("a description of a stream (SDP)", NETWORK)),
-    (rb"%!PS|\xc5\xd0\xd3\xc6|\x04%!PS", POSTSCRIPT),
+    (rb"%!PS|\xc5\xd0\xd3\xc6|\x04%!PS", _unread("PostScript")),
     (rb"%PDF-", _unread("a PDF document", "export its pages as PNG")),
     (rb"\x89PNG\r\n\x1a\n", _image("PNG")),
     (rb"\xff\xd8\xff", _image("JPEG")),
@@ -118,17 +117,13 @@ KINDS: tuple[tuple[bytes, Kind], ...] = (
 
 def kind_of(head: bytes) -> Kind | None:
     """Return what a file with these first bytes is; None: nothing that the table lists."""
-    for pattern, kind in KINDS:
-        if re.match(pattern, head, re.DOTALL):
-            return kind
-    return TEXT if _is_text(head) else None
+    matches = (kind for pattern, kind in KINDS if re.match(pattern, head, re.DOTALL))
+    return next(matches, TEXT if _is_text(head) else None)
 
 
 def _is_text(head: bytes) -> bool:
-    try:  # a character may be cut at the end
-        text = head.decode("utf-8", errors="strict" if len(head) < HEAD else "ignore")
-    except UnicodeDecodeError:
-        return False
+    # A character may be cut at the end. Other bytes than UTF-8 become surrogates: not printable.
+    text = head.decode("utf-8", errors="surrogateescape" if len(head) < HEAD else "ignore")
     return all(character.isprintable() or character.isspace() for character in text)
 
 
@@ -147,9 +142,8 @@ def sentence(kind: Kind | None, head: bytes, subject: str = "the file") -> str:
     """Return what a file is and what to do, as one sentence without its first capital."""
     if kind is None:
         return f"{subject} is of no known kind (its first bytes are {head[:8].hex(' ')})."
-    start = ""
-    if kind.medium == "text":
-        start = f" ('{' '.join(head.decode(errors='ignore').split())[:60]}')"
+    words = head.decode(errors="ignore").split() if kind.medium == "text" else []
+    start = f" ('{' '.join(words)[:60]}')" if words else ""
     return f"{subject} is {kind.name}{start}: {kind.remedy}."
 
 
@@ -168,5 +162,5 @@ def lost(file: Path | str) -> str:
 
 def refuse_lost(file: Path, name: str) -> None:
     """Raise `UserError` for a file that is empty, a Git LFS pointer or a web page, see `lost`."""
-    if said := lost(file):
-        raise UserError(f"{name} cannot be read.{said}")
+    if reason := lost(file):
+        raise UserError(f"{name} cannot be read.{reason}")

@@ -114,9 +114,8 @@ def finite(value: float) -> bool:
 
 def number_word(value: float) -> str:
     """Return a number in few letters: 10 ** 400 would have 401."""
-    if finite(value) or isinstance(value, float):
-        return f"{value:,}"
-    return "a number of more than 308 digits"
+    short = finite(value) or isinstance(value, float)
+    return f"{value:,}" if short else "a number of more than 308 digits"
 
 
 def number(name: str, value: float, where: str, above: float | None = None) -> None:
@@ -223,28 +222,27 @@ def all_finite(array: np.ndarray) -> bool:
     By the bits: all that is not finite has the largest exponent, so as whole numbers they are the
     largest of their sign. That is several times as fast as `np.isfinite`, and makes no array.
     """
-    name = array.dtype.name
-    if name not in FRACTIONS or not array.size:
+    if array.dtype.name not in FRACTIONS:
         return True
-    bits = 8 * array.itemsize
-    least = (1 << (bits - 1)) - (1 << FRACTIONS[name])  # infinity, as bits
+    sign = 1 << (8 * array.itemsize - 1)
+    infinity = sign - (1 << FRACTIONS[array.dtype.name])  # as bits
     flat = np.ascontiguousarray(array).reshape(-1)
     signed, unsigned = flat.view(f"i{array.itemsize}"), flat.view(f"u{array.itemsize}")
-    for start in range(0, flat.size, PIECE):
-        piece = slice(start, start + PIECE)
-        if signed[piece].max() >= least or unsigned[piece].max() >= least + (1 << (bits - 1)):
-            return False
-    return True
+    pieces = [slice(start, start + PIECE) for start in range(0, flat.size, PIECE)]
+    return all(
+        signed[piece].max() < infinity and unsigned[piece].max() < infinity + sign
+        for piece in pieces
+    )
 
 
 def check_finite(array: np.ndarray, name: str, file: Any) -> None:
     """Raise `UserError` where a tensor holds NaN or infinity."""
     if not all_finite(array):
-        bad = int(np.count_nonzero(~np.isfinite(array)))
         raise UserError(
-            f"The tensor '{name}' in '{file}' holds {bad:,} of {array.size:,} values that are NaN "
-            f"or infinite: every answer would be nonsense. The file is damaged, or its training "
-            f"diverged: fetch it again, or use an earlier checkpoint."
+            f"The tensor '{name}' in '{file}' holds {np.count_nonzero(~np.isfinite(array)):,} of "
+            f"{array.size:,} values that are NaN or infinite: every answer would be nonsense. The "
+            f"file is damaged, or its training diverged: fetch it again, or use an earlier "
+            f"checkpoint."
         )
 
 
@@ -289,12 +287,10 @@ def _endless(patterns: tuple[str, ...], texts: tuple[str, ...]) -> int | None:
         [sys.executable, "-I", "-S", "-c", CHILD],
         input=json.dumps([patterns, texts]), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    said = done.stdout.split()
-    if said[-1:] == ["done"]:
-        return None
-    if not said:
+    printed = done.stdout.split()
+    if not printed:
         raise RuntimeError(f"The regexes {patterns} could not be tried: {done.stderr}")
-    return int(said[-1])
+    return None if printed[-1] == "done" else int(printed[-1])
 
 
 def check_patterns(

@@ -47,5 +47,6 @@ def wrapped(text: str, stream: Any) -> str:
     """Return a paragraph in lines that end at words where a terminal shows it; else as it is."""
     if not stream.isatty():
         return text
-    columns = shutil.get_terminal_size().columns
-    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
+    )

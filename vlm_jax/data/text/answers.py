@@ -41,12 +41,11 @@ def find_answers(
 
     @functools.cache
     def edges() -> list[Edges]:
-        whole = rendered, marks
         try:
-            short = _short_edges(render, messages, places, whole, prompt)
+            short = _short_edges(render, messages, places, (rendered, marks), prompt)
         except UserError:  # a template may refuse a part of what it takes as a whole
             short = None
-        return short or _long_edges(render, messages, places, rendered, prompt)
+        return short or _long_edges(render, messages, places, rendered)
 
     if not template.has_marks:
         turns = [[_added(template, i, edge)] for i, edge in zip(places, edges(), strict=True)]
@@ -118,15 +117,13 @@ def _with_end(
 
 
 def _long_edges(
-    render: Render, messages: Messages, places: Sequence[int], rendered: str, prompt: bool
+    render: Render, messages: Messages, places: Sequence[int], rendered: str
 ) -> list[Edges]:
     """Return the edges of each assistant turn, every prefix rendered whole."""
     edges = []
     for i in places:
         before = render(messages[:i], True)[0]
         after, marks = render(messages[: i + 1], False)
-        if i + 1 == len(messages) and not prompt:
-            after = rendered
         edges.append(
             Edges(
                 len(before) if rendered.startswith(before) else None,

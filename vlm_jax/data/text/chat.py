@@ -65,8 +65,10 @@ class Chat:
         self.image_id = image_token_id
         self.media = dict(zip(ids, ("image", "video"), strict=False))
         for slot, token_id, name in zip(SLOTS, ids, self.placeholders, strict=False):
-            added = token_id in tokenizer.added_tokens_decoder
-            if not added or self.encoder.token_to_id(slot) != token_id:
+            if (
+                token_id not in tokenizer.added_tokens_decoder
+                or self.encoder.token_to_id(slot) != token_id
+            ):
                 raise UserError(
                     f"The tokenizer in '{home}' does not have the placeholder {name!r} (id "
                     f"{token_id} in config.json) as an added token. Do both files belong together?"
@@ -109,18 +111,17 @@ class Chat:
         """
         if train_on not in TRAIN_ON:
             raise UserError(f"train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}.")
-        rendered, turns = self._turns(messages, prompt=False)
         counts = [float(m.get("weight", 1)) for m in messages if m["role"] == "assistant"]
         if train_on == "last":
             counts[:-1] = [0.0] * len(counts[:-1])
-        return self._tokens(rendered, turns, counts, (image_tokens, video_tokens))
+        return self._tokens(messages, False, counts, (image_tokens, video_tokens))
 
     def prompt(
         self, messages: Messages, image_tokens: Sequence[int], video_tokens: Sequence[int] = ()
     ) -> np.ndarray:
         """Return tokens int32 [T] of the conversation up to where the assistant is to write."""
-        rendered, turns = self._turns(messages, prompt=True)
-        return self._tokens(rendered, turns, [0.0] * len(turns), (image_tokens, video_tokens))[0]
+        counts = [0.0 for message in messages if message["role"] == "assistant"]
+        return self._tokens(messages, True, counts, (image_tokens, video_tokens))[0]
 
     @functools.cached_property
     def turn_end(self) -> int | None:
@@ -157,59 +158,52 @@ class Chat:
         """Return the template's text and its generation marks."""
         return self.compiled.render(messages, prompt, **self.special)
 
-    def _turns(self, messages: Messages, prompt: bool) -> tuple[str, list[list[Span]]]:
-        """Return the rendered text and, for every assistant turn, the spans of its answer."""
-        messages = [self._escape(message) for message in messages]
-
-        return find_answers(self._render, messages, prompt, self.compiled, self.ends)
-
     def _escape(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message with placeholders in its texts hidden from template and tokenizer."""
-        content = []
-        for part in message["content"]:
-            text = part.get("text")
-            if text is not None:
-                if RESERVED.search(text):
-                    raise UserError(
-                        "A text holds a character of U+E0F0 to U+E0F5, which is reserved."
-                    )
-                if half := SURROGATE.search(text):
-                    raise UserError(
-                        f"A text holds U+{ord(half[0]):04X}, half of a surrogate pair, which is no "
-                        f"character: it was cut or decoded wrongly when the file was written."
-                    )
-                if word := next((word for word in self.written if word in text), None):
-                    raise UserError(
-                        f"A text holds '{word}', which the chat template itself writes around "
-                        f"turns and images, and of which the tokenizer would make the token. Give "
-                        f"the bare text of each turn, and '<image>' in an image's place."
-                    )
-                for name, literal in zip(self.placeholders, LITERALS, strict=False):
-                    text = text.replace(name, literal)
-                part = {**part, "text": text}
-            content.append(part)
+        content = [
+            part if part.get("text") is None else {**part, "text": self._escape_text(part["text"])}
+            for part in message["content"]
+        ]
         if not content and message["role"] == "assistant":  # empty, and still ended
             content = [{"type": "text", "text": ""}]
         return {**message, "content": content}
 
+    def _escape_text(self, text: str) -> str:
+        if RESERVED.search(text):
+            raise UserError("A text holds a character of U+E0F0 to U+E0F5, which is reserved.")
+        if half := SURROGATE.search(text):
+            raise UserError(
+                f"A text holds U+{ord(half[0]):04X}, half of a surrogate pair, which is no "
+                f"character: it was cut or decoded wrongly when the file was written."
+            )
+        if word := next((word for word in self.written if word in text), None):
+            raise UserError(
+                f"A text holds '{word}', which the chat template itself writes around turns and "
+                f"images, and of which the tokenizer would make the token. Give the bare text of "
+                f"each turn, and '<image>' in an image's place."
+            )
+        for name, literal in zip(self.placeholders, LITERALS, strict=False):
+            text = text.replace(name, literal)
+        return text
+
     def _tokens(
         self,
-        rendered: str,
-        turns: list[list[Span]],
-        counts: list[float],
+        messages: Messages,
+        prompt: bool,
+        counts: Sequence[float],
         features: tuple[Sequence[int], Sequence[int]],
     ) -> tuple[np.ndarray, np.ndarray]:
-        edits: list[tuple[int, int, str]] = []
-        for name, slot, literal in zip(self.placeholders, SLOTS, LITERALS, strict=False):
-            for old, new in ((name, slot), (literal, name)):
-                edits += [(m.start(), m.end(), new) for m in re.finditer(re.escape(old), rendered)]
-        spans = [span for turn in turns for span in turn]
-        each = [count for turn, count in zip(turns, counts, strict=True) for _ in turn]
+        """Return tokens and weights: `counts` has one for each of the assistant's turns."""
+        messages = [self._escape(message) for message in messages]
+        rendered, turns = find_answers(self._render, messages, prompt, self.compiled, self.ends)
+        edits = [
+            (*found.span(), new)
+            for name, slot, literal in zip(self.placeholders, SLOTS, LITERALS, strict=False)
+            for old, new in ((name, slot), (literal, name))
+            for found in re.finditer(re.escape(old), rendered)
+        ]
         stops = {}  # where a turn's last span ends instead
-        for turn in turns:
-            if not turn:  # an empty answer that the template's marks leave out
-                continue
-            start, end = turn[-1]
+        for start, end in (turn[-1] for turn in turns if turn):  # marks leave out an empty answer
             body = start + len(rendered[start:end].rstrip())
             if rendered[start:body].endswith(self.ends):
                 if not self.has_marks:  # a space behind the end is the template's, not the answer's
@@ -225,22 +219,20 @@ class Chat:
                 stops[end] = behind + len(self.eos)
             else:
                 edits.append((body, end, self.eos))
-        spans = [(start, stops.get(end, end)) for start, end in spans]
+        spans = [(start, stops.get(end, end)) for turn in turns for start, end in turn]
         text, spans = apply_edits(rendered, edits, spans)
 
         bare = self.bos is not None and text.startswith(self.bos)
         encoding = self.encoder.encode(text, add_special_tokens=not bare)
         tokens = np.array(encoding.ids, np.int32)
         starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        weights = np.zeros(len(tokens), np.float32)
-        # No token before `firsts` ends behind a span's start, none from `lasts` begins before its
-        # end; a token that the tokenizer adds at an end of the text has no place of its own.
-        bounds = np.array(spans, np.int64).reshape(-1, 2).T
-        firsts = np.searchsorted(np.maximum.accumulate(ends), bounds[0], "right")
-        lasts = np.searchsorted(np.minimum.accumulate(starts[::-1])[::-1], bounds[1], "left")
-        for (start, end), first, last, count in zip(spans, firsts, lasts, each, strict=True):
-            inside = (starts[first:last] < end) & (ends[first:last] > start)
-            weights[first:last][inside] = count
+        # Only the last span that begins before a token ends can hold some of it. The first, empty
+        # one is for tokens before all others, and for what the tokenizer adds, which has no place.
+        bounds = np.array([(-1, -1), *spans], np.int64)
+        last = np.searchsorted(bounds[:, 0], ends) - 1
+        each = [count for turn, count in zip(turns, counts, strict=True) for _ in turn]
+        inside = starts < bounds[last, 1]
+        weights = np.where(inside, np.array([0, *each])[last], 0).astype(np.float32)
         repeats = np.ones(len(tokens), np.int64)
         for (token_id, kind), many in zip(self.media.items(), features, strict=False):
             slots = tokens == token_id

@@ -6,6 +6,7 @@ list that names itself 2^n times) cannot be ended, so its size is computed befor
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -42,16 +43,13 @@ def _weight(value: Any) -> int:
     """Return the characters that a value holds, those of its items included."""
     if isinstance(value, str | bytes):
         return len(value)
-    if not isinstance(value, CONTAINERS):
-        return ITEM
     total, left = 0, [value]
     while left and total <= TEMPLATE_CHARACTERS:
         one = left.pop()
         if isinstance(one, str | bytes):
             total += len(one)
         elif isinstance(one, CONTAINERS):
-            left += one.keys() if isinstance(one, dict) else one
-            left += one.values() if isinstance(one, dict) else ()
+            left += itertools.chain(*one.items()) if isinstance(one, dict) else one
         total += ITEM
     return total
 
@@ -144,9 +142,8 @@ def _repeats(value: Any, *args: Any) -> int:
 def _size(arg: Any) -> int:
     if isinstance(arg, int):
         return arg
-    items: Iterable[Any] = [arg]
-    if isinstance(arg, CONTAINERS):
-        items = arg.values() if isinstance(arg, dict) else arg
+    values = arg.values() if isinstance(arg, dict) else arg
+    items = values if isinstance(arg, CONTAINERS) else [arg]
     return sum(len(item) for item in items if isinstance(item, str))
 
 
@@ -176,9 +173,8 @@ AMPLIFIERS: dict[str, Callable[..., int]] = {
 
 def _bounded(name: str, by: str, args: Sequence[Any], values: dict[str, Any]) -> list[Any]:
     """Return the arguments of a filter or method, its value first, if they may be used."""
-    for arg in (*args, *values.values()):
-        if isinstance(arg, int):
-            _number(arg, by)
+    numbers = [abs(arg) for arg in (*args, *values.values()) if isinstance(arg, int)]
+    _number(max(numbers, default=0), by)
     if name not in AMPLIFIERS or not args:
         return list(args)
     args = [list(arg) if hasattr(arg, "__next__") else arg for arg in args]
@@ -200,22 +196,13 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 class _Displays(CodeGenerator):
     """Weighs lists, tuples and dicts where a template writes them."""
 
-    def _weigh(self, visit: Callable[..., None], node: Any, frame: Any) -> None:
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        display = isinstance(node, nodes.List | nodes.Dict | nodes.Tuple)
+        if not display or getattr(node, "ctx", "load") != "load":  # a tuple may be assigned to
+            return super().visit(node, *args, **kwargs)
         self.write("environment.weigh(")
-        visit(node, frame)
+        super().visit(node, *args, **kwargs)
         self.write(")")
-
-    def visit_List(self, node: Any, frame: Any) -> None:
-        self._weigh(super().visit_List, node, frame)
-
-    def visit_Dict(self, node: Any, frame: Any) -> None:
-        self._weigh(super().visit_Dict, node, frame)
-
-    def visit_Tuple(self, node: Any, frame: Any) -> None:
-        if node.ctx == "load":
-            self._weigh(super().visit_Tuple, node, frame)
-        else:  # what is assigned to
-            super().visit_Tuple(node, frame)
 
 
 class _Bounded(ImmutableSandboxedEnvironment):
@@ -239,8 +226,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         for piece in pieces:
             kept.append(piece)
             length += len(piece)
-            if length > TEMPLATE_CHARACTERS:
-                _check(length, "its output")
+            _check(length, "its output")
         return "".join(kept)
 
     def weigh(self, value: Any) -> Any:

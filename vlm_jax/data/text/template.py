@@ -1,5 +1,6 @@
 """A checkpoint's chat template, rendered within limits of time and size."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -74,11 +75,6 @@ def _said(error: Exception) -> str:
 
 def _take_marks(text: str) -> tuple[str, list[Span]]:
     """Return the text without its marks, and what each pair of them held."""
-    pieces, places, length = [], [], 0
-    for piece in re.split(f"([{START}{END}])", text):
-        if piece in (START, END):
-            places.append(length)
-        else:
-            pieces.append(piece)
-            length += len(piece)
+    pieces = re.split(f"[{START}{END}]", text)
+    places = list(itertools.accumulate(map(len, pieces)))[:-1]  # of the marks between them
     return "".join(pieces), list(zip(places[::2], places[1::2], strict=False))

@@ -21,10 +21,11 @@ def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
     for token in raw["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     vocabulary = raw["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        raw["model"]["vocab"] = {names.get(name, name): i for name, i in vocabulary.items()}
-    else:  # Unigram: [piece, score] pairs
-        raw["model"]["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
+    raw["model"]["vocab"] = (
+        {names.get(name, name): i for name, i in vocabulary.items()}
+        if isinstance(vocabulary, dict)
+        else [[names.get(name, name), score] for name, score in vocabulary]  # Unigram
+    )
     raw["truncation"] = raw["padding"] = None
     return Tokenizer.from_str(json.dumps(raw))
 
@@ -82,12 +83,11 @@ def find_template(places: Sequence[str | Path], home: str | Path, tokenizer: Any
             refuse_lost(path, f"The chat template '{path}'")
             return path.read_text(encoding="utf-8")
         path = Path(place, "chat_template.json")
+        template = tokenizer.chat_template if place == home else None
         if path.is_file():
             template = read_json(path).get("chat_template")
             if not isinstance(template, str):
                 raise UserError(f"The chat_template in '{path}' is not a text: {template!r:.80}.")
-            return template
-        template = tokenizer.chat_template if place == home else None
         if isinstance(template, dict):
             template = template.get("default")
         if template:

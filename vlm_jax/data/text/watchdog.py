@@ -72,5 +72,4 @@ def _forget() -> None:
     _jobs.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)  # a fork has none of the threads
+os.register_at_fork(after_in_child=_forget)  # a fork has none of the threads
