@@ -105,10 +105,12 @@ def unstacked(
     held = {path: np.asarray(jax.device_get(flat[path])) for path in paths if path in flat}
 
     def of(home: Home, rank: int) -> dict[str, np.ndarray]:
-        paths = {name: home.prefix + name for name in LEAVES}
-        own = {name: home.part(held[path]) for name, path in paths.items() if path in held}
         cut: dict[str, Any] = {"A": (slice(None), slice(rank)), "B": slice(rank)}
-        return {name: part[cut.get(name[-1], ...)] for name, part in own.items()}
+        return {
+            name: home.part(held[home.prefix + name])[cut.get(name[-1], ...)]
+            for name in LEAVES
+            if home.prefix + name in held
+        }
 
     return {module: of(homes[module], rank) for module, rank in ranks.items()}
 

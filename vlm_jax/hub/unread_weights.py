@@ -55,9 +55,9 @@ def adapter_weights(directory: Path, file: str) -> Path:
 
 def _check_beside(directory: Path, own: str) -> None:
     """Raise `UserError` for weights in an adapter's directory that are not its `own` file."""
-    for name in _weights(directory):
-        if name == own or any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS):
-            continue
+    passed = (own, *HARMLESS)
+    others = [n for n in _weights(directory) if not any(fnmatch.fnmatch(n, p) for p in passed)]
+    for name in others:
         path, writer = directory / name, TRAINED.get(name)
         if writer is None:
             raise UserError(

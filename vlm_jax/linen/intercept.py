@@ -10,7 +10,7 @@ import dataclasses
 import math
 import string
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -47,16 +47,16 @@ class Product:
     @property
     def fault(self) -> str | None:
         """Why this is no product of two matrices, or None."""
-        both = [axis for axis in self.kernel if axis in self.x and axis in self.y]
-        if both:
-            return f"it has a kernel of its own for each index of a batch axis ({', '.join(both)})"
-        if any(axis not in self.x + self.y for axis in self.kernel):
-            return "it sums over an axis that its kernel alone has"
-        if any(len(set(axes)) < len(axes) for axes in (self.x, self.kernel, self.y)):
-            return "it takes a diagonal"
-        if not self.inputs or not self.outputs:
-            return "it sums over no axis, or over all of its kernel's"
-        return None
+        both = ", ".join(axis for axis in self.kernel if axis in self.x and axis in self.y)
+        alone = set(self.kernel) - set(self.x + self.y)
+        diagonal = any(len(set(axes)) < len(axes) for axes in (self.x, self.kernel, self.y))
+        faults = {
+            f"it has a kernel of its own for each index of a batch axis ({both})": both,
+            "it sums over an axis that its kernel alone has": alone,
+            "it takes a diagonal": diagonal,
+            "it sums over no axis, or over all of its kernel's": not (self.inputs and self.outputs),
+        }
+        return next((fault for fault, is_one in faults.items() if is_one), None)
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Return x as [rows ..., in]."""
@@ -186,8 +186,8 @@ class LowRank:
             return y + matmul(low * jnp.asarray(self.scale, y.dtype), dense(self.a, y.dtype).T)
         layer = product(CALLS[method], module, call.args, call.kwargs)
         rows = layer.rows(jnp.asarray(x).astype(y.dtype))
-        if self.dropout > 0 and not module.has_rng("dropout"):
-            warn_no_dropout("LoRA", self.dropout, [name_of(module)])
+        if not module.has_rng("dropout"):
+            warn_without_dropout("LoRA", self.dropout, [name_of(module)])
         rows = dropped(module, rows, self.dropout)
         return y + layer.from_rows(lora_update(rows, self.a, self.b, self.scale))
 
@@ -195,21 +195,15 @@ class LowRank:
 jax.tree_util.register_dataclass(LowRank, data_fields=["a", "b"], meta_fields=["scale", "dropout"])
 
 
-def warn_no_dropout(what: str, rate: float, names: Sequence[str]) -> None:
-    """Warn of modules on which dropout cannot act."""
-    warnings.warn(
-        f"The {what} dropout of {rate} does not act on layers in an nn.scan or nn.vmap that passes "
-        f"no 'dropout' rng on: {', '.join(names)}. Give that one split_rngs={{'dropout': True}}, "
-        f"or set dropout=0.",
-        stacklevel=4,
-    )
-
-
-def warn_without_dropout(what: str, rate: float, parts: Iterable[Any]) -> None:
-    """Warn of modules and layers on which dropout cannot act."""
-    without = [part.name for part in parts if not part.takes_dropout]
-    if rate > 0 and without:
-        warn_no_dropout(what, rate, without)
+def warn_without_dropout(what: str, rate: float, names: Sequence[str]) -> None:
+    """Warn of modules and layers, by name, on which a dropout of this rate cannot act."""
+    if rate > 0 and names:
+        warnings.warn(
+            f"The {what} dropout of {rate} does not act on layers in an nn.scan or nn.vmap that "
+            f"passes no 'dropout' rng on: {', '.join(names)}. Give that one "
+            f"split_rngs={{'dropout': True}}, or set dropout=0.",
+            stacklevel=3,
+        )
 
 
 def name_of(module: nn.Module) -> str:
@@ -219,9 +213,7 @@ def name_of(module: nn.Module) -> str:
 
 def own(module: nn.Module, name: str) -> Any:
     """Return a leaf beside a module's parameters, or None."""
-    if module.scope is None or not module.scope.has_variable("params", name):
-        return None
-    return module.scope.get_variable("params", name)
+    return None if module.scope is None else module.scope.get_variable("params", name)
 
 
 def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dict) -> Any:
@@ -233,7 +225,7 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
     how = product(layer, module, args, kwargs)
     order = (*how.inputs, *how.outputs)
     leaf, bias = own(module, "kernel"), own(module, "bias")
-    given, rest = first(args, kwargs), args[1:]
+    given = first(args, kwargs)
     dtype = getattr(module, "dtype", None) or jnp.result_type(given, leaf.dtype)
     more = {key: value for key, value in kwargs.items() if value is not given}
 
@@ -242,9 +234,9 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
         variables = {"kernel": as_weight(dense(leaf, dtype), how.shape, order)}
         if bias is not None:
             variables["bias"] = bias
-        plain = module.clone(parent=None)
         method: Any = layer.__call__
-        return plain.apply({"params": variables}, x, *rest, method=method, **more)
+        copy = module.clone(parent=None)
+        return copy.apply({"params": variables}, x, *args[1:], method=method, **more)
 
     return run(given, leaf, bias)
 
@@ -299,9 +291,9 @@ def interceptor() -> Callable[..., Any]:
 
 
 def _check_bridge(module: nn.Module) -> None:
-    for path, leaf in flatten(module.variables.get("params", {})).items():
-        if path.split("/")[-1] == LEAF or isinstance(leaf, FourBit):
-            raise UserError(nnx_text(name_of(module)))
+    flat = flatten(module.variables.get("params", {}))
+    if any(path.split("/")[-1] == LEAF or isinstance(x, FourBit) for path, x in flat.items()):
+        raise UserError(nnx_text(name_of(module)))
 
 
 def nnx_text(name: str) -> str:
