@@ -29,16 +29,13 @@ INIT: dict[str, tuple[Callable, Callable]] = {
 
 def check_known(adapter: Adapter) -> None:
     """Raise `UserError` for words and numbers of an adapter that mean nothing."""
-    if adapter.non_linearity not in ACTIVATIONS:
-        raise UserError(
-            f"The adapter's non_linearity '{adapter.non_linearity}' is not known"
-            f"{nearest(str(adapter.non_linearity), ACTIVATIONS)}. Known: {', '.join(ACTIVATIONS)}."
-        )
-    if adapter.init_weights not in INIT:
-        raise UserError(
-            f"The adapter's init_weights '{adapter.init_weights}' is not known"
-            f"{nearest(adapter.init_weights, INIT)}. Known: {', '.join(INIT)}."
-        )
+    for name, known in (("non_linearity", ACTIVATIONS), ("init_weights", INIT)):
+        word = getattr(adapter, name)
+        if word not in known:
+            raise UserError(
+                f"The adapter's {name} '{word}' is not known{nearest(word, known)}. Known: "
+                f"{', '.join(known)}."
+            )
     assert adapter.reduction_factor is not None
     if not 1e-3 <= adapter.reduction_factor <= 1e6:  # as of a config, see RANGES
         raise UserError(
@@ -86,10 +83,9 @@ def fresh(
         "bias": initializers.zeros,
         "scale": initializers.ones,
     }
-    keys = jax.random.split(key, len(shapes))
     return {
-        path: next(start for end, start in starts.items() if path.endswith(end))(one, shape)
-        for (path, shape), one in zip(shapes.items(), keys, strict=True)
+        path: next(start for end, start in starts.items() if path.endswith(end))(one, shapes[path])
+        for path, one in zip(shapes, jax.random.split(key, len(shapes)), strict=True)
     }
 
 
@@ -173,8 +169,10 @@ def take_adapter(model: Model, params: Mapping[str, Any]) -> TakenAdapter:
     if model.adapter is None or not any(map(is_adapter, flat)):
         raise UserError("These parameters hold no bottleneck adapter: add or load one first.")
     saved = saved_modules(model, params, model.modules_to_save).leaves
-    own = {p: x for p, x in flat.items() if is_adapter(p) or is_added(p) or p in saved}
-    return TakenAdapter(model.adapter, own)
+    return TakenAdapter(
+        model.adapter,
+        {p: x for p, x in flat.items() if is_adapter(p) or is_added(p) or p in saved},
+    )
 
 
 def with_adapter(model: Model, params: Mapping[str, Any], other: TakenAdapter) -> dict[str, Any]:
@@ -206,11 +204,13 @@ def average_adapters(
     for other in adapters[1:]:
         _check_alike(adapters[0], other)
     shares = jnp.asarray(weights, jnp.float32) / total
-    mean = jax.tree.map(
-        lambda *leaves: jnp.einsum("a...,a->...", jnp.stack(leaves), shares),
-        *(one.leaves for one in adapters),
+    return TakenAdapter(
+        adapters[0].adapter,
+        jax.tree.map(
+            lambda *leaves: jnp.einsum("a...,a->...", jnp.stack(leaves), shares),
+            *(one.leaves for one in adapters),
+        ),
     )
-    return TakenAdapter(adapters[0].adapter, mean)
 
 
 def _check_alike(first: TakenAdapter, second: TakenAdapter) -> None:

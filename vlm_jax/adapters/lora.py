@@ -58,9 +58,11 @@ BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
 def _check_overlap(
     model: Model, flat: Mapping[str, Any], lora: LoRA, kernels: Iterable[str]
 ) -> None:
-    added = [path.removesuffix("/added") for path in flat if is_added(path)]
-    resized = {f"{base}/{leaf}" for base in added for leaf in ("kernel", "embedding")}
-    in_full = resized.union(saved_leaves(model, flat, lora.modules_to_save))
+    in_full = {
+        *saved_leaves(model, flat, lora.modules_to_save),
+        *(path.replace("/added", "/kernel") for path in flat if is_added(path)),
+        *(path.replace("/added", "/embedding") for path in flat if is_added(path)),
+    }
     codes = [path for path in in_full if isinstance(flat.get(path), FourBit)]
     if codes:
         raise UserError(
@@ -94,9 +96,11 @@ def usual_start(
 
     A is uniform within 1/sqrt(in). Of an embedding, whose A is looked up, B is normal instead.
     """
-    if embedding:
-        return jnp.zeros(shape_a, jnp.float32), jax.random.normal(key, shape_b, jnp.float32)
-    return fresh_a(key, shape_a), jnp.zeros(shape_b, jnp.float32)
+    return (
+        (jnp.zeros(shape_a, jnp.float32), jax.random.normal(key, shape_b, jnp.float32))
+        if embedding
+        else (fresh_a(key, shape_a), jnp.zeros(shape_b, jnp.float32))
+    )
 
 
 def add_lora(
@@ -197,10 +201,16 @@ def _initial(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -
                 residual = weight - slot.scale * a @ b
                 old = requantized(old, residual, f"'{path}' after its initialisation")
         lacking = rank - a.shape[1]
-        a, b = jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
-        made.append({"lora_A": a, "lora_B": b} | ({"kernel": old} if takes and four else {}))
-    is_stack = held[0].layer is not None
-    leaves = jax.tree.map(lambda *layers: jnp.stack(layers), *made) if is_stack else made[0]
+        made.append(
+            {
+                "lora_A": jnp.pad(a, ((0, 0), (0, lacking))),
+                "lora_B": jnp.pad(b, ((0, lacking), (0, 0))),
+                **({"kernel": old} if takes and four else {}),
+            }
+        )
+    leaves = (
+        made[0] if held[0].layer is None else jax.tree.map(lambda *layers: jnp.stack(layers), *made)
+    )
     if "kernel" in leaves:
         leaves["kernel"] = lying_as(leaves["kernel"], kernel)
     elif takes:
@@ -292,12 +302,11 @@ def merged_leaf(
             "change the embedding alone, as in PEFT, so merging would untie them. Keep the "
             "adapter (save_peft), or merge it with peft, which unties the head."
         )
-    summed: Any = _merged(model, flat, base, kernel, layer)
-    if not isinstance(kernel, FourBit):
-        return summed.astype(kernel.dtype)
-    if not requantize:
-        return summed.astype(model.dtype)
-    return lying_as(requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
+    summed = _merged(model, flat, base, kernel, layer)
+    four = isinstance(kernel, FourBit)
+    if four and requantize:
+        return lying_as(requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
+    return summed.astype(model.dtype if four else kernel.dtype)
 
 
 def _one(leaves: Any, layer: int | None) -> Any:
@@ -307,15 +316,18 @@ def _one(leaves: Any, layer: int | None) -> Any:
 
 def _norms(kernel: Any) -> jax.Array:
     """Return the norms of a kernel's columns, float32 [..., out], a layer of a stack at a time."""
-    if len(kernel.shape) > 2:
-        return jax.lax.map(_norms, kernel)
-    return jnp.linalg.norm(dense(kernel, jnp.float32), axis=-2)
+    return (
+        jax.lax.map(_norms, kernel)
+        if len(kernel.shape) > 2
+        else jnp.linalg.norm(dense(kernel, jnp.float32), axis=-2)
+    )
 
 
 def _sum_norms(flat: Mapping[str, Any], base: str, held: list[Slot]) -> jax.Array:
     """Return the norms of the columns of a kernel and what its matrices add, float32 [..., out]."""
     leaves = [flat[f"{base}/{name}"] for name in ("kernel", "lora_A", "lora_B")]
-    norms = [column_norms(*_one(leaves, slot.layer), scale=slot.scale) for slot in held]
+    layers = ((_one(leaves, slot.layer), slot.scale) for slot in held)  # one in memory at a time
+    norms = [column_norms(kernel, a, b, scale) for (kernel, a, b), scale in layers]
     return norms[0] if held[0].layer is None else jnp.stack(norms)
 
 

@@ -44,15 +44,12 @@ def kind_of(init: bool | str) -> tuple[str, int | None]:
     found = re.fullmatch(r"pissa_niter_(\d+)", word)
     if found:
         return "pissa", int(found[1])
-    if word in OTHERS:
-        raise UserError(
-            f"init_lora_weights={init!r} is not supported: it needs {OTHERS[word]}. Take one of "
-            f"true, {', '.join(AT_RANDOM[1:])}, pissa, pissa_niter_16, olora, loftq."
-        )
     if word not in (*AT_RANDOM, *FROM_KERNEL, *FROM_LOSS):
+        lacks = f", which is not supported: it needs {OTHERS[word]}" if word in OTHERS else ""
         raise UserError(
-            f"init_lora_weights is {init!r}; it must be one of true, {', '.join(AT_RANDOM[1:])}, "
-            f"pissa, pissa_niter_16 (any number of iterations), olora, loftq."
+            f"init_lora_weights is {init!r}{lacks}; it must be one of true, "
+            f"{', '.join(AT_RANDOM[1:])}, pissa, pissa_niter_16 (any number of iterations), "
+            f"olora, loftq."
         )
     return word, None
 

@@ -40,12 +40,14 @@ def owners(tensor: str) -> list[str]:
 
 def base_places(model: Model, params: Mapping[str, Any]) -> dict[str, Place]:
     """Return {tensor name: its place} of all leaves that a base checkpoint has too."""
-    own = {
-        path: leaf.shape
-        for path, leaf in flatten(params).items()
-        if not (is_lora(path) or is_added(path) or is_adapter(path))
-    }
-    return disk_places(model, own)
+    return disk_places(
+        model,
+        {
+            path: leaf.shape
+            for path, leaf in flatten(params).items()
+            if not (is_lora(path) or is_added(path) or is_adapter(path))
+        },
+    )
 
 
 def unused_names(model: Model) -> list[str]:

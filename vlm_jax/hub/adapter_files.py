@@ -67,9 +67,11 @@ KEY = re.compile(
 def _on_disk(name: str, adapter: str, norm: bool) -> list[str]:
     """Return the library's names of a tensor; a norm stands before the layer down, and in it."""
     name = re.sub(rf"\.({ATTENTION}|{OUTPUT})\.", rf".\1.adapters.{adapter}.", name)
-    if ".adapter_norm_before." in name:
-        return [name, name.replace("adapter_norm_before", "adapter_down.0")]
-    return [name.replace("adapter_down", f"adapter_down.{int(norm)}")]
+    return (
+        [name, name.replace("adapter_norm_before", "adapter_down.0")]
+        if ".adapter_norm_before." in name
+        else [name.replace("adapter_down", f"adapter_down.{int(norm)}")]
+    )
 
 
 def save_adapter(
@@ -181,10 +183,11 @@ def check_tensors(
 ) -> None:
     """Raise `UserError` where a file's tensors are not those wanted, {name: shape}."""
     for name in sorted(held.keys() - wanted.keys()) or sorted(wanted.keys() - held.keys()):
-        what = "has no place in this model" if name in held else "is missing"
         raise UserError(
-            f"In '{file}' the tensor '{name}' {what}{nearest(name, wanted.keys() - held.keys())}. "
-            f"It is an adapter of another base, or not whole; nothing was loaded."
+            f"In '{file}' the tensor '{name}' "
+            f"{'has no place in this model' if name in held else 'is missing'}"
+            f"{nearest(name, wanted.keys() - held.keys())}. It is an adapter of another base, or "
+            f"not whole; nothing was loaded."
         )
     for name, shape in wanted.items():
         if held[name].shape != shape:

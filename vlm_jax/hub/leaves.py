@@ -182,8 +182,9 @@ def read_leaf(
         for stack, part in zip(arrays, layer, strict=True):
             if stack is not None:
                 stack[tensor.place.index] = part
-    kept = Storage(first.format, first.flat.nested is not None, first.block)
-    leaf = kept.abstract(shape, first.dtype)
+    leaf = Storage(first.format, first.flat.nested is not None, first.block).abstract(
+        shape, first.dtype
+    )
     return _place(leaf, Packed(*arrays), sharding_of(leaf)), first.dtype
 
 
@@ -191,8 +192,13 @@ def _quantized(tensor: Tensor, storage: Storage) -> bnb.Stored:
     weight, name = read_tensor(tensor.entry), f"The tensor '{tensor.name}'"
     check_finite(weight, tensor.name, tensor.entry.path)
     check(weight.shape, storage.block, weight.dtype, name)
-    flat = encode(storage.format, weight, storage.block, storage.double, name)
-    return bnb.Stored(flat, storage.format, storage.block, kind(weight.dtype), weight.shape)
+    return bnb.Stored(
+        encode(storage.format, weight, storage.block, storage.double, name),
+        storage.format,
+        storage.block,
+        kind(weight.dtype),
+        weight.shape,
+    )
 
 
 def _read_4bit(tensor: Tensor) -> bnb.Stored:

@@ -1,5 +1,6 @@
 """Loads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
 
+import copy
 import functools
 import os
 import re
@@ -18,6 +19,7 @@ from vlm_jax.hub.leaves import Tensor, read_leaf
 from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_tensor
 from vlm_jax.hub.unread_weights import check_base
 from vlm_jax.model import Model, Source, from_config
+from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.names import Place, current_name, disk_places, embedding_name, is_unused
 from vlm_jax.quantization import Quantize, described, storages
 from vlm_jax.sharding import param_shardings
@@ -45,7 +47,12 @@ def resolve(
     """
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
-        _check_not_adapter(path)
+        if not (path / "config.json").exists() and (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"'{path}' is an adapter, not a whole checkpoint. Give its base, "
+                f"{named_base(path)!r} by its own account, as the model, and this directory as "
+                f"the adapter."
+            )
         return path
     looks_local = path.is_absolute() or str(path_or_repo_id).startswith((".", "~"))
     if looks_local or path.exists() or str(path_or_repo_id).count("/") != 1:
@@ -73,13 +80,22 @@ def resolve(
     return Path(found)
 
 
-def _check_not_adapter(directory: Path) -> None:
-    if not (directory / "config.json").exists() and (directory / "adapter_config.json").is_file():
-        raise UserError(
-            f"'{directory}' is an adapter, not a whole checkpoint. Give its base, "
-            f"{named_base(directory)!r} by its own account, as the model, and this directory as "
-            f"the adapter."
-        )
+def read_hf_config(
+    path_or_repo_id: str, revision: str | None = None, token: str | None = None
+) -> dict[str, Any]:
+    """Return the config.json of a checkpoint directory or hub id; no other file is fetched.
+
+    The hub ids of `models.reference_configs`, at their default revision, need no network. Raises
+    `UserError` where there is neither a directory nor such a repository.
+    """
+    is_known = path_or_repo_id in KNOWN and revision is None
+    if is_known and not Path(path_or_repo_id).expanduser().is_dir():
+        return copy.deepcopy(KNOWN[path_or_repo_id])
+    try:
+        directory = resolve(path_or_repo_id, revision, token, files=("config.json",))
+    except UserError as error:
+        raise UserError(f"{error} Known without a network: {', '.join(KNOWN)}.") from error
+    return read_json(directory / "config.json")
 
 
 def _check_names(

@@ -123,8 +123,10 @@ def disk_tensors(flat: Mapping[str, Any], places: Mapping[str, Place]) -> dict[s
     """Return {name: tensor as on disk}; each leaf is fetched once."""
     paths = dict.fromkeys(place.path for place in places.values())
     held = {path: np.asarray(jax.device_get(flat[path])) for path in paths}
-    slices = {name: to_disk(place, held[place.path][place.index]) for name, place in places.items()}
-    return {name: np.ascontiguousarray(tensor) for name, tensor in slices.items()}
+    return {
+        name: np.ascontiguousarray(to_disk(place, held[place.path][place.index]))
+        for name, place in places.items()
+    }
 
 
 def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, Place]) -> None:
@@ -195,8 +197,8 @@ def save_peft(
         check_left_out(model, flat, {n: place for n, place in places.items() if n in left})
     tensors = to_tensors(matrices, homes)
     flat = fold_added(flat)
-    whole = disk_places(model, {path: flat[path].shape for path in saved.leaves})
-    held = disk_tensors(flat, {name: whole[name] for name in saved.places})
+    resized = disk_places(model, {path: flat[path].shape for path in saved.leaves})
+    held = disk_tensors(flat, {name: resized[name] for name in saved.places})
     for name, bias in disk_tensors(flat, biases).items():
         if name not in saved.places:
             module = name.removesuffix(".bias")
@@ -207,10 +209,12 @@ def save_peft(
         read = base_tensors(model)
         held |= {name: read(name) for name in missing}
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in held.items()}
-    targets = _targets(model, module_names(model, params), set(matrices))
     config = config_of(
         _doubled(lora) if any(path.endswith("/start_A") for path in flat) else lora,
-        {**targets, "modules_to_save": list(saved.names) or None},
+        {
+            **_targets(model, module_names(model, params), set(matrices)),
+            "modules_to_save": list(saved.names) or None,
+        },
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.source.repo if model.source else None,
         revision=model.source.revision if model.source else None,

@@ -83,15 +83,14 @@ def load_peft_adapters(
     }
     ranks = [shape[-1] for path, shape in shapes.items() if path.endswith("/lora_A")]
     rank = max(ranks, default=1)  # of a projector alone there are no matrices
-    together = LoRA(rank, rank, targets=(), dora=dora[first])
-    return dataclasses.replace(model, lora=together), adapters
+    lora = LoRA(rank, rank, targets=(), dora=dora[first])
+    return dataclasses.replace(model, lora=lora), adapters
 
 
 def _filled(leaf: Any, shape: tuple[int, ...]) -> jax.Array:
     """Return a leaf with zeros up to a shape, all zeros where there is none."""
-    if leaf is None:
-        return jnp.zeros(shape, jnp.float32)
-    return jnp.pad(leaf, [(0, want - have) for want, have in zip(shape, leaf.shape, strict=True)])
+    zeros = jnp.zeros(shape, jnp.float32)
+    return zeros if leaf is None else zeros.at[tuple(map(slice, leaf.shape))].set(leaf)
 
 
 def _rank(tree: Mapping[str, Any], path: str) -> int:
@@ -185,13 +184,8 @@ def combine_peft_adapters(
         a, b = factors[base]
         combined[path] = _filled(a, (*a.shape[:-1], largest))
         combined[f"{base}lora_B"] = _filled(b, (*b.shape[:-2], largest, b.shape[-1]))
-    modules = [name for path in hits for name in layer_names(model, path)]
-    lora = LoRA(
-        largest,
-        largest,
-        targets=tuple(sorted({module.split(".")[-1] for module in modules})),
-        left_out=left_out(model, hits),
-    )
+    ends = {name.split(".")[-1] for path in hits for name in layer_names(model, path)}
+    lora = LoRA(largest, largest, targets=tuple(sorted(ends)), left_out=left_out(model, hits))
     return dataclasses.replace(model, lora=lora), unflatten(combined)
 
 

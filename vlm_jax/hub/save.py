@@ -83,12 +83,12 @@ def save_pretrained(
             "quantized=True writes kernels in 4 bits, but these parameters hold none. Load the "
             "base with quantize='nf4-dq', or write it dense."
         )
-    quantized = four and not has_lora if quantized is None else quantized
     if has_lora and not merge:
         raise UserError(
             "These parameters hold LoRA factors, which a plain checkpoint cannot. Pass "
             "merge=True, or write an adapter with save_peft."
         )
+    quantized = four and not has_lora if quantized is None else quantized
     flat = fold_added(flat)
     if dtype is not None:  # codes stand for the dtype of what stands beside them
         flat |= {
@@ -98,11 +98,9 @@ def save_pretrained(
         }
     places = disk_places(model, {p: leaf.shape for p, leaf in flat.items() if not is_lora(p)})
     source = model.source
-    if source is None:
-        kinds = dict.fromkeys(places, str(jnp.dtype(dtype or model.dtype)))
-    else:
-        kinds = {name: kind for name, (_, kind) in source.tensors.items()}
-    names = {name: (current_name(model, name), kind) for name, kind in kinds.items()}
+    own = dict.fromkeys(places, ("", str(jnp.dtype(dtype or model.dtype))))
+    on_disk = source.tensors if source is not None else own
+    names = {name: (current_name(model, name), kind) for name, (_, kind) in on_disk.items()}
     if model.config.text.tied:  # the head is the embedding, though some files write it again
         head = f"{embedding_name(model)}.weight"
         names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
@@ -118,8 +116,8 @@ def save_pretrained(
 
     def leaf_of(place: Place) -> Any:
         """Return a weight as it is written, on this host; all processes call it."""
-        merged = merged_leaf(model, flat, place.path, place.layer, quantized)
-        leaf = processes.to_host(merged, primary)
+        leaf = merged_leaf(model, flat, place.path, place.layer, quantized)
+        leaf = processes.to_host(leaf, primary)
         return dataclasses.replace(leaf, used=None) if isinstance(leaf, FourBit) else leaf
 
     currents = {name: current for name, (current, _) in names.items()} if quantized else {}

@@ -33,8 +33,7 @@ def tensors_4bit(
             count = math.prod(places[current].shape)
             scale = jnp.dtype(leaf.absmax.dtype).itemsize
             sizes = {"": -(-count // 2), ".absmax": scale * -(-count // leaf.block)}
-            for suffix in bnb.suffixes(leaf):
-                owners[name + suffix] = (name, sizes.get(suffix, 1024))
+            owners |= {name + end: (name, sizes.get(end, 1024)) for end in bnb.suffixes(leaf)}
 
     @functools.lru_cache(maxsize=1)  # the tensors of one weight follow one another
     def of(weight: str) -> dict[str, np.ndarray]:

@@ -82,22 +82,25 @@ def adapt(
     sites = chosen_sites(found.sites, adapter) if adapter else ()
     made: dict[str, Any] = {}
     key = jax.random.key(0) if key is None else key
-    without_dropout = [part.name for part in (*layers, *sites) if not part.takes_dropout]
     if lora is not None:
+        without_dropout = [layer.name for layer in layers if not layer.takes_dropout]
         warn_without_dropout("LoRA", lora.dropout, without_dropout)
         made[LORA] = _fresh(layers, lora.rank, key)
     if adapter is not None:
+        without_dropout = [site.name for site in sites if not site.takes_dropout]
         warn_without_dropout("adapter", adapter.dropout, without_dropout)
         shapes = {p: shape for site in sites for p, shape in site_shapes(site, adapter).items()}
         made[ADAPTER] = unflatten(fresh(adapter, shapes, key))
-    before = {one.path: one for one in found.layers if isinstance(one, Layer)}
-    quantized = [one for one in before.values() if isinstance(flat[one.leaf], FourBit)]
+    layers_found = [one for one in found.layers if isinstance(one, Layer)]
+    quantized = [layer for layer in layers_found if isinstance(flat[layer.leaf], FourBit)]
     if quantization is not None:
-        wanted = _quantized_layers(found.layers, flat, quantization)
-        flat = flat | {layer.leaf: _quantized(layer, flat, quantization) for layer in wanted}
-        quantized += wanted
-    adapted = Adapted(module, lora, layers, tuple(quantized), adapter, sites)
-    return adapted, {"params": unflatten(flat), **made}
+        new = _quantized(found.layers, flat, quantization)
+        flat = flat | {layer.leaf: leaf for layer, leaf in new.items()}
+        quantized += new
+    return (
+        Adapted(module, lora, layers, tuple(quantized), adapter, sites),
+        {"params": unflatten(flat), **made},
+    )
 
 
 def _sorted(methods: tuple) -> tuple[LoRA | None, Adapter | None, Quantization | None]:
@@ -160,10 +163,10 @@ def _fresh(layers: tuple[Layer, ...], rank: int, key: jax.Array) -> dict[str, An
     return unflatten(made)
 
 
-def _quantized_layers(
+def _quantized(
     found: list[Layer | Other], flat: Mapping[str, Any], method: Quantization
-) -> list[Layer]:
-    """Return the linear layers that become 4-bit: all but those of `skip`."""
+) -> dict[Layer, FourBit]:
+    """Return {layer: its 4-bit leaf} of the linear layers that are dense, but for `skip`."""
     if method.components != Quantization(method.storage).components:
         raise UserError(
             f"Quantization has components={method.components!r}, which a foreign module has not. "
@@ -188,13 +191,14 @@ def _quantized_layers(
                 f"codes need them along axis 0: nn.scan(..., variable_axes={{'params': 0}}). Or "
                 f"name it in Quantization.skip."
             )
-    return [layer for layer in layers if not isinstance(flat[layer.leaf], FourBit)]
-
-
-def _quantized(layer: Layer, flat: Mapping[str, Any], method: Quantization) -> FourBit:
-    storage = NAMES[method.storage]
-    matrix = layer.matrix(unboxed(flat[layer.leaf]))
-    return quantize(storage.format, matrix, storage.block, storage.double, f"'{layer.leaf}'")
+    format, double, block = NAMES[method.storage]
+    dense_layers = [layer for layer in layers if not isinstance(flat[layer.leaf], FourBit)]
+    return {
+        layer: quantize(
+            format, layer.matrix(unboxed(flat[layer.leaf])), block, double, f"'{layer.leaf}'"
+        )
+        for layer in dense_layers
+    }
 
 
 def merge(
@@ -232,6 +236,6 @@ def merge(
         matrix = weight if isinstance(leaf, FourBit) else layer.matrix(weight)
         update = weight_update(a, b, adapted.lora.scale.scale(adapted.lora.rank))
         summed = layer.unmatrix(matrix + update).astype(leaf.dtype)
-        boxed = isinstance(box, meta.AxisMetadata)
-        merged[layer.leaf] = box.replace_boxed(summed) if boxed else summed
+        is_boxed = isinstance(box, meta.AxisMetadata)
+        merged[layer.leaf] = box.replace_boxed(summed) if is_boxed else summed
     return unflatten(merged)

@@ -69,7 +69,7 @@ def named_layers(
     else:
         table = [*((row[0], row) for row in names), *([] if every else [(".*", None)])]
         rows = match(table, own, "table of names", unused="allow")
-        new = {name: re.sub(*row, name, count=1) for name, row in rows.items() if row}
+        new = {name: re.sub(row[0], row[1], name, count=1) for name, row in rows.items() if row}
     named: dict[str, tuple[Layer, int | None]] = {}
     for name, given in new.items():
         if given in named:
@@ -128,10 +128,13 @@ def save_lora(
         ("modules_to_save", "layers_to_transform", "layers_pattern")
     )
     tied = {"ensure_weight_tying": True} if any(one.attended for one in adapted.layers) else {}
-    config = config_of(
-        lora, modules, base_model_name_or_path=base, fan_in_fan_out=fan_in_fan_out, **tied
+    write_adapter(
+        directory,
+        {key: tensor.astype(np.float32) for key, tensor in tensors.items()},
+        config_of(
+            lora, modules, base_model_name_or_path=base, fan_in_fan_out=fan_in_fan_out, **tied
+        ),
     )
-    write_adapter(directory, {key: x.astype(np.float32) for key, x in tensors.items()}, config)
 
 
 def _home(layer: Layer, index: int | None) -> Home:
@@ -212,16 +215,17 @@ def load_lora(
             f"ensure_weight_tying, so peft leaves the head without it; here the head is the same "
             f"weight (`attend`). Merge it with peft into a checkpoint with a head of its own."
         )
-    ranks = dict.fromkeys(matrices, lora.rank)
-    made = {p: jnp.asarray(x) for p, x in stacked(matrices, homes, ranks, False, file).items()}
+    made = stacked(matrices, homes, dict.fromkeys(matrices, lora.rank), False, file)
     held = {named[name][0] for name in matrices}
     adapted = tuple(layer for layer in layers if layer in held)
     lora = dataclasses.replace(lora, targets=tuple(layer.name for layer in adapted))
     without_dropout = [layer.name for layer in adapted if not layer.takes_dropout]
     warn_without_dropout("LoRA", lora.dropout, without_dropout)
     quantized = tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit))
-    variables = {"params": unflatten(flat), LORA: unflatten(made)}
-    return Adapted(module, lora, adapted, quantized), variables
+    return (
+        Adapted(module, lora, adapted, quantized),
+        {"params": unflatten(flat), LORA: jax.tree.map(jnp.asarray, unflatten(made))},
+    )
 
 
 def _weight(layer: Layer, flat: Mapping[str, Any]) -> np.ndarray:
@@ -233,12 +237,15 @@ def _unmatched(
 ) -> UserError:
     others = [one for one in found if isinstance(one, Other) and one.unknown][:2]
     because = "".join(f" '{one.name}' could be none: {one.why}." for one in others)
-    why = (
+    return no_home(
+        directory,
+        key,
+        name,
+        known,
         f"It belongs to another base, or layers are called otherwise there: give `names`, rows of "
         f"(regex, replacement) from this module's names, such as '{next(iter(known), '')}', to "
-        f"those in the file.{because}"
+        f"those in the file.{because}",
     )
-    return no_home(directory, key, name, known, why)
 
 
 FORMAT = "vlm_jax.adapt 1"
@@ -278,12 +285,11 @@ def save_adapter(
             "save_lora."
         )
     adapted.bottlenecks(variables)  # raises where they are not this module's
-    leaves = {path: jax.device_get(leaf) for path, leaf in flatten(variables[ADAPTER]).items()}
+    leaves = jax.device_get(flatten(variables[ADAPTER]))
     tensors = {path: np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves.items()}
-    config = {"format": FORMAT, **dataclasses.asdict(adapted.adapter)}
     with whole_directory(directory, ADAPTER_PARTS) as folder:
         save_file(tensors, folder / WEIGHTS)
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(adapted.adapter)})
 
 
 def load_adapter(
@@ -326,5 +332,4 @@ def load_adapter(
     wanted = {path: leaf.shape for path, leaf in flatten(variables[ADAPTER]).items()}
     held = dict(read_tensors(file))
     adapter_files.check_tensors(file, held, wanted)
-    leaves = {path: jnp.asarray(held[path]) for path in wanted}
-    return adapted, {**variables, ADAPTER: unflatten(leaves)}
+    return adapted, {**variables, ADAPTER: jax.tree.map(jnp.asarray, unflatten(held))}

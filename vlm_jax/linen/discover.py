@@ -69,9 +69,8 @@ def see(
         if context.method_name == "__call__" and not again:
             kind, takes_dropout = type(context.module), context.module.has_rng("dropout")
             x_shape = shape_of(first_argument(context.orig_method, args, kwargs))
-            is_nnx = kind.__module__.startswith(NNX)
-            y_shape = "what an NNX module makes" if is_nnx else shape_of(y)
-            site = Site(path, kind.__name__, x_shape, y_shape, depth, takes_dropout)
+            made = "what an NNX module makes" if kind.__module__.startswith(NNX) else shape_of(y)
+            site = Site(path, kind.__name__, x_shape, made, depth, takes_dropout)
             seen.sites[path] = site.beside(seen.sites.get(path, site))
         return y
 
@@ -121,28 +120,30 @@ def _record_layer(
 
 
 def _tracer(module: nn.Module, args: tuple, kwargs: dict) -> Callable[..., None]:
-    """Return trace(params, *interceptors), which calls the module on shapes alone."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    given = [x for x, is_array in zip(leaves, arrays, strict=True) if is_array]
+    """Return trace(params, record), which calls the module on shapes alone.
 
-    def trace(params: Mapping[str, Any], *interceptors: Any) -> None:
-        def call(params: Any, given: list) -> None:
-            values = iter(given)
-            whole = [
-                next(values) if is_array else x for x, is_array in zip(leaves, arrays, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(tree, whole)
-            key = jax.random.key(0)
-            with contextlib.ExitStack() as opened:
-                for one in (*interceptors, interceptor()):
-                    opened.enter_context(nn.intercept_methods(one))
+    record: an interceptor, or None.
+    """
+
+    def is_array(leaf: Any) -> bool:
+        return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+    arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if is_array(leaf)]
+
+    def trace(params: Mapping[str, Any], record: Any = None) -> None:
+        def call(params: Any, arrays: list) -> None:
+            traced = iter(arrays)
+            positional, named = jax.tree.map(
+                lambda leaf: next(traced) if is_array(leaf) else leaf, (args, kwargs)
+            )
+            recording = nn.intercept_methods(record) if record else contextlib.nullcontext()
+            with recording, nn.intercept_methods(interceptor()):
                 module.apply(
-                    {"params": params}, *args, **kwargs, mutable=DenyList("params"),
-                    rngs={"params": key, "dropout": key},
+                    {"params": params}, *positional, **named, mutable=DenyList("params"),
+                    rngs=dict.fromkeys(("params", "dropout"), jax.random.key(0)),
                 )  # fmt: skip
 
-        jax.eval_shape(call, params, given)
+        jax.eval_shape(call, params, arrays)
 
     return trace
 
@@ -222,8 +223,7 @@ def guesses(flat: Mapping[str, Any]) -> Iterator[tuple]:
         roots = {count: math.isqrt(count) for count in counts if count > 0}
         sides = dict.fromkeys(root for count, root in roots.items() if root**2 == count)
         for side in (*sides, 8):
-            image = (1, side * height, side * width, channels)
-            yield (jax.ShapeDtypeStruct(image, jnp.float32),)
+            yield (jax.ShapeDtypeStruct((1, side * height, side * width, channels), jnp.float32),)
     firsts = [shape[0] for shape in kernels.values()]  # a stack's is the number of its layers
     for width in dict.fromkeys((*firsts, *(shape[1] for shape in kernels.values()))):
         yield (jax.ShapeDtypeStruct((1, 4, width), jnp.float32),)

@@ -11,7 +11,7 @@ import math
 import string
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
 import jax
@@ -48,15 +48,14 @@ class Product:
     def fault(self) -> str | None:
         """Why this is no product of two matrices, or None."""
         both = ", ".join(axis for axis in self.kernel if axis in self.x and axis in self.y)
-        alone = set(self.kernel) - set(self.x + self.y)
-        diagonal = any(len(set(axes)) < len(axes) for axes in (self.x, self.kernel, self.y))
+        repeated = any(len(set(axes)) < len(axes) for axes in (self.x, self.kernel, self.y))
         faults = {
             f"it has a kernel of its own for each index of a batch axis ({both})": both,
-            "it sums over an axis that its kernel alone has": alone,
-            "it takes a diagonal": diagonal,
+            "it sums over an axis that its kernel alone has": set(self.kernel) - {*self.x, *self.y},
+            "it takes a diagonal": repeated,
             "it sums over no axis, or over all of its kernel's": not (self.inputs and self.outputs),
         }
-        return next((fault for fault, is_one in faults.items() if is_one), None)
+        return next((fault for fault, applies in faults.items() if applies), None)
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Return x as [rows ..., in]."""
@@ -125,9 +124,8 @@ EMBED, ATTEND = function(nn.Embed.__call__), function(nn.Embed.attend)
 
 def product(layer: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict) -> Product:
     """Return how this call of a linear layer multiplies; layer: its entry of `LINEAR`."""
-    given = dict(kwargs)
-    x = args[0] if args else given.pop("inputs")
-    return LINEAR[layer](module, jnp.asarray(x), *args[1:], **given)
+    rest = {name: value for name, value in kwargs.items() if name != "inputs"}
+    return LINEAR[layer](module, jnp.asarray(first(args, kwargs)), *args[1:], **rest)
 
 
 def first(args: tuple, kwargs: dict) -> Any:
@@ -144,22 +142,19 @@ UNKNOWN = (
 )
 
 
-class Call(NamedTuple):
-    """A call of a module's method. within: the methods of the same module that it runs inside."""
-
-    context: Any  # Linen's, of an interceptor
-    args: tuple
-    kwargs: dict
-    within: tuple[str, ...]
-
-
 class Addition(Protocol):
     """A pytree that changes a layer's output. idle: what is wrong where it changed nothing."""
 
     idle: ClassVar[str]
 
-    def change(self, call: Call, y: Any) -> Any:
-        """Return the new output, or None where this method of the layer is not one to change."""
+    def change(self, y: Any, args: tuple, kwargs: dict, context: Any, within: list[str]) -> Any:
+        """Return the new output, or None where this method of the layer is not one to change.
+
+        Args:
+            y: the output.
+            args, kwargs, context: of the call, as Linen gives them to an interceptor.
+            within: the methods of the same module that it runs inside.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,18 +168,18 @@ class LowRank:
     scale: float
     dropout: float
 
-    def change(self, call: Call, y: Any) -> Any:
-        module, method = call.context.module, call.context.orig_method.func
+    def change(self, y: Any, args: tuple, kwargs: dict, context: Any, within: list[str]) -> Any:
+        module, method = context.module, context.orig_method.func
         if method not in (EMBED, ATTEND, *CALLS):
             return None
-        x = first(call.args, call.kwargs)
+        x = first(args, kwargs)
         if method is EMBED:  # without dropout, as in PEFT: there is no input to drop
             low = dense(self.a, y.dtype)[x] * jnp.asarray(self.scale, y.dtype)
             return y + matmul(low, dense(self.b, y.dtype))
         if method is ATTEND:  # the tied head: x W' transposed
             low = matmul(x.astype(y.dtype), dense(self.b, y.dtype).T)
             return y + matmul(low * jnp.asarray(self.scale, y.dtype), dense(self.a, y.dtype).T)
-        layer = product(CALLS[method], module, call.args, call.kwargs)
+        layer = product(CALLS[method], module, args, kwargs)
         rows = layer.rows(jnp.asarray(x).astype(y.dtype))
         if not module.has_rng("dropout"):
             warn_without_dropout("LoRA", self.dropout, [name_of(module)])
@@ -235,8 +230,8 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
         if bias is not None:
             variables["bias"] = bias
         method: Any = layer.__call__
-        copy = module.clone(parent=None)
-        return copy.apply({"params": variables}, x, *args[1:], method=method, **more)
+        plain = module.clone(parent=None)
+        return plain.apply({"params": variables}, x, *args[1:], method=method, **more)
 
     return run(given, leaf, bias)
 
@@ -255,7 +250,9 @@ def interceptor() -> Callable[..., Any]:
         if context.method_name == "setup":
             return next_method(*args, **kwargs)
         if type(module).__module__.startswith(NNX):
-            _check_bridge(module)
+            held = flatten(module.variables.get("params", {})).items()
+            if any(path.split("/")[-1] == LEAF or isinstance(x, FourBit) for path, x in held):
+                raise UserError(nnx_text(name_of(module)))
         addition: Addition | None = own(module, LEAF)
         codes = isinstance(own(module, "kernel"), FourBit)
         if addition is None and not codes:
@@ -264,7 +261,6 @@ def interceptor() -> Callable[..., Any]:
         outermost = path not in running  # else: a method that another one of the same module calls
         needed = {addition.idle} if addition is not None else set()
         methods, unused = running.setdefault(path, ([], needed | ({UNKNOWN} if codes else set())))
-        call = Call(context, args, kwargs, tuple(methods))
         methods.append(context.method_name)
         try:
             if codes and function in CALLS:
@@ -272,10 +268,11 @@ def interceptor() -> Callable[..., Any]:
                 unused.discard(UNKNOWN)
             else:
                 y = next_method(*args, **kwargs)
-            changed = None if addition is None else addition.change(call, y)
-            if addition is not None and changed is not None:
-                y = changed
-                unused.discard(addition.idle)
+            if addition is not None:
+                changed = addition.change(y, args, kwargs, context, methods[:-1])
+                if changed is not None:
+                    y = changed
+                    unused.discard(addition.idle)
         finally:
             methods.pop()
             if outermost:
@@ -288,12 +285,6 @@ def interceptor() -> Callable[..., Any]:
         return y
 
     return intercept
-
-
-def _check_bridge(module: nn.Module) -> None:
-    flat = flatten(module.variables.get("params", {}))
-    if any(path.split("/")[-1] == LEAF or isinstance(x, FourBit) for path, x in flat.items()):
-        raise UserError(nnx_text(name_of(module)))
 
 
 def nnx_text(name: str) -> str:

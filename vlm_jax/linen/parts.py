@@ -165,8 +165,8 @@ class Layer(Part):
     @property
     def size(self) -> tuple[int, int]:
         """in and out."""
-        sizes = [math.prod(self.shape[i] for i in axes) for axes in (self.inputs, self.outputs)]
-        return sizes[0], sizes[1]
+        inputs, outputs = ([self.shape[i] for i in axes] for axes in (self.inputs, self.outputs))
+        return math.prod(inputs), math.prod(outputs)
 
     def matrices(self, rank: int) -> dict[str, Shape]:
         """Return {path: shape} of its LoRA's A and B."""
@@ -178,10 +178,9 @@ class Layer(Part):
 
     def matrix(self, weight: jax.Array) -> jax.Array:
         """Return a weight as [in, out] or [layers, in, out]."""
-        if self.stack is not None:
-            weight = jnp.moveaxis(weight, self.stack.axis, 0)
         lead = len(self.layers)
         order = (*range(lead), *(lead + i for i in (*self.inputs, *self.outputs)))
+        weight = weight if self.stack is None else jnp.moveaxis(weight, self.stack.axis, 0)
         return weight.transpose(order).reshape(*self.layers, *self.size)
 
     def unmatrix(self, matrix: jax.Array) -> jax.Array:

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import jax
 
 from vlm_jax.adapters.bottleneck import check_known, leaf_shapes
+from vlm_jax.adapters.modules_to_save import owners
 from vlm_jax.adapters.targets import PRESETS, means, no_target, resolve_targets, suffixes_of
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import check_patterns
-from vlm_jax.linen.intercept import Call, name_of, warn_without_dropout
+from vlm_jax.linen.intercept import name_of, warn_without_dropout
 from vlm_jax.linen.parts import Layer, Other, Site, first_argument, joined, shape_of
 from vlm_jax.models.layers.bottleneck import Bottleneck, bottleneck
 from vlm_jax.models.methods import Adapter, LoRA
@@ -35,7 +36,11 @@ def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> li
     """
     by_name = {one.name: one for one in found}
     layers = {name: one for name, one in by_name.items() if isinstance(one, Layer)}
-    linear = [one.name for one in found if _is_linear(one)]
+    linear = [
+        one.name
+        for one in found
+        if (one.weight == "kernel" if isinstance(one, Layer) else one.unknown)
+    ]
     meant = resolve_targets(targets, by_name, linear, by_name)
     if not meant:
         raise UserError(
@@ -46,7 +51,8 @@ def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> li
     for target, names in meant.items():
         named = targets != "all-linear" and targets not in PRESETS
         if not names and target in suffixes_of(targets):
-            names, named = [name for name in linear if _lies_in(name, target)], False
+            names = [n for n in linear if any(means((target,), outer) for outer in owners(n))]
+            named = False
         for one in (by_name[name] for name in names):
             if isinstance(one, Other) and (named or one.unknown):
                 raise UserError(
@@ -58,16 +64,6 @@ def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> li
             raise no_target(target, layers, "the module")
         wanted |= layers.keys() & names
     return [layer for name, layer in layers.items() if name in wanted]
-
-
-def _is_linear(one: Layer | Other) -> bool:
-    return one.unknown if isinstance(one, Other) else one.weight == "kernel"
-
-
-def _lies_in(name: str, module: str) -> bool:
-    """Return whether one of the modules around `name` is named so."""
-    parts = name.split(".")
-    return any(means((module,), ".".join(parts[:i])) for i in range(1, len(parts)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +78,11 @@ class Beside:
     leaves: Any
     form: Bottleneck
 
-    def change(self, call: Call, y: Any) -> Any:
-        context = call.context
-        if context.method_name != "__call__" or "__call__" in call.within:  # as super()'s
+    def change(self, y: Any, args: tuple, kwargs: dict, context: Any, within: list[str]) -> Any:
+        if context.method_name != "__call__" or "__call__" in within:  # as super()'s
             return None
         module, reads_x = context.module, self.form.reads == "input"
-        read = first_argument(context.orig_method, call.args, call.kwargs) if reads_x else y
+        read = first_argument(context.orig_method, args, kwargs) if reads_x else y
         down, up = (self.leaves[name]["kernel"].shape for name in ("adapter_down", "adapter_up"))
         x_shape, y_shape = shape_of(read), shape_of(y)
         if x_shape[:-1] != y_shape[:-1] or (x_shape[-1:], y_shape[-1:]) != (down[:-1], up[1:]):
