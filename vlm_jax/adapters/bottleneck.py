@@ -27,24 +27,15 @@ INIT: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-def _width(model: Model, stack: str) -> int:
-    """Return the width of the blocks of a stack."""
-    text = model.component(f"{stack}/kernel") == "language_model"
-    return model.config.text.hidden_size if text else model.config.vision.width
-
-
 def check_known(adapter: Adapter) -> None:
     """Raise `UserError` for words and numbers of an adapter that mean nothing."""
-    if adapter.non_linearity not in ACTIVATIONS:
-        raise UserError(
-            f"The adapter's non_linearity '{adapter.non_linearity}' is not known"
-            f"{nearest(str(adapter.non_linearity), ACTIVATIONS)}. Known: {', '.join(ACTIVATIONS)}."
-        )
-    if adapter.init_weights not in INIT:
-        raise UserError(
-            f"The adapter's init_weights '{adapter.init_weights}' is not known"
-            f"{nearest(adapter.init_weights, INIT)}. Known: {', '.join(INIT)}."
-        )
+    for name, known in (("non_linearity", ACTIVATIONS), ("init_weights", INIT)):
+        word = getattr(adapter, name)
+        if word not in known:
+            raise UserError(
+                f"The adapter's {name} '{word}' is not known{nearest(word, known)}. Known: "
+                f"{', '.join(known)}."
+            )
     assert adapter.reduction_factor is not None
     if not 1e-3 <= adapter.reduction_factor <= 1e6:  # as of a config, see RANGES
         raise UserError(
@@ -86,25 +77,28 @@ def fresh(
 ) -> dict[str, jax.Array]:
     """Return {path: float32 leaf} as an adapter starts; shapes: as `leaf_shapes` gives them."""
     down, up = INIT[adapter.init_weights]
-    leaves = {}
-    for path, one in zip(shapes, jax.random.split(key, len(shapes)), strict=True):
-        if path.endswith("/kernel"):
-            leaves[path] = (down if "adapter_down/" in path else up)(one, shapes[path])
-        else:
-            leaves[path] = jnp.full(shapes[path], float(path.endswith("/scale")), jnp.float32)
-    return leaves
+    starts = {
+        "down/kernel": down,
+        "up/kernel": up,
+        "bias": initializers.zeros,
+        "scale": initializers.ones,
+    }
+    return {
+        path: next(start for end, start in starts.items() if path.endswith(end))(one, shapes[path])
+        for path, one in zip(shapes, jax.random.split(key, len(shapes)), strict=True)
+    }
 
 
 def shapes(model: Model, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Return {path: shape} of the leaves of an adapter. Raises `UserError` for what it lacks."""
     check_known(adapter)
     found: dict[str, tuple[int, ...]] = {}
+    text, vision = model.config.text, model.config.vision
     for stack, layers in model.config.stacks.items():
-        if model.component(f"{stack}/kernel") not in adapter.components:
-            continue
-        wide = _width(model, stack)
-        for place in KINDS[adapter.kind].places:
-            found |= leaf_shapes(adapter, f"{stack}/{place}/", wide, wide, (layers,))
+        part = model.component(f"{stack}/kernel")
+        for place in KINDS[adapter.kind].places if part in adapter.components else ():
+            width = text.hidden_size if part == "language_model" else vision.width
+            found |= leaf_shapes(adapter, f"{stack}/{place}/", width, width, (layers,))
     if not found:
         raise UserError(
             f"No adapter can stand in the components {list(adapter.components)}: only the blocks "
@@ -174,9 +168,11 @@ def take_adapter(model: Model, params: Mapping[str, Any]) -> TakenAdapter:
     flat = flatten(params)
     if model.adapter is None or not any(map(is_adapter, flat)):
         raise UserError("These parameters hold no bottleneck adapter: add or load one first.")
-    held = set(saved_modules(model, params, model.modules_to_save).leaves)
-    held |= {path for path in flat if is_adapter(path) or is_added(path)}
-    return TakenAdapter(model.adapter, {path: flat[path] for path in flat if path in held})
+    saved = saved_modules(model, params, model.modules_to_save).leaves
+    return TakenAdapter(
+        model.adapter,
+        {p: x for p, x in flat.items() if is_adapter(p) or is_added(p) or p in saved},
+    )
 
 
 def with_adapter(model: Model, params: Mapping[str, Any], other: TakenAdapter) -> dict[str, Any]:
@@ -208,11 +204,13 @@ def average_adapters(
     for other in adapters[1:]:
         _check_alike(adapters[0], other)
     shares = jnp.asarray(weights, jnp.float32) / total
-    mean = {
-        path: jnp.einsum("a...,a->...", jnp.stack([one.leaves[path] for one in adapters]), shares)
-        for path in adapters[0].leaves
-    }
-    return TakenAdapter(adapters[0].adapter, mean)
+    return TakenAdapter(
+        adapters[0].adapter,
+        jax.tree.map(
+            lambda *leaves: jnp.einsum("a...,a->...", jnp.stack(leaves), shares),
+            *(one.leaves for one in adapters),
+        ),
+    )
 
 
 def _check_alike(first: TakenAdapter, second: TakenAdapter) -> None:

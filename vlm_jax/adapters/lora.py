@@ -23,7 +23,7 @@ the scales where they differ from the one that `LoRA` states; 0 is a layer witho
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -55,11 +55,15 @@ from vlm_jax.weights.quantize import lying_as, requantized
 BIASES = ("none", "all", "lora_only")  # PEFT's words for which biases train
 
 
-def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels: list[str]) -> None:
-    in_full = set(saved_leaves(model, params, lora.modules_to_save))
-    for path in (path for path in flatten(params) if is_added(path)):
-        in_full |= {path.replace("/added", leaf) for leaf in ("/kernel", "/embedding")}
-    codes = [path for path in in_full if isinstance(flatten(params).get(path), FourBit)]
+def _check_overlap(
+    model: Model, flat: Mapping[str, Any], lora: LoRA, kernels: Iterable[str]
+) -> None:
+    in_full = {
+        *saved_leaves(model, flat, lora.modules_to_save),
+        *(path.replace("/added", "/kernel") for path in flat if is_added(path)),
+        *(path.replace("/added", "/embedding") for path in flat if is_added(path)),
+    }
+    codes = [path for path in in_full if isinstance(flat.get(path), FourBit)]
     if codes:
         raise UserError(
             f"modules_to_save, {list(lora.modules_to_save)}, trains '{min(codes)}' in full, which "
@@ -76,12 +80,13 @@ def _check_overlap(model: Model, params: Mapping[str, Any], lora: LoRA, kernels:
 
 def check_numbers(lora: LoRA) -> None:
     """Raise `UserError` for a rank, dropout or word that means nothing."""
-    if lora.rank < 1:
-        raise UserError(f"The LoRA rank is {lora.rank}; it must be 1 or more.")
-    if not 0 <= lora.dropout < 1:
-        raise UserError(f"The LoRA dropout is {lora.dropout}; it must be in [0, 1).")
-    if lora.bias not in BIASES:
-        raise UserError(f"LoRA.bias is {lora.bias!r}; it must be one of {', '.join(BIASES)}.")
+    for name, value, fits, expected in (
+        ("The LoRA rank", lora.rank, lora.rank >= 1, "1 or more"),
+        ("The LoRA dropout", lora.dropout, 0 <= lora.dropout < 1, "in [0, 1)"),
+        ("LoRA.bias", repr(lora.bias), lora.bias in BIASES, f"one of {', '.join(BIASES)}"),
+    ):
+        if not fits:
+            raise UserError(f"{name} is {value}; it must be {expected}.")
 
 
 def usual_start(
@@ -91,9 +96,11 @@ def usual_start(
 
     A is uniform within 1/sqrt(in). Of an embedding, whose A is looked up, B is normal instead.
     """
-    if embedding:
-        return jnp.zeros(shape_a, jnp.float32), jax.random.normal(key, shape_b, jnp.float32)
-    return fresh_a(key, shape_a), jnp.zeros(shape_b, jnp.float32)
+    return (
+        (jnp.zeros(shape_a, jnp.float32), jax.random.normal(key, shape_b, jnp.float32))
+        if embedding
+        else (fresh_a(key, shape_a), jnp.zeros(shape_b, jnp.float32))
+    )
 
 
 def add_lora(
@@ -122,44 +129,38 @@ def add_lora(
     check_numbers(lora)
     name, _ = lora_init.kind_of(lora.init)
     hits = target_modules(model, params, lora)
-    kernels = list(hits)
-    _check_overlap(model, params, lora, kernels)
-    if lora.dora and embedding_leaf(model) in kernels:
+    _check_overlap(model, flat, lora, hits)
+    if lora.dora and embedding_leaf(model) in hits:
         raise UserError(
             "DoRA is asked for on 'embed_tokens', but an embedding has no columns whose norms "
             "DoRA's learned ones could replace here. Remove it from the targets, or set dora=False."
         )
     lora = dataclasses.replace(lora, left_out=left_out(model, hits))
-    for path, one in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
+    for path, one in zip(hits, jax.random.split(key, len(hits)), strict=True):
         held = slots(model, lora, path)
         *layers, inputs, outputs = flat[path].shape
         rank = max(slot.rank for slot in held)
         base = path.rsplit("/", 1)[0]
-        start: dict[str, Any] = {}
-        shape_a, shape_b = (*layers, inputs, rank), (*layers, rank, outputs)
-        if path == embedding_leaf(model):
-            if name not in ("true", "gaussian"):
-                raise UserError(
-                    f"init_lora_weights={lora.init!r} is not defined for an embedding, nor "
-                    f"in PEFT: remove 'embed_tokens' from the targets, or initialise at random "
-                    "(true)."
-                )
-            a, b = usual_start(one, shape_a, shape_b, embedding=True)
-        elif name != "true":
-            start = _initial(model, lora, path, flat[path], one)
-            flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
-            a, b = flat[f"{base}/lora_A"], flat[f"{base}/lora_B"]
+        embedding = path == embedding_leaf(model)
+        if embedding and name not in ("true", "gaussian"):
+            raise UserError(
+                f"init_lora_weights={lora.init!r} is not defined for an embedding, nor "
+                f"in PEFT: remove 'embed_tokens' from the targets, or initialise at random "
+                "(true)."
+            )
+        if embedding or name == "true":
+            a, b = usual_start(one, (*layers, inputs, rank), (*layers, rank, outputs), embedding)
+            start = {"lora_A": a, "lora_B": b}
         else:
-            a, b = usual_start(one, shape_a, shape_b)
-        flat[f"{base}/lora_A"] = a * rank_mask(held)[..., None, :] if layers else a
-        flat[f"{base}/lora_B"] = b
+            start = _initial(model, lora, path, flat[path], one)
+        if layers:
+            start["lora_A"] *= rank_mask(held)[..., None, :]
+        flat |= {f"{base}/{leaf}": value for leaf, value in start.items()}
         if lora.dora:
-            filled = (
-                name in lora_init.FROM_LOSS or "kernel" in start
-            )  # it starts at the sum's norms
+            filled = name in lora_init.FROM_LOSS or "kernel" in start  # it starts at their norms
             norms = _sum_norms(flat, base, held) if filled else _norms(flat[path])
-            some = rank_mask(held)[:, :1]  # none of a layer left out
-            flat[f"{base}/lora_magnitude"] = norms * some if layers else norms
+            # None of a layer left out.
+            flat[f"{base}/lora_magnitude"] = norms * rank_mask(held)[:, :1] if layers else norms
         if not is_uniform(lora, held):
             flat[f"{base}/lora_scale"] = scales(held)
     model, params = dataclasses.replace(model, lora=lora), unflatten(flat)
@@ -193,19 +194,23 @@ def _initial(model: Model, lora: LoRA, path: str, kernel: Any, key: jax.Array) -
         elif slot.scale == 0:
             raise UserError(f"init_lora_weights={lora.init!r} needs an alpha above 0.")
         else:
-            whole = read(slot)
-            left = whole if takes else whole - dense(old, jnp.float32)
-            a, b = lora_init.factors(name, left, slot.rank, slot.scale, iterations, one)
+            weight = read(slot)
+            source = weight if takes else weight - dense(old, jnp.float32)
+            a, b = lora_init.factors(name, source, slot.rank, slot.scale, iterations, one)
             if takes and four:
-                old = requantized(
-                    old, whole - slot.scale * a @ b, f"'{path}' after its initialisation"
-                )
+                residual = weight - slot.scale * a @ b
+                old = requantized(old, residual, f"'{path}' after its initialisation")
         lacking = rank - a.shape[1]
-        a, b = jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
-        made.append({"lora_A": a, "lora_B": b} | ({"kernel": old} if takes and four else {}))
-    leaves = made[0]
-    if held[0].layer is not None:
-        leaves = jax.tree.map(lambda *layers: jnp.stack(layers), *made)
+        made.append(
+            {
+                "lora_A": jnp.pad(a, ((0, 0), (0, lacking))),
+                "lora_B": jnp.pad(b, ((0, lacking), (0, 0))),
+                **({"kernel": old} if takes and four else {}),
+            }
+        )
+    leaves = (
+        made[0] if held[0].layer is None else jax.tree.map(lambda *layers: jnp.stack(layers), *made)
+    )
     if "kernel" in leaves:
         leaves["kernel"] = lying_as(leaves["kernel"], kernel)
     elif takes:
@@ -297,35 +302,32 @@ def merged_leaf(
             "change the embedding alone, as in PEFT, so merging would untie them. Keep the "
             "adapter (save_peft), or merge it with peft, which unties the head."
         )
-    summed: Any = _merged(model, flat, base, kernel, layer)
-    if not isinstance(kernel, FourBit):
-        return summed.astype(kernel.dtype)
-    if not requantize:
-        return summed.astype(model.dtype)
-    return lying_as(requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
+    summed = _merged(model, flat, base, kernel, layer)
+    four = isinstance(kernel, FourBit)
+    if four and requantize:
+        return lying_as(requantized(kernel, summed, f"The merged kernel '{base}'"), kernel)
+    return summed.astype(model.dtype if four else kernel.dtype)
 
 
-def _one(leaf: Any, layer: int | None) -> Any:
-    """Return one layer of a stack, or what is none."""
-    return leaf if layer is None else jax.tree.map(lambda array: array[layer], leaf)
+def _one(leaves: Any, layer: int | None) -> Any:
+    """Return one layer of stacks; None: the leaves, which are none, as they are."""
+    return leaves if layer is None else jax.tree.map(lambda array: array[layer], leaves)
 
 
 def _norms(kernel: Any) -> jax.Array:
     """Return the norms of a kernel's columns, float32 [..., out], a layer of a stack at a time."""
-    if len(kernel.shape) > 2:
-        return jax.lax.map(_norms, kernel)
-    return jnp.linalg.norm(dense(kernel, jnp.float32), axis=-2)
+    return (
+        jax.lax.map(_norms, kernel)
+        if len(kernel.shape) > 2
+        else jnp.linalg.norm(dense(kernel, jnp.float32), axis=-2)
+    )
 
 
 def _sum_norms(flat: Mapping[str, Any], base: str, held: list[Slot]) -> jax.Array:
     """Return the norms of the columns of a kernel and what its matrices add, float32 [..., out]."""
-
-    def leaf(name: str, slot: Slot) -> Any:
-        return _one(flat[f"{base}/{name}"], slot.layer)
-
-    norms = [
-        column_norms(leaf("kernel", s), leaf("lora_A", s), leaf("lora_B", s), s.scale) for s in held
-    ]
+    leaves = [flat[f"{base}/{name}"] for name in ("kernel", "lora_A", "lora_B")]
+    layers = ((_one(leaves, slot.layer), slot.scale) for slot in held)  # one in memory at a time
+    norms = [column_norms(kernel, a, b, scale) for (kernel, a, b), scale in layers]
     return norms[0] if held[0].layer is None else jnp.stack(norms)
 
 
@@ -344,8 +346,7 @@ def _merged(
             f"trained on this base."
         )
     if f"{base}/start_A" in flat:
-        start = (_one(flat[f"{base}/{name}"], layer) for name in ("start_A", "start_B"))
-        a, b = less_start(a, b, *start)
+        a, b = less_start(a, b, *(_one(flat[f"{base}/start_{one}"], layer) for one in "AB"))
     scale: Any = model.lora.scale.scale(rank)
     if f"{base}/lora_scale" in flat:
         scale = _one(flat[f"{base}/lora_scale"], layer)[..., None, None]
@@ -366,17 +367,15 @@ def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float
     flat = flatten(params)
     error = weight = update = 0.0
     for path, kernel in flat.items():
-        if not isinstance(kernel, FourBit):
+        base = path.rsplit("/", 1)[0]
+        if not isinstance(kernel, FourBit) or f"{base}/lora_A" not in flat:
             continue
-        base, stack = path.rsplit("/", 1)[0], len(kernel.shape) > 2
-        if f"{base}/lora_A" not in flat:
-            continue
-        for layer in range(kernel.shape[0]) if stack else (None,):  # a stack may have no room
+        layers = range(kernel.shape[0]) if len(kernel.shape) > 2 else (None,)
+        for layer in layers:  # a stack may have no room
             before = _one(kernel, layer)
             exact = _merged(model, flat, base, before, layer)
             after = dense(merged_leaf(model, flat, path, layer, requantize=True), jnp.float32)
             error += float(jnp.sum((after - exact) ** 2))
             weight += float(jnp.sum(exact**2))
             update += float(jnp.sum((exact - dense(before, jnp.float32)) ** 2))
-    root = math.sqrt
-    return root(error / max(weight, 1e-30)), root(error / max(update, 1e-30))
+    return math.sqrt(error / max(weight, 1e-30)), math.sqrt(error / max(update, 1e-30))

@@ -44,15 +44,12 @@ def kind_of(init: bool | str) -> tuple[str, int | None]:
     found = re.fullmatch(r"pissa_niter_(\d+)", word)
     if found:
         return "pissa", int(found[1])
-    if word in OTHERS:
-        raise UserError(
-            f"init_lora_weights={init!r} is not supported: it needs {OTHERS[word]}. Take one of "
-            f"true, {', '.join(AT_RANDOM[1:])}, pissa, pissa_niter_16, olora, loftq."
-        )
     if word not in (*AT_RANDOM, *FROM_KERNEL, *FROM_LOSS):
+        lacks = f", which is not supported: it needs {OTHERS[word]}" if word in OTHERS else ""
         raise UserError(
-            f"init_lora_weights is {init!r}; it must be one of true, {', '.join(AT_RANDOM[1:])}, "
-            f"pissa, pissa_niter_16 (any number of iterations), olora, loftq."
+            f"init_lora_weights is {init!r}{lacks}; it must be one of true, "
+            f"{', '.join(AT_RANDOM[1:])}, pissa, pissa_niter_16 (any number of iterations), "
+            f"olora, loftq."
         )
     return word, None
 
@@ -87,8 +84,7 @@ def singular_factors(
     """Return (A [in, R], B [R, out]), of equal norms, whose product is the best of that rank.
 
     matrix: float32 [in, out]. iterations: of a randomized subspace (https://arxiv.org/abs/0909.4061,
-    algorithm 4.4), close and far faster; None: exactly. A rank above the matrix's is filled with
-    zeros.
+    algorithm 4.4), close and far faster; None: exactly. R is `rank`, or the matrix's where less.
     """
     if iterations is None:
         left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
@@ -103,21 +99,20 @@ def singular_factors(
         left, values, right = jnp.linalg.svd(highest(basis.T, matrix), full_matrices=False)
         left = highest(basis, left)
     root = jnp.sqrt(values[:rank])
-    a, b = left[:, :rank] * root[None], root[:, None] * right[:rank]
-    lacking = rank - a.shape[1]
-    return jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
+    return left[:, :rank] * root[None], root[:, None] * right[:rank]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def factors(
     name: str, matrix: jax.Array, rank: int, scale: float, iterations: int | None, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return (A, B) with scale A B the part of a float32 matrix [in, out] that a start takes."""
+    """Return (A, B) with scale A B the part of a float32 matrix [in, out] that a start takes.
+
+    Their rank is the matrix's where that is less than `rank`.
+    """
     if name == "olora":  # PEFT's is of W [out, in] = Q R, and takes scale Q R whole
         q, r = jnp.linalg.qr(matrix.T)
-        lacking = max(0, rank - q.shape[1])
-        a, b = r[:rank].T, q[:, :rank].T
-        return jnp.pad(a, ((0, 0), (0, lacking))), jnp.pad(b, ((0, lacking), (0, 0)))
+        return r[:rank].T, q[:, :rank].T
     a, b = singular_factors(matrix, rank, iterations, key)
     root = math.sqrt(scale)
     return a / root, b / root

@@ -1,5 +1,6 @@
 """PEFT's `modules_to_save` and `bias`: modules and biases that an adapter holds in full."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -39,10 +40,14 @@ def owners(tensor: str) -> list[str]:
 
 def base_places(model: Model, params: Mapping[str, Any]) -> dict[str, Place]:
     """Return {tensor name: its place} of all leaves that a base checkpoint has too."""
-    flat = flatten(params)
-    kinds = (is_lora, is_added, is_adapter)
-    own = {path: x.shape for path, x in flat.items() if not any(kind(path) for kind in kinds)}
-    return disk_places(model, own)
+    return disk_places(
+        model,
+        {
+            path: leaf.shape
+            for path, leaf in flatten(params).items()
+            if not (is_lora(path) or is_added(path) or is_adapter(path))
+        },
+    )
 
 
 def unused_names(model: Model) -> list[str]:
@@ -65,10 +70,8 @@ def peft_module(model: Model, modules: Iterable[str], name: str) -> str | None:
     """
     if name in PROJECTOR_NAMES:
         return model.config.PROJECTOR
-    for known in (name, current_name(model, f"{name}.").removesuffix(".")):
-        if known and any(module.endswith(known) for module in modules):
-            return known
-    return None
+    known = filter(None, (name, current_name(model, f"{name}.").removesuffix(".")))
+    return next((one for one in known if any(m.endswith(one) for m in modules)), None)
 
 
 def saved_modules(model: Model, params: Mapping[str, Any], names: Iterable[str]) -> SavedModules:
@@ -117,9 +120,8 @@ def saved_leaves(model: Model, params: Mapping[str, Any], names: Iterable[str]) 
     """
     saved = saved_modules(model, params, names)
     for path in saved.leaves:
-        count = stacked_layers(model, path)
         held = [place.layer for place in saved.places.values() if place.path == path]
-        if count is not None and len(held) < count:
+        if len(held) < (stacked_layers(model, path) or 1):
             raise UserError(
                 f"modules_to_save, {list(names)}, means only layers {held[:8]} of '{path}'. Layers "
                 f"are stacked here, so to train one in full name a module that all of them have, "
@@ -148,9 +150,7 @@ def bias_leaves(model: Model, params: Mapping[str, Any]) -> list[str]:
     Raises `UserError` where some layers of a stack are not adapted, whose biases "lora_only" would
     leave frozen.
     """
-    held: dict[str, int] = {}
-    for place in bias_places(model, params).values():
-        held[place.path] = held.get(place.path, 0) + 1
+    held = collections.Counter(place.path for place in bias_places(model, params).values())
     for path, count in held.items():
         if count < (stacked_layers(model, path) or 1):
             raise UserError(

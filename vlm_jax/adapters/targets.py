@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ PROJECTOR_NAMES = {"projector", "mm_projector", *(f.PROJECTOR for f in MODELS.va
 ALPHA = 1e9  # as of a config, see RANGES
 
 
-def is_number(value: Any, least: float, most: float = math.inf) -> bool:
+def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     is_one = isinstance(value, int | float) and not isinstance(value, bool)
     return is_one and least <= value <= most
 
@@ -62,7 +62,6 @@ class Slot(NamedTuple):
     module: str
     layer: int | None
     rank: int
-    alpha: float
     scale: float
 
 
@@ -94,18 +93,20 @@ def _compiled_key(key: str) -> re.Pattern[str]:
     return re.compile(whole(key))
 
 
-def pattern_key(keys: Iterable[str], module: str) -> str | None:
-    """Return the first key of a rank_pattern or alpha_pattern that matches a module, or None."""
-    return next((key for key in keys if _compiled_key(key).fullmatch(module)), None)
+def pattern_value(pattern: Mapping[str, Any], module: str, default: Any = None) -> Any:
+    """Return the value of the first key of a rank_pattern or alpha_pattern that matches a module.
+
+    default: where none does.
+    """
+    hits = (value for key, value in pattern.items() if _compiled_key(key).fullmatch(module))
+    return next(hits, default)
 
 
 def layer_number(module: str, patterns: tuple[str, ...]) -> int | None:
     """Return the number of the layer that a module lies in, as layers_to_transform counts it."""
-    for row in map(_numbered, patterns) if patterns else (r".*?\.[^.]*\.(?P<number>\d+)\..*",):
-        found = re.fullmatch(row, module)
-        if found:
-            return int(found["number"])
-    return None
+    rows = map(_numbered, patterns) if patterns else (r".*?\.[^.]*\.(?P<number>\d+)\..*",)
+    found = filter(None, (re.fullmatch(row, module) for row in rows))
+    return next((int(hit["number"]) for hit in found), None)
 
 
 def _numbered(pattern: str) -> str:
@@ -115,29 +116,30 @@ def _numbered(pattern: str) -> str:
 
 def means(words: str | tuple[str, ...], module: str) -> bool:
     """Return whether a regex over whole names, or suffixes of whole parts, mean a module."""
-    if isinstance(words, str):
-        return bool(re.fullmatch(words, module))
-    return f".{module}".endswith(tuple(f".{suffix}" for suffix in words))
+    return (
+        bool(re.fullmatch(words, module))
+        if isinstance(words, str)
+        else f".{module}".endswith(tuple(f".{suffix}" for suffix in words))
+    )
 
 
 def resolve_targets(
     targets: str | tuple[str, ...],
     modules: Collection[str],
     linear: Collection[str],
-    near: Collection[str] | None = None,
+    near: Collection[str],
 ) -> dict[str, list[str]]:
     """Return {target: the modules that it means}, [] where it means none.
 
     targets: one regex over whole names of modules, "all-linear", the name of a preset, or suffixes,
-    of whole dotted parts. linear: what "all-linear" means. near: where suffixes look, if not among
-    all. Raises `UserError` for what is no regex.
+    of whole dotted parts. linear: what "all-linear" means. near: where suffixes look. Raises
+    `UserError` for what is no regex.
     """
     if targets == "all-linear":
         return {targets: list(linear)}
     if isinstance(targets, str) and targets not in PRESETS:
         check_patterns([targets], modules, "LoRA target")
         return {targets: [module for module in modules if means(targets, module)]}
-    near = modules if near is None else near
     return {one: [m for m in near if means((one,), m)] for one in suffixes_of(targets)}
 
 
@@ -146,15 +148,14 @@ def suffixes_of(targets: str | tuple[str, ...]) -> tuple[str, ...]:
     return PRESETS.get(targets, ()) if isinstance(targets, str) else targets
 
 
-def no_target(target: str, modules: Iterable[str], where: str) -> UserError:
+def no_target(target: str, modules: Collection[str], where: str) -> UserError:
     """Return the error for a target that means none of the modules."""
-    modules = list(modules)
     ends = list(dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules))
     return UserError(
         f"The LoRA target {target!r} matches no linear layer or embedding of {where}"
         f"{nearest(target, ends)}. Layers there: {', '.join(ends[:20]) or 'none'}. Name suffixes, "
         f"a preset ({', '.join(PRESETS)}), 'all-linear', or one regex over whole names such as "
-        f"'{modules[0] if modules else 'layers.0.q_proj'}'."
+        f"'{next(iter(modules), 'layers.0.q_proj')}'."
     )
 
 
@@ -163,13 +164,10 @@ def slots(model: Model, lora: LoRA, path: str) -> list[Slot]:
 
     def slot(module: str, layer: int | None) -> Slot:
         if module in out:
-            return Slot(module, layer, 0, 0, 0.0)
-        rank_key = pattern_key(lora.rank_pattern, module)
-        alpha_key = pattern_key(lora.alpha_pattern, module)
-        rank = lora.rank if rank_key is None else lora.rank_pattern[rank_key]
-        alpha = lora.alpha if alpha_key is None else lora.alpha_pattern[alpha_key]
-        scale = LoRAScale(float(alpha), rslora=lora.rslora).scale(rank)
-        return Slot(module, layer, rank, alpha, scale)
+            return Slot(module, layer, 0, 0.0)
+        rank = pattern_value(lora.rank_pattern, module, lora.rank)
+        alpha = pattern_value(lora.alpha_pattern, module, lora.alpha)
+        return Slot(module, layer, rank, LoRAScale(float(alpha), rslora=lora.rslora).scale(rank))
 
     out = set(lora.left_out)
     return [slot(module, layer) for module, layer in layers_of(model, path).items()]
@@ -225,7 +223,7 @@ def target_modules(model: Model, params: Mapping[str, Any], lora: LoRA) -> dict[
         )
     for name in PATTERN_VALUES:
         for key in getattr(lora, name):
-            if not any(pattern_key((key,), module) for module in left):
+            if not any(map(_compiled_key(key).fullmatch, left)):
                 one = min(left or homes)
                 raise UserError(
                     f"The key {key!r} of lora.{name} matches no layer that is adapted. It is a "

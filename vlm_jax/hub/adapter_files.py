@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from vlm_jax.adapters.added_tokens import is_added
 from vlm_jax.adapters.bottleneck import check_bare, shapes
 from vlm_jax.adapters.modules_to_save import base_places
+from vlm_jax.adapters.targets import is_number
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.files.limits import read_json
@@ -35,8 +36,16 @@ from vlm_jax.names import current_name, disk_places, to_tree
 from vlm_jax.trees import flatten, unflatten
 
 CONFIG, WEIGHTS, MODULES = "adapter_config.json", "adapter.safetensors", "modules"
-# Fields of the library's BnConfig that say which kind an adapter is.
-FLAGS = ("mh_adapter", "output_adapter", "is_parallel", "original_ln_before")
+# Kind -> the fields of the library's BnConfig that say which one an adapter is.
+FLAGS = {
+    name: {
+        "mh_adapter": ATTENTION in kind.places,
+        "output_adapter": OUTPUT in kind.places,
+        "is_parallel": kind.reads == "input",
+        "original_ln_before": kind.reads == "sum",
+    }
+    for name, kind in KINDS.items()
+}
 # Fields that change what is computed -> the values that mean what is computed here.
 ONLY: dict[str, tuple[Any, ...]] = {
     "original_ln_after": (True,),
@@ -55,18 +64,14 @@ KEY = re.compile(
 )
 
 
-def _flags(kind: str) -> dict[str, bool]:
-    places, reads = KINDS[kind].places, KINDS[kind].reads
-    values = (ATTENTION in places, OUTPUT in places, reads == "input", reads == "sum")
-    return dict(zip(FLAGS, values, strict=True))
-
-
 def _on_disk(name: str, adapter: str, norm: bool) -> list[str]:
     """Return the library's names of a tensor; a norm stands before the layer down, and in it."""
     name = re.sub(rf"\.({ATTENTION}|{OUTPUT})\.", rf".\1.adapters.{adapter}.", name)
-    if ".adapter_norm_before." in name:
-        return [name, name.replace("adapter_norm_before", "adapter_down.0")]
-    return [name.replace("adapter_down", f"adapter_down.{int(norm)}")]
+    return (
+        [name, name.replace("adapter_norm_before", "adapter_down.0")]
+        if ".adapter_norm_before." in name
+        else [name.replace("adapter_down", f"adapter_down.{int(norm)}")]
+    )
 
 
 def save_adapter(
@@ -96,19 +101,17 @@ def save_adapter(
             f"The adapter's name {name!r} stands in tensors' names: take letters, _, -."
         )
     others = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
-    rest = unflatten(others)
-    whole = dataclasses.replace(
+    without = dataclasses.replace(
         model, adapter=None, lora=LoRA(targets=(), modules_to_save=adapter.modules_to_save)
     )
     tensors: dict[str, np.ndarray] = {}
     places = disk_places(model, {path: leaf.shape for path, leaf in held.items()})
     for tensor, value in disk_tensors(held, places).items():
         tensors |= dict.fromkeys(_on_disk(tensor, name, adapter.norm), value)
-    source = model.source
     config = {
         "config": {
             "architecture": None,
-            **_flags(adapter.kind),
+            **FLAGS[adapter.kind],
             **{field: values[0] for field, values in ONLY.items()},
             "reduction_factor": adapter.reduction_factor,
             "non_linearity": adapter.non_linearity,
@@ -120,16 +123,16 @@ def save_adapter(
         },
         "hidden_size": model.config.text.hidden_size,
         "model_class": None,
-        "model_name": source.repo if source else None,
+        "model_name": model.source.repo if model.source else None,
         "model_type": model.hf_config["model_type"],
         "name": name,
         "version": "adapters.1.3.0",  # the release whose layout this is
     }
     with whole_directory(directory, ADAPTER_PARTS) as folder:
         if adapter.modules_to_save or any(is_added(path) for path in flat):
-            save_peft(whole, rest, folder / MODULES, compare_base=compare_base)
+            save_peft(without, others, folder / MODULES, compare_base=compare_base)
         elif compare_base and base_is_here(model):
-            check_left_out(whole, others, base_places(model, rest))
+            check_left_out(without, others, base_places(model, others))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / CONFIG, config)
 
@@ -153,24 +156,22 @@ def _adapter_of(config: Mapping[str, Any], directory: Path) -> Adapter:
                 f"The adapter in '{directory}' sets {name}={fields[name]!r}, which is not "
                 f"supported: its logits would differ. Train one without."
             )
-    flags = {name: bool(fields.get(name)) for name in FLAGS}
-    kinds = [kind for kind in KINDS if _flags(kind) == flags]
-    factor, scaling = fields.get("reduction_factor"), fields.get("scaling", 1.0)
-    numbers = all(
-        isinstance(value, int | float) and not isinstance(value, bool)
-        for value in (factor, scaling)
-    )
-    if not kinds or not numbers:
-        said = flags if not kinds else {"reduction_factor": factor, "scaling": scaling}
+    flags = {name: bool(fields.get(name)) for name in FLAGS["houlsby"]}
+    kinds = [kind for kind in KINDS if FLAGS[kind] == flags]
+    numbers: dict[str, Any] = {
+        "reduction_factor": fields.get("reduction_factor"),
+        "scaling": fields.get("scaling", 1.0),
+    }
+    if not kinds or not all(map(is_number, numbers.values())):
         raise UserError(
-            f"The adapter in '{directory}' has {said}, which is none of the kinds "
-            f"{', '.join(KINDS)} with one number each for reduction_factor and scaling."
+            f"The adapter in '{directory}' has {numbers if kinds else flags}, which is none of "
+            f"the kinds {', '.join(KINDS)} with one number each for reduction_factor and scaling."
         )
     return Adapter(
         kinds[0],
-        factor,
+        numbers["reduction_factor"],
         fields.get("non_linearity"),
-        scaling,
+        numbers["scaling"],
         bool(fields.get("ln_before")),
         float(fields.get("dropout") or 0.0),
         fields.get("init_weights") or "bert",
@@ -182,10 +183,11 @@ def check_tensors(
 ) -> None:
     """Raise `UserError` where a file's tensors are not those wanted, {name: shape}."""
     for name in sorted(held.keys() - wanted.keys()) or sorted(wanted.keys() - held.keys()):
-        what = "has no place in this model" if name in held else "is missing"
         raise UserError(
-            f"In '{file}' the tensor '{name}' {what}{nearest(name, wanted.keys() - held.keys())}. "
-            f"It is an adapter of another base, or not whole; nothing was loaded."
+            f"In '{file}' the tensor '{name}' "
+            f"{'has no place in this model' if name in held else 'is missing'}"
+            f"{nearest(name, wanted.keys() - held.keys())}. It is an adapter of another base, or "
+            f"not whole; nothing was loaded."
         )
     for name, shape in wanted.items():
         if held[name].shape != shape:
@@ -232,7 +234,6 @@ def load_adapter(
     flat = flatten(params)
     check_bare(flat)
     params = unflatten({**flat, **{path: jnp.asarray(leaf) for path, leaf in leaves.items()}})
-    model = dataclasses.replace(model, lora=None)
     if (directory / MODULES).is_dir():
         model, params = load_peft(model, params, directory / MODULES)
         adapter = dataclasses.replace(adapter, modules_to_save=model.modules_to_save)

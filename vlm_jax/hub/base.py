@@ -25,8 +25,8 @@ class CheckpointFiles:
         from vlm_jax.data import Encoder
 
         assert model.source is not None
-        encoder = Encoder(model.source.directory, **{"adapter": model.source.adapter, **options})
-        return encoder.prompt(record)
+        options = {"adapter": model.source.adapter, **options}
+        return Encoder(model.source.directory, **options).prompt(record)
 
     def turn_end(self, model: Model) -> int | None:
         from vlm_jax.data import Chat
@@ -77,8 +77,7 @@ def base_tensors(model: Model) -> Callable[[str], np.ndarray]:
     def read(name: str) -> np.ndarray:
         name = on_disk[name]
         beside = [other for other in source.beside if bnb.weight_of(other) == name]
-        if not beside:
-            return raw(name)
-        return bnb.decoded({n.removeprefix(name): raw(n) for n in (name, *beside)}, name)
+        parts = {other.removeprefix(name): raw(other) for other in (name, *beside)}
+        return bnb.decoded(parts, name) if beside else parts[""]
 
     return read

@@ -35,8 +35,9 @@ def companions(base: Path, adapter: Path | None) -> list[Path]:
         return found
     for kind in (TOKENIZER, TEMPLATE):
         theirs = spoken(adapter, kind)
-        inner = kind is TEMPLATE and _key(adapter / "tokenizer_config.json", "chat_template")
-        if theirs or inner:
+        if theirs or (
+            kind is TEMPLATE and _key(adapter / "tokenizer_config.json", "chat_template")
+        ):
             found = [path for path in found if path not in _of(kind, found)] + theirs
     return found
 
@@ -44,12 +45,12 @@ def companions(base: Path, adapter: Path | None) -> list[Path]:
 def spoken(adapter: Path, *kinds: Sequence[str]) -> list[Path]:
     """Return the files of an adapter's tokenizer (if it is whole) and chat template."""
     found = _found(adapter)
-    whole = any(path.name in VOCABULARIES for path in found)
+    has_tokenizer = any(path.name in VOCABULARIES for path in found)
     return [
         path
         for kind in kinds or (TOKENIZER, TEMPLATE)
         for path in _of(kind, found)
-        if whole or kind is TEMPLATE
+        if has_tokenizer or kind is TEMPLATE
     ]
 
 
@@ -61,9 +62,8 @@ def copy_all(paths: Iterable[Path], folder: Path) -> None:
 
 def adapter_settings(adapter: Path, name: str) -> dict[str, Any] | None:
     """Return the settings of images or videos that an adapter's directory holds, or None."""
-    path = adapter / name
     nested = _key(adapter / "processor_config.json", NESTED[name])
-    return nested or (read_json(path) if path.is_file() else None)
+    return nested or (read_json(adapter / name) if (adapter / name).is_file() else None)
 
 
 def _key(file: Path, key: str) -> Any:

@@ -30,28 +30,20 @@ ALIGNMENT = 64  # bytes: a line of the cache, and what XLA asks of memory that i
 class Tensor:
     """One weight of a checkpoint, whose shape on disk its place says.
 
-    entries: of the checkpoint. beside: {suffix: name} of the further tensors of a 4-bit weight; {}
-    for a dense one.
+    beside: {suffix: entry} of the further tensors of a 4-bit weight; {} for a dense one.
     """
 
-    entries: Mapping[str, Entry]
     name: str
+    entry: Entry
     place: Place
-    beside: dict[str, str]
-
-    def read(self, name: str | None = None) -> np.ndarray:
-        return read_tensor(self.entries[name or self.name])
-
-    def dense(self, block: Block = ()) -> np.ndarray:
-        """Return the weight as it is on disk, or a block of it, of which alone is read."""
-        return read_tensor(self.entries[self.name], block)
+    beside: Mapping[str, Entry]
 
     def in_tree(self, path: str, block: Block) -> np.ndarray:
         """Return a block of the weight as it lies in the tree, without the axis of layers."""
         if len(self.place.shape) != len(block):  # a convolution, whose kernel is a matrix here
-            return to_tree(path, self.dense())[block]
-        turned = path.endswith("/kernel")
-        return to_tree(path, self.dense(block[::-1] if turned else block))
+            return to_tree(path, read_tensor(self.entry))[block]
+        on_disk = block[::-1] if path.endswith("/kernel") else block
+        return to_tree(path, read_tensor(self.entry, on_disk))
 
     def fill(self, held: np.ndarray, path: str, block: Block) -> None:
         """Write a block of the weight to where it is held; `UserError` where it is not finite.
@@ -62,11 +54,11 @@ class Tensor:
         with np.errstate(over="ignore", invalid="ignore"):
             _fill(held, read)
         if not all_finite(held):
-            file = self.entries[self.name].path
-            check_finite(read, self.name, file)
+            check_finite(read, self.name, self.entry.path)
             raise UserError(
-                f"The tensor '{self.name}' in '{file}' holds values that {held.dtype.name} cannot "
-                f"hold: they would be infinite. Load it in bfloat16 or float32."
+                f"The tensor '{self.name}' in '{self.entry.path}' holds values that "
+                f"{held.dtype.name} cannot hold: they would be infinite. Load it in bfloat16 or "
+                f"float32."
             )
 
 
@@ -110,8 +102,8 @@ def _put_block(held: np.ndarray, block: Block, shape: tuple[int, ...], sharding:
 
     def shard(index: Any) -> np.ndarray:
         ranges = [one.indices(n)[:2] for one, n in zip(index, shape, strict=True)]
-        own = zip(ranges, block, strict=True)
-        return held[tuple(slice(a - one.start, b - one.start) for (a, b), one in own)]
+        starts = (one.start for one in block)
+        return held[tuple(slice(a - s, b - s) for (a, b), s in zip(ranges, starts, strict=True))]
 
     return jax.make_array_from_callback(shape, sharding, shard)
 
@@ -179,40 +171,39 @@ def read_leaf(
             f"The tensor '{tensors[0].name}' is in 4 bits, but it is not a linear layer's."
         )
     arrays: list[Any] = []
-    first: bnb.Stored | None = None
     for tensor in tensors:
-        stored = _read_4bit(tensor) if four[0] else _quantized(tensor, storage)
-        if first is None:
-            first = stored
+        stored = _read_4bit(tensor) if storage is None else _quantized(tensor, storage)
+        layer = pack(stored.flat, (shape[-2], shape[-1]), stored.block)
+        if not arrays:
+            first, lead = stored, shape[:-2]
+            arrays = [None if a is None else np.empty((*lead, *a.shape), a.dtype) for a in layer]
         elif stored.kind != first.kind:
             raise _mixed(path, tensors[0], str(first.kind), tensor, str(stored.kind))
-        layer = pack(stored.flat, (shape[-2], shape[-1]), stored.block)
-        if len(shape) == 2:
-            arrays = list(layer)
-            break
-        if not arrays:
-            arrays = [None if a is None else np.empty((shape[0], *a.shape), a.dtype) for a in layer]
-        for whole, part in zip(arrays, layer, strict=True):
-            if whole is not None:
-                whole[tensor.place.layer] = part
-    assert first is not None
-    kept = Storage(first.format, first.flat.nested is not None, first.block)
-    leaf = kept.abstract(shape, first.dtype)
+        for stack, part in zip(arrays, layer, strict=True):
+            if stack is not None:
+                stack[tensor.place.index] = part
+    leaf = Storage(first.format, first.flat.nested is not None, first.block).abstract(
+        shape, first.dtype
+    )
     return _place(leaf, Packed(*arrays), sharding_of(leaf)), first.dtype
 
 
-def _quantized(tensor: Tensor, storage: Storage | None) -> bnb.Stored:
-    assert storage is not None
-    weight, name = tensor.dense(), f"The tensor '{tensor.name}'"
-    check_finite(weight, tensor.name, tensor.entries[tensor.name].path)
+def _quantized(tensor: Tensor, storage: Storage) -> bnb.Stored:
+    weight, name = read_tensor(tensor.entry), f"The tensor '{tensor.name}'"
+    check_finite(weight, tensor.name, tensor.entry.path)
     check(weight.shape, storage.block, weight.dtype, name)
-    flat = encode(storage.format, weight, storage.block, storage.double, name)
-    return bnb.Stored(flat, storage.format, storage.block, kind(weight.dtype), weight.shape)
+    return bnb.Stored(
+        encode(storage.format, weight, storage.block, storage.double, name),
+        storage.format,
+        storage.block,
+        kind(weight.dtype),
+        weight.shape,
+    )
 
 
 def _read_4bit(tensor: Tensor) -> bnb.Stored:
-    names = {"": tensor.name, **tensor.beside}
-    parts = {suffix: tensor.read(name) for suffix, name in names.items()}
+    entries = {"": tensor.entry, **tensor.beside}
+    parts = {suffix: read_tensor(entry) for suffix, entry in entries.items()}
     return bnb.from_tensors(parts, tensor.place.shape, tensor.name)
 
 

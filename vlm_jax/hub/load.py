@@ -1,5 +1,6 @@
 """Loads a Hugging Face checkpoint directory into (model, params), tensor by tensor."""
 
+import copy
 import functools
 import os
 import re
@@ -18,16 +19,17 @@ from vlm_jax.hub.leaves import Tensor, read_leaf
 from vlm_jax.hub.tensors import SAFETENSORS, Entry, find_tensors, read_tensor
 from vlm_jax.hub.unread_weights import check_base
 from vlm_jax.model import Model, Source, from_config
-from vlm_jax.names import Place, current_name, disk_places, embedding_name
+from vlm_jax.models.reference_configs import KNOWN
+from vlm_jax.names import Place, current_name, disk_places, embedding_name, is_unused
 from vlm_jax.quantization import Quantize, described, storages
 from vlm_jax.sharding import param_shardings
-from vlm_jax.trees import flatten, match, unflatten
+from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights import bnb
 
 # What a run needs of a hub repository; never its pickles or other frameworks' weights.
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-
 SETTINGS = [pattern for pattern in NEEDED if pattern != "*.safetensors"]
+HEAD = "lm_head.weight"
 THREADS = min(4, os.cpu_count() or 1)  # each holds one tensor as it is on disk
 
 
@@ -45,7 +47,12 @@ def resolve(
     """
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir():
-        _check_not_adapter(path)
+        if not (path / "config.json").exists() and (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"'{path}' is an adapter, not a whole checkpoint. Give its base, "
+                f"{named_base(path)!r} by its own account, as the model, and this directory as "
+                f"the adapter."
+            )
         return path
     looks_local = path.is_absolute() or str(path_or_repo_id).startswith((".", "~"))
     if looks_local or path.exists() or str(path_or_repo_id).count("/") != 1:
@@ -73,27 +80,36 @@ def resolve(
     return Path(found)
 
 
-def _check_not_adapter(directory: Path) -> None:
-    if (directory / "config.json").exists() or not (directory / "adapter_config.json").is_file():
-        return
-    raise UserError(
-        f"'{directory}' is an adapter, not a whole checkpoint. Give its base, "
-        f"{named_base(directory)!r} by its own account, as the model, and this directory as the "
-        f"adapter."
-    )
+def read_hf_config(
+    path_or_repo_id: str, revision: str | None = None, token: str | None = None
+) -> dict[str, Any]:
+    """Return the config.json of a checkpoint directory or hub id; no other file is fetched.
+
+    The hub ids of `models.reference_configs`, at their default revision, need no network. Raises
+    `UserError` where there is neither a directory nor such a repository.
+    """
+    is_known = path_or_repo_id in KNOWN and revision is None
+    if is_known and not Path(path_or_repo_id).expanduser().is_dir():
+        return copy.deepcopy(KNOWN[path_or_repo_id])
+    try:
+        directory = resolve(path_or_repo_id, revision, token, files=("config.json",))
+    except UserError as error:
+        raise UserError(f"{error} Known without a network: {', '.join(KNOWN)}.") from error
+    return read_json(directory / "config.json")
 
 
-def _check(model: Model, found: dict[str, Entry], places: dict[str, Place], directory: Path):
-    """Return {current name: (name on disk, Place)}; raise for missing and left-over tensors."""
-    named = {current_name(model, name): name for name in found}
-    _check_layers(model, named, directory)
+def _check_names(
+    model: Model, named: Mapping[str, str], places: Mapping[str, Place], directory: Path
+) -> None:
+    """Raise for missing and left-over tensors; named: {current name: name on disk}."""
     missing = [name for name in places if name not in named]
-    allowed = [(pattern, True) for pattern in model.config.UNUSED] + [(".*", False)]
-    extra = [name for name in named if name not in places]
-    if model.config.text.tied:  # the head is the embedding; a copy of it on disk is not read
-        extra = [name for name in extra if name != "lm_head.weight"]
-    unused = match(allowed, extra, "unused tensors", unused="allow")
-    left = [named[name] for name in extra if not unused[name]]
+    # A tied head is the embedding; a copy of it on disk is not read.
+    read = {*places, HEAD} if model.config.text.tied else places
+    left = [
+        on_disk
+        for name, on_disk in named.items()
+        if name not in read and not is_unused(model, name)
+    ]
     if missing or left:
         raise UserError(
             f"The tensors in '{directory}' do not fit its config.json. "
@@ -101,22 +117,21 @@ def _check(model: Model, found: dict[str, Entry], places: dict[str, Place], dire
             + (f"Left over ({len(left)}): {', '.join(left[:4])}. " if left else "")
             + "Every tensor must have its place: check that config.json belongs to these weights."
         )
-    return {name: named[name] for name in places}
 
 
 def _check_sizes(
-    model: Model, entries: dict[str, Entry], places: dict[str, Place], on_disk: dict[str, str]
+    model: Model, entries: dict[str, Entry], places: dict[str, Place], named: Mapping[str, str]
 ) -> None:
     """Raise where a dense tensor has another shape than config.json says, before room is made."""
     stored = {bnb.weight_of(name) for name in entries}
     for name, place in places.items():
-        entry = entries[on_disk[name]]
-        if entry.shape == place.shape or on_disk[name] in stored:
+        entry = entries[named[name]]
+        if entry.shape == place.shape or named[name] in stored:
             continue
         wrong = set(place.shape) - set(entry.shape)
         keys = ", ".join(f"{key} = {n}" for key, n in _numbers(model.hf_config) if n in wrong)
         raise UserError(
-            f"The tensor '{on_disk[name]}' in '{entry.path}' has the shape {list(entry.shape)}; "
+            f"The tensor '{named[name]}' in '{entry.path}' has the shape {list(entry.shape)}; "
             f"config.json asks for {list(place.shape)}{f' ({keys})' if keys else ''}. Use the "
             f"config.json that belongs to these weights."
         )
@@ -137,13 +152,16 @@ def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:
         layer = re.compile(rf"{re.escape(stack.replace('/', '.'))}\.(\d{{1,9}})\.")
         found = {int(hit[1]) for name in named if (hit := layer.match(name))}
         if found and max(found) + 1 != layers:
-            keys = [key for key, n in _numbers(model.hf_config) if n == layers and n > 1]
-            keys = [k for k in keys if k.endswith(("layers", "depth"))]
-            said = ", ".join(keys) or "config.json"
+            keys = [
+                key
+                for key, n in _numbers(model.hf_config)
+                if n == layers > 1 and key.endswith(("layers", "depth"))
+            ]
             raise UserError(
                 f"The weights in '{directory}' have the layers 0 to {max(found)} of "
-                f"'{stack.replace('/', '.')}', but config.json asks for {layers} layers ({said}). "
-                f"Use the config.json that belongs to these weights."
+                f"'{stack.replace('/', '.')}', but config.json asks for {layers} layers "
+                f"({', '.join(keys) or 'config.json'}). Use the config.json that belongs to these "
+                f"weights."
             )
 
 
@@ -153,14 +171,12 @@ def check_headers(directory: Path) -> None:
     _check_layers(model, [current_name(model, name) for name in find_tensors(directory)], directory)
 
 
-def _check_tied_head(model: Model, found: dict[str, Entry]) -> None:
+def _check_tied_head(model: Model, named: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
     """Raise where a tied config comes with a head that differs from the embedding."""
-    named = {current_name(model, name): name for name in found}
-    head = named.get("lm_head.weight")
-    if not model.config.text.tied or head is None:
+    if not model.config.text.tied or HEAD not in named:
         return
-    embedding = named[f"{embedding_name(model)}.weight"]
-    if not np.array_equal(read_tensor(found[head]), read_tensor(found[embedding])):
+    head, embedding = named[HEAD], named[f"{embedding_name(model)}.weight"]
+    if not np.array_equal(read_tensor(entries[head]), read_tensor(entries[embedding])):
         raise UserError(
             f"config.json ties the head to the embedding, but '{head}' differs from "
             f"'{embedding}'. If the head was trained, set tie_word_embeddings to false in "
@@ -178,10 +194,10 @@ def _check_storage(
     config = model.hf_config.get("quantization_config")
     stored = [name for name in map(bnb.weight_of, names) if name is not None]
     if config:
-        method = config.get("quant_method") if isinstance(config, dict) else None
-        four = isinstance(config, dict) and bool(config.get("load_in_4bit"))
-        if method is None and four:  # older files name no method
-            method = "bitsandbytes"
+        fields = config if isinstance(config, dict) else {}
+        four = bool(fields.get("load_in_4bit"))
+        # Older files name no method.
+        method = fields.get("quant_method") or ("bitsandbytes" if four else None)
         if method != "bitsandbytes" or not four:
             how = "to 8 bits by 'bitsandbytes'" if method == "bitsandbytes" else f"by '{method}'"
             raise UserError(
@@ -235,24 +251,25 @@ def load(
     check_base(directory, {entry.path.name for entry in entries.values()})
     _check_storage(model, entries, quantize, directory)
     # A 4-bit weight is several tensors: the others are read along with it.
-    found, beside = dict(entries), dict[str, dict[str, str]]()
+    found, beside = dict(entries), dict[str, dict[str, Entry]]()
     for name in entries:
         weight = bnb.weight_of(name)
         if weight in entries:
-            beside.setdefault(weight, {})[name.removeprefix(weight)] = name
-            del found[name]
+            beside.setdefault(weight, {})[name.removeprefix(weight)] = found.pop(name)
     wanted = storages(model, quantize)
     shapes = flatten(model.abstract())
     places = disk_places(model, {path: leaf.shape for path, leaf in shapes.items()})
-    on_disk = _check(model, found, places, directory)
-    _check_sizes(model, entries, places, on_disk)
+    named = {current_name(model, name): name for name in found}
+    _check_layers(model, named, directory)
+    _check_names(model, named, places, directory)
+    _check_sizes(model, entries, places, named)
     by_path: dict[str, list[Tensor]] = {}
-    for name, place in places.items():
-        by_path.setdefault(place.path, []).append(
-            Tensor(entries, on_disk[name], place, beside.get(on_disk[name], {}))
-        )
+    for current, place in places.items():
+        name = named[current]
+        tensor = Tensor(name, entries[name], place, beside.get(name, {}))
+        by_path.setdefault(place.path, []).append(tensor)
 
-    _check_tied_head(model, found)
+    _check_tied_head(model, named, entries)
     kinds = {name: entry.dtype for name, entry in entries.items()}
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(THREADS) as threads:
@@ -268,7 +285,7 @@ def load(
             )
             if stored is not None:
                 kinds |= {tensor.name: SAFETENSORS[stored] for tensor in tensors}
-    unread = found.keys() - on_disk.values()
+    unread = found.keys() - {named[name] for name in places}
     listed = {
         name: (os.path.relpath(entry.path, directory), kinds[name])
         for name, entry in entries.items()
@@ -285,6 +302,5 @@ def load(
 
 def _sharding(model: Model, mesh: Any, path: str, leaf: Any) -> Any:
     """Return where a leaf of these shapes lies on a mesh; None without one."""
-    if mesh is None:
-        return None
-    return flatten(param_shardings(model, unflatten({path: leaf}), mesh))[path]
+    tree = unflatten({path: leaf})
+    return None if mesh is None else flatten(param_shardings(model, tree, mesh))[path]

@@ -53,52 +53,60 @@ def _targets(model: Model, modules: set[str], adapted: set[str]) -> dict[str, An
     in vLLM, with the vision side excluded by a regex and layers by their numbers; full module names
     otherwise. modules: all that the reference has.
     """
-    fields: dict[str, Any] = {
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
+
+    def fields(
+        targets: str | list[str], exclude: str | None = None, layers: set[Any] | None = None
+    ) -> dict[str, Any]:
+        return {
+            "target_modules": targets,
+            "exclude_modules": exclude,
+            "layers_to_transform": layers and sorted(layers),
+            "layers_pattern": None,
+        }
+
     if not adapted:  # modules_to_save alone; an empty list is an error to peft
-        return {"target_modules": NO_TARGETS, **fields}
+        return fields(NO_TARGETS)
     suffixes = sorted({_suffix(module) for module in adapted})
     regex = rf".*(?:{model.config.VISION}|{model.config.PROJECTOR}).*"
     hit = {module for module in modules if means(tuple(suffixes), module)}
     numbers = {module: layer_number(module, ()) for module in hit}
-    some = {numbers[module] for module in adapted}
-    for layers, exclude in itertools.product((None, some - {None}), (None, regex)):
-        left = {module for module in hit if exclude is None or not means(exclude, module)}
-        if layers is not None:
-            left = {module for module in left if numbers[module] in layers}
+    some = {numbers[module] for module in adapted} - {None}
+    for layers, exclude in itertools.product((None, some), (None, regex)):
+        left = {
+            module
+            for module in hit
+            if (exclude is None or not means(exclude, module))
+            and (layers is None or numbers[module] in layers)
+        }
         if left == adapted:
-            fields["exclude_modules"] = exclude
-            fields["layers_to_transform"] = layers and sorted(layers)
-            return {"target_modules": suffixes, **fields}
-    return {"target_modules": sorted(adapted), **fields}
+            return fields(suffixes, exclude, layers)
+    return fields(sorted(adapted))
 
 
-def _matrices(model: Model, flat: Mapping[str, Any], homes: Mapping[str, Home]) -> Matrices:
+def _matrices(
+    model: Model, lora: LoRA, flat: Mapping[str, Any], homes: Mapping[str, Home]
+) -> Matrices:
     """Return the matrices of every adapted module, without the zeros that fill up its stack.
 
-    Raises `UserError` where the leaves have another rank or scale than the model's `LoRA` says.
+    Raises `UserError` where the leaves have another rank or scale than `lora` says.
     """
-    assert model.lora is not None
     ranks: dict[str, int] = {}
     for path in [path for path in flat if path.endswith("/lora_A")]:
-        base, held = path.rsplit("/", 1)[0], slots(model, model.lora, path)
-        if isinstance(flat.get(f"{base}/kernel"), FourBit) and starts_from_kernel(model.lora.init):
+        base, held = path.rsplit("/", 1)[0], slots(model, lora, path)
+        if isinstance(flat.get(f"{base}/kernel"), FourBit) and starts_from_kernel(lora.init):
             raise UserError(
                 f"The 4-bit kernel '{base}' was quantized again for its initialisation "
-                f"(init_lora_weights={model.lora.init!r}), and an adapter is for the base as it "
+                f"(init_lora_weights={lora.init!r}), and an adapter is for the base as it "
                 f"is: no file could mean these logits. Write a whole checkpoint with "
                 f"save_pretrained(merge=True); 'loftq' leaves the codes as they are."
             )
         rank = flat[path].shape[-1]
-        scale = np.asarray(flat.get(f"{base}/lora_scale", model.lora.scale.scale(rank)), np.float32)
-        said = np.asarray([slot.scale for slot in held], np.float32)
-        if rank != max(slot.rank for slot in held) or not np.all(scale == said):
+        scale = np.asarray(flat.get(f"{base}/lora_scale", lora.scale.scale(rank)), np.float32)
+        stated = np.asarray([slot.scale for slot in held], np.float32)
+        if rank != max(slot.rank for slot in held) or not np.all(scale == stated):
             raise UserError(
                 f"The LoRA factors of '{base}' are of rank {rank} and of other scales than the "
-                f"model's LoRA says (rank {model.lora.rank}, alpha {model.lora.alpha}), so the "
+                f"model's LoRA says (rank {lora.rank}, alpha {lora.alpha}), so the "
                 f"file would mean other logits. Save with the model that add_lora, load_peft or "
                 f"combine_peft_adapters returned beside these parameters."
             )
@@ -115,8 +123,10 @@ def disk_tensors(flat: Mapping[str, Any], places: Mapping[str, Place]) -> dict[s
     """Return {name: tensor as on disk}; each leaf is fetched once."""
     paths = dict.fromkeys(place.path for place in places.values())
     held = {path: np.asarray(jax.device_get(flat[path])) for path in paths}
-    slices = {name: to_disk(place, held[place.path][place.index]) for name, place in places.items()}
-    return {name: np.ascontiguousarray(tensor) for name, tensor in slices.items()}
+    return {
+        name: np.ascontiguousarray(to_disk(place, held[place.path][place.index]))
+        for name, place in places.items()
+    }
 
 
 def check_left_out(model: Model, flat: Mapping[str, Any], places: Mapping[str, Place]) -> None:
@@ -164,9 +174,8 @@ def save_peft(
             would be left out.
     """
     flat, lora = flatten(params), model.lora
-    doubled = any(path.endswith("/start_A") for path in flat)
     homes = module_homes(model, flat)
-    matrices = {} if lora is None else _matrices(model, flat, homes)
+    matrices = {} if lora is None else _matrices(model, lora, flat, homes)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
     if lora is None or not (matrices or lora.modules_to_save or added):
         raise UserError(
@@ -184,13 +193,12 @@ def save_peft(
         )
     places, biases = base_places(model, params), bias_places(model, params)
     if compare_base and base_is_here(model):
-        inside = saved.places.keys() | biases.keys()
-        left = {name: place for name, place in places.items() if name not in inside}
-        check_left_out(model, flat, left)
+        left = places.keys() - saved.places.keys() - biases.keys()
+        check_left_out(model, flat, {n: place for n, place in places.items() if n in left})
     tensors = to_tensors(matrices, homes)
     flat = fold_added(flat)
-    whole = disk_places(model, {path: flat[path].shape for path in saved.leaves})
-    held = disk_tensors(flat, {name: whole[name] for name in saved.places})
+    resized = disk_places(model, {path: flat[path].shape for path in saved.leaves})
+    held = disk_tensors(flat, {name: resized[name] for name in saved.places})
     for name, bias in disk_tensors(flat, biases).items():
         if name not in saved.places:
             module = name.removesuffix(".bias")
@@ -201,13 +209,12 @@ def save_peft(
         read = base_tensors(model)
         held |= {name: read(name) for name in missing}
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in held.items()}
-    modules = {
-        **_targets(model, module_names(model, params), set(matrices)),
-        "modules_to_save": list(saved.names) or None,
-    }
     config = config_of(
-        _doubled(lora) if doubled else lora,
-        modules,
+        _doubled(lora) if any(path.endswith("/start_A") for path in flat) else lora,
+        {
+            **_targets(model, module_names(model, params), set(matrices)),
+            "modules_to_save": list(saved.names) or None,
+        },
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.source.repo if model.source else None,
         revision=model.source.revision if model.source else None,

@@ -70,18 +70,17 @@ def read_config(directory: Path, also: Sequence[str] = ()) -> tuple[dict[str, An
                 f"The {CONFIG} in '{directory}' has {name}={config.get(name)!r}; "
                 f"expected {expected}. It is damaged: take the file that the adapter came with."
             )
-    for name, value in config.items():
-        known = name in READ | HARMLESS or name in also
-        if known or not value or value in HARMLESS_VALUES.get(name, ()):
-            continue
-        raise UserError(
-            f"The adapter in '{directory}' sets {name}={value!r} in {CONFIG}, which is "
-            f"not supported: its logits would differ. Merge it with peft first, or train without."
-        )
-    said = {field: config.get(name) for name, (field, *_) in KEYS.items()}
+    for name in sorted(config.keys() - READ - HARMLESS - {*also}):
+        value = config[name]
+        if value and value not in HARMLESS_VALUES.get(name, ()):
+            raise UserError(
+                f"The adapter in '{directory}' sets {name}={value!r} in {CONFIG}, which is not "
+                f"supported: its logits would differ. Merge it with peft first, or train without."
+            )
+    stated = {field: config.get(name) for name, (field, *_) in KEYS.items()}
     values: dict[str, Any] = {
         field: tuple(sorted(value)) if isinstance(value, list) else value
-        for field, value in said.items()
+        for field, value in stated.items()
         if value == 0 or (value and value != NO_TARGETS)
     }
     return config, LoRA(**{"targets": (), **values})

@@ -105,10 +105,12 @@ def unstacked(
     held = {path: np.asarray(jax.device_get(flat[path])) for path in paths if path in flat}
 
     def of(home: Home, rank: int) -> dict[str, np.ndarray]:
-        paths = {name: home.prefix + name for name in LEAVES}
-        own = {name: home.part(held[path]) for name, path in paths.items() if path in held}
         cut: dict[str, Any] = {"A": (slice(None), slice(rank)), "B": slice(rank)}
-        return {name: part[cut.get(name[-1], ...)] for name, part in own.items()}
+        return {
+            name: home.part(held[home.prefix + name])[cut.get(name[-1], ...)]
+            for name in LEAVES
+            if home.prefix + name in held
+        }
 
     return {module: of(homes[module], rank) for module, rank in ranks.items()}
 
@@ -124,9 +126,9 @@ def stacked(
     for module, held in matrices.items():
         wanted = _shapes(homes[module], ranks[module], dora)
         for leaf in [leaf for leaf in MATRICES if (leaf in held) != (leaf in wanted)]:
-            lacks = f"{'lacks its' if leaf in wanted else 'has a'} {MATRICES[leaf]}"
             raise UserError(
-                f"'{file}' holds matrices of '{module}', which {lacks}"
+                f"'{file}' holds matrices of '{module}', which "
+                f"{'lacks its' if leaf in wanted else 'has a'} {MATRICES[leaf]}"
                 f"{', unlike DoRA (use_dora)' if leaf == 'lora_magnitude' else ''}. It is damaged: "
                 f"take the file that the adapter came with."
             )
@@ -138,10 +140,8 @@ def stacked(
                     f"{CONFIG}, and the base's weight ask for {list(wanted[leaf][::-1])}. It was "
                     f"made for another base or rank, or one of the two files is another adapter's."
                 )
-    largest: dict[str, int] = {}
-    for module in matrices:
-        where = homes[module].prefix
-        largest[where] = max(ranks[module], largest.get(where, 0))
+    by_rank = sorted(matrices, key=lambda module: ranks[module])
+    largest = {homes[module].prefix: ranks[module] for module in by_rank}  # the last one counts
     leaves: dict[str, np.ndarray] = {}
     for module, held in matrices.items():
         home = homes[module]

@@ -19,7 +19,7 @@ from vlm_jax.adapters.modules_to_save import (
 from vlm_jax.adapters.targets import (
     PROJECTOR_NAMES,
     is_uniform,
-    pattern_key,
+    pattern_value,
     scales,
     slots,
     whole,
@@ -45,7 +45,6 @@ from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.names import Place, current_name, embedding_name, is_unused, to_tree
 from vlm_jax.trees import flatten, unflatten
 
-EMBEDDING_END = "embed_tokens.weight"
 UNKNOWN = "It belongs to another base model or to an unknown layout; nothing was loaded."
 
 
@@ -66,47 +65,48 @@ def load_peft(
         raise UserError("These parameters hold LoRA factors already; merge them first.")
     file = adapter_weights(directory, PEFT_WEIGHTS)
     config, lora = read_config(directory)
-    counts = [x.shape[0] for key, x in read_header(file).items() if key.endswith(EMBEDDING_END)]
-    if (more := max(counts, default=0) - model.config.text.vocab_size) > 0:
-        # The adapter was trained with more tokens than the base has.
+    end = f"{embedding_name(model).split('.')[-1]}.weight"
+    rows = [entry.shape[0] for key, entry in read_header(file).items() if key.endswith(end)]
+    more = max(rows, default=0) - model.config.text.vocab_size
+    if more > 0:  # the adapter was trained with more tokens than the base has
         model, params = add_tokens(model, params, more)
         flat = flatten(params)
     homes, places = module_homes(model, flat), base_places(model, params)
-    tied = model.config.text.tied
+    read = {*places, f"{HEAD}.weight"} if model.config.text.tied else places
     matrices: Matrices = {}
     called: dict[str, str] = {}  # adapted modules -> what the file calls them
     full: dict[str, np.ndarray] = {}  # whole tensors, by their name in the current layout
     biases: dict[str, np.ndarray] = {}
     unused: dict[str, np.ndarray] = {}
     for key, tensor in read_tensors(file):
-        said = parse_key(key)
-        name = current_name(model, said.name)
-        _check_kind(model, directory, key, said._replace(name=name), config)
-        if said.leaf is not None:
+        parsed = parse_key(key)
+        name = current_name(model, parsed.name)
+        _check_kind(model, directory, key, parsed._replace(name=name), config)
+        if parsed.leaf is not None:
             if name not in homes:
                 _check_adaptable(model, directory, key, name, places)
                 raise no_home(directory, key, name, homes, UNKNOWN)
-            called[name] = said.name
-            matrices.setdefault(name, {})[said.leaf] = tensor.T
+            called[name] = parsed.name
+            matrices.setdefault(name, {})[parsed.leaf] = tensor.T
         elif name.endswith(".bias") and name in places and lora.bias != "none":
             biases[name] = tensor  # an adapted module's lies below it, as base_layer.bias
-        elif said.copy and name in places:
+        elif parsed.copy and name in places:
             if not _is_base(tensor, flat, places[name]):
                 raise another_base(directory, key, name, config)
-        elif not said.copy and (name in places or (tied and name == f"{HEAD}.weight")):
+        elif not parsed.copy and name in read:
             full[name] = tensor
-        elif not said.copy and is_unused(model, name):
+        elif not parsed.copy and is_unused(model, name):
             unused[name] = tensor
         else:
             raise no_home(directory, key, name, places, UNKNOWN)
     _check_tied(model, flat, places, full, config, directory)
     full = {name: tensor for name, tensor in full.items() if name in places}  # not the tied head
-    fresh: dict[str, np.ndarray] = {}
+    fresh: dict[str, Any] = {}
     for name, tensor in full.items():
         place = places[name]
-        added, rows = f"{place.path.rsplit('/', 1)[0]}/added", place.shape[0]
+        added, count = f"{place.path.rsplit('/', 1)[0]}/added", place.shape[0]
         if added in flat:
-            fresh[added], full[name] = to_tree(place.path, tensor[rows:]), tensor[:rows]
+            fresh[added], full[name] = to_tree(place.path, tensor[count:]), tensor[:count]
     names = _saved_names(model, params, full, config)
     held = {**saved_modules(model, params, names).places, **{n: places[n] for n in biases}}
     for name, tensor in (full | biases).items():
@@ -129,16 +129,12 @@ def load_peft(
         left_out=tuple(m for m, home in homes.items() if home.prefix in bases and m not in called),
     )
     own = {base: slots(model, lora, f"{base}lora_A") for base in sorted(bases)}
-    ranks = {slot.module: slot.rank for held in own.values() for slot in held}
+    ranks = {slot.module: slot.rank for slots_of in own.values() for slot in slots_of}
     fresh |= stacked(matrices, homes, ranks, lora.dora, file)
+    fresh |= {f"{base}lora_scale": scales(s) for base, s in own.items() if not is_uniform(lora, s)}
     new = {**flat, **{path: jnp.asarray(leaf) for path, leaf in fresh.items()}}
-    for base, slots_of in own.items():
-        if not is_uniform(lora, slots_of):
-            new[f"{base}lora_scale"] = scales(slots_of)
     model = dataclasses.replace(model, lora=lora, unused={**model.unused, **unused})
-    return with_adapter_files(model, directory), unflatten(
-        {path: new[path] for path in sorted(new)}
-    )
+    return with_adapter_files(model, directory), unflatten(dict(sorted(new.items())))
 
 
 def _pattern(pattern: Mapping[str, Any], name: str, called: Mapping[str, str]) -> dict[str, Any]:
@@ -146,12 +142,12 @@ def _pattern(pattern: Mapping[str, Any], name: str, called: Mapping[str, str]) -
 
     called: adapted modules -> what the file calls them, which may be an older layout of names.
     """
-    texts = [name for pair in called.items() for name in pair]
-    check_patterns(list(pattern), texts, f"key of {name} in adapter_config.json", whole)
-    keys = {module: pattern_key(pattern, file_name) for module, file_name in called.items()}
-    if all(pattern_key(pattern, module) == key for module, key in keys.items()):
+    modules = [*called, *called.values()]
+    check_patterns(list(pattern), modules, f"key of {name} in adapter_config.json", whole)
+    values = {module: pattern_value(pattern, file_name) for module, file_name in called.items()}
+    if all(pattern_value(pattern, module) == value for module, value in values.items()):
         return dict(pattern)
-    return {module: pattern[key] for module, key in keys.items() if key is not None}
+    return {module: value for module, value in values.items() if value is not None}
 
 
 def _saved_names(
@@ -169,12 +165,13 @@ def _saved_names(
         for name in config.get("modules_to_save") or ()
         if peft_module(model, modules, name) is not None
     ]
-    held = saved_modules(model, params, names).places
-    flat = flatten(params)
-    for name, tensor in full.items():
-        if name not in held and not _is_base(tensor, flat, places[name]):
-            names.append(owners(name)[-1])
-    return tuple(dict.fromkeys(names))
+    held, flat = saved_modules(model, params, names).places, flatten(params)
+    differing = [
+        owners(name)[-1]
+        for name, tensor in full.items()
+        if name not in held and not _is_base(tensor, flat, places[name])
+    ]
+    return tuple(dict.fromkeys((*names, *differing)))
 
 
 def _is_base(tensor: np.ndarray, flat: Mapping[str, Any], place: Place) -> bool:
@@ -185,23 +182,26 @@ def _is_base(tensor: np.ndarray, flat: Mapping[str, Any], place: Place) -> bool:
 
 
 def _check_kind(
-    model: Model, directory: Path, key: str, said: Key, config: Mapping[str, Any]
+    model: Model, directory: Path, key: str, parsed: Key, config: Mapping[str, Any]
 ) -> None:
     """Raise for DoRA on an embedding and LoRA on a head tied to it: none is held here."""
-    what, tied = None, model.config.text.tied
-    embedding, head = said.name == embedding_name(model), said.name.startswith(HEAD)
-    if embedding and said.leaf == "lora_magnitude":
-        what = "DoRA on an embedding"
-    elif embedding and said.leaf and tied and config.get("ensure_weight_tying"):
-        what = "LoRA on an embedding and a head that are tied to each other (ensure_weight_tying)"
-    elif head and tied and (said.leaf or said.copy):
-        what = "LoRA on a head that is tied to the embedding"
-    if what is not None:
-        raise UserError(
-            f"The adapter in '{directory}' holds '{key}', that is {what}, which is not supported. "
-            f"Merge it with peft into a checkpoint (untied where the head is adapted), or train "
-            f"without."
-        )
+    tied, tying = model.config.text.tied, config.get("ensure_weight_tying")
+    embedding = parsed.leaf and parsed.name == embedding_name(model)
+    head = (parsed.leaf or parsed.copy) and parsed.name.startswith(HEAD)
+    for holds, what in (
+        (embedding and parsed.leaf == "lora_magnitude", "DoRA on an embedding"),
+        (
+            embedding and tied and tying,
+            "LoRA on an embedding and a head that are tied to each other (ensure_weight_tying)",
+        ),
+        (head and tied, "LoRA on a head that is tied to the embedding"),
+    ):
+        if holds:
+            raise UserError(
+                f"The adapter in '{directory}' holds '{key}', that is {what}, which is not "
+                f"supported. Merge it with peft into a checkpoint (untied where the head is "
+                f"adapted), or train without."
+            )
 
 
 def _check_tied(
@@ -213,19 +213,21 @@ def _check_tied(
         return
     name = f"{embedding_name(model)}.weight"
     embedding, head = full.get(name), full.get(f"{HEAD}.weight")
-    place, why = places[name], None
-    if head is not None and embedding is not None and np.array_equal(head, embedding):
-        return
-    if head is not None and (embedding is not None or not _is_base(head, flat, place)):
-        why = f"a head, '{HEAD}.weight', that differs from the embedding"
-    elif head is None and embedding is not None and not config.get("ensure_weight_tying"):
-        if not _is_base(embedding, flat, place):
-            why = (
-                "a trained embedding but not ensure_weight_tying, so peft leaves the head as it is"
-            )
-    if why is not None:
+    what = f"a head, '{HEAD}.weight', that differs from the embedding"
+    if head is not None and embedding is not None:
+        tied = np.array_equal(head, embedding)
+    elif head is not None:
+        tied = _is_base(head, flat, places[name])
+    else:
+        what = "a trained embedding but not ensure_weight_tying, so peft leaves the head as it is"
+        tied = (
+            embedding is None
+            or bool(config.get("ensure_weight_tying"))
+            or _is_base(embedding, flat, places[name])
+        )
+    if not tied:
         raise UserError(
-            f"The adapter in '{directory}' holds {why}; here the head is tied to the embedding. "
+            f"The adapter in '{directory}' holds {what}; here the head is tied to the embedding. "
             f"Merge it with peft into an untied checkpoint."
         )
 
@@ -235,14 +237,12 @@ def _check_adaptable(
 ) -> None:
     """Raise for LoRA on a module that the base has but that no matrices are held of here."""
     place = places.get(f"{module}.weight")
-    if place is None:
-        return
-    convolution = place.path in model.config.disk_shapes
-    what = "a convolution, the patch embedding" if convolution else "no linear layer"
-    suffix = module.split(".")[-1]
-    raise UserError(
-        f"The adapter in '{directory}' holds '{key}', LoRA on '{module}', which is {what}: that is "
-        f"not supported. Merge it with peft into a checkpoint (merge_and_unload, save_pretrained) "
-        f"and give that as the model; or train with a regex as target_modules that excludes "
-        f"'{suffix}' of this module."
-    )
+    if place is not None:
+        convolution = place.path in model.config.disk_shapes
+        what = "a convolution, the patch embedding" if convolution else "no linear layer"
+        raise UserError(
+            f"The adapter in '{directory}' holds '{key}', LoRA on '{module}', which is {what}: "
+            f"that is not supported. Merge it with peft into a checkpoint (merge_and_unload, "
+            f"save_pretrained) and give that as the model; or train with a regex as "
+            f"target_modules that excludes '{module.split('.')[-1]}' of this module."
+        )

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.adapters.added_tokens import is_added
 from vlm_jax.adapters.lora import left_out
 from vlm_jax.adapters.targets import scales, slots
 from vlm_jax.errors import UserError, nearest
@@ -37,44 +38,43 @@ def load_peft_adapters(
     """
     if not directories:
         raise UserError("load_peft_adapters was given no adapter: pass {name: PEFT directory}.")
-    base = flatten(params)
-    loras: dict[str, LoRA] = {}
+    base, first = flatten(params), next(iter(directories))
+    dora: dict[str, bool] = {}
     trees: dict[str, dict[str, Any]] = {}
     for name, directory in directories.items():
         adapted, tree = load_peft(model, params, directory)
         flat = flatten(tree)
-        added = [path for path in flat if path.endswith("/added")]
+        added = [path for path in flat if is_added(path)]
         if added and added[0] not in base:
             raise UserError(
                 f"The adapter '{name}' in '{directory}' has more tokens than the base ('"
                 f"{added[0]}'), so it cannot share one shape with others. Load it by load_peft."
             )
         assert adapted.lora is not None
-        loras[name] = adapted.lora
-        trees[name] = _with_scales(adapted, flat)
-    first = next(iter(loras))
-    for name, lora in loras.items():
-        if lora.dora != loras[first].dora:
+        dora[name] = adapted.lora.dora
+        if dora[name] != dora[first]:
             raise UserError(
                 f"Of the adapters '{first}' and '{name}' one is DoRA's and the other is not: they "
                 f"have different programs. Load them apart, or merge one into the base."
             )
+        trees[name] = flat | {
+            path.replace("/lora_A", "/lora_scale"): scales(slots(adapted, adapted.lora, path))
+            for path in flat
+            if path.endswith("/lora_A")
+        }
     shapes: dict[str, tuple[int, ...]] = {}
+    own: set[str] = set()
     for tree in trees.values():
         for path, leaf in tree.items():
             if is_lora(path):
                 shapes[path] = tuple(map(max, leaf.shape, shapes.get(path, leaf.shape)))
-    own = {
-        path
-        for tree in trees.values()
-        for path, leaf in tree.items()
-        if not is_lora(path) and leaf is not base[path]
-    }
-    whole = {path: jnp.asarray(base[path], jnp.float32) for path in own}
+            elif leaf is not base[path]:
+                own.add(path)
+    dense = {path: jnp.asarray(base[path], jnp.float32) for path in own}
     adapters = {
         name: unflatten(
             {
-                **{path: whole.get(path, leaf) for path, leaf in base.items()},
+                **{path: dense.get(path, leaf) for path, leaf in base.items()},
                 **{path: tree[path] for path in own if tree[path] is not base[path]},
                 **{path: _filled(tree.get(path), shape) for path, shape in shapes.items()},
             }
@@ -83,26 +83,14 @@ def load_peft_adapters(
     }
     ranks = [shape[-1] for path, shape in shapes.items() if path.endswith("/lora_A")]
     rank = max(ranks, default=1)  # of a projector alone there are no matrices
-    together = LoRA(rank, rank, targets=(), dora=loras[first].dora)
-    return dataclasses.replace(model, lora=together), adapters
-
-
-def _with_scales(model: Model, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flat parameters in which every adapted leaf has its scales beside it."""
-    assert model.lora is not None
-    found = dict(flat)
-    for path in [path for path in flat if path.endswith("/lora_A")]:
-        found[path.replace("/lora_A", "/lora_scale")] = scales(slots(model, model.lora, path))
-    return found
+    lora = LoRA(rank, rank, targets=(), dora=dora[first])
+    return dataclasses.replace(model, lora=lora), adapters
 
 
 def _filled(leaf: Any, shape: tuple[int, ...]) -> jax.Array:
     """Return a leaf with zeros up to a shape, all zeros where there is none."""
-    if leaf is None:
-        return jnp.zeros(shape, jnp.float32)
-    if leaf.shape == shape:
-        return leaf
-    return jnp.pad(leaf, [(0, want - have) for want, have in zip(shape, leaf.shape, strict=True)])
+    zeros = jnp.zeros(shape, jnp.float32)
+    return zeros if leaf is None else zeros.at[tuple(map(slice, leaf.shape))].set(leaf)
 
 
 def _rank(tree: Mapping[str, Any], path: str) -> int:
@@ -154,14 +142,13 @@ def combine_peft_adapters(
             "DoRA's adapters cannot be summed: each has norms beside its factors. Combine adapters "
             "without DoRA."
         )
-    for tree in trees[1:]:
-        for path, leaf in first.items():
-            if not is_lora(path) and tree[path] is not leaf:
-                raise UserError(
-                    f"The adapters {', '.join(map(repr, weights))} differ in '{path}', which one "
-                    f"of them holds in full (modules_to_save, bias): only LoRA is combined."
-                )
     combined = {path: leaf for path, leaf in first.items() if not is_lora(path)}
+    for path, leaf in combined.items():
+        if any(tree[path] is not leaf for tree in trees):
+            raise UserError(
+                f"The adapters {', '.join(map(repr, weights))} differ in '{path}', which one "
+                f"of them holds in full (modules_to_save, bias): only LoRA is combined."
+            )
     matrices = [path for path in first if path.endswith("/lora_A")]
     ranks = {path: [_rank(tree, path) for tree in trees] for path in matrices}
     if not matrices:
@@ -177,37 +164,28 @@ def combine_peft_adapters(
             f"in PEFT. Use 'cat' or 'svd'."
         )
     hits: dict[str, list[bool]] = {}
-    largest, rank = 0, rank or max(map(max, ranks.values()))
+    factors: dict[str, tuple[jax.Array, jax.Array]] = {}
+    rank = rank or max(map(max, ranks.values()))
     for path in matrices:
-        module = path.rsplit("/", 1)[0]
+        base = path.removesuffix("lora_A")
         parts = [
-            (tree[path], tree[f"{module}/lora_B"], weight * tree[f"{module}/lora_scale"])
+            (tree[path], tree[f"{base}lora_B"], weight * tree[f"{base}lora_scale"])
             for tree, weight in zip(trees, weights.values(), strict=True)
         ]
-        a, b = COMBINATIONS[kind](parts, rank)
-        on = jnp.stack([part[2] != 0 for part in parts]).any(0)
-        combined |= {f"{module}/lora_A": a, f"{module}/lora_B": b}
-        hits[path] = [bool(one) for one in jnp.atleast_1d(on)]
-        if not all(hits[path]):
-            combined[f"{module}/lora_scale"] = on.astype(jnp.float32)
-        largest = max(largest, a.shape[-1])
-    for path in [path for path in combined if path.endswith(("/lora_A", "/lora_B"))]:
-        shape = list(combined[path].shape)
-        shape[-1 if path.endswith("A") else -2] = largest
-        combined[path] = _filled(combined[path], tuple(shape))
-    hits = {path: flags for path, flags in hits.items() if any(flags)}
-    combined = {
-        path: leaf
-        for path, leaf in combined.items()
-        if not is_lora(path) or f"{path.rsplit('/', 1)[0]}/lora_A" in hits
-    }
-    modules = [name for path in hits for name in layer_names(model, path)]
-    lora = LoRA(
-        largest,
-        largest,
-        targets=tuple(sorted({module.split(".")[-1] for module in modules})),
-        left_out=left_out(model, hits),
-    )
+        factors[base] = COMBINATIONS[kind](parts, rank)
+        on = jnp.stack([scale != 0 for *_, scale in parts]).any(0)
+        if on.any():
+            hits[path] = [bool(one) for one in jnp.atleast_1d(on)]
+        if on.any() and not on.all():
+            combined[f"{base}lora_scale"] = on.astype(jnp.float32)
+    largest = max(a.shape[-1] for a, _ in factors.values())
+    for path in hits:
+        base = path.removesuffix("lora_A")
+        a, b = factors[base]
+        combined[path] = _filled(a, (*a.shape[:-1], largest))
+        combined[f"{base}lora_B"] = _filled(b, (*b.shape[:-2], largest, b.shape[-1]))
+    ends = {name.split(".")[-1] for path in hits for name in layer_names(model, path)}
+    lora = LoRA(largest, largest, targets=tuple(sorted(ends)), left_out=left_out(model, hits))
     return dataclasses.replace(model, lora=lora), unflatten(combined)
 
 

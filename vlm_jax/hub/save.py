@@ -77,32 +77,30 @@ def save_pretrained(
     flat = flatten(params)
     check_no_adapter(flat, "A checkpoint is one without")
     four = any(isinstance(leaf, FourBit) for leaf in flat.values())
+    has_lora = any(map(is_lora, flat))
     if quantized and not four:
         raise UserError(
             "quantized=True writes kernels in 4 bits, but these parameters hold none. Load the "
             "base with quantize='nf4-dq', or write it dense."
         )
-    if quantized is None:
-        quantized = four and not any(is_lora(path) for path in flat)
-    if not merge and any(is_lora(path) for path in flat):
+    if has_lora and not merge:
         raise UserError(
             "These parameters hold LoRA factors, which a plain checkpoint cannot. Pass "
             "merge=True, or write an adapter with save_peft."
         )
+    quantized = four and not has_lora if quantized is None else quantized
     flat = fold_added(flat)
     if dtype is not None:  # codes stand for the dtype of what stands beside them
-        four_bits = {path: leaf for path, leaf in flat.items() if isinstance(leaf, FourBit)}
-        flat |= {p: dataclasses.replace(x, dtype=kind_of(dtype)) for p, x in four_bits.items()}
-    shapes = {path: leaf.shape for path, leaf in flat.items() if not is_lora(path)}
-    places = disk_places(model, shapes)
-    source = model.source
-    if source is None:
-        names = {name: (name, str(jnp.dtype(dtype or model.dtype))) for name in places}
-    else:
-        names = {
-            name: (current_name(model, name), kind) for name, (_, kind) in source.tensors.items()
+        flat |= {
+            path: dataclasses.replace(leaf, dtype=kind_of(dtype))
+            for path, leaf in flat.items()
+            if isinstance(leaf, FourBit)
         }
-
+    places = disk_places(model, {p: leaf.shape for p, leaf in flat.items() if not is_lora(p)})
+    source = model.source
+    own = dict.fromkeys(places, ("", str(jnp.dtype(dtype or model.dtype))))
+    on_disk = source.tensors if source is not None else own
+    names = {name: (current_name(model, name), kind) for name, (_, kind) in on_disk.items()}
     if model.config.text.tied:  # the head is the embedding, though some files write it again
         head = f"{embedding_name(model)}.weight"
         names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
@@ -111,23 +109,19 @@ def save_pretrained(
             raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
 
     unread = {n for n, (c, _) in names.items() if c not in places and c not in model.unused}
-    beside: dict[str, str] = {}  # further tensors of the base's 4-bit weights among those
-    if source is not None and quantized:
-        owners = {name: bnb.weight_of(name) for name in source.beside}
-        beside = {name: weight for name, weight in owners.items() if weight in unread}
+    # Further tensors of the base's 4-bit weights among those.
+    owners = {name: bnb.weight_of(name) for name in source.beside} if source and quantized else {}
+    beside = {name: weight for name, weight in owners.items() if weight in unread}
     primary = processes.is_primary()
 
     def leaf_of(place: Place) -> Any:
         """Return a weight as it is written, on this host; all processes call it."""
-        merged = merged_leaf(model, flat, place.path, place.layer, bool(quantized))
-        leaf = processes.to_host(merged, primary)
+        leaf = merged_leaf(model, flat, place.path, place.layer, quantized)
+        leaf = processes.to_host(leaf, primary)
         return dataclasses.replace(leaf, used=None) if isinstance(leaf, FourBit) else leaf
 
-    four_bit: dict[str, tuple[str, int]] = {}
-    if quantized:
-        currents = {name: current for name, (current, _) in names.items()}
-        four_bit, tensor_4bit = tensors_4bit(currents, places, flat, leaf_of)
-
+    currents = {name: current for name, (current, _) in names.items()} if quantized else {}
+    four_bit, tensor_4bit = tensors_4bit(currents, places, flat, leaf_of)
     if source is not None and not Path(source.directory).is_dir():
         raise UserError(
             f"The base checkpoint '{source.directory}' is gone; a full export copies its "
@@ -172,33 +166,36 @@ def save_pretrained(
         ):
             if name not in beside and names[name][0] in places:
                 leaf_of(places[names[name][0]])
-        processes.wait_for_all("the checkpoint is written")
-        return
-    generation = exported(model)
-    with whole_directory(directory) as folder:
-        write_shards(folder, sizes, tensor, max_shard_size)
-        config = copy.deepcopy(dict(model.hf_config))
-        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-        for part in parts:
-            part.pop("quantization_config", None)
-        if four_bit:
-            others = {names[name][0]: name in beside.values() for name in unread}
-            config["quantization_config"] = quantization_config(model, places, flat, others)
-        if dtype is not None or source is None:
-            named = "torch_dtype" if "torch_dtype" in config else "dtype"
-            config[named] = str(jnp.dtype(dtype or model.dtype))
-            for part in parts:
-                part |= {key: config[named] for key in ("torch_dtype", "dtype") if key in part}
-        write_json(folder / "config.json", config)
-        if source is not None:
-            adapter = Path(source.adapter) if source.adapter else None
-            copy_all(companions(Path(source.directory), adapter), folder)
-            if adapter is not None:
-                processor = processor or adapter_settings(adapter, IMAGES)
-                video_processor = video_processor or adapter_settings(adapter, VIDEOS)
-        if generation is not None:
-            write_json(folder / GENERATION, generation)
-        for name, settings in ((IMAGES, processor), (VIDEOS, video_processor)):
-            if settings:
-                write_settings(folder, name, settings)
+    else:
+        generation = exported(model)
+        with whole_directory(directory) as folder:
+            write_shards(folder, sizes, tensor, max_shard_size)
+            config = _config(model, dtype)
+            if four_bit:
+                others = {names[name][0]: name in beside.values() for name in unread}
+                config["quantization_config"] = quantization_config(model, places, flat, others)
+            write_json(folder / "config.json", config)
+            adapter = Path(source.adapter) if source and source.adapter else None
+            if source is not None:
+                copy_all(companions(Path(source.directory), adapter), folder)
+            if generation is not None:
+                write_json(folder / GENERATION, generation)
+            for name, given in ((IMAGES, processor), (VIDEOS, video_processor)):
+                settings = given or (adapter and adapter_settings(adapter, name))
+                if settings:
+                    write_settings(folder, name, settings)
     processes.wait_for_all("the checkpoint is written")
+
+
+def _config(model: Model, dtype: Any) -> dict[str, Any]:
+    """Return config.json without the base's quantization, of another dtype where that is given."""
+    config = copy.deepcopy(dict(model.hf_config))
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        part.pop("quantization_config", None)
+    if dtype is not None or model.source is None:
+        word = str(jnp.dtype(dtype or model.dtype))
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = word
+        for part in parts:
+            part |= {key: word for key in ("torch_dtype", "dtype") if key in part}
+    return config

@@ -33,8 +33,7 @@ def tensors_4bit(
             count = math.prod(places[current].shape)
             scale = jnp.dtype(leaf.absmax.dtype).itemsize
             sizes = {"": -(-count // 2), ".absmax": scale * -(-count // leaf.block)}
-            for suffix in bnb.suffixes(leaf):
-                owners[name + suffix] = (name, sizes.get(suffix, 1024))
+            owners |= {name + end: (name, sizes.get(end, 1024)) for end in bnb.suffixes(leaf)}
 
     @functools.lru_cache(maxsize=1)  # the tensors of one weight follow one another
     def of(weight: str) -> dict[str, np.ndarray]:
@@ -58,15 +57,11 @@ def quantization_config(
     unread: {name of a tensor that nothing here reads: whether it is a 4-bit weight}.
     """
     leaf = next(leaf for leaf in flat.values() if isinstance(leaf, FourBit))
-    four: set[str] = set()
-    others = {HEAD}
-    for name, place in places.items():
-        if place.path.endswith("/kernel"):
-            quantized = isinstance(flat[place.path], FourBit)
-            (four if quantized else others).add(name.removesuffix(".weight"))
-    for name, quantized in unread.items():
-        if name.endswith(".weight"):
-            (four if quantized else others).add(name.removesuffix(".weight"))
+    kernels = {n: flat[place.path] for n, place in places.items() if place.path.endswith("/kernel")}
+    quantized = {name: isinstance(kernel, FourBit) for name, kernel in kernels.items()}
+    quantized |= {name: four for name, four in unread.items() if name.endswith(".weight")}
+    modules = {HEAD, *(name.removesuffix(".weight") for name in quantized)}
+    four = {name.removesuffix(".weight") for name, is_four in quantized.items() if is_four}
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -75,7 +70,7 @@ def quantization_config(
         "bnb_4bit_use_double_quant": leaf.double,
         "bnb_4bit_compute_dtype": str(jnp.dtype(model.dtype)),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": _outermost(others - four, four),
+        "llm_int8_skip_modules": _outermost(modules - four, four),
         "llm_int8_threshold": 6.0,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,

@@ -22,6 +22,7 @@ DTYPES: dict[str, Any] = {
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "BOOL": np.bool_},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
 }
+
 SAFETENSORS = {np.dtype(dtype).name: name for name, dtype in DTYPES.items()}
 
 
@@ -39,7 +40,9 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and file.endswith(".safetensors") for file in weight_map.values()
+        ):
             raise UserError(
                 f"'{index}' is not an index of safetensors files: expected 'weight_map' to be an "
                 f"object of tensor names and the files they are in. Fetch it again, or delete it "
@@ -52,13 +55,14 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
                 f"An index that came with a checkpoint must not name other files: fetch the "
                 f"checkpoint from its source, or move the file beside its index and name it so."
             )
-        missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
+        files = sorted(set(weight_map.values()))
+        missing = [name for name in files if not (directory / name).exists()]
         if missing:
             raise UserError(
-                f"'{index}' lists files that are not there: {', '.join(sorted(missing))}. The "
+                f"'{index}' lists files that are not there: {', '.join(missing)}. The "
                 f"download is incomplete: fetch them again."
             )
-        headers = {name: read_header(directory / name) for name in set(weight_map.values())}
+        headers = {name: read_header(directory / name) for name in files}
         vain = [name for name, file in weight_map.items() if name not in headers[file]]
         if vain:
             raise UserError(
@@ -66,12 +70,11 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
                 f"names: the files belong to different checkpoints."
             )
         return {name: headers[file][name] for name, file in weight_map.items()}
-    files = sorted(path.name for path in directory.glob("*.safetensors"))
-    files = [name for name in files if name != "adapter_model.safetensors"]
+    files = sorted(
+        {path.name for path in directory.glob("*.safetensors")} - {"adapter_model.safetensors"}
+    )
     if not files:
-        pickles = [
-            p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)
-        ]
+        pickles = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in directory.glob(kind)]
         if pickles:
             raise UserError(
                 f"'{directory}' holds only pickle weights ({', '.join(sorted(pickles)[:3])}), "
@@ -91,10 +94,6 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
                 )
             found[name] = entry
     return found
-
-
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value.endswith(".safetensors")
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:

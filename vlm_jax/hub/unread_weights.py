@@ -55,9 +55,9 @@ def adapter_weights(directory: Path, file: str) -> Path:
 
 def _check_beside(directory: Path, own: str) -> None:
     """Raise `UserError` for weights in an adapter's directory that are not its `own` file."""
-    for name in _weights(directory):
-        if name == own or any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS):
-            continue
+    passed = (own, *HARMLESS)
+    others = [n for n in _weights(directory) if not any(fnmatch.fnmatch(n, p) for p in passed)]
+    for name in others:
         path, writer = directory / name, TRAINED.get(name)
         if writer is None:
             raise UserError(
@@ -71,10 +71,12 @@ def _check_beside(directory: Path, own: str) -> None:
                 "Convert the whole model to its Hugging Face layout with transformers' "
                 "convert_llava_weights_to_hf.py and give that as the model."
             )
-        elif path.suffix == ".safetensors":
-            remedy = "Merge both with the program that wrote them, and give that as the model."
         else:
-            remedy = _add_line(directory, path)
+            remedy = (
+                "Merge both with the program that wrote them, and give that as the model."
+                if path.suffix == ".safetensors"
+                else _add_line(directory, path)
+            )
         raise UserError(
             f"The adapter's directory '{directory}' holds '{name}' too: {writer} wrote it, with "
             f"weights that were trained in full beside LoRA. It is not read, and without it the "

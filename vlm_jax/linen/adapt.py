@@ -15,7 +15,7 @@ from vlm_jax.errors import UserError, nearest
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
 from vlm_jax.linen.intercept import nnx_text, warn_without_dropout
-from vlm_jax.linen.parts import Layer, Other, Site, unboxed
+from vlm_jax.linen.parts import Layer, Other, unboxed
 from vlm_jax.linen.targets import (
     check_adapter,
     check_lacking,
@@ -78,27 +78,29 @@ def adapt(
     if adapter is not None:
         check_adapter(adapter)
     found = look(module, params, flat, inputs)
-    layers: tuple[Layer, ...] = ()
-    sites: tuple[Site, ...] = ()
+    layers = tuple(chosen(found.layers, lora.targets)) if lora else ()
+    sites = chosen_sites(found.sites, adapter) if adapter else ()
     made: dict[str, Any] = {}
     key = jax.random.key(0) if key is None else key
     if lora is not None:
-        layers = tuple(chosen(found.layers, lora.targets))
-        warn_without_dropout("LoRA", lora.dropout, layers)
+        without_dropout = [layer.name for layer in layers if not layer.takes_dropout]
+        warn_without_dropout("LoRA", lora.dropout, without_dropout)
         made[LORA] = _fresh(layers, lora.rank, key)
     if adapter is not None:
-        sites = chosen_sites(found.sites, adapter)
-        warn_without_dropout("adapter", adapter.dropout, sites)
-        shapes = [site_shapes(site, adapter).items() for site in sites]
-        made[ADAPTER] = unflatten(fresh(adapter, dict(row for one in shapes for row in one), key))
-    before = {one.path: one for one in found.layers if isinstance(one, Layer)}
-    quantized = [one for one in before.values() if isinstance(flat[one.leaf], FourBit)]
+        without_dropout = [site.name for site in sites if not site.takes_dropout]
+        warn_without_dropout("adapter", adapter.dropout, without_dropout)
+        shapes = {p: shape for site in sites for p, shape in site_shapes(site, adapter).items()}
+        made[ADAPTER] = unflatten(fresh(adapter, shapes, key))
+    layers_found = [one for one in found.layers if isinstance(one, Layer)]
+    quantized = [layer for layer in layers_found if isinstance(flat[layer.leaf], FourBit)]
     if quantization is not None:
-        wanted = _quantized_layers(found.layers, flat, quantization)
-        flat = flat | {layer.leaf: _quantized(layer, flat, quantization) for layer in wanted}
-        quantized += wanted
-    adapted = Adapted(module, lora, layers, tuple(quantized), adapter, sites)
-    return adapted, {"params": unflatten(flat), **made}
+        new = _quantized(found.layers, flat, quantization)
+        flat = flat | {layer.leaf: leaf for layer, leaf in new.items()}
+        quantized += new
+    return (
+        Adapted(module, lora, layers, tuple(quantized), adapter, sites),
+        {"params": unflatten(flat), **made},
+    )
 
 
 def _sorted(methods: tuple) -> tuple[LoRA | None, Adapter | None, Quantization | None]:
@@ -125,33 +127,32 @@ def check_module(module: Any) -> None:
         )
     if isinstance(module, type) and issubclass(module, nn.Module):
         raise UserError(f"adapt was given the class {module.__name__}; give an instance of it.")
-    if isinstance(module, nn.Module):
-        return
-    name = type(module).__name__
-    if any(cls.__module__.startswith("flax.nnx") for cls in type(module).__mro__):
-        raise UserError(nnx_text(name))
-    raise UserError(
-        f"adapt takes a flax.linen module; this is a {name}. For this library's own models use "
-        f"add_lora."
-    )
+    if not isinstance(module, nn.Module):
+        name = type(module).__name__
+        if any(cls.__module__.startswith("flax.nnx") for cls in type(module).__mro__):
+            raise UserError(nnx_text(name))
+        raise UserError(
+            f"adapt takes a flax.linen module; this is a {name}. For this library's own models use "
+            f"add_lora."
+        )
 
 
 def check_supported(lora: LoRA) -> None:
     """Raise `UserError` for what LoRA on foreign modules lacks."""
     check_numbers(lora)
-    lacking = {
-        "dora": "DoRA",
-        "modules_to_save": "saving further modules in full (train them as leaves of 'params')",
-        "components": "looking into components of a vision-language model",
-        "rank_pattern": "a rank that differs from layer to layer",
-        "alpha_pattern": "an alpha that differs from layer to layer",
-        "layers_to_transform": "choosing layers by number (a regex of targets can)",
-        "layers_pattern": "choosing layers by number (a regex of targets can)",
-        "exclude_modules": "leaving modules out (a regex of targets can)",
-        "bias": "training biases beside LoRA (train them as leaves of 'params')",
-        "init": "a start other than PEFT's usual one",
-    }
-    check_lacking(lora, lacking)
+    check_lacking(
+        lora,
+        dora="DoRA",
+        modules_to_save="saving further modules in full (train them as leaves of 'params')",
+        components="looking into components of a vision-language model",
+        rank_pattern="a rank that differs from layer to layer",
+        alpha_pattern="an alpha that differs from layer to layer",
+        layers_to_transform="choosing layers by number (a regex of targets can)",
+        layers_pattern="choosing layers by number (a regex of targets can)",
+        exclude_modules="leaving modules out (a regex of targets can)",
+        bias="training biases beside LoRA (train them as leaves of 'params')",
+        init="a start other than PEFT's usual one",
+    )
 
 
 def _fresh(layers: tuple[Layer, ...], rank: int, key: jax.Array) -> dict[str, Any]:
@@ -162,10 +163,10 @@ def _fresh(layers: tuple[Layer, ...], rank: int, key: jax.Array) -> dict[str, An
     return unflatten(made)
 
 
-def _quantized_layers(
+def _quantized(
     found: list[Layer | Other], flat: Mapping[str, Any], method: Quantization
-) -> list[Layer]:
-    """Return the linear layers that become 4-bit: all but those of `skip`."""
+) -> dict[Layer, FourBit]:
+    """Return {layer: its 4-bit leaf} of the linear layers that are dense, but for `skip`."""
     if method.components != Quantization(method.storage).components:
         raise UserError(
             f"Quantization has components={method.components!r}, which a foreign module has not. "
@@ -184,20 +185,20 @@ def _quantized_layers(
             raise UserError(f"In Quantization.skip: {error}") from error
     layers = [layer for layer in chosen(found, "all-linear") if layer.path not in skipped]
     for layer in layers:
-        axis = 0 if layer.stack is None else layer.stack.axis
-        if axis != 0:
+        if layer.stack is not None and layer.stack.axis != 0:
             raise UserError(
-                f"The layers of '{layer.name}' are stacked along axis {axis}; 4-bit codes need "
-                f"them along axis 0: nn.scan(..., variable_axes={{'params': 0}}). Or name it in "
-                f"Quantization.skip."
+                f"The layers of '{layer.name}' are stacked along axis {layer.stack.axis}; 4-bit "
+                f"codes need them along axis 0: nn.scan(..., variable_axes={{'params': 0}}). Or "
+                f"name it in Quantization.skip."
             )
-    return [layer for layer in layers if not isinstance(flat[layer.leaf], FourBit)]
-
-
-def _quantized(layer: Layer, flat: Mapping[str, Any], method: Quantization) -> FourBit:
-    storage = NAMES[method.storage]
-    matrix = layer.matrix(unboxed(flat[layer.leaf]))
-    return quantize(storage.format, matrix, storage.block, storage.double, f"'{layer.leaf}'")
+    format, double, block = NAMES[method.storage]
+    dense_layers = [layer for layer in layers if not isinstance(flat[layer.leaf], FourBit)]
+    return {
+        layer: quantize(
+            format, layer.matrix(unboxed(flat[layer.leaf])), block, double, f"'{layer.leaf}'"
+        )
+        for layer in dense_layers
+    }
 
 
 def merge(
@@ -228,15 +229,13 @@ def merge(
     for layer in adapted.quantized:
         leaf = flat[layer.leaf]
         merged[layer.leaf] = layer.unmatrix(dense(leaf, leaf.dtype))
-    if adapted.lora is not None:
-        lora = adapted.lora
-        scale = lora.scale.scale(lora.rank)
-        for layer, (a, b) in adapted.pairs(flat, variables):
-            box, leaf = flat[layer.leaf], unboxed(flat[layer.leaf])
-            matrix = dense(leaf, jnp.float32)
-            if not isinstance(leaf, FourBit):
-                matrix = layer.matrix(matrix)
-            summed = layer.unmatrix(matrix + weight_update(a, b, scale)).astype(leaf.dtype)
-            boxed = isinstance(box, meta.AxisMetadata)
-            merged[layer.leaf] = box.replace_boxed(summed) if boxed else summed
+    for layer, (a, b) in adapted.pairs(flat, variables):
+        assert adapted.lora is not None
+        box, leaf = flat[layer.leaf], unboxed(flat[layer.leaf])
+        weight = dense(leaf, jnp.float32)
+        matrix = weight if isinstance(leaf, FourBit) else layer.matrix(weight)
+        update = weight_update(a, b, adapted.lora.scale.scale(adapted.lora.rank))
+        summed = layer.unmatrix(matrix + update).astype(leaf.dtype)
+        is_boxed = isinstance(box, meta.AxisMetadata)
+        merged[layer.leaf] = box.replace_boxed(summed) if is_boxed else summed
     return unflatten(merged)

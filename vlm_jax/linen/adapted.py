@@ -66,8 +66,9 @@ class Adapted:
                 a, b = layer.stack.lay(a), layer.stack.lay(b)
             # Where dropout cannot act, `adapt` has warned.
             rate = float(self.lora.dropout) if dropout and layer.takes_dropout else 0.0
-            scale = self.lora.scale.scale(self.lora.rank)
-            made[joined(layer.path, LEAF)] = LowRank(a, b, scale, rate)
+            made[joined(layer.path, LEAF)] = LowRank(
+                a, b, self.lora.scale.scale(self.lora.rank), rate
+            )
         for site, leaves in self.bottlenecks(variables):
             assert self.adapter is not None
             made[joined(site.path, LEAF)] = beside(site, self.adapter, leaves, dropout)
@@ -75,23 +76,25 @@ class Adapted:
 
     def pairs(
         self, params: Mapping[str, Any], variables: Mapping[str, Any]
-    ) -> list[tuple[Layer, tuple[Any, Any]]]:
+    ) -> list[tuple[Layer, tuple[Any, ...]]]:
         """Return each layer with its A and B, checked; params: by path."""
         if self.lora is None:
             return []
-        rank = self.lora.rank
-        wanted: dict[str, tuple[tuple[int, ...], str]] = {}
         for layer in self.layers:
             if layer.leaf not in params:
                 raise UserError(
                     f"The parameters hold no '{layer.leaf}', which has LoRA. Are they another "
                     f"module's?"
                 )
-            why = f"rank {rank} and its {layer.weight}"
-            wanted |= {path: (shape, why) for path, shape in layer.matrices(rank).items()}
+        rank = self.lora.rank
+        matrices = {layer: layer.matrices(rank) for layer in self.layers}
+        wanted = {
+            path: (shape, f"rank {rank} and its {layer.weight}")
+            for layer, shapes in matrices.items()
+            for path, shape in shapes.items()
+        }
         held = _held(variables, LORA, wanted, [layer.name for layer in self.layers])
-        of = {layer: [held[path] for path in layer.matrices(rank)] for layer in self.layers}
-        return [(layer, (a, b)) for layer, (a, b) in of.items()]
+        return [(layer, tuple(held[p] for p in shapes)) for layer, shapes in matrices.items()]
 
     def bottlenecks(self, variables: Mapping[str, Any]) -> list[tuple[Site, dict[str, Any]]]:
         """Return each module that has an adapter with its nested leaves, checked."""
@@ -122,12 +125,11 @@ def _held(
         )
     held = {path: unboxed(leaf) for path, leaf in flatten(variables[collection]).items()}
     for path in held.keys() ^ wanted.keys():
-        where = "lack" if path in wanted else "hold"
         raise UserError(
-            f"The leaves of '{collection}' {where} '{path}', unlike the adapted module, whose "
-            f"targets are {', '.join(targets[:6])}{' ...' if len(targets) > 6 else ''}. They were "
-            f"made for another base or for other targets: take those that came with this module "
-            f"from adapt or a loader."
+            f"The leaves of '{collection}' {'lack' if path in wanted else 'hold'} '{path}', unlike "
+            f"the adapted module, whose targets are {', '.join(targets[:6])}"
+            f"{' ...' if len(targets) > 6 else ''}. They were made for another base or for other "
+            f"targets: take those that came with this module from adapt or a loader."
         )
     for path, (shape, why) in wanted.items():
         if held[path].shape != shape:

@@ -67,10 +67,9 @@ def named_layers(
     if callable(names):
         new = {name: names(name) for name in own}
     else:
-        table = [(pattern, (pattern, text)) for pattern, text in names]
-        last = [] if every else [(".*", None)]
-        rows = match([*table, *last], own, "table of names", unused="allow")
-        new = {n: re.sub(row[0], row[1], n, count=1) for n, row in rows.items() if row}
+        table = [*((row[0], row) for row in names), *([] if every else [(".*", None)])]
+        rows = match(table, own, "table of names", unused="allow")
+        new = {name: re.sub(row[0], row[1], name, count=1) for name, row in rows.items() if row}
     named: dict[str, tuple[Layer, int | None]] = {}
     for name, given in new.items():
         if given in named:
@@ -93,13 +92,21 @@ def save_lora(
 ) -> None:
     """Write the LoRA of a foreign module as a PEFT adapter.
 
-    variables: {"params": ..., "lora": ...}. names: what its layers are called in the model that
-    peft shall load the adapter into: rows of (regex, replacement) over the whole dotted name, or a
-    function; without, they keep their own. base: written as base_model_name_or_path.
-    fan_in_fan_out: whether those layers hold weights [in, out], as GPT-2's do; the matrices are the
-    same either way. The directory appears whole or not at all.
-    Raises `UserError` where there is no LoRA, and for an embedding that is a head too under a name
-    by which peft leaves the head alone.
+    The directory appears whole or not at all.
+
+    Args:
+        adapted: the adapted module.
+        variables: {"params": ..., "lora": ...}.
+        directory: to write.
+        names: of its layers in the model that peft shall load the adapter into: rows of (regex,
+            replacement) over the whole dotted name, or a function; None: they keep their own.
+        base: written as base_model_name_or_path.
+        fan_in_fan_out: whether those layers hold weights [in, out], as GPT-2's do; the matrices are
+            the same either way.
+
+    Raises:
+        UserError: where there is no LoRA, and for an embedding that is a head too under a name by
+            which peft leaves the head alone.
     """
     lora = adapted.lora
     if lora is None:
@@ -121,10 +128,13 @@ def save_lora(
         ("modules_to_save", "layers_to_transform", "layers_pattern")
     )
     tied = {"ensure_weight_tying": True} if any(one.attended for one in adapted.layers) else {}
-    config = config_of(
-        lora, modules, base_model_name_or_path=base, fan_in_fan_out=fan_in_fan_out, **tied
+    write_adapter(
+        directory,
+        {key: tensor.astype(np.float32) for key, tensor in tensors.items()},
+        config_of(
+            lora, modules, base_model_name_or_path=base, fan_in_fan_out=fan_in_fan_out, **tied
+        ),
     )
-    write_adapter(directory, {key: x.astype(np.float32) for key, x in tensors.items()}, config)
 
 
 def _home(layer: Layer, index: int | None) -> Home:
@@ -143,9 +153,18 @@ def load_lora(
 ) -> tuple[Adapted, dict[str, Any]]:
     """Return the adapted module and its variables, as `adapt` does, from a PEFT adapter.
 
-    names: as for `save_lora`; inputs: as for `adapt`. Layers of a stack that the file leaves out
-    get zero matrices. Raises `UserError` for a key without a home in the module, a matrix without
-    its partner, another shape or rank, and whatever of PEFT's kinds is not supported here.
+    Layers of a stack that the file leaves out get zero matrices.
+
+    Args:
+        module: any Linen module.
+        params: its "params" collection.
+        directory: the PEFT adapter's.
+        names: as for `save_lora`.
+        inputs: as for `adapt`.
+
+    Raises:
+        UserError: for a key without a home in the module, a matrix without its partner, another
+            shape or rank, and whatever of PEFT's kinds is not supported here.
     """
     check_module(module)
     directory = Path(directory).expanduser()
@@ -163,18 +182,18 @@ def load_lora(
     matrices: Matrices = {}
     tying, of_head = bool(config.get("ensure_weight_tying")), {}
     for key, tensor in read_tensors(file):
-        said = parse_key(key)
-        name = said.name if said.leaf else said.name.removesuffix(".weight")
+        parsed = parse_key(key)
+        name = parsed.name if parsed.leaf else parsed.name.removesuffix(".weight")
         home = homes.get(name)
-        if said.copy and home is not None and home.embedding:
+        if parsed.copy and home is not None and home.embedding:
             if not is_same(tensor, _weight(named[name][0], flat)):
-                raise another_base(directory, key, said.name, config)
-        elif said.leaf and home is not None:
-            if said.embedding != home.embedding:
+                raise another_base(directory, key, parsed.name, config)
+        elif parsed.leaf and home is not None:
+            if parsed.embedding != home.embedding:
                 raise UserError(f"'{key}' in '{file}' is of another kind than '{name}'.")
-            matrices.setdefault(name, {})[said.leaf] = tensor.T
-        elif tying and (said.copy or (said.leaf and not said.embedding)):
-            of_head[key] = said.leaf, tensor  # peft writes the tied head's once more
+            matrices.setdefault(name, {})[parsed.leaf] = tensor.T
+        elif tying and (parsed.copy or (parsed.leaf and not parsed.embedding)):
+            of_head[key] = parsed.leaf, tensor  # peft writes the tied head's once more
         else:
             raise _unmatched(directory, key, name, found, homes)
     if not matrices:
@@ -196,15 +215,17 @@ def load_lora(
             f"ensure_weight_tying, so peft leaves the head without it; here the head is the same "
             f"weight (`attend`). Merge it with peft into a checkpoint with a head of its own."
         )
-    ranks = dict.fromkeys(matrices, lora.rank)
-    made = {p: jnp.asarray(x) for p, x in stacked(matrices, homes, ranks, False, file).items()}
+    made = stacked(matrices, homes, dict.fromkeys(matrices, lora.rank), False, file)
     held = {named[name][0] for name in matrices}
-    adapted_layers = tuple(layer for layer in layers if layer in held)
-    lora = dataclasses.replace(lora, targets=tuple(layer.name for layer in adapted_layers))
-    warn_without_dropout("LoRA", lora.dropout, adapted_layers)
+    adapted = tuple(layer for layer in layers if layer in held)
+    lora = dataclasses.replace(lora, targets=tuple(layer.name for layer in adapted))
+    without_dropout = [layer.name for layer in adapted if not layer.takes_dropout]
+    warn_without_dropout("LoRA", lora.dropout, without_dropout)
     quantized = tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit))
-    variables = {"params": unflatten(flat), LORA: unflatten(made)}
-    return Adapted(module, lora, adapted_layers, quantized), variables
+    return (
+        Adapted(module, lora, adapted, quantized),
+        {"params": unflatten(flat), LORA: jax.tree.map(jnp.asarray, unflatten(made))},
+    )
 
 
 def _weight(layer: Layer, flat: Mapping[str, Any]) -> np.ndarray:
@@ -216,12 +237,15 @@ def _unmatched(
 ) -> UserError:
     others = [one for one in found if isinstance(one, Other) and one.unknown][:2]
     because = "".join(f" '{one.name}' could be none: {one.why}." for one in others)
-    why = (
+    return no_home(
+        directory,
+        key,
+        name,
+        known,
         f"It belongs to another base, or layers are called otherwise there: give `names`, rows of "
         f"(regex, replacement) from this module's names, such as '{next(iter(known), '')}', to "
-        f"those in the file.{because}"
+        f"those in the file.{because}",
     )
-    return no_home(directory, key, name, known, why)
 
 
 FORMAT = "vlm_jax.adapt 1"
@@ -237,9 +261,17 @@ def save_adapter(
 ) -> None:
     """Write the bottleneck adapter of a model, see `hub.adapter_files.save_adapter`.
 
-    Of a foreign module that `adapt` returned, `params` are its variables, with "adapter", and the
-    files' format is our own, which has no name. The directory appears whole or not at all. Raises
-    `UserError` where there is none to save.
+    The directory appears whole or not at all. The files' format of a foreign module is our own.
+
+    Args:
+        model: a model of this library, or a foreign module that `adapt` returned.
+        params: its tree, or of a foreign module its variables, with "adapter".
+        directory: to write.
+        name: the adapter's, for a model of this library alone.
+        compare_base: as for `save_peft`, for a model of this library alone.
+
+    Raises:
+        UserError: where there is no bottleneck adapter to save.
     """
     if isinstance(model, Model):
         return adapter_files.save_adapter(model, params, directory, name, compare_base=compare_base)
@@ -253,12 +285,11 @@ def save_adapter(
             "save_lora."
         )
     adapted.bottlenecks(variables)  # raises where they are not this module's
-    leaves = {path: jax.device_get(leaf) for path, leaf in flatten(variables[ADAPTER]).items()}
+    leaves = jax.device_get(flatten(variables[ADAPTER]))
     tensors = {path: np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves.items()}
-    config = {"format": FORMAT, **dataclasses.asdict(adapted.adapter)}
     with whole_directory(directory, ADAPTER_PARTS) as folder:
         save_file(tensors, folder / WEIGHTS)
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(adapted.adapter)})
 
 
 def load_adapter(
@@ -270,9 +301,17 @@ def load_adapter(
 ) -> tuple[Any, dict[str, Any]]:
     """Return a model and a new tree with a bottleneck adapter's files in place.
 
-    See `hub.adapter_files.load_adapter`. Of a foreign module, as `adapt` takes it, the adapted
-    module and its variables; inputs: as for `adapt`. Raises `UserError` for files of another
-    format, and for a leaf that is missing, has no place, or has another shape than asked for.
+    See `hub.adapter_files.load_adapter`. Of a foreign module, the adapted module and its variables.
+
+    Args:
+        model: a model of this library, or a foreign module as `adapt` takes it.
+        params: its tree, or of a foreign module its "params" collection.
+        directory: the adapter's.
+        inputs: as for `adapt`, for a foreign module alone.
+
+    Raises:
+        UserError: for files of another format, and for a leaf that is missing, has no place, or has
+            another shape than asked for.
     """
     if isinstance(model, Model):
         if inputs is not None:
@@ -293,5 +332,4 @@ def load_adapter(
     wanted = {path: leaf.shape for path, leaf in flatten(variables[ADAPTER]).items()}
     held = dict(read_tensors(file))
     adapter_files.check_tensors(file, held, wanted)
-    leaves = {path: jnp.asarray(held[path]) for path in wanted}
-    return adapted, {**variables, ADAPTER: unflatten(leaves)}
+    return adapted, {**variables, ADAPTER: jax.tree.map(jnp.asarray, unflatten(held))}

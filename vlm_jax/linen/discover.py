@@ -67,12 +67,10 @@ def see(
         finally:
             at_work.pop()
         if context.method_name == "__call__" and not again:
-            x = first_argument(context.orig_method, args, kwargs)
-            takes_dropout = context.module.has_rng("dropout")
-            kind = type(context.module)
-            site = Site(path, kind.__name__, shape_of(x), shape_of(y), depth, takes_dropout)
-            if kind.__module__.startswith(NNX):
-                site = dataclasses.replace(site, y="what an NNX module makes")
+            kind, takes_dropout = type(context.module), context.module.has_rng("dropout")
+            x_shape = shape_of(first_argument(context.orig_method, args, kwargs))
+            made = "what an NNX module makes" if kind.__module__.startswith(NNX) else shape_of(y)
+            site = Site(path, kind.__name__, x_shape, made, depth, takes_dropout)
             seen.sites[path] = site.beside(seen.sites.get(path, site))
         return y
 
@@ -83,13 +81,15 @@ def see(
     def stack(path: str) -> Stack | None:
         return next((stacks[root] for root in stacks if lies_in(path, root)), None)
 
-    for path, layer in seen.layers.items():
-        if isinstance(layer, Layer):
-            seen.layers[path] = _with_stack(layer, stack(path), flat)
-    for path, site in seen.sites.items():
-        if site.depth:
-            seen.sites[path] = dataclasses.replace(site, stack=stack(path))
-    return seen
+    layers = {
+        path: _with_stack(layer, stack(path), flat) if isinstance(layer, Layer) else layer
+        for path, layer in seen.layers.items()
+    }
+    sites = {
+        path: dataclasses.replace(site, stack=stack(path) if site.depth else None)
+        for path, site in seen.sites.items()
+    }
+    return Seen(layers, sites)
 
 
 def _record_layer(
@@ -98,21 +98,18 @@ def _record_layer(
     """Note a module that has a weight, and of an NNX module all within."""
     name, method = weights.get(path), context.orig_method.func
     if type(context.module).__module__.startswith(NNX):
-        for inner in weights:
-            if lies_in(inner, path):
-                seen.layers[inner] = Other(inner, "it belongs to an NNX module")
+        inside = [inner for inner in weights if lies_in(inner, path)]
+        seen.layers |= {inner: Other(inner, "it belongs to an NNX module") for inner in inside}
     elif name is None or (method in CALLS and isinstance(seen.layers.get(path), Layer)):
         pass  # met before: a 4-bit layer calls a copy of itself, which knows no rngs
     elif method in CALLS:
         how = product(CALLS[method], context.module, args, kwargs)
-        if how.fault is None:
-            takes_dropout = context.module.has_rng("dropout")
-            layer = Layer(
-                path, name, how.shape, how.inputs, how.outputs, takes_dropout=takes_dropout
-            )
-            seen.layers[path] = layer
-        else:
-            seen.layers[path] = Other(path, f"as an nn.Einsum or nn.DenseGeneral {how.fault}")
+        takes_dropout = context.module.has_rng("dropout")
+        seen.layers[path] = (
+            Layer(path, name, how.shape, how.inputs, how.outputs, takes_dropout=takes_dropout)
+            if how.fault is None
+            else Other(path, f"as an nn.Einsum or nn.DenseGeneral {how.fault}")
+        )
     elif method in (EMBED, ATTEND):
         size = (context.module.num_embeddings, context.module.features)
         before = seen.layers.get(path)
@@ -123,28 +120,30 @@ def _record_layer(
 
 
 def _tracer(module: nn.Module, args: tuple, kwargs: dict) -> Callable[..., None]:
-    """Return trace(params, *interceptors), which calls the module on shapes alone."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    given = [x for x, is_array in zip(leaves, arrays, strict=True) if is_array]
+    """Return trace(params, record), which calls the module on shapes alone.
 
-    def trace(params: Mapping[str, Any], *interceptors: Any) -> None:
-        def call(params: Any, given: list) -> None:
-            values = iter(given)
-            whole = [
-                next(values) if is_array else x for x, is_array in zip(leaves, arrays, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(tree, whole)
-            key = jax.random.key(0)
-            with contextlib.ExitStack() as opened:
-                for one in (*interceptors, interceptor()):
-                    opened.enter_context(nn.intercept_methods(one))
+    record: an interceptor, or None.
+    """
+
+    def is_array(leaf: Any) -> bool:
+        return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+    arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if is_array(leaf)]
+
+    def trace(params: Mapping[str, Any], record: Any = None) -> None:
+        def call(params: Any, arrays: list) -> None:
+            traced = iter(arrays)
+            positional, named = jax.tree.map(
+                lambda leaf: next(traced) if is_array(leaf) else leaf, (args, kwargs)
+            )
+            recording = nn.intercept_methods(record) if record else contextlib.nullcontext()
+            with recording, nn.intercept_methods(interceptor()):
                 module.apply(
-                    {"params": params}, *args, **kwargs, mutable=DenyList("params"),
-                    rngs={"params": key, "dropout": key},
+                    {"params": params}, *positional, **named, mutable=DenyList("params"),
+                    rngs=dict.fromkeys(("params", "dropout"), jax.random.key(0)),
                 )  # fmt: skip
 
-        jax.eval_shape(call, params, given)
+        jax.eval_shape(call, params, arrays)
 
     return trace
 
@@ -179,7 +178,7 @@ def look(
     shapes suggest are tried. Where none works, a kernel of two axes counts as nn.Dense's, which
     `apply` checks, and others are `Other`. Raises `UserError` where a call with `inputs` fails.
     """
-    seen: Seen | None = None
+    seen = Seen()
     given = [as_arguments(inputs)] if inputs is not None else ((one, {}) for one in guesses(flat))
     for args, kwargs in given:
         try:
@@ -198,14 +197,13 @@ def look(
     layers = [_found(path, name, flat, seen) for path, name in owners(flat).items()]
     above = {path[:i] for path in flat for i in range(len(path)) if path[i] == "/"}
     sites: dict[str, Site | None] = dict.fromkeys(("", *sorted(above)))
-    return Found(layers, {**sites, **(seen.sites if seen else {})})
+    return Found(layers, {**sites, **seen.sites})
 
 
 def as_arguments(inputs: Any) -> tuple[tuple, dict]:
     """Return (args, kwargs) of `adapt`'s inputs."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+    args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (args, {})
 
 
 def guesses(flat: Mapping[str, Any]) -> Iterator[tuple]:
@@ -222,22 +220,18 @@ def guesses(flat: Mapping[str, Any]) -> Iterator[tuple]:
         height, width, channels, _ = patches
         tables = [shape for shape in shapes.values() if shape[-2:-1] and set(shape[:-2]) <= {1}]
         counts = dict.fromkeys(shape[-2] - extra for shape in tables for extra in (0, 1))
-        sides = dict.fromkeys(math.isqrt(count) for count in counts if _is_square(count))
+        roots = {count: math.isqrt(count) for count in counts if count > 0}
+        sides = dict.fromkeys(root for count, root in roots.items() if root**2 == count)
         for side in (*sides, 8):
-            image = (1, side * height, side * width, channels)
-            yield (jax.ShapeDtypeStruct(image, jnp.float32),)
+            yield (jax.ShapeDtypeStruct((1, side * height, side * width, channels), jnp.float32),)
     firsts = [shape[0] for shape in kernels.values()]  # a stack's is the number of its layers
     for width in dict.fromkeys((*firsts, *(shape[1] for shape in kernels.values()))):
         yield (jax.ShapeDtypeStruct((1, 4, width), jnp.float32),)
         yield (jax.ShapeDtypeStruct((1, width), jnp.float32),)
 
 
-def _is_square(count: int) -> bool:
-    return count > 0 and math.isqrt(count) ** 2 == count
-
-
-def _found(path: str, name: str, flat: Mapping[str, Any], seen: Seen | None) -> Layer | Other:
-    if seen is not None and path in seen.layers:
+def _found(path: str, name: str, flat: Mapping[str, Any], seen: Seen) -> Layer | Other:
+    if path in seen.layers:
         return seen.layers[path]
     shape = tuple(unboxed(flat[joined(path, name)]).shape)
     if name == "kernel" and len(shape) == 2:

@@ -10,8 +10,8 @@ import dataclasses
 import math
 import string
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
 import jax
@@ -47,16 +47,15 @@ class Product:
     @property
     def fault(self) -> str | None:
         """Why this is no product of two matrices, or None."""
-        both = [axis for axis in self.kernel if axis in self.x and axis in self.y]
-        if both:
-            return f"it has a kernel of its own for each index of a batch axis ({', '.join(both)})"
-        if any(axis not in self.x + self.y for axis in self.kernel):
-            return "it sums over an axis that its kernel alone has"
-        if any(len(set(axes)) < len(axes) for axes in (self.x, self.kernel, self.y)):
-            return "it takes a diagonal"
-        if not self.inputs or not self.outputs:
-            return "it sums over no axis, or over all of its kernel's"
-        return None
+        both = ", ".join(axis for axis in self.kernel if axis in self.x and axis in self.y)
+        repeated = any(len(set(axes)) < len(axes) for axes in (self.x, self.kernel, self.y))
+        faults = {
+            f"it has a kernel of its own for each index of a batch axis ({both})": both,
+            "it sums over an axis that its kernel alone has": set(self.kernel) - {*self.x, *self.y},
+            "it takes a diagonal": repeated,
+            "it sums over no axis, or over all of its kernel's": not (self.inputs and self.outputs),
+        }
+        return next((fault for fault, applies in faults.items() if applies), None)
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Return x as [rows ..., in]."""
@@ -125,9 +124,8 @@ EMBED, ATTEND = function(nn.Embed.__call__), function(nn.Embed.attend)
 
 def product(layer: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict) -> Product:
     """Return how this call of a linear layer multiplies; layer: its entry of `LINEAR`."""
-    given = dict(kwargs)
-    x = args[0] if args else given.pop("inputs")
-    return LINEAR[layer](module, jnp.asarray(x), *args[1:], **given)
+    rest = {name: value for name, value in kwargs.items() if name != "inputs"}
+    return LINEAR[layer](module, jnp.asarray(first(args, kwargs)), *args[1:], **rest)
 
 
 def first(args: tuple, kwargs: dict) -> Any:
@@ -144,22 +142,19 @@ UNKNOWN = (
 )
 
 
-class Call(NamedTuple):
-    """A call of a module's method. within: the methods of the same module that it runs inside."""
-
-    context: Any  # Linen's, of an interceptor
-    args: tuple
-    kwargs: dict
-    within: tuple[str, ...]
-
-
 class Addition(Protocol):
     """A pytree that changes a layer's output. idle: what is wrong where it changed nothing."""
 
     idle: ClassVar[str]
 
-    def change(self, call: Call, y: Any) -> Any:
-        """Return the new output, or None where this method of the layer is not one to change."""
+    def change(self, y: Any, args: tuple, kwargs: dict, context: Any, within: list[str]) -> Any:
+        """Return the new output, or None where this method of the layer is not one to change.
+
+        Args:
+            y: the output.
+            args, kwargs, context: of the call, as Linen gives them to an interceptor.
+            within: the methods of the same module that it runs inside.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,21 +168,21 @@ class LowRank:
     scale: float
     dropout: float
 
-    def change(self, call: Call, y: Any) -> Any:
-        module, method = call.context.module, call.context.orig_method.func
+    def change(self, y: Any, args: tuple, kwargs: dict, context: Any, within: list[str]) -> Any:
+        module, method = context.module, context.orig_method.func
         if method not in (EMBED, ATTEND, *CALLS):
             return None
-        x = first(call.args, call.kwargs)
+        x = first(args, kwargs)
         if method is EMBED:  # without dropout, as in PEFT: there is no input to drop
             low = dense(self.a, y.dtype)[x] * jnp.asarray(self.scale, y.dtype)
             return y + matmul(low, dense(self.b, y.dtype))
         if method is ATTEND:  # the tied head: x W' transposed
             low = matmul(x.astype(y.dtype), dense(self.b, y.dtype).T)
             return y + matmul(low * jnp.asarray(self.scale, y.dtype), dense(self.a, y.dtype).T)
-        layer = product(CALLS[method], module, call.args, call.kwargs)
+        layer = product(CALLS[method], module, args, kwargs)
         rows = layer.rows(jnp.asarray(x).astype(y.dtype))
-        if self.dropout > 0 and not module.has_rng("dropout"):
-            warn_no_dropout("LoRA", self.dropout, [name_of(module)])
+        if not module.has_rng("dropout"):
+            warn_without_dropout("LoRA", self.dropout, [name_of(module)])
         rows = dropped(module, rows, self.dropout)
         return y + layer.from_rows(lora_update(rows, self.a, self.b, self.scale))
 
@@ -195,21 +190,15 @@ class LowRank:
 jax.tree_util.register_dataclass(LowRank, data_fields=["a", "b"], meta_fields=["scale", "dropout"])
 
 
-def warn_no_dropout(what: str, rate: float, names: Sequence[str]) -> None:
-    """Warn of modules on which dropout cannot act."""
-    warnings.warn(
-        f"The {what} dropout of {rate} does not act on layers in an nn.scan or nn.vmap that passes "
-        f"no 'dropout' rng on: {', '.join(names)}. Give that one split_rngs={{'dropout': True}}, "
-        f"or set dropout=0.",
-        stacklevel=4,
-    )
-
-
-def warn_without_dropout(what: str, rate: float, parts: Iterable[Any]) -> None:
-    """Warn of modules and layers on which dropout cannot act."""
-    without = [part.name for part in parts if not part.takes_dropout]
-    if rate > 0 and without:
-        warn_no_dropout(what, rate, without)
+def warn_without_dropout(what: str, rate: float, names: Sequence[str]) -> None:
+    """Warn of modules and layers, by name, on which a dropout of this rate cannot act."""
+    if rate > 0 and names:
+        warnings.warn(
+            f"The {what} dropout of {rate} does not act on layers in an nn.scan or nn.vmap that "
+            f"passes no 'dropout' rng on: {', '.join(names)}. Give that one "
+            f"split_rngs={{'dropout': True}}, or set dropout=0.",
+            stacklevel=3,
+        )
 
 
 def name_of(module: nn.Module) -> str:
@@ -219,9 +208,7 @@ def name_of(module: nn.Module) -> str:
 
 def own(module: nn.Module, name: str) -> Any:
     """Return a leaf beside a module's parameters, or None."""
-    if module.scope is None or not module.scope.has_variable("params", name):
-        return None
-    return module.scope.get_variable("params", name)
+    return None if module.scope is None else module.scope.get_variable("params", name)
 
 
 def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dict) -> Any:
@@ -233,7 +220,7 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
     how = product(layer, module, args, kwargs)
     order = (*how.inputs, *how.outputs)
     leaf, bias = own(module, "kernel"), own(module, "bias")
-    given, rest = first(args, kwargs), args[1:]
+    given = first(args, kwargs)
     dtype = getattr(module, "dtype", None) or jnp.result_type(given, leaf.dtype)
     more = {key: value for key, value in kwargs.items() if value is not given}
 
@@ -242,9 +229,9 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
         variables = {"kernel": as_weight(dense(leaf, dtype), how.shape, order)}
         if bias is not None:
             variables["bias"] = bias
-        plain = module.clone(parent=None)
         method: Any = layer.__call__
-        return plain.apply({"params": variables}, x, *rest, method=method, **more)
+        plain = module.clone(parent=None)
+        return plain.apply({"params": variables}, x, *args[1:], method=method, **more)
 
     return run(given, leaf, bias)
 
@@ -263,7 +250,9 @@ def interceptor() -> Callable[..., Any]:
         if context.method_name == "setup":
             return next_method(*args, **kwargs)
         if type(module).__module__.startswith(NNX):
-            _check_bridge(module)
+            held = flatten(module.variables.get("params", {})).items()
+            if any(path.split("/")[-1] == LEAF or isinstance(x, FourBit) for path, x in held):
+                raise UserError(nnx_text(name_of(module)))
         addition: Addition | None = own(module, LEAF)
         codes = isinstance(own(module, "kernel"), FourBit)
         if addition is None and not codes:
@@ -272,7 +261,6 @@ def interceptor() -> Callable[..., Any]:
         outermost = path not in running  # else: a method that another one of the same module calls
         needed = {addition.idle} if addition is not None else set()
         methods, unused = running.setdefault(path, ([], needed | ({UNKNOWN} if codes else set())))
-        call = Call(context, args, kwargs, tuple(methods))
         methods.append(context.method_name)
         try:
             if codes and function in CALLS:
@@ -280,10 +268,11 @@ def interceptor() -> Callable[..., Any]:
                 unused.discard(UNKNOWN)
             else:
                 y = next_method(*args, **kwargs)
-            changed = None if addition is None else addition.change(call, y)
-            if addition is not None and changed is not None:
-                y = changed
-                unused.discard(addition.idle)
+            if addition is not None:
+                changed = addition.change(y, args, kwargs, context, methods[:-1])
+                if changed is not None:
+                    y = changed
+                    unused.discard(addition.idle)
         finally:
             methods.pop()
             if outermost:
@@ -296,12 +285,6 @@ def interceptor() -> Callable[..., Any]:
         return y
 
     return intercept
-
-
-def _check_bridge(module: nn.Module) -> None:
-    for path, leaf in flatten(module.variables.get("params", {})).items():
-        if path.split("/")[-1] == LEAF or isinstance(leaf, FourBit):
-            raise UserError(nnx_text(name_of(module)))
 
 
 def nnx_text(name: str) -> str:

@@ -62,13 +62,11 @@ def without(shape: Shape, axis: int) -> Shape | None:
 
 def shapes_inside(path: str, module: nn.Module, flat: Mapping[str, Any]) -> list[tuple]:
     """Return, of each parameter of a module at work, (its shape there, its shape as stored)."""
-    pairs = []
-    for name, leaf in flatten(module.variables.get("params", {})).items():
-        stored = flat.get(joined(path, name))
-        if stored is None:  # a module of its own inside a layer: a 4-bit layer makes one
-            return []
-        pairs.append((tuple(unboxed(leaf).shape), tuple(unboxed(stored).shape)))
-    return pairs
+    inside = flatten(module.variables.get("params", {}))
+    paths = {joined(path, name): leaf for name, leaf in inside.items()}
+    if not paths.keys() <= flat.keys():  # a module inside a layer: a 4-bit layer makes one
+        return []
+    return [(tuple(unboxed(x).shape), tuple(unboxed(flat[p]).shape)) for p, x in paths.items()]
 
 
 def axes_lost(pairs: list[tuple]) -> int:
@@ -118,16 +116,26 @@ WEIGHTS = ("kernel", "embedding")  # the leaves that make their module a layer
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class Part:
+    """What every description of a module has. path: of the module, joined by "/"."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path.replace("/", ".")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer(Part):
     """A layer whose weight is one matrix [in, out], or one a layer of a stack.
 
-    path: of the module, joined by "/". weight: the leaf's name. shape: one layer's own weight's.
+    weight: the leaf's name. shape: one layer's own weight's.
     inputs, outputs: its axes that make `in` and `out`. stack: what slices the leaf, or None.
     attended: an embedding that is a head too, by `attend`. takes_dropout: whether a "dropout" rng
     that `apply` is given reaches the layer, as far as a trace saw it.
     """
 
-    path: str
     weight: str
     shape: tuple[int, ...]
     inputs: tuple[int, ...]
@@ -135,10 +143,6 @@ class Layer:
     stack: Stack | None = None
     attended: bool = False
     takes_dropout: bool = True
-
-    @property
-    def name(self) -> str:
-        return self.path.replace("/", ".")
 
     @property
     def names(self) -> dict[str, int | None]:
@@ -151,7 +155,7 @@ class Layer:
 
     @property
     def leaf(self) -> str:
-        return f"{self.path}/{self.weight}" if self.path else self.weight
+        return joined(self.path, self.weight)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -161,10 +165,8 @@ class Layer:
     @property
     def size(self) -> tuple[int, int]:
         """in and out."""
-        inside, outside = (
-            math.prod(self.shape[i] for i in axes) for axes in (self.inputs, self.outputs)
-        )
-        return inside, outside
+        inputs, outputs = ([self.shape[i] for i in axes] for axes in (self.inputs, self.outputs))
+        return math.prod(inputs), math.prod(outputs)
 
     def matrices(self, rank: int) -> dict[str, Shape]:
         """Return {path: shape} of its LoRA's A and B."""
@@ -176,10 +178,9 @@ class Layer:
 
     def matrix(self, weight: jax.Array) -> jax.Array:
         """Return a weight as [in, out] or [layers, in, out]."""
-        if self.stack is not None:
-            weight = jnp.moveaxis(weight, self.stack.axis, 0)
         lead = len(self.layers)
         order = (*range(lead), *(lead + i for i in (*self.inputs, *self.outputs)))
+        weight = weight if self.stack is None else jnp.moveaxis(weight, self.stack.axis, 0)
         return weight.transpose(order).reshape(*self.layers, *self.size)
 
     def unmatrix(self, matrix: jax.Array) -> jax.Array:
@@ -189,32 +190,25 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Other:
+class Other(Part):
     """A module that has a kernel, but is no layer that can be adapted: why.
 
     unknown: it may be one, but no trace reached it.
     """
 
-    path: str
     why: str
     unknown: bool = False
 
-    @property
-    def name(self) -> str:
-        return self.path.replace("/", ".")
-
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class Site(Part):
     """A module whose `__call__` was met.
 
-    path: joined by "/". kind: its class. x, y: the shapes of its first argument and of what it
-    gives, or, where that is no array of floating-point numbers, what it is instead. depth: how many
-    axes its parameters lost on their way in. stack: what slices them, or None.
-    takes_dropout: as a layer's.
+    kind: its class. x, y: the shapes of its first argument and of what it gives, or, where that is
+    no array of floating-point numbers, what it is instead. depth: how many axes its parameters lost
+    on their way in. stack: what slices them, or None. takes_dropout: as a layer's.
     """
 
-    path: str
     kind: str
     x: tuple[int, ...] | str
     y: tuple[int, ...] | str
@@ -222,15 +216,14 @@ class Site:
     takes_dropout: bool
     stack: Stack | None = None
 
-    @property
-    def name(self) -> str:
-        return self.path.replace("/", ".")
-
     def beside(self, other: "Site") -> "Site":
         """Return the same module of two calls: a side whose width differs has none."""
-        sides = ((side, getattr(self, side), getattr(other, side)) for side in ("x", "y"))
-        changes = {side: "arrays of several widths" for side, a, b in sides if a[-1:] != b[-1:]}
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        several = "arrays of several widths"
+        return dataclasses.replace(
+            self,
+            x=self.x if self.x[-1:] == other.x[-1:] else several,
+            y=self.y if self.y[-1:] == other.y[-1:] else several,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +254,9 @@ def first_argument(function: Any, args: tuple, kwargs: dict) -> Any:
 
 def owners(flat: Mapping[str, Any]) -> dict[str, str]:
     """Return {module path: its weight's name} of all modules that have a kernel or embedding."""
-    found = {}
-    for path in flat:
-        module, _, name = path.rpartition("/")
-        if name in WEIGHTS and len(unboxed(flat[path]).shape) > 1:
-            found[module] = name
-    return found
+    split = {path: path.rpartition("/") for path in flat}
+    return {
+        module: name
+        for path, (module, _, name) in split.items()
+        if name in WEIGHTS and len(unboxed(flat[path]).shape) > 1
+    }

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import jax
 
 from vlm_jax.adapters.bottleneck import check_known, leaf_shapes
+from vlm_jax.adapters.modules_to_save import owners
 from vlm_jax.adapters.targets import PRESETS, means, no_target, resolve_targets, suffixes_of
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import check_patterns
-from vlm_jax.linen.intercept import Call, name_of, warn_no_dropout
-from vlm_jax.linen.parts import Layer, Other, Site, first_argument, shape_of
+from vlm_jax.linen.intercept import name_of, warn_without_dropout
+from vlm_jax.linen.parts import Layer, Other, Site, first_argument, joined, shape_of
 from vlm_jax.models.layers.bottleneck import Bottleneck, bottleneck
 from vlm_jax.models.methods import Adapter, LoRA
 
@@ -34,8 +35,13 @@ def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> li
     Raises `UserError` for a target that matches nothing, or what cannot be adapted.
     """
     by_name = {one.name: one for one in found}
-    linear = [one.name for one in found if _is_linear(one)]
-    meant = resolve_targets(targets, by_name, linear)
+    layers = {name: one for name, one in by_name.items() if isinstance(one, Layer)}
+    linear = [
+        one.name
+        for one in found
+        if (one.weight == "kernel" if isinstance(one, Layer) else one.unknown)
+    ]
+    meant = resolve_targets(targets, by_name, linear, by_name)
     if not meant:
         raise UserError(
             f"LoRA's targets are empty. Name suffixes, a preset ({', '.join(PRESETS)}), "
@@ -45,31 +51,19 @@ def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> li
     for target, names in meant.items():
         named = targets != "all-linear" and targets not in PRESETS
         if not names and target in suffixes_of(targets):
-            names, named = [name for name in linear if _lies_in(name, target)], False
-        hits = [by_name[name] for name in names]
-        for one in hits:
+            names = [n for n in linear if any(means((target,), outer) for outer in owners(n))]
+            named = False
+        for one in (by_name[name] for name in names):
             if isinstance(one, Other) and (named or one.unknown):
                 raise UserError(
                     f"The LoRA target '{target}' means '{one.name}', which cannot be adapted: "
                     f"{one.why}. LoRA goes on nn.Dense, nn.DenseGeneral, nn.Einsum without a batch "
                     f"axis and nn.Embed."
                 )
-        layers = {one.path for one in hits if isinstance(one, Layer)}
-        if not layers:
-            others = [one.name for one in found if isinstance(one, Layer)]
-            raise no_target(target, others, "the module")
-        wanted |= layers
-    return [one for one in found if isinstance(one, Layer) and one.path in wanted]
-
-
-def _is_linear(one: Layer | Other) -> bool:
-    return one.unknown if isinstance(one, Other) else one.weight == "kernel"
-
-
-def _lies_in(name: str, module: str) -> bool:
-    """Return whether one of the modules around `name` is named so."""
-    parts = name.split(".")
-    return any(means((module,), ".".join(parts[:i])) for i in range(1, len(parts)))
+        if not layers.keys() & names:
+            raise no_target(target, layers, "the module")
+        wanted |= layers.keys() & names
+    return [layer for name, layer in layers.items() if name in wanted]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +78,21 @@ class Beside:
     leaves: Any
     form: Bottleneck
 
-    def change(self, call: Call, y: Any) -> Any:
-        context = call.context
-        if context.method_name != "__call__" or "__call__" in call.within:  # as super()'s
+    def change(self, y: Any, args: tuple, kwargs: dict, context: Any, within: list[str]) -> Any:
+        if context.method_name != "__call__" or "__call__" in within:  # as super()'s
             return None
-        read, module = y, context.module
-        if self.form.reads == "input":
-            read = first_argument(context.orig_method, call.args, call.kwargs)
+        module, reads_x = context.module, self.form.reads == "input"
+        read = first_argument(context.orig_method, args, kwargs) if reads_x else y
         down, up = (self.leaves[name]["kernel"].shape for name in ("adapter_down", "adapter_up"))
         x_shape, y_shape = shape_of(read), shape_of(y)
-        widths = x_shape[-1:], y_shape[-1:]
-        if x_shape[:-1] != y_shape[:-1] or widths != (down[:-1], up[1:]):  # of no stack, too
+        if x_shape[:-1] != y_shape[:-1] or (x_shape[-1:], y_shape[-1:]) != (down[:-1], up[1:]):
             raise UserError(
                 f"The adapter of '{name_of(module)}' has the matrices {list(down)} and {list(up)}, "
                 f"but reads {x_shape} and changes {y_shape} in this call, unlike in the one that "
                 f"adapt traced. Give adapt `inputs=` of such a call, or remove it from the targets."
             )
-        if self.form.dropout > 0 and not module.has_rng("dropout"):
-            warn_no_dropout("adapter", self.form.dropout, [name_of(module)])
+        if not module.has_rng("dropout"):
+            warn_without_dropout("adapter", self.form.dropout, [name_of(module)])
         return y + bottleneck(module, self.form, self.leaves, read, y.dtype)
 
 
@@ -117,11 +108,11 @@ def check_adapter(adapter: Adapter) -> None:
             "output, which no call of a foreign module sees. Take Adapter('houlsby', ...) with the "
             "MLP alone as target, which reads that output before the sum."
         )
-    lacking = {
-        "components": "looking into components of a vision-language model (targets name modules)",
-        "modules_to_save": "saving further modules in full (train them as leaves of 'params')",
-    }
-    check_lacking(adapter, lacking)
+    check_lacking(
+        adapter,
+        components="looking into components of a vision-language model (targets name modules)",
+        modules_to_save="saving further modules in full (train them as leaves of 'params')",
+    )
     if not adapter.targets:
         raise UserError(
             "The adapter's targets are empty. Name the modules whose output gets one: suffixes "
@@ -129,8 +120,8 @@ def check_adapter(adapter: Adapter) -> None:
         )
 
 
-def check_lacking(method: LoRA | Adapter, lacking: Mapping[str, str]) -> None:
-    """Raise `UserError` where a field says anything; lacking: {field: what it asks for}."""
+def check_lacking(method: LoRA | Adapter, **lacking: str) -> None:
+    """Raise `UserError` where a field is set; lacking: what each field asks for."""
     for name, what in lacking.items():
         if getattr(method, name) != getattr(type(method)(), name):
             raise UserError(
@@ -201,8 +192,7 @@ def site_shapes(site: Site, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     read = site.x if adapter.form.reads == "input" else site.y
     assert not isinstance(read, str) and not isinstance(site.y, str)  # `chosen_sites` saw to it
     lead = () if site.stack is None else (site.stack.count,)
-    base = f"{site.path}/" if site.path else ""
-    return leaf_shapes(adapter, base, read[-1], site.y[-1], lead)
+    return leaf_shapes(adapter, joined(site.path, ""), read[-1], site.y[-1], lead)
 
 
 def beside(site: Site, adapter: Adapter, leaves: Any, dropout: bool) -> Beside:

@@ -23,8 +23,7 @@ from vlm_jax.data.text.tokenizer import has_tokenizer, load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.evals import EVALS
 from vlm_jax.evals.named import Evaluator
-from vlm_jax.hub.load import load
-from vlm_jax.hub.sizes import read_hf_config
+from vlm_jax.hub.load import load, read_hf_config
 from vlm_jax.model import Model, from_config
 from vlm_jax.quantization import Quantization
 from vlm_jax.sharding import (
