@@ -33,7 +33,6 @@ class Stop:
     def __init__(self, mesh: Mesh):
         self.asked = threading.Event()
         self._agreed = False
-        self._answer: jax.Array | None = None
         self._several = processes.count() > 1
         if self._several:
             self._count = len(mesh.local_devices)
@@ -51,8 +50,7 @@ class Stop:
         if self._several:
             before = self._answer
             self._carry()
-            if before is not None:
-                self._agreed = bool(jax.device_get(before))
+            self._agreed = bool(jax.device_get(before))
 
     def check(self) -> None:
         """Raise `Stopped` if the run stops; every process calls it, behind each evaluated batch."""

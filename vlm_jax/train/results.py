@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -126,7 +125,7 @@ def load_run(
     model, params, table, _ = build(config, mesh, encoder)
     trainable, frozen = split(params, table)
     options = state_options(config)
-    kept, dtype = ("ema", jnp.float32) if options["ema"] else ("trainable", options["param_dtype"])
+    kept, dtype = ("ema", "float32") if options["ema"] else ("trainable", options["param_dtype"])
     same = identity(config, model, table, rows=0)
     same = {name: same[name] for name in ("base", "training table", "lora", "adapter")}
     with Checkpoints(places_of(config, directory).checkpoints, same) as checkpoints:

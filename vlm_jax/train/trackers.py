@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import json
 import os
@@ -81,13 +80,12 @@ def check_reporters(names: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _explained(name: str, what: str) -> Iterator[None]:
     """Raise `UserError` with what to do where a reporter fails inside; each has its own errors."""
-    remedy = f"Leave {name} out of training.report_to to train without it."
-    if name == "wandb":
-        remedy = (
-            "Run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which writes into "
-            "the run's directory for a later `wandb sync`; or leave wandb out of "
-            "training.report_to."
-        )
+    remedy = (
+        "Run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which writes into the "
+        "run's directory for a later `wandb sync`; or leave wandb out of training.report_to."
+        if name == "wandb"
+        else f"Leave {name} out of training.report_to to train without it."
+    )
     try:
         yield
     except Exception as error:
