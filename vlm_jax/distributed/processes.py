@@ -243,11 +243,10 @@ def is_primary() -> bool:
 
 def wait_for_all(name: str) -> None:
     """Return once every process has called this; all make such calls in the same order."""
-    if count() == 1:
-        return
-    key = f"vlm_jax/{next(_calls)}/{name}"
-    # However long it takes: the one waited for may write a model, and if it died all end.
-    returned(lambda: client().wait_at_barrier(key, EVER * 1000), time.monotonic() + EVER)
+    if count() > 1:
+        key = f"vlm_jax/{next(_calls)}/{name}"
+        # However long it takes: the one waited for may write a model, and if it died all end.
+        returned(lambda: client().wait_at_barrier(key, EVER * 1000), time.monotonic() + EVER)
 
 
 def gather(name: str, value: Any) -> list[Any]:
@@ -266,8 +265,8 @@ def check_same(what: str, value: dict[str, Any]) -> None:
 
     value: JSON-able values by name. All call it.
     """
-    own = json.loads(json.dumps(value))
-    first = gather(what, own)[0]
+    values = gather(what, value)
+    first, own = values[0], values[number()]
     for key in sorted(first.keys() | own.keys()):
         if first.get(key) != own.get(key):
             raise UserError(

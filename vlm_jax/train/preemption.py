@@ -37,8 +37,7 @@ class Stop:
         if self._several:
             self._count = len(mesh.local_devices)
             self._wishes = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self._together = jax.jit(jnp.max, out_shardings=everywhere)
+            self._together = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
             self._carry()  # compiled before the first step
 
     def now(self) -> bool:
@@ -76,9 +75,8 @@ def interruptible(mesh: Mesh) -> Iterator[Stop]:
     first: dict[int, float] = {}
 
     def ask(number: int) -> None:
-        now = time.monotonic()
         stop.asked.set()
-        thread = threading.get_ident()
+        now, thread = time.monotonic(), threading.get_ident()
         if thread not in first:
             first[thread] = now
         elif number == signal.SIGINT and now - first[thread] > GRACE:

@@ -169,24 +169,24 @@ def headline(data: Pipeline, held_out: Pipeline | None, rows: int, total: int, m
     """Return how many records are trained and evaluated on, and in how many rows and steps."""
     report = data.report
     kept, seen, records = (report[key] for key in ("examples", "measured", "records"))
-    words = f"{kept:,} of {_many(records, 'record')}"
-    if seen < records:
-        words = f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
+    used = (
+        f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
+        if seen < records
+        else f"{kept:,} of {_many(records, 'record')}"
+    )
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
     changed = (("shrunk", "with smaller images"), ("turns_dropped", "without old turns"))
     notes = [f"left out: {left_out}"] if left_out else []
     notes += [f"{report[key]:,} {change}" for key, change in changed if report[key]]
-    if notes:
-        words += f" ({'; '.join(notes)})"
-    if held_out is not None:
-        words += f", {held_out.report['records']:,} to evaluate on"
-    words += f"; {_many(rows, 'row')} a step"
-    if mesh.size > 1:
-        sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
-        words += f" on {mesh.size} devices ({sizes})"
-    epoch = data.steps_per_epoch
-    words += f"; {_many(total, 'step')}"
-    return words if epoch is None else f"{words}, {epoch:,} an epoch"
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    evaluated = "" if held_out is None else f", {held_out.report['records']:,} to evaluate on"
+    sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
+    devices = f" on {mesh.size} devices ({sizes})" if mesh.size > 1 else ""
+    epoch = "" if data.steps_per_epoch is None else f", {data.steps_per_epoch:,} an epoch"
+    return (
+        f"{used}{noted}{evaluated}; {_many(rows, 'row')} a step{devices}; "
+        f"{_many(total, 'step')}{epoch}"
+    )
 
 
 def opening_lines(
@@ -235,13 +235,13 @@ def details(data: Pipeline, model: Model) -> list[str]:
     """Return what `--verbose` prints: the shapes of rows, what stays empty, how a step computes."""
     report = data.report
     shapes = ", ".join(f"{tokens} x {patches}" for tokens, patches in data.shapes)
-    again = "kept for" if model.remat == "none" else "recomputed in"
     return [
         f"{'packed rows' if report['packing'] else 'rows'} of tokens x patches: {shapes}; "
         f"{report['padding']:.1%} of tokens and {report['patch_padding']:.1%} of patches stay "
         f"empty",
-        f"norms and softmax in float32; layers are {again} the backward pass ({model.remat}); no "
-        f"gradient is taken of frozen weights, so inputs need none",
+        f"norms and softmax in float32; layers are "
+        f"{'kept for' if model.remat == 'none' else 'recomputed in'} the backward pass "
+        f"({model.remat}); no gradient is taken of frozen weights, so inputs need none",
     ]
 
 
