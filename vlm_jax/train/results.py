@@ -17,7 +17,7 @@ from vlm_jax.batch import Batch
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.atomic import whole_directory, write_json
 from vlm_jax.generation import generate
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter, save_adapter
@@ -80,13 +80,14 @@ def _config_of(directory: Path) -> RunSpec:
             f"'{directory}' holds no run: there is no config.json. Give the training.output_dir of "
             f"a run."
         )
-    try:
-        config = configs.load(directory / "config.json")
-    except UserError as error:
-        raise UserError(
+    with explained(
+        UserError,
+        lambda error: (
             f"The run in '{directory}' cannot be read: {error} If this is a checkpoint and no run, "
             f"give it by --model."
-        ) from error
+        ),
+    ):
+        config = configs.load(directory / "config.json")
     finished = any((directory / name).is_dir() for name in RESULTS)
     if not finished and not places_of(config, directory).saved_steps():
         raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")

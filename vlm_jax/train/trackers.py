@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.table import Column
 from rich.table import Table as RichTable
 
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError, first_line
+from vlm_jax.errors import UserError, explained, first_line
 from vlm_jax.files.atomic import write_whole
 
 HOSTED = ("wandb", "trackio")  # packages with wandb's interface
@@ -73,12 +73,11 @@ def check_reporters(names: Sequence[str]) -> None:
     if "wandb" in names and processes.is_primary():
         wandb: Any = importlib.import_module("wandb")
         if wandb.setup().settings.mode in ONLINE:
-            with _explained("wandb", "cannot log in"):
+            with _usable("wandb", "cannot log in"):
                 wandb.login()
 
 
-@contextlib.contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
+def _usable(name: str, what: str) -> contextlib.AbstractContextManager[None]:
     """Raise `UserError` with what to do where a reporter fails inside; each has its own errors."""
     remedy = (
         "Run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which writes into the "
@@ -86,13 +85,13 @@ def _explained(name: str, what: str) -> Iterator[None]:
         if name == "wandb"
         else f"Leave {name} out of training.report_to to train without it."
     )
-    try:
-        yield
-    except Exception as error:
-        raise UserError(
+    return explained(
+        Exception,
+        lambda error: (
             f"training.report_to names '{name}', which {what}: {first_line(error).rstrip('.')}. "
             f"{remedy}"
-        ) from error
+        ),
+    )
 
 
 class Reporter:
@@ -152,7 +151,7 @@ class Log(Reporter):
     def _tensorboard(self, directory: Path, resume_step: int | None) -> Callable[[], Any]:
         from tensorboardX import SummaryWriter
 
-        with _explained("tensorboard", "cannot write"):
+        with _usable("tensorboard", "cannot write"):
             board = SummaryWriter(
                 str(directory / "tensorboard"),
                 purge_step=None if resume_step is None else resume_step + 1,
@@ -176,7 +175,7 @@ class Log(Reporter):
         module: Any = importlib.import_module(name)
         # Else wandb writes where the command was given; trackio has a place of its own.
         place = {"dir": os.environ.get("WANDB_DIR") or str(directory)} if name == "wandb" else {}
-        with _explained(name, "cannot start"):
+        with _usable(name, "cannot start"):
             module.init(
                 project=project, name=run_name or directory.name, config=dict(config), **place
             )
