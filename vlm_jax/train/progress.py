@@ -169,24 +169,25 @@ def headline(data: Pipeline, held_out: Pipeline | None, rows: int, total: int, m
     """Return how many records are trained and evaluated on, and in how many rows and steps."""
     report = data.report
     kept, seen, records = (report[key] for key in ("examples", "measured", "records"))
-    used = (
-        f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
-        if seen < records
-        else f"{kept:,} of {_many(records, 'record')}"
-    )
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
+    words = f"{kept:,} of {_many(records, 'record')}"
+    if seen < records:
+        words = f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
+    left_out = [f"{count:,} {reason}" for reason, count in report["dropped"].items()]
     changed = (("shrunk", "with smaller images"), ("turns_dropped", "without old turns"))
-    notes = [f"left out: {left_out}"] if left_out else []
-    notes += [f"{report[key]:,} {change}" for key, change in changed if report[key]]
-    noted = f" ({'; '.join(notes)})" if notes else ""
-    evaluated = "" if held_out is None else f", {held_out.report['records']:,} to evaluate on"
-    sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
-    devices = f" on {mesh.size} devices ({sizes})" if mesh.size > 1 else ""
-    epoch = "" if data.steps_per_epoch is None else f", {data.steps_per_epoch:,} an epoch"
-    return (
-        f"{used}{noted}{evaluated}; {_many(rows, 'row')} a step{devices}; "
-        f"{_many(total, 'step')}{epoch}"
-    )
+    notes = [f"{report[key]:,} {said}" for key, said in changed if report[key]]
+    if left_out:
+        notes.insert(0, f"left out: {', '.join(left_out)}")
+    if notes:
+        words += f" ({'; '.join(notes)})"
+    if held_out is not None:
+        words += f", {held_out.report['records']:,} to evaluate on"
+    words += f"; {_many(rows, 'row')} a step"
+    if mesh.size > 1:
+        sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
+        words += f" on {mesh.size} devices ({sizes})"
+    words += f"; {_many(total, 'step')}"
+    epoch = data.steps_per_epoch
+    return words if epoch is None else f"{words}, {epoch:,} an epoch"
 
 
 def opening_lines(
@@ -202,8 +203,8 @@ def opening_lines(
     """Return what a run says of its data and weights before its first step."""
     four = any(is_quantized(leaf) for leaf in flatten(params).values())
     weights = summary(model, params) if four else []
-    lines = [headline(data, held_out, rows, total, mesh)]
-    return lines + weights + details(data, model) if verbose else lines + weights[:1]
+    shown = [headline(data, held_out, rows, total, mesh), *weights[:1]]
+    return shown + (weights[1:] + details(data, model) if verbose else [])
 
 
 def closing_lines(

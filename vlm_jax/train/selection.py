@@ -337,16 +337,16 @@ def best_leaves(
     """
     chosen = checkpoints.best_step
     if chosen is None:
-        return (
-            last,
-            {"step": step, "metric": best.metric, "value": None},
+        line = (
             f"Warning: no checkpoint was saved with a finite {best.metric} on held-out data: the "
-            f"result is the last step's.",
+            f"result is the last step's."
         )
+        return last, {"step": step, "metric": best.metric, "value": None}, line
     value = checkpoints.evaluations[chosen][best.metric]
-    return (
-        last if chosen == step else checkpoints.restore_trainable(last, chosen, kept),
-        {"step": chosen, "metric": best.metric, "value": value},
+    line = (
         f"The result is step {chosen}'s: its {best.metric} on held-out data, {value:.4f}, is the "
-        f"best of all checkpoints.",
+        f"best of all checkpoints."
     )
+    if chosen != step:
+        last = checkpoints.restore_trainable(last, chosen, kept)
+    return last, {"step": chosen, "metric": best.metric, "value": value}, line
