@@ -243,14 +243,14 @@ def check_output(places: Places, resume: bool) -> None:
     resume: there must be a run; otherwise there must be none.
     """
     directory = places.directory
-    try:
-        os.lstat(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:  # a name too long, a byte that no name has
-        raise UserError(
+    impossible = explained(
+        (OSError, ValueError),  # a name too long, a byte that no name has
+        lambda error: (
             f"training.output_dir is {str(directory)!r}, which cannot be a directory: {error}."
-        ) from error
+        ),
+    )
+    with impossible, contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(directory)
     there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     held = [name for name in CONTENTS if os.path.exists(directory / name)]
     owner = places.claimed()

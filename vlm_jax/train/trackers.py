@@ -183,20 +183,19 @@ class Log(Reporter):
         return module.finish
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self.metrics.write(step, values)
-        self._publish(step, {f"train/{name}": value for name, value in values.items()})
+        self._write(self.metrics, "train", step, values)
 
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        self.evaluations.write(step, values)
-        self._publish(step, {f"eval/{name}": value for name, value in values.items()})
+        self._write(self.evaluations, "eval", step, values)
+
+    def _write(self, lines: JsonLines, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        lines.write(step, values)
+        for publish in self.writers:
+            publish(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def evaluated(self, step: int) -> dict[str, float] | None:
         values = dict(self.evaluations.last)
         return values if values.pop("step", None) == step else None
-
-    def _publish(self, step: int, values: Mapping[str, Any]) -> None:
-        for write in self.writers:
-            write(step, values)
 
     def close(self) -> None:
         self.opened.close()
