@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlm_jax
-from vlm_jax.train.moments import EightBit, Plain, pages_of, store_of
+from vlm_jax.train.moments import Store, pages_of, store_of
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights.blocks import Blocks
 from vlm_jax.weights.dynamic8 import dequantize, dynamic_map, quantize
@@ -146,6 +146,6 @@ def test_blocks_run_along_torch_tensors_and_can_be_undone(path):
 
 
 def test_what_a_leaf_is_kept_as():
-    assert store_of("a/kernel", (64, 64), True) == EightBit(Blocks((64, 64), 256, 2, True))
-    assert store_of("a/kernel", (64, 63), True) == Plain((64, 63))
-    assert store_of("a/kernel", (64, 64), False) == Plain((64, 64))
+    assert store_of("a/kernel", (64, 64), True) == Store((64, 64), Blocks((64, 64), 256, 2, True))
+    assert store_of("a/kernel", (64, 63), True) == Store((64, 63))
+    assert store_of("a/kernel", (64, 64), False) == Store((64, 64))

@@ -262,7 +262,7 @@ def test_a_state_can_be_planned_and_made_inside_jit():
     ],
 )
 def test_pages_are_equal_and_neither_tiny_nor_huge(shape, cut):
-    pages = moments.pages_of(moments.Plain(shape), shape, paged=True)
+    pages = moments.pages_of(moments.Store(shape), shape, paged=True)
     assert (pages.count, pages.axis) == cut
     split = jax.eval_shape(pages.split_axis, jax.ShapeDtypeStruct(shape, jnp.float32))
     assert jax.eval_shape(pages.merge_axis, split).shape == shape

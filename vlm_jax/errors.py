@@ -1,5 +1,9 @@
 """UserError, the one exception for users: a paragraph of what, where, expected, remedy."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 # What a terminal obeys (control characters), and what nothing shows but a reader of text sees: line
 # separators, Unicode's Default_Ignorable_Code_Points (zero width, direction, tags, fillers); and
 # halves of surrogate pairs, which no file or terminal takes.
@@ -40,6 +44,17 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return marked(super().__str__())
+
+
+@contextlib.contextmanager
+def explained(
+    kinds: type[BaseException] | tuple[type[BaseException], ...], words: Callable[[Any], str]
+) -> Iterator[None]:
+    """Raise `UserError` with the words for an exception of these kinds that a block raises."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(words(error)) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -100,8 +100,7 @@ def _watch(here: ProcessSlot, done: threading.Event, set_message: Callable[[str]
     while not done.wait(LOOK):
         failure = _failure()
         if failure is not None and failure["process"] != here.number:
-            if not ending.acquire(blocking=False):
-                return  # another thread is at it
+            ending.acquire()  # for ever where another thread ends this process
             _say_others(here, failure)
             _leave(here, failure["code"], set_message)
 
@@ -129,9 +128,7 @@ def _fail(
     joined: bool,
 ) -> None:
     """Report an exception, tell the others if it had joined them, and end this process."""
-    if not ending.acquire(blocking=False):
-        while True:  # another thread ends this process
-            time.sleep(1)
+    ending.acquire()  # for ever where another thread ends this process
     mine = isinstance(error, UserError | KeyboardInterrupt)
     failure = _explained(here) if joined and not mine else None
     code = 1
@@ -191,8 +188,8 @@ def _is_of_others(error: BaseException) -> bool:
     import jax
 
     signs = ("gloo", "connection", "unavailable", "peer", "heartbeat", "coordination", "nccl")
-    text = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
+    found = any(sign in str(error).lower() for sign in signs)
+    return isinstance(error, jax.errors.JaxRuntimeError) and found
 
 
 def _leave(

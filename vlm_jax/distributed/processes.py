@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from vlm_jax.errors import UserError, first_line
+from vlm_jax.errors import UserError, explained, first_line
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's own: where process 0 listens, if not everywhere
@@ -92,18 +92,19 @@ def _host_and_port(address: str) -> tuple[str, int]:
 def _detected() -> ProcessSlot | None:
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks too
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice for who wants several processes
-            address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, None, _integer(START_TIMEOUT, 1)
-            )
-    except Exception as error:  # each kind of cluster raises its own
-        raise UserError(
+    unknown = explained(
+        Exception,  # each kind of cluster raises its own
+        lambda error: (
             f"This looks like one process of a cluster, but which one cannot be found out: "
             f"{error}. Set {ADDRESS}, {COUNT} and {NUMBER}, or {COUNT}=1 to train in this process "
             f"alone."
-        ) from error
+        ),
+    )
+    with unknown, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice for who wants several processes
+        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, _integer(START_TIMEOUT, 1)
+        )
     if address is None or count is None or number is None or count == 1:
         return None
     return ProcessSlot(address, count, number, None if devices is None else tuple(devices))
@@ -145,20 +146,22 @@ def start(here: ProcessSlot | None = None) -> None:
         initialization_timeout=timeout + 600,
         heartbeat_timeout_seconds=heartbeat,
     )
-    try:
-        if not returned(join, end):
-            raise UserError(
-                f"Not all of {here.count} processes came to '{here.address}' within {timeout} "
-                f"seconds (this is number {here.number}). Start all of them, with the same "
-                f"{ADDRESS} and {COUNT} and each its own {NUMBER}; {START_TIMEOUT} sets how long "
-                f"they wait for each other."
-            )
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
+    with explained(
+        jax.errors.JaxRuntimeError,
+        lambda error: (
             f"The processes could not be connected at '{here.address}' (this is number "
             f"{here.number} of {here.count}): {first_line(error)}. {ADDRESS} must name the host of "
             f"process 0 and a port that is free there."
-        ) from error
+        ),
+    ):
+        joined = returned(join, end)
+    if not joined:
+        raise UserError(
+            f"Not all of {here.count} processes came to '{here.address}' within {timeout} seconds "
+            f"(this is number {here.number}). Start all of them, with the same {ADDRESS} and "
+            f"{COUNT} and each its own {NUMBER}; {START_TIMEOUT} sets how long they wait for each "
+            f"other."
+        )
 
 
 def _check_free(here: ProcessSlot) -> None:
@@ -166,14 +169,15 @@ def _check_free(here: ProcessSlot) -> None:
     _, port = _host_and_port(here.address)
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    try:  # everywhere, as JAX does; a port that a run has just left is free
+    with explained(
+        OSError,
+        lambda error: (
+            f"Process 0 cannot listen at port {port} of '{here.address}': "
+            f"{os.strerror(error.errno)}. {ADDRESS} must name the host of process 0 and a port "
+            f"that is free there."
+        ),
+    ):  # everywhere, as JAX does; a port that a run has just left is free
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise UserError(
-            f"Process 0 cannot listen at port {port} of '{here.address}': {reason}. {ADDRESS} must "
-            f"name the host of process 0 and a port that is free there."
-        ) from error
 
 
 def _reach(here: ProcessSlot, end: float, timeout: int) -> None:
@@ -243,11 +247,10 @@ def is_primary() -> bool:
 
 def wait_for_all(name: str) -> None:
     """Return once every process has called this; all make such calls in the same order."""
-    if count() == 1:
-        return
-    key = f"vlm_jax/{next(_calls)}/{name}"
-    # However long it takes: the one waited for may write a model, and if it died all end.
-    returned(lambda: client().wait_at_barrier(key, EVER * 1000), time.monotonic() + EVER)
+    if count() > 1:
+        key = f"vlm_jax/{next(_calls)}/{name}"
+        # However long it takes: the one waited for may write a model, and if it died all end.
+        returned(lambda: client().wait_at_barrier(key, EVER * 1000), time.monotonic() + EVER)
 
 
 def gather(name: str, value: Any) -> list[Any]:
@@ -266,8 +269,8 @@ def check_same(what: str, value: dict[str, Any]) -> None:
 
     value: JSON-able values by name. All call it.
     """
-    own = json.loads(json.dumps(value))
-    first = gather(what, own)[0]
+    values = gather(what, value)
+    first, own = values[0], values[number()]
     for key in sorted(first.keys() | own.keys()):
         if first.get(key) != own.get(key):
             raise UserError(

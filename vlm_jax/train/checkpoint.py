@@ -5,7 +5,6 @@ The frozen base is not in them, so a checkpoint carries the base's identity and 
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +69,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: epath.PathLike,
         identity: Mapping[str, Any],
         keep: int = 0,
         best: Best | None = None,
@@ -186,22 +185,29 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         have been saved in pages and be whole in it, or the other way round.
         Raises `UserError` where the identity, a leaf or a shape differs, saying which.
         """
-        self.finish()
         step = self.manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"There is no checkpoint in '{self.directory}'.")
-        meta, saved = self._check(step, flat_state(like))
-        return _unflat(self._read_state(step, saved), like), meta["data"]
+        return self._restored(like, step)
 
     def restore_trainable(self, like: Any, step: int, kept: str = "trainable") -> Any:
         """Return the trainable leaves of the checkpoint of `step` alone, as `restore` does.
 
         kept: "ema" for their average.
         """
+        return self._restored({kept: like}, step, f"{kept}.")[0][kept]
+
+    def _restored(self, like: Any, step: int, prefix: str = "") -> tuple[Any, dict]:
+        """Return the leaves of `like`, all whose names begin with the prefix, and `data_state`."""
         self.finish()
-        tree = {kept: like}
-        _, saved = self._check(step, flat_state(tree), f"{kept}.")
-        return _unflat(self._read_state(step, saved), tree)[kept]
+        meta, saved = self._check(step, flat_state(like), prefix)
+        targets = {name: struct for name, (struct, _) in saved.items()}
+        placed = ocp.checkpoint_utils.construct_restore_args(targets)
+        args = ocp.args.PyTreeRestore(targets, placed, partial_restore=True)
+        found = self._read(step, "state", ocp.PyTreeCheckpointHandler, args)
+        # Taken out one by one: what is turned does not stay beside what it was.
+        leaves = {name: turn(found.pop(name)) for name, (_, turn) in saved.items()}
+        return _unflat(leaves, like), meta["data"]
 
     def meta(self, step: int) -> dict[str, Any]:
         """Return what the checkpoint of `step` says of itself, see `save`."""
@@ -276,15 +282,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         name = processes.gather("damaged checkpoint", aside.name)[0]
         self._look()
         return name
-
-    def _read_state(self, step: int, saved: Mapping[str, "Saved"]) -> dict[str, Any]:
-        """Return the leaves of these names, as this run keeps them."""
-        targets = {name: struct for name, (struct, _) in saved.items()}
-        placed = ocp.checkpoint_utils.construct_restore_args(targets)
-        args = ocp.args.PyTreeRestore(targets, placed, partial_restore=True)
-        found = self._read(step, "state", ocp.PyTreeCheckpointHandler, args)
-        # Taken out one by one: what is turned does not stay beside what it was.
-        return {name: turn(found.pop(name)) for name, (_, turn) in saved.items()}
 
     def _read(self, step: int, *item: Any) -> Any:
         """Return what `_read_here` does; where one process finds damage all raise `Damaged`."""

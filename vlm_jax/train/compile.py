@@ -1,9 +1,8 @@
 """Compilation of a run's programs: one a shape, the largest first, so that memory fails early."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ LESS_MEMORY = (
 )
 
 
-@contextlib.contextmanager
+@contextmanager
 def out_of_memory_explained() -> Iterator[None]:
     """Raise `UserError` with what to change where a device's or the host's memory runs out."""
     try:

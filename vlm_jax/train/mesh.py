@@ -1,5 +1,6 @@
 """The mesh of a run: as configured, or the smallest sharding that fits memory."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -104,12 +105,9 @@ def memory_of(device: Any) -> int:
     """
     if device.platform == "cpu":  # all of them share the machine's
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    try:
-        stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # it is only described, and not here
-        stats = {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+    # One that is only described, and not here, has no statistics.
+    with contextlib.suppress(jax.errors.JaxRuntimeError, KeyError):
+        return (device.memory_stats() or {})["bytes_limit"]
     kind = device.device_kind.lower().replace(" ", "")
     for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
         named = not known.kind and all(part in kind for part in name.split("-"))

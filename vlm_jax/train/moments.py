@@ -42,57 +42,41 @@ class Moment8:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
-    """Keeps a moment as an array of the leaf's shape and dtype."""
+class Store:
+    """How the moments of a leaf of some shape are kept.
+
+    blocks: of moments of a code of eight bits an element and a float32 number a block; None: they
+    are arrays of the leaf's shape and dtype.
+    """
 
     shape: tuple[int, ...]
+    blocks: Blocks | None = None
 
     @property
     def origin(self) -> tuple[tuple[int, ...], ...]:
         """For each axis of the view, the leaf's axes it is cut from; none for a block's axis."""
-        return tuple((axis,) for axis in range(len(self.shape)))
+        own = tuple((axis,) for axis in range(len(self.shape)))
+        return own if self.blocks is None else self.blocks.origin
 
     def view(self, x: jax.Array) -> jax.Array:
         """Return an array of the leaf's shape as the view that moments are kept in."""
-        return x
+        return x if self.blocks is None else self.blocks.view(x.astype(jnp.float32))
 
     def restore(self, view: jax.Array) -> jax.Array:
         """Return the array of the leaf's shape of a view."""
-        return view
+        return view if self.blocks is None else self.blocks.restore(view)
 
-    def save(self, moment: jax.Array, kind: str) -> jax.Array:
+    def save(self, moment: jax.Array, kind: str) -> Any:
         """Return what is kept of a view."""
-        return moment
-
-    def load(self, kept: jax.Array, kind: str) -> jax.Array:
-        """Return the view of what is kept."""
-        return kept
-
-
-@dataclasses.dataclass(frozen=True)
-class EightBit:
-    """Keeps a moment as a code of eight bits an element and a float32 number a block."""
-
-    blocks: Blocks
-
-    @property
-    def origin(self) -> tuple[tuple[int, ...], ...]:
-        return self.blocks.origin
-
-    def view(self, x: jax.Array) -> jax.Array:
-        return self.blocks.view(x.astype(jnp.float32))
-
-    def restore(self, view: jax.Array) -> jax.Array:
-        return self.blocks.restore(view)
-
-    def save(self, moment: jax.Array, kind: str) -> Moment8:
+        if self.blocks is None:
+            return moment
         return Moment8(*quantize(moment, self.blocks.axis, signed=kind == "mean"))
 
-    def load(self, kept: Moment8, kind: str) -> jax.Array:
+    def load(self, kept: Any, kind: str) -> jax.Array:
+        """Return the view of what is kept."""
+        if self.blocks is None:
+            return kept
         return dequantize(kept.codes, kept.absmax, signed=kind == "mean")
-
-
-Store = Plain | EightBit  # of one leaf's moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +114,9 @@ class Pages:
 def store_of(path: str, shape: tuple[int, ...], eight_bit: bool) -> Store:
     """Return how the moments of the leaf at `path` are kept."""
     blocks = Blocks.of(path, shape, BLOCK)
-    if eight_bit and blocks.tensor_size >= SMALLEST_8BIT:
-        return EightBit(blocks)
-    return Plain(tuple(shape))
+    return Store(
+        tuple(shape), blocks if eight_bit and blocks.tensor_size >= SMALLEST_8BIT else None
+    )
 
 
 def pages_of(store: Store, shape: tuple[int, ...], paged: bool) -> Pages | None:
@@ -142,7 +126,7 @@ def pages_of(store: Store, shape: tuple[int, ...], paged: bool) -> Pages | None:
     leaves are in pages even on the device: as float32 and as indices of a table they take several
     times their room, and so they do one page at a time.
     """
-    if math.prod(shape) < SMALLEST_PAGED or not (paged or isinstance(store, EightBit)):
+    if math.prod(shape) < SMALLEST_PAGED or not (paged or store.blocks):
         return None
     memory = HOST if paged else None
     if len(shape) >= 3 and shape[0] > 1:
@@ -300,13 +284,13 @@ def kept_otherwise(
     turning makes a whole copy anywhere.
     """
     whole, paged = sorted((tuple(moment.shape), tuple(shape)), key=len)
-    pages = pages_of(Plain(whole), whole, paged=True)
+    pages = pages_of(Store(whole), whole, paged=True)
     if pages is None or (
         paged != jax.eval_shape(pages.to_pages, jax.ShapeDtypeStruct(whole, moment.dtype)).shape
     ):
         return None
     paging = moment.shape == paged
-    axes = Plain(whole).origin
+    axes = Store(whole).origin
     origin = tuple((axis + 1,) for (axis,) in axes) if paging else ((), *axes)
     there = placed(moment.sharding, shape, origin, None)
 

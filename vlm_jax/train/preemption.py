@@ -33,13 +33,11 @@ class Stop:
     def __init__(self, mesh: Mesh):
         self.asked = threading.Event()
         self._agreed = False
-        self._answer: jax.Array | None = None
         self._several = processes.count() > 1
         if self._several:
             self._count = len(mesh.local_devices)
             self._wishes = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self._together = jax.jit(jnp.max, out_shardings=everywhere)
+            self._together = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
             self._carry()  # compiled before the first step
 
     def now(self) -> bool:
@@ -51,8 +49,7 @@ class Stop:
         if self._several:
             before = self._answer
             self._carry()
-            if before is not None:
-                self._agreed = bool(jax.device_get(before))
+            self._agreed = bool(jax.device_get(before))
 
     def check(self) -> None:
         """Raise `Stopped` if the run stops; every process calls it, behind each evaluated batch."""
@@ -78,9 +75,8 @@ def interruptible(mesh: Mesh) -> Iterator[Stop]:
     first: dict[int, float] = {}
 
     def ask(number: int) -> None:
-        now = time.monotonic()
         stop.asked.set()
-        thread = threading.get_ident()
+        now, thread = time.monotonic(), threading.get_ident()
         if thread not in first:
             first[thread] = now
         elif number == signal.SIGINT and now - first[thread] > GRACE:

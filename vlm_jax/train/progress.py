@@ -206,10 +206,11 @@ def headline(data: RunData, mesh: Any) -> str:
     words = f"{kept:,} of {_many(records, 'record')}"
     if seen < records:
         words = f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
+    left_out = [f"{count:,} {reason}" for reason, count in report["dropped"].items()]
     changed = (("shrunk", "with smaller images"), ("turns_dropped", "without old turns"))
-    notes = [f"left out: {left_out}"] if left_out else []
-    notes += [f"{report[key]:,} {change}" for key, change in changed if report[key]]
+    notes = [f"{report[key]:,} {said}" for key, said in changed if report[key]]
+    if left_out:
+        notes.insert(0, f"left out: {', '.join(left_out)}")
     if notes:
         words += f" ({'; '.join(notes)})"
     if data.held_out is not None:
@@ -266,13 +267,13 @@ def details(data: Pipeline, model: Model) -> list[str]:
     """Return what `--verbose` prints: the shapes of rows, what stays empty, how a step computes."""
     report = data.report
     shapes = ", ".join(f"{tokens} x {patches}" for tokens, patches in data.shapes)
-    again = "kept for" if model.remat == "none" else "recomputed in"
     return [
         f"{'packed rows' if report['packing'] else 'rows'} of tokens x patches: {shapes}; "
         f"{report['padding']:.1%} of tokens and {report['patch_padding']:.1%} of patches stay "
         f"empty",
-        f"norms and softmax in float32; layers are {again} the backward pass ({model.remat}); no "
-        f"gradient is taken of frozen weights, so inputs need none",
+        f"norms and softmax in float32; layers are "
+        f"{'kept for' if model.remat == 'none' else 'recomputed in'} the backward pass "
+        f"({model.remat}); no gradient is taken of frozen weights, so inputs need none",
     ]
 
 

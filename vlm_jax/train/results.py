@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -18,7 +17,7 @@ from vlm_jax.batch import Batch
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.atomic import whole_directory, write_json
 from vlm_jax.generation import generate
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter, save_adapter
@@ -81,13 +80,14 @@ def _config_of(directory: Path) -> RunSpec:
             f"'{directory}' holds no run: there is no config.json. Give the training.output_dir of "
             f"a run."
         )
-    try:
-        config = configs.load(directory / "config.json")
-    except UserError as error:
-        raise UserError(
+    with explained(
+        UserError,
+        lambda error: (
             f"The run in '{directory}' cannot be read: {error} If this is a checkpoint and no run, "
             f"give it by --model."
-        ) from error
+        ),
+    ):
+        config = configs.load(directory / "config.json")
     finished = any((directory / name).is_dir() for name in RESULTS)
     if not finished and not places_of(config, directory).saved_steps():
         raise UserError(f"The run in '{directory}' has neither a result nor a checkpoint yet.")
@@ -126,7 +126,7 @@ def load_run(
     model, params, table, _ = build(config, mesh, encoder)
     trainable, frozen = split(params, table)
     options = state_options(config)
-    kept, dtype = ("ema", jnp.float32) if options["ema"] else ("trainable", options["param_dtype"])
+    kept, dtype = ("ema", "float32") if options["ema"] else ("trainable", options["param_dtype"])
     same = identity(config, model, table, rows=0)
     same = {name: same[name] for name in ("base", "training table", "lora", "adapter")}
     with Checkpoints(places_of(config, directory).checkpoints, same) as checkpoints:

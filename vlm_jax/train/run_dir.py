@@ -23,7 +23,7 @@ from etils import epath
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.distributed.interrupts import if_ended
-from vlm_jax.errors import UserError, first_line
+from vlm_jax.errors import UserError, explained, first_line
 
 BUCKET = "gs://"  # what orbax and tensorstore read and write beside directories
 OWNER = "owner.txt"  # beside checkpoints in a bucket: the run that may write there
@@ -83,18 +83,15 @@ class Places(NamedTuple):
             file = self.checkpoints / OWNER
             return file.read_text().split(",")[0] if self.in_bucket and file.exists() else None
 
-    @contextlib.contextmanager
-    def _bucket_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # clients of buckets raise their own
-            if not self.in_bucket:
-                raise
-            raise UserError(
+    def _bucket_errors(self) -> contextlib.AbstractContextManager[None]:
+        return explained(
+            Exception if self.in_bucket else (),  # clients of buckets raise their own
+            lambda error: (
                 f"'{self.checkpoints}' cannot be reached: {first_line(error)}. Check "
                 f"training.checkpoint_dir, and that this host may read and write the bucket "
                 f"(gcloud auth application-default login)."
-            ) from error
+            ),
+        )
 
 
 def places_of(config: RunSpec, directory: Path | None = None) -> Places:
@@ -167,13 +164,14 @@ def _locked(directory: Path, mark: str) -> Iterator[str | None]:
     _make(directory)
     path, warning = directory / LOCK, None
     while True:
-        try:
-            file = open(path, "a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
+        with explained(
+            OSError,
+            lambda error: (
                 f"The lock '{path}' of the output directory cannot be opened ({error.strerror}). "
                 f"If no run is at work there, delete it, or choose another training.output_dir."
-            ) from error
+            ),
+        ):
+            file = open(path, "a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -229,13 +227,14 @@ def _check_shared(directory: Path, mark: str) -> None:
 
 
 def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
+    with explained(
+        OSError,
+        lambda error: (
             f"The output directory '{directory}' cannot be made ({error.strerror}). Choose another "
             f"training.output_dir."
-        ) from error
+        ),
+    ):
+        directory.mkdir(parents=True, exist_ok=True)
 
 
 def check_output(places: Places, resume: bool) -> None:
@@ -244,14 +243,14 @@ def check_output(places: Places, resume: bool) -> None:
     resume: there must be a run; otherwise there must be none.
     """
     directory = places.directory
-    try:
-        os.lstat(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:  # a name too long, a byte that no name has
-        raise UserError(
+    impossible = explained(
+        (OSError, ValueError),  # a name too long, a byte that no name has
+        lambda error: (
             f"training.output_dir is {str(directory)!r}, which cannot be a directory: {error}."
-        ) from error
+        ),
+    )
+    with impossible, contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(directory)
     there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     held = [name for name in CONTENTS if os.path.exists(directory / name)]
     owner = places.claimed()

@@ -190,10 +190,9 @@ def make_step(
         updates, opt_state = tx.update(grads, state.opt_state, masters)
         metrics = {name: total * scale for name, total in others.items()}
         metrics |= {"loss": loss_sum * scale, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
-        parts: dict[str, dict[str, Any]] = {}
-        for path, leaf in flatten(grads).items():
-            parts.setdefault(model.component(path), {})[path] = leaf
-        for component, leaves in parts.items():
+        flat = flatten(grads)
+        for component in dict.fromkeys(model.component(path) for path in flat):
+            leaves = {path: flat[path] for path in flat if model.component(path) == component}
             metrics[f"grad_norm/{component}"] = optax.tree.norm(leaves)
         masters = optax.apply_updates(masters, updates)
         ema = None if state.ema is None else averaged(state.ema, masters, ema_decay, state.step)

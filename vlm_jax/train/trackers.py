@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.table import Column
 from rich.table import Table as RichTable
 
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError, first_line
+from vlm_jax.errors import UserError, explained, first_line
 from vlm_jax.files.atomic import write_whole
 
 HOSTED = ("wandb", "trackio")  # packages with wandb's interface
@@ -74,27 +73,25 @@ def check_reporters(names: Sequence[str]) -> None:
     if "wandb" in names and processes.is_primary():
         wandb: Any = importlib.import_module("wandb")
         if wandb.setup().settings.mode in ONLINE:
-            with _explained("wandb", "cannot log in"):
+            with _usable("wandb", "cannot log in"):
                 wandb.login()
 
 
-@contextlib.contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
+def _usable(name: str, what: str) -> contextlib.AbstractContextManager[None]:
     """Raise `UserError` with what to do where a reporter fails inside; each has its own errors."""
-    remedy = f"Leave {name} out of training.report_to to train without it."
-    if name == "wandb":
-        remedy = (
-            "Run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which writes into "
-            "the run's directory for a later `wandb sync`; or leave wandb out of "
-            "training.report_to."
-        )
-    try:
-        yield
-    except Exception as error:
-        raise UserError(
+    remedy = (
+        "Run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, which writes into the "
+        "run's directory for a later `wandb sync`; or leave wandb out of training.report_to."
+        if name == "wandb"
+        else f"Leave {name} out of training.report_to to train without it."
+    )
+    return explained(
+        Exception,
+        lambda error: (
             f"training.report_to names '{name}', which {what}: {first_line(error).rstrip('.')}. "
             f"{remedy}"
-        ) from error
+        ),
+    )
 
 
 class Reporter:
@@ -154,7 +151,7 @@ class Log(Reporter):
     def _tensorboard(self, directory: Path, resume_step: int | None) -> Callable[[], Any]:
         from tensorboardX import SummaryWriter
 
-        with _explained("tensorboard", "cannot write"):
+        with _usable("tensorboard", "cannot write"):
             board = SummaryWriter(
                 str(directory / "tensorboard"),
                 purge_step=None if resume_step is None else resume_step + 1,
@@ -178,7 +175,7 @@ class Log(Reporter):
         module: Any = importlib.import_module(name)
         # Else wandb writes where the command was given; trackio has a place of its own.
         place = {"dir": os.environ.get("WANDB_DIR") or str(directory)} if name == "wandb" else {}
-        with _explained(name, "cannot start"):
+        with _usable(name, "cannot start"):
             module.init(
                 project=project, name=run_name or directory.name, config=dict(config), **place
             )
@@ -186,20 +183,19 @@ class Log(Reporter):
         return module.finish
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self.metrics.write(step, values)
-        self._publish(step, {f"train/{name}": value for name, value in values.items()})
+        self._write(self.metrics, "train", step, values)
 
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        self.evaluations.write(step, values)
-        self._publish(step, {f"eval/{name}": value for name, value in values.items()})
+        self._write(self.evaluations, "eval", step, values)
+
+    def _write(self, lines: JsonLines, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        lines.write(step, values)
+        for publish in self.writers:
+            publish(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def evaluated(self, step: int) -> dict[str, float] | None:
         values = dict(self.evaluations.last)
         return values if values.pop("step", None) == step else None
-
-    def _publish(self, step: int, values: Mapping[str, Any]) -> None:
-        for write in self.writers:
-            write(step, values)
 
     def close(self) -> None:
         self.opened.close()
