@@ -346,5 +346,10 @@ SECTIONS: dict[str, type] = {
 
 
 def _section(spec: type, keys: Mapping[str, Any]) -> Any:
-    """Return a section of values without types of ml_collections."""
-    return spec(**{k: v if isinstance(v, tuple) else plain(v) for k, v in keys.items()})
+    """Return a section of values without types of ml_collections; tuples of names stay tuples."""
+
+    def own(value: Any) -> Any:
+        names = isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+        return value if names else plain(value)
+
+    return spec(**{key: own(value) for key, value in keys.items()})

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlm_jax import config as configs
 from vlm_jax.config.checks import optimizer_name
 from vlm_jax.config.parse import general
 from vlm_jax.config.specs import RunSpec
@@ -57,9 +56,9 @@ def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str
         "lora": None if model.lora is None else dataclasses.asdict(model.lora),
         "adapter": own or None,
         "data": {
-            "train_file": sources_identity(configs.plain(d.train_file)),
+            "train_file": sources_identity(d.train_file),
             **{key: getattr(d, key) for key in DATA_KEYS},
-            **({"columns": configs.plain(d.columns)} if d.columns else {}),
+            **({"columns": d.columns} if d.columns else {}),
             **({"eval_share": d.eval_share} if d.eval_share else {}),
         },
         "training": {

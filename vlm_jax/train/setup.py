@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vlm_jax import config as configs
 from vlm_jax import quantization
 from vlm_jax.adapters.lora_init import kind_of
 from vlm_jax.config.checks import check_choice
@@ -165,10 +164,10 @@ def evaluators_of(config: RunSpec) -> dict[str, Evaluator]:
         check_choice(f"evaluators.{name}.eval", e.eval, EVALS)
         try:
             records = read_records(
-                configs.plain(e.file),
+                e.file,
                 e.image_folder or d.image_folder,
                 e.split,
-                columns=configs.plain(d.columns),
+                columns=d.columns,
                 caption_prompt=d.caption_prompt,
             )
         except UserError as error:
@@ -182,17 +181,16 @@ def _records(config: RunSpec, training: bool) -> Any:
     """Return what a run trains on, or what it evaluates on."""
     d = config.data
     which = "train" if training or d.eval_share else "eval"
-    source, split = (configs.plain(getattr(d, f"{which}_{key}")) for key in ("file", "split"))
+    source, split = (getattr(d, f"{which}_{key}") for key in ("file", "split"))
     if source is None:
         raise UserError(
             f"The config names no data: set data.{which}_file to a .json, .jsonl, .csv, .tsv or "
             f".parquet file, or a data set."
         )
-    columns = configs.plain(d.columns)
     if d.streaming and training:
-        return open_stream(source, d.image_folder, split, columns, d.caption_prompt)
+        return open_stream(source, d.image_folder, split, d.columns, d.caption_prompt)
     records = read_records(
-        source, d.image_folder, split, columns=columns, caption_prompt=d.caption_prompt
+        source, d.image_folder, split, columns=d.columns, caption_prompt=d.caption_prompt
     )
     if d.eval_share:
         left, held = hold_out(records, d.eval_share, data_seed(config))
