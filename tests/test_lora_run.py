@@ -59,12 +59,8 @@ def test_a_run_and_its_exports(place):
         if path.endswith("/bias") and model.component(path) == "vision"
     )
     assert f"trainable params: {trained - frozen_tower:,d} ||" in text
-    # The export calls the base what the result does, not by the absolute path in config.json.
-    config["base_model_name_or_path"] = "as/given"
-    (directory / "adapter/adapter_config.json").write_text(json.dumps(config))
     for merge in (False, True):
         assert export(directory, place / f"out{merge}", merge).difference < 1e-4
-    assert json.loads((place / "outFalse/adapter_config.json").read_text()) == config
     outcome, _, _ = run(place, "run", *KIND, "lora.init_lora_weights=gaussian", resume=True)
     assert outcome["steps"] == 4
     with pytest.raises(UserError, match="rank_pattern"):

@@ -26,7 +26,7 @@ DECAY: Table = [(r"(.*/)?(bias|scale|lora_scale)", False), (r".*", True)]
 class OptimizerSettings:
     """What `optimizer` reads of a run's `training` section, under TrainingArguments' names.
 
-    optim: a key of `config_tables.OPTIMIZERS`.
+    optim: a key of `config.choices.OPTIMIZERS`.
     max_steps: all optimizer steps of the run, above 0 wherever the schedule depends on it.
     warmup_steps: above 0 it overrides warmup_ratio; below 1 it is a share of max_steps itself.
     max_grad_norm: 0 turns clipping off.

@@ -21,7 +21,6 @@ from vlm_jax.errors import UserError, explained
 from vlm_jax.files.atomic import whole_directory, write_json
 from vlm_jax.generation import generate
 from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter, save_adapter
-from vlm_jax.hub.base import named_base
 from vlm_jax.hub.companions import copy_all, spoken
 from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft import save_peft
@@ -116,11 +115,6 @@ def load_run(
         return model, params, config.having({"model.adapter": None})
     if (directory / "adapter").is_dir():
         model, params = load_adapted(config, directory / "adapter", mesh)
-        if (
-            model.source is not None
-        ):  # the base by the user's name: config.json's paths are absolute
-            repo = named_base(directory / "adapter") or model.source.repo
-            model = dataclasses.replace(model, source=dataclasses.replace(model.source, repo=repo))
         return model, params, config
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     model, params, table, _ = build(config, mesh, encoder)
