@@ -169,23 +169,27 @@ def _misfit(key: str, value: Any, default: Any) -> str | None:
     def count(value: Any) -> bool:
         return number(value) and isinstance(value, int) and 1 <= value <= LARGEST.get(key, SIZE)
 
-    if isinstance(default, bool):
-        fits, expected = isinstance(value, bool), "true or false"
-    elif isinstance(default, tuple):
-        numbers = value if isinstance(value, list | tuple) else [value] * 3
-        fits, expected = len(numbers) == 3 and all(map(number, numbers)), "three numbers"
-        if key == "image_std":  # is divided by
-            fits, expected = fits and 0 not in numbers, "three numbers that are not 0"
-    elif isinstance(default, float):
-        fits, expected = number(value), "a number"
-    elif key == "resample":
-        fits, expected = value in range(6), "one of Pillow's filters, 0 to 5"
-    elif key in ("size", "crop_size"):
-        sides = value.values() if isinstance(value, Mapping) else [value]
-        fits = all(side is None or count(side) for side in sides)
-        expected = f"an object of whole numbers up to {SIZE:,} such as height and width"
-    else:
-        fits, expected = count(value), f"a whole number of 1 to {LARGEST.get(key, SIZE):,}"
+    numbers = value if isinstance(value, list | tuple) else [value] * 3
+    three = len(numbers) == 3 and all(map(number, numbers))
+    sides = value.values() if isinstance(value, Mapping) else [value]
+    fits, expected = next(
+        (fits, expected)
+        for applies, fits, expected in (
+            (isinstance(default, bool), isinstance(value, bool), "true or false"),
+            # Which is divided by.
+            (key == "image_std", three and 0 not in numbers, "three numbers that are not 0"),
+            (isinstance(default, tuple), three, "three numbers"),
+            (isinstance(default, float), number(value), "a number"),
+            (key == "resample", value in range(6), "one of Pillow's filters, 0 to 5"),
+            (
+                key in ("size", "crop_size"),
+                all(side is None or count(side) for side in sides),
+                f"an object of whole numbers up to {SIZE:,} such as height and width",
+            ),
+            (True, count(value), f"a whole number of 1 to {LARGEST.get(key, SIZE):,}"),
+        )
+        if applies
+    )
     return None if fits else expected
 
 

@@ -76,8 +76,8 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
     text = str(source)
     data = _from_base64(text) if len(text) > 64 else None
     if data is None:
-        path = located(text, folder)
-        raise UserError(f"there is no file '{path if len(text) < 300 else text[:60] + '…'}'.")
+        path = located(text, folder) if len(text) < 300 else f"{text[:60]}…"
+        raise UserError(f"there is no file '{path}'.")
     return _open(data, "the base64 string")
 
 

@@ -14,6 +14,7 @@ from vlm_jax.data.media.frame_sampling import Sampling, Video
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import MAX_VIDEO_FRAMES, VIDEO_FORMATS
 
+RULES = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": "file"}
 INSTALL = "pip install 'vlm_jax[video]'"
 
 
@@ -71,9 +72,8 @@ def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[
     if int(av.__version__.partition(".")[0]) < 17:  # which reads a file's index
         raise UserError(f"PyAV {av.__version__} is too old to read videos here: {INSTALL}")
     given = io.BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
-    rules = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": "file"}
     try:
-        with av.open(given, container_options=rules) as container:
+        with av.open(given, container_options=RULES) as container:
             stream: Any = container.streams.best("video")
             if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
                 raise UserError(f"{subject} holds no video stream, or is cut short.")

@@ -94,12 +94,10 @@ class VideoProcessor:
 
     def settings(self) -> dict[str, Any]:
         """Return the `video_preprocessor_config.json` that serves videos as they are cut here."""
-        sampling = self.sampling
+        sampling, frame = self.sampling, self.patches.settings()
         count = {"num_frames": sampling.nframes} if sampling.nframes else {"fps": sampling.fps}
-        frame = self.patches.settings()
-        del frame["image_processor_type"]
         return {
-            **frame,
+            **{key: value for key, value in frame.items() if key != "image_processor_type"},
             "video_processor_type": NAME,
             **count,
             "min_frames": sampling.min_frames,

@@ -1,7 +1,7 @@
 """Objects and boxes of a record, written in the text format of a model family."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_jax.data.records.grounding import BOX, REF, UNITS, WORDS, Object
@@ -27,15 +27,10 @@ def fill(
     try:
         grounding = _grounding(known, model_type, tokenizer)
         sides = sizes()
-
-        def filled(part: dict[str, Any]) -> dict[str, Any]:
-            rest: Iterator[Object] = iter(part.get("objects", ()))
-            if "objects" not in part:
-                return part
-            text = WORDS.sub(lambda _: _written(next(rest), grounding, sides), part["text"])
-            return {"type": "text", "text": text}
-
-        messages = [{**m, "content": list(map(filled, m["content"]))} for m in record["messages"]]
+        messages = [
+            {**m, "content": [_filled(part, grounding, sides) for part in m["content"]]}
+            for m in record["messages"]
+        ]
     except BadExample:
         raise
     except UserError as error:
@@ -59,6 +54,15 @@ def _grounding(known: Grounding | None, model_type: str, tokenizer: Any) -> Grou
                 f"the boxes into the texts."
             )
     return known
+
+
+def _filled(
+    part: dict[str, Any], grounding: Grounding, sizes: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    if "objects" not in part:
+        return part
+    written = iter([_written(one, grounding, sizes) for one in part["objects"]])
+    return {"type": "text", "text": WORDS.sub(lambda _: next(written), part["text"])}
 
 
 def _written(one: Object, grounding: Grounding, sizes: Sequence[tuple[int, int]]) -> str:

@@ -1,11 +1,13 @@
 """A directory of images with captions: a metadata file beside them, or a text file each."""
 
-from collections.abc import Collection, Mapping, Sequence
+import copy
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.data.records.formats import FORMATS, has_all
-from vlm_jax.data.records.jsonl import JsonRows, index_lines
+from vlm_jax.data.records.jsonl import FileRows, index_lines
 from vlm_jax.data.records.tables import CAPTION, IMAGE, index_table
 from vlm_jax.errors import UserError
 from vlm_jax.files.file_types import refuse_lost
@@ -30,7 +32,7 @@ def read_captions(folder: Path, prompt: str, taken: Collection[str] = ()) -> Seq
         path = folder / found[0]
         refuse_lost(path, f"The data file '{path}'")
         rows = index_lines(path) if path.suffix == ".jsonl" else index_table(path)
-        return Metadata(rows, prompt, taken)
+        return captioned(rows, prompt, taken)
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if any(path.with_suffix(".txt").is_file() for path in pictures):
         return Pairs(folder, [str(path.relative_to(folder)) for path in pictures], prompt)
@@ -40,32 +42,34 @@ def read_captions(folder: Path, prompt: str, taken: Collection[str] = ()) -> Seq
             f"The directory '{folder}' has {len(tables)} tables "
             f"({', '.join(path.name for path in tables[:3])}): give one of them by its own path."
         )
-    return Metadata(index_table(tables[0]), prompt, taken) if tables else None
+    return captioned(index_table(tables[0]), prompt, taken) if tables else None
 
 
-class Metadata(Sequence):
-    """Rows of a table of images (`image`, `file_name` or `path`) as question and answer.
+def captioned(rows: FileRows, prompt: str, taken: Collection[str] = ()) -> FileRows:
+    """Return rows of a table of images (`image`, `file_name` or `path`) as question and answer.
 
     A row that has turns of its own (`messages`, `question` and `answer`, ...) keeps them. Else its
     `text` or `caption` is the answer, to a `question`, `query`, `prompt` or `instruction` of its
     own or to `prompt`. taken: columns that `data.columns` names; they are left as they are.
     """
-
-    def __init__(self, rows: JsonRows, prompt: str, taken: Collection[str] = ()):
-        self.rows, self.name, self.prompt, self.line = rows, rows.name, prompt, rows.line
-        self.taken = frozenset(taken)
-        self.fingerprint = f"{rows.fingerprint} {prompt}"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        where = f"Record {index} of '{self.name}', line {self.line(index)},"
-        return as_turns(self.rows[index], where, self.prompt, self.taken)
+    made = copy.copy(rows)
+    made.parse = functools.partial(
+        as_turns, parse=rows.parse, prompt=prompt, taken=frozenset(taken)
+    )
+    made.fingerprint = f"{rows.fingerprint} {prompt}"
+    return made
 
 
-def as_turns(row: Any, where: str, prompt: str, taken: Collection[str]) -> dict[str, Any]:
-    """Return a row of `Metadata` with its image and its turns under names that are read."""
+def as_turns(
+    data: bytes,
+    where: str,
+    *,
+    parse: Callable[[bytes, str], Any],
+    prompt: str,
+    taken: Collection[str],
+) -> dict[str, Any]:
+    """Return a row of `captioned` with its image and its turns under names that are read."""
+    row = parse(data, where)
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is {type(row).__name__}, not a JSON object.")
     rest = dict(row)

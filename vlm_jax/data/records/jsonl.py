@@ -18,6 +18,7 @@ from vlm_jax.errors import UserError
 
 CHUNK = 1 << 24
 BLANK = b" \t\r\n\f\v"
+IS_BLANK = np.isin(np.arange(256), np.frombuffer(BLANK, np.uint8))  # by byte
 NOT_UTF8 = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 BOM = b"\xef\xbb\xbf"
 
@@ -72,7 +73,7 @@ def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, Callable[[str],
             yield number, functools.partial(parse_row, line)
 
 
-class JsonRows(Sequence):
+class FileRows(Sequence):
     """The rows of one file: where each begins and ends, and the line it begins on.
 
     spans: int64 [N, 3], bytes from start to end, and lines from 1. fingerprint: BLAKE2b of the
@@ -92,7 +93,6 @@ class JsonRows(Sequence):
         self.path, self.name, self.fingerprint = str(path.resolve()), name, fingerprint
         self.spans, self.parse = np.asarray(spans, np.int64).reshape(-1, 3), parse
         self._stamp = _stamp(os.stat(self.path))
-        self._file: int | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -106,7 +106,7 @@ class JsonRows(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         start, end, line = self.spans[index].tolist()
-        data = os.pread(self._open(), end - start, start)
+        data = os.pread(self._file, end - start, start)
         where = f"Record {index} of '{self.name}', line {line},"
         if len(data) < end - start:
             raise UserError(
@@ -115,33 +115,33 @@ class JsonRows(Sequence):
             )
         return self.parse(data, where)
 
-    def _open(self) -> int:
-        if self._file is None:
-            try:
-                file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(
-                    f"The data file '{self.path}' cannot be opened any more: {error.strerror}."
-                ) from error
-            if _stamp(os.fstat(file)) != self._stamp:
-                os.close(file)
-                raise UserError(
-                    f"The data file '{self.path}' was changed after it was indexed. Leave data "
-                    f"files as they are while they are read, and start again."
-                )
-            weakref.finalize(self, os.close, file)
-            self._file = file  # two threads may each open it: one descriptor more, no harm
-        return self._file
+    @functools.cached_property
+    def _file(self) -> int:
+        """The descriptor; two threads may each open one, which does no harm."""
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(
+                f"The data file '{self.path}' cannot be opened any more: {error.strerror}."
+            ) from error
+        if _stamp(os.fstat(file)) != self._stamp:
+            os.close(file)
+            raise UserError(
+                f"The data file '{self.path}' was changed after it was indexed. Leave data files "
+                f"as they are while they are read, and start again."
+            )
+        weakref.finalize(self, os.close, file)
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {key: value for key, value in vars(self).items() if key != "_file"}
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def index_lines(path: Path, name: str | None = None) -> JsonRows:
+def index_lines(path: Path, name: str | None = None) -> FileRows:
     """Return the rows of a JSONL file, one a line, without parsing any: blank lines are none.
 
     A UTF-8 byte order mark at the start is passed over.
@@ -150,7 +150,6 @@ def index_lines(path: Path, name: str | None = None) -> JsonRows:
     spans = [np.zeros((0, 3), np.int64)]
     # The end of the last line so far, and its number. The byte before the file counts as one.
     newline, number, base = -1, 0, 0
-    blank_lead = np.isin(np.arange(256), np.frombuffer(BLANK, np.uint8))
     with open(path, "rb") as file, ThreadPoolExecutor(1) as pool:
         head = os.pread(file.fileno(), len(BOM), 0)
         check_utf8(head[:2], name or str(path))
@@ -161,13 +160,13 @@ def index_lines(path: Path, name: str | None = None) -> JsonRows:
                 begin = np.concatenate([[newline], found[:-1]]) + 1
                 numbers = np.arange(number + 1, number + 1 + len(found))
                 keep = begin < found
-                _drop_blank(file, chunk, base, begin, found, keep, blank_lead)
+                _drop_blank(file, chunk, base, begin, found, keep)
                 spans.append(np.stack([begin, found, numbers], axis=1)[keep])
                 newline, number = int(found[-1]), number + len(found)
             base += len(chunk)
         if newline + 1 < base and os.pread(file.fileno(), base, newline + 1).strip(BLANK):
             spans.append(np.array([[newline + 1, base, number + 1]]))
-    return JsonRows(path, np.concatenate(spans), digest.hexdigest(), name or str(path))
+    return FileRows(path, np.concatenate(spans), digest.hexdigest(), name or str(path))
 
 
 def check_utf8(mark: bytes, name: str) -> None:
@@ -193,19 +192,18 @@ def _drop_blank(
     begin: np.ndarray,
     end: np.ndarray,
     keep: np.ndarray,
-    blank_lead: np.ndarray,
 ) -> None:
     """Clear `keep` for lines of white space: only one that begins with some is looked at."""
     data = np.frombuffer(chunk, np.uint8)
     inside = np.maximum(begin - base, 0)  # the first line may begin in the chunk before
-    suspects = np.flatnonzero(keep & (blank_lead[data[inside]] | (begin < base)))
+    suspects = np.flatnonzero(keep & (IS_BLANK[data[inside]] | (begin < base)))
     for i in suspects.tolist():
-        a, b = int(begin[i]), int(end[i])
+        a, b = begin[i], end[i]
         text = chunk[a - base : b - base] if a >= base else os.pread(file.fileno(), b - a, a)
         keep[i] = bool(text.strip(BLANK))
 
 
-def index_list(path: Path, name: str | None = None) -> JsonRows:
+def index_list(path: Path, name: str | None = None) -> FileRows:
     """Return the rows of a JSON file that holds one list.
 
     The file is read whole once, to find where its rows are; none of them is kept.
@@ -230,8 +228,10 @@ def index_list(path: Path, name: str | None = None) -> JsonRows:
     except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5,000 digits
         raise UserError(f"The data file '{name}' cannot be read: {error}.") from error
     if spans is None:
-        kind = type(json.loads(text)).__name__
-        raise UserError(f"The data file '{name}' holds a JSON {kind}; expected a list.")
+        raise UserError(
+            f"The data file '{name}' holds a JSON {type(json.loads(text)).__name__}; expected a "
+            f"list."
+        )
     rows, place, line = [], 0, 1
     for begin, end in spans:
         start = byte + len(text[place:begin].encode(errors="surrogateescape"))
@@ -240,7 +240,7 @@ def index_list(path: Path, name: str | None = None) -> JsonRows:
         rows.append((start, byte, line))
         line += text.count("\n", begin, end)
         place = end
-    return JsonRows(path, rows, fingerprint, name)
+    return FileRows(path, rows, fingerprint, name)
 
 
 def _elements(text: str) -> list[tuple[int, int]] | None:

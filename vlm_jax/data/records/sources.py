@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.data.cache import COMPRESSED, decompress, download, is_remote
-from vlm_jax.data.records.captions import PROMPT, Metadata, read_captions
+from vlm_jax.data.records.captions import PROMPT, captioned, read_captions
 from vlm_jax.data.records.formats import check_columns
 from vlm_jax.data.records.jsonl import index_lines, index_list
 from vlm_jax.data.records.mixture import Mixture, Part, Records
-from vlm_jax.data.records.tables import CsvRows, index_table
+from vlm_jax.data.records.tables import index_table
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.file_types import refuse_lost
 
@@ -65,17 +65,16 @@ def read_records(
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
     folder = None
     if is_remote(source):
-        folder, rows = source.rpartition("/")[0], _from_file(download(source), source, split)
+        folder = source.rpartition("/")[0]
+        rows = _from_file(download(source), source, split, prompt, taken)
     elif path is None:
         rows = pick_split(source, name, split)
     elif path.is_file():
-        folder, rows = str(path.parent), _from_file(path, str(path), split)
+        folder, rows = str(path.parent), _from_file(path, str(path), split, prompt, taken)
     elif path.is_dir():
         folder, rows = str(path), _from_disk(path, split, prompt, taken)
     else:
         rows = _from_hub(name, split)
-    if isinstance(rows, CsvRows):
-        rows = Metadata(rows, prompt, taken)
     if type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"):
         raise UserError(
             f"The data '{name}' is a stream, which has no length and cannot be read by index: set "
@@ -141,7 +140,9 @@ def _number(value: Any, key: str, where: str) -> float | None:
 # Files
 
 
-def _from_file(path: Path, name: str, split: str | None) -> Any:
+def _from_file(
+    path: Path, name: str, split: str | None, prompt: str, taken: Collection[str]
+) -> Any:
     """Return the rows of a data file; name: what errors call it."""
     packed = path.suffix.lower() in COMPRESSED
     wanted = (Path(path.stem) if packed else path).suffix.lower()
@@ -153,7 +154,8 @@ def _from_file(path: Path, name: str, split: str | None) -> Any:
     if split:
         raise UserError(f"The data file '{name}' has no splits, so there is no '{split}' in it.")
     refuse_lost(path, f"The data file '{name}'")
-    return READERS[wanted](decompress(path) if packed else path, name)
+    rows = READERS[wanted](decompress(path) if packed else path, name)
+    return captioned(rows, prompt, taken) if READERS[wanted] is index_table else rows
 
 
 def _read_table(path: Path, name: str) -> Any:

@@ -91,7 +91,7 @@ def open_stream(
             if path.suffix in (".jsonl", ".ndjson"):
                 return Stream(Lines(path, json_lines), name, folder, columns)
             if path.suffix.lower() in (".csv", ".tsv"):
-                prompt, taken = caption_prompt or PROMPT, tuple((columns or {}).values())
+                prompt, taken = caption_prompt or PROMPT, frozenset((columns or {}).values())
                 read = functools.partial(as_turns, prompt=prompt, taken=taken)
                 lines = Lines(path, functools.partial(table_lines, read=read))
                 return Stream(lines, name, folder, columns)

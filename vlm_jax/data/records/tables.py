@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vlm_jax.data.records.formats import READ
-from vlm_jax.data.records.jsonl import BOM, JsonRows, check_utf8
+from vlm_jax.data.records.jsonl import BOM, FileRows, check_utf8
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import CSV_ROW_BYTES
 
@@ -140,11 +140,7 @@ def _value(column: str, cell: str) -> Any:
     return cell if cell.strip() else None
 
 
-class CsvRows(JsonRows):
-    """The rows of a CSV file with a header, as `JsonRows` are of a JSON file."""
-
-
-def index_table(path: Path, name: str | None = None) -> CsvRows:
+def index_table(path: Path, name: str | None = None) -> FileRows:
     """Return the rows of a .csv or .tsv file whose first row names the columns.
 
     Columns are separated by commas, semicolons or tabs, whichever the header has.
@@ -153,20 +149,16 @@ def index_table(path: Path, name: str | None = None) -> CsvRows:
         reader = _Reader(file, name or str(path))
         spans = [(place, place + len(data), line) for place, line, data in reader.rows]
     fingerprint = f"{reader.digest.hexdigest()} {reader.separator}"
-    return CsvRows(path, spans, fingerprint, reader.name, reader.header.row)
+    return FileRows(path, spans, fingerprint, reader.name, reader.header.row)
 
 
 def table_lines(
-    file: BinaryIO, name: str, read: Callable[[Any, str], Any]
+    file: BinaryIO, name: str, read: Callable[..., Any]
 ) -> Iterator[tuple[int, Callable[[str], Any]]]:
-    """Yield the rows of a CSV file for `jsonl.Lines`.
+    """Yield the rows of a CSV file for `jsonl.Lines`, each as `read(data, where, parse=...)`.
 
-    read: what makes a record's row of {column: text} and where it stands.
+    parse: gives {column: text} of the same bytes and place.
     """
     reader = _Reader(file, name)
-
-    def parse(data: bytes, where: str) -> Any:
-        return read(reader.header.row(data, where), where)
-
     for _, line, data in reader.rows:
-        yield line, functools.partial(parse, data)
+        yield line, functools.partial(read, data, parse=reader.header.row)

@@ -106,11 +106,11 @@ def _is_image(value: Any) -> bool:
     """Return whether a value can only be a picture, or several, whatever its key is called."""
     if isinstance(value, list | tuple):
         return any(map(_is_image, value))
-    if isinstance(value, Mapping):  # as a data set's Image column has it
-        return {"bytes", "path"} <= value.keys()
     if isinstance(value, str):
         return re.fullmatch(IMAGE_FILE, value.strip(), re.IGNORECASE) is not None
-    return isinstance(value, bytes | PIL.Image.Image)
+    # A struct as a data set's Image column has it.
+    is_struct = isinstance(value, Mapping) and {"bytes", "path"} <= value.keys()
+    return is_struct or isinstance(value, bytes | PIL.Image.Image)
 
 
 def refuse_unread_in_turn(turn: Mapping[str, Any], read: Set[str], where: str) -> None:
