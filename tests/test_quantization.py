@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
 import vlm_jax
 from vlm_jax.adapters.lora import requantization_error
-from vlm_jax.names import module_name, stacked_layers
+from vlm_jax.names import layer_names
 from vlm_jax.quantization import Quantization, abstract, storages, summary
 from vlm_jax.sharding import make_mesh, shard_params
 from vlm_jax.trees import flatten, unflatten
@@ -113,9 +113,7 @@ def test_tables_components_and_skipped_modules(directory):
         expected = {
             path
             for path in all_kernels
-            if should_convert_module(
-                module_name(model, path, stacked_layers(model, path)), patterns
-            )
+            if should_convert_module(layer_names(model, path)[0], patterns)
         }
         assert chosen("nf4", everything, tuple(patterns)) == expected, patterns
 

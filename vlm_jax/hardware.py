@@ -137,13 +137,12 @@ def hardware(name: str) -> Hardware:
     device, _, shape = text.partition(":")
     device = OTHER_NAMES.get(device, device)
     asked = device.split("-")[0]  # without a count, for the nearest of the known
-    if device not in DEVICES:
-        tail = re.fullmatch(r"(.+)-(\d+)", device)
-        before = OTHER_NAMES.get(tail[1], tail[1]) if tail else ""
-        if tail and before in DEVICES:
-            device, shape = before, shape or tail[2]
-            if device in BY_CORES and ":" not in text:
-                shape = str(max(1, int(shape) // 2))
+    tail = re.fullmatch(r"(.+)-(\d+)", device)
+    before = OTHER_NAMES.get(tail[1], tail[1]) if tail else ""
+    if tail and device not in DEVICES and before in DEVICES:
+        device, shape = before, shape or tail[2]
+        if device in BY_CORES and ":" not in text:
+            shape = str(max(1, int(shape) // 2))
     if device not in DEVICES or not re.fullmatch(r"(\d+(x\d+)*)?", shape) or (count and shape):
         raise UserError(
             f"The hardware '{name}' is not known{nearest(asked, DEVICES)}. Known are "

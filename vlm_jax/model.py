@@ -104,10 +104,10 @@ class Model:
 
         train: apply the dropout of LoRA or adapters, with `rngs={"dropout": key}`.
         """
-        batch = jax.tree.map(jnp.asarray, batch)
         if train and not rngs and any(own and own.dropout > 0 for own in (self.lora, self.adapter)):
             raise ValueError('Training with dropout needs rngs={"dropout": key}.')
-        return self.module.apply(variables, batch, rngs=rngs if train else None, method=method)
+        given = jax.tree.map(jnp.asarray, batch)
+        return self.module.apply(variables, given, rngs=rngs if train else None, method=method)
 
     @property
     def vocab_size(self) -> int:
@@ -253,26 +253,27 @@ def _by_row(
     each: Sequence[Grid] = [None] * len(values)
     if grids is not None:
         each = [(int(t), int(h), int(w)) for t, h, w in np.asarray(grids)]
-    found, image, value = [], 0, 0
+    # What the media before each one hold, and all of them.
+    placeholders = np.cumsum([0, *map(config.image_tokens, each)])
+    starts = np.cumsum([0, *map(config.values_per_image, each)])
+    found, first = [], 0
     for row, tokens in enumerate(rows):
         held = 0 if token_id is None else int((tokens == token_id).sum())
-        wanted, first, start = held, image, value
-        while wanted > 0 and image < len(each):
-            wanted -= config.image_tokens(each[image])
-            value += config.values_per_image(each[image])
-            image += 1
-        if wanted != 0:
+        end = placeholders[first] + held
+        last = min(int(np.searchsorted(placeholders, end)), len(each))
+        if placeholders[last] != end:
             raise UserError(
                 f"Row {row} holds {held} {kind} tokens, which no whole number of the batch's "
-                f"{kind}s fills (off by {wanted}). Placeholders and {kind}s must agree exactly; "
-                f"was the row truncated?"
+                f"{kind}s fills (off by {end - placeholders[last]}). Placeholders and {kind}s must "
+                f"agree exactly; was the row truncated?"
             )
-        found.append({pixels: values[start:value]})
-        if grids is not None and image > first:
-            found[-1][sizes] = np.asarray(each[first:image], np.int64)
-    if image != len(each):
+        found.append({pixels: values[starts[first] : starts[last]]})
+        if grids is not None and last > first:
+            found[-1][sizes] = np.asarray(each[first:last], np.int64)
+        first = last
+    if first != len(each):
         raise UserError(
-            f"The batch has {len(each)} {kind}s, but the rows have placeholders for {image}."
+            f"The batch has {len(each)} {kind}s, but the rows have placeholders for {first}."
         )
     return found
 

@@ -37,15 +37,6 @@ class Place:
         return ... if self.layer is None else self.layer
 
 
-def module_name(model: Model, path: str, layer: int | None) -> str:
-    """Return the Hugging Face name of the module that owns a leaf, in the current layout."""
-    module = path.rsplit("/", 1)[0]
-    for prefix in model.config.stacks:
-        if layer is not None and module.startswith(f"{prefix}/"):
-            module = f"{prefix}/{layer}{module[len(prefix) :]}"
-    return module.replace("/", ".")
-
-
 def embedding_name(model: Model) -> str:
     """Return the Hugging Face name of the token embedding's module, in the current layout."""
     return model.config.embedding.replace("/", ".")
@@ -58,10 +49,17 @@ def stacked_layers(model: Model, path: str) -> int | None:
 
 
 def layers_of(model: Model, path: str) -> dict[str, int | None]:
-    """Return {module name: layer} of each layer that a leaf stacks ({name: None}: of no stack)."""
-    layers = stacked_layers(model, path)
-    numbers = [None] if layers is None else range(layers)
-    return {module_name(model, path, layer): layer for layer in numbers}
+    """Return {Hugging Face name of the module that owns a leaf: layer}, in the current layout.
+
+    One for each layer that the leaf stacks; {name: None} of no stack.
+    """
+    module = path.rsplit("/", 1)[0].replace("/", ".")
+    for stack, layers in model.config.stacks.items():
+        prefix = stack.replace("/", ".")
+        if module.startswith(f"{prefix}."):
+            inside = module.removeprefix(prefix)
+            return {f"{prefix}.{layer}{inside}": layer for layer in range(layers)}
+    return {module: None}
 
 
 def layer_names(model: Model, path: str) -> list[str]:

@@ -81,20 +81,20 @@ class Quantization:
         """
         paths = _kernels(model)
         known = {model.component(path) for path in paths}
-        rows = [(re.escape(path), DENSE) for path in _skipped(model, paths, self.skip)]
+        dense = (*_skipped(model, paths, self.skip), *model.config.disk_shapes)
+        rows = [(re.escape(path), DENSE) for path in dense]
         for component in self.components:
             if component not in known:
                 raise UserError(
                     f"The component '{component}' has no linear layer to quantize"
                     f"{nearest(component, known)}. Those that have: {', '.join(sorted(known))}."
                 )
-        rows += [(re.escape(path), DENSE) for path in model.config.disk_shapes]
         for pattern, owner in model.config.COMPONENTS:  # in its order, for the first row wins
             row = f"(?={pattern}$).*/kernel"
             if any(re.fullmatch(row, path) for path in paths):
                 rows.append((row, self.storage if owner in self.components else DENSE))
-        table = [*rows, (".*", DENSE)]
-        if self.storage not in match(table, paths, "quantization table", unused="allow").values():
+        rows.append((".*", DENSE))
+        if self.storage not in match(rows, paths, "quantization table", unused="allow").values():
             raise UserError(
                 f"Nothing is left to quantize as {self.storage}: of the linear layers of "
                 f"model.quantize_components, {list(self.components)}, model.llm_int8_skip_modules, "
@@ -102,7 +102,7 @@ class Quantization:
                 f"skipped modules or add a component ({', '.join(sorted(known))}); to train a "
                 f"dense base, leave model.quantize and model.load_in_4bit out."
             )
-        return table
+        return rows
 
 
 # What `load` takes; a mapping is a `BitsAndBytesConfig` as a dict.

@@ -95,14 +95,16 @@ def _logical_axes(model: Model, flat: Mapping[str, Any]) -> dict[str, tuple[str 
         module = path.rsplit("/", 1)[0]  # whose kernel may be in another part of the tree
         return f"{module}/{'embedding' if module == model.config.embedding else 'kernel'}"
 
-    rows = [*ADAPTER_AXES, *model.config.AXES, *decoder_config.AXES]
-    tables = match(rows, map(kernel_of, flat), "sharding table", unused="allow")
+    table = [*ADAPTER_AXES, *model.config.AXES, *decoder_config.AXES]
+    found = match(table, map(kernel_of, flat), "sharding table", unused="allow")
     axes = {}
     for path in flat:
-        own = tables[kernel_of(path)]
+        own = found[kernel_of(path)]
         first, second = (*own[:1], None), (None, *own[1:])
-        beside = {"lora_A": first, "start_A": first, "lora_B": second, "start_B": second}
-        beside |= {"lora_magnitude": own[1:], "lora_scale": ()}
+        beside = {
+            **{"lora_A": first, "start_A": first, "lora_B": second, "start_B": second},
+            **{"lora_magnitude": own[1:], "lora_scale": ()},
+        }
         axes[path] = beside.get(path.rsplit("/", 1)[-1], own)
     return axes
 
@@ -198,7 +200,10 @@ def leaf_sharding(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Any:
 
 
 def used_on_mesh(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree, of arrays or shapes, whose quantized leaves know how they are used there."""
+    """Return the tree, of arrays or shapes, whose quantized leaves know how they are used there.
+
+    shardings: a tree whose quantized leaves know it.
+    """
     where = flatten(shardings)
     return map_leaves(
         lambda path, leaf: (
@@ -214,19 +219,13 @@ def gathered(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, A
     For what a loop uses again and again: the compiler would gather it in each turn.
     """
 
-    def gather(path: str, leaf: Any) -> Any:
-        where = shardings[path]
-        if isinstance(leaf, FourBit):
-            where = dataclasses.replace(where, used=leaf.used)
-        return jax.tree.map(whole, leaf, where)
-
     def whole(array: Any, sharding: NamedSharding) -> Any:
         names = (None if name == "fsdp" else name for name in sharding.spec)
         where = NamedSharding(mesh, PartitionSpec(*names))
         return jax.lax.with_sharding_constraint(array, where)
 
-    shardings = flatten(param_shardings(model, params, mesh))
-    return map_leaves(gather, params)
+    shardings = used_on_mesh(param_shardings(model, params, mesh), params)
+    return jax.tree.map(whole, dict(params), shardings)
 
 
 def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -82,16 +82,23 @@ class Fields:
         """
         self.known.add(name)
         default = self.defaults.get(name, default)
-        if name in self.fields:
-            kind = type(default) if kind is None else kind
-            null |= default is None or kind is bool
-            return self._checked(name, self.fields.pop(name), kind, null)
-        if default is REQUIRED:
+        if default is REQUIRED and name not in self.fields:
             raise UserError(
                 f"The {self.where} lacks the field '{name}', which fixes the size of the model. "
                 f"Use the config.json that belongs to the checkpoint."
             )
-        return default
+        value, kind = self.fields.pop(name, default), type(default) if kind is None else kind
+        allowed: Any = {float: (int, float), dict: Mapping}.get(kind, kind)
+        fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+        if fits and kind in (int, float):
+            number(name, value, self.where)
+        null |= default is None or kind is bool
+        if kind in NAMES and not fits and not (null and value is None):
+            raise UserError(
+                f"The {self.where} has {name} = {value!r:.80}; expected {NAMES[kind]}. Use the "
+                f"config.json that belongs to the checkpoint."
+            )
+        return value
 
     def size(self, name: str, default: Any = REQUIRED, null: bool = False) -> Any:
         """Return a field that counts something: a whole number of at least 1.
@@ -108,18 +115,6 @@ class Fields:
         value = self.take(name, default, float)
         number(name, value, self.where, above=0)
         return value
-
-    def _checked(self, name: str, value: Any, kind: type, optional: bool) -> Any:
-        allowed: Any = {float: (int, float), dict: Mapping}.get(kind, kind)
-        fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
-        if fits and kind in (int, float):
-            number(name, value, self.where)
-        if kind not in NAMES or fits or (value is None and optional):
-            return value
-        raise UserError(
-            f"The {self.where} has {name} = {value!r:.80}; expected {NAMES[kind]}. Use the "
-            f"config.json that belongs to the checkpoint."
-        )
 
     def drop_copies(self, nested: Mapping[str, Any]) -> dict[str, Any]:
         """Forget fields that a nested config repeats; return those whose values differ there."""

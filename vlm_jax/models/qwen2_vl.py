@@ -15,7 +15,7 @@ from vlm_jax.files.limits import number
 from vlm_jax.models.decoder_config import flat_or_nested
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, TowerSizes, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
-from vlm_jax.positions import mrope, vision_positions, vision_segments
+from vlm_jax.positions import grid_list, mrope, vision_positions, vision_segments
 
 # Fields beside the decoder's, in flat files among them.
 NOT_OF_TEXT = """image_token_id video_token_id vision_start_token_id vision_end_token_id
@@ -153,12 +153,11 @@ class Qwen2VL(Family):
 
     def _media(
         self, tokens: np.ndarray, kind: str, media: Mapping[str, Any], token_id: int | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (patches [P, C], grids [I, 3], token slots) of a kind; raise where they differ."""
-        values, grids = map(media.get, NAMES_OF_MEDIA[kind])
-        grids = np.asarray(() if grids is None else grids, np.int64).reshape(-1, 3)
-        whole = self.vision.patch_values
-        values = np.zeros((0, whole), np.float32) if values is None else np.asarray(values)
+    ) -> tuple[np.ndarray, list[tuple[int, int, int]], np.ndarray]:
+        """Return (patches [P, C], grids, token slots) of a kind; raise where they differ."""
+        pixels, sizes = NAMES_OF_MEDIA[kind]
+        grids, whole = grid_list(media.get(sizes)), self.vision.patch_values
+        values = np.asarray(media.get(pixels, np.zeros((0, whole), np.float32)))
         one_frame = values.dtype == np.uint8 and (whole // self.vision.patch_shape[1],)
         if values.shape[1:] not in ((whole,), one_frame):
             raise UserError(
@@ -170,7 +169,7 @@ class Qwen2VL(Family):
         if len(slots) != wanted or len(values) != patches:
             raise UserError(
                 f"An example holds {len(slots)} {kind} tokens and {len(values)} patches, but its "
-                f"{len(grids)} {kind} grids {grids.tolist()} stand for {wanted} tokens and "
+                f"{len(grids)} {kind} grids {grids} stand for {wanted} tokens and "
                 f"{patches} patches. Tokens and images must agree exactly: check "
                 f"that nothing was truncated and that pixel settings are the same on both sides."
             )
@@ -189,7 +188,7 @@ class Qwen2VL(Family):
         image_index = np.full(len(tokens), -1, np.int32)
         slots = np.concatenate([image_slots, video_slots])
         image_index[slots] = np.arange(len(slots))
-        grids, merge = np.concatenate([image_grids, video_grids]), self.vision.merge
+        grids, merge = [*image_grids, *video_grids], self.vision.merge
         return {
             "positions": mrope(
                 tokens, image_grids, video_grids, merge, self.image_token_id, self.video_token_id

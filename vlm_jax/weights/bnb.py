@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
@@ -24,9 +23,8 @@ from vlm_jax.weights.packing import (
     flatten_layer,
     from_bytes,
     host_device,
-    pack,
+    leaf_of,
     to_bytes,
-    unpack_codes,
 )
 
 STATE = ".quant_state.bitsandbytes__"
@@ -111,11 +109,8 @@ def to_tensors(leaf: FourBit, layer: int | None = None) -> dict[str, np.ndarray]
 def decoded(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Return the weight [out, in] of {suffix: tensor}, in the dtype that its codes stand for."""
     stored = from_tensors(tensors, None, name)
-    packed = pack(stored.flat, stored.shape[::-1], stored.block)
     with jax.default_device(host_device()):
-        arrays = packed._replace(codes=unpack_codes(jnp.asarray(packed.codes), stored.shape[0]))
-        leaf = stored.format(*jax.tree.map(jnp.asarray, arrays), stored.block, stored.dtype)
-        return np.ascontiguousarray(np.asarray(leaf.dense(stored.dtype)).T)
+        return np.ascontiguousarray(np.asarray(leaf_of(*stored).dense(stored.dtype)).T)
 
 
 def from_tensors(

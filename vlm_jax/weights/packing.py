@@ -62,6 +62,15 @@ def pack(flat: Flat, shape: tuple[int, ...], block: int) -> Packed:
     return Packed(codes, absmax, flat.nested, flat.offset)
 
 
+def leaf_of(
+    flat: Flat, format: type[FourBit], block: int, dtype: str, shape: tuple[int, ...]
+) -> FourBit:
+    """Return the leaf of a weight [out, in]; dtype: what its codes stand for."""
+    packed = jax.tree.map(jnp.asarray, pack(flat, shape[::-1], block))
+    codes = unpack_codes(packed.codes, shape[0])
+    return format(codes, packed.absmax, packed.nested, packed.offset, block, dtype)
+
+
 def unpack_codes(codes: jax.Array, outputs: int) -> jax.Array:
     """Return uint4 [..., in, out] of `Packed.codes`."""
     if codes.shape[-1] == outputs:

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.weights import dynamic8
 from vlm_jax.weights.fourbit import BLOCKS, FourBit
-from vlm_jax.weights.packing import Flat, host_device, pack, unpack_codes
+from vlm_jax.weights.packing import Flat, host_device, leaf_of
 
 SMALLEST = np.float32(1e-38)  # bitsandbytes' lower bound of a scale that it divides by
 # Scales that XLA computes with exactly: it flushes subnormal numbers, 1 / scale among them.
@@ -49,10 +49,8 @@ def quantize(
     ):
         return _quantize_on_device(format, kernel, block, double)
     weight = np.ascontiguousarray(np.asarray(kernel).T)
-    packed = pack(encode(format, weight, block, double, name), kernel.shape, block)
-    codes = unpack_codes(jnp.asarray(packed.codes), kernel.shape[1])
-    absmax, nested, offset = (None if a is None else jnp.asarray(a) for a in packed[1:])
-    return format(codes, absmax, nested, offset, block=block, dtype=kind(kernel.dtype))
+    flat = encode(format, weight, block, double, name)
+    return leaf_of(flat, format, block, kind(kernel.dtype), weight.shape)
 
 
 def requantized(like: FourBit, kernel: jax.Array, name: str) -> FourBit:
