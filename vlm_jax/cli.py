@@ -90,12 +90,15 @@ def _fit(options: argparse.Namespace, config: "RunSpec", sizes: dict[str, Any]) 
         on_trial=lambda trial: print(trial_line(trial), file=sys.stderr),
     )
     if options.json:
-        found = {
-            "overrides": best and best.overrides,
-            "best": best and best.report.to_json(),
-            "trials": [trial.to_json() for trial in tried],
-        }
-        print(json.dumps(found))
+        print(
+            json.dumps(
+                {
+                    "overrides": best and best.overrides,
+                    "best": best and best.report.to_json(),
+                    "trials": [trial.to_json() for trial in tried],
+                }
+            )
+        )
     elif best is None:
         print("No setting fits: take more or larger devices, or shorter rows.")
     else:
@@ -257,8 +260,8 @@ def _generate(options: argparse.Namespace) -> int:
 
     _, encoder = _encoder(options)
     content = [{"type": "image"}] * len(options.image) + [{"type": "text", "text": options.prompt}]
-    record = {"messages": [{"role": "user", "content": content}], "images": options.image}
-    example = encoder.prompt(record)
+    messages = [{"role": "user", "content": content}]
+    example = encoder.prompt({"messages": messages, "images": options.image})
     batch = encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
     model, params = _load(options, encoder)
     eos, pad = end_tokens(model, encoder.chat.turn_end)

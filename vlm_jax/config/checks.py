@@ -73,7 +73,7 @@ def _unknown(given: str, where: str, known: Iterable[str]) -> tuple[bool, str]:
     # Few slips are in a word's first letter; without this 'freeze_vision' is near to 'revision'.
     alike = [one for one in named if one[:1] == name[:1]]
     close = difflib.get_close_matches(name, alike, n=1, cutoff=0.65)
-    meant = [key for one in close for key in named[one]]
+    meant = list(named[close[0]]) if close else []
     meant = [key for key in meant if key.split(".")[0] == section] or meant
     guess = f" (did you mean {' or '.join(map(repr, meant))}?)" if meant else ""
     place = f" in {where}" if where else ""

@@ -50,7 +50,7 @@ CONFIG = {
 }
 RUN = {"metavar": "DIR", "help": "output_dir of a run"}
 MODEL = {"metavar": "DIR", "help": "checkpoint directory or hub id"}
-MODEL_PARTS = {
+MODEL_PARTS: dict[str, dict[str, Any]] = {
     "--adapter": {"metavar": "DIR", "help": "PEFT adapter on --model"},
     "--dtype": {"choices": ("float32", "bfloat16"), "help": "dtype of --model"},
 }

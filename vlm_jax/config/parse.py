@@ -113,6 +113,18 @@ def _parsed(value: Any, expected: str) -> Any:
     return plain(value)
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"section.key": value} of a tree of sections."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        is_tree = isinstance(value, TREE) and general(f"{prefix}{key}") not in VALUES
+        if is_tree and (value or not prefix):  # an empty one in a section is a value, a wrong one
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 # Key -> what reads its value.
 VALUES: dict[str, Callable[[Any], Any]] = {
     "data.train_file": sources_value,

@@ -22,7 +22,7 @@ from vlm_jax.config.choices import (
     WORDS,
 )
 from vlm_jax.config.files import read_file
-from vlm_jax.config.parse import TREE, VALUES, general, words_of
+from vlm_jax.config.parse import TREE, VALUES, flatten, general, words_of
 from vlm_jax.config.specs import SECTIONS, EvaluatorSpec, RunSpec
 from vlm_jax.errors import UserError
 
@@ -66,18 +66,9 @@ def _fields() -> dict[str, dataclasses.Field]:
     }
 
 
-def flatten_config(config: RunSpec | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: RunSpec | Mapping[str, Any]) -> dict[str, Any]:
     """Return {"section.key": value} of settings, or of a tree of sections."""
-    if isinstance(config, RunSpec):
-        return config.flat()
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        is_tree = isinstance(value, TREE) and general(f"{prefix}{key}") not in VALUES
-        if is_tree and (value or not prefix):  # an empty one in a section is a value, a wrong one
-            flat |= flatten_config(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return config.flat() if isinstance(config, RunSpec) else flatten(config)
 
 
 def key_types() -> dict[str, type]:
@@ -190,7 +181,7 @@ def load(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] =
             is_word = isinstance(values, TREE) or _spelled(section, values) in WORDS
             if is_section and not is_word:
                 raise UserError(f"'{section}' in '{file}' is a section, not the value {values!r}.")
-        values = flatten_config(tree)
+        values = flatten(tree)
         if "method" in overrides:  # another method, and not what the file's one stood for
             values.pop("method", None)
         found = _resolved(values, f"'{file}'")

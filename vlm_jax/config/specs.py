@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.config.checks import check
-from vlm_jax.config.parse import plain
+from vlm_jax.config.parse import flatten, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +179,8 @@ class TrainSpec:
     def __post_init__(self) -> None:
         # What other keys decide, as in transformers.
         if self.eval_steps is None:
-            steps = 500 if self.eval_strategy is None else self.logging_steps
-            object.__setattr__(self, "eval_steps", steps)
+            default = 500 if self.eval_strategy is None else self.logging_steps
+            object.__setattr__(self, "eval_steps", default)
         if self.eval_strategy is None:
             object.__setattr__(self, "eval_strategy", "steps")
 
@@ -298,13 +298,12 @@ class RunSpec:
         """Return the settings that a config holds; of such settings, themselves."""
         if isinstance(config, RunSpec):
             return config
-        made: dict[str, Any] = {}
-        for name, keys in config.items():
-            if name == "evaluators":
-                made[name] = {one: _section(EvaluatorSpec, own) for one, own in keys.items()}
-            else:
-                made[name] = _section(SECTIONS[name], keys)
-        return cls(**made)
+        tree = dict(config)
+        named = tree.pop("evaluators", {}).items()
+        return cls(
+            **{name: _section(SECTIONS[name], keys) for name, keys in tree.items()},
+            evaluators={name: _section(EvaluatorSpec, keys) for name, keys in named},
+        )
 
     @classmethod
     def of_flat(cls, values: Mapping[str, Any]) -> "RunSpec":
@@ -320,10 +319,7 @@ class RunSpec:
 
     def flat(self) -> dict[str, Any]:
         """Return {"section.key": value}, of evaluators {"evaluators.NAME.key": value}."""
-        tree = dataclasses.asdict(self)
-        named = {f"evaluators.{name}": keys for name, keys in tree.pop("evaluators").items()}
-        sections = {**tree, **named}.items()
-        return {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()}
+        return flatten(dataclasses.asdict(self))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain nested dicts of values that JSON can hold."""

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax
 
@@ -154,8 +154,8 @@ def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     ]
 
 
-def exchanges(program: Program, times: Mapping[str, int]) -> Iterator[tuple[str, Instruction, int]]:
-    """Yield (kind, instruction, how often it runs) of what the devices exchange.
+def exchanges(program: Program, times: Mapping[str, int]) -> list[tuple[str, Instruction, int]]:
+    """Return (kind, instruction, how often it runs) of what the devices exchange.
 
     times: see `run_times`. Start, carriers and end of an asynchronous collective share their
     channel and are one; carriers inside a loop that it is in flight for do not repeat it.
@@ -170,8 +170,7 @@ def exchanges(program: Program, times: Mapping[str, int]) -> Iterator[tuple[str,
             key = (kind[1], first(r"channel_id=(\d+)", instruction.text, own))
             start, least = found.get(key, (instruction, times[name]))
             found[key] = start, min(least, times[name])
-    for (kind_, _), (instruction, count) in found.items():
-        yield kind_, instruction, count
+    return [(key[0], *one) for key, one in found.items()]
 
 
 def parse(compiled: jax.stages.Compiled) -> tuple[Program, str]:
@@ -211,9 +210,12 @@ def called_by(instruction: Instruction) -> list[str]:
     """Return the computations that an instruction runs: all branches, no loop's condition."""
     if instruction.opcode == "while":
         return re.findall(r"\bbody=%?([^\s,)]+)", instruction.text)
-    branches = BRANCHES.findall(instruction.text)
-    names = [name for several, one in branches for name in (several or one).split(",")]
-    return [name.strip().lstrip("%") for name in names] or CALLED.findall(instruction.text)
+    branches = [
+        name.strip().lstrip("%")
+        for several, one in BRANCHES.findall(instruction.text)
+        for name in (several or one).split(",")
+    ]
+    return branches or CALLED.findall(instruction.text)
 
 
 def _trips(program: Program, loop: Instruction) -> int:

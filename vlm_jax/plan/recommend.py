@@ -141,8 +141,7 @@ def recommend(
     def candidates() -> Iterator[_Candidate]:
         """Yield what to try, the best first."""
         for max_pixels, reason in pixel_limits(encoder, records):
-            limited = encoder.replace(max_pixels=max_pixels)
-            sample = measure(limited, records, max_pixels, reason)
+            sample = measure(encoder.replace(max_pixels=max_pixels), records, max_pixels, reason)
             row = choose_row(encoder, sample.sizes)
             for method in methods:
                 made = _config(method, band, count, row, sample, given)
@@ -341,13 +340,12 @@ def write(recommendation: Recommendation, file: Path) -> None:
         text = f"# {title}\n{body}"
     else:
         settings = configs.flatten_config(recommendation.config).items()
-        lines = [
-            *(f'"""{title}"""', "", "from vlm_jax import config", "", "", "def get_config():"),
-            "    c = config.get_config()",
-            *(f"    c.{key} = {value!r}" for key, value in settings),
-            "    return c",
-        ]
-        text = "\n".join(lines) + "\n"
+        text = (
+            f'"""{title}"""\n\nfrom vlm_jax import config\n\n\ndef get_config():\n'
+            "    c = config.get_config()\n"
+            + "".join(f"    c.{key} = {value!r}\n" for key, value in settings)
+            + "    return c\n"
+        )
     file.write_text(text, encoding="utf-8")
 
 

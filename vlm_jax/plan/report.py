@@ -284,7 +284,7 @@ def _summed(each: list[program.Collective]) -> list[Exchange]:
         total = found.setdefault((one.kind, one.dtype), [0, 0])
         total[0] += one.times
         total[1] += one.times * one.bytes
-    rows = [Exchange(*name, *total) for name, total in found.items()]
+    rows = (Exchange(*name, *total) for name, total in found.items())
     return sorted(rows, key=lambda row: -row.bytes)
 
 
@@ -300,6 +300,5 @@ def _host_memory(step: Step, own: leaves.Parts, device: Device) -> int:
         values = min(leaf.size, local * math.prod(leaf.sharding.shard_shape(leaf.shape)))
         return values * jnp.dtype(leaf.dtype).itemsize + 2 * layer
 
-    trees = (step.frozen, step.state.trainable)
-    most = max(loading(leaf) for tree in trees for leaf in flatten(tree).values())
-    return PROCESS + most + local * own.moments_host
+    leaves = {**flatten(step.frozen), **flatten(step.state.trainable)}.values()
+    return PROCESS + max(map(loading, leaves)) + local * own.moments_host

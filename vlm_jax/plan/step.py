@@ -57,9 +57,9 @@ class Step:
     def compile(self) -> jax.stages.Compiled:
         """Return the step, compiled; a compiler's error is passed on as it is."""
         assert isinstance(self.mesh, Mesh)
-        own = OPTIONS[self.mesh.devices.flat[0].platform]
+        platform = self.mesh.devices.flat[0].platform
         with tempfile.TemporaryDirectory(prefix="vlm_jax.plan.") as dump:
-            options = {**own, "xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            options = {**OPTIONS[platform], "xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             compiled, _ = compile_run(self.run, self.state, self.frozen, self.batch, options)
             return readable(compiled, Path(dump))
 
@@ -103,11 +103,9 @@ def compile_step(
     Neither data, tokenizer nor weights are read. Raises `UserError` for what the config lacks, for
     an unknown topology, and where a program does not fit its memory.
     """
-    sizes = {f"mesh.{name}": n for name, n in (mesh or {}).items()}
-    changes = {**(overrides or {}), **({"mesh.auto": False, **sizes} if sizes else {})}
-    step = prepare(
-        load(config, changes), devices(topology), rows=rows, tokens=tokens, patches=patches
-    )
+    sizes = {"mesh.auto": False, **{f"mesh.{name}": n for name, n in mesh.items()}} if mesh else {}
+    loaded = load(config, {**(overrides or {}), **sizes})
+    step = prepare(loaded, devices(topology), rows=rows, tokens=tokens, patches=patches)
     with out_of_memory_explained():
         return step.compile()
 
@@ -138,12 +136,21 @@ def prepare(
     parts = config.training.gradient_accumulation_steps
     shards = over.shape["data"] * over.shape["fsdp"]
     tokens = _multiple("tokens", tokens, config.data.max_seq_length)
-    unit = model.config.patch_unit
-    patches = _multiple("patches", patches, image_patches(config, model, tokens), unit, least=0)
+    largest = image_patches(config, model, tokens)
+    patches = _multiple("patches", patches, largest, model.config.patch_unit, least=0)
     rows = _multiple("rows", rows, rows_of(config, over), shards * parts)
-    run = make_step(model, tx, parts, **step_options(config))
-    batch = abstract_batch(model, rows, (tokens, patches), over)
-    return Step(config, model, over, run, state, frozen, batch, rows, (tokens, patches), parts)
+    return Step(
+        config=config,
+        model=model,
+        mesh=over,
+        run=make_step(model, tx, parts, **step_options(config)),
+        state=state,
+        frozen=frozen,
+        batch=abstract_batch(model, rows, (tokens, patches), over),
+        rows=rows,
+        shape=(tokens, patches),
+        micro_batches=parts,
+    )
 
 
 def abstract_mesh(config: RunSpec, machine: Hardware) -> AbstractMesh:
@@ -157,8 +164,9 @@ def abstract_mesh(config: RunSpec, machine: Hardware) -> AbstractMesh:
             f"for hardware that can be compiled for, as v5e-16 or h100:8."
         )
     sizes = sizes_of(config, m.devices or count, machine.usable)
-    kinds = (AxisType.Auto,) * len(sizes)
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
 
 
 def _multiple(name: str, given: int | None, default: int, unit: int = 1, least: int = 1) -> int:

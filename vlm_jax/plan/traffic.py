@@ -106,7 +106,7 @@ def _fused(
         update = named.get(operands(root)[1])
         written = min(written, _size_anywhere(update.result) if update else written)
     if root.opcode == "tuple":
-        results = [named[name] for name in operands(root) if name in named]
+        results = (named[name] for name in operands(root) if name in named)
         written = sum(_size(i.result) for i in results if not _carried(i))
     elif _carried(root):
         written = 0

@@ -125,8 +125,10 @@ def open_pipeline(config: RunSpec, split: str = "train") -> Pipeline:
         raise UserError(f"There is no split '{split}'; expected one of {', '.join(SPLITS)}.")
     name, t = base_name(config), config.training
     directory = resolve(name, config.model.revision, weights=False)
-    source = Source(str(directory), {}, name, config.model.revision)
-    model = from_config(read_json(directory / "config.json"), source=source)
+    model = from_config(
+        read_json(directory / "config.json"),
+        source=Source(str(directory), {}, name, config.model.revision),
+    )
     check_type(config, model)
     is_training = split == "train"
     rows = t.per_device_eval_batch_size
@@ -192,8 +194,7 @@ def _rows(
                         raise pipeline.measurer.named(index, error) from error
                     damaged.append(str(error))
             # One row at a time: a whole global batch of images may be gigabytes.
-            batch = encoder.collate([made], *step.shape)
-            found = reader.row(batch, 0)
+            found = reader.row(encoder.collate([made], *step.shape), 0)
             kept = found[: most - shown]
             yield Row(
                 step=number,

@@ -134,17 +134,18 @@ class Reader:
             if numbers[t] and t and numbers[t] == numbers[t - 1]:
                 continue
             count = int((numbers == numbers[t]).sum()) if numbers[t] else 1
-            piece = Piece(
-                kind=kinds[t] or ("loss" if weights[t] else "text"),
-                text=text,
-                weight=float(weights[t]),
-                start=t,
-                position=_position(positions[:, t : t + count]),
-                token=int(tokens[t]),
-                count=count,
-                number=int(numbers[t]),
+            pieces.append(
+                Piece(
+                    kind=kinds[t] or ("loss" if weights[t] else "text"),
+                    text=text,
+                    weight=float(weights[t]),
+                    start=t,
+                    position=_position(positions[:, t : t + count]),
+                    token=int(tokens[t]),
+                    count=count,
+                    number=int(numbers[t]),
+                )
             )
-            pieces.append(piece)
         return Example(
             pieces=pieces,
             targets=self._targets(tokens, weights),

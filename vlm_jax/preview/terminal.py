@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.text import Text
 
 from vlm_jax.errors import marked
-from vlm_jax.preview.collect import Preview, Row, first_messages
-from vlm_jax.preview.example import Example, Piece
+from vlm_jax.preview.collect import Histogram, Preview, Row, first_messages
+from vlm_jax.preview.example import Example, Picture, Piece, Target
 from vlm_jax.preview.page import visible, weight
 
 STYLES = {
@@ -19,50 +19,59 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 # Where there is no colour, brackets say what carries loss.
 OPEN, CLOSE = "⟦", "⟧"
 
+Line = tuple[str | Text, str]  # and its style
+EMPTY: Line = ("", "")
+
 
 def show(preview: Preview, console: Console | None = None) -> None:
     """Print settings, statistics and examples."""
     console = console or Console(highlight=False)
-    colour = console.color_system is not None
-
-    def line(text: Text | str = "", style: str = "") -> None:
+    for text, style in _lines(preview, colour=console.color_system is not None):
         # Never markup: data may hold "[b]".
-        text = Text(marked(text)) if isinstance(text, str) else text
-        console.print(text, style=style, soft_wrap=not console.is_terminal)
+        line = Text(marked(text)) if isinstance(text, str) else text
+        console.print(line, style=style, soft_wrap=not console.is_terminal)
 
-    how = "in evaluation order" if preview.split == "eval" else "in training order"
-    count = len(preview.examples)
-    first = "first example" if count == 1 else f"first {count} examples"
-    line(f"{preview.data}, the {first} {how}", "bold")
-    line(f"encoded for {preview.model}")
-    line()
-    for setting in preview.settings:
-        line(f"{setting.key:16} {setting.value}" + (f"  ({setting.note})" if setting.note else ""))
-    line()
-    for text in statistics(preview):
-        line(text)
-    for reason, count, message in first_messages(preview.report):
-        line(f"left out {count} ({reason}): {message}", "red")
-    for message in preview.damaged:
-        line(f"its place stays empty: {message}", "red")
-    line()
-    for one in preview.histograms:
-        most = max(count for _, _, count in one.bars)
-        bars = "".join(BLOCKS[-(-7 * count // most)] if count else " " for _, _, count in one.bars)
-        limit = "" if one.limit is None else f", limit {one.limit:,}"
-        line(
-            f"{one.name:16} {one.bars[0][0]:,} |{bars}| {one.bars[-1][1]:,}  median "
-            f"{one.median:,}, 99 % <= {one.high:,}, largest {one.largest:,}{limit}"
-        )
-    line()
+
+def _lines(preview: Preview, colour: bool) -> list[Line]:
     legend = Text("read only ")
     for kind, name in (("loss", "carries loss"), ("image", "image"), ("video", "video")):
         legend.append(_marked(name, kind, colour), STYLES[kind] if colour else "")
         legend.append(" ")
-    line(legend)
-    for row in preview.rows:
-        line()
-        _show_row(line, row, colour)
+    how = "in evaluation order" if preview.split == "eval" else "in training order"
+    count = len(preview.examples)
+    first = "first example" if count == 1 else f"first {count} examples"
+    return [
+        (f"{preview.data}, the {first} {how}", "bold"),
+        (f"encoded for {preview.model}", ""),
+        EMPTY,
+        *(
+            (f"{key:16} {value}" + (f"  ({note})" if note else ""), "")
+            for key, value, note in preview.settings
+        ),
+        EMPTY,
+        *((text, "") for text in statistics(preview)),
+        *(
+            (f"left out {count} ({reason}): {message}", "red")
+            for reason, count, message in first_messages(preview.report)
+        ),
+        *((f"its place stays empty: {message}", "red") for message in preview.damaged),
+        EMPTY,
+        *((_bars(one), "") for one in preview.histograms),
+        EMPTY,
+        (legend, ""),
+        *(line for row in preview.rows for line in (EMPTY, *_row(row, colour))),
+    ]
+
+
+def _bars(data: Histogram) -> str:
+    """Return a histogram on one line."""
+    most = max(count for _, _, count in data.bars)
+    bars = "".join(BLOCKS[-(-7 * count // most)] if count else " " for _, _, count in data.bars)
+    limit = "" if data.limit is None else f", limit {data.limit:,}"
+    return (
+        f"{data.name:16} {data.bars[0][0]:,} |{bars}| {data.bars[-1][1]:,}  median "
+        f"{data.median:,}, 99 % <= {data.high:,}, largest {data.largest:,}{limit}"
+    )
 
 
 def statistics(preview: Preview) -> list[str]:
@@ -85,42 +94,49 @@ def statistics(preview: Preview) -> list[str]:
     ]
 
 
-def _show_row(line, row: Row, colour: bool) -> None:
+def _row(row: Row, colour: bool) -> list[Line]:
     shown = f", {len(row.examples)} shown" if len(row.examples) < row.segments else ""
-    line(
+    padding = row.shape[0] - row.tokens
+    title = (
         f"── step {row.step}, row {row.number}: {row.tokens:,} of {row.shape[0]:,} tokens, "
         f"{row.patches:,} of {row.shape[1]:,} patches, "
-        f"{row.segments} {'example' if row.segments == 1 else 'examples'}{shown}",
-        "bold",
+        f"{row.segments} {'example' if row.segments == 1 else 'examples'}{shown}"
     )
-    for example in row.examples:
-        _show_example(line, example, colour)
-    padding = row.shape[0] - row.tokens
+    lines = [line for example in row.examples for line in _example(example, colour)]
     if padding and not shown:
-        line(f"padding × {padding:,}", STYLES["padding"])
+        lines.append((f"padding × {padding:,}", STYLES["padding"]))
+    return [(title, "bold"), *lines]
 
 
-def _show_example(line, example: Example, colour: bool) -> None:
-    line(
-        f"{example.id}  {example.place}  {example.tokens:,} tokens, "
-        f"{example.loss_tokens:,} with loss, {example.patches:,} patches",
-        "bold",
+def _example(example: Example, colour: bool) -> list[Line]:
+    positions = "; ".join(f"{which}: {where}" for which, where in example.runs)
+    return [
+        (
+            f"{example.id}  {example.place}  {example.tokens:,} tokens, "
+            f"{example.loss_tokens:,} with loss, {example.patches:,} patches",
+            "bold",
+        ),
+        *((note, "yellow") for note in example.notes),
+        *(_picture(number, one) for number, one in enumerate(example.pictures, start=1)),
+        (tokens(example.pieces, colour), ""),
+        *((_target(target), "") for target in example.targets),
+        (f"positions: {positions}", "dim"),
+    ]
+
+
+def _picture(number: int, picture: Picture) -> Line:
+    start = "" if picture.original is None else "{1} × {0} → ".format(*picture.original)
+    frames = f", {len(picture.frames)} frames" if picture.kind == "video" else ""
+    return (
+        f"{picture.kind} {number}: {start}{picture.width} × {picture.height} pixels{frames}, "
+        f"{picture.tokens:,} tokens of {picture.cell} × {picture.cell}",
+        "blue" if picture.kind == "image" else "magenta",
     )
-    for note in example.notes:
-        line(note, "yellow")
-    for number, picture in enumerate(example.pictures, start=1):
-        start = "" if picture.original is None else "{1} × {0} → ".format(*picture.original)
-        frames = f", {len(picture.frames)} frames" if picture.kind == "video" else ""
-        line(
-            f"{picture.kind} {number}: {start}{picture.width} × {picture.height} pixels{frames}, "
-            f"{picture.tokens:,} tokens of {picture.cell} × {picture.cell}",
-            "blue" if picture.kind == "image" else "magenta",
-        )
-    line(tokens(example.pieces, colour))
-    for target in example.targets:
-        weighted = "" if target.weight == 1 else f", weight {target.weight:g}"
-        line(f"target, {target.tokens} tokens{weighted}: {visible(target.text).strip()}")
-    line("positions: " + "; ".join(f"{which}: {where}" for which, where in example.runs), "dim")
+
+
+def _target(target: Target) -> str:
+    share = "" if target.weight == 1 else f", weight {target.weight:g}"
+    return f"target, {target.tokens} tokens{share}: {visible(target.text).strip()}"
 
 
 def tokens(pieces: list[Piece], colour: bool) -> Text:
