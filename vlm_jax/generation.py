@@ -43,14 +43,15 @@ def left_padded(batch: Batch) -> Batch:
     batch = jax.tree.map(np.asarray, batch)
     if batch.segments.max(initial=0) > 1:
         raise UserError("generate needs one example a row; this batch holds packed rows.")
-    names = ("tokens", "segments", "positions", "image_index")
-    moved = {name: np.zeros_like(getattr(batch, name)) for name in names}
-    moved["image_index"] -= 1
-    for row, segments in enumerate(batch.segments):
-        place = np.flatnonzero(segments)
-        for name in names if len(place) else ():
-            moved[name][row, ..., -len(place) :] = getattr(batch, name)[row][..., place]
-    return dataclasses.replace(batch, **moved)
+    order = np.argsort(batch.segments > 0, axis=1, stable=True)  # empty slots before all others
+    axes_order = np.expand_dims(order, tuple(range(1, batch.positions.ndim - 1)))
+    return dataclasses.replace(
+        batch,
+        tokens=np.take_along_axis(batch.tokens, order, 1),
+        segments=np.take_along_axis(batch.segments, order, 1),
+        positions=np.take_along_axis(batch.positions, axes_order, -1),
+        image_index=np.take_along_axis(batch.image_index, order, 1),
+    )
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

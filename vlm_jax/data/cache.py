@@ -36,7 +36,7 @@ def cache_directory() -> Path:
 def download(address: str) -> Path:
     """Return the local copy of a remote file, fetched once for each version of it.
 
-    The version is what the file system says of the file (checksum, or size and time).
+    The version is what the file system says of the file (checksum, size and time: its `ukey`).
     Raises `UserError` for a missing package, and for what cannot be read.
     """
     import fsspec
@@ -46,7 +46,7 @@ def download(address: str) -> Path:
         system, path = fsspec.core.url_to_fs(address)
         if not system.isfile(path):
             raise FileNotFoundError("no such file")
-        version = f"{address} {_version(system.info(path))}".encode()
+        version = f"{address} {system.ukey(path)}".encode()
         folder = hashlib.blake2b(version, digest_size=8).hexdigest()
         target = cache_directory() / "downloads" / folder / Path(path).name
         if not target.is_file():
@@ -63,13 +63,6 @@ def download(address: str) -> Path:
             f"The data file '{address}' cannot be read: {type(error).__name__}: {error}. Check its "
             f"address and this machine's rights to it."
         ) from error
-
-
-def _version(info: dict[str, Any]) -> str:
-    digests = ("etag", "ETag", "md5Hash", "crc32c", "blob_id", "checksum")
-    times = ("mtime", "updated", "LastModified", "last_modified", "created")
-    dated = f"{info.get('size')} {[str(info[key]) for key in times if key in info]}"
-    return next((str(info[key]) for key in digests if info.get(key)), dated)
 
 
 def decompress(path: Path) -> Path:

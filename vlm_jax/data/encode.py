@@ -117,8 +117,7 @@ class Encoder:
         self.config = config = read_family(self.hf_config)
         self.directory = str(directory)
         self.max_seq_length, self.max_patches = max_seq_length, max_patches
-        self.overlong = overlong
-        self.train_on, self.on_bad_example = train_on, on_bad_example
+        self.overlong, self.train_on, self.on_bad_example = overlong, train_on, on_bad_example
         self.image_folder = None if image_folder is None else str(image_folder)
         self.directories = [str(one) for one in (adapter, directory) if one is not None]
         self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id, adapter)
@@ -318,8 +317,9 @@ class Encoder:
         still: bool = False,
     ) -> Batch:
         """Return the `Batch` of rows of examples; see `vlm_jax.batch.collate`, and `example`."""
-        pixels = np.uint8 if bytes_only else np.float32
-        return self.config.collate(rows, length, patches, pixels, padded, still)
+        return self.config.collate(
+            rows, length, patches, np.uint8 if bytes_only else np.float32, padded, still
+        )
 
     def image_settings(self) -> dict[str, Any] | None:
         """Return the preprocessor_config.json that serves images as they were trained on."""

@@ -98,9 +98,7 @@ class Measures:
 
     def put(self, index: int, size: Size) -> None:
         """Write a record's size."""
-        row = np.array([*size, 0], np.int32)
-        row[-1] = CHECK ^ np.bitwise_xor.reduce(row[:-1])
-        self.table[index] = row
+        self.table[index] = (*size, CHECK ^ np.bitwise_xor.reduce(size))
 
     def drop(self, index: int, reason: str, lasting: bool = False) -> None:
         """Write that a record is left out: for good, or as far as this run is concerned."""

@@ -151,9 +151,10 @@ class Steps:
             else:
                 ids.append(one[0])
                 rows[i].append(one[1])
-        encoder = self.planner.measurer.encoder
         # Neither padding nor further frames of the same go through shared memory.
-        batch = encoder.collate(rows, *step.shape, self.bytes_only, not self.workers, still)
+        batch = self.planner.measurer.encoder.collate(
+            rows, *step.shape, self.bytes_only, padded=not self.workers, still=still
+        )
         return vars(batch), Made(ids, step, skipped)
 
     def _example(self, index: int, still: bool) -> tuple[str, Example] | Skipped:

@@ -159,12 +159,11 @@ class Pipeline:
         sizes = self.measures.sizes(kept)[:, :2]
         capacity, self.shapes, self.wider = self._choose_shapes(sizes, max_shapes, kept, packing)
         packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
-        density = len(kept) / packed  # examples a row
         shuffle = shuffle and sampling != "sequential"
         visits = math.inf  # of records in an epoch: a mixture may visit one twice, or not
         if not isinstance(self.records, StreamRecords):
             visits = len(self.records.order(seed, 0, shuffle))
-        window = max(WINDOW, int(8 * rows * density))
+        window = max(WINDOW, int(8 * rows * (len(kept) / packed)))  # 8 steps of examples
         if sampling == "group_by_length":
             window = rows * max(1, int(min(MEGABATCH, visits / (4 * rows))))
         self.planner = Planner(

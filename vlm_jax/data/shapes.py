@@ -4,6 +4,7 @@ Every shape is one compilation, so there are few; every slot that nothing fills 
 vain, so they are fitted to the examples. Letters: T tokens, P patches, of one row.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -88,22 +89,18 @@ def _cut(
     last = (sums[n] - sums) * cost(np.array(cap))  # the last run is padded to the cap
     paid = np.full(n + 1, np.inf)
     paid[0] = 0
-    came: list[np.ndarray] = []
-    best = (float(last[0]), 0, 0)  # total, runs before the last, where the last run begins
-    for runs in range(1, max_shapes):
+    begins: list[tuple[int, ...]] = [()] * (n + 1)  # of the runs that paid[j] is the price of
+    best: tuple[float, tuple[int, ...]] = float(last[0]), (0,)  # total; where each run begins
+    for _ in range(1, max_shapes):
         steps = paid[:, None] + price
-        came.append(steps.argmin(0))
+        begins = [(*begins[start], int(start)) for start in steps.argmin(0)]
         paid = steps.min(0)
         totals = paid + last
         start = int(totals.argmin())
         if totals[start] < best[0] * (1 - LEAST_GAIN):
-            best = float(totals[start]), runs, start
-    ladder, (total, runs, end) = [cap], best
-    for origin in reversed(came[:runs]):
-        start = int(origin[end])
-        ladder.append(tuple(kinds[start:end].max(0).tolist()))
-        end = start
-    return total, ladder
+            best = float(totals[start]), (*begins[start], start)
+    runs = [tuple(kinds[a:b].max(0).tolist()) for a, b in itertools.pairwise(best[1])]
+    return best[0], [*runs, cap]
 
 
 def fit(size: np.ndarray, shapes: Sequence[Shape]) -> int:

@@ -58,10 +58,8 @@ def pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]
         MOST_PIXELS: "of larger images little is gained",
     }
     best = min(bounds)
-    limits: list[tuple[int | None, str]] = [(max(low, best), bounds[best])]
-    if best > FEW_PIXELS >= low:
-        limits.append((FEW_PIXELS, "more does not fit the hardware"))
-    return limits
+    few = [(FEW_PIXELS, "more does not fit the hardware")] if best > FEW_PIXELS >= low else []
+    return [(max(low, best), bounds[best]), *few]
 
 
 def measure(encoder: Encoder, records: Any, max_pixels: int | None, reason: str = "") -> Sizes:

@@ -49,9 +49,16 @@ class Template:
         """
         if self._refused is not None:  # or each record would take as long again
             raise BadTemplate(self._refused)
-        values |= {"tools": None, "documents": None, "add_generation_prompt": prompt}
         try:
-            text = within(TEMPLATE_SECONDS, self._compiled.render, messages=messages, **values)
+            text = within(
+                TEMPLATE_SECONDS,
+                self._compiled.render,
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **values,
+            )
         except (TimeoutError, TooLarge) as error:
             self._refused = (
                 f"The chat template of '{self.directory}' {error}, for one conversation, which "
