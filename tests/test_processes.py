@@ -305,7 +305,7 @@ from vlm_jax.distributed.failures import together
 
 with together(lambda error: 2):
     from test_checkpoint import make_state
-    from vlm_jax import processes
+    from vlm_jax.distributed import processes
     from vlm_jax.sharding import make_mesh
     from vlm_jax.train.checkpoint import Checkpoints
     from vlm_jax.train.placement import on_mesh

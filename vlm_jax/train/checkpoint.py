@@ -202,8 +202,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.finish()
         meta, saved = self._check(step, flat_state(like), prefix)
         targets = {name: struct for name, (struct, _) in saved.items()}
-        placed = ocp.checkpoint_utils.construct_restore_args(targets)
-        args = ocp.args.PyTreeRestore(targets, placed, partial_restore=True)
+        args = ocp.args.PyTreeRestore(
+            targets,
+            ocp.checkpoint_utils.construct_restore_args(targets),
+            partial_restore=True,
+        )
         found = self._read(step, "state", ocp.PyTreeCheckpointHandler, args)
         # Taken out one by one: what is turned does not stay beside what it was.
         leaves = {name: turn(found.pop(name)) for name, (_, turn) in saved.items()}

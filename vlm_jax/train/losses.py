@@ -128,8 +128,7 @@ def cross_entropy(
 
     options: label_smoothing and neftune_alpha, as `summed_losses` takes them.
     """
-    total = summed_losses(model, params, batch, rngs, **options)
-    return total, jnp.sum(batch.weights), {}
+    return summed_losses(model, params, batch, rngs, **options), jnp.sum(batch.weights), {}
 
 
 # An objective is called as `cross_entropy` is, and returns (sum, count, {name: sum}). Micro-batches

@@ -55,8 +55,7 @@ class Store:
     @property
     def origin(self) -> tuple[tuple[int, ...], ...]:
         """For each axis of the view, the leaf's axes it is cut from; none for a block's axis."""
-        own = tuple((axis,) for axis in range(len(self.shape)))
-        return own if self.blocks is None else self.blocks.origin
+        return self.blocks.origin if self.blocks else tuple((i,) for i in range(len(self.shape)))
 
     def view(self, x: jax.Array) -> jax.Array:
         """Return an array of the leaf's shape as the view that moments are kept in."""

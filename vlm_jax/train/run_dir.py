@@ -328,9 +328,9 @@ def nothing_half_written(places: Places) -> Iterator[None]:
                     "Once this is repaired, resume from the last complete checkpoint with --resume."
                 )
             elif saved:
-                newest = places.checkpoints / str(saved[-1])
                 how = (
-                    f"The last good checkpoint is '{newest}': once this is repaired, add --resume."
+                    f"The last good checkpoint is '{places.checkpoints / str(saved[-1])}': once "
+                    f"this is repaired, add --resume."
                 )
             raise UserError(f"{what} {how}") from error
 
