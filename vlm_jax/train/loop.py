@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -44,6 +46,7 @@ from vlm_jax.train.selection import (
     result_leaves,
 )
 from vlm_jax.train.setup import (
+    RunData,
     absolute_paths,
     build,
     data_of,
@@ -231,30 +234,46 @@ def _train(
         monitor.flush()
         save()
 
-    # Results
+    seconds = time.perf_counter() - start
+    return _results(
+        run, data, checkpoints, places, console, seconds,
+        lambda trainable: write_result(model, join(trainable, frozen), directory, encoder),
+    )  # fmt: skip
+
+
+def _results(
+    run: Standing,
+    data: RunData,
+    checkpoints: Checkpoints,
+    places: Places,
+    console: Console,
+    seconds: float,
+    write: Callable[[Any], Path],
+) -> dict:
+    """Report the end of a run and, unless it was interrupted, write what it results in."""
     outcome: dict[str, Any] = {
         "steps": run.step,
-        "output": str(directory),
+        "output": str(places.directory),
         "evaluation": run.evaluation,
         "stopped_early": run.over and run.step < data.total,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "data": data.training.report,
     }
     unfinished = run.step < data.total or run.pending
     outcome["interrupted"] = unfinished and not outcome["stopped_early"]
-    write_skipped(directory / "skipped.jsonl", data.training.skipped())
+    write_skipped(places.directory / "skipped.jsonl", data.training.skipped())
     for line in closing_lines(outcome, run, places.checkpoints, data.total):
         say(console, line)
     if outcome["interrupted"]:
         return outcome
-    trainable, chosen = result_leaves(run, best, checkpoints, partial(say, console))
+    trainable, chosen = result_leaves(run, checkpoints, partial(say, console))
     outcome |= {} if chosen is None else {"best": chosen}
     if processes.is_primary():
-        (directory / "best.json").unlink(missing_ok=True)
+        best_file = places.directory / "best.json"
+        best_file.unlink(missing_ok=True)
         if chosen is not None:
-            write_json(directory / "best.json", chosen)
+            write_json(best_file, chosen)
     with result_half_written(places):
-        result = write_result(model, join(trainable, frozen), directory, encoder)
-    outcome["result"] = str(result)
-    say(console, f"Wrote '{result}'.")
+        outcome["result"] = str(write(trainable))
+    say(console, f"Wrote '{outcome['result']}'.")
     return outcome

@@ -312,17 +312,17 @@ class Standing:
 
 
 def result_leaves(
-    run: Standing, best: Best | None, checkpoints: Any, say: Callable[[str], None]
+    run: Standing, checkpoints: Any, say: Callable[[str], None]
 ) -> tuple[Any, dict[str, Any] | None]:
     """Return (the leaves that a run results in, {"step", "metric", "value"} of the best or None).
 
     The run's state is dropped, so that the moments make room for what is read. say: gets a line on
     the step that was chosen.
     """
+    best, chosen = checkpoints.best, checkpoints.best_step
     last, kept, run.state = run.state.result, "trainable" if run.state.ema is None else "ema", None
     if best is None:
         return last, None
-    chosen = checkpoints.best_step
     if chosen is None:
         say(
             f"Warning: no checkpoint was saved with a finite {best.metric} on held-out data: the "
