@@ -5,6 +5,7 @@ another matter than what a file must know.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ LEVELS = [
 ]
 ROOT = ""  # vlm_jax/__init__.py, which only names things, lazily
 FREE = {ROOT, "__main__"}
+FILE = re.compile(r"`([\w./]+/[\w.]+\.py)`")
 
 
 def modules() -> dict[str, Path]:
@@ -194,3 +196,11 @@ def test_data_imports_no_jax():
     assert {"models", "models.family", "models.qwen2_vl", "data.loader"} <= reached
     banned = {"jax", "jaxlib", "flax", "optax", "orbax"}
     assert not {module for module in reached if libraries(MODULES[module]) & banned}
+
+
+def test_pages_name_files_that_exist():
+    roots = (PACKAGE.parent, *(PACKAGE.parent / name for name in ("vlm_jax", "tests", "scripts")))
+    pages = [*PACKAGE.parent.glob("*.md"), *PACKAGE.parent.glob("docs/*.md")]
+    named = {(page.name, name) for page in pages for name in FILE.findall(page.read_text())}
+    gone = [(page, name) for page, name in named if not any((r / name).exists() for r in roots)]
+    assert len(named) > 50 and not gone
