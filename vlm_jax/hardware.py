@@ -52,23 +52,6 @@ class Device:
         return int(self.memory * USABLE) if self.limit is None else self.limit
 
 
-def _gpu(
-    gb: int,
-    teraflops: float | None,
-    bandwidth: float | None,
-    link: float | None = None,
-    target: str | None = None,
-) -> Device:
-    """Return a GPU by what data sheets give: GB, TFLOP/s, GB/s, and GB/s in both directions."""
-    return Device(
-        memory=gb * GB,
-        flops=None if teraflops is None else teraflops * 1e12,
-        bandwidth=None if bandwidth is None else bandwidth * 1e9,
-        link=None if link is None else link * 1e9 / 2,
-        target=target,
-    )
-
-
 # TPUs: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, .../tpu7x, .../v4 (a chip;
 # links in both directions, halved here). v4's links: https://arxiv.org/abs/2304.01433, table 4.
 # Clocks: peak FLOP/s over the matrix units' operations a cycle (v5e: 197e12 / (4 units x 128 x 128
@@ -77,7 +60,7 @@ def _gpu(
 # no mesh: v4 cannot be compiled for.
 # GPUs: NVIDIA's data sheets (https://www.nvidia.com/en-us/data-center/h100, /h200, /a100, /l40s,
 # /l4, /products/a10-gpu, /a40) and the white papers of GeForce RTX 50, Ada and GA102 ("BF16 tensor
-# TFLOPS with FP32 accumulate", without sparsity). a10g: AWS states its memory alone.
+# TFLOPS with FP32 accumulate", without sparsity; links halved). a10g: AWS states its memory alone.
 DEVICES: dict[str, Device] = {
     "v4": Device(32 * GIB, 275e12, 1200e9, 300e9, None, 3, 1.05e9, "TPU v4"),
     "v5e": Device(16 * GB, 197e12, 819e9, 200e9, int(15.75 * GIB), 2, 1.5e9, "TPU v5 lite"),
@@ -86,20 +69,20 @@ DEVICES: dict[str, Device] = {
     "tpu7x": Device(
         96 * GIB, 1153.5e12, 3690e9, None, int(94.74 * GIB), 3, None, "TPU7x", halves=2
     ),
-    "h200": _gpu(141, 989, 4800, 900),
-    "h100": _gpu(80, 989, 3350, 900, "h100.txtpb"),
-    "a100": _gpu(80, 312, 2039, 600),
-    "a100-40gb": _gpu(40, 312, 1555, 600),
-    "l40s": _gpu(48, 362, 864, 64),
-    "a6000": _gpu(48, 154.8, 768),
-    "a40": _gpu(48, 149.7, 696),
-    "rtx5090": _gpu(32, 209.5, 1792),
-    "rtx4090": _gpu(24, 165.2, 1008),
-    "rtx3090": _gpu(24, 71, 936),
-    "a10g": _gpu(24, None, None),
-    "a10": _gpu(24, 125, 600),
-    "l4": _gpu(24, 121, 300),
-    "rtx4080": _gpu(16, 97.5, 717),
+    "h200": Device(141 * GB, 989e12, 4800e9, 450e9),
+    "h100": Device(80 * GB, 989e12, 3350e9, 450e9, target="h100.txtpb"),
+    "a100": Device(80 * GB, 312e12, 2039e9, 300e9),
+    "a100-40gb": Device(40 * GB, 312e12, 1555e9, 300e9),
+    "l40s": Device(48 * GB, 362e12, 864e9, 32e9),
+    "a6000": Device(48 * GB, 154.8e12, 768e9, None),
+    "a40": Device(48 * GB, 149.7e12, 696e9, None),
+    "rtx5090": Device(32 * GB, 209.5e12, 1792e9, None),
+    "rtx4090": Device(24 * GB, 165.2e12, 1008e9, None),
+    "rtx3090": Device(24 * GB, 71e12, 936e9, None),
+    "a10g": Device(24 * GB, None, None, None),
+    "a10": Device(24 * GB, 125e12, 600e9, None),
+    "l4": Device(24 * GB, 121e12, 300e9, None),
+    "rtx4080": Device(16 * GB, 97.5e12, 717e9, None),
 }
 OTHER_NAMES = {"a100-80": "a100", "a100-80gb": "a100", "a100-40": "a100-40gb", "v5litepod": "v5e"}
 # Cloud names of slices count TensorCores here, of which a chip has two: v4-8 is four chips.

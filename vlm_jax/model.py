@@ -215,8 +215,11 @@ class Model:
         """
         if self.files is None:
             raise UserError("This model was not loaded from a directory, so it has no tokenizer.")
-        record = {"messages": messages, "images": list(images), "videos": list(videos)}
-        example = self.files.prompt(self, record, options)
+        example = self.files.prompt(
+            self,
+            {"messages": messages, "images": list(images), "videos": list(videos)},
+            options,
+        )
         return self.collate([[example]], len(example["tokens"]), len(example["patches"]))
 
 

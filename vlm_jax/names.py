@@ -100,6 +100,5 @@ def to_tree(path: str, tensor: np.ndarray) -> np.ndarray:
 
 def to_disk(place: Place, leaf: np.ndarray) -> np.ndarray:
     """Return (a slice of) a leaf as the tensor on disk; undoes `to_tree`."""
-    if place.path.endswith("/kernel"):
-        return np.ascontiguousarray(leaf.T).reshape(place.shape)
-    return leaf
+    kernel = place.path.endswith("/kernel")
+    return np.ascontiguousarray(leaf.T).reshape(place.shape) if kernel else leaf

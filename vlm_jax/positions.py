@@ -95,8 +95,7 @@ def vision_positions(grid_thw: Grids, merge: int) -> np.ndarray:
     parts = [np.zeros((0, 2), np.int32)]
     for t, h, w in grid_list(grid_thw):
         cells = np.indices((h, w)).reshape(2, h // merge, merge, w // merge, merge)
-        frame = cells.transpose(1, 3, 2, 4, 0).reshape(h * w, 2)
-        parts.append(np.tile(frame, (t, 1)).astype(np.int32))
+        parts += [cells.transpose(1, 3, 2, 4, 0).reshape(h * w, 2).astype(np.int32)] * t
     return np.concatenate(parts)
 
 

@@ -259,11 +259,10 @@ def put(leaf: Any, sharding: Any) -> jax.Array:
 
 def mesh_under(tree: Any) -> Mesh | None:
     """Return the mesh of `make_mesh` that a tree's arrays lie on; None where there is none."""
-    for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-            return sharding.mesh if sharding.mesh.axis_names == AXES else None
-    return None
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+    mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
+    return mesh if mesh is not None and mesh.axis_names == AXES else None
 
 
 def row_parts(mesh: Mesh) -> int:

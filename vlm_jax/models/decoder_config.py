@@ -93,8 +93,8 @@ def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int, ...
             f"The {fields.where} has sliding_attention layers but no sliding window "
             f"(use_sliding_window, sliding_window)."
         )
-    everything = 2**30  # longer than any row: a full-attention layer among windowed ones
-    return tuple(int(size) if kind == "sliding_attention" else everything for kind in kinds)
+    # A full-attention layer among windowed ones has a window longer than any row.
+    return tuple(int(size) if kind == "sliding_attention" else 2**30 for kind in kinds)
 
 
 def decoder_from_hf(

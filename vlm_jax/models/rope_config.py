@@ -77,12 +77,12 @@ def rope_from_hf(
         if wrong:
             raise UserError(message)
     original = given.get("original_max_position_embeddings") or max_position
-    factor = given.get("factor") or (max_position / original if kind == "yarn" else 1.0)
+    stretch = max_position / original if kind == "yarn" else 1.0
     return Rope(
         head_dim=head_dim,
         theta=float(given.get("rope_theta", theta)),
         kind=kind,
-        factor=float(factor),
+        factor=float(given.get("factor") or stretch),
         max_position=max_position,
         original_max_position=original,
         low_freq_factor=given.get("low_freq_factor", 1.0),

@@ -65,13 +65,11 @@ class Blocks:
     @property
     def origin(self) -> tuple[tuple[int, ...], ...]:
         """For each axis of the view, the array's axes that it is cut from (of `axis`: none)."""
-        lead, last = len(self._stack), len(self.shape) - 1
-        stack = tuple((axis,) for axis in range(lead))
+        axes = [(axis,) for axis in range(len(self.shape))]
+        lead = len(self._stack)
         if not self.whole:
-            return (*stack, tuple(range(lead, last + 1)), ())
-        if self.transposed:
-            return (*stack, (last - 1,), (), (last,))
-        return (*((axis,) for axis in range(last + 1)), ())
+            return (*axes[:lead], tuple(range(lead, len(axes))), ())
+        return (*axes[:-1], (), axes[-1]) if self.transposed else (*axes, ())
 
     def view(self, x: Any) -> Any:
         """Return the array, NumPy's or JAX's, as its view."""

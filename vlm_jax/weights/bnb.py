@@ -187,5 +187,5 @@ def from_tensors(
         if not isinstance(mean, int | float) or not math.isfinite(mean):
             raise refuse(f"its nested_offset is {mean!r}, not a number.")
         nested, offset = tensors[".nested_absmax"].reshape(-1), np.asarray(mean, np.float32)
-    flat = Flat(from_bytes(tensors[""], count), tensors[".absmax"].reshape(-1), nested, offset)
-    return Stored(flat, format, block, dtype, shape)
+    codes, absmax = from_bytes(tensors[""], count), tensors[".absmax"].reshape(-1)
+    return Stored(Flat(codes, absmax, nested, offset), format, block, dtype, shape)

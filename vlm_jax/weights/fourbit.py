@@ -110,8 +110,7 @@ class FourBit:
 
         scales = jnp.broadcast_to(run(0), (rows, columns))
         for i, end in enumerate(ends, 1):  # the column's later runs begin at these of its rows
-            starts = (end - first % dynamic8.BLOCK)[None, :]
-            scales = jnp.where(place >= starts, run(i), scales)
+            scales = jnp.where(place >= (end - first % dynamic8.BLOCK)[None, :], run(i), scales)
         return scales
 
     def dense(self, dtype: Any) -> jax.Array:

@@ -80,10 +80,10 @@ def unpack_codes(codes: jax.Array, outputs: int) -> jax.Array:
 
 def storable(leaf: FourBit) -> FourBit:
     """Return a leaf whose codes are bytes, `Packed.codes`: orbax cannot write 4-bit integers."""
-    codes, outputs = leaf.codes, leaf.shape[-1]
+    codes, (*leading, outputs) = leaf.codes, leaf.shape
     if outputs % 2:
         return dataclasses.replace(leaf, codes=codes.astype(jnp.uint8))
-    pairs = codes.reshape(*codes.shape[:-1], outputs // 2, 2)
+    pairs = codes.reshape(*leading, outputs // 2, 2)
     return dataclasses.replace(leaf, codes=jax.lax.bitcast_convert_type(pairs, jnp.uint8))
 
 
