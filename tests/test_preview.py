@@ -17,7 +17,7 @@ from vlm_jax import UserError, config
 from vlm_jax.cli import main
 from vlm_jax.data import Encoder, Pipeline, read_records
 from vlm_jax.data.media.images import read_image
-from vlm_jax.data.media.processors import smart_resize, value_table
+from vlm_jax.data.media.processors import look_up, smart_resize, value_table
 from vlm_jax.hub.load import SETTINGS
 from vlm_jax.preview import page, terminal
 from vlm_jax.preview.collect import collect, histogram, preview, shards_of
@@ -177,7 +177,8 @@ def test_llava_shows_its_own_pixels(tmp_path):
     assert picture.frames.shape == (1, 16, 16, 3) and picture.cell == 8
     assert picture.tokens == 4 and picture.original == (30, 40)
     raw = encoder.image_settings()
-    values, _ = encoder.media.processor(read_image(rows[0]["image"]))
+    processor = encoder.media.processor
+    (values,) = look_up(processor.table, processor.cut(read_image(rows[0]["image"]))[0])
     assert raw["do_normalize"]
     np.testing.assert_array_equal(
         picture.frames[0], to_bytes(values.transpose(1, 2, 0), value_table(raw))

@@ -13,8 +13,13 @@ from vlm_jax.batch import Batch, Example
 from vlm_jax.data.lengths import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media.access import Access
 from vlm_jax.data.media.headers import KINDS, Grids, Media
-from vlm_jax.data.media.image_settings import check_processor, make_processor, read_settings
-from vlm_jax.data.media.processors import ImageProcessor, look_up
+from vlm_jax.data.media.image_settings import (
+    ImageProcessor,
+    check_processor,
+    make_processor,
+    read_settings,
+)
+from vlm_jax.data.media.processors import look_up
 from vlm_jax.data.media.video_processor import (
     VideoProcessor,
     make_video_processor,

@@ -72,8 +72,7 @@ def located(text: str, folder: str | Path | None) -> Path:
 
 def quoted(source: Any) -> str:
     """Return " 'PATH'" where a source is a path that errors can show, else ""."""
-    is_short = isinstance(source, str | Path) and len(str(source)) < 300
-    return f" '{source}'" if is_short else ""
+    return f" '{source}'" if isinstance(source, str | Path) and len(str(source)) < 300 else ""
 
 
 def _fetch(address: str, access: Access) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data.media.processors import Pixels, look_up, picture, value_table
+from vlm_jax.data.media.processors import Pixels, picture, value_table
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import IMAGE_PIXELS
 from vlm_jax.models.family import Grid
@@ -16,10 +16,11 @@ from vlm_jax.models.family import Grid
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """CLIP, SigLIP and LLaVA: every image becomes one size, float32 [3, height, width].
+    """CLIP, SigLIP and LLaVA: every image becomes one size, uint8 [1, 3, height, width].
 
     In this order, each where the settings ask for it: pad to a square in the mean colour, resize
-    (to `size`, or its shorter side to it), crop the centre, rescale, normalise.
+    (to `size`, or its shorter side to it), crop the centre, rescale, normalise. What the
+    properties and methods give is said at those of `Patches`.
     """
 
     raw: dict[str, Any]
@@ -113,10 +114,6 @@ class Fixed:
     def empty(self, grids: Sequence[Grid], still: bool = False) -> np.ndarray:
         return np.empty((len(grids), 3, *self.output), np.uint8)
 
-    def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:
-        cut, grid = self.cut(pixels)
-        return look_up(self.table, cut[None])[0], grid
-
     def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
         raw, image = self.raw, picture(pixels)
         if raw["do_pad"]:
@@ -129,7 +126,7 @@ class Fixed:
             # Cropping rounds down, padding up, as the reference does; what lies outside is black.
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-        out = self.empty([None])[0] if out is None else out
+        out = self.empty([None]) if out is None else out
         out[:] = np.asarray(image).transpose(2, 0, 1)
         return out, None
 

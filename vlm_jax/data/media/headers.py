@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.media.access import Access, quoted
+from vlm_jax.data.media.image_settings import ImageProcessor
 from vlm_jax.data.media.images import image_size, read_rgb
-from vlm_jax.data.media.processors import ImageProcessor
 from vlm_jax.data.media.video import open_video
 from vlm_jax.data.media.video_processor import VideoProcessor
 from vlm_jax.data.records.record import BadExample, Record, describe
@@ -50,11 +50,10 @@ class Media:
         """Return the media with at most so many pixels an image or frame; None: as they are."""
         if max_pixels is None:
             return self
-        image, video = self.processor, self.video_processor
         return dataclasses.replace(
             self,
-            processor=image and image.limited(max_pixels),
-            video_processor=video and video.limited(max_pixels),
+            processor=self.processor and self.processor.limited(max_pixels),
+            video_processor=self.video_processor and self.video_processor.limited(max_pixels),
         )
 
     def headers(self, record: Record) -> Headers:
@@ -145,10 +144,10 @@ class Media:
                 f"images.",
             )
         if sources and processor is None:
-            files = "preprocessor_config.json, or processor_config.json with 'image_processor'"
             raise UserError(
                 f"{describe(record)} has {kind}s, but '{self.directory}' has no {kind} settings "
-                f"({files}). Copy the file of the checkpoint there."
+                f"(preprocessor_config.json, or processor_config.json with 'image_processor'). "
+                f"Copy the file of the checkpoint there."
             )
         found = []
         for number, source in enumerate(sources):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.media.fixed_size import Fixed
-from vlm_jax.data.media.processors import ImageProcessor, Patches
+from vlm_jax.data.media.processors import Patches
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import LARGEST, SIZE, finite, read_json
 from vlm_jax.models.family import Family
@@ -35,6 +35,7 @@ CLIP = {
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
 }
+ImageProcessor = Patches | Fixed  # what the rest of the package uses of them, both have
 # image_processor_type -> (what makes the processor, the defaults of keys a file leaves out).
 PROCESSORS: dict[str, tuple[Callable[..., ImageProcessor], dict[str, Any]]] = {
     "Qwen2VLImageProcessor": (
@@ -204,8 +205,7 @@ def check_processor(processor: ImageProcessor, config: Family, directory: str) -
     try:
         if processor.merged != merged:
             raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")
-        tokens = np.full(config.image_tokens(grid), config.image_token_id)
-        config.layout(tokens, pixels)
+        config.layout(np.full(config.image_tokens(grid), config.image_token_id), pixels)
     except UserError as error:
         raise UserError(
             f"The image settings of '{directory}' (preprocessor_config.json) do not fit "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vlm_jax.data.media.access import SAFE, Access, check_pixels, find, located
 from vlm_jax.errors import UserError
@@ -42,7 +42,7 @@ def open_image(
 
 def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.Image:
     if isinstance(source, Image.Image):
-        if source.format not in (None, *IMAGE_FORMATS, HEIF):  # it may not be decoded yet
+        if source.format not in (None, *IMAGE_FORMATS, "HEIF"):  # it may not be decoded yet
             raise UserError(
                 f"a PIL image of the format {source.format} is not read: save it as PNG, or give "
                 f"image.convert('RGB')."
@@ -67,30 +67,27 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
             f"not {type(source).__name__}."
         )
     if isinstance(source, str) and source.startswith("data:"):
-        data = _from_base64(source.partition(",")[2])
-        if data is None:
-            raise UserError(f"the data URI '{source[:40]}…' does not hold base64.")
-        return _open(data, "the data URI")
+        wrong = f"the data URI '{source[:40]}…' does not hold base64."
+        return _open(_from_base64(source.partition(",")[2], wrong), "the data URI")
     if found := find(source, folder, access):
         return _open(*found)
     text = str(source)
-    data = _from_base64(text) if len(text) > 64 else None
-    if data is None:
-        path = located(text, folder) if len(text) < 300 else f"{text[:60]}…"
-        raise UserError(f"there is no file '{path}'.")
-    return _open(data, "the base64 string")
+    path = located(text, folder) if len(text) < 300 else f"{text[:60]}…"
+    wrong = f"there is no file '{path}'."
+    if len(text) <= 64:
+        raise UserError(wrong)
+    return _open(_from_base64(text, wrong), "the base64 string")
 
 
-def _from_base64(text: str) -> bytes | None:
+def _from_base64(text: str, wrong: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
-        return None
+        raise UserError(wrong) from None
 
 
 # What Pillow raises for damaged and for suspiciously large files.
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-HEIF = "HEIF"
 
 
 def _open(file: Path | bytes, subject: str) -> Image.Image:
@@ -103,7 +100,7 @@ def _open(file: Path | bytes, subject: str) -> Image.Image:
         kind = kind_of(head)
         if kind is HEIC and _reads_heic():
             with contextlib.suppress(*DAMAGED):
-                return Image.open(given, formats=(HEIF,))
+                return Image.open(given, formats=("HEIF",))
         elif kind is None or kind.medium != "image" or kind is HEIC:
             raise UserError(sentence(kind, head, subject)) from error
         what = kind.name.removeprefix("a still image ").strip("()")
@@ -179,7 +176,6 @@ def image_size(
 
 
 TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # that may hold an orientation
-ORIENTATION = 0x0112
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -188,9 +184,10 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     The exception is a PNG that has the tag behind its pixels, which is found by decoding it.
     """
     width, height = image.size
-    done = ORIENTATION in getattr(image, "tag_v2", {})  # Pillow's size of a TIFF is the upright one
+    # Pillow's size of a TIFF is the upright one.
+    done = ExifTags.Base.Orientation in getattr(image, "tag_v2", {})
     tagged = not done and (not image.info.keys().isdisjoint(TAGS) or _has_late_tag(image))
-    orientation = image.getexif().get(ORIENTATION, 1) if tagged else 1
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if tagged else 1
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 

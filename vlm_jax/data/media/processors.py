@@ -7,7 +7,7 @@ Bit for bit what transformers' PIL processors return. Letters: P patches, C valu
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,48 +17,6 @@ from vlm_jax.files.limits import IMAGE_PIXELS
 from vlm_jax.models.family import Grid
 
 Pixels = np.ndarray | Image.Image  # RGB, uint8 [H, W, 3]
-
-
-class ImageProcessor(Protocol):
-    """What the rest of the package needs of a processor."""
-
-    @property
-    def largest(self) -> int | None:
-        """The most patches an image may have; None where all have one size."""
-
-    @property
-    def pixels(self) -> tuple[int, int] | None:
-        """The least and most pixels an image may get; None where all have one size."""
-
-    def limited(self, max_pixels: int) -> "ImageProcessor":
-        """Return the processor with a lower most, as far as its least allows."""
-
-    @property
-    def merged(self) -> int:
-        """How many neighbouring patches follow each other, to become one image feature."""
-
-    def grid(self, height: int, width: int) -> Grid:
-        """Return (frames, height, width) in patches of an image of this size; None if fixed."""
-
-    @property
-    def table(self) -> np.ndarray:
-        """float32 [3, 256]: the value of each byte of each channel, see `value_table`."""
-
-    def empty(self, grids: Sequence[Grid], still: bool = False) -> np.ndarray:
-        """Return room for the bytes of images of these grids; still: for one frame of each."""
-
-    def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
-        """Return (bytes uint8, grid) of an RGB image, laid out as its values are.
-
-        out: where the bytes are written, a part of `empty`; where the grid does not fit it,
-        nothing is.
-        """
-
-    def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:
-        """Return (pixel values float32, grid) of an RGB image."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return what `preprocessor_config.json` must hold to serve images the same way."""
 
 
 def value_table(raw: Mapping[str, Any]) -> np.ndarray:
@@ -120,8 +78,9 @@ def picture(pixels: Pixels) -> Image.Image:
 class Patches:
     """Qwen2-VL: resize to multiples of merge x patch, then cut into patches in merge blocks.
 
-    Returns float32 [P, C] and the grid (1, height, width) in patches; a still image fills all
-    `temporal_patch_size` frames of its patch.
+    Cuts uint8 [P, C] and the grid (1, height, width) in patches; a still image fills all
+    `temporal_patch_size` frames of its patch. table: float32 [3, 256], the value of each byte of
+    each channel, see `value_table`.
     """
 
     raw: dict[str, Any]
@@ -145,10 +104,13 @@ class Patches:
                 f"each image's aspect ratio. Give the least and the largest area in pixels: "
                 f"min_pixels and max_pixels, or size with shortest_edge and longest_edge."
             )
-        least = min_pixels or raw["min_pixels"] or size.get("shortest_edge")
-        most = max_pixels or raw["max_pixels"] or size.get("longest_edge")
-        low = least or size.get("min_pixels") or 56 * 56
-        high = most or size.get("max_pixels") or 28 * 28 * 1280
+        low, high = (
+            given or raw[key] or size.get(edge) or size.get(key) or default
+            for given, key, edge, default in (
+                (min_pixels, "min_pixels", "shortest_edge", 56 * 56),
+                (max_pixels, "max_pixels", "longest_edge", 28 * 28 * 1280),
+            )
+        )
         factor = raw["patch_size"] * raw["merge_size"]
         if not raw["do_resize"]:
             raise UserError("The image settings have do_resize=false, which no patch grid allows.")
@@ -169,10 +131,12 @@ class Patches:
 
     @property
     def merged(self) -> int:
+        """How many neighbouring patches follow each other, to become one image feature."""
         return self.raw["merge_size"] ** 2
 
     @property
     def largest(self) -> int:
+        """The most patches an image may have; None where all have one size."""
         # Enlarging to min_pixels rounds both sides up, which may end above max_pixels.
         merge = self.raw["merge_size"]
         least = self.min_pixels / (self.raw["patch_size"] * merge) ** 2
@@ -184,27 +148,37 @@ class Patches:
         return max(self.max_pixels // self.raw["patch_size"] ** 2, enlarged * merge**2)
 
     @property
-    def pixels(self) -> tuple[int, int] | None:
+    def pixels(self) -> tuple[int, int]:
+        """The least and most pixels an image may get; None where all have one size."""
         return self.min_pixels, self.max_pixels
 
     def limited(self, max_pixels: int) -> "Patches":
+        """Return the processor with a lower most, as far as its least allows."""
         most = max(self.min_pixels, min(self.max_pixels, max_pixels))
         return dataclasses.replace(self, max_pixels=most)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) in pixels that an image of this size is resized to."""
         factor = self.raw["patch_size"] * self.raw["merge_size"]
         return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
 
     def grid(self, height: int, width: int) -> Grid:
+        """Return (frames, height, width) in patches of an image of this size; None if fixed."""
         new_height, new_width = self.size(height, width)
         return 1, new_height // self.raw["patch_size"], new_width // self.raw["patch_size"]
 
     def empty(self, grids: Sequence[Grid], still: bool = False) -> np.ndarray:
+        """Return room for the bytes of images of these grids; still: for one frame of each."""
         count = sum(int(np.prod(grid)) for grid in grids if grid is not None)
         frames = 1 if still else self.raw["temporal_patch_size"]
         return np.empty((count, 3 * frames * self.raw["patch_size"] ** 2), np.uint8)
 
     def cut(self, pixels: Pixels, out: np.ndarray | None = None) -> tuple[np.ndarray, Grid]:
+        """Return (bytes uint8, grid) of an RGB image, laid out as its values are.
+
+        out: where the bytes are written, a part of `empty`; where the grid does not fit it,
+        nothing is.
+        """
         pixels = picture(pixels)
         height, width = self.size(pixels.height, pixels.width)
         grid = (1, height // self.raw["patch_size"], width // self.raw["patch_size"])
@@ -214,10 +188,6 @@ class Patches:
             self.frame(pixels, (height, width), frames[:, :, 0])
             frames[:, :, 1:] = frames[:, :, :1]
         return out, grid
-
-    def __call__(self, pixels: Pixels) -> tuple[np.ndarray, Grid]:
-        cut, grid = self.cut(pixels)
-        return look_up(self.table, cut), grid
 
     def frame(self, pixels: Pixels, size: tuple[int, int], out: np.ndarray) -> None:
         """Write an image resized to `size` into `out` uint8 [P, 3, patch x patch], in merge blocks.
@@ -234,6 +204,7 @@ class Patches:
             lines[:, :, :, :, channel] = own.transpose(0, 3, 1, 4, 2)
 
     def settings(self) -> dict[str, Any]:
+        """Return what `preprocessor_config.json` must hold to serve images the same way."""
         limits = {  # in both spellings: 4.x reads the first two, 5.x the last
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,

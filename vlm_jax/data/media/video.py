@@ -86,9 +86,8 @@ def _open_frames(
     """A list of frames is taken whole; `fps` tells how it was sampled and changes nothing."""
     if not frames:
         raise UserError("the list of frames is empty.")
-    for key in ("video_start", "video_end"):
-        if key in options:
-            raise UserError(f"it has {key}, but a list of frames has no time. Remove it.")
+    if timed := [key for key in ("video_start", "video_end") if key in options]:
+        raise UserError(f"it has {timed[0]}, but a list of frames has no time. Remove it.")
     if sampling.nframes is not None:
         frames = [frames[i] for i in sampling.indices(len(frames), 1.0)]
     if len(frames) > sampling.max_frames:

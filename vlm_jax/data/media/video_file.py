@@ -99,8 +99,7 @@ def _times(container: Any, stream: Any) -> tuple[list[int | None], Any]:
     gone through, which is fast beside decoding them.
     """
     listed = 0 < stream.frames <= MAX_VIDEO_FRAMES and stream.frames == len(stream.index_entries)
-    entries = stream.index_entries if listed else ()
-    times = [entry.timestamp for entry in entries if not entry.is_discard]
+    times = [e.timestamp for e in (stream.index_entries if listed else ()) if not e.is_discard]
     first = None
     for packet in container.demux(stream):
         if first is None:

@@ -22,7 +22,7 @@ from vlm_jax.data.media.image_settings import (
     make_processor,
     read_first,
 )
-from vlm_jax.data.media.processors import Patches, look_up, smart_resize
+from vlm_jax.data.media.processors import Patches, smart_resize
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import number
 
@@ -47,7 +47,7 @@ NO_EFFECT = IGNORED | {"video_processor_type", "return_metadata", "video_metadat
 
 @dataclasses.dataclass(frozen=True)
 class VideoProcessor:
-    """Frames to float32 [P, C] and (frames, height, width) in patches.
+    """Frames to uint8 [P, C] and (frames, height, width) in patches.
 
     patches: how one frame is cut. sampling: which frames, where a record does not say.
     cap: whether all frames share `max_video_tokens`, so that many frames become small ones.
@@ -110,11 +110,6 @@ class VideoProcessor:
     def table(self) -> np.ndarray:
         """float32 [3, 256]: the value of each byte of each channel."""
         return self.patches.table
-
-    def __call__(self, video: Video) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Return (pixel values float32 [P, C], grid)."""
-        cut, grid = self.cut(video)
-        return look_up(self.table, cut), grid
 
     def cut(self, video: Video) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Return (bytes uint8 [P, C], grid); frames are decoded, resized and let go one by one.

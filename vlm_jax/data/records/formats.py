@@ -100,8 +100,7 @@ def rename_columns(
     row: Mapping[str, Any], columns: Mapping[str, str], where: str
 ) -> Mapping[str, Any]:
     """Return the row with its columns under the names we read: {our name: the row's}."""
-    missing = [name for name in columns.values() if name not in row]
-    if missing:
+    if missing := [name for name in columns.values() if name not in row]:
         raise UserError(
             f"{where} has no column '{missing[0]}'{nearest(missing[0], row)}, which data.columns "
             f"names; it has {sorted(map(str, row))}. Write null where a row has none."
@@ -146,25 +145,22 @@ def _listed(value: Any, where: str) -> list[Turn]:
                 f"{where}: turn {number} has the role {turn[keys[0]]!r}"
                 f"{nearest(turn[keys[0]], ROLES)}; expected one of {', '.join(ROLES)}."
             )
-        made: Turn = {"role": role, "content": turn[keys[1]]}
-        if len(turn) > 2:
-            refuse_unread_in_turn(turn, {*keys, *WEIGHTS}, f"{where}: turn {number}")
-            weight = _weight(turn, role, f"{where}: turn {number}")
-            if weight != 1:
-                made["weight"] = weight
-        turns.append(made)
+        refuse_unread_in_turn(turn, {*keys, *WEIGHTS}, f"{where}: turn {number}")
+        weight = _weight(turn, role, f"{where}: turn {number}")
+        turns.append({"role": role, "content": turn[keys[1]], **weight})
     return turns
 
 
 LEAST_WEIGHT = 1e-6  # what float32 sums of a batch still tell from 0
 
 
-def _weight(turn: Mapping[str, Any], role: str, where: str) -> float:
-    """Return what a turn counts in the loss, 1 where it does not say."""
+def _weight(turn: Mapping[str, Any], role: str, where: str) -> dict[str, float]:
+    """Return {"weight": what a turn counts in the loss}, {} where that is 1."""
     given = {key: turn[key] for key in WEIGHTS if turn.get(key) is not None}
     for key, value in given.items():
-        number = isinstance(value, bool | int | float)
-        if not number or not (value == 0 or LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT):
+        if not isinstance(value, bool | int | float) or not (
+            value == 0 or LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT
+        ):
             raise UserError(
                 f"{where} has the {key} {value!r}; expected true or false, 0, or a number from "
                 f"{LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}, which multiplies the turn's loss."
@@ -177,7 +173,7 @@ def _weight(turn: Mapping[str, Any], role: str, where: str) -> float:
     values = {float(value) for value in given.values()}
     if len(values) > 1:
         raise UserError(f"{where} has {' and '.join(given)}, which differ. Leave one of them out.")
-    return values.pop() if values and role == "assistant" else 1.0
+    return {"weight": values.pop()} if role == "assistant" and values - {1.0} else {}
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -229,10 +225,8 @@ def _prompt(row: Mapping[str, Any], where: str) -> list[Turn]:
         else [Turn(role=role, content=_text(row, key, where))]
         for key, role in (("prompt", "user"), ("completion", "assistant"))
     )
-    for turn in asked:
-        if turn["role"] == "assistant":
-            turn["weight"] = 0.0
-    return asked + answered
+    unweighted = [{**t, "weight": 0.0} if t["role"] == "assistant" else t for t in asked]
+    return unweighted + answered
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> list[Turn]:

@@ -97,8 +97,7 @@ def _read(given: Any, where: str) -> tuple[list[Object], list[Object]]:
             )
         if not all(map(_is_box, several)) or type(image) is not int or image < 0:
             raise UserError(f"{where} with the box {box!r:.80} (image {image!r}); {FORM}.")
-        sorted_ = [_sorted(one) for one in several]
-        made.append({"boxes": sorted_, "unit": kind, "image": image})
+        made.append({"boxes": list(map(_sorted, several)), "unit": kind, "image": image})
     return [{"ref": ref} for ref in refs], made
 
 
@@ -108,8 +107,5 @@ def _is_box(box: Any) -> bool:
 
 
 def _sorted(box: Sequence[float]) -> list[float]:
-    """Return a box with its upper left corner first."""
-    if len(box) == 2:
-        return list(box)
-    (left, right), (top, bottom) = sorted(box[::2]), sorted(box[1::2])
-    return [left, top, right, bottom]
+    """Return a box with its upper left corner first, or a point as it is."""
+    return [n for point in zip(sorted(box[::2]), sorted(box[1::2]), strict=True) for n in point]

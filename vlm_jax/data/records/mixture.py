@@ -108,28 +108,32 @@ class Mixture(Sequence):
         self.parts = list(parts)
         self.ends = np.cumsum([len(part.records) for part in self.parts]).tolist()
         self.name = ", ".join(part.records.name for part in self.parts)
-        self.folder = None  # each record has its own
-        twice = [n for n, c in collections.Counter(p.name for p in self.parts).items() if c > 1]
-        if twice:
-            raise UserError(f"Two sources of data are called '{twice[0]}': give each its own name.")
-        weighted = [part.name for part in self.parts if part.weight is not None]
+        (name, count), *_ = collections.Counter(part.name for part in self.parts).most_common(1)
+        if count > 1:
+            raise UserError(f"Two sources of data are called '{name}': give each its own name.")
+        weighted = next((part.name for part in self.parts if part.weight is not None), None)
         for part in self.parts:
-            if part.weight is not None and part.epochs is not None:
-                raise UserError(
-                    f"The source '{part.name}' has a weight and epochs, which both say how often "
-                    f"its records come: keep one."
-                )
-            for key, value in (("weight", part.weight), ("epochs", part.epochs)):
-                if value is not None and not 0 < value < math.inf:
-                    raise UserError(
-                        f"The source '{part.name}' has {key} {value}; expected a number above 0. "
-                        f"To leave a source out, take it off the list."
-                    )
-            if weighted and part.weight is None:
-                raise UserError(
-                    f"The source '{weighted[0]}' has a weight and '{part.name}' has none. Give all "
-                    f"sources a weight, or none."
-                )
+            shares = {"weight": part.weight, "epochs": part.epochs}
+            given = {f"{key} {value}": value for key, value in shares.items() if value is not None}
+            for wrong, problem in (
+                (
+                    len(given) == 2,
+                    f"'{part.name}' has a weight and epochs, which both say how often its records "
+                    f"come: keep one.",
+                ),
+                (
+                    not all(0 < value < math.inf for value in given.values()),
+                    f"'{part.name}' has {' and '.join(given)}; expected a number above 0. To "
+                    f"leave a source out, take it off the list.",
+                ),
+                (
+                    weighted is not None and part.weight is None,
+                    f"'{weighted}' has a weight and '{part.name}' has none. Give all sources a "
+                    f"weight, or none.",
+                ),
+            ):
+                if wrong:
+                    raise UserError(f"The source {problem}")
         self._quota = self._quotas()
         if not any(math.floor(quota) for quota in self._quota):
             raise UserError(

@@ -72,12 +72,15 @@ def canonical(
     Raises `UserError`, naming the record, for what is malformed, for images and "<image>" markers
     that do not pair up, and for content under a key that is not read (`image_path`, `tools`, ...).
     """
-    if isinstance(row, Mapping) and row.keys() in (CANONICAL, CANONICAL - {"videos"}):
-        turns = row["messages"]
-        if isinstance(turns, list) and all(
-            isinstance(turn, Mapping) and isinstance(turn.get("content"), list) for turn in turns
-        ):
-            return {"videos": [], **row}
+    if (
+        isinstance(row, Mapping)
+        and row.keys() in (CANONICAL, CANONICAL - {"videos"})
+        and isinstance(row["messages"], list)
+        and all(
+            isinstance(m, Mapping) and isinstance(m.get("content"), list) for m in row["messages"]
+        )
+    ):
+        return {"videos": [], **row}
     where = f"Record {index} of '{name}'" + ("" if line is None else f", line {line}")
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is {type(row).__name__}, not a JSON object.")
@@ -97,8 +100,6 @@ def canonical(
         refuse_inline(turns, where)
     messages, media = _place_media(turns, media, where)
     place_objects(messages, row.get("objects"), where)
-    for turn, message in zip(turns, messages, strict=True):
-        message.update({key: turn[key] for key in ("weight", "answers") if key in turn})
     return {
         "id": str(index if record_id is None else record_id),
         "index": index,
@@ -123,9 +124,9 @@ def _media(row: Mapping[str, Any], keys: tuple[str, str], where: str) -> list[An
 
 
 def _is_frame(value: Any) -> bool:
-    if isinstance(value, str):
-        return re.fullmatch(FRAME_FILE, value.strip(), re.IGNORECASE) is not None
-    return not isinstance(value, bytes | list | tuple | Mapping)
+    return not isinstance(value, bytes | list | tuple | Mapping) and (
+        not isinstance(value, str) or bool(re.fullmatch(FRAME_FILE, value.strip(), re.IGNORECASE))
+    )
 
 
 def _place_media(
@@ -142,7 +143,8 @@ def _place_media(
             if kind in named:
                 named[kind].append(value)
             clean.append({"type": kind} if kind in named else {"type": kind, "text": value})
-        messages.append({"role": turn["role"], "content": clean})
+        beside = {key: turn[key] for key in ("weight", "answers") if key in turn}
+        messages.append({"role": turn["role"], "content": clean, **beside})
     placed = {kind: _pair(kind, media[kind], named[kind], where) for kind in MARKERS}
     for kind in reversed(MARKERS):  # what nothing names: images first, then videos
         if not named[kind] and placed[kind]:
@@ -177,8 +179,11 @@ def _pair(kind: str, given: list[Any], named: list[Any], where: str) -> list[Any
 
 def _is_answered(turns: list[dict[str, Any]], kind: str, given: int) -> bool:
     """Return whether answers have the only places: a marker for each, and no other names any."""
-    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    named = sum(text.count(MARKERS[kind]) for text in answers if isinstance(text, str))
+    named = sum(
+        turn["content"].count(MARKERS[kind])
+        for turn in turns
+        if turn["role"] == "assistant" and isinstance(turn["content"], str)
+    )
     return named == given > 0 and not any(
         _names(turn["content"], kind, in_text=turn["role"] != "assistant") for turn in turns
     )
@@ -188,8 +193,9 @@ def _names(content: Any, kind: str, in_text: bool) -> bool:
     """Return whether content has a part of a kind, or in_text a marker."""
     if isinstance(content, str):
         return in_text and MARKERS[kind] in content
-    parts = content if isinstance(content, list | tuple) else ()
-    return any(isinstance(part, Mapping) and kind in str(part.get("type")) for part in parts)
+    return isinstance(content, list | tuple) and any(
+        isinstance(part, Mapping) and kind in str(part.get("type")) for part in content
+    )
 
 
 def _parts(turn: dict[str, Any], in_answers: Collection[str], where: str) -> Sequence[Any]:
@@ -200,7 +206,9 @@ def _parts(turn: dict[str, Any], in_answers: Collection[str], where: str) -> Seq
     if not isinstance(content, str):
         raise UserError(f"{where} has content that is neither text nor a list: {content!r:.80}.")
     is_answer = turn["role"] == "assistant"
-    pieces = _split(content, in_answers if is_answer else MARKERS)
+    markers = [MARKERS[kind] for kind in (in_answers if is_answer else MARKERS)]
+    # The texts around the markers, and the markers, by turns.
+    pieces = re.split(f"({'|'.join(markers)})", content) if markers else [content]
     if len(pieces) == 1:
         return pieces
     if not is_answer:
@@ -208,13 +216,8 @@ def _parts(turn: dict[str, Any], in_answers: Collection[str], where: str) -> Seq
     return [{"type": p[1:-1]} if n % 2 else p for n, p in enumerate(pieces) if p]
 
 
-def _split(text: str, kinds: Collection[str]) -> list[str]:
-    """Return the texts around the markers of these kinds, and the markers, by turns."""
-    return re.split(f"({'|'.join(MARKERS[kind] for kind in kinds)})", text) if kinds else [text]
-
-
 def _trimmed(pieces: Sequence[str]) -> list[str]:
-    """Return what `_split` gives without what is no content; an answer keeps it.
+    """Return texts and markers without what is no content; an answer keeps it.
 
     The line break LLaVA writes beside a marker is none, nor is white space at the turn's ends; a
     space within a sentence, "a <image> b", is.

@@ -49,13 +49,8 @@ def read_records(
     if isinstance(source, Records | Mixture):
         return source
     if is_list_of_sources(source):
-        options = {
-            "image_folder": image_folder,
-            "split": split,
-            "columns": columns,
-            "caption_prompt": caption_prompt,
-        }
-        return _mixture(source, options)
+        options = {"image_folder": image_folder, "split": split, "columns": columns}
+        return _mixture(source, {**options, "caption_prompt": caption_prompt})
     is_local = image_folder and not is_remote(image_folder)
     if is_local and not Path(str(image_folder)).expanduser().is_dir():
         raise UserError(f"The image folder '{image_folder}' does not exist or is not a directory.")
@@ -146,7 +141,8 @@ def _from_file(
     """Return the rows of a data file; name: what errors call it."""
     packed = path.suffix.lower() in COMPRESSED
     wanted = (Path(path.stem) if packed else path).suffix.lower()
-    if wanted not in READERS or (packed and wanted in UNPACKED):
+    # What is a table of columns is compressed inside.
+    if wanted not in READERS or (packed and READERS[wanted] is _read_table):
         raise UserError(
             f"The data file '{name}' has the suffix '{path.suffix.lower()}'; expected one of "
             f"{', '.join(READERS)}, or of a text file with {' or '.join(COMPRESSED)} behind it."
@@ -194,7 +190,6 @@ READERS: dict[str, Callable[[Path, str], Any]] = {
     ".parquet": _read_table,
     ".arrow": _read_table,
 }
-UNPACKED = (".parquet", ".arrow")  # they are compressed inside
 
 
 # Data sets
@@ -227,8 +222,8 @@ def _from_disk(path: Path, split: str | None, prompt: str, taken: Collection[str
 
 
 def _from_hub(name: str, split: str | None) -> Any:
-    looks_local = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in READERS
-    if looks_local or name.count("/") != 1:
+    is_table = Path(name).suffix.lower() in READERS
+    if is_table or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"There is no data file or directory '{name}'. Paths start at the working directory, "
             f"'{Path.cwd()}'."

@@ -46,8 +46,9 @@ class Stream:
         """
         rows = iter(self.rows.skip(skip) if skip else self.rows)
         for index in itertools.count(skip):
-            where = f"The stream '{self.name}' breaks behind record {index - 1}"
-            with reporting(where, ". Repair it there."):
+            with reporting(
+                f"The stream '{self.name}' breaks behind record {index - 1}", ". Repair it there."
+            ):
                 row: Any = next(rows, END)
             if row is END:
                 return
@@ -91,8 +92,11 @@ def open_stream(
             if path.suffix in (".jsonl", ".ndjson"):
                 return Stream(Lines(path, json_lines), name, folder, columns)
             if path.suffix.lower() in (".csv", ".tsv"):
-                prompt, taken = caption_prompt or PROMPT, frozenset((columns or {}).values())
-                read = functools.partial(as_turns, prompt=prompt, taken=taken)
+                read = functools.partial(
+                    as_turns,
+                    prompt=caption_prompt or PROMPT,
+                    taken=frozenset((columns or {}).values()),
+                )
                 lines = Lines(path, functools.partial(table_lines, read=read))
                 return Stream(lines, name, folder, columns)
             if path.suffix != ".parquet":

@@ -36,8 +36,7 @@ class _Reader:
         check_utf8(head[:2], name)
         if head.startswith(BOM):
             self.place = file.seek(len(BOM))
-        excel = re.match(rb"sep=([,;\t])\r?\n", head.removeprefix(BOM))
-        if excel:
+        if excel := re.match(rb"sep=([,;\t])\r?\n", head.removeprefix(BOM)):
             self.place, self.line = file.seek(self.place + excel.end()), 2
         first = re.split(rb"[\r\n]", head[self.place :], maxsplit=1)[0].decode(errors="replace")
         self.separator = excel[1].decode() if excel else _separator(first, name)
@@ -99,8 +98,7 @@ class _Header:
     def __init__(self, data: bytes, separator: str, name: str):
         self.separator, self.name = separator, name
         self.columns = [cell.strip() for cell in self._cells(data, f"The header of '{name}'")]
-        twice = {c for c in self.columns if c and self.columns.count(c) > 1}
-        if twice:
+        if twice := {c for c in self.columns if c and self.columns.count(c) > 1}:
             raise UserError(
                 f"The data file '{name}' has the column '{min(twice)}' twice: keep one of them."
             )

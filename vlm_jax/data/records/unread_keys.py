@@ -19,16 +19,8 @@ IMAGE = rf"(image|img|picture|photo|pic)s?{HELD_AS}"
 ONE_OF_SEVERAL = rf"{IMAGE}[0-9]+"
 VIDEO = rf"videos?{HELD_AS}[0-9]*"
 OTHER_MEDIA = rf"audios?{HELD_AS}[0-9]*"
-TURNS = "((message|conversation|dialog|dialogue|chat|turn)s?|history)"
-# Answers of preference data (TRL, LLaMA-Factory, ms-swift), and settings of single rows (ms-swift).
-PREFERRED = "(chosen|rejected|positive|negative)(response|answer|message|image|video)?s?"
-SETTINGS = "(chattemplate|mmprocessor)kwargs"
-UNWANTED = ("kto_tag", "label")  # false: an answer as it should not be
-SYSTEM = "system(message|instruction)s?"
-TOOLS = "(tool|function)s?"
 ADDRESS = ("url", "uri", "name", "id")
 IMAGE_FILE = r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)"
-SAID_IN_TURN = "toolcalls?|functioncall|reasoningcontent"
 
 
 def is_nothing(value: Any) -> bool:
@@ -55,7 +47,7 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
     has_images: the row has images or videos under a key that is read; another form of them (their
     paths, their addresses) beside it is then no loss.
     """
-    for key in UNWANTED:
+    for key in ("kto_tag", "label"):  # false: an answer as it should not be
         if row.get(key) is False and ("messages" in row or "conversations" in row):
             raise UserError(
                 f"{where} has the {key} false, which says that its answer is not wanted, and "
@@ -66,22 +58,31 @@ def refuse_unread(row: Mapping[str, Any], read: Set[str], has_images: bool, wher
         is_address = has_images and name.endswith(ADDRESS)
         for is_content, instead in (
             (re.fullmatch(ONE_OF_SEVERAL, name), "all images in 'images', a list"),
+            (not has_images and re.fullmatch(IMAGE, name), "'image', or 'images' for a list"),
             (
-                not has_images and re.fullmatch(IMAGE, name),
-                "'image', or 'images' for a list",
-            ),
-            (
-                listed and re.fullmatch(TURNS, name),
+                listed
+                and re.fullmatch(
+                    "((message|conversation|dialog|dialogue|chat|turn)s?|history)", name
+                ),
                 "all turns in one list, 'messages' or 'conversations'",
             ),
-            (re.fullmatch(PREFERRED, name), "the one answer to train on, in the turns"),
-            (
-                re.fullmatch(SETTINGS, name),
+            (  # of preference data: TRL, LLaMA-Factory, ms-swift
+                re.fullmatch(
+                    "(chosen|rejected|positive|negative)(response|answer|message|image|video)?s?",
+                    name,
+                ),
+                "the one answer to train on, in the turns",
+            ),
+            (  # of single rows: ms-swift
+                re.fullmatch("(chattemplate|mmprocessor)kwargs", name),
                 "settings for all rows, in the config (data.max_pixels, ...)",
             ),
-            (re.fullmatch(SYSTEM, name), "'system', or a system turn"),
             (
-                re.fullmatch(TOOLS, name)
+                re.fullmatch("system(message|instruction)s?", name),
+                "'system', or a system turn",
+            ),
+            (
+                re.fullmatch("(tool|function)s?", name)
                 and (listed or str(value).lstrip().startswith(("[{", "{"))),
                 "tools written into the turns",
             ),
@@ -121,7 +122,7 @@ def refuse_unread_in_turn(turn: Mapping[str, Any], read: Set[str], where: str) -
                 f"{where} has '{key}', which is not read in a turn: expected 'image', "
                 f"'images' or 'videos' beside the turns, or parts of that type in its content."
             )
-        if re.fullmatch(SAID_IN_TURN, name):
+        if re.fullmatch("toolcalls?|functioncall|reasoningcontent", name):
             raise UserError(
                 f"{where} has '{key}', which is not read: the turn would be trained on without it. "
                 f"Write it into the turn's text as the model is to write it, or remove it."
