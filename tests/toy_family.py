@@ -41,7 +41,7 @@ class Toy(Family):
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Toy":
         text = decoder_from_hf(raw["text_config"], "llama", False, "config.json, text_config")
-        return cls(text, TowerSizes(8, 8, 1, 0, (3, 4, 4)), raw["image_token_id"], None)
+        return cls(text, TowerSizes(8, 8, 1, 0, (3, 4, 4), "gelu"), raw["image_token_id"], None)
 
     def image_tokens(self, grid: Grid = None) -> int:
         return 6

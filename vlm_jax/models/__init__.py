@@ -6,8 +6,8 @@ Nothing here imports JAX: a family's Linen module is loaded by `Model.module`.
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.errors import UserError, nearest
 from vlm_jax.models.family import Family
+from vlm_jax.models.hf_config import Fields, entry
 from vlm_jax.models.llava import Llava
 from vlm_jax.models.qwen2_vl import Qwen2VL
 
@@ -22,15 +22,5 @@ def read_family(hf_config: Mapping[str, Any]) -> Family:
 
     Raises `UserError` for an unknown family or a field whose meaning is not known.
     """
-    if not isinstance(hf_config, Mapping):
-        raise UserError(
-            f"The config.json is not a JSON object but {hf_config!r:.80}. Use the config.json "
-            f"that belongs to the checkpoint."
-        )
-    model_type = hf_config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODELS:
-        raise UserError(
-            f"The config.json has model_type {model_type!r}, which is not supported"
-            f"{nearest(str(model_type), MODELS)}. Supported: {', '.join(MODELS)}."
-        )
-    return MODELS[model_type].from_hf(dict(hf_config))
+    raw = Fields(hf_config, "config.json").fields
+    return entry(MODELS, raw.get("model_type"), "config.json").from_hf(raw)

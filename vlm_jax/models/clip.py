@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vlm_jax.models.clip_config import Tower
 from vlm_jax.models.layers.attention import attention
-from vlm_jax.models.layers.block import MLP, Block, Compute
+from vlm_jax.models.layers.block import Compute, tower_block
 from vlm_jax.models.layers.linear import Embed, Linear, parameter
 from vlm_jax.models.layers.norm import LayerNorm
 from vlm_jax.models.layers.scan import Stack
@@ -74,19 +74,9 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_ISE):
         vision, compute = self.vision, self.compute
+        names = ("layer_norm1", "layer_norm2", "self_attn")
         make_block = functools.partial(
-            Block,
-            norm=functools.partial(LayerNorm, vision.epsilon, compute.dtype),
-            attention=functools.partial(TowerAttention, vision.num_heads, compute),
-            mlp=functools.partial(
-                MLP,
-                ("fc1", "fc2"),
-                (vision.intermediate_size, vision.width),
-                vision.activation,
-                compute,
-            ),
-            names=("layer_norm1", "layer_norm2", "self_attn"),
-            compute=compute,
+            tower_block(vision, TowerAttention, names, vision.epsilon, compute),
             keep=len(self.wanted) > 1,
         )
         layers = Stack(make_block, vision.depth, compute.remat, name="layers")

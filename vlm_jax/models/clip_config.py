@@ -47,7 +47,6 @@ class Tower(TowerSizes):
 
     kind: TowerKind
     image_size: int
-    activation: str
     epsilon: float
 
     @property
@@ -61,7 +60,7 @@ class Tower(TowerSizes):
 
 def tower_from_hf(raw: dict[str, Any]) -> Tower:
     where = "config.json, vision_config"
-    kind = entry(TOWERS, raw.get("model_type", "clip_vision_model"), "tower", where)
+    kind = entry(TOWERS, raw.get("model_type", "clip_vision_model"), where)
     fields = Fields(raw, where, "vocab_size vision_use_head", kind.defaults)
     fields.require("attention_dropout", (0.0, 0), 0.0)
     patch = fields.size("patch_size")

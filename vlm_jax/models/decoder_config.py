@@ -104,7 +104,7 @@ def decoder_from_hf(
 
     tied: the value at the top level of a nested config.json; either level may tie the head.
     """
-    fields = Fields(raw, where, irrelevant, entry(DEFAULTS, model_type, "decoder", where))
+    fields = Fields(raw, where, irrelevant, entry(DEFAULTS, model_type, where))
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     # A null means as many as there are query heads.
     kv_heads = fields.size("num_key_value_heads", null=True) or heads

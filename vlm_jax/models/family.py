@@ -49,6 +49,7 @@ class TowerSizes:
     num_heads: int
     depth: int
     patch_shape: tuple[int, ...]
+    activation: str
 
 
 def components(vision: str, projector: str, text: str = "language_model") -> list[tuple[str, str]]:

@@ -38,12 +38,12 @@ IRRELEVANT = frozenset(
 )
 
 
-def entry(table: Mapping[str, Any], name: Any, what: str, where: str) -> Any:
-    """Return what a table holds for a model_type, or raise."""
+def entry(table: Mapping[str, Any], name: Any, where: str) -> Any:
+    """Return what a table holds for a model_type; raise `UserError` for one that it lacks."""
     if not isinstance(name, str) or name not in table:
         raise UserError(
-            f"The {where} has a {what} of type '{name}', which is not supported; supported: "
-            f"{', '.join(table)}."
+            f"The {where} has the model_type {name!r}, which is not supported"
+            f"{nearest(str(name), table)}; supported: {', '.join(table)}."
         )
     return table[name]
 

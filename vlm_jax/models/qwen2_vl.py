@@ -29,7 +29,6 @@ class Tower(TowerSizes):
     BLOCKS = "blocks"
     CONVOLUTION = "patch_embed/proj"
 
-    activation: str
     theta: float
     merge: int
     patch_values: int

@@ -4,7 +4,6 @@ https://arxiv.org/abs/2409.12191, section 2.1. Letters: B rows, P patches, C val
 D model, E tower width, F merged features.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,7 @@ import jax
 
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.layers.attention import attention
-from vlm_jax.models.layers.block import MLP, Block, Compute
+from vlm_jax.models.layers.block import MLP, Compute, tower_block
 from vlm_jax.models.layers.linear import Linear
 from vlm_jax.models.layers.norm import LayerNorm
 from vlm_jax.models.layers.rope import apply_rope, grid_angles
@@ -91,20 +90,8 @@ class Visual(nn.Module):
     @nn.compact
     def __call__(self, batch) -> jax.Array:
         vision, compute = self.vision, self.compute
-        make_block = functools.partial(
-            Block,
-            norm=functools.partial(LayerNorm, EPSILON, compute.dtype),
-            attention=functools.partial(TowerAttention, vision.num_heads, compute),
-            mlp=functools.partial(
-                MLP,
-                ("fc1", "fc2"),
-                (vision.intermediate_size, vision.width),
-                vision.activation,
-                compute,
-            ),
-            names=("norm1", "norm2", "attn"),
-            compute=compute,
-        )
+        names = ("norm1", "norm2", "attn")
+        make_block = tower_block(vision, TowerAttention, names, EPSILON, compute)
         head_dim = vision.width // vision.num_heads
         cos, sin = grid_angles(batch.patch_positions, head_dim, vision.theta)
         x_BPE = PatchEmbed(vision.width, compute.dtype, name="patch_embed")(batch.patches)

@@ -11,9 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from vlm_jax.models.family import TowerSizes
 from vlm_jax.models.layers.activations import ACTIVATIONS
 from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
 from vlm_jax.models.layers.linear import Linear, LoRAScale
+from vlm_jax.models.layers.norm import LayerNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block, https://arxiv.org/abs/2010.11929, https://arxiv.org/abs/2302.13971.
+    """Pre-norm block of Llama, https://arxiv.org/abs/2302.13971, and of ViTs.
 
     x + attention(norm(x)), then x + mlp(norm(x)): x [..., D] to (x, what attention gives beside
     it), as `Stack` calls it. norm, attention, mlp: make these; `attention(x, context, layer)`.
@@ -99,3 +101,25 @@ class Block(nn.Module):
         mapped = self.mlp(name="mlp")(self.norm(name=norm2)(x))
         x = Residual(adapter, dtype, name=OUTPUT)(x, mapped)
         return x, (x if self.keep else out)
+
+
+def tower_block(
+    vision: TowerSizes,
+    attention: Callable[..., nn.Module],
+    names: tuple[str, str, str],
+    epsilon: float,
+    compute: Compute,
+) -> Callable[..., Block]:
+    """Return what makes a ViT's block, https://arxiv.org/abs/2010.11929: LayerNorms, fc1 and fc2.
+
+    attention: made of (heads, compute).
+    """
+    widths = (vision.intermediate_size, vision.width)
+    return functools.partial(
+        Block,
+        norm=functools.partial(LayerNorm, epsilon, compute.dtype),
+        attention=functools.partial(attention, vision.num_heads, compute),
+        mlp=functools.partial(MLP, ("fc1", "fc2"), widths, vision.activation, compute),
+        names=names,
+        compute=compute,
+    )
