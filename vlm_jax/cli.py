@@ -325,11 +325,11 @@ def _main(arguments: Sequence[str]) -> int:
         return 2
     try:
         if options.command in CONFIGURED:
-            from vlm_jax.config.schema import load
+            from vlm_jax import config as configs
             from vlm_jax.config.words import overrides
 
             # Bad keys are reported before JAX loads.
-            config = load(options.config, overrides(others, _names(options)))
+            config = configs.load(options.config, overrides(others, _names(options)))
             return CONFIGURED[options.command](options, config)
         if others:
             raise _unknown_option(options, others[0])
