@@ -33,19 +33,15 @@ def _train(options: argparse.Namespace, config: "RunSpec") -> int:
 
 
 def _preview(options: argparse.Namespace, config: "RunSpec") -> int:
-    page = options.out or (None if options.text else "preview.html")
-    file = writable(page, "--out", b"<title>Preview of ") if page else None
-    from vlm_jax.preview.collect import preview
+    place = options.out or (None if options.text else "preview.html")
+    file = writable(place, "--out", b"<title>Preview of ") if place else None
+    from vlm_jax.preview import collect, page, terminal
 
-    seen = preview(config, options.examples, options.split)
+    seen = collect.preview(config, options.examples, options.split)
     if options.text:
-        from vlm_jax.preview.terminal import show
-
-        show(seen)
+        terminal.show(seen)
     if file is not None:
-        from vlm_jax.preview.page import render
-
-        write(file, render(seen), f"{len(seen.examples)} examples")
+        write(file, page.render(seen), f"{len(seen.examples)} examples")
     return 0
 
 
@@ -53,56 +49,50 @@ def _plan(options: argparse.Namespace, config: "RunSpec") -> int:
     # Nothing runs here: this machine's own chips are left to whoever uses them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from vlm_jax.hardware import DEVICES, hardware
-    from vlm_jax.plan.report import plan_step
-    from vlm_jax.plan.show import show
-    from vlm_jax.plan.topologies import INSTALL, compilers
+    from vlm_jax.plan import report, show, topologies
 
     if DEVICES[hardware(options.topology).device].compiles:
-        first = (
-            "Compiling; a large model takes some minutes ..."
-            if compilers()
-            else f"There is no compiler for it here, so memory is estimated. {INSTALL}"
-        )
+        first = "Compiling; a large model takes some minutes ..."
+        if not topologies.compilers():
+            first = (
+                f"There is no compiler for it here, so memory is estimated. {topologies.INSTALL}"
+            )
         print(wrapped(first, sys.stderr), file=sys.stderr)
     sizes = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
         return _fit(options, config, sizes)
-    found = plan_step(
+    found = report.plan_step(
         config, options.topology, rows=options.rows, parameters=options.shardings, **sizes
     )
     if options.json:
         print(json.dumps(found.to_json()))
     else:
-        show(found)
+        show.show(found)
     return 0 if found.fits else 1
 
 
 def _fit(options: argparse.Namespace, config: "RunSpec", sizes: dict[str, Any]) -> int:
-    from vlm_jax.plan.fit import fit
-    from vlm_jax.plan.show import show, trial_line
+    from vlm_jax.plan import fit, show
 
     if options.rows is not None or options.shardings:
         raise UserError("--fit chooses the rows itself, and lists no shardings: leave both out.")
-    best, tried = fit(
+    best, tried = fit.fit(
         config,
         options.topology,
         **sizes,
-        on_trial=lambda trial: print(trial_line(trial), file=sys.stderr),
+        on_trial=lambda trial: print(show.trial_line(trial), file=sys.stderr),
     )
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "overrides": best and best.overrides,
-                    "best": best and best.report.to_json(),
-                    "trials": [trial.to_json() for trial in tried],
-                }
-            )
-        )
+        found = {
+            "overrides": best and best.overrides,
+            "best": best and best.report.to_json(),
+            "trials": [trial.to_json() for trial in tried],
+        }
+        print(json.dumps(found))
     elif best is None:
         print("No setting fits: take more or larger devices, or shorter rows.")
     else:
-        show(best.report)
+        show.show(best.report)
         print(f"The fastest of {len(tried)} settings:\n{best.flags}")
     return 0 if best is not None else 1
 
@@ -335,11 +325,11 @@ def _main(arguments: Sequence[str]) -> int:
         return 2
     try:
         if options.command in CONFIGURED:
-            from vlm_jax.config.schema import load
+            from vlm_jax import config as configs
             from vlm_jax.config.words import overrides
 
             # Bad keys are reported before JAX loads.
-            config = load(options.config, overrides(others, _names(options)))
+            config = configs.load(options.config, overrides(others, _names(options)))
             return CONFIGURED[options.command](options, config)
         if others:
             raise _unknown_option(options, others[0])

@@ -126,7 +126,12 @@ def recommend(
     count = len(records)
     band = next(one for one in BANDS if count < one.below)
     in_4_bits = bool(encoder.hf_config.get("quantization_config"))
-    methods = [one for one in _suited(band.method) if one.quantize or not in_4_bits]
+    most = METHODS[band.method].rank or math.inf  # no cheaper method has a larger rank
+    methods = [
+        one
+        for one in METHODS[band.method :]
+        if one.rank <= most and (one.quantize or not in_4_bits)
+    ]
     given: dict[str, dict[str, Any]] = {
         "model": {"name_or_path": model, "revision": revision},
         "data": {
@@ -186,12 +191,6 @@ def recommend(
     return Recommendation(
         best.method, _reasons(best, count, why, machine), made, best.need, machine
     )
-
-
-def _suited(start: int) -> list[Method]:
-    """Return the methods to try from one on: the dearest first, none of a larger rank."""
-    most = METHODS[start].rank or math.inf
-    return [one for one in METHODS[start:] if one.rank <= most]
 
 
 def _config(
@@ -336,8 +335,9 @@ def write(recommendation: Recommendation, file: Path) -> None:
     """Write the config as `.yaml` or `.py`, each of which `vlm-jax train --config` takes."""
     title = f"{recommendation.method.name}, as vlm-jax recommend chose it."
     if file.suffix in (".yaml", ".yml"):
-        body = yaml.safe_dump(recommendation.config, sort_keys=False, allow_unicode=True)
-        text = f"# {title}\n{body}"
+        text = f"# {title}\n" + yaml.safe_dump(
+            recommendation.config, sort_keys=False, allow_unicode=True
+        )
     else:
         settings = configs.flatten_config(recommendation.config).items()
         text = (

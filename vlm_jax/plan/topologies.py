@@ -12,7 +12,8 @@ from jax.experimental import topologies
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.hardware import DEVICES, hardware
 
-LIBTPU, CUDA = "libtpu", "jax_cuda13_plugin"
+# The package of each platform's compiler, and its name in messages.
+COMPILERS = {"tpu": ("libtpu", "libtpu"), "cuda": ("jax_cuda13_plugin", "the CUDA plug-in of JAX")}
 INSTALL = 'Install the compilers for hardware that is not here: pip install "vlm_jax[plan]".'
 EXAMPLES = ("v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1", "h100:8")
 TPUS = {name: device for name, device in DEVICES.items() if device.is_tpu and device.compiles}
@@ -23,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"tpu": {}, "gpu": {"xla_gpu_autotune_level
 
 def compilers() -> bool:
     """Return whether any compiler for hardware that is not here is installed."""
-    return any(find_spec(name) is not None for name in (LIBTPU, CUDA))
+    return any(find_spec(name) is not None for name, _ in COMPILERS.values())
 
 
 def devices(topology: str) -> list[Any]:
@@ -55,8 +56,6 @@ def _tpu(topology: str, chip: str, shape: str) -> list[Any]:
             f"The topology '{topology}' has no shape that a slice of {chip} can have; write it as "
             f"'{chip}:{'x'.join(['2'] * dimensions)}'."
         )
-    if find_spec(LIBTPU) is None:
-        raise UserError(f"Compiling for '{topology}' needs libtpu. {INSTALL}")
     # Without it libtpu asks a cloud machine's metadata server, and waits where there is none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # Several processes may compile at a time, and beside one that trains: none takes the chips.
@@ -75,14 +74,15 @@ def _gpu(topology: str, gpu: str, shape: str) -> list[Any]:
             f"The topology '{topology}' does not say how many GPUs there are; write '{gpu}:1' to "
             f"'{gpu}:{per_host}', or a multiple of {per_host} for several hosts."
         )
-    if find_spec(CUDA) is None:
-        raise UserError(f"Compiling for '{topology}' needs the CUDA plug-in of JAX. {INSTALL}")
     hosts, each = (1, count) if count <= per_host else (count // per_host, per_host)
     target = (Path(__file__).parent / "targets" / file).read_text(encoding="utf-8")
     return _describe(topology, "cuda", "", topology=f"1x{hosts}x{each}", target_config=target)
 
 
 def _describe(asked: str, platform: str, name: str, **options: Any) -> list[Any]:
+    package, compiler = COMPILERS[platform]
+    if find_spec(package) is None:
+        raise UserError(f"Compiling for '{asked}' needs {compiler}. {INSTALL}")
     try:
         return list(topologies.get_topology_desc(name, platform, **options).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:

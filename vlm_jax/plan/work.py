@@ -65,7 +65,6 @@ def count(
     # Whether gradients by activations are asked for at a component's input, and inside of it.
     enters = {name: bool(trains & set(ORDER[:i])) for i, name in enumerate(ORDER)}
     inside = {name: enters[name] or name in trains for name in ORDER}
-    again = model.remat in PRODUCTS_AGAIN
     positions = {
         "vision": rows * patches,
         "projector": rows * cfg.features(patches),
@@ -73,7 +72,11 @@ def count(
         "head": rows * tokens,
     }
     layers = {"vision": cfg.vision_layers, "language_model": cfg.text.num_layers}
-    firsts = {name: _first(name, leaves, owner) for name in ORDER}
+    # The module of a component's first product, by the order of names.
+    kernels = {
+        name: [p for p in leaves if p.endswith("/kernel") and owner[p] == name] for name in ORDER
+    }
+    firsts = {name: min(own, default="/").rsplit("/", 1)[0] for name, own in kernels.items()}
     stacks = tuple(f"{prefix}/" for prefix in cfg.stacks)
     adapter = model.adapter
     read = () if adapter is None or adapter.form.reads == "input" else adapter.components
@@ -83,8 +86,8 @@ def count(
         module, name = path.replace("start_", "lora_").split("/")[-2:]
         learns, in_stack = path in trained or "/start_" in path, path.startswith(stacks)
         component = "head" if owner[path] == "embeddings" else owner[path]  # a tied one
-        times = layers[component] if in_stack else 1
-        once = 2 * positions[component] * math.prod(leaves[path].shape[-2:]) * times
+        once = 2 * positions[component] * math.prod(leaves[path].shape[-2:])
+        once *= layers[component] if in_stack else 1
         redone = False
         if component == "head":
             # The loss recomputes logits, chunk by chunk, whatever the blocks do.
@@ -95,7 +98,7 @@ def count(
             # again, unless an adapter reads it.
             last = module in (*cfg.LAST, "adapter_up") and name != "lora_A"
             is_read = component in read and module != "adapter_up"
-            redone = back and again and (is_read or not last)
+            redone = back and model.remat in PRODUCTS_AGAIN and (is_read or not last)
         elif component == "vision":  # it sees pixels, by which nothing asks for a gradient
             back = inside[component] and name == "lora_B"
         else:
@@ -124,9 +127,3 @@ def count(
         redone = int(once * ATTENTION_AGAIN[model.remat]) * inside[name]
         found[name].append(Work(once, 2 * once * inside[name], 0, redone))
     return {name: total(works) for name, works in found.items()}
-
-
-def _first(component: str, leaves: Mapping[str, Any], owner: Mapping[str, str]) -> str:
-    """Return the module of a component's first product, by the order of names."""
-    kernels = [p for p in leaves if owner[p] == component and p.endswith("/kernel")]
-    return min(kernels, default="/").rsplit("/", 1)[0]

@@ -22,6 +22,7 @@ from vlm_jax.hub.load import resolve
 from vlm_jax.model import Source, from_config
 from vlm_jax.preview.example import Example, Reader
 from vlm_jax.sharding import mesh_sizes
+from vlm_jax.train.selection import total_steps
 from vlm_jax.train.setup import base_name, check_type, data_seed, make_encoder, make_pipeline
 
 SPLITS = ("train", "eval")
@@ -106,10 +107,8 @@ def preview(config: RunSpec | ConfigDict, examples: int = 16, split: str = "trai
     total: int | None = None  # of a stream, without max_steps
     if split == "eval":
         total = len(pipeline.eval_steps())
-    elif t.max_steps > 0:
-        total = t.max_steps
-    elif pipeline.steps_per_epoch is not None:
-        total = math.ceil(t.num_train_epochs * pipeline.steps_per_epoch)
+    elif t.max_steps > 0 or pipeline.steps_per_epoch is not None:
+        total = total_steps(t.max_steps, t.num_train_epochs, pipeline.steps_per_epoch)
     films = any(picture.kind == "video" for one in seen.examples for picture in one.pictures)
     return dataclasses.replace(
         seen,

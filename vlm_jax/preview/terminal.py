@@ -77,11 +77,11 @@ def _bars(data: Histogram) -> str:
 def statistics(preview: Preview) -> list[str]:
     """Return the figures of a preview, as sentences."""
     report = preview.report
-    about = "" if preview.exact else "about "
     steps = f"{preview.total_steps or '?'} steps"
     if report["steps_per_epoch"] is None:
         steps += " in all, from a stream: training.max_steps"
     elif preview.split == "train":
+        about = "" if preview.exact else "about "
         steps += f" in all, {about}{report['steps_per_epoch']:,} an epoch"
     return [
         f"{report['records']:,} records, {report['measured']:,} measured, "

@@ -239,13 +239,16 @@ BITS_AND_BYTES_CONFIG = {
     ),
 }
 
-_QUANTIZED = ("model", "quantization", "quantization_config", "bnb")
 # Sections of a config, the class or program whose keys people write there, and its table.
 TABLES = [
     (("training",), "TrainingArguments", TRAINING_ARGUMENTS),
     (("training", "data"), "SFTConfig", SFT_CONFIG),
     (("lora",), "LoraConfig", LORA_CONFIG),
-    (_QUANTIZED, "BitsAndBytesConfig", BITS_AND_BYTES_CONFIG),
+    (
+        ("model", "quantization", "quantization_config", "bnb"),
+        "BitsAndBytesConfig",
+        BITS_AND_BYTES_CONFIG,
+    ),
     (("model", "data", "lora", "training"), "LLaMA-Factory", LLAMA_FACTORY),
 ]
 

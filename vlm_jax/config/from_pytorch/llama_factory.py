@@ -11,12 +11,10 @@ _TOKENS = "new tokens are those that the base's tokenizer has beyond its embeddi
 _DATASET = "data.{}, a path, or a list of paths and of {{path, weight, ...}}"
 
 _STAGE = "this program fine-tunes on given answers alone"
-_OPTIMIZER = "there is no such optimizer; training.optim lists those there are"
-_ENGINE = "other programs serve what `vlm-jax export` writes"
 _KERNELS = "XLA compiles every step as a whole"
-_EXPORT = "`vlm-jax export` has options of its own"
 
-_MODEL = {
+LLAMA_FACTORY = {
+    # of the model
     "model_name_or_path": Key(RENAMED, "model.name_or_path; this name is taken in its section"),
     "adapter_name_or_path": Key(RENAMED, "model.adapter, one directory"),
     "adapter_folder": Key(RENAMED, "model.adapter, one directory"),
@@ -58,11 +56,9 @@ _MODEL = {
     "video_maxlen": Key(RENAMED, "data.video_max_frames"),
     **dict.fromkeys(
         ("infer_backend", "infer_dtype", "offload_folder", "use_kv_cache"),
-        Key(NOT_NEEDED, _ENGINE),
+        Key(NOT_NEEDED, "other programs serve what `vlm-jax export` writes"),
     ),
-}
-
-_DATA = {
+    # of data
     "template": Key(NOT_NEEDED, _TEMPLATE),
     "dataset": Key(RENAMED, _DATASET.format("train_file")),
     "eval_dataset": Key(RENAMED, _DATASET.format("eval_file")),
@@ -90,9 +86,7 @@ _DATA = {
     "preserve_thinking": Key(NOT_NEEDED, _TEMPLATE),
     "tokenized_path": Key(NOT_NEEDED, "records are encoded as batches are made"),
     "data_shared_file_system": Key(NOT_NEEDED, "each host reads what its rows need"),
-}
-
-_TRAINING = {
+    # of training
     "stage": Key(NOT_NEEDED, _STAGE),
     "finetuning_type": Key(RENAMED, "lora.enabled, or the one word method: lora, qlora, full"),
     "lora_rank": Key(RENAMED, "lora.r; this name is taken in its section"),
@@ -127,7 +121,8 @@ _TRAINING = {
     "overwrite_output_dir": Key(REFUSED, "a run never writes over another; delete it"),
     "use_muon": Key(RENAMED, "training.optim, muon"),
     **dict.fromkeys(
-        ("use_adam_mini", "use_galore", "use_apollo", "use_badam"), Key(REFUSED, _OPTIMIZER)
+        ("use_adam_mini", "use_galore", "use_apollo", "use_badam"),
+        Key(REFUSED, "there is no such optimizer; training.optim lists those there are"),
     ),
     **dict.fromkeys(
         ("use_llama_pro", "oft_rank", "oft_block_size", "oft_target"),
@@ -145,13 +140,9 @@ _TRAINING = {
         ("use_swanlab", "swanlab_project"), Key(RENAMED, "training.report_to, wandb or trackio")
     ),
     **dict.fromkeys(("fp8", "fp8_backend"), Key(REFUSED, "use training.bf16")),
-}
-
-_OTHERS = {
+    # of an export
     **dict.fromkeys(
         ("export_dir", "export_size", "export_device", "export_legacy_format"),
-        Key(NOT_NEEDED, _EXPORT),
+        Key(NOT_NEEDED, "`vlm-jax export` has options of its own"),
     ),
 }
-
-LLAMA_FACTORY = {**_MODEL, **_DATA, **_TRAINING, **_OTHERS}
