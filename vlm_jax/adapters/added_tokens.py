@@ -1,7 +1,7 @@
 """Added tokens: trainable rows of embedding and head, beside the frozen ones."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,16 +54,15 @@ def spare_tokens(model: Model, tokens: Mapping[str, int]) -> list[str]:
     tokens: what was added to a tokenizer, with ids. A checkpoint's config.json names its last ones
     (those of images and videos), so ids behind all of them are of tokens that it does not know.
     """
-    last = max(_named_ids(model.hf_config), default=-1)
+    named = [
+        id
+        for key, value in flatten(model.hf_config).items()
+        if key.endswith(("_token_id", "_token_index"))
+        for id in (value if isinstance(value, list) else [value])
+        if id
+    ]
+    last = max(named, default=-1)
     return [token for token, id in tokens.items() if last < id < model.config.text.vocab_size]
-
-
-def _named_ids(config: Mapping[str, Any]) -> Iterator[int]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _named_ids(value)
-        elif key.endswith(("_token_id", "_token_index")):
-            yield from (id for id in (value if isinstance(value, list) else [value]) if id)
 
 
 def fold_added(flat: Mapping[str, Any]) -> dict[str, Any]:

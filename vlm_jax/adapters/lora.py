@@ -347,9 +347,11 @@ def _merged(
         )
     if f"{base}/start_A" in flat:
         a, b = less_start(a, b, *(_one(flat[f"{base}/start_{one}"], layer) for one in "AB"))
-    scale: Any = model.lora.scale.scale(rank)
-    if f"{base}/lora_scale" in flat:
-        scale = _one(flat[f"{base}/lora_scale"], layer)[..., None, None]
+    scale: Any = (
+        _one(flat[f"{base}/lora_scale"], layer)[..., None, None]
+        if f"{base}/lora_scale" in flat
+        else model.lora.scale.scale(rank)
+    )
     summed = dense(kernel, jnp.float32) + weight_update(a, b, scale)
     if f"{base}/lora_magnitude" not in flat:
         return summed
@@ -370,8 +372,8 @@ def requantization_error(model: Model, params: Mapping[str, Any]) -> tuple[float
         base = path.rsplit("/", 1)[0]
         if not isinstance(kernel, FourBit) or f"{base}/lora_A" not in flat:
             continue
-        layers = range(kernel.shape[0]) if len(kernel.shape) > 2 else (None,)
-        for layer in layers:  # a stack may have no room
+        # One layer after another: a stack may have no room.
+        for layer in range(kernel.shape[0]) if len(kernel.shape) > 2 else (None,):
             before = _one(kernel, layer)
             exact = _merged(model, flat, base, before, layer)
             after = dense(merged_leaf(model, flat, path, layer, requantize=True), jnp.float32)

@@ -83,14 +83,14 @@ def adaptable(model: Model, params: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def whole(key: str) -> str:
+def key_regex(key: str) -> str:
     """Return the regex over whole names that a key of rank_pattern or alpha_pattern stands for."""
     return rf"(.*\.)?({key})"
 
 
 @functools.lru_cache(maxsize=PATTERNS)
 def _compiled_key(key: str) -> re.Pattern[str]:
-    return re.compile(whole(key))
+    return re.compile(key_regex(key))
 
 
 def pattern_value(pattern: Mapping[str, Any], module: str, default: Any = None) -> Any:
@@ -242,7 +242,7 @@ def target_kernels(model: Model, params: Mapping[str, Any], lora: LoRA) -> list[
 def _check_patterns(lora: LoRA, modules: Collection[str]) -> None:
     """Raise `UserError` for regexes of a LoRA that are none or endless, and values that misfit."""
     for name, (fits, expected) in PATTERN_VALUES.items():
-        check_patterns(list(getattr(lora, name)), modules, f"key of lora.{name}", whole)
+        check_patterns(list(getattr(lora, name)), modules, f"key of lora.{name}", key_regex)
         for key, value in getattr(lora, name).items():
             if not fits(value):
                 raise UserError(

@@ -233,7 +233,7 @@ def load_adapter(
         leaves[place.path][place.index] = to_tree(place.path, found[name])
     flat = flatten(params)
     check_bare(flat)
-    params = unflatten({**flat, **{path: jnp.asarray(leaf) for path, leaf in leaves.items()}})
+    params = unflatten(flat | {path: jnp.asarray(leaf) for path, leaf in leaves.items()})
     if (directory / MODULES).is_dir():
         model, params = load_peft(model, params, directory / MODULES)
         adapter = dataclasses.replace(adapter, modules_to_save=model.modules_to_save)

@@ -110,17 +110,14 @@ def _put_block(held: np.ndarray, block: Block, shape: tuple[int, ...], sharding:
 
 def _place(leaf: FourBit, arrays: Packed, sharding: Any) -> FourBit:
     """Return a 4-bit leaf on its devices; leaf: it as shapes. arrays: with layers first."""
-    parts: dict[str, Any] = dict.fromkeys(("codes", "absmax", "nested", "offset"))
-    if sharding is not None:
-        leaf = dataclasses.replace(leaf, used=sharding.used)
-        parts = {part: getattr(sharding, part) for part in parts}
+    where: dict[str, Any] = dict.fromkeys(arrays._fields) if sharding is None else vars(sharding)
     placed: dict[str, Any] = {
-        part: None if array is None else _put(array, parts[part])
+        part: None if array is None else _put(array, where[part])
         for part, array in arrays._asdict().items()
     }
-    unpack = jax.jit(unpack_codes, static_argnums=1, out_shardings=parts["codes"])
+    unpack = jax.jit(unpack_codes, static_argnums=1, out_shardings=where["codes"])
     placed["codes"] = unpack(placed["codes"], leaf.shape[-1])
-    return dataclasses.replace(leaf, **placed)
+    return dataclasses.replace(leaf, used=where.get("used"), **placed)
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:

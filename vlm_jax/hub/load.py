@@ -2,9 +2,10 @@
 
 import copy
 import functools
+import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -137,13 +138,10 @@ def _check_sizes(
         )
 
 
-def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the whole numbers of a config.json with the keys that lead to each."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int):
-            yield f"{prefix}{key}", value
+def _numbers(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Return the whole numbers of a config.json with the keys that lead to each."""
+    flat = flatten(config).items()
+    return [(path.replace("/", "."), value) for path, value in flat if isinstance(value, int)]
 
 
 def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:
@@ -263,17 +261,16 @@ def load(
     _check_layers(model, named, directory)
     _check_names(model, named, places, directory)
     _check_sizes(model, entries, places, named)
-    by_path: dict[str, list[Tensor]] = {}
-    for current, place in places.items():
-        name = named[current]
-        tensor = Tensor(name, entries[name], place, beside.get(name, {}))
-        by_path.setdefault(place.path, []).append(tensor)
-
     _check_tied_head(model, named, entries)
     kinds = {name: entry.dtype for name, entry in entries.items()}
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(THREADS) as threads:
-        for path, tensors in by_path.items():
+        # The layers of a leaf follow one another.
+        for path, layers in itertools.groupby(places.items(), lambda item: item[1].path):
+            tensors = [
+                Tensor(named[name], entries[named[name]], place, beside.get(named[name], {}))
+                for name, place in layers
+            ]
             params[path], stored = read_leaf(
                 path,
                 shapes[path].shape,
@@ -302,5 +299,8 @@ def load(
 
 def _sharding(model: Model, mesh: Any, path: str, leaf: Any) -> Any:
     """Return where a leaf of these shapes lies on a mesh; None without one."""
-    tree = unflatten({path: leaf})
-    return None if mesh is None else flatten(param_shardings(model, tree, mesh))[path]
+    return (
+        None
+        if mesh is None
+        else flatten(param_shardings(model, unflatten({path: leaf}), mesh))[path]
+    )

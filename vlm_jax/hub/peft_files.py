@@ -70,9 +70,9 @@ def parse_key(key: str) -> Key:
     ends = r"\.lora_(?:(embedding_)?([AB])|magnitude_vector)(?:\.default)?(?:\.weight)?"
     if found := re.fullmatch(rf"(.*){ends}", name):
         return Key(found[1], f"lora_{found[3] or 'magnitude'}", bool(found[2]))
-    whole = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name)
-    base = re.sub(r"\.(base_layer|original_module)(?=\.)", "", whole)
-    return Key(base, copy=base != whole)
+    saved = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name)
+    base = re.sub(r"\.(base_layer|original_module)(?=\.)", "", saved)
+    return Key(base, copy=base != saved)
 
 
 def no_home(directory: Path, key: str, name: str, known: Iterable[str], why: str) -> UserError:
@@ -141,21 +141,23 @@ def stacked(
                     f"made for another base or rank, or one of the two files is another adapter's."
                 )
     by_rank = sorted(matrices, key=lambda module: ranks[module])
-    largest = {homes[module].prefix: ranks[module] for module in by_rank}  # the last one counts
-    leaves: dict[str, np.ndarray] = {}
+    largest = {homes[module].prefix: module for module in by_rank}  # of each stack the last one
+    leaves = {
+        prefix + name: np.zeros((*homes[module].shape[:-2], *shape), np.float32)
+        for prefix, module in largest.items()
+        for name, shape in _shapes(homes[module], ranks[module], dora).items()
+    }
     for module, held in matrices.items():
-        home = homes[module]
-        for name, shape in _shapes(home, largest[home.prefix], dora).items():
-            if (path := home.prefix + name) not in leaves:
-                leaves[path] = np.zeros((*home.shape[:-2], *shape), np.float32)
-            home.part(leaves[path])[tuple(map(slice, held[name].shape))] = held[name]
+        for name, tensor in held.items():
+            part = homes[module].part(leaves[homes[module].prefix + name])
+            part[tuple(map(slice, tensor.shape))] = tensor
     return leaves
 
 
 def _shapes(home: Home, rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
-    inputs, outputs = home.shape[-2:]
-    norms: dict[str, tuple[int, ...]] = {"lora_magnitude": (outputs,)} if dora else {}
-    return {"lora_A": (inputs, rank), "lora_B": (rank, outputs), **norms}
+    *_, inputs, outputs = home.shape
+    shapes = {"lora_A": (inputs, rank), "lora_B": (rank, outputs), "lora_magnitude": (outputs,)}
+    return {name: shape for name, shape in shapes.items() if dora or name != "lora_magnitude"}
 
 
 def to_tensors(matrices: Matrices, homes: Mapping[str, Home]) -> dict[str, np.ndarray]:

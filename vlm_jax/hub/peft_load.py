@@ -19,10 +19,10 @@ from vlm_jax.adapters.modules_to_save import (
 from vlm_jax.adapters.targets import (
     PROJECTOR_NAMES,
     is_uniform,
+    key_regex,
     pattern_value,
     scales,
     slots,
-    whole,
 )
 from vlm_jax.distributed.processes import to_host
 from vlm_jax.errors import UserError
@@ -142,8 +142,8 @@ def _pattern(pattern: Mapping[str, Any], name: str, called: Mapping[str, str]) -
 
     called: adapted modules -> what the file calls them, which may be an older layout of names.
     """
-    modules = [*called, *called.values()]
-    check_patterns(list(pattern), modules, f"key of {name} in adapter_config.json", whole)
+    what = f"key of {name} in adapter_config.json"
+    check_patterns(list(pattern), [*called, *called.values()], what, key_regex)
     values = {module: pattern_value(pattern, file_name) for module, file_name in called.items()}
     if all(pattern_value(pattern, module) == value for module, value in values.items()):
         return dict(pattern)

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.adapters.added_tokens import is_added
 from vlm_jax.adapters.lora import left_out
 from vlm_jax.adapters.targets import scales, slots
 from vlm_jax.errors import UserError, nearest
@@ -44,7 +43,7 @@ def load_peft_adapters(
     for name, directory in directories.items():
         adapted, tree = load_peft(model, params, directory)
         flat = flatten(tree)
-        added = [path for path in flat if is_added(path)]
+        added = [path for path in flat if path.endswith("/added")]
         if added and added[0] not in base:
             raise UserError(
                 f"The adapter '{name}' in '{directory}' has more tokens than the base ('"
@@ -149,14 +148,15 @@ def combine_peft_adapters(
                 f"The adapters {', '.join(map(repr, weights))} differ in '{path}', which one "
                 f"of them holds in full (modules_to_save, bias): only LoRA is combined."
             )
-    matrices = [path for path in first if path.endswith("/lora_A")]
-    ranks = {path: [_rank(tree, path) for tree in trees] for path in matrices}
-    if not matrices:
+    ranks = {
+        path: [_rank(tree, path) for tree in trees] for path in first if path.endswith("/lora_A")
+    }
+    if not ranks:
         raise UserError(
             f"The adapters {', '.join(map(repr, weights))} hold no LoRA factors: there is nothing "
             f"to combine."
         )
-    uneven = [path for path in matrices if len({rank for rank in ranks[path] if rank}) > 1]
+    uneven = [path for path, own in ranks.items() if len({*own} - {0}) > 1]
     if kind == "linear" and uneven:
         raise UserError(
             f"The adapters {', '.join(map(repr, weights))} have the ranks {ranks[uneven[0]]} in "
@@ -166,13 +166,13 @@ def combine_peft_adapters(
     hits: dict[str, list[bool]] = {}
     factors: dict[str, tuple[jax.Array, jax.Array]] = {}
     rank = rank or max(map(max, ranks.values()))
-    for path in matrices:
+    for path in ranks:
         base = path.removesuffix("lora_A")
         parts = [
             (tree[path], tree[f"{base}lora_B"], weight * tree[f"{base}lora_scale"])
             for tree, weight in zip(trees, weights.values(), strict=True)
         ]
-        factors[base] = COMBINATIONS[kind](parts, rank)
+        factors[path] = COMBINATIONS[kind](parts, rank)
         on = jnp.stack([scale != 0 for *_, scale in parts]).any(0)
         if on.any():
             hits[path] = [bool(one) for one in jnp.atleast_1d(on)]
@@ -180,10 +180,11 @@ def combine_peft_adapters(
             combined[f"{base}lora_scale"] = on.astype(jnp.float32)
     largest = max(a.shape[-1] for a, _ in factors.values())
     for path in hits:
-        base = path.removesuffix("lora_A")
-        a, b = factors[base]
-        combined[path] = _filled(a, (*a.shape[:-1], largest))
-        combined[f"{base}lora_B"] = _filled(b, (*b.shape[:-2], largest, b.shape[-1]))
+        a, b = factors[path]
+        combined |= {
+            path: _filled(a, (*a.shape[:-1], largest)),
+            path.replace("/lora_A", "/lora_B"): _filled(b, (*b.shape[:-2], largest, b.shape[-1])),
+        }
     ends = {name.split(".")[-1] for path in hits for name in layer_names(model, path)}
     lora = LoRA(largest, largest, targets=tuple(sorted(ends)), left_out=left_out(model, hits))
     return dataclasses.replace(model, lora=lora), unflatten(combined)

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax import generation
 from vlm_jax.adapters.added_tokens import fold_added
 from vlm_jax.adapters.bottleneck import check_no_adapter
 from vlm_jax.adapters.lora import merged_leaf
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
 from vlm_jax.files.atomic import whole_directory, write_json, write_shards
-from vlm_jax.generation import FILE as GENERATION
-from vlm_jax.generation import exported
 from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.companions import (
     IMAGES,
@@ -167,7 +166,7 @@ def save_pretrained(
             if name not in beside and names[name][0] in places:
                 leaf_of(places[names[name][0]])
     else:
-        generation = exported(model)
+        decoding = generation.exported(model)
         with whole_directory(directory) as folder:
             write_shards(folder, sizes, tensor, max_shard_size)
             config = _config(model, dtype)
@@ -178,8 +177,8 @@ def save_pretrained(
             adapter = Path(source.adapter) if source and source.adapter else None
             if source is not None:
                 copy_all(companions(Path(source.directory), adapter), folder)
-            if generation is not None:
-                write_json(folder / GENERATION, generation)
+            if decoding is not None:
+                write_json(folder / generation.FILE, decoding)
             for name, given in ((IMAGES, processor), (VIDEOS, video_processor)):
                 settings = given or (adapter and adapter_settings(adapter, name))
                 if settings:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.adapters.modules_to_save import owners
 from vlm_jax.model import Model
 from vlm_jax.names import Place
 from vlm_jax.weights import FourBit, bnb
@@ -26,24 +27,24 @@ def tensors_4bit(
     names: {name to write: its current name} of all weights; flat: {path: leaf}.
     leaf_of: what of a leaf is written, quantized, of one layer.
     """
-    owners: dict[str, tuple[str, int]] = {}
+    weights: dict[str, tuple[str, int]] = {}
     for name, current in names.items():
         leaf = flat[places[current].path] if current in places else None
         if isinstance(leaf, FourBit):
             count = math.prod(places[current].shape)
             scale = jnp.dtype(leaf.absmax.dtype).itemsize
             sizes = {"": -(-count // 2), ".absmax": scale * -(-count // leaf.block)}
-            owners |= {name + end: (name, sizes.get(end, 1024)) for end in bnb.suffixes(leaf)}
+            weights |= {name + end: (name, sizes.get(end, 1024)) for end in bnb.suffixes(leaf)}
 
     @functools.lru_cache(maxsize=1)  # the tensors of one weight follow one another
     def of(weight: str) -> dict[str, np.ndarray]:
         return bnb.to_tensors(leaf_of(places[names[weight]]), None)
 
     def tensor(name: str) -> np.ndarray:
-        weight, _ = owners[name]
+        weight, _ = weights[name]
         return of(weight)[name.removeprefix(weight)]
 
-    return owners, tensor
+    return weights, tensor
 
 
 def quantization_config(
@@ -82,14 +83,9 @@ def _outermost(dense: Iterable[str], four: set[str]) -> list[str]:
 
     Each is named as it is now and without "model.", as versions before 4.52 know it.
     """
-    busy = {".".join(name.split(".")[:i]) for name in four for i in range(name.count(".") + 2)}
-    found: dict[str, None] = {}
-    for name in sorted(dense):
-        parts = name.split(".")
-        outer = next(
-            prefix
-            for prefix in (".".join(parts[:i]) for i in range(1, len(parts) + 1))
-            if prefix not in busy
-        )
-        found |= dict.fromkeys((outer, outer.removeprefix("model.")))
-    return list(found)
+    busy = {module for name in four for module in (*owners(name), name)}
+    outermost = [
+        next(module for module in (*owners(name), name) if module not in busy)
+        for name in sorted(dense)
+    ]
+    return list(dict.fromkeys(n for name in outermost for n in (name, name.removeprefix("model."))))

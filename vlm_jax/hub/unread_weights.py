@@ -11,13 +11,26 @@ from vlm_jax.errors import UserError
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.npz")
-# Of weights that trained beside the matrices: the file -> who writes it there.
+# How such weights and the adapter become one; own, path: the adapter's weights and the others.
+ADD = (
+    "It is a pickle, which can run code when opened. Add its tensors to the adapter's own file "
+    'once where torch is installed, then delete it: python -c "import torch; from '
+    "safetensors.torch import load_file as l, save_file as s; f = '{own}'; more = "
+    "torch.load('{path}', weights_only=True); s(l(f) | {{k: v.contiguous() for k, v in "
+    "more.items()}}, f, {{'format': 'pt'}})\""
+)
+CONVERT = (
+    "Convert the whole model to its Hugging Face layout with transformers' "
+    "convert_llava_weights_to_hf.py and give that as the model."
+)
+MERGE = "Merge both with the program that wrote them, and give that as the model."
+# Of weights that trained beside the matrices: the file -> who writes it there, and the remedy.
 TRAINED = {
-    "non_lora_state_dict.bin": "2U1's trainers",
-    "non_lora_trainables.bin": "LLaVA's trainer",
-    "mm_projector.bin": "LLaVA's first stage",
-    "vit.safetensors": "ms-swift",
-    "model_head.safetensors": "the adapters library",
+    "non_lora_state_dict.bin": ("2U1's trainers", ADD),
+    "non_lora_trainables.bin": ("LLaVA's trainer", ADD),
+    "mm_projector.bin": ("LLaVA's first stage", CONVERT),
+    "vit.safetensors": ("ms-swift", MERGE),
+    "model_head.safetensors": ("the adapters library", MERGE),
 }
 # What else is called so and changes no answer: a trainer's state, the same weights once more as a
 # pickle, and the value head of reinforcement learning.
@@ -55,10 +68,9 @@ def adapter_weights(directory: Path, file: str) -> Path:
 
 def _check_beside(directory: Path, own: str) -> None:
     """Raise `UserError` for weights in an adapter's directory that are not its `own` file."""
-    passed = (own, *HARMLESS)
-    others = [n for n in _weights(directory) if not any(fnmatch.fnmatch(n, p) for p in passed)]
-    for name in others:
-        path, writer = directory / name, TRAINED.get(name)
+    weights = [name for name in _weights(directory) if name != own]
+    for name in [n for n in weights if not any(fnmatch.fnmatch(n, known) for known in HARMLESS)]:
+        writer, remedy = TRAINED.get(name, (None, ""))
         if writer is None:
             raise UserError(
                 f"The adapter's directory '{directory}' holds '{name}' too, which may be weights "
@@ -66,35 +78,12 @@ def _check_beside(directory: Path, own: str) -> None:
                 f"adapter, move it elsewhere; otherwise merge both with the program that wrote "
                 "them."
             )
-        if name == "mm_projector.bin":
-            remedy = (
-                "Convert the whole model to its Hugging Face layout with transformers' "
-                "convert_llava_weights_to_hf.py and give that as the model."
-            )
-        else:
-            remedy = (
-                "Merge both with the program that wrote them, and give that as the model."
-                if path.suffix == ".safetensors"
-                else _add_line(directory, path)
-            )
+        remedy = remedy.format(own=directory / PEFT_WEIGHTS, path=directory / name)
         raise UserError(
             f"The adapter's directory '{directory}' holds '{name}' too: {writer} wrote it, with "
             f"weights that were trained in full beside LoRA. It is not read, and without it the "
             f"model would not be the trained one. {remedy}"
         )
-
-
-def _add_line(directory: Path, path: Path) -> str:
-    """Return how a pickle's tensors get into the adapter's own file, from where they are read."""
-    code = (
-        f"import torch; from safetensors.torch import load_file as l, save_file as s; "
-        f"f = '{directory / PEFT_WEIGHTS}'; more = torch.load('{path}', weights_only=True); "
-        f"s(l(f) | {{k: v.contiguous() for k, v in more.items()}}, f, {{'format': 'pt'}})"
-    )
-    return (
-        f"It is a pickle, which can run code when opened. Add its tensors to the adapter's own "
-        f'file once where torch is installed, then delete it: python -c "{code}"'
-    )
 
 
 def check_base(directory: Path, read: Iterable[str]) -> None:
@@ -106,7 +95,7 @@ def check_base(directory: Path, read: Iterable[str]) -> None:
     for name in found:
         if name in TRAINED and name not in read:
             raise UserError(
-                f"'{directory}' holds '{name}' beside a whole checkpoint: {TRAINED[name]} wrote "
+                f"'{directory}' holds '{name}' beside a whole checkpoint: {TRAINED[name][0]} wrote "
                 f"it, with weights that take the place of the checkpoint's. It is not read: merge "
                 f"both with the program that wrote them, or move it elsewhere."
             )

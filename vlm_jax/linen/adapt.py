@@ -1,6 +1,6 @@
 """`adapt`: LoRA, bottleneck adapters and 4-bit weights on any Linen module, unchanged."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -78,7 +78,7 @@ def adapt(
     if adapter is not None:
         check_adapter(adapter)
     found = look(module, params, flat, inputs)
-    layers = tuple(chosen(found.layers, lora.targets)) if lora else ()
+    layers = tuple(chosen(found.layers.values(), lora.targets)) if lora else ()
     sites = chosen_sites(found.sites, adapter) if adapter else ()
     made: dict[str, Any] = {}
     key = jax.random.key(0) if key is None else key
@@ -91,10 +91,10 @@ def adapt(
         warn_without_dropout("adapter", adapter.dropout, without_dropout)
         shapes = {p: shape for site in sites for p, shape in site_shapes(site, adapter).items()}
         made[ADAPTER] = unflatten(fresh(adapter, shapes, key))
-    layers_found = [one for one in found.layers if isinstance(one, Layer)]
+    layers_found = [one for one in found.layers.values() if isinstance(one, Layer)]
     quantized = [layer for layer in layers_found if isinstance(flat[layer.leaf], FourBit)]
     if quantization is not None:
-        new = _quantized(found.layers, flat, quantization)
+        new = _quantized(found.layers.values(), flat, quantization)
         flat = flat | {layer.leaf: leaf for layer, leaf in new.items()}
         quantized += new
     return (
@@ -164,7 +164,7 @@ def _fresh(layers: tuple[Layer, ...], rank: int, key: jax.Array) -> dict[str, An
 
 
 def _quantized(
-    found: list[Layer | Other], flat: Mapping[str, Any], method: Quantization
+    found: Collection[Layer | Other], flat: Mapping[str, Any], method: Quantization
 ) -> dict[Layer, FourBit]:
     """Return {layer: its 4-bit leaf} of the linear layers that are dense, but for `skip`."""
     if method.components != Quantization(method.storage).components:

@@ -8,7 +8,7 @@ import flax.linen as nn
 
 from vlm_jax.errors import UserError
 from vlm_jax.linen.intercept import LEAF, Addition, LowRank, interceptor
-from vlm_jax.linen.parts import Layer, Site, joined, unboxed
+from vlm_jax.linen.parts import Layer, Site, joined, laid, unboxed
 from vlm_jax.linen.targets import beside, site_shapes
 from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.trees import flatten, unflatten
@@ -62,8 +62,7 @@ class Adapted:
         made: dict[str, Addition] = {}
         for layer, (a, b) in self.pairs(params, variables):
             assert self.lora is not None
-            if layer.stack is not None:  # sliced along the same axis as the kernel
-                a, b = layer.stack.lay(a), layer.stack.lay(b)
+            a, b = laid(layer.stack, (a, b))  # sliced along the same axis as the kernel
             # Where dropout cannot act, `adapt` has warned.
             rate = float(self.lora.dropout) if dropout and layer.takes_dropout else 0.0
             made[joined(layer.path, LEAF)] = LowRank(

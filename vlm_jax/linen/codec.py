@@ -7,7 +7,7 @@ each leaf is a tensor under its path in the variables, float32, a stack's with i
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +124,19 @@ def save_lora(
     homes = {name: _home(*where) for name, where in named.items()}
     flat = {path: unboxed(leaf) for path, leaf in flatten(variables[LORA]).items()}
     tensors = to_tensors(unstacked(flat, homes, dict.fromkeys(homes, lora.rank)), homes)
-    modules = {"target_modules": sorted(named)} | dict.fromkeys(
-        ("modules_to_save", "layers_to_transform", "layers_pattern")
-    )
     tied = {"ensure_weight_tying": True} if any(one.attended for one in adapted.layers) else {}
     write_adapter(
         directory,
         {key: tensor.astype(np.float32) for key, tensor in tensors.items()},
         config_of(
-            lora, modules, base_model_name_or_path=base, fan_in_fan_out=fan_in_fan_out, **tied
+            lora,
+            {
+                "target_modules": sorted(named),
+                **dict.fromkeys(("modules_to_save", "layers_to_transform", "layers_pattern")),
+            },
+            base_model_name_or_path=base,
+            fan_in_fan_out=fan_in_fan_out,
+            **tied,
         ),
     )
 
@@ -175,7 +179,7 @@ def load_lora(
     except UserError as error:
         raise UserError(f"The adapter in '{directory}' cannot be loaded: {error}") from error
     flat = flatten(params)
-    found = look(module, params, flat, inputs).layers
+    found = look(module, params, flat, inputs).layers.values()
     layers = [one for one in found if isinstance(one, Layer)]
     named = named_layers(layers, names, every=False)
     homes = {name: _home(*where) for name, where in named.items()}
@@ -233,7 +237,7 @@ def _weight(layer: Layer, flat: Mapping[str, Any]) -> np.ndarray:
 
 
 def _unmatched(
-    directory: Path, key: str, name: str, found: Sequence[Layer | Other], known: Mapping[str, Any]
+    directory: Path, key: str, name: str, found: Iterable[Layer | Other], known: Mapping[str, Any]
 ) -> UserError:
     others = [one for one in found if isinstance(one, Other) and one.unknown][:2]
     because = "".join(f" '{one.name}' could be none: {one.why}." for one in others)
@@ -277,19 +281,18 @@ def save_adapter(
         return adapter_files.save_adapter(model, params, directory, name, compare_base=compare_base)
     if (name, compare_base) != ("default", True):
         raise UserError("name and compare_base mean nothing for a foreign module: omit them.")
-    adapted, variables = model, params
-    if not isinstance(adapted, Adapted) or adapted.adapter is None:
+    if not isinstance(model, Adapted) or model.adapter is None:
         raise UserError(
             "There is no bottleneck adapter to save: save_adapter takes a model of this library "
             "and its params, or what adapt returned for an Adapter(...). LoRA is saved by "
             "save_lora."
         )
-    adapted.bottlenecks(variables)  # raises where they are not this module's
-    leaves = jax.device_get(flatten(variables[ADAPTER]))
+    model.bottlenecks(params)  # raises where they are not this module's
+    leaves = jax.device_get(flatten(params[ADAPTER]))
     tensors = {path: np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves.items()}
     with whole_directory(directory, ADAPTER_PARTS) as folder:
         save_file(tensors, folder / WEIGHTS)
-        write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(adapted.adapter)})
+        write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(model.adapter)})
 
 
 def load_adapter(

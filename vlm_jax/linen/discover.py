@@ -33,20 +33,12 @@ from vlm_jax.linen.parts import (
 from vlm_jax.weights import FourBit
 
 
-@dataclasses.dataclass
-class Seen:
-    """What a trace saw: a module's path -> its layer's own shape and axes, or another class."""
-
-    layers: dict[str, Layer | Other] = dataclasses.field(default_factory=dict)
-    sites: dict[str, Site] = dataclasses.field(default_factory=dict)
-    roots: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)  # of stacks: shapes
-
-
 def see(
     module: nn.Module, params: Mapping[str, Any], flat: Mapping[str, Any], args: tuple, kwargs: dict
-) -> Seen:
+) -> Found:
     """Call the module on shapes alone, and return what was met."""
-    seen = Seen()
+    seen = Found({}, {})
+    roots: dict[str, list[tuple]] = {}  # of stacks: shapes
     weights = owners(flat)
     at_work: list[tuple[str, str, int]] = []  # paths, methods, and the depths of their parameters
 
@@ -55,8 +47,8 @@ def see(
             return next_method(*args, **kwargs)
         path = "/".join(context.module.scope.path)
         pairs = shapes_inside(path, context.module, flat)
-        if axes_lost(pairs) and not any(lies_in(path, root) for root in seen.roots):
-            seen.roots[path] = pairs
+        if axes_lost(pairs) and not any(lies_in(path, root) for root in roots):
+            roots[path] = pairs
         _record_layer(seen, path, weights, args, kwargs, context)
         depth = max([axes_lost(pairs), *(deep for *_, deep in at_work[-1:])])
         me = path, context.method_name, depth
@@ -71,12 +63,12 @@ def see(
             x_shape = shape_of(first_argument(context.orig_method, args, kwargs))
             made = "what an NNX module makes" if kind.__module__.startswith(NNX) else shape_of(y)
             site = Site(path, kind.__name__, x_shape, made, depth, takes_dropout)
-            seen.sites[path] = site.beside(seen.sites.get(path, site))
+            seen.sites[path] = site.beside(seen.sites.get(path) or site)
         return y
 
     trace = _tracer(module, args, kwargs)
     trace(params, record)
-    stacks = {root: stack_of(root, pairs, flat, trace) for root, pairs in seen.roots.items()}
+    stacks = {root: stack_of(root, pairs, flat, trace) for root, pairs in roots.items()}
 
     def stack(path: str) -> Stack | None:
         return next((stacks[root] for root in stacks if lies_in(path, root)), None)
@@ -85,21 +77,24 @@ def see(
         path: _with_stack(layer, stack(path), flat) if isinstance(layer, Layer) else layer
         for path, layer in seen.layers.items()
     }
-    sites = {
-        path: dataclasses.replace(site, stack=stack(path) if site.depth else None)
-        for path, site in seen.sites.items()
-    }
-    return Seen(layers, sites)
+    return Found(
+        layers,
+        {
+            path: dataclasses.replace(site, stack=stack(path) if site.depth else None)
+            for path, site in seen.sites.items()
+            if site is not None
+        },
+    )
 
 
 def _record_layer(
-    seen: Seen, path: str, weights: Mapping[str, str], args: tuple, kwargs: dict, context: Any
+    seen: Found, path: str, weights: Mapping[str, str], args: tuple, kwargs: dict, context: Any
 ) -> None:
     """Note a module that has a weight, and of an NNX module all within."""
     name, method = weights.get(path), context.orig_method.func
     if type(context.module).__module__.startswith(NNX):
         inside = [inner for inner in weights if lies_in(inner, path)]
-        seen.layers |= {inner: Other(inner, "it belongs to an NNX module") for inner in inside}
+        seen.layers.update({one: Other(one, "it belongs to an NNX module") for one in inside})
     elif name is None or (method in CALLS and isinstance(seen.layers.get(path), Layer)):
         pass  # met before: a 4-bit layer calls a copy of itself, which knows no rngs
     elif method in CALLS:
@@ -178,7 +173,7 @@ def look(
     shapes suggest are tried. Where none works, a kernel of two axes counts as nn.Dense's, which
     `apply` checks, and others are `Other`. Raises `UserError` where a call with `inputs` fails.
     """
-    seen = Seen()
+    seen = Found({}, {})
     given = [as_arguments(inputs)] if inputs is not None else ((one, {}) for one in guesses(flat))
     for args, kwargs in given:
         try:
@@ -194,7 +189,7 @@ def look(
                     f"behind the variables: an array, a tuple of arguments, or a dict of named "
                     f"ones."
                 ) from error
-    layers = [_found(path, name, flat, seen) for path, name in owners(flat).items()]
+    layers = {path: _found(path, name, flat, seen) for path, name in owners(flat).items()}
     above = {path[:i] for path in flat for i in range(len(path)) if path[i] == "/"}
     sites: dict[str, Site | None] = dict.fromkeys(("", *sorted(above)))
     return Found(layers, {**sites, **seen.sites})
@@ -224,13 +219,13 @@ def guesses(flat: Mapping[str, Any]) -> Iterator[tuple]:
         sides = dict.fromkeys(root for count, root in roots.items() if root**2 == count)
         for side in (*sides, 8):
             yield (jax.ShapeDtypeStruct((1, side * height, side * width, channels), jnp.float32),)
-    firsts = [shape[0] for shape in kernels.values()]  # a stack's is the number of its layers
-    for width in dict.fromkeys((*firsts, *(shape[1] for shape in kernels.values()))):
+    # A stack's first axis is the number of its layers.
+    for width in dict.fromkeys(shape[axis] for axis in (0, 1) for shape in kernels.values()):
         yield (jax.ShapeDtypeStruct((1, 4, width), jnp.float32),)
         yield (jax.ShapeDtypeStruct((1, width), jnp.float32),)
 
 
-def _found(path: str, name: str, flat: Mapping[str, Any], seen: Seen) -> Layer | Other:
+def _found(path: str, name: str, flat: Mapping[str, Any], seen: Found) -> Layer | Other:
     if path in seen.layers:
         return seen.layers[path]
     shape = tuple(unboxed(flat[joined(path, name)]).shape)

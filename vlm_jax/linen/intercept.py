@@ -11,7 +11,7 @@ import math
 import string
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -133,7 +133,7 @@ def first(args: tuple, kwargs: dict) -> Any:
     return args[0] if args else kwargs["query" if "query" in kwargs else "inputs"]
 
 
-LEAF = "vlm_jax_addition"  # the leaf's name; no module of anybody's has one such
+LEAF = "vlm_jax_addition"  # the leaf's name, which no module has
 NNX = "flax.nnx."
 UNKNOWN = (
     "uses its weights in a way that is not known here, so that LoRA or 4-bit weights would do "
@@ -218,22 +218,20 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
     dense weight.
     """
     how = product(layer, module, args, kwargs)
-    order = (*how.inputs, *how.outputs)
-    leaf, bias = own(module, "kernel"), own(module, "bias")
-    given = first(args, kwargs)
-    dtype = getattr(module, "dtype", None) or jnp.result_type(given, leaf.dtype)
+
+    params = {name: leaf for name, leaf in module.variables["params"].items() if name != LEAF}
+    given, method = first(args, kwargs), cast(Any, layer.__call__)
+    dtype = getattr(module, "dtype", None) or jnp.result_type(given, params["kernel"].dtype)
     more = {key: value for key, value in kwargs.items() if value is not given}
 
     @jax.checkpoint
-    def run(x: Any, leaf: FourBit, bias: Any) -> Any:
-        variables = {"kernel": as_weight(dense(leaf, dtype), how.shape, order)}
-        if bias is not None:
-            variables["bias"] = bias
-        method: Any = layer.__call__
-        plain = module.clone(parent=None)
-        return plain.apply({"params": variables}, x, *args[1:], method=method, **more)
+    def run(x: Any, params: dict[str, Any]) -> Any:
+        matrix = dense(params["kernel"], dtype)
+        kernel = as_weight(matrix, how.shape, (*how.inputs, *how.outputs))
+        variables = {"params": {**params, "kernel": kernel}}
+        return module.clone(parent=None).apply(variables, x, *args[1:], method=method, **more)
 
-    return run(given, leaf, bias)
+    return run(given, params)
 
 
 def interceptor() -> Callable[..., Any]:

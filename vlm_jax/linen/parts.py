@@ -16,6 +16,7 @@ from vlm_jax.trees import flatten, unflatten
 
 PROBE = "vlm_jax_probe"  # a leaf that is there for one trace
 Shape = tuple[int, ...]
+unboxed = meta.unbox  # a leaf without the box that `nn.with_partitioning` puts it in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +30,18 @@ class Stack:
     axis: int
     count: int
 
-    def lay(self, leaf: jax.Array) -> jax.Array:
-        """Return [layers, ...] as the scan or vmap takes it."""
-        return jnp.moveaxis(leaf, 0, self.axis)
-
     def takes(self, rank: int) -> bool:
         """Return whether a layer's leaf of `rank` axes can be stacked along this one."""
         return -rank - 1 <= self.axis <= rank
 
 
-def unboxed(leaf: Any) -> Any:
-    """Return a leaf without the box that `nn.with_partitioning` puts it in."""
-    return meta.unbox(leaf)
+def laid(stack: Stack | None, leaves: Any) -> Any:
+    """Return leaves [layers, ...] as the scan or vmap takes them; of no stack as they are."""
+    return (
+        leaves
+        if stack is None
+        else jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, stack.axis), leaves)
+    )
 
 
 def joined(path: str, name: str) -> str:
@@ -62,11 +63,10 @@ def without(shape: Shape, axis: int) -> Shape | None:
 
 def shapes_inside(path: str, module: nn.Module, flat: Mapping[str, Any]) -> list[tuple]:
     """Return, of each parameter of a module at work, (its shape there, its shape as stored)."""
-    inside = flatten(module.variables.get("params", {}))
-    paths = {joined(path, name): leaf for name, leaf in inside.items()}
-    if not paths.keys() <= flat.keys():  # a module inside a layer: a 4-bit layer makes one
+    inside = flatten(module.variables.get("params", {}), joined(path, ""))
+    if not inside.keys() <= flat.keys():  # a module inside a layer: a 4-bit layer makes one
         return []
-    return [(tuple(unboxed(x).shape), tuple(unboxed(flat[p]).shape)) for p, x in paths.items()]
+    return [(tuple(unboxed(x).shape), tuple(unboxed(flat[p]).shape)) for p, x in inside.items()]
 
 
 def axes_lost(pairs: list[tuple]) -> int:
@@ -150,8 +150,10 @@ class Layer(Part):
         if self.stack is None:
             return {self.name: None}
         head = self.stack.root.replace("/", ".")
-        rest = self.name[len(head) :]
-        return {f"{head}.{i}{rest}".strip("."): i for i in range(self.stack.count)}
+        return {
+            f"{head}.{i}{self.name.removeprefix(head)}".strip("."): i
+            for i in range(self.stack.count)
+        }
 
     @property
     def leaf(self) -> str:
@@ -185,8 +187,7 @@ class Layer(Part):
 
     def unmatrix(self, matrix: jax.Array) -> jax.Array:
         """Return the weight that `matrix` was given."""
-        weight = as_weight(matrix, self.shape, (*self.inputs, *self.outputs))
-        return weight if self.stack is None else self.stack.lay(weight)
+        return laid(self.stack, as_weight(matrix, self.shape, (*self.inputs, *self.outputs)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,12 +229,12 @@ class Site(Part):
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a module has. layers: all that have a kernel or embedding, in the tree's order.
+    """What a module has, by path. layers: all that have a kernel or embedding.
 
-    sites: every module by path; None: no call that was traced reached it.
+    sites: every module; None: no call that was traced reached it.
     """
 
-    layers: list[Layer | Other]
+    layers: dict[str, Layer | Other]
     sites: dict[str, Site | None]
 
 

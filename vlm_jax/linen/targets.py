@@ -7,7 +7,7 @@ y + A(x) (parallel, https://arxiv.org/abs/2110.04366), over last axes, with A of
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -18,12 +18,12 @@ from vlm_jax.adapters.targets import PRESETS, means, no_target, resolve_targets,
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.files.limits import check_patterns
 from vlm_jax.linen.intercept import name_of, warn_without_dropout
-from vlm_jax.linen.parts import Layer, Other, Site, first_argument, joined, shape_of
+from vlm_jax.linen.parts import Layer, Other, Site, first_argument, joined, laid, shape_of
 from vlm_jax.models.layers.bottleneck import Bottleneck, bottleneck
 from vlm_jax.models.methods import Adapter, LoRA
 
 
-def chosen(found: Sequence[Layer | Other], targets: str | tuple[str, ...]) -> list[Layer]:
+def chosen(found: Collection[Layer | Other], targets: str | tuple[str, ...]) -> list[Layer]:
     """Return the layers that are meant, in the tree's order.
 
     A suffix matches whole parts at the end of a layer's dotted name; one that names no layer but a
@@ -197,7 +197,5 @@ def site_shapes(site: Site, adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 def beside(site: Site, adapter: Adapter, leaves: Any, dropout: bool) -> Beside:
     """Return the addition of a module; leaves: nested; dropout: whether `apply` has an rng."""
-    if site.stack is not None:
-        leaves = jax.tree.map(site.stack.lay, leaves)
     rate = float(adapter.dropout) if dropout and site.takes_dropout else 0.0  # else `adapt` warned
-    return Beside(leaves, dataclasses.replace(adapter.form, dropout=rate))
+    return Beside(laid(site.stack, leaves), dataclasses.replace(adapter.form, dropout=rate))
