@@ -356,9 +356,8 @@ def _saved(name: str, leaf: Any, shape: str) -> Saved | None:
     if shape == _shape(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), lambda x: x
     dtype, bracket, sizes = shape.partition("[")
-    if not name.startswith("opt_state.") or dtype != np.dtype(leaf.dtype).name:
-        return None
-    return kept_otherwise(leaf, tuple(json.loads(bracket + sizes)))
+    moment = name.startswith("opt_state.") and dtype == np.dtype(leaf.dtype).name
+    return kept_otherwise(leaf, tuple(json.loads(bracket + sizes))) if moment else None
 
 
 def _shape(leaf: Any) -> str:

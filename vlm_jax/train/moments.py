@@ -67,15 +67,19 @@ class Store:
 
     def save(self, moment: jax.Array, kind: str) -> Any:
         """Return what is kept of a view."""
-        if self.blocks is None:
-            return moment
-        return Moment8(*quantize(moment, self.blocks.axis, signed=kind == "mean"))
+        return (
+            moment
+            if self.blocks is None
+            else Moment8(*quantize(moment, self.blocks.axis, signed=kind == "mean"))
+        )
 
     def load(self, kept: Any, kind: str) -> jax.Array:
         """Return the view of what is kept."""
-        if self.blocks is None:
-            return kept
-        return dequantize(kept.codes, kept.absmax, signed=kind == "mean")
+        return (
+            kept
+            if self.blocks is None
+            else dequantize(kept.codes, kept.absmax, signed=kind == "mean")
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,12 +47,6 @@ def abstract_state(
     trainable: shapes with shardings on the mesh.
     """
     whole = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
-
     masters = of_dtype(dict(trainable), jnp.float32)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -61,7 +55,14 @@ def abstract_state(
         rng=jax.random.key(0),
         ema=masters if ema else None,
     )
-    return jax.tree.map(place, state)
+    return jax.tree.map(
+        lambda leaf: (
+            leaf
+            if isinstance(leaf, jax.ShapeDtypeStruct)
+            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        ),
+        state,
+    )
 
 
 def of_dtype(tree: Any, dtype: Any) -> Any:
@@ -96,6 +97,4 @@ class Feed:
 
     def __call__(self, batch: Batch) -> Batch:
         batch = shard_batch(batch, self.mesh)
-        if not self.bytes_only:
-            return batch
-        return dataclasses.replace(batch, patches=self.look_up(batch))
+        return dataclasses.replace(batch, patches=self.look_up(batch)) if self.bytes_only else batch

@@ -171,9 +171,8 @@ def every(
     interval: below 1 it is a share of all `total` steps. delay: nothing is due before so many
     steps, or epochs with strategy "epoch".
     """
-    if interval < 1:
-        interval = math.ceil(total * interval)
-    period = {"no": 0, "steps": interval, "epoch": steps_per_epoch}[strategy]
+    steps = math.ceil(total * interval) if interval < 1 else interval
+    period = {"no": 0, "steps": steps, "epoch": steps_per_epoch}[strategy]
     first = delay * steps_per_epoch if strategy == "epoch" else delay
     return lambda step: period > 0 and step % period == 0 and step >= first
 
