@@ -298,14 +298,13 @@ class Pipeline:
     # Planning
 
     def _open_measures(self) -> Measures:
-        if isinstance(self.records, StreamRecords):
+        records = self.records
+        if isinstance(records, StreamRecords):
             return StreamMeasures(0, path="")
-        parts = self.records.parts if isinstance(self.records, Mixture) else [self]
-        folders = [str(Path(part.records.folder or "").resolve()) for part in parts]
+        sources = [p.records for p in records.parts] if isinstance(records, Mixture) else [records]
+        folders = [str(Path(source.folder or "").resolve()) for source in sources]
         settings = {**self.encoder.settings, "folders": folders}
-        return Measures(
-            len(self.records), measures_file(self.records.name, self.records.fingerprint, settings)
-        )
+        return Measures(len(records), measures_file(records.name, records.fingerprint, settings))
 
     def _sample(self, seed: int) -> np.ndarray:
         """Return the records that shapes are chosen by."""

@@ -22,8 +22,14 @@ from vlm_jax.hub.load import resolve
 from vlm_jax.model import Source, from_config
 from vlm_jax.preview.example import Example, Reader
 from vlm_jax.sharding import mesh_sizes
-from vlm_jax.train.selection import total_steps
-from vlm_jax.train.setup import base_name, check_type, data_seed, make_encoder, make_pipeline
+from vlm_jax.train.setup import (
+    base_name,
+    check_type,
+    data_seed,
+    make_encoder,
+    make_pipeline,
+    total_steps,
+)
 
 SPLITS = ("train", "eval")
 BARS = 24  # of a histogram, at most

@@ -143,7 +143,7 @@ def _place_media(
             if kind in named:
                 named[kind].append(value)
             clean.append({"type": kind} if kind in named else {"type": kind, "text": value})
-        beside = {key: turn[key] for key in ("weight", "answers") if key in turn}
+        beside: dict[str, Any] = {k: v for k, v in turn.items() if k in ("weight", "answers")}
         messages.append({"role": turn["role"], "content": clean, **beside})
     placed = {kind: _pair(kind, media[kind], named[kind], where) for kind in MARKERS}
     for kind in reversed(MARKERS):  # what nothing names: images first, then videos
