@@ -130,9 +130,8 @@ def collate(
 def pad_patches(batch: Batch) -> Batch:
     """Return a numpy batch that `collate` made without padding with its patches in their slots."""
     patches = np.zeros((*batch.patch_segments.shape, batch.patches.shape[1]), batch.patches.dtype)
-    ends = np.cumsum((batch.patch_segments > 0).sum(1))
-    if ends[-1] != len(batch.patches):
-        raise ValueError(f"There are {len(batch.patches)} patches for {ends[-1]} slots.")
-    for row, cut in zip(patches, np.split(batch.patches, ends[:-1]), strict=True):
-        row[: len(cut)] = cut
+    filled = batch.patch_segments > 0
+    if filled.sum() != len(batch.patches):
+        raise ValueError(f"There are {len(batch.patches)} patches for {filled.sum()} slots.")
+    patches[filled] = batch.patches
     return dataclasses.replace(batch, patches=patches)

@@ -83,8 +83,8 @@ def _generate(
     logits = module.apply(variables, hidden[:, -1], method="logits")
     # The next position is one past the largest on any axis: after an image they differ.
     axes = tuple(range(1, batch.positions.ndim))
-    largest = jnp.max(batch.positions, axis=axes, keepdims=True)
-    position = jnp.broadcast_to(largest + 1, (*batch.positions.shape[:-1], 1))
+    position = jnp.max(batch.positions, axis=axes, keepdims=True) + 1
+    position = jnp.broadcast_to(position, (*batch.positions.shape[:-1], 1))
     one = jnp.ones((B, 1), jnp.int32)
 
     def body(state):

@@ -46,8 +46,9 @@ def download(address: str) -> Path:
         system, path = fsspec.core.url_to_fs(address)
         if not system.isfile(path):
             raise FileNotFoundError("no such file")
-        version = f"{address} {system.ukey(path)}".encode()
-        folder = hashlib.blake2b(version, digest_size=8).hexdigest()
+        folder = hashlib.blake2b(
+            f"{address} {system.ukey(path)}".encode(), digest_size=8
+        ).hexdigest()
         target = cache_directory() / "downloads" / folder / Path(path).name
         if not target.is_file():
             with system.open(path, "rb") as file:

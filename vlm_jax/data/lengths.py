@@ -62,19 +62,16 @@ class Measures:
         self._map()
 
     def _map(self) -> None:
-        size = self.count * len(COLUMNS) * 4
+        shape = (self.count, len(COLUMNS))
         try:
-            with open(self.path, "ab") as file:  # zeros, which pass no check, are "not measured"
-                if file.tell() < size:
-                    os.truncate(self.path, size)
+            Path(self.path).touch()
+            # NumPy fills it up with zeros, which pass no check: "not measured".
+            self.table: np.ndarray = np.memmap(self.path, np.int32, mode="r+", shape=shape)
         except OSError as error:
             raise UserError(
                 f"The sizes of the records cannot be kept in '{self.path}' ({error.strerror}): "
                 f"delete it, or make it writable."
             ) from error
-        self.table: np.ndarray = np.memmap(
-            self.path, np.int32, mode="r+", shape=(self.count, len(COLUMNS))
-        )
 
     def __reduce__(self) -> tuple:
         return type(self), (self.count, self.path, self.run)
@@ -84,8 +81,8 @@ class Measures:
         return indices[~self._known(np.asarray(self.table[indices]))]
 
     def _known(self, rows: np.ndarray) -> np.ndarray:
-        whole = np.bitwise_xor.reduce(rows, axis=1) == CHECK
-        return whole & ((rows[:, 0] >= 0) | np.isin(rows[:, 3], (0, self.run)))
+        valid = np.bitwise_xor.reduce(rows, axis=1) == CHECK
+        return valid & ((rows[:, 0] >= 0) | np.isin(rows[:, 3], (0, self.run)))
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         """Return int64 [len(indices), 4]: `Size` of measured records; tokens < 0: left out."""
@@ -128,8 +125,7 @@ class StreamMeasures(Measures):
     def unknown(self, indices: np.ndarray) -> np.ndarray:
         self.count = max(self.count, int(indices.max(initial=-1)) + 1)
         if self.count > len(self.table):
-            more = np.zeros((max(self.count, len(self.table)), len(COLUMNS)), np.int32)
-            self.table = np.concatenate([self.table, more])
+            self.table = np.pad(self.table, ((0, max(self.count, len(self.table))), (0, 0)))
         return super().unknown(indices)
 
 

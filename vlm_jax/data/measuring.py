@@ -32,22 +32,20 @@ class Measurer:
         self.encoder, self.records, self.measures = encoder, records, measures
         self.skip_bad = skip_bad
 
-    def measure(
-        self, indices: np.ndarray, pool: ThreadPoolExecutor | None = None, share: float = 0.0
-    ) -> None:
-        """Measure the records that have no size yet.
+    def measure(self, indices: np.ndarray, threads: int = 1, share: float = 0.0) -> None:
+        """Measure the records that have no size yet, by so many threads.
 
         share: how far into them to begin, so that processes that come here at once do not all
         measure the same. Raises `UserError` for a bad record unless `skip_bad`.
         """
         new = self.measures.unknown(indices)
         new = np.roll(new, -int(share * len(new)))
-        for part in np.array_split(new, -(-len(new) // 16)) if len(new) else []:
-            part = self.measures.unknown(part)  # others may have been here
-            errors = map(self.one, part) if pool is None else pool.map(self.one, part)
-            for index, error in zip(part, errors, strict=True):
-                if error is not None and not self.allowed(error):
-                    raise self.named(index, error)
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(new), 16):
+                part = self.measures.unknown(new[start : start + 16])  # others may have been here
+                for index, error in zip(part, pool.map(self.one, part), strict=True):
+                    if error is not None and not self.allowed(error):
+                        raise self.named(index, error)
 
     def one(self, index: int) -> UserError | None:
         """Measure one record, write what came of it, and return why it is left out if it is."""

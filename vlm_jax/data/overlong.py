@@ -59,13 +59,13 @@ def fit(
         pairs = zip((trial.tokens, trial.patches), limits, strict=True)
         return all(limit is None or size <= limit for size, limit in pairs)
 
-    whole = attempt(record, None)
-    if fits(whole):
-        return whole, True
+    full = attempt(record, None)
+    if fits(full):
+        return full, True
 
     def tried(dropped: int) -> Trial | None:
         shorter = drop_exchanges(record, dropped)
-        trial = attempt(shorter, None) if dropped else whole
+        trial = attempt(shorter, None) if dropped else full
         if fits(trial):
             return trial
         if "shrink" not in steps or pixels is None or not trial.patches:
@@ -89,7 +89,7 @@ def fit(
             middle = (few + many) // 2
             trial = tried(middle)
             few, many, found = (middle, many, found) if trial is None else (few, middle, trial)
-    return (whole, False) if found is None else (found, True)
+    return (full, False) if found is None else (found, True)
 
 
 def too_long(
@@ -101,7 +101,7 @@ def too_long(
 ) -> BadExample:
     """Return what says that a trial does not fit: by how much, and what would help.
 
-    features: its tokens that stand for images and videos; media: anything that it has for each.
+    features: its tokens that stand for images and videos; media: one item for each.
     """
     length, most_patches = limits
     over = length is not None and trial.tokens > length

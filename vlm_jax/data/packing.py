@@ -24,12 +24,9 @@ def pack(sizes: np.ndarray, capacity: Shape) -> list[np.ndarray]:
     in one dimension). Depends on `sizes` and `capacity` alone.
     """
     shares = sizes / np.maximum(np.array(capacity, np.int64), 1)
-    if len(sizes) == 0:
-        return []
-    order = np.lexsort((shares.sum(1), shares.max(1)))[::-1]
     room = np.zeros((len(sizes), 2), np.int64)  # of the rows opened so far
     rows: list[list[int]] = []
-    for example in order:
+    for example in np.lexsort((shares.sum(1), shares.max(1)))[::-1]:
         size = sizes[example]
         fits = np.flatnonzero((room[: len(rows)] >= size).all(1))
         row = int(fits[0]) if len(fits) else len(rows)

@@ -7,7 +7,6 @@ and what is left out is counted.
 import collections
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +288,13 @@ class Pipeline:
             raise UserError("A stream cannot be evaluated on: give a file or data set by its name.")
         kept = self._measure(np.arange(self.measures.count))
         sizes = self.measures.sizes(kept)
-        still = sizes[:, 3] & FILMED == 0
         return [
-            Step([[int(index)] for index in kept[members]], shape, {}, bool(still[members].all()))
+            Step(
+                rows=[[int(index)] for index in kept[members]],
+                shape=shape,
+                after={},
+                still=not (sizes[members, 3] & FILMED).any(),
+            )
             for members, shape in group(sizes[:, :2], self.rows, self.planner.shapes)
         ]
 
@@ -314,8 +317,7 @@ class Pipeline:
 
     def _measure(self, indices: np.ndarray) -> np.ndarray:
         """Measure records, the first that come up, and return those that are not left out."""
-        with ThreadPoolExecutor(self.making.threads) as pool:
-            self.measurer.measure(indices, pool)
+        self.measurer.measure(indices, self.making.threads)
         self._sampled = self._seen, self._bad = len(indices), self.measurer.bad(indices)
         self._check_share()
         return self.measures.kept(indices)
@@ -331,16 +333,14 @@ class Pipeline:
         most = round_up(self.encoder.config.patches_of(length or tokens), unit)  # its tokens'
         if limit is not None:
             most = min(most, max(limit // unit, 1) * unit)
-        if self.all_measured:
-            tokens, patches = round_up(tokens), round_up(patches, unit)
-        else:
+        if not self.all_measured:
             records = [self.records[int(i)] for i in kept]
             # A stream's beginning may hold none, and its rest many.
             images = max(int(self.streaming), *(len(record["images"]) for record in records))
             films = max(len(record["videos"]) for record in records)
             slots = images * self.encoder.most_patches() + films * self.encoder.most_video_patches()
-            tokens, patches = length or tokens, round_up(max(patches, slots), unit)
-        patches = min(patches, most)
+            tokens, patches = length or tokens, max(patches, slots)
+        tokens, patches = round_up(tokens), min(round_up(patches, unit), most)
         if length is not None:
             tokens = min(tokens, length)
         capacity = None

@@ -20,6 +20,9 @@ from vlm_jax.data.shapes import Shape, cost, fit
 from vlm_jax.errors import UserError
 
 State = dict[str, int]
+# Of a state; row: the next of the window at the cursor; first: how many rows of that window the
+# step before took.
+POSITION = ("epoch", "step", "cursor", "row", "first")
 
 
 class Step(NamedTuple):
@@ -93,10 +96,8 @@ class Planner:
 
     def epoch(self, state: State) -> Iterator[Step]:
         """Yield the rest of an epoch's steps from a state on."""
-        epoch, number = int(state["epoch"]), int(state["step"])
-        ended = {"epoch": epoch + 1, "step": 0, "cursor": 0, "row": 0, "first": 0}
-        cursor, done = int(state.get("cursor", 0)), int(state.get("row", 0))
-        first = int(state.get("first", 0))  # rows that the step before took from this window
+        epoch, number, cursor, done, first = (int(state.get(name, 0)) for name in POSITION)
+        ended = {**dict.fromkeys(POSITION, 0), "epoch": epoch + 1}
         waiting: list[tuple[list[int], np.ndarray]] = []  # rows of a step that is not full yet
         seen = bad = 0
         for members, last in self._windows(epoch, cursor):
@@ -110,7 +111,7 @@ class Planner:
                 if len(waiting) == self.rows:
                     number, left = number + 1, len(rows) - (i + 1)
                     place = (cursor, i + 1, first) if left else (after, 0, 0)
-                    following = dict(zip(ended, (epoch, number, *place), strict=True))
+                    following = dict(zip(POSITION, (epoch, number, *place), strict=True))
                     if last and left < (self.micro if self.drop_last else 1):
                         following = ended
                     yield self._step(waiting, following, seen, bad)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +46,7 @@ def pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]
     areas = []
     for index in sample(len(records), SAMPLE):
         with contextlib.suppress(UserError):  # counted by `measure`
-            images = encoder.media.headers(records[int(index)])["image"]
-            areas += [height * width for height, width in images]
+            areas += [h * w for h, w in encoder.media.headers(records[int(index)])["image"]]
     if not areas:
         return [(None, "")]
     asked = int(np.quantile(areas, 0.95))
@@ -65,10 +63,10 @@ def pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]
 def measure(encoder: Encoder, records: Any, max_pixels: int | None, reason: str = "") -> Sizes:
     """Return the sizes of a seeded sample; raises `UserError` where none can be trained on."""
     sampled = sample(len(records), SAMPLE)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         measures = Measures(len(records), Path(folder, "sizes"))
         measurer = Measurer(encoder, records, measures, skip_bad=True)
-        measurer.measure(sampled, pool)
+        measurer.measure(sampled, threads=2)
     kept = measures.kept(sampled)
     dropped = np.setdiff1d(sampled, kept)
     first = measurer.why(int(dropped[0])) if len(dropped) else ""

@@ -27,12 +27,8 @@ def similarity(prediction: str, answers: Sequence[str]) -> float:
 
     NL: the edit distance over the length of the longer text.
     """
-
-    def distance(answer: str) -> float:
-        ours, theirs = (" ".join(text.lower().split()) for text in (prediction, answer))
-        return edit_distance(ours, theirs) / max(len(ours), len(theirs), 1)
-
-    nearest = min(map(distance, answers))
+    ours, *theirs = (" ".join(text.lower().split()) for text in (prediction, *answers))
+    nearest = min(edit_distance(ours, text) / max(len(ours), len(text), 1) for text in theirs)
     return 1 - nearest if nearest < THRESHOLD else 0.0
 
 

@@ -1,7 +1,6 @@
 """Greedy answers to the questions of records, and their mean score: what evaluators are made of."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -199,8 +198,10 @@ def scored(
         done += len(planned)
         if good:
             new = generate(model, params, batch, max_new_tokens, eos_token_id=eos, pad_token_id=pad)
-            texts = [encoder.chat.answer(row, eos).strip() for row in new[: len(good)]]
-            predictions += map(functools.partial(_scored, score), good, texts)
+            predictions += [
+                _prediction(record, encoder.chat.answer(tokens, eos).strip(), score)
+                for record, tokens in zip(good, new, strict=False)  # the rest of new is empty rows
+            ]
         on_batch(done, len(readable))
     if not predictions:
         raise UserError(
@@ -210,7 +211,7 @@ def scored(
     return Scores(metric, predictions, count - len(predictions))
 
 
-def _scored(score: Score, record: Record, text: str) -> Prediction:
+def _prediction(record: Record, text: str, score: Score) -> Prediction:
     asked = [message for message in record["messages"] if message["role"] == "user"]
     answers = right_answers(record)
     return Prediction(

@@ -6,8 +6,8 @@ import functools
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
         yield temporary
         # Some writers leave files readable by their owner alone.
         for path in (path for path in temporary.iterdir() if not path.is_dir()):
-            path.chmod(0o666 & ~_umask())
+            path.chmod(temporary.stat().st_mode & 0o666)
         if target.exists():
             fresh = {path.name for path in temporary.iterdir()}
             patterns = [*instead_of]
@@ -65,7 +65,6 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
                 else:
                     old.unlink()
         else:
-            temporary.chmod(0o777 & ~_umask())
             os.replace(temporary, target)
     finally:
         remove()
@@ -79,7 +78,8 @@ PART = ".part"  # the end of the name of a directory or file that is not whole y
 def _temporary(target: Path) -> tuple[Path, int]:
     """Return a new directory beside the target, and a handle whose lock says that it is in use."""
     while True:
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+        made = target.with_name(f".{target.name}.{secrets.token_hex(8)}{PART}")
+        made.mkdir()
         held = os.open(made, os.O_RDONLY)
         with contextlib.suppress(OSError):  # not every file system has locks
             fcntl.flock(held, fcntl.LOCK_EX)
@@ -104,12 +104,6 @@ def _remove_leftovers(target: Path) -> None:
                 shutil.rmtree(path)
             finally:
                 os.close(held)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager
@@ -157,5 +151,7 @@ def write_shards(
         save_file(tensors, directory / file, metadata={"format": "pt"})
         del tensors  # before those of the next one are made
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(directory / "model.safetensors.index.json", index)
+        write_json(
+            directory / "model.safetensors.index.json",
+            {"metadata": split.metadata, "weight_map": split.tensor_to_filename},
+        )

@@ -22,13 +22,16 @@ class Kind(NamedTuple):
 
 
 AGAIN = "download it again, from an address that needs no login and gives the file itself"
-FRAMES = "give it as an image; a video of frame files is a list of them"
 UNPACK = "unpack it, and give the path of the file that is in it"
 NETWORK = "give the video's own file; what other files or addresses a list names is not opened"
 
 
 def _image(name: str) -> Kind:
-    return Kind("image", f"a still image ({name})", FRAMES)
+    return Kind(
+        "image",
+        f"a still image ({name})",
+        "give it as an image; a video of frame files is a list of them",
+    )
 
 
 def _video(name: str) -> Kind:
@@ -43,11 +46,6 @@ SPACE = rb"(?:\xef\xbb\xbf)?\s*"
 # Of HTML and XML. Atomic: comments can be told apart in many ways, which none may try.
 COMMENTS = rb"(?>(?:<!--.*?-->\s*)*)"
 PROLOGUE = rb"(?i)" + SPACE + rb"(?:<\?xml[^>]*>\s*)?" + COMMENTS
-POINTER = Kind(
-    "lost",
-    "a Git LFS pointer, which stands for a file that was not fetched",
-    "run `git lfs pull` in its repository",
-)
 HEIC = Kind(
     "image",
     "a HEIC picture, as phones write them",
@@ -60,8 +58,14 @@ TEXT, JSON = (
 # First row wins; each matches from the first byte on.
 KINDS: tuple[tuple[bytes, Kind], ...] = (
     (rb"\Z", Kind("lost", "empty", "copy or download it again")),
-    (rb"version https://git-lfs\.github\.com/spec/", POINTER),
-    (rb"version https://hawser\.github\.com/spec/", POINTER),  # what Git LFS was called at first
+    (
+        rb"version https://(?:git-lfs|hawser)\.github\.com/spec/",  # hawser: its first name
+        Kind(
+            "lost",
+            "a Git LFS pointer, which stands for a file that was not fetched",
+            "run `git lfs pull` in its repository",
+        ),
+    ),
     (
         PROLOGUE + rb"(?:<!doctype svg[^>]*>\s*)?" + COMMENTS + rb"<svg\b",
         _unread("an SVG drawing"),

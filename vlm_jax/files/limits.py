@@ -106,10 +106,7 @@ def shallow(tree: Any, file: Any, hint: str = "") -> None:
 
 def finite(value: float) -> bool:
     """Return whether a number is one that a float holds."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number of more than 308 digits
-        return False
+    return abs(value) <= sys.float_info.max  # a whole number may have more than 308 digits
 
 
 def number_word(value: float) -> str:
@@ -297,11 +294,11 @@ def check_patterns(
     patterns: Sequence[str],
     texts: Iterable[str],
     what: str,
-    whole: Callable[[str], str] = str,
+    expand: Callable[[str], str] = str,
 ) -> None:
     """Raise `UserError` for a regex that is none, or that takes too long to match any of the texts.
 
-    what: what the regexes are, for errors. whole: gives the regex over a whole text that one
+    what: what the regexes are, for errors. expand: gives the regex over a whole text that one
     stands for.
     """
     if len(patterns) > PATTERNS:
@@ -316,13 +313,13 @@ def check_patterns(
                     f"The {what} {pattern[:60]!r}... has {len(pattern):,} letters; a regular "
                     f"expression may have {PATTERN_LETTERS:,}."
                 )
-            re.compile(whole(pattern))
+            re.compile(expand(pattern))
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(
                 f"The {what} {pattern[:200]!r} is not a regular expression: {error}."
             ) from error
-    doubtful = [pattern for pattern in patterns if not _is_simple(whole(pattern))]
-    endless = _endless(tuple(map(whole, doubtful)), tuple(texts)) if doubtful else None
+    doubtful = [pattern for pattern in patterns if not _is_simple(expand(pattern))]
+    endless = _endless(tuple(map(expand, doubtful)), tuple(texts)) if doubtful else None
     if endless is not None:
         raise UserError(
             f"The {what} {doubtful[endless][:200]!r} takes more than {PATTERN_SECONDS} seconds to "

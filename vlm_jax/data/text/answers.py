@@ -59,12 +59,12 @@ def find_answers(
             spans[:1] = [_with_space(rendered, span, edges, number) for span in spans[:1]]
             spans[-1:] = [_with_end(rendered, span, edges, number, ends) for span in spans[-1:]]
     for i, spans in zip(places, turns, strict=True):
-        said = [part["text"].strip() for part in messages[i]["content"] if "text" in part]
+        texts = [part["text"].strip() for part in messages[i]["content"] if "text" in part]
         written = "".join(rendered[a:b] for a, b in spans)
-        if not all(text in written for text in said):
+        if not all(text in written for text in texts):
             raise UserError(
                 f"The chat template of '{template.directory}' does not render the assistant's turn "
-                f"{i} as it is: {said!r:.200} became {written!r:.200}. Its loss would be wrong; "
+                f"{i} as it is: {texts!r:.200} became {written!r:.200}. Its loss would be wrong; "
                 f"correct the template (chat_template.jinja) or the record."
             )
     return rendered, turns
@@ -138,7 +138,7 @@ def _short_edges(
     render: Render,
     messages: Messages,
     places: Sequence[int],
-    whole: tuple[str, list[Span]],
+    full: tuple[str, list[Span]],
     prompt: bool,
 ) -> list[Edges] | None:
     """Return the same from each turn behind the exchange before it, or None where they differ.
@@ -146,7 +146,7 @@ def _short_edges(
     They are compared with the whole, and every power of two of the turns with its whole prefix.
     """
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
-    lead, rendered, length, counted = messages[:first], whole[0], 0, 0
+    lead, rendered, length, counted = messages[:first], full[0], 0, 0
     edges: list[Edges] = []
 
     def adds(place: str, base: str) -> int | None:
@@ -170,8 +170,8 @@ def _short_edges(
         if start is None:
             return None
         length = start
-        is_whole = begin == first and i + 1 == len(messages) and not prompt
-        after, marks = whole if is_whole else render([*here, messages[i]], False)
+        is_full = begin == first and i + 1 == len(messages) and not prompt
+        after, marks = full if is_full else render([*here, messages[i]], False)
         end, sampled = adds(after, before), begin > first and number & (number - 1) == 0
         if end is None or (sampled and render(messages[:i], True)[0] != rendered[:start]):
             return None

@@ -60,8 +60,9 @@ class Chat:
         # The words between which the template writes turns and images.
         self.written = {name for name in ends - {*self.placeholders} if name in self.template}
         self.ends = tuple((ends | {self.eos or ""}) - {"", *self.placeholders})
-        renamed = dict(zip(self.placeholders, SLOTS, strict=False))
-        self.encoder = rename_tokens(tokenizer.backend_tokenizer, renamed)
+        self.encoder = rename_tokens(
+            tokenizer.backend_tokenizer, dict(zip(self.placeholders, SLOTS, strict=False))
+        )
         self.image_id = image_token_id
         self.media = dict(zip(ids, ("image", "video"), strict=False))
         for slot, token_id, name in zip(SLOTS, ids, self.placeholders, strict=False):
@@ -136,8 +137,8 @@ class Chat:
             {"role": role, "content": [{"type": "text", "text": words}]}
             for role, words in (("user", "The question?"), ("assistant", ANSWER))
         ]
-        said, _, tail = self._render(messages, False)[0].rpartition(ANSWER)
-        if not said:
+        before, _, tail = self._render(messages, False)[0].rpartition(ANSWER)
+        if not before:
             raise UserError(
                 f"The chat template of '{self.directory}' does not write the answer {ANSWER!r} of "
                 f"a conversation. Correct chat_template.jinja, or copy the checkpoint's own."
@@ -231,8 +232,7 @@ class Chat:
         bounds = np.array([(-1, -1), *spans], np.int64)
         last = np.searchsorted(bounds[:, 0], ends) - 1
         each = [count for turn, count in zip(turns, counts, strict=True) for _ in turn]
-        inside = starts < bounds[last, 1]
-        weights = np.where(inside, np.array([0, *each])[last], 0).astype(np.float32)
+        weights = np.where(starts < bounds[last, 1], np.array([0, *each], np.float32)[last], 0)
         repeats = np.ones(len(tokens), np.int64)
         for (token_id, kind), many in zip(self.media.items(), features, strict=False):
             slots = tokens == token_id

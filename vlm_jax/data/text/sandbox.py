@@ -6,7 +6,6 @@ list that names itself 2^n times) cannot be ended, so its size is computed befor
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -49,7 +48,7 @@ def _weight(value: Any) -> int:
         if isinstance(one, str | bytes):
             total += len(one)
         elif isinstance(one, CONTAINERS):
-            left += itertools.chain(*one.items()) if isinstance(one, dict) else one
+            left += (*one, *one.values()) if isinstance(one, dict) else one
         total += ITEM
     return total
 

@@ -37,7 +37,7 @@ class Template:
             self._compiled = within(TEMPLATE_SECONDS, compile_template, source)
         except Exception as error:  # Python compiles what Jinja writes, and has limits of its own
             raise UserError(
-                f"The chat template of '{directory}' is not valid Jinja: {_said(error)}. Correct "
+                f"The chat template of '{directory}' is not valid Jinja: {_reason(error)}. Correct "
                 f"chat_template.jinja, or copy the checkpoint's own."
             ) from error
 
@@ -71,12 +71,12 @@ class Template:
             few = ", ".join(roles[:6]) + (f", ... {len(roles)} in all" if len(roles) > 6 else "")
             raise UserError(
                 f"The chat template of '{self.directory}' refuses the conversation ({few}): "
-                f"{_said(error)}. Check the roles and their order."
+                f"{_reason(error)}. Check the roles and their order."
             ) from error
         return _take_marks(text) if self.has_marks else (text, [])
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return str(error).strip().rstrip(".") or type(error).__name__
 
 

@@ -31,7 +31,6 @@ def rename_tokens(tokenizer: Any, names: dict[str, str]) -> Any:
 
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-FILES = (*VOCABULARIES, "tokenizer_config.json")
 
 
 def has_tokenizer(directory: str | Path) -> bool:
@@ -48,7 +47,7 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"'{directory}' has no tokenizer (none of {', '.join(VOCABULARIES)}). Copy the "
             f"checkpoint's tokenizer files there: text cannot be encoded without them."
         )
-    for name in FILES:
+    for name in (*VOCABULARIES, "tokenizer_config.json"):
         refuse_lost(Path(directory, name), f"The tokenizer file '{Path(directory, name)}'")
     settings = Path(directory, "tokenizer_config.json")
     given = read_json(settings) if settings.is_file() else {}
