@@ -31,8 +31,7 @@ def open_animation(
         numbers = range(1)
         if image.format in ANIMATED:
             # The picture that programs show which know no animation may be none of its frames.
-            first = bool(image.info.get("default_image"))
-            numbers = range(first, getattr(image, "n_frames", 1))
+            numbers = range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
         if len(numbers) < 2 and image.format != "GIF":
             raise UserError(still)
         height, width = upright_size(image)

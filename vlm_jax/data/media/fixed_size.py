@@ -44,8 +44,8 @@ class Fixed:
             )
         size, crop, sides = raw["size"], raw["crop_size"], {"height", "width"}
         if isinstance(size, int):
-            square = dict.fromkeys(("height", "width"), size)
-            size = square if raw["default_to_square"] else {"shortest_edge": size}
+            edges = ("height", "width") if raw["default_to_square"] else ("shortest_edge",)
+            size = dict.fromkeys(edges, size)
         if isinstance(crop, int):
             crop = dict.fromkeys(("height", "width"), crop)
         processor = cls({**raw, "size": size, "crop_size": crop}, value_table(raw))

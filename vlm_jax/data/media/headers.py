@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -91,41 +91,33 @@ class Media:
         an image's patches are given one frame, which stands for all. Raises `BadExample` where
         pixels are not what the header promised.
         """
-        return {
-            "image": self._images(record, grids["image"], still),
-            "video": self._videos(record, grids["video"]),
+        images: np.ndarray | None = None
+        parts: list[np.ndarray] = []
+        if grids["image"] and self.processor is not None:
+            images = self.processor.empty(grids["image"], still)
+            sizes = [1 if grid is None else math.prod(grid) for grid in grids["image"]]
+            parts = np.split(images, np.cumsum(sizes)[:-1])
+        decoded = {
+            "image": self._each(
+                record, "image", lambda image, n, file: image.cut(read_rgb(*file), parts[n])
+            ),
+            "video": self._each(
+                record,
+                "video",
+                lambda video, n, file: video.cut(open_video(*file, video.sampling)),
+            ),
         }
-
-    def _images(self, record: Record, grids: Sequence[Grid], still: bool) -> np.ndarray | None:
-        if not grids or self.processor is None:
-            return None
-        cut = self.processor.empty(grids, still)
-        ends = np.cumsum([1 if grid is None else math.prod(grid) for grid in grids])
-        parts = np.split(cut, ends[:-1])
-        real = self._each(
-            record, "image", lambda image, n, file: image.cut(read_rgb(*file), parts[n])[1]
-        )
-        self._check(record, "image", real, grids)
-        return cut
-
-    def _videos(self, record: Record, grids: Sequence[Grid]) -> np.ndarray | None:
-        found = self._each(
-            record, "video", lambda video, _, file: video.cut(open_video(*file, video.sampling))
-        )
-        self._check(record, "video", [grid for _, grid in found], grids)
-        return np.concatenate([cut for cut, _ in found]) if found else None
-
-    def _check(
-        self, record: Record, kind: str, decoded: Sequence[Grid], promised: Sequence[Grid]
-    ) -> None:
-        for number, (real, grid) in enumerate(zip(decoded, promised, strict=True)):
-            if real != grid:
-                raise BadExample(
-                    "changed",
-                    f"{kind.capitalize()} {number} of {describe(record)} decodes to the patch grid "
-                    f"{real}, but its header promised {grid}: the file is damaged, or was replaced "
-                    f"since it was measured.",
-                )
+        for kind, found in decoded.items():
+            for number, ((_, real), grid) in enumerate(zip(found, grids[kind], strict=True)):
+                if real != grid:
+                    raise BadExample(
+                        "changed",
+                        f"{kind.capitalize()} {number} of {describe(record)} decodes to the patch "
+                        f"grid {real}, but its header promised {grid}: the file is damaged, or was "
+                        f"replaced since it was measured.",
+                    )
+        films = [cut for cut, _ in decoded["video"]]
+        return {"image": images, "video": np.concatenate(films) if films else None}
 
     def _each(
         self, record: Record, kind: str, read: Callable[[Any, int, Source], Any]

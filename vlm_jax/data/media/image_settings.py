@@ -198,8 +198,8 @@ def check_processor(processor: ImageProcessor, config: Family, directory: str) -
     """Raise `UserError` where the processor's pixels are not what the model takes."""
     side, merged = math.isqrt(processor.merged), config.patch_unit if config.HAS_GRIDS else 1
     grid = None if processor.largest is None else (1, side, side)  # of one image feature
-    shape = processor.empty([grid]).shape  # no pixel is made: settings may ask for any number
-    pixels = {"pixel_values": np.zeros(shape, np.float32)}
+    # No pixel is made: settings may ask for any number.
+    pixels = {"pixel_values": np.zeros(processor.empty([grid]).shape, np.float32)}
     if grid is not None:
         pixels["image_grid_thw"] = np.array([grid], np.int64)
     try:

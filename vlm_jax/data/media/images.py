@@ -104,10 +104,11 @@ def _open(file: Path | bytes, subject: str) -> Image.Image:
         elif kind is None or kind.medium != "image" or kind is HEIC:
             raise UserError(sentence(kind, head, subject)) from error
         what = kind.name.removeprefix("a still image ").strip("()")
-        why = "damaged or cut short: copy it again"
-        if isinstance(error, ValueError | Image.DecompressionBombError):  # Pillow's own limits
-            why = f"and Pillow does not open it ({_words(error)}): write it again"
-        raise UserError(f"{subject} is {what}, {why}.") from error
+        is_limit = isinstance(error, ValueError | Image.DecompressionBombError)  # Pillow's own
+        why = f"and Pillow does not open it ({_words(error)}): write it again"
+        raise UserError(
+            f"{subject} is {what}, {why if is_limit else 'damaged or cut short: copy it again'}."
+        ) from error
 
 
 @functools.cache

@@ -97,8 +97,10 @@ class Patches:
         image_resolution: int | None,
     ) -> "Patches":
         size = raw["size"] or {}
-        known = {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
-        if not isinstance(size, Mapping) or any(size[key] for key in size.keys() - known):
+        if not isinstance(size, Mapping) or any(
+            size[key]
+            for key in size.keys() - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
+        ):
             raise UserError(
                 f"The image settings have size={size!r}, but {raw['image_processor_type']} keeps "
                 f"each image's aspect ratio. Give the least and the largest area in pixels: "
@@ -140,10 +142,11 @@ class Patches:
         # Enlarging to min_pixels rounds both sides up, which may end above max_pixels.
         merge = self.raw["merge_size"]
         least = self.min_pixels / (self.raw["patch_size"] * merge) ** 2
-        longest = math.ceil(math.sqrt(200 * least)) + 1
         enlarged = max(
             long * (math.floor(least / (long - 1)) + 1)
-            for long in range(max(1, math.floor(math.sqrt(least))) + 1, longest + 1)
+            for long in range(
+                max(1, math.floor(math.sqrt(least))) + 1, math.ceil(math.sqrt(200 * least)) + 2
+            )
         )
         return max(self.max_pixels // self.raw["patch_size"] ** 2, enlarged * merge**2)
 
@@ -154,8 +157,9 @@ class Patches:
 
     def limited(self, max_pixels: int) -> "Patches":
         """Return the processor with a lower most, as far as its least allows."""
-        most = max(self.min_pixels, min(self.max_pixels, max_pixels))
-        return dataclasses.replace(self, max_pixels=most)
+        return dataclasses.replace(
+            self, max_pixels=max(self.min_pixels, min(self.max_pixels, max_pixels))
+        )
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) in pixels that an image of this size is resized to."""

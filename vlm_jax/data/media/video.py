@@ -96,14 +96,14 @@ def _open_frames(
             f"fewer, give nframes, or raise data.video_max_frames."
         )
     sizes = list(_each(image_size, frames, folder, access))
+    height, width = sizes[0]
     for number, size in enumerate(sizes):
-        if size != sizes[0]:
+        if size != (height, width):
             raise UserError(
-                f"frame {number} has {size[0]} x {size[1]} pixels and frame 0 has {sizes[0][0]} x "
-                f"{sizes[0][1]}: the frames of a video must have one size."
+                f"frame {number} has {size[0]} x {size[1]} pixels and frame 0 has {height} x "
+                f"{width}: the frames of a video must have one size."
             )
     read = functools.partial(_each, read_image, frames, folder, access)
-    height, width = sizes[0]
     return Video(len(frames), height, width, read, pixels)
 
 

@@ -189,11 +189,10 @@ def _pair(asked: str, answered: str) -> list[Turn]:
 def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
     """Return the earlier rounds, which ms-swift and LLaMA-Factory have as pairs."""
     history = row.get("history") or []
-    pairs = isinstance(history, list | tuple) and all(
+    if not isinstance(history, list | tuple) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
         for pair in history
-    )
-    if not pairs:
+    ):
         raise UserError(
             f"{where} has a 'history' that is not a list of [query, response] pairs: "
             f"{history!r:.80}."
@@ -210,8 +209,7 @@ def _answered(row: Mapping[str, Any], where: str, *, asked: str, answered: str) 
     answers = value if isinstance(value, list | tuple) else [value]
     if not answers:
         raise UserError(f"{where} has an empty list in '{answered}'; the first one is trained on.")
-    answer = _text({answered: answers[0]}, answered, where)
-    last = _pair(_text(row, asked, where), answer)
+    last = _pair(_text(row, asked, where), _text({answered: answers[0]}, answered, where))
     if len(answers) > 1:
         last[1]["answers"] = [one for one in answers if isinstance(one, str)]
     return _history(row, where) + last

@@ -44,11 +44,10 @@ def place_objects(messages: Sequence[dict[str, Any]], given: Any, where: str) ->
     if not given or not (words or ours or _is_older(given)):
         return
     refs, boxes = _read(given, f"{where} has 'objects'")
-    older = not isinstance(given, Mapping)
     for word, found in ((REF, refs), (BOX, boxes)):
         count = words.count(word)
-        # In the older form an object has both, and texts may use either.
-        if count != len(found) and not (older and count == 0 and words):
+        # In the older form, a list, an object has both, and texts may use either.
+        if count != len(found) and not (words and count == 0 and not isinstance(given, Mapping)):
             raise UserError(
                 f"{where} has {len(found)} of what '{word}' stands for in 'objects', but its texts "
                 f"have {count} of that word. There must be one for each; remove from 'objects' "
@@ -102,8 +101,11 @@ def _read(given: Any, where: str) -> tuple[list[Object], list[Object]]:
 
 
 def _is_box(box: Any) -> bool:
-    numbers = isinstance(box, list | tuple) and len(box) in (2, 4)
-    return numbers and all(type(n) in (int, float) and math.isfinite(n) for n in box)
+    return (
+        isinstance(box, list | tuple)
+        and len(box) in (2, 4)
+        and all(type(n) in (int, float) and math.isfinite(n) for n in box)
+    )
 
 
 def _sorted(box: Sequence[float]) -> list[float]:

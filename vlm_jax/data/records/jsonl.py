@@ -154,7 +154,8 @@ def index_lines(path: Path, name: str | None = None) -> FileRows:
         head = os.pread(file.fileno(), len(BOM), 0)
         check_utf8(head[:2], name or str(path))
         newline = len(BOM) - 1 if head == BOM else -1
-        for chunk in _ahead(file, pool, digest):
+        while chunk := file.read(CHUNK):
+            hashed = pool.submit(digest.update, chunk)  # in a thread, while lines are looked for
             found = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + base
             if len(found):
                 begin = np.concatenate([[newline], found[:-1]]) + 1
@@ -164,6 +165,7 @@ def index_lines(path: Path, name: str | None = None) -> FileRows:
                 spans.append(np.stack([begin, found, numbers], axis=1)[keep])
                 newline, number = int(found[-1]), number + len(found)
             base += len(chunk)
+            hashed.result()
         if newline + 1 < base and os.pread(file.fileno(), base, newline + 1).strip(BLANK):
             spans.append(np.array([[newline + 1, base, number + 1]]))
     return FileRows(path, np.concatenate(spans), digest.hexdigest(), name or str(path))
@@ -175,14 +177,6 @@ def check_utf8(mark: bytes, name: str) -> None:
         raise UserError(
             f"The data file '{name}' is {NOT_UTF8[mark]}, not UTF-8 text: save it as UTF-8."
         )
-
-
-def _ahead(file: Any, pool: ThreadPoolExecutor, digest: Any) -> Iterator[bytes]:
-    """Yield the file's chunks; each is hashed in the pool's thread while the caller has it."""
-    while chunk := file.read(CHUNK):
-        hashed = pool.submit(digest.update, chunk)
-        yield chunk
-        hashed.result()
 
 
 def _drop_blank(

@@ -108,6 +108,7 @@ class Mixture(Sequence):
         self.parts = list(parts)
         self.ends = np.cumsum([len(part.records) for part in self.parts]).tolist()
         self.name = ", ".join(part.records.name for part in self.parts)
+        self.folder = None  # each record has its own
         (name, count), *_ = collections.Counter(part.name for part in self.parts).most_common(1)
         if count > 1:
             raise UserError(f"Two sources of data are called '{name}': give each its own name.")
@@ -189,22 +190,25 @@ class Mixture(Sequence):
         What an epoch takes of all sources is then shuffled together. Without `shuffle` each
         source's records come in its own order, source by source.
         """
-        taken = []
-        for number, (quota, part) in enumerate(zip(self._quota, self.parts, strict=True)):
-            start, stop = math.floor(quota * epoch), math.floor(quota * (epoch + 1))
-            own = _walk(len(part.records), start, stop, [seed, number], shuffle)
-            taken.append(self.ends[number] - len(part.records) + own)
+        sizes = [len(part.records) for part in self.parts]
+        taken = [
+            end - size + _walk(size, quota * epoch, quota * (epoch + 1), [seed, number], shuffle)
+            for number, (size, end, quota) in enumerate(
+                zip(sizes, self.ends, self._quota, strict=True)
+            )
+        ]
         order = np.concatenate(taken)
         if shuffle:
             order = order[np.random.default_rng([seed, epoch]).permutation(len(order))]
         return order
 
 
-def _walk(size: int, start: int, stop: int, seed: list[int], shuffle: bool) -> np.ndarray:
-    """Return the members of endless permutations of `size`, from `start` to before `stop`.
+def _walk(size: int, begin: Fraction, end: Fraction, seed: list[int], shuffle: bool) -> np.ndarray:
+    """Return the members of endless permutations of `size`, from `begin` to before `end`, rounded.
 
     A permutation that is taken whole is not drawn: what an epoch takes is shuffled anyway.
     """
+    start, stop = math.floor(begin), math.floor(end)
     pieces = [np.zeros(0, np.int64)]
     for turn in range(start // size, -(-stop // size)):
         a, b = max(start - turn * size, 0), min(stop - turn * size, size)

@@ -40,8 +40,8 @@ class BadExample(UserError):
 
 def describe(record: Record) -> str:
     """Return how errors call a record: by its index, and its id where it has one."""
-    named = "" if record["id"] == str(record["index"]) else f" (id {record['id']!r})"
-    return f"record {record['index']}{named}"
+    index, name = record["index"], record["id"]
+    return f"record {index}" if name == str(index) else f"record {index} (id {name!r})"
 
 
 def canonical(
@@ -143,8 +143,7 @@ def _place_media(
             if kind in named:
                 named[kind].append(value)
             clean.append({"type": kind} if kind in named else {"type": kind, "text": value})
-        beside: dict[str, Any] = {k: v for k, v in turn.items() if k in ("weight", "answers")}
-        messages.append({"role": turn["role"], "content": clean, **beside})
+        messages.append({**turn, "content": clean})
     placed = {kind: _pair(kind, media[kind], named[kind], where) for kind in MARKERS}
     for kind in reversed(MARKERS):  # what nothing names: images first, then videos
         if not named[kind] and placed[kind]:

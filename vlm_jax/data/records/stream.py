@@ -97,8 +97,8 @@ def open_stream(
                     prompt=caption_prompt or PROMPT,
                     taken=frozenset((columns or {}).values()),
                 )
-                lines = Lines(path, functools.partial(table_lines, read=read))
-                return Stream(lines, name, folder, columns)
+                lines = functools.partial(table_lines, read=read)
+                return Stream(Lines(path, lines), name, folder, columns)
             if path.suffix != ".parquet":
                 raise UserError(
                     f"The data file '{path}' cannot be streamed; expected .jsonl, .csv, .tsv or "
@@ -157,8 +157,6 @@ class StreamRecords:
             self._held = {i: record for i, record in self._held.items() if i >= oldest}
             last = len(found) <= size
             cursor = self._next = cursor + len(members)
-            if last:
-                self._rest = None
             if len(members):
                 yield members, last
             if last:
