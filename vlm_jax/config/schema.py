@@ -33,8 +33,7 @@ def get_config() -> ConfigDict:
     A file or an override may also say `method`, a key of choices.METHODS, as "dora": it stands for
     the keys by which that differs from plain LoRA.
     """
-    sections = {name: _section(spec) for name, spec in SECTIONS.items()}
-    c = ConfigDict({**sections, "evaluators": {}})
+    c = ConfigDict({name: _section(spec) for name, spec in SECTIONS.items()} | {"evaluators": {}})
     c.lock()
     c.evaluators.unlock()  # its names are the user's
     return c

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -279,13 +280,12 @@ def refused(message: str) -> tuple[int, int]:
 
 
 def _summed(each: list[program.Collective]) -> list[Exchange]:
-    found: dict[tuple[str, str], list[int]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
     for one in each:
-        total = found.setdefault((one.kind, one.dtype), [0, 0])
-        total[0] += one.times
-        total[1] += one.times * one.bytes
-    rows = (Exchange(*name, *total) for name, total in found.items())
-    return sorted(rows, key=lambda row: -row.bytes)
+        counts[one.kind, one.dtype] += one.times
+        sizes[one.kind, one.dtype] += one.times * one.bytes
+    return [Exchange(*name, counts[name], size) for name, size in sizes.most_common()]
 
 
 def _host_memory(step: Step, own: leaves.Parts, device: Device) -> int:

@@ -16,8 +16,8 @@ UNKNOWN = "not known"
 def show(report: Report, console: Console | None = None) -> None:
     """Print a plan; its parameters too, where it has them."""
     console = console or Console(highlight=False)
-    table = Table("", "", "", show_header=False)
-    table.title = f"{report.model} on {report.topology}: {report.basis}"
+    title = f"{report.model} on {report.topology}: {report.basis}"
+    table = Table("", "", "", title=title, show_header=False)
     for what, value, note in _rows(report):
         if not what:
             table.add_section()

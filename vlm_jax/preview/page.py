@@ -60,8 +60,8 @@ def weight(piece: Piece) -> str:
 
 def title(piece: Piece) -> str:
     """Return what hovering over a token tells."""
-    words = f"token {piece.start} · id {piece.token} · position {piece.position}"
-    return words + (f" · loss weight {piece.weight:g}" if piece.weight else "")
+    share = f" · loss weight {piece.weight:g}" if piece.weight else ""
+    return f"token {piece.start} · id {piece.token} · position {piece.position}{share}"
 
 
 def data_uri(pixels: np.ndarray) -> str:
