@@ -90,16 +90,17 @@ def check_numbers(lora: LoRA) -> None:
 
 
 def usual_start(
-    key: jax.Array, shape_a: tuple[int, ...], shape_b: tuple[int, ...], embedding: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Return A and B as PEFT starts them, one of the two zero.
+    key: jax.Array, shapes: Mapping[str, tuple[int, ...]], embedding: bool
+) -> dict[str, jax.Array]:
+    """Return A and B as PEFT starts them, one of the two zero; shapes: {name: shape} of both.
 
     A is uniform within 1/sqrt(in). Of an embedding, whose A is looked up, B is normal instead.
     """
+    (a, shape_a), (b, shape_b) = shapes.items()
     return (
-        (jnp.zeros(shape_a, jnp.float32), jax.random.normal(key, shape_b, jnp.float32))
+        {a: jnp.zeros(shape_a, jnp.float32), b: jax.random.normal(key, shape_b, jnp.float32)}
         if embedding
-        else (fresh_a(key, shape_a), jnp.zeros(shape_b, jnp.float32))
+        else {a: fresh_a(key, shape_a), b: jnp.zeros(shape_b, jnp.float32)}
     )
 
 
@@ -149,8 +150,8 @@ def add_lora(
                 "(true)."
             )
         if embedding or name == "true":
-            a, b = usual_start(one, (*layers, inputs, rank), (*layers, rank, outputs), embedding)
-            start = {"lora_A": a, "lora_B": b}
+            shapes = {"lora_A": (*layers, inputs, rank), "lora_B": (*layers, rank, outputs)}
+            start = usual_start(one, shapes, embedding)
         else:
             start = _initial(model, lora, path, flat[path], one)
         if layers:

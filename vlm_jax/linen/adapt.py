@@ -158,8 +158,7 @@ def check_supported(lora: LoRA) -> None:
 def _fresh(layers: tuple[Layer, ...], rank: int, key: jax.Array) -> dict[str, Any]:
     made: dict[str, jax.Array] = {}
     for layer, one in zip(layers, jax.random.split(key, len(layers)), strict=True):
-        (a, shape_a), (b, shape_b) = layer.matrices(rank).items()
-        made[a], made[b] = usual_start(one, shape_a, shape_b, layer.weight == "embedding")
+        made |= usual_start(one, layer.matrices(rank), layer.weight == "embedding")
     return unflatten(made)
 
 
