@@ -203,25 +203,26 @@ def headline(data: RunData, mesh: Any) -> str:
     """Return how many records are trained and evaluated on, and in how many rows and steps."""
     report = data.training.report
     kept, seen, records = (report[key] for key in ("examples", "measured", "records"))
-    words = f"{kept:,} of {_many(records, 'record')}"
-    if seen < records:
-        words = f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
-    left_out = [f"{count:,} {reason}" for reason, count in report["dropped"].items()]
+    used = (
+        f"{_many(records, 'record')}, {kept:,} of the {seen:,} looked at fit"
+        if seen < records
+        else f"{kept:,} of {_many(records, 'record')}"
+    )
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
     changed = (("shrunk", "with smaller images"), ("turns_dropped", "without old turns"))
-    notes = [f"{report[key]:,} {said}" for key, said in changed if report[key]]
-    if left_out:
-        notes.insert(0, f"left out: {', '.join(left_out)}")
-    if notes:
-        words += f" ({'; '.join(notes)})"
-    if data.held_out is not None:
-        words += f", {data.held_out.report['records']:,} to evaluate on"
-    words += f"; {_many(data.rows, 'row')} a step"
-    if mesh.size > 1:
-        sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
-        words += f" on {mesh.size} devices ({sizes})"
-    words += f"; {_many(data.total, 'step')}"
-    epoch = data.training.steps_per_epoch
-    return words if epoch is None else f"{words}, {epoch:,} an epoch"
+    notes = [f"left out: {left_out}"] if left_out else []
+    notes += [f"{report[key]:,} {change}" for key, change in changed if report[key]]
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    held_out = data.held_out
+    evaluated = "" if held_out is None else f", {held_out.report['records']:,} to evaluate on"
+    sizes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
+    devices = f" on {mesh.size} devices ({sizes})" if mesh.size > 1 else ""
+    steps = data.training.steps_per_epoch
+    epoch = "" if steps is None else f", {steps:,} an epoch"
+    return (
+        f"{used}{noted}{evaluated}; {_many(data.rows, 'row')} a step{devices}; "
+        f"{_many(data.total, 'step')}{epoch}"
+    )
 
 
 def opening_lines(
@@ -234,8 +235,8 @@ def opening_lines(
     """Return what a run says of its data and weights before its first step."""
     four = any(is_quantized(leaf) for leaf in flatten(params).values())
     weights = summary(model, params) if four else []
-    shown = [headline(data, mesh), *weights[:1]]
-    return shown + (weights[1:] + details(data.training, model) if verbose else [])
+    lines = [headline(data, mesh)]
+    return lines + (weights + details(data.training, model) if verbose else weights[:1])
 
 
 def closing_lines(
