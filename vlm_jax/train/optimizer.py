@@ -122,14 +122,12 @@ def one_group(
 
     kind: a key of `RULES`, or one of AdamW's names, which say how its moments are kept.
     """
-    schedule = learning_rate(settings)
-    beta1, beta2 = settings.adam_beta1, settings.adam_beta2
+    schedule, betas = learning_rate(settings), (settings.adam_beta1, settings.adam_beta2)
     if kind in RULES:
-        rule = each_tensor(RULES[kind](beta1, beta2))
+        rule = each_tensor(RULES[kind](*betas))
     else:
         rule = scale_by_adam(
-            beta1,
-            beta2,
+            *betas,
             settings.adam_epsilon,
             eight_bit=kind.endswith("_8bit"),
             paged=kind.startswith("paged_"),
@@ -168,33 +166,32 @@ def optimizer(
     groups = {path: Group.parse(text) for path, text in texts.items()}
     if not groups:
         raise UserError("Nothing is left to train: the training table freezes every parameter.")
-    frozen = [path for path, group in groups.items() if group.frozen]
-    if frozen:
-        raise UserError(
-            f"The training table freezes '{frozen[0]}', which is among the trainable leaves. Pass "
-            f"the first tree of vlm_jax.split(params, table) with the same table."
-        )
-    layers = {path: group.layers for path, group in groups.items() if group.layers is not None}
-    for path, factors in layers.items():
+    for path, group in groups.items():
         shape = flat[path].shape
-        if shape[:1] != (len(factors),):
+        if group.frozen:
+            raise UserError(
+                f"The training table freezes '{path}', which is among the trainable leaves. Pass "
+                f"the first tree of vlm_jax.split(params, table) with the same table."
+            )
+        if is_quantized(flat[path]):
+            raise UserError(
+                f"The training table trains '{path}', which is stored in 4 bits: codes have no "
+                f"gradient. Freeze it and train LoRA beside it, or load the base without quantize."
+            )
+        if group.layers is not None and shape[:1] != (len(group.layers),):
             raise UserError(
                 f"The training table has the group {texts[path]!r} for '{path}', which is of shape "
                 f"{shape}: it needs one number for each of its {shape[0] if shape else 0} layers."
             )
-    quantized = [path for path, leaf in flat.items() if is_quantized(leaf)]
-    if quantized:
-        raise UserError(
-            f"The training table trains '{quantized[0]}', which is stored in 4 bits: codes have no "
-            f"gradient. Freeze it and train LoRA beside it, or load the base without quantize."
-        )
 
     def decay_mask(tree: Any) -> Any:
-        # Inside multi_transform the leaves of other groups are empty nodes.
-        masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
         flags = match(DECAY, flatten(tree), "decay table", unused="allow")
+        # Inside multi_transform the leaves of other groups are empty nodes, which stay.
         return map_leaves(
-            lambda path, leaf: leaf if masked(leaf) else flags[path] and path not in still, tree
+            lambda path, leaf: (
+                leaf if isinstance(leaf, optax.MaskedNode) else flags[path] and path not in still
+            ),
+            tree,
         )
 
     shardings = {
@@ -213,8 +210,9 @@ def optimizer(
         transforms, map_leaves(lambda path, _: names[path], trainable)
     )
     # Without a limit it is infinite: the state keeps one structure whatever the settings.
-    limit = settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf
-    clip = clip_by_global_norm(limit)
+    norm = settings.max_grad_norm
+    clip = clip_by_global_norm(norm if norm > 0 else math.inf)
+    layers = {path: group.layers for path, group in groups.items() if group.layers is not None}
     if layers:  # neither of these has a state, so checkpoints keep their names
         # Gradients of frozen layers are zeros, which the clipped norm does not see.
         trains = {path: [float(f > 0) for f in fs] for path, fs in layers.items() if 0 in fs}

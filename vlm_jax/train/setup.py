@@ -53,11 +53,9 @@ def compute_dtype(config: RunSpec) -> str:
 
 def quantization_of(config: RunSpec) -> Quantization | None:
     """Return what of the base is quantized, by model.quantize or `BitsAndBytesConfig`'s keys."""
-    m = config.model
-    storage = m.quantize
+    m, storage = config.model, config.model.quantize
     if m.load_in_4bit:
-        double = "-dq" if m.bnb_4bit_use_double_quant else ""
-        storage = f"{m.bnb_4bit_quant_type}{double}"
+        storage = m.bnb_4bit_quant_type + ("-dq" if m.bnb_4bit_use_double_quant else "")
     if storage is None:
         return None
     return Quantization(storage, tuple(m.quantize_components), tuple(m.llm_int8_skip_modules))
@@ -312,8 +310,8 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, Mapping):
         paths = {key: value[key] for key in ("path", "image_folder") if value.get(key) is not None}
         return {**value, **{key: _absolute(path) for key, path in paths.items()}}
-    there = Path(value).expanduser().exists()
-    return str(Path(value).expanduser().resolve()) if there else value
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() else value
 
 
 def absolute_paths(config: RunSpec) -> dict[str, Any]:
@@ -327,8 +325,8 @@ def absolute_paths(config: RunSpec) -> dict[str, Any]:
     for keys, key in places:
         if keys[key] is not None:
             keys[key] = _absolute(keys[key])
-    output = Path(tree["training"]["output_dir"])
-    tree["training"]["output_dir"] = str(output.expanduser().resolve())
+    training = tree["training"]
+    training["output_dir"] = str(Path(training["output_dir"]).expanduser().resolve())
     return tree
 
 
