@@ -209,6 +209,12 @@ class Family(Protocol):
         return match(self.COMPONENTS, [path], "component table", unused="allow")[path]
 
     @property
+    def projector_in_tower(self) -> bool:
+        """Whether the projector is a part of the vision module, and is saved with it."""
+        inside = f"model/{self.VISION}/"
+        return any(n == "projector" and p.startswith(inside) for p, n in self.COMPONENTS)
+
+    @property
     def empty_example(self) -> Example:
         """An example of no tokens: it tells `collate` the shapes of this family."""
         none = np.zeros(0, np.int32)

@@ -240,16 +240,13 @@ def lora_modules_to_save(
     names = list(modules_to_save)
     adapted = {model.component(path) for path in kernels}
     family = model.config
-    # The projector may lie inside the tower, as Qwen2-VL's, or beside it.
-    inside = any(
-        component == "projector" and re.split(r"[^\w]", pattern).count(family.VISION)
-        for pattern, component in family.COMPONENTS
-    )
     tower = vision_encoder_lr_scale > 0 and "vision" not in adapted
     if tower:
         names.append(family.VISION)
     named = any(name in (*PROJECTOR_NAMES, family.PROJECTOR) for name in names)
-    if projector_lr_scale > 0 and not ("projector" in adapted or (tower and inside) or named):
+    if projector_lr_scale > 0 and not (
+        "projector" in adapted or (tower and family.projector_in_tower) or named
+    ):
         names.append("projector")
     return tuple(names)
 
