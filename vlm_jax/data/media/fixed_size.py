@@ -119,8 +119,7 @@ class Fixed:
         if raw["do_pad"]:
             image = pad_to_square(image, tuple(int(mean * 255) for mean in raw["image_mean"]))
         if raw["do_resize"]:
-            size = self._resized(image.height, image.width)
-            image = image.resize(size[::-1], resample=raw["resample"])
+            image = image.resize(self._resized(image.height, image.width)[::-1], raw["resample"])
         if raw["do_center_crop"]:
             height, width = self.output
             # Cropping rounds down, padding up, as the reference does; what lies outside is black.

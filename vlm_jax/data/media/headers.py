@@ -79,8 +79,11 @@ class Media:
 
     def tables(self) -> dict[str, np.ndarray]:
         """Return the value of each byte of each channel, float32 [3, 256], of each kind."""
-        both = zip(KINDS, (self.processor, self.video_processor), strict=True)
-        return {kind: one.table for kind, one in both if one is not None}
+        return {
+            kind: one.table
+            for kind, one in zip(KINDS, (self.processor, self.video_processor), strict=True)
+            if one is not None
+        }
 
     def cut(
         self, record: Record, grids: Grids, still: bool = False

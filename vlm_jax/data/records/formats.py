@@ -223,8 +223,7 @@ def _prompt(row: Mapping[str, Any], where: str) -> list[Turn]:
         else [Turn(role=role, content=_text(row, key, where))]
         for key, role in (("prompt", "user"), ("completion", "assistant"))
     )
-    unweighted = [{**t, "weight": 0.0} if t["role"] == "assistant" else t for t in asked]
-    return unweighted + answered
+    return [{**t, "weight": 0.0} if t["role"] == "assistant" else t for t in asked] + answered
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> list[Turn]:
@@ -234,8 +233,11 @@ def _instruction(row: Mapping[str, Any], where: str) -> list[Turn]:
 
 
 def _pairs(asked: str, answered: str) -> Format:
-    turns = functools.partial(_answered, asked=asked, answered=answered)
-    return Format(needed=(asked, answered), optional=("history",), turns=turns)
+    return Format(
+        needed=(asked, answered),
+        optional=("history",),
+        turns=functools.partial(_answered, asked=asked, answered=answered),
+    )
 
 
 # A format's first key, or all -> how it is read. To add one, add a row.

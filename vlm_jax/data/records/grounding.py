@@ -40,8 +40,7 @@ def place_objects(messages: Sequence[dict[str, Any]], given: Any, where: str) ->
             given = json.loads(given)
         except (ValueError, RecursionError):
             given = given if words else None  # a column of texts
-    ours = isinstance(given, Mapping) and given.keys() <= NEWER
-    if not given or not (words or ours or _is_older(given)):
+    if not given or not (words or _is_newer(given) or _is_older(given)):
         return
     refs, boxes = _read(given, f"{where} has 'objects'")
     for word, found in ((REF, refs), (BOX, boxes)):
@@ -59,6 +58,10 @@ def place_objects(messages: Sequence[dict[str, Any]], given: Any, where: str) ->
             part["objects"] = [next(rest[str(word)]) for word in found]
 
 
+def _is_newer(given: Any) -> bool:
+    return isinstance(given, Mapping) and given.keys() <= NEWER
+
+
 def _is_older(given: Any) -> bool:
     return isinstance(given, list | tuple) and all(
         isinstance(one, Mapping) and "bbox" in one and one.keys() <= OLDER for one in given
@@ -67,7 +70,7 @@ def _is_older(given: Any) -> bool:
 
 def _read(given: Any, where: str) -> tuple[list[Object], list[Object]]:
     """Return what each `<ref-object>` and each `<bbox>` stands for."""
-    if isinstance(given, Mapping) and given.keys() <= NEWER:
+    if _is_newer(given):
         refs, boxes = given.get("ref") or [], given.get("bbox") or []
         images = given.get("image_id") or [0] * len(boxes)
         kinds = [given.get("bbox_type")] * len(boxes)

@@ -20,8 +20,10 @@ def hold_out(
     """
     if isinstance(records, Mixture):
         pairs = [(part, *_halves(part.records, share, seed)) for part in records.parts]
-        left = [dataclasses.replace(part, records=rest) for part, rest, _ in pairs]
-        return Mixture(left), Mixture([Part(part.name, drawn) for part, _, drawn in pairs])
+        return (
+            Mixture([dataclasses.replace(part, records=rest) for part, rest, _ in pairs]),
+            Mixture([Part(part.name, drawn) for part, _, drawn in pairs]),
+        )
     return _halves(records, share, seed)
 
 

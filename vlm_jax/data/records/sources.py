@@ -51,8 +51,11 @@ def read_records(
     if is_list_of_sources(source):
         options = {"image_folder": image_folder, "split": split, "columns": columns}
         return _mixture(source, {**options, "caption_prompt": caption_prompt})
-    is_local = image_folder and not is_remote(image_folder)
-    if is_local and not Path(str(image_folder)).expanduser().is_dir():
+    if (
+        image_folder
+        and not is_remote(image_folder)
+        and not Path(image_folder).expanduser().is_dir()
+    ):
         raise UserError(f"The image folder '{image_folder}' does not exist or is not a directory.")
     check_columns(columns or {})
     prompt, taken = caption_prompt or PROMPT, (columns or {}).values()
@@ -222,8 +225,11 @@ def _from_disk(path: Path, split: str | None, prompt: str, taken: Collection[str
 
 
 def _from_hub(name: str, split: str | None) -> Any:
-    is_table = Path(name).suffix.lower() in READERS
-    if is_table or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if (
+        Path(name).suffix.lower() in READERS
+        or name.startswith((".", "/", "~"))
+        or name.count("/") != 1
+    ):
         raise UserError(
             f"There is no data file or directory '{name}'. Paths start at the working directory, "
             f"'{Path.cwd()}'."
