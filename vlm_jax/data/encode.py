@@ -13,12 +13,7 @@ from vlm_jax.batch import Batch, Example
 from vlm_jax.data.lengths import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media.access import Access
 from vlm_jax.data.media.headers import KINDS, Grids, Media
-from vlm_jax.data.media.image_settings import (
-    ImageProcessor,
-    check_processor,
-    make_processor,
-    read_settings,
-)
+from vlm_jax.data.media.image_settings import check_processor, make_processor, read_settings
 from vlm_jax.data.media.processors import look_up
 from vlm_jax.data.media.video_processor import (
     VideoProcessor,
@@ -127,7 +122,7 @@ class Encoder:
         self.directories = [str(one) for one in (adapter, directory) if one is not None]
         self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id, adapter)
         settings = read_settings(*self.directories)
-        processor: ImageProcessor | None = None
+        processor = None
         if settings is not None:
             processor = make_processor(
                 settings,

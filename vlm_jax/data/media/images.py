@@ -163,8 +163,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise UserError("a 32-bit grey image has no agreed range: save it as 8-bit RGB.")
         return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -214,5 +214,7 @@ class Patches:
             "max_pixels": self.max_pixels,
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
         }
-        kept = {k: value for k, value in self.raw.items() if value is not None and k not in limits}
-        return {**kept, **limits}
+        return {
+            **{k: v for k, v in self.raw.items() if v is not None and k not in limits},
+            **limits,
+        }

@@ -89,8 +89,9 @@ def as_turns(
         return {**rest, **made}
     # A table has the columns of its format in each row.
     formats = [form.needed for form in FORMATS.values() if rest.keys() >= set(form.needed)]
-    columns = [name for names in (CAPTION, *formats) for name in names if name in rest]
-    empty = next((name for name in columns if rest[name] is None), None)
+    empty = next(
+        (n for names in (CAPTION, *formats) for n in names if n in rest and rest[n] is None), None
+    )
     answer = take(CAPTION)
     if answer is None and empty:
         raise UserError(f"{where} has an empty '{empty}'. Fill it, or remove the row.")

@@ -62,8 +62,14 @@ class Records(Sequence):
 
     def choose(self, indices: np.ndarray) -> "Records":
         """Return these of the records alone, in this order. indices: int64 [N]."""
-        own = indices if self.chosen is None else self.chosen[indices]
-        return Records(self.rows, self.name, self.folder, self.columns, self._given, own)
+        return Records(
+            self.rows,
+            self.name,
+            self.folder,
+            self.columns,
+            fingerprint=self._given,
+            chosen=indices if self.chosen is None else self.chosen[indices],
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str | None:

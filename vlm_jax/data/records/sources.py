@@ -49,8 +49,15 @@ def read_records(
     if isinstance(source, Records | Mixture):
         return source
     if is_list_of_sources(source):
-        options = {"image_folder": image_folder, "split": split, "columns": columns}
-        return _mixture(source, {**options, "caption_prompt": caption_prompt})
+        return _mixture(
+            source,
+            {
+                "image_folder": image_folder,
+                "split": split,
+                "columns": columns,
+                "caption_prompt": caption_prompt,
+            },
+        )
     if (
         image_folder
         and not is_remote(image_folder)
@@ -170,8 +177,9 @@ def _read_table(path: Path, name: str) -> Any:
         else:
             rows = Dataset.from_file(str(path))
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-    rows.fingerprint = digest.hexdigest()
+        rows.fingerprint = hashlib.file_digest(
+            file, lambda: hashlib.blake2b(digest_size=16)
+        ).hexdigest()
     return rows
 
 

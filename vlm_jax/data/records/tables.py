@@ -146,8 +146,13 @@ def index_table(path: Path, name: str | None = None) -> FileRows:
     with open(path, "rb") as file:
         reader = _Reader(file, name or str(path))
         spans = [(place, place + len(data), line) for place, line, data in reader.rows]
-    fingerprint = f"{reader.digest.hexdigest()} {reader.separator}"
-    return FileRows(path, spans, fingerprint, reader.name, reader.header.row)
+    return FileRows(
+        path,
+        spans,
+        fingerprint=f"{reader.digest.hexdigest()} {reader.separator}",
+        name=reader.name,
+        parse=reader.header.row,
+    )
 
 
 def table_lines(
