@@ -28,8 +28,7 @@ def _train(options: argparse.Namespace, config: "RunSpec") -> int:
     with together(lambda error: _report(options, error)):
         from vlm_jax.train.loop import train
 
-        result = train(config, resume, verbose=options.verbose)
-        return INTERRUPTED if result["interrupted"] else 0
+        return INTERRUPTED if train(config, resume, verbose=options.verbose)["interrupted"] else 0
 
 
 def _preview(options: argparse.Namespace, config: "RunSpec") -> int:
@@ -250,8 +249,9 @@ def _generate(options: argparse.Namespace) -> int:
 
     _, encoder = _encoder(options)
     content = [{"type": "image"}] * len(options.image) + [{"type": "text", "text": options.prompt}]
-    messages = [{"role": "user", "content": content}]
-    example = encoder.prompt({"messages": messages, "images": options.image})
+    example = encoder.prompt(
+        {"messages": [{"role": "user", "content": content}], "images": options.image}
+    )
     batch = encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
     model, params = _load(options, encoder)
     eos, pad = end_tokens(model, encoder.chat.turn_end)

@@ -199,8 +199,9 @@ def _quantized(tensor: Tensor, storage: Storage) -> bnb.Stored:
 
 
 def _read_4bit(tensor: Tensor) -> bnb.Stored:
-    entries = {"": tensor.entry, **tensor.beside}
-    parts = {suffix: read_tensor(entry) for suffix, entry in entries.items()}
+    parts = {
+        suffix: read_tensor(entry) for suffix, entry in {"": tensor.entry, **tensor.beside}.items()
+    }
     return bnb.from_tensors(parts, tensor.place.shape, tensor.name)
 
 

@@ -142,8 +142,12 @@ def _pattern(pattern: Mapping[str, Any], name: str, called: Mapping[str, str]) -
 
     called: adapted modules -> what the file calls them, which may be an older layout of names.
     """
-    what = f"key of {name} in adapter_config.json"
-    check_patterns(list(pattern), [*called, *called.values()], what, key_regex)
+    check_patterns(
+        list(pattern),
+        [*called, *called.values()],
+        f"key of {name} in adapter_config.json",
+        key_regex,
+    )
     values = {module: pattern_value(pattern, file_name) for module, file_name in called.items()}
     if all(pattern_value(pattern, module) == value for module, value in values.items()):
         return dict(pattern)

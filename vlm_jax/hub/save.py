@@ -16,7 +16,7 @@ from vlm_jax.adapters.added_tokens import fold_added
 from vlm_jax.adapters.bottleneck import check_no_adapter
 from vlm_jax.adapters.lora import merged_leaf
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.atomic import whole_directory, write_json, write_shards
 from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.companions import (
@@ -77,16 +77,18 @@ def save_pretrained(
     check_no_adapter(flat, "A checkpoint is one without")
     four = any(isinstance(leaf, FourBit) for leaf in flat.values())
     has_lora = any(map(is_lora, flat))
-    if quantized and not four:
-        raise UserError(
+    refuse(
+        (
+            quantized and not four,
             "quantized=True writes kernels in 4 bits, but these parameters hold none. Load the "
-            "base with quantize='nf4-dq', or write it dense."
-        )
-    if has_lora and not merge:
-        raise UserError(
+            "base with quantize='nf4-dq', or write it dense.",
+        ),
+        (
+            has_lora and not merge,
             "These parameters hold LoRA factors, which a plain checkpoint cannot. Pass "
-            "merge=True, or write an adapter with save_peft."
-        )
+            "merge=True, or write an adapter with save_peft.",
+        ),
+    )
     quantized = four and not has_lora if quantized is None else quantized
     flat = fold_added(flat)
     if dtype is not None:  # codes stand for the dtype of what stands beside them
@@ -97,8 +99,11 @@ def save_pretrained(
         }
     places = disk_places(model, {p: leaf.shape for p, leaf in flat.items() if not is_lora(p)})
     source = model.source
-    own = dict.fromkeys(places, ("", str(jnp.dtype(dtype or model.dtype))))
-    on_disk = source.tensors if source is not None else own
+    on_disk = (
+        dict.fromkeys(places, ("", str(jnp.dtype(dtype or model.dtype))))
+        if source is None
+        else source.tensors
+    )
     names = {name: (current_name(model, name), kind) for name, (_, kind) in on_disk.items()}
     if model.config.text.tied:  # the head is the embedding, though some files write it again
         head = f"{embedding_name(model)}.weight"

@@ -142,8 +142,9 @@ def read_tensor(entry: Entry, block: Block = ()) -> np.ndarray:
     dtype = np.dtype(DTYPES[entry.dtype])
     try:
         if all(one.indices(n) == (0, n, 1) for one, n in zip(block, entry.shape, strict=False)):
-            count = math.prod(entry.shape)
-            return np.fromfile(entry.path, dtype, count, offset=entry.start).reshape(entry.shape)
+            return np.fromfile(
+                entry.path, dtype, math.prod(entry.shape), offset=entry.start
+            ).reshape(entry.shape)
         return np.array(np.memmap(entry.path, dtype, "r", entry.start, entry.shape)[block])
     except (OSError, ValueError) as error:
         raise UserError(

@@ -223,8 +223,9 @@ def load_lora(
     held = {named[name][0] for name in matrices}
     adapted = tuple(layer for layer in layers if layer in held)
     lora = dataclasses.replace(lora, targets=tuple(layer.name for layer in adapted))
-    without_dropout = [layer.name for layer in adapted if not layer.takes_dropout]
-    warn_without_dropout("LoRA", lora.dropout, without_dropout)
+    warn_without_dropout(
+        "LoRA", lora.dropout, [layer.name for layer in adapted if not layer.takes_dropout]
+    )
     quantized = tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit))
     return (
         Adapted(module, lora, adapted, quantized),
@@ -288,8 +289,10 @@ def save_adapter(
             "save_lora."
         )
     model.bottlenecks(params)  # raises where they are not this module's
-    leaves = jax.device_get(flatten(params[ADAPTER]))
-    tensors = {path: np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves.items()}
+    tensors = {
+        path: np.ascontiguousarray(leaf, np.float32)
+        for path, leaf in jax.device_get(flatten(params[ADAPTER])).items()
+    }
     with whole_directory(directory, ADAPTER_PARTS) as folder:
         save_file(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(model.adapter)})

@@ -79,8 +79,9 @@ class Encoder(nn.Module):
             tower_block(vision, TowerAttention, names, vision.epsilon, compute),
             keep=len(self.wanted) > 1,
         )
-        layers = Stack(make_block, vision.depth, compute.remat, name="layers")
-        out, kept = layers(x_ISE, (), upto=max(self.wanted))
+        out, kept = Stack(make_block, vision.depth, compute.remat, name="layers")(
+            x_ISE, (), upto=max(self.wanted)
+        )
         if len(self.wanted) == 1:
             return out
         states = [x_ISE if layer == 0 else kept[layer - 1] for layer in self.wanted]

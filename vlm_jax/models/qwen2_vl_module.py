@@ -95,8 +95,9 @@ class Visual(nn.Module):
         head_dim = vision.width // vision.num_heads
         cos, sin = grid_angles(batch.patch_positions, head_dim, vision.theta)
         x_BPE = PatchEmbed(vision.width, compute.dtype, name="patch_embed")(batch.patches)
-        blocks = Stack(make_block, vision.depth, compute.remat, name="blocks")
-        x_BPE, _ = blocks(x_BPE, (cos, sin, batch.patch_segments))
+        x_BPE, _ = Stack(make_block, vision.depth, compute.remat, name="blocks")(
+            x_BPE, (cos, sin, batch.patch_segments)
+        )
         return Merger(vision.merge, self.features, compute, name="merger")(x_BPE)
 
 

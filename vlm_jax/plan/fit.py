@@ -78,8 +78,13 @@ def fit(
     def fitting(candidates: list[dict[str, Any]]) -> int:
         """Try settings in turn and return how many fit before one does not."""
         for number, setting in enumerate(candidates):
-            changes = {**(overrides or {}), **setting}
-            report = plan_step(config, topology, overrides=changes, tokens=tokens, patches=patches)
+            report = plan_step(
+                config,
+                topology,
+                overrides={**(overrides or {}), **setting},
+                tokens=tokens,
+                patches=patches,
+            )
             tried.append(Trial(setting, report))
             on_trial(tried[-1])
             if not report.fits:
@@ -90,8 +95,7 @@ def fit(
     for policy in POLICIES[1:]:
         room = fitting(settings(config, policy)[:room])
     fitting(settings(config, LAST_RESORT)[rest:])
-    fitted = [trial for trial in tried if trial.report.fits]
-    return max(fitted, key=_worth, default=None), tried
+    return max((one for one in tried if one.report.fits), key=_worth, default=None), tried
 
 
 def _worth(trial: Trial) -> tuple[float, int]:

@@ -16,7 +16,7 @@ from vlm_jax.config.specs import DataSpec
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.records.sources import is_list_of_sources
 from vlm_jax.data.statistics import RowChoice, Sizes, choose_row, measure, pixel_limits
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.hardware import GB, USABLE, Hardware, hardware
 from vlm_jax.hub.load import resolve
 from vlm_jax.train.estimate import Estimate, estimate
@@ -168,8 +168,11 @@ def recommend(
         )
     made, row = best.config, best.row
     if machine is not None and machine.count > 1:
-        copies = machine.count // best.shards
-        made["mesh"] = {"devices": machine.count, "data": copies, "fsdp": best.shards}
+        made["mesh"] = {
+            "devices": machine.count,
+            "data": machine.count // best.shards,
+            "fsdp": best.shards,
+        }
     if in_4_bits:
         made["model"].pop("quantize", None)
     devices, budget = (1, _here()) if machine is None else (machine.count, machine.usable)
@@ -339,11 +342,13 @@ def write(recommendation: Recommendation, file: Path) -> None:
             recommendation.config, sort_keys=False, allow_unicode=True
         )
     else:
-        settings = configs.flatten_config(recommendation.config).items()
         text = (
             f'"""{title}"""\n\nfrom vlm_jax import config\n\n\ndef get_config():\n'
             "    c = config.get_config()\n"
-            + "".join(f"    c.{key} = {value!r}\n" for key, value in settings)
+            + "".join(
+                f"    c.{key} = {value!r}\n"
+                for key, value in configs.flatten_config(recommendation.config).items()
+            )
             + "    return c\n"
         )
     file.write_text(text, encoding="utf-8")
@@ -351,7 +356,10 @@ def write(recommendation: Recommendation, file: Path) -> None:
 
 def check_out(file: Path) -> None:
     """Raise `UserError` where the config could not be written there."""
-    if file.suffix not in (".yaml", ".yml", ".py"):
-        raise UserError(f"--out '{file}' must end in .yaml or .py, the forms of a config.")
-    if file.exists():
-        raise UserError(f"--out '{file}' exists. Delete it, or choose another path.")
+    refuse(
+        (
+            file.suffix not in (".yaml", ".yml", ".py"),
+            f"--out '{file}' must end in .yaml or .py, the forms of a config.",
+        ),
+        (file.exists(), f"--out '{file}' exists. Delete it, or choose another path."),
+    )

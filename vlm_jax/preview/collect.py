@@ -340,5 +340,7 @@ def _resolution(pipeline: Pipeline) -> tuple[str, str]:
 
 def first_messages(report: dict[str, Any]) -> Sequence[tuple[str, int, str]]:
     """Return (reason, records, its first message) of what is left out."""
-    first = report["first_dropped"]
-    return [(reason, n, first.get(reason, "")) for reason, n in report["dropped"].items()]
+    return [
+        (reason, n, report["first_dropped"].get(reason, ""))
+        for reason, n in report["dropped"].items()
+    ]

@@ -90,8 +90,12 @@ class Example:
             stretch = list(group)
             first, last = stretch[0], stretch[-1]
             tokens = _span(first.start, last.start + last.count - 1)
-            positions = _span(first.position, last.position)
-            found.append((f"{tokens} {first.kind}" if number else tokens, positions))
+            found.append(
+                (
+                    f"{tokens} {first.kind}" if number else tokens,
+                    _span(first.position, last.position),
+                )
+            )
         return found
 
 

@@ -253,8 +253,9 @@ def data_of(config: RunSpec, encoder: Encoder, mesh: Mesh, rows: int) -> RunData
     if evaluates(config):
         held_out = make_pipeline(config, encoder, held_out_rows, share, training=False)
     total = total_steps(t.max_steps, t.num_train_epochs, training.steps_per_epoch)
-    epoch = training.steps_per_epoch or total
-    return RunData(training, held_out, rows, held_out_rows, total, epoch)
+    return RunData(
+        training, held_out, rows, held_out_rows, total, epoch=training.steps_per_epoch or total
+    )
 
 
 def total_steps(max_steps: int, epochs: float, steps_per_epoch: int | None) -> int:

@@ -135,8 +135,9 @@ def _gradients(
     keys = jax.random.split(jax.random.fold_in(state.rng, state.step), micro_batches)
 
     def value(trainable: Any, rows: Batch, key: jax.Array):
-        params = joined(model, trainable, frozen)
-        total, count, others = objective(model, params, rows, {"dropout": key})
+        total, count, others = objective(
+            model, joined(model, trainable, frozen), rows, {"dropout": key}
+        )
         return total, (count, others)
 
     grad = jax.value_and_grad(value, has_aux=True)

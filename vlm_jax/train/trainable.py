@@ -117,8 +117,7 @@ def training_table(
             (pattern, Group() if component in partly else _group("full", scales[component]))
         )
 
-    rates = layerwise_rates(model, paths, freeze_layers, vision_layer_decay)
-    rows = with_rates(rows, rates, paths)
+    rows = with_rates(rows, layerwise_rates(model, paths, freeze_layers, vision_layer_decay), paths)
     table = [(row, str(group)) for row, group in rows if any(re.fullmatch(row, p) for p in paths)]
     groups = groups_of(table, paths)
     for path, leaf in flatten(params).items():
