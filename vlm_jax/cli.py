@@ -51,11 +51,11 @@ def _plan(options: argparse.Namespace, config: "RunSpec") -> int:
     from vlm_jax.plan import report, show, topologies
 
     if DEVICES[hardware(options.topology).device].compiles:
-        first = "Compiling; a large model takes some minutes ..."
-        if not topologies.compilers():
-            first = (
-                f"There is no compiler for it here, so memory is estimated. {topologies.INSTALL}"
-            )
+        first = (
+            "Compiling; a large model takes some minutes ..."
+            if topologies.compilers()
+            else f"There is no compiler for it here, so memory is estimated. {topologies.INSTALL}"
+        )
         print(wrapped(first, sys.stderr), file=sys.stderr)
     sizes = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
@@ -188,9 +188,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vlm_jax.evals import EVALS
 
     check_choice("--eval", options.eval, EVALS)
-    file = None
-    if options.predictions:
-        file = writable(options.predictions, "--predictions", b'", "index": ')
+    file = (
+        writable(options.predictions, "--predictions", b'", "index": ')
+        if options.predictions
+        else None
+    )
     changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
     config, encoder = _encoder(options, image_folder=options.image_folder, **changes)
     records = read_records(options.data, options.image_folder, options.split)

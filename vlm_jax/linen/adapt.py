@@ -11,7 +11,7 @@ from flax.core import meta
 from vlm_jax.adapters.bottleneck import fresh
 from vlm_jax.adapters.lora import check_numbers, usual_start
 from vlm_jax.adapters.lora import merge as merge_lora
-from vlm_jax.errors import UserError, nearest, refuse
+from vlm_jax.errors import UserError, explained, nearest, refuse
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
 from vlm_jax.linen.intercept import nnx_text, warn_without_dropout
@@ -185,10 +185,8 @@ def _quantized(
         )
     skipped: set[str] = set()
     for name in method.skip:
-        try:
+        with explained(UserError, lambda error: f"In Quantization.skip: {error}"):
             skipped |= {layer.path for layer in chosen(found, (name,))}
-        except UserError as error:
-            raise UserError(f"In Quantization.skip: {error}") from error
     layers = [layer for layer in chosen(found, "all-linear") if layer.path not in skipped]
     for layer in layers:
         if layer.stack is not None and layer.stack.axis != 0:

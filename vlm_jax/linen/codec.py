@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.files.limits import read_json
 from vlm_jax.hub import adapter_files
@@ -174,10 +174,10 @@ def load_lora(
     directory = Path(directory).expanduser()
     file = adapter_weights(directory, PEFT_WEIGHTS)
     config, lora = read_config(directory, also=("fan_in_fan_out",))
-    try:
+    with explained(
+        UserError, lambda error: f"The adapter in '{directory}' cannot be loaded: {error}"
+    ):
         check_supported(lora)  # before the tensors, some of which would have no place
-    except UserError as error:
-        raise UserError(f"The adapter in '{directory}' cannot be loaded: {error}") from error
     flat = flatten(params)
     found = look(module, params, flat, inputs).layers.values()
     layers = [one for one in found if isinstance(one, Layer)]

@@ -16,7 +16,7 @@ from vlm_jax.config.specs import DataSpec
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.records.sources import is_list_of_sources
 from vlm_jax.data.statistics import RowChoice, Sizes, choose_row, measure, pixel_limits
-from vlm_jax.errors import UserError, refuse
+from vlm_jax.errors import UserError, explained, refuse
 from vlm_jax.hardware import GB, USABLE, Hardware, hardware
 from vlm_jax.hub.load import resolve
 from vlm_jax.train.estimate import Estimate, estimate
@@ -112,10 +112,8 @@ def recommend(
     `UserError` where nothing fits, and for bad data, models and unknown hardware.
     """
     machine = None if hardware_name is None else hardware(hardware_name)
-    try:
+    with explained(ValueError, lambda error: f"--data is {data!r}; expected {error}."):
         source = sources_value(data) if isinstance(data, str) else data
-    except ValueError as error:
-        raise UserError(f"--data is {data!r}; expected {error}.") from None
     records = read_records(source, image_folder, split)
     named = isinstance(source, str) or is_list_of_sources(source)  # and no rows in memory
     encoder = Encoder(

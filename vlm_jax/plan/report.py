@@ -218,9 +218,11 @@ def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
     seconds = time.perf_counter() - began
     memory = program.memory(compiled)
     fits = device.is_tpu or memory.total <= capacity  # a TPU's compiler refuses what does not
-    said = f"{capacity / device.memory:.0%} of the memory are counted on"
-    if device.is_tpu:
-        said = "the compiler accepts it"
+    said = (
+        "the compiler accepts it"
+        if device.is_tpu
+        else f"{capacity / device.memory:.0%} of the memory are counted on"
+    )
     beside = {
         "gradients, activations, temporaries": memory.temporary,
         "results": memory.outputs - memory.aliased,

@@ -117,9 +117,11 @@ def compile_step(
 
 def load(config: str | Path | RunSpec | ConfigDict, changes: Mapping[str, Any]) -> RunSpec:
     """Return a config, given as one or as a file, with {"section.key": value} changed."""
-    if isinstance(config, str | Path):
-        return configs.load(config, changes)
-    return configs.load(None, {**RunSpec.of(config).flat(), **changes})
+    return (
+        configs.load(config, changes)
+        if isinstance(config, str | Path)
+        else configs.load(None, {**RunSpec.of(config).flat(), **changes})
+    )
 
 
 def prepare(

@@ -101,9 +101,7 @@ def _add_lora(
         if path.endswith("/lora_A")
     ]
     lora = lora_of(config)
-    kernels = adapted
-    if asked.enabled and not adapted:
-        kernels = target_kernels(model, params, lora)
+    kernels = adapted if adapted or not asked.enabled else target_kernels(model, params, lora)
     saved = _modules_to_save(config, model, kernels, asked.modules_to_save)
     # The modules of a loaded adapter without LoRA stay in this one, trained further or not.
     loaded = () if adapted or model.lora is None else model.lora.modules_to_save

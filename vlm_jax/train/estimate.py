@@ -142,8 +142,10 @@ def largest(tree: Any) -> int:
     return max((math.prod(leaf.shape[-2:]) for leaf in four), default=0)
 
 
-def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int = 0) -> int:
-    """Return the bytes that a step's activations take; tower: whether its own are kept.
+def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int) -> int:
+    """Return the bytes that a step's activations take.
+
+    tower: whether its own are kept. decoded: values of a kernel that is decoded whole.
 
     Where blocks are recomputed (model.remat), a block's input is kept for the backward pass,
     and of its inside, as of the head's logits, only one at a time is there; else all of them are.

@@ -41,9 +41,11 @@ def mesh_of(config: RunSpec, devices: Sequence[Any] | None = None) -> jax.shardi
     if wanted > len(devices):
         raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
     over = devices[: wanted or None]
-    sizes = None
-    if processes.is_primary():  # what is free may differ between devices: one process decides
-        sizes = sizes_of(config, len(over), memory_of(over[0]) if config.mesh.auto else 0)
+    sizes = (  # what is free may differ between devices: one process decides
+        sizes_of(config, len(over), memory_of(over[0]) if config.mesh.auto else 0)
+        if processes.is_primary()
+        else None
+    )
     return make_mesh(**processes.gather("mesh", sizes)[0], devices=over)
 
 

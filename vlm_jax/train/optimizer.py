@@ -128,16 +128,17 @@ def one_group(
     kind: a key of `RULES`, or one of AdamW's names, which say how its moments are kept.
     """
     schedule, betas = learning_rate(settings), (settings.adam_beta1, settings.adam_beta2)
-    if kind in RULES:
-        rule = each_tensor(RULES[kind](*betas))
-    else:
-        rule = scale_by_adam(
+    rule = (
+        each_tensor(RULES[kind](*betas))
+        if kind in RULES
+        else scale_by_adam(
             *betas,
             settings.adam_epsilon,
             eight_bit=kind.endswith("_8bit"),
             paged=kind.startswith("paged_"),
             shardings=shardings,
         )
+    )
     return optax.chain(
         rule,
         optax.add_decayed_weights(settings.weight_decay, decay_mask),

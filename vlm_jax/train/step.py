@@ -46,9 +46,11 @@ def stored(masters: Any, like: Any, rng: jax.Array, step: jax.Array) -> Any:
     kinds = {path: leaf.dtype for path, leaf in flatten(like).items()}
 
     def one(path: str, leaf: jax.Array) -> jax.Array:
-        if kinds[path] == leaf.dtype:
-            return leaf
-        return stochastic_round(leaf, jax.random.fold_in(key, zlib.crc32(path.encode())))
+        return (
+            leaf
+            if kinds[path] == leaf.dtype
+            else stochastic_round(leaf, jax.random.fold_in(key, zlib.crc32(path.encode())))
+        )
 
     return map_leaves(one, masters)
 
