@@ -139,8 +139,11 @@ def _check_sizes(
 
 def _numbers(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Return the whole numbers of a config.json with the keys that lead to each."""
-    flat = flatten(config).items()
-    return [(path.replace("/", "."), value) for path, value in flat if isinstance(value, int)]
+    return [
+        (path.replace("/", "."), value)
+        for path, value in flatten(config).items()
+        if isinstance(value, int)
+    ]
 
 
 def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:

@@ -29,7 +29,7 @@ from vlm_jax.hub.companions import (
 )
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import DTYPES, open_tensors
-from vlm_jax.model import Model
+from vlm_jax.model import Model, Source
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.names import Place, current_name, disk_places, embedding_name, is_unused, to_disk
 from vlm_jax.trees import flatten
@@ -98,20 +98,7 @@ def save_pretrained(
             if isinstance(leaf, FourBit)
         }
     places = disk_places(model, {p: leaf.shape for p, leaf in flat.items() if not is_lora(p)})
-    source = model.source
-    on_disk = (
-        dict.fromkeys(places, ("", str(jnp.dtype(dtype or model.dtype))))
-        if source is None
-        else source.tensors
-    )
-    names = {name: (current_name(model, name), kind) for name, (_, kind) in on_disk.items()}
-    if model.config.text.tied:  # the head is the embedding, though some files write it again
-        head = f"{embedding_name(model)}.weight"
-        names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
-    for name, (current, _) in names.items():
-        if current not in places and not is_unused(model, current):
-            raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
-
+    source, names = model.source, _names(model, places, dtype)
     unread = {n for n, (c, _) in names.items() if c not in places and c not in model.unused}
     # Further tensors of the base's 4-bit weights among those.
     owners = {name: bnb.weight_of(name) for name in source.beside} if source and quantized else {}
@@ -179,16 +166,52 @@ def save_pretrained(
                 others = {names[name][0]: name in beside.values() for name in unread}
                 config["quantization_config"] = quantization_config(model, places, flat, others)
             write_json(folder / "config.json", config)
-            adapter = Path(source.adapter) if source and source.adapter else None
-            if source is not None:
-                copy_all(companions(Path(source.directory), adapter), folder)
-            if decoding is not None:
-                write_json(folder / generation.FILE, decoding)
-            for name, given in ((IMAGES, processor), (VIDEOS, video_processor)):
-                settings = given or (adapter and adapter_settings(adapter, name))
-                if settings:
-                    write_settings(folder, name, settings)
+            _write_companions(
+                folder, source, decoding, {IMAGES: processor, VIDEOS: video_processor}
+            )
     processes.wait_for_all("the checkpoint is written")
+
+
+def _names(model: Model, places: Mapping[str, Place], dtype: Any) -> dict[str, tuple[str, str]]:
+    """Return {tensor to write: (its name in the current layout, the dtype in the base)}.
+
+    Raises `UserError` where a tensor of the base is made of parameters that there are not.
+    """
+    on_disk = (
+        dict.fromkeys(places, ("", str(jnp.dtype(dtype or model.dtype))))
+        if model.source is None
+        else model.source.tensors
+    )
+    names = {name: (current_name(model, name), kind) for name, (_, kind) in on_disk.items()}
+    if model.config.text.tied:  # the head is the embedding, though some files write it again
+        head = f"{embedding_name(model)}.weight"
+        names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
+    for name, (current, _) in names.items():
+        if current not in places and not is_unused(model, current):
+            raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
+    return names
+
+
+def _write_companions(
+    folder: Path,
+    source: Source | None,
+    decoding: Mapping[str, Any] | None,
+    given: Mapping[str, Mapping[str, Any] | None],
+) -> None:
+    """Write what lies beside weights and config.json.
+
+    decoding: of generation_config.json. given: {file: settings} of images and videos, in the place
+    of those of a loaded adapter's directory.
+    """
+    adapter = Path(source.adapter) if source and source.adapter else None
+    if source is not None:
+        copy_all(companions(Path(source.directory), adapter), folder)
+    if decoding is not None:
+        write_json(folder / generation.FILE, decoding)
+    for name, settings in given.items():
+        settings = settings or (adapter and adapter_settings(adapter, name))
+        if settings:
+            write_settings(folder, name, settings)
 
 
 def _config(model: Model, dtype: Any) -> dict[str, Any]:

@@ -74,9 +74,14 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_ISE):
         vision, compute = self.vision, self.compute
-        names = ("layer_norm1", "layer_norm2", "self_attn")
         make_block = functools.partial(
-            tower_block(vision, TowerAttention, names, vision.epsilon, compute),
+            tower_block(
+                vision,
+                TowerAttention,
+                ("layer_norm1", "layer_norm2", "self_attn"),
+                vision.epsilon,
+                compute,
+            ),
             keep=len(self.wanted) > 1,
         )
         out, kept = Stack(make_block, vision.depth, compute.remat, name="layers")(

@@ -95,8 +95,9 @@ def fit(
     for policy in POLICIES[1:]:
         room = fitting(settings(config, policy)[:room])
     fitting(settings(config, LAST_RESORT)[rest:])
-    return max((one for one in tried if one.report.fits), key=_worth, default=None), tried
-
-
-def _worth(trial: Trial) -> tuple[float, int]:
-    return trial.report.speed.tokens_per_second or 0.0, -trial.report.peak
+    fastest = max(
+        (trial for trial in tried if trial.report.fits),
+        key=lambda trial: (trial.report.speed.tokens_per_second or 0.0, -trial.report.peak),
+        default=None,
+    )
+    return fastest, tried

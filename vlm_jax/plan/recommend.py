@@ -164,7 +164,7 @@ def recommend(
             f"{best.row.shape[1]} patches needs {best.need.total / GB:.1f} GB a device. Take more "
             f"or larger devices, a smaller model, or shorter examples."
         )
-    made, row = best.config, best.row
+    made = best.config
     if machine is not None and machine.count > 1:
         made["mesh"] = {
             "devices": machine.count,
@@ -173,17 +173,7 @@ def recommend(
         }
     if in_4_bits:
         made["model"].pop("quantize", None)
-    devices, budget = (1, _here()) if machine is None else (machine.count, machine.usable)
-    rows = max(1, round(band.batch / row.density / devices))
-    for micro_batches in (2**n for n in range(rows.bit_length() + 1)):
-        at_once = max(1, round(rows / micro_batches))
-        made["training"] |= {
-            "per_device_train_batch_size": at_once,
-            "gradient_accumulation_steps": micro_batches if at_once > 1 else rows,
-        }
-        best = best._replace(need=_need(made, encoder, row.shape, at_once).over(best.shards))
-        if at_once == 1 or best.need.total <= budget:
-            break
+    best = _with_rows(best, band, encoder, machine)
     why = band.why
     if methods[0] != METHODS[band.method]:
         why = f"the checkpoint is in 4 bits already, so not {METHODS[band.method].name}"
@@ -192,6 +182,24 @@ def recommend(
     return Recommendation(
         best.method, _reasons(best, count, why, machine), made, best.need, machine
     )
+
+
+def _with_rows(
+    best: _Candidate, band: Band, encoder: Encoder, machine: Hardware | None
+) -> _Candidate:
+    """Return a candidate whose config has the band's batch, in as few micro-batches as fit."""
+    devices, budget = (1, _here()) if machine is None else (machine.count, machine.usable)
+    rows = max(1, round(band.batch / best.row.density / devices))
+    for micro_batches in (2**n for n in range(rows.bit_length() + 1)):
+        at_once = max(1, round(rows / micro_batches))
+        best.config["training"] |= {
+            "per_device_train_batch_size": at_once,
+            "gradient_accumulation_steps": micro_batches if at_once > 1 else rows,
+        }
+        need = _need(best.config, encoder, best.row.shape, at_once).over(best.shards)
+        if at_once == 1 or need.total <= budget:
+            break
+    return best._replace(need=need)
 
 
 def _config(
@@ -203,14 +211,15 @@ def _config(
     given: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Return the config of a method, without the keys of `given` and others that are None."""
-    sizes = {"r": method.rank, "alpha": 2 * method.rank} if method.rank else {}
     made: dict[str, dict[str, Any]] = {
         "model": {
             **given["model"],
             "quantize": "nf4-dq" if method.quantize else None,
             "vision_encoder_lr_scale": method.vision,
         },
-        "lora": {"enabled": method.rank > 0, **sizes},
+        "lora": {"enabled": True, "r": method.rank, "alpha": 2 * method.rank}
+        if method.rank
+        else {"enabled": False},
         "training": {
             **given["training"],
             "num_train_epochs": band.epochs,

@@ -217,8 +217,13 @@ class Reader:
             )
             frames.append(found if kind == "video" else found[:1])
             patches += len(places)
-        pixels = to_bytes(np.concatenate(frames), self.tables[kind])
-        return Picture(kind, pixels, self.config.cell, len(segments), patches)
+        return Picture(
+            kind,
+            to_bytes(np.concatenate(frames), self.tables[kind]),
+            self.config.cell,
+            len(segments),
+            patches,
+        )
 
 
 def to_bytes(values: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from vlm_jax.adapters.modules_to_save import bias_leaves, saved_modules
 from vlm_jax.adapters.targets import PRESETS, slots, target_kernels, target_modules
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.errors import UserError, refuse
-from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
+from vlm_jax.hub.adapter_files import load_either
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.model import Model
 from vlm_jax.models.layers.bottleneck import is_adapter
@@ -215,12 +215,6 @@ def _continue_lora(
     )
 
 
-def adapter_of(config: RunSpec) -> Adapter:
-    """Return what a config's adapter section asks for."""
-    asked = dataclasses.asdict(config.adapter)
-    return Adapter(kind=asked.pop("type"), **asked)
-
-
 def _add_bottlenecks(
     config: RunSpec, model: Model, params: dict[str, Any]
 ) -> tuple[Model, dict[str, Any], tuple[str, ...]]:
@@ -228,11 +222,11 @@ def _add_bottlenecks(
 
     Raises `UserError` where model.adapter holds LoRA, or adapters of another kind.
     """
-    directory, adapter = config.model.adapter, adapter_of(config)
+    directory, asked = config.model.adapter, dataclasses.asdict(config.adapter)
+    adapter = Adapter(kind=asked.pop("type"), **asked)
     loaded: tuple[str, ...] = ()
     if directory is not None:
-        read = load_adapter if is_adapter_directory(directory) else load_peft
-        model, params = read(model, params, directory)
+        model, params = load_either(model, params, directory)
         loaded = model.modules_to_save
         if any(map(is_lora, flatten(params))):
             raise UserError(

@@ -45,8 +45,10 @@ def adafactor(beta1: float, beta2: float) -> optax.GradientTransformation:
 
     Without scale_parameter and relative_step, so at the run's learning rate; every matrix factored.
     """
-    factored = promoting(optax.scale_by_factored_rms(min_dim_size_to_factor=1))
-    return optax.chain(factored, optax.clip_by_block_rms(1.0))
+    return optax.chain(
+        promoting(optax.scale_by_factored_rms(min_dim_size_to_factor=1)),
+        optax.clip_by_block_rms(1.0),
+    )
 
 
 def lion(beta1: float, beta2: float) -> optax.GradientTransformation:

@@ -20,11 +20,10 @@ from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError, explained, refuse
 from vlm_jax.files.atomic import whole_directory, write_json
 from vlm_jax.generation import generate
-from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter, save_adapter
+from vlm_jax.hub.adapter_files import load_either, save_adapter
 from vlm_jax.hub.companions import copy_all, spoken
 from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft import save_peft
-from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.hub.tensors import find_tensors
 from vlm_jax.model import Model
@@ -132,8 +131,7 @@ def load_run(
 def load_adapted(config: RunSpec, adapter: Path, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
     """Return the base of a config with the adapter of a directory, PEFT's or a bottleneck's."""
     model, params = load_base(config, mesh)
-    read = load_adapter if is_adapter_directory(adapter) else load_peft
-    model, params = read(model, params, adapter)
+    model, params = load_either(model, params, adapter)
     return model, params if mesh is None else shard_params(model, params, mesh)
 
 
