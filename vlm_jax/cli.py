@@ -28,8 +28,7 @@ def _train(options: argparse.Namespace, config: "RunSpec") -> int:
     with together(lambda error: _report(options, error)):
         from vlm_jax.train.loop import train
 
-        result = train(config, resume, verbose=options.verbose)
-        return INTERRUPTED if result["interrupted"] else 0
+        return INTERRUPTED if train(config, resume, verbose=options.verbose)["interrupted"] else 0
 
 
 def _preview(options: argparse.Namespace, config: "RunSpec") -> int:
@@ -52,11 +51,11 @@ def _plan(options: argparse.Namespace, config: "RunSpec") -> int:
     from vlm_jax.plan import report, show, topologies
 
     if DEVICES[hardware(options.topology).device].compiles:
-        first = "Compiling; a large model takes some minutes ..."
-        if not topologies.compilers():
-            first = (
-                f"There is no compiler for it here, so memory is estimated. {topologies.INSTALL}"
-            )
+        first = (
+            "Compiling; a large model takes some minutes ..."
+            if topologies.compilers()
+            else f"There is no compiler for it here, so memory is estimated. {topologies.INSTALL}"
+        )
         print(wrapped(first, sys.stderr), file=sys.stderr)
     sizes = {"tokens": options.tokens, "patches": options.patches}
     if options.fit:
@@ -189,9 +188,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vlm_jax.evals import EVALS
 
     check_choice("--eval", options.eval, EVALS)
-    file = None
-    if options.predictions:
-        file = writable(options.predictions, "--predictions", b'", "index": ')
+    file = (
+        writable(options.predictions, "--predictions", b'", "index": ')
+        if options.predictions
+        else None
+    )
     changes = {"allow_absolute_paths": True} if options.allow_absolute_paths else {}
     config, encoder = _encoder(options, image_folder=options.image_folder, **changes)
     records = read_records(options.data, options.image_folder, options.split)
@@ -250,8 +251,9 @@ def _generate(options: argparse.Namespace) -> int:
 
     _, encoder = _encoder(options)
     content = [{"type": "image"}] * len(options.image) + [{"type": "text", "text": options.prompt}]
-    messages = [{"role": "user", "content": content}]
-    example = encoder.prompt({"messages": messages, "images": options.image})
+    example = encoder.prompt(
+        {"messages": [{"role": "user", "content": content}], "images": options.image}
+    )
     batch = encoder.collate([[example]], len(example["tokens"]), len(example["patches"]))
     model, params = _load(options, encoder)
     eos, pad = end_tokens(model, encoder.chat.turn_end)

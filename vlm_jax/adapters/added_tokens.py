@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import refuse
 from vlm_jax.model import Model
 from vlm_jax.trees import flatten, unflatten
 
@@ -28,10 +28,13 @@ def add_tokens(model: Model, params: Mapping[str, Any], count: int) -> tuple[Mod
     one embedding of all rows.
     """
     flat = flatten(params)
-    if count < 1:
-        raise UserError(f"add_tokens was asked for {count} tokens; expected 1 or more.")
-    if any(is_added(path) for path in flat):
-        raise UserError("These parameters hold added tokens already; export the model first.")
+    refuse(
+        (count < 1, f"add_tokens was asked for {count} tokens; expected 1 or more."),
+        (
+            any(is_added(path) for path in flat),
+            "These parameters hold added tokens already; export the model first.",
+        ),
+    )
     embedding = model.config.embedding
     mean_D = jnp.mean(flat[f"{embedding}/embedding"].astype(jnp.float32), axis=0)
     flat[f"{embedding}/added"] = jnp.tile(mean_D[None, :], (count, 1))

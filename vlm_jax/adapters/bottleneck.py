@@ -10,7 +10,7 @@ from jax.nn import initializers
 
 from vlm_jax.adapters.added_tokens import is_added
 from vlm_jax.adapters.modules_to_save import saved_modules
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, nearest, refuse
 from vlm_jax.model import Model
 from vlm_jax.models.layers.activations import ACTIVATIONS
 from vlm_jax.models.layers.bottleneck import KINDS, is_adapter
@@ -37,13 +37,17 @@ def check_known(adapter: Adapter) -> None:
                 f"{', '.join(known)}."
             )
     assert adapter.reduction_factor is not None
-    if not 1e-3 <= adapter.reduction_factor <= 1e6:  # as of a config, see RANGES
-        raise UserError(
+    refuse(
+        (
+            not 1e-3 <= adapter.reduction_factor <= 1e6,
             f"The adapter's reduction_factor is {adapter.reduction_factor:g}; it must be between "
-            f"0.001 and 1e+06: a block of width D gets a bottleneck of D / reduction_factor."
-        )
-    if not 0 <= adapter.dropout < 1:
-        raise UserError(f"The adapter's dropout is {adapter.dropout}; it must be in [0, 1).")
+            f"0.001 and 1e+06: a block of width D gets a bottleneck of D / reduction_factor.",
+        ),
+        (
+            not 0 <= adapter.dropout < 1,
+            f"The adapter's dropout is {adapter.dropout}; it must be in [0, 1).",
+        ),
+    )
 
 
 def leaf_shapes(

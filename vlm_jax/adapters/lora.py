@@ -43,7 +43,7 @@ from vlm_jax.adapters.targets import (
     target_modules,
 )
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.model import Model
 from vlm_jax.models.layers.linear import column_norms, fresh_a, is_lora, less_start, weight_update
 from vlm_jax.models.methods import LoRA
@@ -80,13 +80,12 @@ def _check_overlap(
 
 def check_numbers(lora: LoRA) -> None:
     """Raise `UserError` for a rank, dropout or word that means nothing."""
-    for name, value, fits, expected in (
-        ("The LoRA rank", lora.rank, lora.rank >= 1, "1 or more"),
-        ("The LoRA dropout", lora.dropout, 0 <= lora.dropout < 1, "in [0, 1)"),
-        ("LoRA.bias", repr(lora.bias), lora.bias in BIASES, f"one of {', '.join(BIASES)}"),
-    ):
-        if not fits:
-            raise UserError(f"{name} is {value}; it must be {expected}.")
+    words = ", ".join(BIASES)
+    refuse(
+        (lora.rank < 1, f"The LoRA rank is {lora.rank}; it must be 1 or more."),
+        (not 0 <= lora.dropout < 1, f"The LoRA dropout is {lora.dropout}; it must be in [0, 1)."),
+        (lora.bias not in BIASES, f"LoRA.bias is {lora.bias!r}; it must be one of {words}."),
+    )
 
 
 def usual_start(

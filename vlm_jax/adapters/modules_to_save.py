@@ -58,8 +58,11 @@ def unused_names(model: Model) -> list[str]:
 
 def module_names(model: Model, params: Mapping[str, Any]) -> set[str]:
     """Return the full names of the reference's modules that hold tensors."""
-    tensors = (*base_places(model, params), *unused_names(model))
-    return {module for tensor in tensors for module in owners(tensor)}
+    return {
+        module
+        for tensor in (*base_places(model, params), *unused_names(model))
+        for module in owners(tensor)
+    }
 
 
 def peft_module(model: Model, modules: Iterable[str], name: str) -> str | None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.adapters.added_tokens import HEAD
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, nearest, refuse
 from vlm_jax.files.limits import PATTERNS, check_patterns
 from vlm_jax.model import Model
 from vlm_jax.models import MODELS
@@ -75,11 +75,11 @@ def adaptable(model: Model, params: Mapping[str, Any]) -> list[str]:
 
     Not those of convolutions: PEFT gives them another kind of LoRA.
     """
-    convolutions = model.config.disk_shapes
     return [
         path
         for path in flatten(params)
-        if (path.endswith("/kernel") and path not in convolutions) or path == embedding_leaf(model)
+        if (path.endswith("/kernel") and path not in model.config.disk_shapes)
+        or path == embedding_leaf(model)
     ]
 
 
@@ -252,16 +252,18 @@ def _check_patterns(lora: LoRA, modules: Collection[str]) -> None:
         check_patterns([lora.exclude_modules], modules, "value of lora.exclude_modules")
     check_patterns(lora.layers_pattern, modules, "value of lora.layers_pattern", _numbered)
     regex = isinstance(lora.targets, str) and lora.targets not in (*PRESETS, "all-linear")
-    if regex and lora.layers_to_transform:
-        raise UserError(
+    refuse(
+        (
+            regex and lora.layers_to_transform,
             f"lora.layers_to_transform is set and the target is a regex, {lora.targets!r}; PEFT "
-            f"refuses both together. Name the layers in the regex, or name suffixes as targets."
-        )
-    if lora.layers_pattern and not lora.layers_to_transform:
-        raise UserError(
+            f"refuses both together. Name the layers in the regex, or name suffixes as targets.",
+        ),
+        (
+            lora.layers_pattern and not lora.layers_to_transform,
             f"lora.layers_pattern, {list(lora.layers_pattern)}, says which numbers "
-            f"lora.layers_to_transform means, which is not set. Set it, or leave both out."
-        )
+            f"lora.layers_to_transform means, which is not set. Set it, or leave both out.",
+        ),
+    )
 
 
 def _in_layers(lora: LoRA, modules: set[str]) -> set[str]:

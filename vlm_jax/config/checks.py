@@ -8,7 +8,7 @@ from typing import Any
 from vlm_jax.config.choices import ALIASES, CHOICES, OPTIMIZERS, RANGES, REPORTERS
 from vlm_jax.config.from_pytorch import foreign_key
 from vlm_jax.config.parse import general
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, nearest, refuse
 
 MOST_NAMED = 10  # unknown keys of one file that an error speaks of
 
@@ -107,9 +107,7 @@ def check(flat: Mapping[str, Any]) -> None:
     for key, value in flat.items():
         if general(key) == "evaluators.*.file" and value is None:
             raise UserError(f"'{key}' is not set: name a file of records with reference answers.")
-    for wrong, message in _rules(flat):
-        if wrong:
-            raise UserError(message)
+    refuse(*_rules(flat))
 
 
 def _rules(flat: Mapping[str, Any]) -> list[tuple[bool, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from vlm_jax.config.parse import TREE
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import CONFIG_BYTES, parse_json, parse_yaml, read_text
 
 
@@ -34,11 +34,12 @@ def read_file(path: str | Path) -> tuple[Path, Mapping[str, Any]]:
 def _read_text(path: Path) -> Mapping[str, Any]:
     """Return the sections of a YAML or JSON file."""
     kind = "JSON" if path.suffix == ".json" else "YAML"
-    try:
+    with explained(
+        (yaml.YAMLError, ValueError, OSError),
+        lambda error: f"'{path}' is not valid {kind}: {error}",
+    ):
         text = read_text(path, CONFIG_BYTES, "a config")
         tree = parse_json(text, path) if kind == "JSON" else parse_yaml(text, path)
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"'{path}' is not valid {kind}: {error}") from error
     if not isinstance(tree, Mapping):
         raise UserError(f"'{path}' holds no sections; expected 'model:', 'lora:', 'training:' ...")
     return tree

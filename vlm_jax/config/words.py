@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from vlm_jax.config.checks import unknown_keys
 from vlm_jax.config.choices import ALIASES, WORDS
 from vlm_jax.config.schema import key_types
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, nearest, refuse
 
 SWITCH = "true"  # the value of a key that is true or false and has none
 # What somebody most likely means who writes a section for a key.
@@ -40,13 +40,14 @@ def overrides(words: Sequence[str], options: Iterable[str] = ()) -> dict[str, st
         kind = types.get(ALIASES.get(key, key))
         if not values and (kind is bool or f"{key}={SWITCH}" in WORDS):
             values = [SWITCH]
-        if not values:
-            raise UserError(f"'{word}' has no value: write --config.{key}=VALUE.")
-        if len(values) > 1 and kind is not tuple:
-            raise UserError(
+        refuse(
+            (not values, f"'{word}' has no value: write --config.{key}=VALUE."),
+            (
+                len(values) > 1 and kind is not tuple,
                 f"'{word}' takes one value, and {len(values)} follow it: {' '.join(values)}. Put a "
-                f"value that has spaces in quotes."
-            )
+                f"value that has spaces in quotes.",
+            ),
+        )
         found[key] = ",".join(values)
     return found
 

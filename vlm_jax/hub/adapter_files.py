@@ -198,6 +198,14 @@ def check_tensors(
             )
 
 
+def load_either(
+    model: Model, params: Mapping[str, Any], directory: str | Path
+) -> tuple[Model, dict[str, Any]]:
+    """Return the model and a new tree with the adapter of a directory, a bottleneck or PEFT's."""
+    read = load_adapter if is_adapter_directory(directory) else load_peft
+    return read(model, params, directory)
+
+
 def load_adapter(
     model: Model, params: Mapping[str, Any], directory: str | Path
 ) -> tuple[Model, dict[str, Any]]:

@@ -66,8 +66,10 @@ def block_here(shape: tuple[int, ...], sharding: Any) -> Block:
     """Return the smallest block of an array that holds the shards of this process's devices."""
     if sharding is None:
         return tuple(slice(0, size) for size in shape)
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    ranges = [[one.indices(n)[:2] for one, n in zip(i, shape, strict=True)] for i in indices]
+    ranges = [
+        [one.indices(n)[:2] for one, n in zip(index, shape, strict=True)]
+        for index in sharding.addressable_devices_indices_map(shape).values()
+    ]
     return tuple(
         slice(min(first for first, _ in axis), max(last for _, last in axis))
         for axis in zip(*ranges, strict=True)
@@ -199,8 +201,9 @@ def _quantized(tensor: Tensor, storage: Storage) -> bnb.Stored:
 
 
 def _read_4bit(tensor: Tensor) -> bnb.Stored:
-    entries = {"": tensor.entry, **tensor.beside}
-    parts = {suffix: read_tensor(entry) for suffix, entry in entries.items()}
+    parts = {
+        suffix: read_tensor(entry) for suffix, entry in {"": tensor.entry, **tensor.beside}.items()
+    }
     return bnb.from_tensors(parts, tensor.place.shape, tensor.name)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import read_json
 from vlm_jax.hub.base import CheckpointFiles, named_base
 from vlm_jax.hub.leaves import Tensor, read_leaf
@@ -65,25 +65,24 @@ def resolve(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    with explained(
+        (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError),
+        lambda error: (
+            f"'{path_or_repo_id}' is not a local directory, and it could not be fetched from the "
+            f"Hugging Face hub (revision {revision or 'main'}): {str(error).splitlines()[0]} "
+            f"Check the spelling, the network, and for gated models your token."
+        ),
+    ):
         found = snapshot_download(
             path_or_repo_id,
             revision=revision,
             token=token,
             allow_patterns=list(files) or (NEEDED if weights else SETTINGS),
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"'{path_or_repo_id}' is not a local directory, and it could not be fetched from the "
-            f"Hugging Face hub (revision {revision or 'main'}): {str(error).splitlines()[0]} "
-            f"Check the spelling, the network, and for gated models your token."
-        ) from error
     return Path(found)
 
 
-def read_hf_config(
-    path_or_repo_id: str, revision: str | None = None, token: str | None = None
-) -> dict[str, Any]:
+def read_hf_config(path_or_repo_id: str, revision: str | None) -> dict[str, Any]:
     """Return the config.json of a checkpoint directory or hub id; no other file is fetched.
 
     The hub ids of `models.reference_configs`, at their default revision, need no network. Raises
@@ -92,10 +91,10 @@ def read_hf_config(
     is_known = path_or_repo_id in KNOWN and revision is None
     if is_known and not Path(path_or_repo_id).expanduser().is_dir():
         return copy.deepcopy(KNOWN[path_or_repo_id])
-    try:
-        directory = resolve(path_or_repo_id, revision, token, files=("config.json",))
-    except UserError as error:
-        raise UserError(f"{error} Known without a network: {', '.join(KNOWN)}.") from error
+    with explained(
+        UserError, lambda error: f"{error} Known without a network: {', '.join(KNOWN)}."
+    ):
+        directory = resolve(path_or_repo_id, revision, files=("config.json",))
     return read_json(directory / "config.json")
 
 
@@ -140,8 +139,11 @@ def _check_sizes(
 
 def _numbers(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Return the whole numbers of a config.json with the keys that lead to each."""
-    flat = flatten(config).items()
-    return [(path.replace("/", "."), value) for path, value in flat if isinstance(value, int)]
+    return [
+        (path.replace("/", "."), value)
+        for path, value in flatten(config).items()
+        if isinstance(value, int)
+    ]
 
 
 def _check_layers(model: Model, named: Iterable[str], directory: Path) -> None:

@@ -121,8 +121,10 @@ def _matrices(
 
 def disk_tensors(flat: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, np.ndarray]:
     """Return {name: tensor as on disk}; each leaf is fetched once."""
-    paths = dict.fromkeys(place.path for place in places.values())
-    held = {path: np.asarray(jax.device_get(flat[path])) for path in paths}
+    held = {
+        path: np.asarray(jax.device_get(flat[path]))
+        for path in {place.path for place in places.values()}
+    }
     return {
         name: np.ascontiguousarray(to_disk(place, held[place.path][place.index]))
         for name, place in places.items()

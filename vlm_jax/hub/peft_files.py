@@ -140,8 +140,9 @@ def stacked(
                     f"{CONFIG}, and the base's weight ask for {list(wanted[leaf][::-1])}. It was "
                     f"made for another base or rank, or one of the two files is another adapter's."
                 )
-    by_rank = sorted(matrices, key=lambda module: ranks[module])
-    largest = {homes[module].prefix: module for module in by_rank}  # of each stack the last one
+    largest = {  # of each stack the last one
+        homes[module].prefix: module for module in sorted(matrices, key=lambda one: ranks[one])
+    }
     leaves = {
         prefix + name: np.zeros((*homes[module].shape[:-2], *shape), np.float32)
         for prefix, module in largest.items()

@@ -107,7 +107,7 @@ def load_peft(
         added, count = f"{place.path.rsplit('/', 1)[0]}/added", place.shape[0]
         if added in flat:
             fresh[added], full[name] = to_tree(place.path, tensor[count:]), tensor[:count]
-    names = _saved_names(model, params, full, config)
+    names = _saved_names(model, params, places, full, config)
     held = {**saved_modules(model, params, names).places, **{n: places[n] for n in biases}}
     for name, tensor in (full | biases).items():
         place = places[name]
@@ -142,8 +142,12 @@ def _pattern(pattern: Mapping[str, Any], name: str, called: Mapping[str, str]) -
 
     called: adapted modules -> what the file calls them, which may be an older layout of names.
     """
-    what = f"key of {name} in adapter_config.json"
-    check_patterns(list(pattern), [*called, *called.values()], what, key_regex)
+    check_patterns(
+        list(pattern),
+        [*called, *called.values()],
+        f"key of {name} in adapter_config.json",
+        key_regex,
+    )
     values = {module: pattern_value(pattern, file_name) for module, file_name in called.items()}
     if all(pattern_value(pattern, module) == value for module, value in values.items()):
         return dict(pattern)
@@ -151,14 +155,17 @@ def _pattern(pattern: Mapping[str, Any], name: str, called: Mapping[str, str]) -
 
 
 def _saved_names(
-    model: Model, params: Mapping[str, Any], full: Mapping[str, np.ndarray], config: Mapping
+    model: Model,
+    params: Mapping[str, Any],
+    places: Mapping[str, Place],
+    full: Mapping[str, np.ndarray],
+    config: Mapping,
 ) -> tuple[str, ...]:
     """Return `LoRA.modules_to_save` of an adapter that holds the tensors `full`.
 
     Names that mean no module here hold no tensor, in PEFT neither. Embeddings that peft saved
     without naming them are named where they differ from the base's.
     """
-    places = base_places(model, params)
     modules = module_names(model, params)
     names = [
         "projector" if name in PROJECTOR_NAMES else name

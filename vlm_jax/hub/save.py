@@ -16,7 +16,7 @@ from vlm_jax.adapters.added_tokens import fold_added
 from vlm_jax.adapters.bottleneck import check_no_adapter
 from vlm_jax.adapters.lora import merged_leaf
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.atomic import whole_directory, write_json, write_shards
 from vlm_jax.hub.base import base_tensors
 from vlm_jax.hub.companions import (
@@ -29,7 +29,7 @@ from vlm_jax.hub.companions import (
 )
 from vlm_jax.hub.save_4bit import quantization_config, tensors_4bit
 from vlm_jax.hub.tensors import DTYPES, open_tensors
-from vlm_jax.model import Model
+from vlm_jax.model import Model, Source
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.names import Place, current_name, disk_places, embedding_name, is_unused, to_disk
 from vlm_jax.trees import flatten
@@ -77,16 +77,18 @@ def save_pretrained(
     check_no_adapter(flat, "A checkpoint is one without")
     four = any(isinstance(leaf, FourBit) for leaf in flat.values())
     has_lora = any(map(is_lora, flat))
-    if quantized and not four:
-        raise UserError(
+    refuse(
+        (
+            quantized and not four,
             "quantized=True writes kernels in 4 bits, but these parameters hold none. Load the "
-            "base with quantize='nf4-dq', or write it dense."
-        )
-    if has_lora and not merge:
-        raise UserError(
+            "base with quantize='nf4-dq', or write it dense.",
+        ),
+        (
+            has_lora and not merge,
             "These parameters hold LoRA factors, which a plain checkpoint cannot. Pass "
-            "merge=True, or write an adapter with save_peft."
-        )
+            "merge=True, or write an adapter with save_peft.",
+        ),
+    )
     quantized = four and not has_lora if quantized is None else quantized
     flat = fold_added(flat)
     if dtype is not None:  # codes stand for the dtype of what stands beside them
@@ -96,17 +98,7 @@ def save_pretrained(
             if isinstance(leaf, FourBit)
         }
     places = disk_places(model, {p: leaf.shape for p, leaf in flat.items() if not is_lora(p)})
-    source = model.source
-    own = dict.fromkeys(places, ("", str(jnp.dtype(dtype or model.dtype))))
-    on_disk = source.tensors if source is not None else own
-    names = {name: (current_name(model, name), kind) for name, (_, kind) in on_disk.items()}
-    if model.config.text.tied:  # the head is the embedding, though some files write it again
-        head = f"{embedding_name(model)}.weight"
-        names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
-    for name, (current, _) in names.items():
-        if current not in places and not is_unused(model, current):
-            raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
-
+    source, names = model.source, _names(model, places, dtype)
     unread = {n for n, (c, _) in names.items() if c not in places and c not in model.unused}
     # Further tensors of the base's 4-bit weights among those.
     owners = {name: bnb.weight_of(name) for name in source.beside} if source and quantized else {}
@@ -174,16 +166,52 @@ def save_pretrained(
                 others = {names[name][0]: name in beside.values() for name in unread}
                 config["quantization_config"] = quantization_config(model, places, flat, others)
             write_json(folder / "config.json", config)
-            adapter = Path(source.adapter) if source and source.adapter else None
-            if source is not None:
-                copy_all(companions(Path(source.directory), adapter), folder)
-            if decoding is not None:
-                write_json(folder / generation.FILE, decoding)
-            for name, given in ((IMAGES, processor), (VIDEOS, video_processor)):
-                settings = given or (adapter and adapter_settings(adapter, name))
-                if settings:
-                    write_settings(folder, name, settings)
+            _write_companions(
+                folder, source, decoding, {IMAGES: processor, VIDEOS: video_processor}
+            )
     processes.wait_for_all("the checkpoint is written")
+
+
+def _names(model: Model, places: Mapping[str, Place], dtype: Any) -> dict[str, tuple[str, str]]:
+    """Return {tensor to write: (its name in the current layout, the dtype in the base)}.
+
+    Raises `UserError` where a tensor of the base is made of parameters that there are not.
+    """
+    on_disk = (
+        dict.fromkeys(places, ("", str(jnp.dtype(dtype or model.dtype))))
+        if model.source is None
+        else model.source.tensors
+    )
+    names = {name: (current_name(model, name), kind) for name, (_, kind) in on_disk.items()}
+    if model.config.text.tied:  # the head is the embedding, though some files write it again
+        head = f"{embedding_name(model)}.weight"
+        names = {n: (head if c == "lm_head.weight" else c, kind) for n, (c, kind) in names.items()}
+    for name, (current, _) in names.items():
+        if current not in places and not is_unused(model, current):
+            raise UserError(f"The parameters lack what the base's tensor '{name}' is made of.")
+    return names
+
+
+def _write_companions(
+    folder: Path,
+    source: Source | None,
+    decoding: Mapping[str, Any] | None,
+    given: Mapping[str, Mapping[str, Any] | None],
+) -> None:
+    """Write what lies beside weights and config.json.
+
+    decoding: of generation_config.json. given: {file: settings} of images and videos, in the place
+    of those of a loaded adapter's directory.
+    """
+    adapter = Path(source.adapter) if source and source.adapter else None
+    if source is not None:
+        copy_all(companions(Path(source.directory), adapter), folder)
+    if decoding is not None:
+        write_json(folder / generation.FILE, decoding)
+    for name, settings in given.items():
+        settings = settings or (adapter and adapter_settings(adapter, name))
+        if settings:
+            write_settings(folder, name, settings)
 
 
 def _config(model: Model, dtype: Any) -> dict[str, Any]:

@@ -32,8 +32,10 @@ def tensors_4bit(
         leaf = flat[places[current].path] if current in places else None
         if isinstance(leaf, FourBit):
             count = math.prod(places[current].shape)
-            scale = jnp.dtype(leaf.absmax.dtype).itemsize
-            sizes = {"": -(-count // 2), ".absmax": scale * -(-count // leaf.block)}
+            sizes = {
+                "": -(-count // 2),
+                ".absmax": jnp.dtype(leaf.absmax.dtype).itemsize * -(-count // leaf.block),
+            }
             weights |= {name + end: (name, sizes.get(end, 1024)) for end in bnb.suffixes(leaf)}
 
     @functools.lru_cache(maxsize=1)  # the tensors of one weight follow one another

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.file_types import lost
 from vlm_jax.files.limits import check_finite, is_file_name, read_json
 
@@ -107,13 +107,14 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def open_tensors(path: Path) -> Any:
     """Return an open safetensors file; raise `UserError` where it is damaged."""
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise UserError(
+    with explained(
+        (SafetensorError, OSError),
+        lambda error: (
             f"'{path}' could not be read as safetensors ({error})."
             f"{lost(path) or ' It is damaged or incomplete: fetch it again.'}"
-        ) from error
+        ),
+    ):
+        return safe_open(path, framework="np")
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -140,13 +141,15 @@ def read_tensor(entry: Entry, block: Block = ()) -> np.ndarray:
             f"are {', '.join(DTYPES)}. Use the checkpoint in 16 bits."
         )
     dtype = np.dtype(DTYPES[entry.dtype])
-    try:
-        if all(one.indices(n) == (0, n, 1) for one, n in zip(block, entry.shape, strict=False)):
-            count = math.prod(entry.shape)
-            return np.fromfile(entry.path, dtype, count, offset=entry.start).reshape(entry.shape)
-        return np.array(np.memmap(entry.path, dtype, "r", entry.start, entry.shape)[block])
-    except (OSError, ValueError) as error:
-        raise UserError(
+    with explained(
+        (OSError, ValueError),
+        lambda error: (
             f"'{entry.path}' was changed or removed while it was read ({error}). Load it again "
             f"when nothing writes to it."
-        ) from error
+        ),
+    ):
+        if all(one.indices(n) == (0, n, 1) for one, n in zip(block, entry.shape, strict=False)):
+            return np.fromfile(
+                entry.path, dtype, math.prod(entry.shape), offset=entry.start
+            ).reshape(entry.shape)
+        return np.array(np.memmap(entry.path, dtype, "r", entry.start, entry.shape)[block])

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.npz")
@@ -99,17 +99,19 @@ def check_base(directory: Path, read: Iterable[str]) -> None:
                 f"it, with weights that take the place of the checkpoint's. It is not read: merge "
                 f"both with the program that wrote them, or move it elsewhere."
             )
-    if PEFT_WEIGHTS in found:
-        raise UserError(
+    refuse(
+        (
+            PEFT_WEIGHTS in found,
             f"'{directory}' holds a whole checkpoint and an adapter, '{PEFT_WEIGHTS}', and "
             f"transformers would answer with both. Move the adapter's files to a directory of "
-            f"their own, and give that as the adapter where it is meant."
-        )
-    if read and "model.safetensors" in found and "model.safetensors" not in read:
-        raise UserError(
+            f"their own, and give that as the adapter where it is meant.",
+        ),
+        (
+            read and "model.safetensors" in found and "model.safetensors" not in read,
             f"'{directory}' holds model.safetensors and an index of other files, and readers "
-            f"differ in which comes first. Delete the ones that are not meant."
-        )
+            f"differ in which comes first. Delete the ones that are not meant.",
+        ),
+    )
 
 
 def _weights(directory: Path) -> list[str]:

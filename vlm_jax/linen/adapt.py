@@ -11,7 +11,7 @@ from flax.core import meta
 from vlm_jax.adapters.bottleneck import fresh
 from vlm_jax.adapters.lora import check_numbers, usual_start
 from vlm_jax.adapters.lora import merge as merge_lora
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, explained, nearest, refuse
 from vlm_jax.linen.adapted import ADAPTER, LORA, Adapted
 from vlm_jax.linen.discover import look
 from vlm_jax.linen.intercept import nnx_text, warn_without_dropout
@@ -83,16 +83,21 @@ def adapt(
     made: dict[str, Any] = {}
     key = jax.random.key(0) if key is None else key
     if lora is not None:
-        without_dropout = [layer.name for layer in layers if not layer.takes_dropout]
-        warn_without_dropout("LoRA", lora.dropout, without_dropout)
+        warn_without_dropout(
+            "LoRA", lora.dropout, [layer.name for layer in layers if not layer.takes_dropout]
+        )
         made[LORA] = _fresh(layers, lora.rank, key)
     if adapter is not None:
-        without_dropout = [site.name for site in sites if not site.takes_dropout]
-        warn_without_dropout("adapter", adapter.dropout, without_dropout)
+        warn_without_dropout(
+            "adapter", adapter.dropout, [site.name for site in sites if not site.takes_dropout]
+        )
         shapes = {p: shape for site in sites for p, shape in site_shapes(site, adapter).items()}
         made[ADAPTER] = unflatten(fresh(adapter, shapes, key))
-    layers_found = [one for one in found.layers.values() if isinstance(one, Layer)]
-    quantized = [layer for layer in layers_found if isinstance(flat[layer.leaf], FourBit)]
+    quantized = [
+        one
+        for one in found.layers.values()
+        if isinstance(one, Layer) and isinstance(flat[one.leaf], FourBit)
+    ]
     if quantization is not None:
         new = _quantized(found.layers.values(), flat, quantization)
         flat = flat | {layer.leaf: leaf for layer, leaf in new.items()}
@@ -106,16 +111,18 @@ def adapt(
 def _sorted(methods: tuple) -> tuple[LoRA | None, Adapter | None, Quantization | None]:
     """Return the methods by their kind, or raise `UserError`."""
     held = {type(method): method for method in methods}
-    if not methods or len(held) < len(methods) or held.keys() - {LoRA, Adapter, Quantization}:
-        raise UserError(
+    refuse(
+        (
+            not methods or len(held) < len(methods) or held.keys() - {LoRA, Adapter, Quantization},
             f"adapt was given the methods ({', '.join(map(repr, methods))}); expected LoRA(...) or "
-            f"Adapter(...), Quantization('nf4-dq'), or one of each."
-        )
-    if LoRA in held and Adapter in held:
-        raise UserError(
+            f"Adapter(...), Quantization('nf4-dq'), or one of each.",
+        ),
+        (
+            LoRA in held and Adapter in held,
             "adapt was given a LoRA and an Adapter; a run trains one of the two. Leave one out, or "
-            "adapt with LoRA, merge, and adapt the result with the Adapter."
-        )
+            "adapt with LoRA, merge, and adapt the result with the Adapter.",
+        ),
+    )
     return held.get(LoRA), held.get(Adapter), held.get(Quantization)
 
 
@@ -178,10 +185,8 @@ def _quantized(
         )
     skipped: set[str] = set()
     for name in method.skip:
-        try:
+        with explained(UserError, lambda error: f"In Quantization.skip: {error}"):
             skipped |= {layer.path for layer in chosen(found, (name,))}
-        except UserError as error:
-            raise UserError(f"In Quantization.skip: {error}") from error
     layers = [layer for layer in chosen(found, "all-linear") if layer.path not in skipped]
     for layer in layers:
         if layer.stack is not None and layer.stack.axis != 0:
@@ -213,16 +218,18 @@ def merge(
     if isinstance(model, Model):
         return merge_lora(model, params, requantize)
     adapted, variables = model, params
-    if requantize:
-        raise UserError(
+    refuse(
+        (
+            requantize,
             "requantize=True keeps 4-bit kernels, which a Linen module cannot apply by itself. "
-            "Merge without it, and give the result to adapt with a Quantization."
-        )
-    if adapted.adapter is not None:
-        raise UserError(
+            "Merge without it, and give the result to adapt with a Quantization.",
+        ),
+        (
+            adapted.adapter is not None,
             "This module has bottleneck adapters, which no weight can stand for: between their two "
-            "layers is a non-linearity. Keep them beside the parameters: save_adapter writes them."
-        )
+            "layers is a non-linearity. Keep them beside the parameters: save_adapter writes them.",
+        ),
+    )
     flat = flatten(variables["params"])
     merged = dict(flat)
     for layer in adapted.quantized:

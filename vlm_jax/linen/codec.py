@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.files.limits import read_json
 from vlm_jax.hub import adapter_files
@@ -174,10 +174,10 @@ def load_lora(
     directory = Path(directory).expanduser()
     file = adapter_weights(directory, PEFT_WEIGHTS)
     config, lora = read_config(directory, also=("fan_in_fan_out",))
-    try:
+    with explained(
+        UserError, lambda error: f"The adapter in '{directory}' cannot be loaded: {error}"
+    ):
         check_supported(lora)  # before the tensors, some of which would have no place
-    except UserError as error:
-        raise UserError(f"The adapter in '{directory}' cannot be loaded: {error}") from error
     flat = flatten(params)
     found = look(module, params, flat, inputs).layers.values()
     layers = [one for one in found if isinstance(one, Layer)]
@@ -223,8 +223,9 @@ def load_lora(
     held = {named[name][0] for name in matrices}
     adapted = tuple(layer for layer in layers if layer in held)
     lora = dataclasses.replace(lora, targets=tuple(layer.name for layer in adapted))
-    without_dropout = [layer.name for layer in adapted if not layer.takes_dropout]
-    warn_without_dropout("LoRA", lora.dropout, without_dropout)
+    warn_without_dropout(
+        "LoRA", lora.dropout, [layer.name for layer in adapted if not layer.takes_dropout]
+    )
     quantized = tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit))
     return (
         Adapted(module, lora, adapted, quantized),
@@ -288,8 +289,10 @@ def save_adapter(
             "save_lora."
         )
     model.bottlenecks(params)  # raises where they are not this module's
-    leaves = jax.device_get(flatten(params[ADAPTER]))
-    tensors = {path: np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves.items()}
+    tensors = {
+        path: np.ascontiguousarray(leaf, np.float32)
+        for path, leaf in jax.device_get(flatten(params[ADAPTER])).items()
+    }
     with whole_directory(directory, ADAPTER_PARTS) as folder:
         save_file(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(model.adapter)})

@@ -93,8 +93,13 @@ def _record_layer(
     """Note a module that has a weight, and of an NNX module all within."""
     name, method = weights.get(path), context.orig_method.func
     if type(context.module).__module__.startswith(NNX):
-        inside = [inner for inner in weights if lies_in(inner, path)]
-        seen.layers.update({one: Other(one, "it belongs to an NNX module") for one in inside})
+        seen.layers.update(
+            {
+                inner: Other(inner, "it belongs to an NNX module")
+                for inner in weights
+                if lies_in(inner, path)
+            }
+        )
     elif name is None or (method in CALLS and isinstance(seen.layers.get(path), Layer)):
         pass  # met before: a 4-bit layer calls a copy of itself, which knows no rngs
     elif method in CALLS:

@@ -226,8 +226,7 @@ def _decoded(module: nn.Module, layer: type[nn.Module], args: tuple, kwargs: dic
 
     @jax.checkpoint
     def run(x: Any, params: dict[str, Any]) -> Any:
-        matrix = dense(params["kernel"], dtype)
-        kernel = as_weight(matrix, how.shape, (*how.inputs, *how.outputs))
+        kernel = as_weight(dense(params["kernel"], dtype), how.shape, (*how.inputs, *how.outputs))
         variables = {"params": {**params, "kernel": kernel}}
         return module.clone(parent=None).apply(variables, x, *args[1:], method=method, **more)
 

@@ -74,13 +74,19 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_ISE):
         vision, compute = self.vision, self.compute
-        names = ("layer_norm1", "layer_norm2", "self_attn")
         make_block = functools.partial(
-            tower_block(vision, TowerAttention, names, vision.epsilon, compute),
+            tower_block(
+                vision,
+                TowerAttention,
+                ("layer_norm1", "layer_norm2", "self_attn"),
+                vision.epsilon,
+                compute,
+            ),
             keep=len(self.wanted) > 1,
         )
-        layers = Stack(make_block, vision.depth, compute.remat, name="layers")
-        out, kept = layers(x_ISE, (), upto=max(self.wanted))
+        out, kept = Stack(make_block, vision.depth, compute.remat, name="layers")(
+            x_ISE, (), upto=max(self.wanted)
+        )
         if len(self.wanted) == 1:
             return out
         states = [x_ISE if layer == 0 else kept[layer - 1] for layer in self.wanted]

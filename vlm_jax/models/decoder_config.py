@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields, entry
 from vlm_jax.models.rope_config import Rope, rope_from_hf
 
@@ -109,16 +109,18 @@ def decoder_from_hf(
     # A null means as many as there are query heads.
     kv_heads = fields.size("num_key_value_heads", null=True) or heads
     head_dim = fields.size("head_dim", None) or hidden // heads
-    if head_dim % 2:
-        raise UserError(
+    refuse(
+        (
+            head_dim % 2,
             f"The {where} has heads of {head_dim} numbers; rotary positions turn pairs, so it must "
-            f"be even: head_dim, or hidden_size / num_attention_heads."
-        )
-    if heads % kv_heads:
-        raise UserError(
+            f"be even: head_dim, or hidden_size / num_attention_heads.",
+        ),
+        (
+            heads % kv_heads,
             f"The {where} has {heads} query heads on {kv_heads} key and value heads: the latter "
-            f"must divide the former."
-        )
+            f"must divide the former.",
+        ),
+    )
     scaling = fields.take("rope_scaling", None, dict)
     rope = rope_from_hf(
         fields.take("rope_parameters", None, dict) or scaling,

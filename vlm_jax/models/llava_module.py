@@ -29,8 +29,7 @@ class Body(nn.Module):
         self.language_model = Decoder(cfg.text, self.compute)
 
     def features(self, batch) -> jax.Array:
-        seen = self.vision_tower(batch.patches, batch.patch_positions)
-        return self.multi_modal_projector(seen)
+        return self.multi_modal_projector(self.vision_tower(batch.patches, batch.patch_positions))
 
 
 class Module(VisionLanguageModel):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.limits import number
 from vlm_jax.models.decoder_config import flat_or_nested
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, TowerSizes, components
@@ -86,7 +86,7 @@ class Qwen2VL(Family):
         patch, frames = vision.size("patch_size", 14), vision.size("temporal_patch_size", 2)
         channels = vision.size("in_channels", vision.size("in_chans", 3))
         rope = Fields(vision.take("rope_parameters", None, dict) or {}, vision.where)
-        for wrong, message in (
+        refuse(
             (
                 vision.take("hidden_size", 3584) != decoder.hidden_size,
                 "The vision_config's hidden_size must equal the decoder's hidden_size, "
@@ -101,9 +101,7 @@ class Qwen2VL(Family):
                 f"The vision_config has heads of {width // heads} numbers (embed_dim / num_heads); "
                 f"they are turned in pairs by two positions, so it must be a multiple of 4.",
             ),
-        ):
-            if wrong:
-                raise UserError(message)
+        )
         shape = (channels, frames, patch, patch)
         number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
         tower = vision.finish(

@@ -90,13 +90,15 @@ class Visual(nn.Module):
     @nn.compact
     def __call__(self, batch) -> jax.Array:
         vision, compute = self.vision, self.compute
-        names = ("norm1", "norm2", "attn")
-        make_block = tower_block(vision, TowerAttention, names, EPSILON, compute)
+        make_block = tower_block(
+            vision, TowerAttention, ("norm1", "norm2", "attn"), EPSILON, compute
+        )
         head_dim = vision.width // vision.num_heads
         cos, sin = grid_angles(batch.patch_positions, head_dim, vision.theta)
         x_BPE = PatchEmbed(vision.width, compute.dtype, name="patch_embed")(batch.patches)
-        blocks = Stack(make_block, vision.depth, compute.remat, name="blocks")
-        x_BPE, _ = blocks(x_BPE, (cos, sin, batch.patch_segments))
+        x_BPE, _ = Stack(make_block, vision.depth, compute.remat, name="blocks")(
+            x_BPE, (cos, sin, batch.patch_segments)
+        )
         return Merger(vision.merge, self.features, compute, name="merger")(x_BPE)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.limits import number
 
 
@@ -58,7 +58,7 @@ def rope_from_hf(
     kind = given.get("rope_type", given.get("type", "default"))
     # "mrope" is 4.x's name of the default frequencies with three axes.
     kind = "default" if kind == "mrope" else kind
-    for wrong, message in (
+    refuse(
         (
             kind not in KINDS,
             f"The {where} asks for rope type '{kind}', which is not supported; supported: "
@@ -73,9 +73,7 @@ def rope_from_hf(
             f"The mrope_section {list(section)} of the {where} sums to {sum(section)}, but half "
             f"the head dimension is {head_dim // 2}; the two must be equal.",
         ),
-    ):
-        if wrong:
-            raise UserError(message)
+    )
     original = given.get("original_max_position_embeddings") or max_position
     stretch = max_position / original if kind == "yarn" else 1.0
     return Rope(

@@ -93,8 +93,7 @@ class VisionLanguageModel(nn.Module):
 
     def decode(self, tokens_BT, positions, segments_BT, cache) -> tuple[jax.Array, Any]:
         """Return hidden states [B, T, D] of text that follows what the cache holds."""
-        embed = self.decoder.embed_tokens
-        return self.decoder(embed(tokens_BT), positions, segments_BT, cache)
+        return self.decoder(self.decoder.embed_tokens(tokens_BT), positions, segments_BT, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return float32 [..., V]: the loss and sampling need the full precision."""

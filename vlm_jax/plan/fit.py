@@ -78,8 +78,13 @@ def fit(
     def fitting(candidates: list[dict[str, Any]]) -> int:
         """Try settings in turn and return how many fit before one does not."""
         for number, setting in enumerate(candidates):
-            changes = {**(overrides or {}), **setting}
-            report = plan_step(config, topology, overrides=changes, tokens=tokens, patches=patches)
+            report = plan_step(
+                config,
+                topology,
+                overrides={**(overrides or {}), **setting},
+                tokens=tokens,
+                patches=patches,
+            )
             tried.append(Trial(setting, report))
             on_trial(tried[-1])
             if not report.fits:
@@ -90,9 +95,9 @@ def fit(
     for policy in POLICIES[1:]:
         room = fitting(settings(config, policy)[:room])
     fitting(settings(config, LAST_RESORT)[rest:])
-    fitted = [trial for trial in tried if trial.report.fits]
-    return max(fitted, key=_worth, default=None), tried
-
-
-def _worth(trial: Trial) -> tuple[float, int]:
-    return trial.report.speed.tokens_per_second or 0.0, -trial.report.peak
+    fastest = max(
+        (trial for trial in tried if trial.report.fits),
+        key=lambda trial: (trial.report.speed.tokens_per_second or 0.0, -trial.report.peak),
+        default=None,
+    )
+    return fastest, tried

@@ -1,8 +1,7 @@
 """Memory per device of a step's arrays, leaf by leaf, and their sharding."""
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from vlm_jax.models.layers.bottleneck import is_adapter
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.plan.step import Step
+from vlm_jax.train.estimate import nbytes
 from vlm_jax.train.moments import HOST
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
@@ -69,20 +69,6 @@ def parts(step: Step) -> Parts:
         batch=nbytes(step.batch),
         rest=nbytes((state.step, state.rng)),
     )
-
-
-def nbytes(tree: Any) -> int:
-    """Return the bytes that a tree of shapes with shardings takes on one device."""
-    return sum(map(_array_bytes, jax.tree.leaves(tree)))
-
-
-def _array_bytes(array: Any) -> int:
-    shape = array.sharding.shard_shape(array.shape)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return math.prod(shape) * 8  # two words of 32 bits
-    dtype = jnp.dtype(array.dtype)
-    bits = 4 if dtype.name.endswith("int4") else 8 * dtype.itemsize
-    return -(-math.prod(shape) * bits // 8)
 
 
 def table(step: Step) -> list[Leaf]:

@@ -16,7 +16,7 @@ from vlm_jax.config.specs import DataSpec
 from vlm_jax.data import Encoder, read_records
 from vlm_jax.data.records.sources import is_list_of_sources
 from vlm_jax.data.statistics import RowChoice, Sizes, choose_row, measure, pixel_limits
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained, refuse
 from vlm_jax.hardware import GB, USABLE, Hardware, hardware
 from vlm_jax.hub.load import resolve
 from vlm_jax.train.estimate import Estimate, estimate
@@ -112,10 +112,8 @@ def recommend(
     `UserError` where nothing fits, and for bad data, models and unknown hardware.
     """
     machine = None if hardware_name is None else hardware(hardware_name)
-    try:
+    with explained(ValueError, lambda error: f"--data is {data!r}; expected {error}."):
         source = sources_value(data) if isinstance(data, str) else data
-    except ValueError as error:
-        raise UserError(f"--data is {data!r}; expected {error}.") from None
     records = read_records(source, image_folder, split)
     named = isinstance(source, str) or is_list_of_sources(source)  # and no rows in memory
     encoder = Encoder(
@@ -166,23 +164,16 @@ def recommend(
             f"{best.row.shape[1]} patches needs {best.need.total / GB:.1f} GB a device. Take more "
             f"or larger devices, a smaller model, or shorter examples."
         )
-    made, row = best.config, best.row
+    made = best.config
     if machine is not None and machine.count > 1:
-        copies = machine.count // best.shards
-        made["mesh"] = {"devices": machine.count, "data": copies, "fsdp": best.shards}
+        made["mesh"] = {
+            "devices": machine.count,
+            "data": machine.count // best.shards,
+            "fsdp": best.shards,
+        }
     if in_4_bits:
         made["model"].pop("quantize", None)
-    devices, budget = (1, _here()) if machine is None else (machine.count, machine.usable)
-    rows = max(1, round(band.batch / row.density / devices))
-    for micro_batches in (2**n for n in range(rows.bit_length() + 1)):
-        at_once = max(1, round(rows / micro_batches))
-        made["training"] |= {
-            "per_device_train_batch_size": at_once,
-            "gradient_accumulation_steps": micro_batches if at_once > 1 else rows,
-        }
-        best = best._replace(need=_need(made, encoder, row.shape, at_once).over(best.shards))
-        if at_once == 1 or best.need.total <= budget:
-            break
+    best = _with_rows(best, band, encoder, machine)
     why = band.why
     if methods[0] != METHODS[band.method]:
         why = f"the checkpoint is in 4 bits already, so not {METHODS[band.method].name}"
@@ -191,6 +182,24 @@ def recommend(
     return Recommendation(
         best.method, _reasons(best, count, why, machine), made, best.need, machine
     )
+
+
+def _with_rows(
+    best: _Candidate, band: Band, encoder: Encoder, machine: Hardware | None
+) -> _Candidate:
+    """Return a candidate whose config has the band's batch, in as few micro-batches as fit."""
+    devices, budget = (1, _here()) if machine is None else (machine.count, machine.usable)
+    rows = max(1, round(band.batch / best.row.density / devices))
+    for micro_batches in (2**n for n in range(rows.bit_length() + 1)):
+        at_once = max(1, round(rows / micro_batches))
+        best.config["training"] |= {
+            "per_device_train_batch_size": at_once,
+            "gradient_accumulation_steps": micro_batches if at_once > 1 else rows,
+        }
+        need = _need(best.config, encoder, best.row.shape, at_once).over(best.shards)
+        if at_once == 1 or need.total <= budget:
+            break
+    return best._replace(need=need)
 
 
 def _config(
@@ -202,14 +211,15 @@ def _config(
     given: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Return the config of a method, without the keys of `given` and others that are None."""
-    sizes = {"r": method.rank, "alpha": 2 * method.rank} if method.rank else {}
     made: dict[str, dict[str, Any]] = {
         "model": {
             **given["model"],
             "quantize": "nf4-dq" if method.quantize else None,
             "vision_encoder_lr_scale": method.vision,
         },
-        "lora": {"enabled": method.rank > 0, **sizes},
+        "lora": {"enabled": True, "r": method.rank, "alpha": 2 * method.rank}
+        if method.rank
+        else {"enabled": False},
         "training": {
             **given["training"],
             "num_train_epochs": band.epochs,
@@ -339,11 +349,13 @@ def write(recommendation: Recommendation, file: Path) -> None:
             recommendation.config, sort_keys=False, allow_unicode=True
         )
     else:
-        settings = configs.flatten_config(recommendation.config).items()
         text = (
             f'"""{title}"""\n\nfrom vlm_jax import config\n\n\ndef get_config():\n'
             "    c = config.get_config()\n"
-            + "".join(f"    c.{key} = {value!r}\n" for key, value in settings)
+            + "".join(
+                f"    c.{key} = {value!r}\n"
+                for key, value in configs.flatten_config(recommendation.config).items()
+            )
             + "    return c\n"
         )
     file.write_text(text, encoding="utf-8")
@@ -351,7 +363,10 @@ def write(recommendation: Recommendation, file: Path) -> None:
 
 def check_out(file: Path) -> None:
     """Raise `UserError` where the config could not be written there."""
-    if file.suffix not in (".yaml", ".yml", ".py"):
-        raise UserError(f"--out '{file}' must end in .yaml or .py, the forms of a config.")
-    if file.exists():
-        raise UserError(f"--out '{file}' exists. Delete it, or choose another path.")
+    refuse(
+        (
+            file.suffix not in (".yaml", ".yml", ".py"),
+            f"--out '{file}' must end in .yaml or .py, the forms of a config.",
+        ),
+        (file.exists(), f"--out '{file}' exists. Delete it, or choose another path."),
+    )

@@ -19,13 +19,7 @@ from vlm_jax.plan import leaves, program, traffic, work
 from vlm_jax.plan.speed import Speed, sent, speed
 from vlm_jax.plan.step import Step, load, prepare
 from vlm_jax.plan.topologies import INSTALL, compilers, devices
-from vlm_jax.train.estimate import (
-    activations,
-    beside_masters,
-    gathered_head,
-    largest,
-    trains_tower,
-)
+from vlm_jax.train.estimate import beside_arguments
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit
 
@@ -224,9 +218,11 @@ def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
     seconds = time.perf_counter() - began
     memory = program.memory(compiled)
     fits = device.is_tpu or memory.total <= capacity  # a TPU's compiler refuses what does not
-    said = f"{capacity / device.memory:.0%} of the memory are counted on"
-    if device.is_tpu:
-        said = "the compiler accepts it"
+    said = (
+        "the compiler accepts it"
+        if device.is_tpu
+        else f"{capacity / device.memory:.0%} of the memory are counted on"
+    )
     beside = {
         "gradients, activations, temporaries": memory.temporary,
         "results": memory.outputs - memory.aliased,
@@ -237,20 +233,13 @@ def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
 
 
 def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
-    model, learned = step.model, step.state.trainable
-    head = gathered_head(model, learned, step.frozen) if step.sizes["fsdp"] > 1 else 0
+    taken = beside_arguments(
+        step.config, step.model, step.state.trainable, step.frozen, step.shape, step.rows_at_once
+    )
+    head = taken.head if step.sizes["fsdp"] > 1 else 0
     beside = {
-        "gradients and copies of what trains": beside_masters(
-            step.config, model, own.lora + own.masters
-        ),
-        "activations": head
-        + activations(
-            model,
-            step.shape,
-            step.rows_at_once,
-            trains_tower(model, learned),
-            largest(step.frozen),
-        ),
+        "gradients and copies of what trains": taken.copies,
+        "activations": taken.activations + head,
     }
     peak, capacity = own.device + sum(beside.values()), device.usable
     said = f"{capacity / device.memory:.0%} of the memory are counted on"

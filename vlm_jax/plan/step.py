@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch
 from vlm_jax.config.specs import RunSpec
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.hardware import Hardware
 from vlm_jax.model import Model
 from vlm_jax.plan.topologies import OPTIONS, devices
@@ -104,17 +104,24 @@ def compile_step(
     an unknown topology, and where a program does not fit its memory.
     """
     sizes = {"mesh.auto": False, **{f"mesh.{name}": n for name, n in mesh.items()}} if mesh else {}
-    loaded = load(config, {**(overrides or {}), **sizes})
-    step = prepare(loaded, devices(topology), rows=rows, tokens=tokens, patches=patches)
+    step = prepare(
+        load(config, {**(overrides or {}), **sizes}),
+        devices(topology),
+        rows=rows,
+        tokens=tokens,
+        patches=patches,
+    )
     with out_of_memory_explained():
         return step.compile()
 
 
 def load(config: str | Path | RunSpec | ConfigDict, changes: Mapping[str, Any]) -> RunSpec:
     """Return a config, given as one or as a file, with {"section.key": value} changed."""
-    if isinstance(config, str | Path):
-        return configs.load(config, changes)
-    return configs.load(None, {**RunSpec.of(config).flat(), **changes})
+    return (
+        configs.load(config, changes)
+        if isinstance(config, str | Path)
+        else configs.load(None, {**RunSpec.of(config).flat(), **changes})
+    )
 
 
 def prepare(
@@ -156,13 +163,14 @@ def prepare(
 def abstract_mesh(config: RunSpec, machine: Hardware) -> AbstractMesh:
     """Return the mesh of a config's `mesh` section over devices that are only described."""
     m, count = config.mesh, machine.count
-    if m.devices > count:
-        raise UserError(f"mesh.devices is {m.devices}, but there are {count} devices.")
-    if m.context != 1:
-        raise UserError(
+    refuse(
+        (m.devices > count, f"mesh.devices is {m.devices}, but there are {count} devices."),
+        (
+            m.context != 1,
             f"mesh.context is {m.context}, of which an estimate from shapes knows nothing: plan "
-            f"for hardware that can be compiled for, as v5e-16 or h100:8."
-        )
+            f"for hardware that can be compiled for, as v5e-16 or h100:8.",
+        ),
+    )
     sizes = sizes_of(config, m.devices or count, machine.usable)
     return AbstractMesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, explained, nearest
 from vlm_jax.hardware import DEVICES, hardware
 
 # The package of each platform's compiler, and its name in messages.
@@ -83,10 +83,11 @@ def _describe(asked: str, platform: str, name: str, **options: Any) -> list[Any]
     package, compiler = COMPILERS[platform]
     if find_spec(package) is None:
         raise UserError(f"Compiling for '{asked}' needs {compiler}. {INSTALL}")
-    try:
-        return list(topologies.get_topology_desc(name, platform, **options).devices)
-    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        raise UserError(
+    with explained(
+        (jax.errors.JaxRuntimeError, RuntimeError, ValueError),
+        lambda error: (
             f"The topology '{asked}' could not be described: {str(error).splitlines()[0]} Known to "
             f"work are {', '.join(EXAMPLES)}."
-        ) from error
+        ),
+    ):
+        return list(topologies.get_topology_desc(name, platform, **options).devices)

@@ -84,9 +84,11 @@ def _accessed(instruction: Instruction, made: Mapping[str, Instruction], program
         least = min((size for _, size in arrays), default=0)
         return sum(min(seen, least) for seen, _ in arrays)
     called = first(r"\bcalls=%?([^\s,)]+)", instruction.text)
-    if opcode == "fusion" and called in program:
-        return _fused(program[called], taken, written, program)
-    return written + sum(_size(one.result) for one in taken)
+    return (
+        _fused(program[called], taken, written, program)
+        if opcode == "fusion" and called in program
+        else written + sum(_size(one.result) for one in taken)
+    )
 
 
 def _fused(

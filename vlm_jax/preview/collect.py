@@ -17,16 +17,14 @@ from vlm_jax.data.planner import Step
 from vlm_jax.data.records.record import canonical
 from vlm_jax.data.shapes import Shape
 from vlm_jax.errors import UserError
-from vlm_jax.files.limits import read_json
 from vlm_jax.hub.load import resolve
-from vlm_jax.model import Source, from_config
 from vlm_jax.preview.example import Example, Reader
 from vlm_jax.sharding import mesh_sizes
 from vlm_jax.train.setup import (
     base_name,
     check_type,
     data_seed,
-    make_encoder,
+    encoder_of,
     make_pipeline,
     total_steps,
 )
@@ -128,19 +126,16 @@ def open_pipeline(config: RunSpec, split: str = "train") -> Pipeline:
     """Return the pipeline that training would make, from a hub checkpoint's small files alone."""
     if split not in SPLITS:
         raise UserError(f"There is no split '{split}'; expected one of {', '.join(SPLITS)}.")
-    name, t = base_name(config), config.training
-    directory = resolve(name, config.model.revision, weights=False)
-    model = from_config(
-        read_json(directory / "config.json"),
-        source=Source(str(directory), {}, name, config.model.revision),
-    )
-    check_type(config, model)
+    t, directory = config.training, resolve(base_name(config), config.model.revision, weights=False)
+    encoder = encoder_of(config, directory)
+    check_type(config, encoder.hf_config)
     is_training = split == "train"
-    rows = t.per_device_eval_batch_size
-    if is_training:
-        rows = t.per_device_train_batch_size * t.gradient_accumulation_steps
-    encoder, shards = make_encoder(config, model), shards_of(config)
-    return make_pipeline(config, encoder, rows * shards, training=is_training)
+    rows = (
+        t.per_device_train_batch_size * t.gradient_accumulation_steps
+        if is_training
+        else t.per_device_eval_batch_size
+    )
+    return make_pipeline(config, encoder, rows * shards_of(config), training=is_training)
 
 
 def shards_of(config: RunSpec) -> int:
@@ -340,5 +335,7 @@ def _resolution(pipeline: Pipeline) -> tuple[str, str]:
 
 def first_messages(report: dict[str, Any]) -> Sequence[tuple[str, int, str]]:
     """Return (reason, records, its first message) of what is left out."""
-    first = report["first_dropped"]
-    return [(reason, n, first.get(reason, "")) for reason, n in report["dropped"].items()]
+    return [
+        (reason, n, report["first_dropped"].get(reason, ""))
+        for reason, n in report["dropped"].items()
+    ]

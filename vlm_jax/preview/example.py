@@ -90,8 +90,12 @@ class Example:
             stretch = list(group)
             first, last = stretch[0], stretch[-1]
             tokens = _span(first.start, last.start + last.count - 1)
-            positions = _span(first.position, last.position)
-            found.append((f"{tokens} {first.kind}" if number else tokens, positions))
+            found.append(
+                (
+                    f"{tokens} {first.kind}" if number else tokens,
+                    _span(first.position, last.position),
+                )
+            )
         return found
 
 
@@ -213,8 +217,13 @@ class Reader:
             )
             frames.append(found if kind == "video" else found[:1])
             patches += len(places)
-        pixels = to_bytes(np.concatenate(frames), self.tables[kind])
-        return Picture(kind, pixels, self.config.cell, len(segments), patches)
+        return Picture(
+            kind,
+            to_bytes(np.concatenate(frames), self.tables[kind]),
+            self.config.cell,
+            len(segments),
+            patches,
+        )
 
 
 def to_bytes(values: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from vlm_jax.adapters.lora_init import starts_from_kernel
 from vlm_jax.adapters.modules_to_save import bias_leaves, saved_modules
 from vlm_jax.adapters.targets import PRESETS, slots, target_kernels, target_modules
 from vlm_jax.config.specs import RunSpec
-from vlm_jax.errors import UserError
-from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter
+from vlm_jax.errors import UserError, refuse
+from vlm_jax.hub.adapter_files import load_either
 from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.model import Model
 from vlm_jax.models.layers.bottleneck import is_adapter
@@ -55,8 +55,9 @@ def adapt_base(
     Runs under `jax.eval_shape` too, unless an adapter of model.adapter has rows of an embedding.
     """
     m, bottlenecks = config.model, config.adapter.type is not None
-    add = _add_bottlenecks if bottlenecks else _add_lora
-    model, new, saved = add(config, model, dict(params))
+    model, new, saved = (_add_bottlenecks if bottlenecks else _add_lora)(
+        config, model, dict(params)
+    )
     table = training_table(
         model,
         new,
@@ -100,9 +101,7 @@ def _add_lora(
         if path.endswith("/lora_A")
     ]
     lora = lora_of(config)
-    kernels = adapted
-    if asked.enabled and not adapted:
-        kernels = target_kernels(model, params, lora)
+    kernels = adapted if adapted or not asked.enabled else target_kernels(model, params, lora)
     saved = _modules_to_save(config, model, kernels, asked.modules_to_save)
     # The modules of a loaded adapter without LoRA stay in this one, trained further or not.
     loaded = () if adapted or model.lora is None else model.lora.modules_to_save
@@ -173,16 +172,18 @@ def _continue_lora(
     """
     own = model.lora
     assert own is not None
-    if not config.lora.enabled:
-        raise UserError(
+    refuse(
+        (
+            not config.lora.enabled,
             f"The adapter '{config.model.adapter}' holds LoRA factors, but lora.enabled is false. "
-            f"Merge it first (vlm-jax export --merge) and train from the result."
-        )
-    if lora.init != "true":
-        raise UserError(
+            f"Merge it first (vlm-jax export --merge) and train from the result.",
+        ),
+        (
+            lora.init != "true",
             f"lora.init_lora_weights is {lora.init!r}, but the adapter '{config.model.adapter}' "
-            f"has factors already, which are not initialised again. Remove one of the two."
-        )
+            f"has factors already, which are not initialised again. Remove one of the two.",
+        ),
+    )
     for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern", "bias"):
         if getattr(own, name) != getattr(lora, name):
             raise UserError(
@@ -191,10 +192,9 @@ def _continue_lora(
             )
     asked = config.lora.target_modules
     if asked is not None or lora.layers_to_transform or lora.exclude_modules:
-        hits = target_modules(model, params, lora)
         wanted = {
             module
-            for path, flags in hits.items()
+            for path, flags in target_modules(model, params, lora).items()
             for module, hit in zip(layer_names(model, path), flags, strict=True)
             if hit
         }
@@ -215,12 +215,6 @@ def _continue_lora(
     )
 
 
-def adapter_of(config: RunSpec) -> Adapter:
-    """Return what a config's adapter section asks for."""
-    asked = dataclasses.asdict(config.adapter)
-    return Adapter(kind=asked.pop("type"), **asked)
-
-
 def _add_bottlenecks(
     config: RunSpec, model: Model, params: dict[str, Any]
 ) -> tuple[Model, dict[str, Any], tuple[str, ...]]:
@@ -228,11 +222,11 @@ def _add_bottlenecks(
 
     Raises `UserError` where model.adapter holds LoRA, or adapters of another kind.
     """
-    directory, adapter = config.model.adapter, adapter_of(config)
+    directory, asked = config.model.adapter, dataclasses.asdict(config.adapter)
+    adapter = Adapter(kind=asked.pop("type"), **asked)
     loaded: tuple[str, ...] = ()
     if directory is not None:
-        read = load_adapter if is_adapter_directory(directory) else load_peft
-        model, params = read(model, params, directory)
+        model, params = load_either(model, params, directory)
         loaded = model.modules_to_save
         if any(map(is_lora, flatten(params))):
             raise UserError(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -76,25 +76,33 @@ def compile_step(
         return jitted.lower(state, frozen, batch).compile(options), jitted
 
 
+class Shapes(NamedTuple):
+    """Shapes of batches of `rows` rows on a mesh: those foreseen, the largest last.
+
+    wider: others that may come unforeseen.
+    """
+
+    rows: int
+    mesh: Any
+    foreseen: Sequence[Shape]
+    wider: Sequence[Shape] = ()
+
+    def largest(self, model: Model) -> Batch:
+        """Return the shapes and shardings of the largest batch foreseen."""
+        check_lengths(self.mesh, (tokens for tokens, _ in self.foreseen))
+        return abstract_batch(model, self.rows, self.foreseen[-1], self.mesh)
+
+
 class OnceAShape:
     """A function of (..., batch), compiled when a batch of a new shape comes.
 
-    shapes: all of its `rows` rows that are foreseen. wider: others that there may be. compiling:
-    seconds that the last call spent on it. tell: shows words while a block lasts. why: what stands
-    in them behind the shape.
+    compiling: seconds that the last call spent on it. tell: shows words while a block lasts. why:
+    what stands in them behind the shape.
     """
 
-    def __init__(
-        self,
-        jitted: Callable,
-        rows: int,
-        shapes: Sequence[Shape],
-        wider: Sequence[Shape] = (),
-        tell: Tell = nullcontext,
-        why: str = "",
-    ):
+    def __init__(self, jitted: Callable, shapes: Shapes, tell: Tell, why: str = ""):
         self.jitted, self.shapes, self.tell, self.why = jitted, shapes, tell, why
-        self.known = {(rows, *shape) for shape in (*shapes, *wider)}
+        self.known = {(shapes.rows, *shape) for shape in (*shapes.foreseen, *shapes.wider)}
         self.compiled: set[Shape] = set()
         self.compiling = 0.0
 
@@ -112,7 +120,7 @@ class OnceAShape:
     def announced(self, shape: Shape) -> AbstractContextManager[Any]:
         """Show that a shape is compiled while a block lasts, and count it as compiled."""
         self.compiled.add(shape)
-        number, count = len(self.compiled), len(self.shapes)
+        number, count = len(self.compiled), len(self.shapes.foreseen)
         of = f", {number} of {count} shapes" if 1 < count >= number else ""
         return self.tell(f"compiling {shape[0]} x {shape[1]}{self.why}{of}")
 
@@ -122,23 +130,17 @@ def compile_largest_step(
     model: Model,
     state: TrainState,
     frozen: Any,
-    shapes: Sequence[Shape],
-    rows: int,
-    mesh: Any,
-    wider: Sequence[Shape] = (),
+    shapes: Shapes,
     tell: Tell = nullcontext,
 ) -> OnceAShape:
-    """Return the step for all shapes, compiled for the last one, which is the largest foreseen.
+    """Return the step for all shapes, compiled for the largest one foreseen.
 
-    wider: those that may come unforeseen. Raises `UserError` where the last one does not fit into
-    memory; then none of those before it fails so.
+    Raises `UserError` where that does not fit into memory; then none of the others fails so.
     """
-    check_lengths(mesh, (tokens for tokens, _ in shapes))
-    batch = abstract_batch(model, rows, shapes[-1], mesh)
-    steps = OnceAShape(run, rows, shapes, wider, tell)
-    with steps.announced(shapes[-1]):
+    batch, steps = shapes.largest(model), OnceAShape(run, shapes, tell)
+    with steps.announced(shapes.foreseen[-1]):
         compiled, steps.jitted = compile_step(run, state, frozen, batch)
-    _check_memory(compiled, shapes[-1], rows)
+    _check_memory(compiled, batch.shape)
     return steps
 
 
@@ -147,10 +149,7 @@ def compile_largest_loss(
     model: Model,
     state: TrainState,
     frozen: Any,
-    shapes: Sequence[Shape],
-    rows: int,
-    mesh: Any,
-    wider: Sequence[Shape] = (),
+    shapes: Shapes,
     tell: Tell = nullcontext,
 ) -> OnceAShape:
     """Return (trainable, frozen, batch) -> the objective's sums, compiled as the step is.
@@ -160,15 +159,13 @@ def compile_largest_loss(
     jitted = jax.jit(
         lambda trainable, frozen, batch: objective(model, joined(model, trainable, frozen), batch)
     )
-    check_lengths(mesh, (tokens for tokens, _ in shapes))
-    batch = abstract_batch(model, rows, shapes[-1], mesh)
-    losses = OnceAShape(jitted, rows, shapes, wider, tell, " to evaluate")
-    with rows_over(batch.tokens.sharding), losses.announced(shapes[-1]):
+    batch, losses = shapes.largest(model), OnceAShape(jitted, shapes, tell, " to evaluate")
+    with rows_over(batch.tokens.sharding), losses.announced(shapes.foreseen[-1]):
         jitted.lower(state.result, frozen, batch).compile()
     return losses
 
 
-def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:
+def _check_memory(compiled: Any, shape: tuple[int, int, int]) -> None:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     usage = compiled.memory_analysis()
     if limit is None or usage is None:
@@ -177,7 +174,7 @@ def _check_memory(compiled: Any, shape: Shape, rows: int) -> None:
     need = taken - usage.alias_size_in_bytes
     if need > limit:
         raise UserError(
-            f"A step of {rows} rows of {shape[0]} tokens and {shape[1]} patches needs "
+            f"A step of {shape[0]} rows of {shape[1]} tokens and {shape[2]} patches needs "
             f"{need / 2**30:.1f} GiB a device, which has {limit / 2**30:.1f} GiB. "
             f"{LESS_MEMORY}"
         )

@@ -59,15 +59,37 @@ def estimate(config: RunSpec, shape: Shape, rows: int = 1, tokens: int | None = 
     one = dataclasses.replace(config, mesh=MeshSpec(devices=1, data=1))
     mesh = make_mesh(devices=jax.devices()[:1])
     model, _, state, frozen = abstract_run(one, mesh, tokens)
-    masters = nbytes(state.trainable)
+    beside = beside_arguments(config, model, state.trainable, frozen, shape, rows)
     on_host = config.training.optim.startswith("paged")
-    tower = trains_tower(model, state.trainable)
     return Estimate(
         weights=nbytes(frozen),
-        trained=masters + beside_masters(config, model, masters),
+        trained=nbytes(state.trainable) + beside.copies,
         moments=(0 if on_host else nbytes(state.opt_state)) + nbytes(state.ema),
-        activations=activations(model, shape, rows, tower, largest(frozen)),
-        head=gathered_head(model, state.trainable, frozen),
+        activations=beside.activations,
+        head=beside.head,
+    )
+
+
+class Beside(NamedTuple):
+    """Bytes a device that a step takes beside its arguments."""
+
+    copies: int  # float32 gradients of what trains, and copies in the compute dtype
+    activations: int
+    head: int  # as in `Estimate`
+
+
+def beside_arguments(
+    config: RunSpec, model: Model, trainable: Any, frozen: Any, shape: Shape, rows: int
+) -> Beside:
+    """Return what a step of `rows` rows at once takes beside its arguments.
+
+    trainable, frozen: shapes with their shardings.
+    """
+    tower = any(model.component(path) == "vision" for path in flatten(trainable))
+    return Beside(
+        beside_masters(config, model, nbytes(trainable)),
+        activations(model, shape, rows, tower, largest(frozen)),
+        gathered_head(model, trainable, frozen),
     )
 
 
@@ -91,36 +113,39 @@ def gathered_head(model: Model, trainable: Any, frozen: Any) -> int:
         [leaf for path, leaf in flatten(tree).items() if path.startswith(own)]
         for tree in (frozen, trainable)
     )
-    return nbytes(still) + 3 * sum(math.prod(x.shape) for x in learned) * model.dtype.itemsize
+    gradients = 3 * sum(math.prod(x.shape) for x in learned) * model.dtype.itemsize
+    return nbytes(still, whole=True) + gradients
 
 
-def trains_tower(model: Model, trainable: Any) -> bool:
-    """Return whether anything in the vision tower learns, so that its activations are kept."""
-    return any(model.component(path) == "vision" for path in flatten(trainable))
+def nbytes(tree: Any, whole: bool = False) -> int:
+    """Return the bytes that a tree of arrays, or their shapes, takes on one device.
 
-
-def nbytes(tree: Any) -> int:
-    """Return the bytes of a tree of arrays, shapes and 4-bit leaves."""
+    whole: on a device that holds all of it.
+    """
     return sum(
-        leaf.nbytes
-        if isinstance(leaf, FourBit)
-        else math.prod(leaf.shape) * (4 if is_key(leaf) else jnp.dtype(leaf.dtype).itemsize)
-        for leaf in _leaves(tree)
+        _array_bytes(leaf, leaf.shape if whole else leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
     )
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, FourBit))
+def _array_bytes(array: Any, shape: tuple[int, ...]) -> int:
+    if is_key(array):
+        return math.prod(shape) * 8  # two words of 32 bits
+    dtype = jnp.dtype(array.dtype)
+    bits = 4 if dtype.name.endswith("int4") else 8 * dtype.itemsize
+    return -(-math.prod(shape) * bits // 8)
 
 
 def largest(tree: Any) -> int:
     """Return the values of the largest 4-bit kernel of one layer, which is decoded whole."""
-    sizes = (math.prod(leaf.shape[-2:]) for leaf in _leaves(tree) if isinstance(leaf, FourBit))
-    return max(sizes, default=0)
+    four = (leaf for leaf in flatten(tree).values() if isinstance(leaf, FourBit))
+    return max((math.prod(leaf.shape[-2:]) for leaf in four), default=0)
 
 
-def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int = 0) -> int:
-    """Return the bytes that a step's activations take; tower: whether its own are kept.
+def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int) -> int:
+    """Return the bytes that a step's activations take.
+
+    tower: whether its own are kept. decoded: values of a kernel that is decoded whole.
 
     Where blocks are recomputed (model.remat), a block's input is kept for the backward pass,
     and of its inside, as of the head's logits, only one at a time is there; else all of them are.

@@ -16,6 +16,7 @@ from vlm_jax.distributed import processes
 from vlm_jax.files.atomic import write_json
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
+    Shapes,
     compile_largest_loss,
     compile_largest_step,
     out_of_memory_explained,
@@ -152,13 +153,13 @@ def _train(
     # Compile: the largest shapes first, so that what cannot run fails now
     doing, feed = Doing(console), Feed(encoder, mesh)
     step = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
-    shapes = data.training.shapes, data.rows, mesh, data.training.wider
-    run_step = compile_largest_step(step, model, run.state, frozen, *shapes, doing)
+    shapes = Shapes(data.rows, mesh, data.training.shapes, data.training.wider)
+    run_step = compile_largest_step(step, model, run.state, frozen, shapes, doing)
     losses: Any = None
     if data.held_out is not None:
-        shapes = data.held_out.shapes, data.held_out_rows, mesh, data.held_out.wider
+        shapes = Shapes(data.held_out_rows, mesh, data.held_out.shapes, data.held_out.wider)
         objective = partial(objective_of(config), label_smoothing=t.label_smoothing_factor)
-        losses = compile_largest_loss(objective, model, run.state, frozen, *shapes, doing)
+        losses = compile_largest_loss(objective, model, run.state, frozen, shapes, doing)
 
     # From here on things are written
     with contextlib.ExitStack() as opened:

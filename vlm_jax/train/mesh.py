@@ -11,7 +11,7 @@ import jax
 
 from vlm_jax.config.specs import MeshSpec, RunSpec
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.hardware import DEVICES
 from vlm_jax.sharding import LEAST_SPREAD, make_mesh, mesh_sizes, row_parts, spread
 from vlm_jax.train.estimate import estimate, row_shape
@@ -26,22 +26,26 @@ def mesh_of(config: RunSpec, devices: Sequence[Any] | None = None) -> jax.shardi
     wanted = config.mesh.devices
     if devices is None:
         devices = jax.devices()
-        if jax.process_count() != processes.count():
-            raise UserError(
+        refuse(
+            (
+                jax.process_count() != processes.count(),
                 f"JAX sees {jax.process_count()} processes that were not connected: call "
-                f"vlm_jax.distributed.processes.start() before anything touches a device."
-            )
-        if processes.count() > 1 and 0 < wanted < len(devices):
-            raise UserError(
+                f"vlm_jax.distributed.processes.start() before anything touches a device.",
+            ),
+            (
+                processes.count() > 1 and 0 < wanted < len(devices),
                 f"mesh.devices is {wanted}, but {processes.count()} processes have "
-                f"{len(devices)} devices, and all of them take part. Leave mesh.devices out."
-            )
+                f"{len(devices)} devices, and all of them take part. Leave mesh.devices out.",
+            ),
+        )
     if wanted > len(devices):
         raise UserError(f"mesh.devices is {wanted}, but there are {len(devices)} devices.")
     over = devices[: wanted or None]
-    sizes = None
-    if processes.is_primary():  # what is free may differ between devices: one process decides
-        sizes = sizes_of(config, len(over), memory_of(over[0]) if config.mesh.auto else 0)
+    sizes = (  # what is free may differ between devices: one process decides
+        sizes_of(config, len(over), memory_of(over[0]) if config.mesh.auto else 0)
+        if processes.is_primary()
+        else None
+    )
     return make_mesh(**processes.gather("mesh", sizes)[0], devices=over)
 
 
@@ -56,17 +60,19 @@ def sizes_of(config: RunSpec, count: int, memory: int) -> dict[str, int]:
     m = config.mesh
     if not m.auto:
         return mesh_sizes(count, m.data, m.fsdp, m.tensor, m.context)
-    if (m.data, m.fsdp) != (-1, 1):
-        raise UserError(
+    refuse(
+        (
+            (m.data, m.fsdp) != (-1, 1),
             f"mesh.auto picks mesh.data and mesh.fsdp, but they are set too, to {m.data} and "
-            f"{m.fsdp}. Leave them out, or mesh.auto."
-        )
-    if m.context != 1 or m.tensor < 1:
-        raise UserError(
+            f"{m.fsdp}. Leave them out, or mesh.auto.",
+        ),
+        (
+            m.context != 1 or m.tensor < 1,
             f"mesh.auto estimates what a device needs, of which it knows nothing with mesh.context "
             f"= {m.context} and mesh.tensor = {m.tensor}: set all four sizes, or leave context out "
-            f"and tensor at 1 or more."
-        )
+            f"and tensor at 1 or more.",
+        ),
+    )
     shards = mesh_sizes(count, -1, 1, m.tensor)["data"]
     one = config.having({"model.adapter": None})  # it counts as the LoRA that is described
     need = estimate(one, row_shape(one), config.training.per_device_train_batch_size)

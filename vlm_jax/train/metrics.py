@@ -227,8 +227,10 @@ def mean_losses(
         check()
     rows = [(count, total, *others.values()) for total, count, others in jax.device_get(sums)]
     count, *totals = np.asarray(rows, np.float64).sum(0).tolist()
-    named = zip(("loss", *sums[0][2]), totals, strict=True)
-    return {name: total / max(count, 1e-9) for name, total in named}
+    return {
+        name: total / max(count, 1e-9)
+        for name, total in zip(("loss", *sums[0][2]), totals, strict=True)
+    }
 
 
 def evaluation_line(found: Mapping[str, float]) -> str:

@@ -303,5 +303,7 @@ def kept_otherwise(
             return change(x)
         return jax.device_put(change(jax.device_put(x, Space.Device)), Space.Host)
 
-    struct = jax.ShapeDtypeStruct(shape, moment.dtype, sharding=there)
-    return struct, jax.jit(turn, out_shardings=moment.sharding)
+    return (
+        jax.ShapeDtypeStruct(shape, moment.dtype, sharding=there),
+        jax.jit(turn, out_shardings=moment.sharding),
+    )

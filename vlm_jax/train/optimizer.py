@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.config.checks import optimizer_name
 from vlm_jax.config.schema import coerce, get_config
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, nearest, refuse
 from vlm_jax.train.optimizers import RULES, each_tensor, scale_by_adam, takes
 from vlm_jax.train.schedules import schedule
 from vlm_jax.trees import Group, Table, flatten, map_leaves, match
@@ -91,8 +91,13 @@ def learning_rate(settings: OptimizerSettings) -> Callable[[Any], jax.Array]:
     """Return `step -> learning rate` of a group of scale 1, see `schedule`."""
     kind = settings.lr_scheduler_type
     warmup = 0 if kind == "constant" else settings.warmup
-    options = settings.lr_scheduler_kwargs or {}
-    return schedule(kind, settings.learning_rate, warmup, settings.max_steps, options)
+    return schedule(
+        kind,
+        settings.learning_rate,
+        warmup,
+        settings.max_steps,
+        settings.lr_scheduler_kwargs or {},
+    )
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -123,16 +128,17 @@ def one_group(
     kind: a key of `RULES`, or one of AdamW's names, which say how its moments are kept.
     """
     schedule, betas = learning_rate(settings), (settings.adam_beta1, settings.adam_beta2)
-    if kind in RULES:
-        rule = each_tensor(RULES[kind](*betas))
-    else:
-        rule = scale_by_adam(
+    rule = (
+        each_tensor(RULES[kind](*betas))
+        if kind in RULES
+        else scale_by_adam(
             *betas,
             settings.adam_epsilon,
             eight_bit=kind.endswith("_8bit"),
             paged=kind.startswith("paged_"),
             shardings=shardings,
         )
+    )
     return optax.chain(
         rule,
         optax.add_decayed_weights(settings.weight_decay, decay_mask),
@@ -168,21 +174,23 @@ def optimizer(
         raise UserError("Nothing is left to train: the training table freezes every parameter.")
     for path, group in groups.items():
         shape = flat[path].shape
-        if group.frozen:
-            raise UserError(
+        refuse(
+            (
+                group.frozen,
                 f"The training table freezes '{path}', which is among the trainable leaves. Pass "
-                f"the first tree of vlm_jax.split(params, table) with the same table."
-            )
-        if is_quantized(flat[path]):
-            raise UserError(
+                f"the first tree of vlm_jax.split(params, table) with the same table.",
+            ),
+            (
+                is_quantized(flat[path]),
                 f"The training table trains '{path}', which is stored in 4 bits: codes have no "
-                f"gradient. Freeze it and train LoRA beside it, or load the base without quantize."
-            )
-        if group.layers is not None and shape[:1] != (len(group.layers),):
-            raise UserError(
+                f"gradient. Freeze it and train LoRA beside it, or load the base without quantize.",
+            ),
+            (
+                group.layers is not None and shape[:1] != (len(group.layers),),
                 f"The training table has the group {texts[path]!r} for '{path}', which is of shape "
-                f"{shape}: it needs one number for each of its {shape[0] if shape else 0} layers."
-            )
+                f"{shape}: it needs one number for each of its {shape[0] if shape else 0} layers.",
+            ),
+        )
 
     def decay_mask(tree: Any) -> Any:
         flags = match(DECAY, flatten(tree), "decay table", unused="allow")

@@ -45,8 +45,10 @@ def adafactor(beta1: float, beta2: float) -> optax.GradientTransformation:
 
     Without scale_parameter and relative_step, so at the run's learning rate; every matrix factored.
     """
-    factored = promoting(optax.scale_by_factored_rms(min_dim_size_to_factor=1))
-    return optax.chain(factored, optax.clip_by_block_rms(1.0))
+    return optax.chain(
+        promoting(optax.scale_by_factored_rms(min_dim_size_to_factor=1)),
+        optax.clip_by_block_rms(1.0),
+    )
 
 
 def lion(beta1: float, beta2: float) -> optax.GradientTransformation:
@@ -86,9 +88,11 @@ def each_tensor(rule: optax.GradientTransformation) -> optax.GradientTransformat
 
     def of(path: str, rank: int) -> optax.GradientTransformation:
         axes = match(TENSORS, [path], "tensor table", unused="allow")[path][0]
-        if rank <= axes:
-            return rule
-        return optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update))
+        return (
+            rule
+            if rank <= axes
+            else optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update))
+        )
 
     def init(params: Any) -> dict[str, Any]:
         leaves = _leaves(params)
@@ -134,9 +138,11 @@ def _leaves(tree: Any) -> dict[str, Any]:
 def _beside(shape: Any, leaf: Any) -> Any:
     """Return where a part of a leaf's state lies: as the leaf, or replicated on its devices."""
     sharding = getattr(leaf, "sharding", None)
-    if shape.shape == leaf.shape or not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec())
+    return (
+        NamedSharding(sharding.mesh, PartitionSpec())
+        if isinstance(sharding, NamedSharding) and shape.shape != leaf.shape
+        else sharding
+    )
 
 
 def scale_by_adam(

@@ -29,8 +29,10 @@ def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
     def place(leaf: jax.Array) -> jax.Array:
         if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh:
             return leaf
-        kind = leaf.sharding.memory_kind
-        return put(leaf, NamedSharding(mesh, PartitionSpec(), memory_kind=kind))
+        return put(
+            leaf,
+            NamedSharding(mesh, PartitionSpec(), memory_kind=leaf.sharding.memory_kind),
+        )
 
     return jax.tree.map(place, state)
 

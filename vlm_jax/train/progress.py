@@ -193,8 +193,9 @@ class Monitor:
     def evaluated(self, step: int, found: Mapping[str, float]) -> None:
         """Log and show an evaluation, whose time is no step's."""
         self.watch.log.write_evaluation(step, found)
-        line = f"step {step}/{self.bar.total}  {evaluation_line(found)}"
-        self.bar.console.print(line, highlight=False)
+        self.bar.console.print(
+            f"step {step}/{self.bar.total}  {evaluation_line(found)}", highlight=False
+        )
         self.watch.meter.leave_out(found["seconds"])
         self.bar.leave_out(found["seconds"])
 

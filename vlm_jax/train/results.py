@@ -17,14 +17,13 @@ from vlm_jax.batch import Batch
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError, explained
+from vlm_jax.errors import UserError, explained, refuse
 from vlm_jax.files.atomic import whole_directory, write_json
 from vlm_jax.generation import generate
-from vlm_jax.hub.adapter_files import is_adapter_directory, load_adapter, save_adapter
+from vlm_jax.hub.adapter_files import load_either, save_adapter
 from vlm_jax.hub.companions import copy_all, spoken
 from vlm_jax.hub.load import load, resolve
 from vlm_jax.hub.peft import save_peft
-from vlm_jax.hub.peft_load import load_peft
 from vlm_jax.hub.save import save_pretrained
 from vlm_jax.hub.tensors import find_tensors
 from vlm_jax.model import Model
@@ -132,8 +131,7 @@ def load_run(
 def load_adapted(config: RunSpec, adapter: Path, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
     """Return the base of a config with the adapter of a directory, PEFT's or a bottleneck's."""
     model, params = load_base(config, mesh)
-    read = load_adapter if is_adapter_directory(adapter) else load_peft
-    model, params = read(model, params, adapter)
+    model, params = load_either(model, params, adapter)
     return model, params if mesh is None else shard_params(model, params, mesh)
 
 
@@ -313,25 +311,31 @@ def export(
     """
     config, encoder = open_run(run)  # what is missing is reported before weights are read
     out = Path(Path(run, "merged" if merge else "exported") if out is None else out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"The output directory '{out}' exists and is not empty. Name a new one by --out."
-        )
-    if quantized and not merge:
-        raise UserError("--quantized says how a merged checkpoint is stored: add --merge.")
+    refuse(
+        (
+            out.exists() and (not out.is_dir() or any(out.iterdir())),
+            f"The output directory '{out}' exists and is not empty. Name a new one by --out.",
+        ),
+        (
+            quantized and not merge,
+            "--quantized says how a merged checkpoint is stored: add --merge.",
+        ),
+    )
     model, params, config = load_run(run, exact=True, encoder=encoder)
     batch = probe(encoder)
     into = lost = None
-    if merge and model.adapter is not None:
-        raise UserError(
+    refuse(
+        (
+            merge and model.adapter is not None,
             f"The run '{run}' trained bottleneck adapters, which are non-linear and cannot be "
-            f"merged. Leave --merge out for the adapter's own files."
-        )
-    if not merge and model.lora is None and model.adapter is None:
-        raise UserError(
+            f"merged. Leave --merge out for the adapter's own files.",
+        ),
+        (
+            not merge and model.lora is None and model.adapter is None,
             f"The run '{run}' trained the language model in full: there is no adapter to export. "
-            f"Add --merge for a whole checkpoint."
-        )
+            f"Add --merge for a whole checkpoint.",
+        ),
+    )
     mesh = mesh_under(params)  # one copy of them may need several devices
     before = _logits(model, params, batch)
     answers = _answers(model, params, encoder) if merge else np.zeros((0, ANSWER))

@@ -23,7 +23,7 @@ from etils import epath
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.distributed.interrupts import if_ended
-from vlm_jax.errors import UserError, explained, first_line
+from vlm_jax.errors import UserError, explained, first_line, refuse
 
 BUCKET = "gs://"  # what orbax and tensorstore read and write beside directories
 OWNER = "owner.txt"  # beside checkpoints in a bucket: the run that may write there
@@ -110,17 +110,19 @@ def places_of(config: RunSpec, directory: Path | None = None) -> Places:
     directory = directory or Path(output).expanduser()
     if apart is None:
         return Places(directory, epath.Path(directory.absolute()) / "checkpoints")
-    if not apart.startswith(BUCKET):
-        raise UserError(
+    refuse(
+        (
+            not apart.startswith(BUCKET),
             f"training.checkpoint_dir is '{apart}'; expected the address of a bucket that orbax "
             f"takes, as {BUCKET}bucket/run1. On a disk checkpoints lie in training.output_dir: "
-            f"leave checkpoint_dir out."
-        )
-    if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(
+            f"leave checkpoint_dir out.",
+        ),
+        (
+            importlib.util.find_spec("gcsfs") is None,
             f"'{apart}' needs the package gcsfs, which is not installed: "
-            f'pip install "vlm_jax[gcs]"'
-        )
+            f'pip install "vlm_jax[gcs]"',
+        ),
+    )
     return Places(directory, epath.Path(apart))
 
 
@@ -146,8 +148,9 @@ def output_directory(places: Places, resume: bool | str) -> Iterator[tuple[bool,
         warning = None
         if processes.is_primary():
             if resume == "auto":  # of a run in a bucket the logs may be lost
-                logs = os.path.exists(places.directory / "config.json")
-                resume = logs or places.claimed() is not None
+                resume = (
+                    os.path.exists(places.directory / "config.json") or places.claimed() is not None
+                )
             check_output(places, bool(resume))
             warning = stack.enter_context(_locked(places.directory, mark))
             check_output(places, bool(resume))  # now that no other run can change it
@@ -254,7 +257,7 @@ def check_output(places: Places, resume: bool) -> None:
     there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     held = [name for name in CONTENTS if os.path.exists(directory / name)]
     owner = places.claimed()
-    for wrong, message in (
+    refuse(
         (
             not there.is_dir(),
             f"The output directory '{directory}' cannot be made: '{there}' is a file. Choose "
@@ -280,9 +283,7 @@ def check_output(places: Places, resume: bool) -> None:
             f"There is no run to resume in '{directory}': it has no config.json. Check "
             f"training.output_dir, or start without --resume.",
         ),
-    ):
-        if wrong:
-            raise UserError(message)
+    )
 
 
 @contextlib.contextmanager

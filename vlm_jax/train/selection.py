@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vlm_jax.config.specs import RunSpec
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.train.setup import evaluates
 
 # What an evaluation gives that can tell the better model -> whether more of it is better.
@@ -50,27 +50,25 @@ def best_of(config: RunSpec) -> Best | None:
     asked = "training.load_best_model_at_end is true, but"
     best, by_steps = metric_of(config, asked), t.save_strategy == "steps"
     shares = t.save_steps < 1 or t.eval_steps < 1  # each rounds up for itself
-    for wrong, message in (
+    refuse(
         (
             t.eval_strategy == "no" or t.save_strategy != t.eval_strategy,
-            f"training.save_strategy is {t.save_strategy} and training.eval_strategy is "
+            f"{asked} training.save_strategy is {t.save_strategy} and training.eval_strategy is "
             f"{t.eval_strategy}, so not every checkpoint would be evaluated. Set both to steps, or "
             f"both to epoch.",
         ),
         (
             by_steps and shares and t.save_steps != t.eval_steps,
-            f"training.save_steps is {t.save_steps} and training.eval_steps is {t.eval_steps}: as "
-            f"shares of all steps they must be equal.",
+            f"{asked} training.save_steps is {t.save_steps} and training.eval_steps is "
+            f"{t.eval_steps}: as shares of all steps they must be equal.",
         ),
         (
             by_steps and not shares and t.save_steps % t.eval_steps,
-            f"training.save_steps is {t.save_steps}, which is not a multiple of "
+            f"{asked} training.save_steps is {t.save_steps}, which is not a multiple of "
             f"training.eval_steps, {t.eval_steps}, so not every checkpoint would be evaluated. "
             f"Make it one, for instance training.eval_steps={t.save_steps}.",
         ),
-    ):
-        if wrong:
-            raise UserError(f"{asked} {message}")
+    )
     return best
 
 
@@ -81,16 +79,18 @@ def metric_of(config: RunSpec, asked: str) -> Best:
     """
     t = config.training
     metric = (t.metric_for_best_model or "loss").removeprefix("eval_")
-    if not evaluates(config):
-        raise UserError(
+    refuse(
+        (
+            not evaluates(config),
             f"{asked} there is nothing to evaluate on: set data.eval_file or data.eval_share, or "
-            f"leave it out."
-        )
-    if metric == "accuracy" and not config.evaluation.accuracy:
-        raise UserError(
+            f"leave it out.",
+        ),
+        (
+            metric == "accuracy" and not config.evaluation.accuracy,
             f"{asked} training.metric_for_best_model is accuracy and evaluation.accuracy is "
-            f"false, so none is taken. Set evaluation.accuracy=true, or take the loss."
-        )
+            f"false, so none is taken. Set evaluation.accuracy=true, or take the loss.",
+        ),
+    )
     greater = METRICS[metric] if t.greater_is_better is None else t.greater_is_better
     return Best(metric, greater)
 

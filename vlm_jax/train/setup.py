@@ -56,9 +56,11 @@ def quantization_of(config: RunSpec) -> Quantization | None:
     m, storage = config.model, config.model.quantize
     if m.load_in_4bit:
         storage = m.bnb_4bit_quant_type + ("-dq" if m.bnb_4bit_use_double_quant else "")
-    if storage is None:
-        return None
-    return Quantization(storage, tuple(m.quantize_components), tuple(m.llm_int8_skip_modules))
+    return (
+        None
+        if storage is None
+        else Quantization(storage, tuple(m.quantize_components), tuple(m.llm_int8_skip_modules))
+    )
 
 
 def remat_of(config: RunSpec) -> str:
@@ -77,9 +79,9 @@ def base_name(config: RunSpec) -> str:
     return config.model.name_or_path
 
 
-def check_type(config: RunSpec, model: Model) -> None:
+def check_type(config: RunSpec, hf_config: Mapping[str, Any]) -> None:
     """Raise `UserError` where the base is not of the family that the config says."""
-    wanted, found = config.model.type, model.hf_config["model_type"]
+    wanted, found = config.model.type, hf_config["model_type"]
     if wanted is not None and wanted != found:
         raise UserError(f"model.type is '{wanted}', but '{base_name(config)}' is a '{found}'.")
 
@@ -90,7 +92,7 @@ def load_base(config: RunSpec, mesh: Any = None) -> tuple[Model, dict[str, Any]]
     model, params = load(
         name, dtype, quantization_of(config), mesh, m.revision, remat=remat_of(config)
     )
-    check_type(config, model)
+    check_type(config, model.hf_config)
     return model, params
 
 
@@ -253,8 +255,9 @@ def data_of(config: RunSpec, encoder: Encoder, mesh: Mesh, rows: int) -> RunData
     if evaluates(config):
         held_out = make_pipeline(config, encoder, held_out_rows, share, training=False)
     total = total_steps(t.max_steps, t.num_train_epochs, training.steps_per_epoch)
-    epoch = training.steps_per_epoch or total
-    return RunData(training, held_out, rows, held_out_rows, total, epoch)
+    return RunData(
+        training, held_out, rows, held_out_rows, total, epoch=training.steps_per_epoch or total
+    )
 
 
 def total_steps(max_steps: int, epochs: float, steps_per_epoch: int | None) -> int:
@@ -337,7 +340,7 @@ def abstract_base(config: RunSpec) -> tuple[Model, dict[str, Any]]:
     """
     name, m = base_name(config), config.model
     model = from_config(read_hf_config(name, m.revision), compute_dtype(config), remat_of(config))
-    check_type(config, model)
+    check_type(config, model.hf_config)
     return model, quantization.abstract(model, quantization_of(config))
 
 

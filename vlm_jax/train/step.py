@@ -46,9 +46,11 @@ def stored(masters: Any, like: Any, rng: jax.Array, step: jax.Array) -> Any:
     kinds = {path: leaf.dtype for path, leaf in flatten(like).items()}
 
     def one(path: str, leaf: jax.Array) -> jax.Array:
-        if kinds[path] == leaf.dtype:
-            return leaf
-        return stochastic_round(leaf, jax.random.fold_in(key, zlib.crc32(path.encode())))
+        return (
+            leaf
+            if kinds[path] == leaf.dtype
+            else stochastic_round(leaf, jax.random.fold_in(key, zlib.crc32(path.encode())))
+        )
 
     return map_leaves(one, masters)
 
@@ -135,8 +137,9 @@ def _gradients(
     keys = jax.random.split(jax.random.fold_in(state.rng, state.step), micro_batches)
 
     def value(trainable: Any, rows: Batch, key: jax.Array):
-        params = joined(model, trainable, frozen)
-        total, count, others = objective(model, params, rows, {"dropout": key})
+        total, count, others = objective(
+            model, joined(model, trainable, frozen), rows, {"dropout": key}
+        )
         return total, (count, others)
 
     grad = jax.value_and_grad(value, has_aux=True)

@@ -112,13 +112,12 @@ def training_table(
     rows += _bias_rows(model, params, {name: scales[name] for name in scales if name in partly})
     if bottlenecks:
         partly |= language
-    for pattern, component in model.config.COMPONENTS:
-        rows.append(
-            (pattern, Group() if component in partly else _group("full", scales[component]))
-        )
+    rows += [
+        (pattern, Group() if component in partly else _group("full", scales[component]))
+        for pattern, component in model.config.COMPONENTS
+    ]
 
-    rates = layerwise_rates(model, paths, freeze_layers, vision_layer_decay)
-    rows = with_rates(rows, rates, paths)
+    rows = with_rates(rows, layerwise_rates(model, paths, freeze_layers, vision_layer_decay), paths)
     table = [(row, str(group)) for row, group in rows if any(re.fullmatch(row, p) for p in paths)]
     groups = groups_of(table, paths)
     for path, leaf in flatten(params).items():
@@ -184,10 +183,11 @@ def with_rates(
         for regex, factor in rates.items() if not group.frozen else ():
             row = f"(?={regex}$){pattern}"
             if any(re.fullmatch(row, path) for path in paths):
-                if isinstance(factor, tuple):
-                    changed = dataclasses.replace(group, layers=factor)
-                else:
-                    changed = dataclasses.replace(group, scale=float(f"{group.scale * factor:g}"))
+                changed = (
+                    dataclasses.replace(group, layers=factor)
+                    if isinstance(factor, tuple)
+                    else dataclasses.replace(group, scale=float(f"{group.scale * factor:g}"))
+                )
                 made.append((row, changed))
         made.append((pattern, group))
     return made

@@ -210,10 +210,11 @@ class Linear(nn.Module):
             x_lora = dropped(self, x, self.lora.dropout)
             start = (leaves["start_A"], leaves["start_B"]) if "start_A" in leaves else None
             factors = (kernel, a, b, scale, x_lora, start)
-            if "lora_magnitude" in leaves:
-                y = dora_matmul(x, *factors, leaves["lora_magnitude"])
-            else:
-                y = lora_matmul(x, *factors)
+            y = (
+                dora_matmul(x, *factors, leaves["lora_magnitude"])
+                if "lora_magnitude" in leaves
+                else lora_matmul(x, *factors)
+            )
         else:
             y = matmul(x, kernel)
         if "added" in leaves:  # outputs of new tokens: see added_tokens.py
