@@ -66,7 +66,7 @@ def load_peft(
     file = adapter_weights(directory, PEFT_WEIGHTS)
     config, lora = read_config(directory)
     end = f"{embedding_name(model).split('.')[-1]}.weight"
-    rows = [entry.shape[0] for key, entry in read_header(file).items() if key.endswith(end)]
+    rows = (entry.shape[0] for key, entry in read_header(file).items() if key.endswith(end))
     more = max(rows, default=0) - model.config.text.vocab_size
     if more > 0:  # the adapter was trained with more tokens than the base has
         model, params = add_tokens(model, params, more)

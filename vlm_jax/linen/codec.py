@@ -226,9 +226,13 @@ def load_lora(
     warn_without_dropout(
         "LoRA", lora.dropout, [layer.name for layer in adapted if not layer.takes_dropout]
     )
-    quantized = tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit))
     return (
-        Adapted(module, lora, adapted, quantized),
+        Adapted(
+            module,
+            lora,
+            adapted,
+            tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit)),
+        ),
         {"params": unflatten(flat), LORA: jax.tree.map(jnp.asarray, unflatten(made))},
     )
 

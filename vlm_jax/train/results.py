@@ -187,8 +187,10 @@ def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
         return dict(params)
     flat = flatten(params)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
-    saved = saved_modules(model, params, (*model.modules_to_save, *added)).leaves
-    saved += bias_leaves(model, params)
+    saved = {
+        *saved_modules(model, params, (*model.modules_to_save, *added)).leaves,
+        *bias_leaves(model, params),
+    }
     written = {
         path: leaf
         for path, leaf in flat.items()
