@@ -209,8 +209,8 @@ def _write_companions(
         copy_all(companions(Path(source.directory), adapter), folder)
     if decoding is not None:
         write_json(folder / generation.FILE, decoding)
-    for name, settings in given.items():
-        settings = settings or (adapter and adapter_settings(adapter, name))
+    for name, asked in given.items():
+        settings = asked or (adapter_settings(adapter, name) if adapter else None)
         if settings:
             write_settings(folder, name, settings)
 
