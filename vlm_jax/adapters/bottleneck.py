@@ -39,7 +39,7 @@ def check_known(adapter: Adapter) -> None:
     assert adapter.reduction_factor is not None
     refuse(
         (
-            not 1e-3 <= adapter.reduction_factor <= 1e6,
+            not 1e-3 <= adapter.reduction_factor <= 1e6,  # as of a config, see RANGES
             f"The adapter's reduction_factor is {adapter.reduction_factor:g}; it must be between "
             f"0.001 and 1e+06: a block of width D gets a bottleneck of D / reduction_factor.",
         ),

@@ -215,8 +215,7 @@ def load_adapter(
     supported, another base's adapter, a tensor that is missing or has no place, and for a tree that
     holds an adapter or LoRA already.
     """
-    directory = Path(directory).expanduser()
-    file = adapter_weights(directory, WEIGHTS)
+    directory, file = adapter_weights(directory, WEIGHTS)
     adapter = _adapter_of(read_json(directory / CONFIG), directory)
     found: dict[str, np.ndarray] = {}
     for key, tensor in read_tensors(file):

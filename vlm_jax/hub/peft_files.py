@@ -173,9 +173,12 @@ def to_tensors(matrices: Matrices, homes: Mapping[str, Home]) -> dict[str, np.nd
 
 
 def write_adapter(
-    directory: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    directory: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    weights: str = PEFT_WEIGHTS,
 ) -> None:
-    """Write both files; the directory appears whole or not at all."""
+    """Write both files of an adapter; the directory appears whole or not at all."""
     with whole_directory(directory, ADAPTER_PARTS) as folder:
-        save_file(dict(tensors), folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+        save_file(dict(tensors), folder / weights, metadata={"format": "pt"})
         write_json(folder / CONFIG, config)

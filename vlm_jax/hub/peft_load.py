@@ -59,14 +59,13 @@ def load_peft(
     which stay zero, as what a layer's rank lacks of the largest of its stack. Loaded leaves are
     float32. `save_peft` writes the same tensors again.
     """
-    directory = Path(directory).expanduser()
     flat = flatten(params)
     if any(is_lora(path) for path in flat):
         raise UserError("These parameters hold LoRA factors already; merge them first.")
-    file = adapter_weights(directory, PEFT_WEIGHTS)
+    directory, file = adapter_weights(directory, PEFT_WEIGHTS)
     config, lora = read_config(directory)
     end = f"{embedding_name(model).split('.')[-1]}.weight"
-    rows = [entry.shape[0] for key, entry in read_header(file).items() if key.endswith(end)]
+    rows = (entry.shape[0] for key, entry in read_header(file).items() if key.endswith(end))
     more = max(rows, default=0) - model.config.text.vocab_size
     if more > 0:  # the adapter was trained with more tokens than the base has
         model, params = add_tokens(model, params, more)

@@ -82,8 +82,10 @@ def load_peft_adapters(
     }
     ranks = [shape[-1] for path, shape in shapes.items() if path.endswith("/lora_A")]
     rank = max(ranks, default=1)  # of a projector alone there are no matrices
-    lora = LoRA(rank, rank, targets=(), dora=dora[first])
-    return dataclasses.replace(model, lora=lora), adapters
+    return (
+        dataclasses.replace(model, lora=LoRA(rank, rank, targets=(), dora=dora[first])),
+        adapters,
+    )
 
 
 def _filled(leaf: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -107,8 +107,9 @@ def save_pretrained(
 
     def leaf_of(place: Place) -> Any:
         """Return a weight as it is written, on this host; all processes call it."""
-        leaf = merged_leaf(model, flat, place.path, place.layer, quantized)
-        leaf = processes.to_host(leaf, primary)
+        leaf = processes.to_host(
+            merged_leaf(model, flat, place.path, place.layer, quantized), primary
+        )
         return dataclasses.replace(leaf, used=None) if isinstance(leaf, FourBit) else leaf
 
     currents = {name: current for name, (current, _) in names.items()} if quantized else {}
@@ -208,8 +209,8 @@ def _write_companions(
         copy_all(companions(Path(source.directory), adapter), folder)
     if decoding is not None:
         write_json(folder / generation.FILE, decoding)
-    for name, settings in given.items():
-        settings = settings or (adapter and adapter_settings(adapter, name))
+    for name, asked in given.items():
+        settings = asked or (adapter_settings(adapter, name) if adapter else None)
         if settings:
             write_settings(folder, name, settings)
 

@@ -61,8 +61,10 @@ def quantization_config(
     """
     leaf = next(leaf for leaf in flat.values() if isinstance(leaf, FourBit))
     kernels = {n: flat[place.path] for n, place in places.items() if place.path.endswith("/kernel")}
-    quantized = {name: isinstance(kernel, FourBit) for name, kernel in kernels.items()}
-    quantized |= {name: four for name, four in unread.items() if name.endswith(".weight")}
+    quantized = {
+        **{name: isinstance(kernel, FourBit) for name, kernel in kernels.items()},
+        **{name: four for name, four in unread.items() if name.endswith(".weight")},
+    }
     modules = {HEAD, *(name.removesuffix(".weight") for name in quantized)}
     four = {name.removesuffix(".weight") for name, is_four in quantized.items() if is_four}
     return {

@@ -41,11 +41,12 @@ HARMLESS = (
 )
 
 
-def adapter_weights(directory: Path, file: str) -> Path:
-    """Return the path of an adapter's weights, which lie in a file of that name.
+def adapter_weights(directory: str | Path, file: str) -> tuple[Path, Path]:
+    """Return an adapter's directory and the path of its weights, which lie in a file of that name.
 
     Raises `UserError` where it is not there, and for other weights beside it.
     """
+    directory = Path(directory).expanduser()
     path = directory / file
     if not directory.is_dir():
         raise UserError(f"There is no adapter directory '{directory}'.")
@@ -63,7 +64,7 @@ def adapter_weights(directory: Path, file: str) -> Path:
             )
         raise UserError(f"'{directory}' holds no {file}. {remedy}")
     _check_beside(directory, file)
-    return path
+    return directory, path
 
 
 def _check_beside(directory: Path, own: str) -> None:

@@ -15,10 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from vlm_jax.errors import UserError, explained
-from vlm_jax.files.atomic import ADAPTER_PARTS, whole_directory, write_json
 from vlm_jax.files.limits import read_json
 from vlm_jax.hub import adapter_files
 from vlm_jax.hub.adapter_files import CONFIG, WEIGHTS
@@ -171,8 +169,7 @@ def load_lora(
             shape or rank, and whatever of PEFT's kinds is not supported here.
     """
     check_module(module)
-    directory = Path(directory).expanduser()
-    file = adapter_weights(directory, PEFT_WEIGHTS)
+    directory, file = adapter_weights(directory, PEFT_WEIGHTS)
     config, lora = read_config(directory, also=("fan_in_fan_out",))
     with explained(
         UserError, lambda error: f"The adapter in '{directory}' cannot be loaded: {error}"
@@ -226,9 +223,13 @@ def load_lora(
     warn_without_dropout(
         "LoRA", lora.dropout, [layer.name for layer in adapted if not layer.takes_dropout]
     )
-    quantized = tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit))
     return (
-        Adapted(module, lora, adapted, quantized),
+        Adapted(
+            module,
+            lora,
+            adapted,
+            tuple(layer for layer in layers if isinstance(flat[layer.leaf], FourBit)),
+        ),
         {"params": unflatten(flat), LORA: jax.tree.map(jnp.asarray, unflatten(made))},
     )
 
@@ -293,9 +294,8 @@ def save_adapter(
         path: np.ascontiguousarray(leaf, np.float32)
         for path, leaf in jax.device_get(flatten(params[ADAPTER])).items()
     }
-    with whole_directory(directory, ADAPTER_PARTS) as folder:
-        save_file(tensors, folder / WEIGHTS)
-        write_json(folder / CONFIG, {"format": FORMAT, **dataclasses.asdict(model.adapter)})
+    config = {"format": FORMAT, **dataclasses.asdict(model.adapter)}
+    write_adapter(directory, tensors, config, WEIGHTS)
 
 
 def load_adapter(
@@ -323,8 +323,7 @@ def load_adapter(
         if inputs is not None:
             raise UserError("inputs is for foreign modules; this library's own models need none.")
         return adapter_files.load_adapter(model, params, directory)
-    directory = Path(directory).expanduser()
-    file = adapter_weights(directory, WEIGHTS)
+    directory, file = adapter_weights(directory, WEIGHTS)
     config = read_json(directory / CONFIG)
     names = {field.name for field in dataclasses.fields(Adapter)}
     if config.pop("format", None) != FORMAT or config.keys() != names:

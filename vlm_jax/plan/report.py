@@ -138,21 +138,15 @@ def plan_step(
     found = (_compiled if compiles and not hopeless else _estimated)(step, device, own)
     counted = work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape)
     total = work.total(counted.values())
-    exchanges, accessed, cycles, seconds, out = None, None, None, None, None
-    if found.compiled is not None:
-        each = program.collectives(found.compiled)
-        exchanges, out = _summed(each), sent(each, step.mesh.size)
-        accessed = traffic.bytes_accessed(found.compiled)
-        if device.is_tpu:
-            cycles = program.estimated_cycles(found.compiled)
-            seconds = cycles / device.clock if device.clock else None
-    elif step.mesh.size == 1:
-        out = 0
+    compiled, count = found.compiled, step.mesh.size
+    each = None if compiled is None else program.collectives(compiled)
+    accessed = None if compiled is None else traffic.bytes_accessed(compiled)
+    cycles = program.estimated_cycles(compiled) if compiled is not None and device.is_tpu else None
     return Report(
         model=str(step.config.model.name_or_path),
         hardware=machine.name,
         topology=machine.topology,
-        devices=step.mesh.size,
+        devices=count,
         basis=found.basis,
         verdict="FITS" if found.fits else "DOES NOT FIT",
         said=found.said,
@@ -177,17 +171,17 @@ def plan_step(
             for name, one in {**counted, "all": total}.items()
         },
         bytes_accessed=accessed,
-        exchanges=exchanges,
+        exchanges=None if each is None else _summed(each),
         cycles=cycles,
         speed=speed(
             device,
-            step.mesh.size,
+            count,
             tokens=step.rows * step.shape[0],
             model_flops=total.model,
             flops=total.total,
             bytes_accessed=accessed,
-            sent=out,
-            compiler=seconds,
+            sent=None if each is None and count > 1 else sent(each or (), count),
+            compiler=None if cycles is None or not device.clock else cycles / device.clock,
         ),
         host_memory=_host_memory(step, own, device),
         host_rule=HOST_RULE,

@@ -150,8 +150,7 @@ def shards_of(config: RunSpec) -> int:
 def collect(pipeline: Pipeline, examples: int = 16, split: str = "train") -> Preview:
     """Return the preview of a pipeline's first examples, without what only a config knows."""
     report = pipeline.report  # first: of a stream, only what was read last is at hand
-    steps: Iterable[Step]
-    steps = pipeline.eval_steps() if split == "eval" else pipeline.planner.steps()
+    steps: Iterable[Step] = pipeline.eval_steps() if split == "eval" else pipeline.planner.steps()
     damaged: list[str] = []
     rows = list(_rows(pipeline, steps, examples, damaged))
     encoder, measures = pipeline.encoder, pipeline.measures

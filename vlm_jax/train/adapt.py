@@ -153,8 +153,10 @@ def check_kept(model: Model, params: Mapping[str, Any], table: Table) -> None:
     """Raise before a run whose adapter would leave out a leaf that it trains."""
     if model.lora is None and model.adapter is None:
         return
-    kept = saved_modules(model, params, model.modules_to_save).leaves
-    kept += bias_leaves(model, params)
+    kept = {
+        *saved_modules(model, params, model.modules_to_save).leaves,
+        *bias_leaves(model, params),
+    }
     for path in flatten(split(params, table)[0]):
         if not (is_lora(path) or is_adapter(path) or is_added(path) or path in kept):
             raise UserError(

@@ -131,7 +131,7 @@ def compile_largest_step(
     state: TrainState,
     frozen: Any,
     shapes: Shapes,
-    tell: Tell = nullcontext,
+    tell: Tell,
 ) -> OnceAShape:
     """Return the step for all shapes, compiled for the largest one foreseen.
 
@@ -150,7 +150,7 @@ def compile_largest_loss(
     state: TrainState,
     frozen: Any,
     shapes: Shapes,
-    tell: Tell = nullcontext,
+    tell: Tell,
 ) -> OnceAShape:
     """Return (trainable, frozen, batch) -> the objective's sums, compiled as the step is.
 

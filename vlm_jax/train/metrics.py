@@ -73,9 +73,8 @@ def untrained_tokens(model: Model, trained: Iterable[str], tokens: Mapping[str, 
     return [] if reached else spare_tokens(model, tokens)
 
 
-def added_only(trained: Iterable[str], component: Callable[[str], str]) -> set[str]:
+def added_only(trained: Collection[str], component: Callable[[str], str]) -> set[str]:
     """Return the components of which only rows of new tokens train, of all trained paths."""
-    trained = list(trained)
     return {component(path) for path in trained} - {
         component(path) for path in trained if not is_added(path)
     }

@@ -187,8 +187,10 @@ def _here(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
         return dict(params)
     flat = flatten(params)
     added = [path.split("/")[-2] for path in flat if is_added(path)]
-    saved = saved_modules(model, params, (*model.modules_to_save, *added)).leaves
-    saved += bias_leaves(model, params)
+    saved = {
+        *saved_modules(model, params, (*model.modules_to_save, *added)).leaves,
+        *bias_leaves(model, params),
+    }
     written = {
         path: leaf
         for path, leaf in flat.items()
@@ -323,7 +325,7 @@ def export(
     )
     model, params, config = load_run(run, exact=True, encoder=encoder)
     batch = probe(encoder)
-    into = lost = None
+    into = None
     refuse(
         (
             merge and model.adapter is not None,
@@ -337,14 +339,13 @@ def export(
         ),
     )
     mesh = mesh_under(params)  # one copy of them may need several devices
+    lost = requantization_error(model, params) if quantized else None
     before = _logits(model, params, batch)
     answers = _answers(model, params, encoder) if merge else np.zeros((0, ANSWER))
     if merge:
         if model.lora is not None:
             four = any(is_quantized(leaf) for leaf in flatten(params).values())
             into = "the decoded 4-bit weights that it was trained on" if four else "the base"
-        if quantized:
-            lost = requantization_error(model, params)
         save_pretrained(
             model,
             params,

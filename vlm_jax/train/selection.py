@@ -91,8 +91,7 @@ def metric_of(config: RunSpec, asked: str) -> Best:
             f"false, so none is taken. Set evaluation.accuracy=true, or take the loss.",
         ),
     )
-    greater = METRICS[metric] if t.greater_is_better is None else t.greater_is_better
-    return Best(metric, greater)
+    return Best(metric, METRICS[metric] if t.greater_is_better is None else t.greater_is_better)
 
 
 def kept(steps: Sequence[int], limit: int, best: int | None) -> set[int]:

@@ -191,8 +191,12 @@ def make_step(
         scale = 1.0 / jnp.maximum(tokens, 1e-9)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, masters)
-        metrics = {name: total * scale for name, total in others.items()}
-        metrics |= {"loss": loss_sum * scale, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
+        metrics = {
+            **{name: total * scale for name, total in others.items()},
+            "loss": loss_sum * scale,
+            "tokens": tokens,
+            "grad_norm": optax.tree.norm(grads),
+        }
         flat = flatten(grads)
         for component in dict.fromkeys(model.component(path) for path in flat):
             leaves = {path: flat[path] for path in flat if model.component(path) == component}

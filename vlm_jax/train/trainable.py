@@ -62,8 +62,11 @@ def training_table(
     """
     paths = list(flatten(params))
     keys = {"vision": "vision_encoder_lr_scale", "projector": "projector_lr_scale"}
-    scales = dict.fromkeys((name for _, name in model.config.COMPONENTS), language_model_lr_scale)
-    scales |= {"vision": vision_encoder_lr_scale, "projector": projector_lr_scale}
+    scales = {
+        **dict.fromkeys((name for _, name in model.config.COMPONENTS), language_model_lr_scale),
+        "vision": vision_encoder_lr_scale,
+        "projector": projector_lr_scale,
+    }
     language = scales.keys() - keys.keys()
     adapted = {model.component(path) for path in paths if is_lora(path) or is_adapter(path)}
     if modules_to_save is None:
@@ -343,9 +346,8 @@ def count_parameters(
                 trained[name] = math.prod(place.shape)
     else:
         trained = sizes
-    every = sum(sizes.values()) + model.config.unused_parameters
-    every += sum(sizes[path] for path in copied)
-    return sum(trained.values()), every
+    twice = sum(sizes[path] for path in copied)
+    return sum(trained.values()), sum(sizes.values()) + model.config.unused_parameters + twice
 
 
 def trainable_line(model: Model, params: Mapping[str, Any], table: Table | None = None) -> str:
