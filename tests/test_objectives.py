@@ -58,14 +58,20 @@ def tiny(tmp_path_factory):
     )
 
 
-def sums(tiny, objective, batch, frozen=None):
-    """Return (sum, count, others) and {path: gradient} of what trains."""
+@functools.cache
+def differentiated(model, objective):
+    """Return the compiled (trainable, frozen, batch) -> ((sum, (count, others)), gradients)."""
 
     def value(trainable, frozen, batch):
-        total, *rest = objective(tiny.model, joined(tiny.model, trainable, frozen), batch)
+        total, *rest = objective(model, joined(model, trainable, frozen), batch)
         return total, rest
 
-    run = jit(jax.value_and_grad(value, has_aux=True))
+    return jit(jax.value_and_grad(value, has_aux=True))
+
+
+def sums(tiny, objective, batch, frozen=None):
+    """Return (sum, count, others) and {path: gradient} of what trains."""
+    run = differentiated(tiny.model, objective)
     (total, rest), grads = run(tiny.trainable, frozen or tiny.frozen, batch)
     return (total, *rest), flatten(grads)
 
