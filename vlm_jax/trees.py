@@ -59,7 +59,7 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
     check_patterns([pattern for pattern, _ in table], paths, f"row of the {what}")
     rows = [(re.compile(pattern), value) for pattern, value in table]
     result: dict[str, Any] = {}
-    used = [False] * len(rows)
+    used: set[int] = set()
     for path in paths:
         hits = [i for i, (pattern, _) in enumerate(rows) if pattern.fullmatch(path)]
         if not hits:
@@ -68,12 +68,11 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
                 f"{[pattern for pattern, _ in table]}, each matched against the whole path. "
                 f"Add a row for it, for example a last row '.*'."
             )
-        for i in hits:
-            used[i] = True
+        used.update(hits)
         result[path] = rows[hits[0]][1]
     if unused == "raise":
-        for (pattern, _), hit in zip(table, used, strict=True):
-            if not hit:
+        for i, (pattern, _) in enumerate(table):
+            if i not in used:
                 raise UserError(
                     f"The row {pattern!r} of the {what} matches no parameter. A row must match "
                     f"the whole path of at least one; paths look like "

@@ -298,14 +298,11 @@ class Encoder:
             sizes=lambda: self.media.headers(record)["image"],
         )
 
-    def most_patches(self) -> int:
-        """Return how many patch slots one image takes at most, whatever its size."""
-        largest = None if self.media.processor is None else self.media.processor.largest
-        return self.config.image_patches() if largest is None else largest
-
-    def most_video_patches(self) -> int:
-        """Return how many patch slots one video takes at most, whatever its length."""
-        return 0 if self.media.video_processor is None else self.media.video_processor.largest
+    def most_patches(self, images: int, videos: int) -> int:
+        """Return how many patch slots so many take at most, whatever their size and length."""
+        still, film = self.media.processor, self.media.video_processor
+        image = (still and still.largest) or self.config.image_patches()
+        return images * image + videos * (film.largest if film else 0)
 
     def collate(
         self,

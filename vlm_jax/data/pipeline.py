@@ -5,6 +5,7 @@ and what is left out is counted.
 """
 
 import collections
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.planner import Planner, State, Step
 from vlm_jax.data.records.mixture import Mixture, Records
 from vlm_jax.data.records.sources import read_records
-from vlm_jax.data.records.stream import Stream, StreamRecords
+from vlm_jax.data.records.stream import Stream
 from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up, wider_shapes
 from vlm_jax.errors import UserError
 
@@ -127,8 +128,8 @@ class Pipeline:
             max_seq_length=length, max_patches=_least(max_patches, encoder.max_patches)
         )
         self.streaming = isinstance(records, Stream)
-        self.records: Records | Mixture | StreamRecords = (
-            StreamRecords(records)
+        self.records: Records | Mixture | Stream = (
+            copy.copy(records)  # with a place of its own in it
             if isinstance(records, Stream)
             else read_records(records, encoder.image_folder)
         )
@@ -159,9 +160,11 @@ class Pipeline:
         capacity, self.shapes, self.wider = self._choose_shapes(sizes, max_shapes, kept, packing)
         packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
         shuffle = shuffle and sampling != "sequential"
-        visits = math.inf  # of records in an epoch: a mixture may visit one twice, or not
-        if not isinstance(self.records, StreamRecords):
-            visits = len(self.records.order(seed, 0, shuffle))
+        visits = (  # of records in an epoch: a mixture may visit one twice, or not
+            math.inf
+            if isinstance(self.records, Stream)
+            else len(self.records.order(seed, 0, shuffle))
+        )
         window = max(WINDOW, int(8 * rows * (len(kept) / packed)))  # 8 steps of examples
         if sampling == "group_by_length":
             window = rows * max(1, int(min(MEGABATCH, visits / (4 * rows))))
@@ -302,7 +305,7 @@ class Pipeline:
 
     def _open_measures(self) -> Measures:
         records = self.records
-        if isinstance(records, StreamRecords):
+        if isinstance(records, Stream):
             return StreamMeasures(0, path="")
         sources = [p.records for p in records.parts] if isinstance(records, Mixture) else [records]
         folders = [str(Path(source.folder or "").resolve()) for source in sources]
@@ -311,7 +314,7 @@ class Pipeline:
 
     def _sample(self, seed: int) -> np.ndarray:
         """Return the records that shapes are chosen by."""
-        if isinstance(self.records, StreamRecords):
+        if isinstance(self.records, Stream):
             return next(self.records.windows(0, SAMPLE), (np.arange(0), True))[0]
         return sample(len(self.records), SAMPLE, seed)
 
@@ -338,8 +341,8 @@ class Pipeline:
             # A stream's beginning may hold none, and its rest many.
             images = max(int(self.streaming), *(len(record["images"]) for record in records))
             films = max(len(record["videos"]) for record in records)
-            slots = images * self.encoder.most_patches() + films * self.encoder.most_video_patches()
-            tokens, patches = length or tokens, max(patches, slots)
+            tokens = length or tokens
+            patches = max(patches, self.encoder.most_patches(images, films))
         tokens, patches = round_up(tokens), min(round_up(patches, unit), most)
         if length is not None:
             tokens = min(tokens, length)

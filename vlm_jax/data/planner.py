@@ -15,7 +15,7 @@ import numpy as np
 from vlm_jax.data.lengths import FILMED
 from vlm_jax.data.measuring import Measurer
 from vlm_jax.data.packing import pack, row_sizes
-from vlm_jax.data.records.stream import StreamRecords
+from vlm_jax.data.records.stream import Stream
 from vlm_jax.data.shapes import Shape, cost, fit
 from vlm_jax.errors import UserError
 
@@ -63,11 +63,11 @@ class Planner:
     capacity: Shape | None
     window: int
     sampling: str | None = None
-    share: float = 0.0  # where in a window this process begins to measure
 
-    def steps(self, state: State | None = None) -> Iterator[Step]:
+    def steps(self, state: State | None = None, share: float = 0.0) -> Iterator[Step]:
         """Yield steps without end, epoch after epoch, from a state on.
 
+        share: where in a window this process begins to measure, see `Measurer.measure`.
         Raises `UserError` where the state belongs to other records, seed or batch size.
         """
         state = dict(state or {"epoch": 0, "step": 0})
@@ -84,7 +84,7 @@ class Planner:
         empty = 0
         while empty < 100:  # a source may be visited in few epochs only
             empty += 1
-            for step in self.epoch(state):
+            for step in self.epoch(state, share):
                 empty = 0
                 yield step
             state = {"epoch": state["epoch"] + 1, "step": 0}
@@ -94,14 +94,14 @@ class Planner:
             f"training.dataloader_drop_last to false."
         )
 
-    def epoch(self, state: State) -> Iterator[Step]:
+    def epoch(self, state: State, share: float = 0.0) -> Iterator[Step]:
         """Yield the rest of an epoch's steps from a state on."""
         epoch, number, cursor, done, first = (int(state.get(name, 0)) for name in POSITION)
         ended = {**dict.fromkeys(POSITION, 0), "epoch": epoch + 1}
         waiting: list[tuple[list[int], np.ndarray]] = []  # rows of a step that is not full yet
         seen = bad = 0
         for members, last in self._windows(epoch, cursor):
-            self.measurer.measure(members, share=self.share)
+            self.measurer.measure(members, share=share)
             after = cursor + len(members)
             seen, bad = seen + len(members), bad + self.measurer.bad(members)
             rows, sizes = self._rows(self.measurer.measures.kept(members))
@@ -138,7 +138,7 @@ class Planner:
     def _windows(self, epoch: int, cursor: int) -> Iterator[tuple[np.ndarray, bool]]:
         """Yield (records of a window, whether it is the epoch's last) from the cursor on."""
         records = self.measurer.records
-        if isinstance(records, StreamRecords):
+        if isinstance(records, Stream):
             yield from records.windows(cursor, self.window)
             return
         order = records.order(self.seed, epoch, self.shuffle)
@@ -187,7 +187,7 @@ class Planner:
         """Return what a state must agree on."""
         records = self.measurer.records
         return {
-            "records": -1 if isinstance(records, StreamRecords) else len(records),
+            "records": -1 if isinstance(records, Stream) else len(records),
             "rows": self.rows,
             "seed": self.seed,
             "packed": 0 if self.capacity is None else self.capacity[0],

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_jax.adapters.added_tokens import is_added, spare_tokens
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder, Pipeline
-from vlm_jax.data.records.stream import StreamRecords
+from vlm_jax.data.records.stream import Stream
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
 from vlm_jax.evals.accuracy import accuracy
@@ -194,7 +194,7 @@ def evaluated(
 
     e, params = config.evaluation, join(state.result, frozen)
     if held_out is not None and e.accuracy:
-        assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
+        assert not isinstance(held_out.records, Stream)  # `eval_batches` refused it
         values |= accuracy(
             model,
             params,

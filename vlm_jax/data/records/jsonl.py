@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 
 CHUNK = 1 << 24
 BLANK = b" \t\r\n\f\v"
@@ -118,12 +118,11 @@ class FileRows(Sequence):
     @functools.cached_property
     def _file(self) -> int:
         """The descriptor; two threads may each open one, which does no harm."""
-        try:
+        with explained(
+            OSError,
+            lambda e: f"The data file '{self.path}' cannot be opened any more: {e.strerror}.",
+        ):
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(
-                f"The data file '{self.path}' cannot be opened any more: {error.strerror}."
-            ) from error
         if _stamp(os.fstat(file)) != self._stamp:
             os.close(file)
             raise UserError(

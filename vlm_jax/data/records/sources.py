@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from vlm_jax.data.records.formats import check_columns
 from vlm_jax.data.records.jsonl import index_lines, index_list
 from vlm_jax.data.records.mixture import Mixture, Part, Records
 from vlm_jax.data.records.tables import index_table
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, explained, first_line, nearest
 from vlm_jax.files.file_types import refuse_lost
 
 # The keys of one source of a list.
@@ -183,13 +183,12 @@ def _read_table(path: Path, name: str) -> Any:
     return rows
 
 
-@contextlib.contextmanager
-def reporting(problem: str, remedy: str = "") -> Iterator[None]:
+def reporting(problem: str, remedy: str = "") -> contextlib.AbstractContextManager[None]:
     """Raise `UserError` with the problem, the first line of what is raised inside, the remedy."""
-    try:
-        yield
-    except Exception as error:  # network, gating, builders and casts raise many unrelated types
-        raise UserError(f"{problem}: {(str(error).splitlines() or [''])[0]}{remedy}") from error
+    return explained(
+        Exception,  # network, gating, builders and casts raise many unrelated types
+        lambda error: f"{problem}: {first_line(error)}{remedy}",
+    )
 
 
 READERS: dict[str, Callable[[Path, str], Any]] = {

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from vlm_jax.data.records.formats import READ
 from vlm_jax.data.records.jsonl import BOM, FileRows, check_utf8
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import CSV_ROW_BYTES
 
 IMAGE = ("image", "file_name", "path")  # the column that names a row's picture
@@ -65,18 +65,19 @@ class _Reader:
                 self.digest.update(line)
                 yield line.decode(errors="surrogateescape")
 
-        try:
+        with explained(
+            csv.Error,
+            lambda error: (
+                f"The data file '{self.name}' is not CSV: the row that begins on line {self.line}: "
+                f"{error}. Save it as CSV in UTF-8."
+            ),
+        ):
             for cells in csv.reader(lines(), delimiter=self.separator):
                 data, count = b"".join(held), len(held)
                 held.clear()
                 if any(cells):
                     yield self.place, self.line, data
                 self.place, self.line = self.place + len(data), self.line + count
-        except csv.Error as error:
-            raise UserError(
-                f"The data file '{self.name}' is not CSV: the row that begins on line {self.line}: "
-                f"{error}. Save it as CSV in UTF-8."
-            ) from error
 
 
 def _separator(header: str, name: str) -> str:
