@@ -57,6 +57,13 @@ def explained(
         raise UserError(words(error)) from error
 
 
+def refuse(*rules: tuple[object, str]) -> None:
+    """Raise `UserError` for the first of the rules (whether it is broken, the message of that)."""
+    for broken, message in rules:
+        if broken:
+            raise UserError(message)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

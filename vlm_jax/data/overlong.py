@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 from vlm_jax.data.records.record import BadExample, Record, describe
 
-# data.overlong -> what is tried, in this order, before the example is left out.
-POLICIES: dict[str, tuple[str, ...]] = {
-    "shrink_pixels": ("shrink", "turns"),
-    "drop_turns": ("turns",),
-    "drop": (),
-    "error": (),
+# data.overlong -> what is tried, in this order, before the example is left out, and how the message
+# of one that does not fit says so.
+POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "shrink_pixels": (
+        ("shrink", "turns"),
+        ", even with its images at their least size and its leading turns left out",
+    ),
+    "drop_turns": (("turns",), ", even with its leading turns left out"),
+    "drop": ((), ""),
+    "error": ((), ""),
 }
 
 
@@ -27,15 +31,6 @@ class Trial(NamedTuple):
     tokens: int
     patches: int
     encoded: Any
-
-
-# What the message of one that does not fit says was tried.
-TRIED = {
-    "shrink_pixels": ", even with its images at their least size and its leading turns left out",
-    "drop_turns": ", even with its leading turns left out",
-    "drop": "",
-    "error": "",
-}
 
 
 def fit(
@@ -53,7 +48,7 @@ def fit(
     to the least; if that is not enough, or with "drop_turns", whole leading exchanges are dropped
     with their images, as few as possible, the system prompt kept.
     """
-    steps = POLICIES[policy]
+    steps, _ = POLICIES[policy]
 
     def fits(trial: Trial) -> bool:
         pairs = zip((trial.tokens, trial.patches), limits, strict=True)
@@ -117,8 +112,8 @@ def too_long(
     return BadExample(
         reason,
         f"{describe(trial.record)} has {have} ({features} tokens are for {len(media['image'])} "
-        f"images and {len(media['video'])} videos), more than {limit}{TRIED[policy]}. It is not "
-        f"cut: raise the limit, lower data.max_pixels, or split the conversation.",
+        f"images and {len(media['video'])} videos), more than {limit}{POLICIES[policy][1]}. "
+        f"It is not cut: raise the limit, lower data.max_pixels, or split the conversation.",
     )
 
 

@@ -31,7 +31,7 @@ from vlm_jax.data.records.mixture import Mixture, Records
 from vlm_jax.data.records.sources import read_records
 from vlm_jax.data.records.stream import Stream
 from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up, wider_shapes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 
 SAMPLE = 2000  # records that are measured before the first step
 WINDOW = 512  # records that are planned together, at least; and at least 8 steps
@@ -103,7 +103,7 @@ class Pipeline:
         elif options:
             raise UserError(f"Options {sorted(options)} belong to the Encoder, which was given.")
         length = _least(max_length, encoder.max_seq_length)
-        for wrong, message in (
+        refuse(
             (
                 rows < 1 or max_shapes < 1 or workers < 0 or prefetch < 1 or threads < 1,
                 "rows, max_shapes, prefetch, threads must be 1 or more, workers 0.",
@@ -121,9 +121,7 @@ class Pipeline:
                 packing and length is None,
                 "Packing needs to know how long a row is: set data.max_seq_length, its tokens.",
             ),
-        ):
-            if wrong:
-                raise UserError(message)
+        )
         self.encoder = encoder = encoder.replace(
             max_seq_length=length, max_patches=_least(max_patches, encoder.max_patches)
         )

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vlm_jax.data.media.access import SAFE, Access, check_pixels, find, located
-from vlm_jax.errors import UserError, explained, first_line
+from vlm_jax.errors import UserError, explained, first_line, refuse
 from vlm_jax.files.file_types import HEIC, head_of, kind_of, sentence
 from vlm_jax.files.limits import IMAGE_FORMATS
 
@@ -50,12 +50,16 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
             )
         return source
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8:
-            raise UserError(f"an image array must be uint8, this one is {source.dtype}.")
-        if source.ndim != 2 and not (source.ndim == 3 and source.shape[2] in range(1, 5)):
-            raise UserError(
-                f"an image array must be [H, W] or [H, W, 1 to 4], this one is {source.shape}."
-            )
+        refuse(
+            (
+                source.dtype != np.uint8,
+                f"an image array must be uint8, this one is {source.dtype}.",
+            ),
+            (
+                source.ndim != 2 and not (source.ndim == 3 and source.shape[2] in range(1, 5)),
+                f"an image array must be [H, W] or [H, W, 1 to 4], this one is {source.shape}.",
+            ),
+        )
         return Image.fromarray(source[:, :, 0] if source.shape[2:] == (1,) else source)
     if isinstance(source, Mapping):
         value = source.get("bytes") or source.get("path")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.limits import IMAGE_PIXELS
 from vlm_jax.models.family import Grid
 
@@ -114,13 +114,17 @@ class Patches:
             )
         )
         factor = raw["patch_size"] * raw["merge_size"]
-        if not raw["do_resize"]:
-            raise UserError("The image settings have do_resize=false, which no patch grid allows.")
-        if high < low or high < factor * factor:
-            raise UserError(
+        refuse(
+            (
+                not raw["do_resize"],
+                "The image settings have do_resize=false, which no patch grid allows.",
+            ),
+            (
+                high < low or high < factor * factor,
                 f"The image settings allow {low} to {high} pixels: max_pixels must be at least "
-                f"min_pixels and at least one token's {factor * factor} pixels."
-            )
+                f"min_pixels and at least one token's {factor * factor} pixels.",
+            ),
+        )
         if image_resolution is not None:  # limits alone, since a served image knows no more
             low = high = (max(1, round(image_resolution / factor)) * factor) ** 2
         if low > IMAGE_PIXELS:

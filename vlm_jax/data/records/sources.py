@@ -14,7 +14,7 @@ from vlm_jax.data.records.formats import check_columns
 from vlm_jax.data.records.jsonl import index_lines, index_list
 from vlm_jax.data.records.mixture import Mixture, Part, Records
 from vlm_jax.data.records.tables import index_table
-from vlm_jax.errors import UserError, explained, first_line, nearest
+from vlm_jax.errors import UserError, explained, first_line, nearest, refuse
 from vlm_jax.files.file_types import refuse_lost
 
 # The keys of one source of a list.
@@ -80,19 +80,28 @@ def read_records(
         folder, rows = str(path), _from_disk(path, split, prompt, taken)
     else:
         rows = _from_hub(name, split)
-    if type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"):
-        raise UserError(
+    refuse(
+        (
+            type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"),
             f"The data '{name}' is a stream, which has no length and cannot be read by index: set "
-            f"data.streaming, or load it without streaming=True."
-        )
-    if not isinstance(rows, Iterable):
-        raise UserError(f"Records are a path, a data set or a sequence of dicts, not {name}.")
+            f"data.streaming, or load it without streaming=True.",
+        ),
+        (
+            not isinstance(rows, Iterable),
+            f"Records are a path, a data set or a sequence of dicts, not {name}.",
+        ),
+    )
     rows = rows if hasattr(rows, "__getitem__") else list(rows)
-    known = getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None)
     rows = encoded_images(rows)
     if len(rows) == 0:
         raise UserError(f"The data '{name}' holds no records.")
-    return Records(rows, name, str(image_folder) if image_folder else folder, columns, known)
+    return Records(
+        rows,
+        name,
+        str(image_folder) if image_folder else folder,
+        columns,
+        fingerprint=getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None),
+    )
 
 
 # Lists
@@ -152,13 +161,14 @@ def _from_file(
     packed = path.suffix.lower() in COMPRESSED
     wanted = (Path(path.stem) if packed else path).suffix.lower()
     # What is a table of columns is compressed inside.
-    if wanted not in READERS or (packed and READERS[wanted] is _read_table):
-        raise UserError(
+    refuse(
+        (
+            wanted not in READERS or (packed and READERS[wanted] is _read_table),
             f"The data file '{name}' has the suffix '{path.suffix.lower()}'; expected one of "
-            f"{', '.join(READERS)}, or of a text file with {' or '.join(COMPRESSED)} behind it."
-        )
-    if split:
-        raise UserError(f"The data file '{name}' has no splits, so there is no '{split}' in it.")
+            f"{', '.join(READERS)}, or of a text file with {' or '.join(COMPRESSED)} behind it.",
+        ),
+        (split, f"The data file '{name}' has no splits, so there is no '{split}' in it."),
+    )
     refuse_lost(path, f"The data file '{name}'")
     rows = READERS[wanted](decompress(path) if packed else path, name)
     return captioned(rows, prompt, taken) if READERS[wanted] is index_table else rows
