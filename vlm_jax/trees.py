@@ -106,8 +106,8 @@ class Group:
     layers: tuple[float, ...] | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Group":
-        """Return the group of its string. Raises `UserError` for anything else."""
+    def parse(cls, text: str, row: str = "") -> "Group":
+        """Return the group of its string; raise `UserError` for anything else, naming its row."""
         found = _GROUP.fullmatch(str(text))
         try:
             assert found is not None
@@ -122,7 +122,7 @@ class Group:
                 f"The training table has the group {text!r}; expected 'frozen', 'full', 'lora', "
                 f"'adapter', or one of the last three with a positive learning-rate scale, as in "
                 f"'full(0.1)', and maybe a factor for each layer of a stack, as in "
-                f"'full(0.1; layers 0*8, 1*24)'."
+                f"'full(0.1; layers 0*8, 1*24)'.{row and f' It stands in the row {row!r}.'}"
             ) from None
         return group
 
@@ -143,12 +143,7 @@ def groups_of(table: Table, paths: Iterable[str], unused: str = "raise") -> dict
 
     Raises `UserError` for a string that is no group, naming its row.
     """
-    rows = []
-    for pattern, text in table:
-        try:
-            rows.append((pattern, Group.parse(text)))
-        except UserError as error:
-            raise UserError(f"{error} It stands in the row {pattern!r}.") from None
+    rows = [(pattern, Group.parse(text, row=pattern)) for pattern, text in table]
     return match(rows, paths, "training table", unused)
 
 

@@ -15,11 +15,7 @@ from vlm_jax.data.media.access import Access
 from vlm_jax.data.media.headers import KINDS, Grids, Media
 from vlm_jax.data.media.image_settings import check_processor, make_processor, read_settings
 from vlm_jax.data.media.processors import look_up
-from vlm_jax.data.media.video_processor import (
-    VideoProcessor,
-    make_video_processor,
-    read_video_settings,
-)
+from vlm_jax.data.media.video_processor import make_video_processor, read_video_settings
 from vlm_jax.data.overlong import POLICIES, Trial, fit, too_long
 from vlm_jax.data.records.boxes import fill
 from vlm_jax.data.records.record import BadExample, Record, canonical, describe
@@ -131,10 +127,10 @@ class Encoder:
                 image_resolution=image_resolution or None,
             )
             check_processor(processor, config, self.directory)
-        video_processor: VideoProcessor | None = None
         settings = read_video_settings(*self.directories)
-        if config.video_token_id is not None and settings is not None:
-            video_processor = make_video_processor(
+        takes_video = config.video_token_id is not None
+        video_processor = (
+            make_video_processor(
                 settings,
                 fps=video_fps,
                 min_frames=video_min_frames,
@@ -142,10 +138,13 @@ class Encoder:
                 min_pixels=video_min_pixels,
                 max_pixels=video_max_pixels,
             )
+            if takes_video and settings is not None
+            else None
+        )
         self.media = Media(
             directory=self.directory,
             model_type=self.hf_config["model_type"],
-            takes_video=config.video_token_id is not None,
+            takes_video=takes_video,
             processor=processor,
             video_processor=video_processor,
             access=Access(allow_absolute_paths, allow_urls, max_image_pixels),

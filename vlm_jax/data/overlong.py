@@ -3,6 +3,7 @@
 An image is whole or not there at all: its tokens are never truncated, and neither is an answer.
 """
 
+import bisect
 import collections
 import itertools
 from collections.abc import Callable, Mapping, Sized
@@ -66,24 +67,21 @@ def fit(
         if "shrink" not in steps or pixels is None or not trial.patches:
             return None
         low, high = pixels
-        best = attempt(shorter, low)
-        if not fits(best):
+        if not fits(attempt(shorter, low)):
             return None
-        while high - low > 1:  # low fits, high does not
-            middle = (low + high) // 2
-            trial = attempt(shorter, middle)
-            low, high, best = (middle, high, trial) if fits(trial) else (low, middle, best)
-        return best
+        over = bisect.bisect_left(
+            range(low, high), True, lo=1, key=lambda most: not fits(attempt(shorter, most))
+        )
+        return attempt(shorter, low + over - 1)
 
     found = tried(0)
     exchanges = [message for message in record["messages"] if message["role"] == "user"]
     most = len(exchanges) - 1 if "turns" in steps else 0
     if found is None and most > 0:  # an exchange less never takes more: the fewest are bisected
-        found, few, many = tried(most), 0, most
-        while found is not None and many - few > 1:
-            middle = (few + many) // 2
-            trial = tried(middle)
-            few, many, found = (middle, many, found) if trial is None else (few, middle, trial)
+        fewest = bisect.bisect_left(
+            range(most), True, lo=1, key=lambda dropped: tried(dropped) is not None
+        )
+        found = tried(fewest)
     return (full, False) if found is None else (found, True)
 
 

@@ -135,9 +135,13 @@ class Pipeline:
         share = rows // process_count
         self.mine = slice(process_index * share, (process_index + 1) * share)
         self.max_bad_share = max_bad_share
-        skip_bad = (on_bad_example or encoder.on_bad_example) == "skip"
         self.measures = self._open_measures()
-        self.measurer = Measurer(encoder, self.records, self.measures, skip_bad)
+        self.measurer = Measurer(
+            encoder,
+            self.records,
+            self.measures,
+            skip_bad=(on_bad_example or encoder.on_bad_example) == "skip",
+        )
         self.damaged: dict[int, Skipped] = {}  # found when their pixels were decoded
 
         sampled = self._sample(seed)
@@ -319,8 +323,8 @@ class Pipeline:
     def _measure(self, indices: np.ndarray) -> np.ndarray:
         """Measure records, the first that come up, and return those that are not left out."""
         self.measurer.measure(indices, self.making.threads)
-        self._sampled = self._seen, self._bad = len(indices), self.measurer.bad(indices)
-        self._check_share()
+        self._sampled = len(indices), self.measurer.bad(indices)
+        self._check_share(*self._sampled)
         return self.measures.kept(indices)
 
     def _choose_shapes(
@@ -358,13 +362,14 @@ class Pipeline:
 
     def _made(self, source: Steps) -> Iterator[tuple[Batch, Made]]:
         """Yield batches; take note of what went wrong in them."""
-        self._seen, self._bad = self._sampled
+        seen, bad = self._sampled
         for batch, made in batches(source, self.making):
             new = {one.index: one for one in made.skipped if one.index not in self.damaged}
             self.damaged |= new
-            # Where all were measured at the start, all have been counted.
-            seen, bad = (0, 0) if self.all_measured else (made.step.seen, made.step.bad)
-            self._check_share(seen, bad + len(new))
+            if not self.all_measured:  # else all have been counted at the start
+                seen, bad = seen + made.step.seen, bad + made.step.bad
+            bad += len(new)
+            self._check_share(seen, bad)
             yield batch, made
 
     # Bad records
@@ -379,13 +384,12 @@ class Pipeline:
             first.setdefault(one.reason, one)
         return list(first.values())
 
-    def _check_share(self, seen: int = 0, bad: int = 0) -> None:
-        """Count records that came up; raise `UserError` where more are bad than may be."""
-        self._seen, self._bad = self._seen + seen, self._bad + bad
-        if self._bad > self.max_bad_share * self._seen:
+    def _check_share(self, seen: int, bad: int) -> None:
+        """Raise `UserError` where more of the records that came up are bad than may be."""
+        if bad > self.max_bad_share * seen:
             bad_ones = (o.why for o in self._first_dropped() if o.reason not in ALWAYS_DROPPED)
             raise UserError(
-                f"{self._bad} of the {self._seen} records of '{self.records.name}' that came up "
+                f"{bad} of the {seen} records of '{self.records.name}' that came up "
                 f"are bad, more than data.max_bad_share = {self.max_bad_share:g}. The first: "
                 f"{next(bad_ones, '')} Repair them, or allow a larger share."
             )

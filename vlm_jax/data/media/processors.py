@@ -170,7 +170,7 @@ class Patches:
         factor = self.raw["patch_size"] * self.raw["merge_size"]
         return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
 
-    def grid(self, height: int, width: int) -> Grid:
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
         """Return (frames, height, width) in patches of an image of this size; None if fixed."""
         new_height, new_width = self.size(height, width)
         return 1, new_height // self.raw["patch_size"], new_width // self.raw["patch_size"]
@@ -188,12 +188,11 @@ class Patches:
         nothing is.
         """
         pixels = picture(pixels)
-        height, width = self.size(pixels.height, pixels.width)
-        grid = (1, height // self.raw["patch_size"], width // self.raw["patch_size"])
+        grid, patch = self.grid(pixels.height, pixels.width), self.raw["patch_size"]
         out = self.empty([grid]) if out is None else out
         if len(out) == grid[1] * grid[2]:
-            frames = out.reshape(len(out), 3, -1, self.raw["patch_size"] ** 2)
-            self.frame(pixels, (height, width), frames[:, :, 0])
+            frames = out.reshape(len(out), 3, -1, patch**2)
+            self.frame(pixels, (grid[1] * patch, grid[2] * patch), frames[:, :, 0])
             frames[:, :, 1:] = frames[:, :, :1]
         return out, grid
 

@@ -68,12 +68,13 @@ class Stream:
                 row: Any = next(rows, END)
             if row is END:
                 return
-            record = row
-            if not isinstance(row, UserError):
-                try:
-                    record = canonical(row, index, self.folder, self.name, columns=self.columns)
-                except UserError as error:
-                    record = error
+            try:
+                row = row() if callable(row) else row  # of `Lines`
+                record: Record | UserError = canonical(
+                    row, index, self.folder, self.name, columns=self.columns
+                )
+            except UserError as error:
+                record = error
             yield record
 
     def windows(self, cursor: int, size: int) -> Iterator[tuple[np.ndarray, bool]]:
