@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import check_patterns
 
 Tree = Mapping[str, Any]
@@ -109,7 +109,15 @@ class Group:
     def parse(cls, text: str, row: str = "") -> "Group":
         """Return the group of its string; raise `UserError` for anything else, naming its row."""
         found = _GROUP.fullmatch(str(text))
-        try:
+        with explained(
+            (AssertionError, ValueError),
+            lambda _: (
+                f"The training table has the group {text!r}; expected 'frozen', 'full', 'lora', "
+                f"'adapter', or one of the last three with a positive learning-rate scale, as in "
+                f"'full(0.1)', and maybe a factor for each layer of a stack, as in "
+                f"'full(0.1; layers 0*8, 1*24)'.{row and f' It stands in the row {row!r}.'}"
+            ),
+        ):
             assert found is not None
             kind, scale, listed = found.groups()
             assert kind != FROZEN or scale is None
@@ -117,13 +125,6 @@ class Group:
             factors = [float(value) for value, _, count in runs for _ in range(int(count or 1))]
             group = cls(kind, 1.0 if scale is None else float(scale), tuple(factors) or None)
             assert group.scale > 0 and math.isfinite(group.scale)
-        except (AssertionError, ValueError):
-            raise UserError(
-                f"The training table has the group {text!r}; expected 'frozen', 'full', 'lora', "
-                f"'adapter', or one of the last three with a positive learning-rate scale, as in "
-                f"'full(0.1)', and maybe a factor for each layer of a stack, as in "
-                f"'full(0.1; layers 0*8, 1*24)'.{row and f' It stands in the row {row!r}.'}"
-            ) from None
         return group
 
     def __str__(self) -> str:

@@ -85,10 +85,8 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
 
 
 def _from_base64(text: str, wrong: str) -> bytes:
-    try:
+    with explained(ValueError, lambda _: wrong):
         return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        raise UserError(wrong) from None
 
 
 # What Pillow raises for damaged and for suspiciously large files.

@@ -145,10 +145,11 @@ def _mixture(sources: Sequence[Any], options: dict[str, Any]) -> Records | Mixtu
 
 
 def _number(value: Any, key: str, where: str) -> float | None:
-    try:
+    with explained(
+        (TypeError, ValueError),
+        lambda _: f"{where} has the {key} {value!r}; expected a number.",
+    ):
         return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where} has the {key} {value!r}; expected a number.") from None
 
 
 # Files
