@@ -24,10 +24,7 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{path}/"))
-        else:
-            flat[path] = value
+        flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
     return flat
 
 

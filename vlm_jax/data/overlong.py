@@ -97,10 +97,9 @@ def too_long(
     features: its tokens that stand for images and videos; media: one item for each.
     """
     length, most_patches = limits
-    over = length is not None and trial.tokens > length
     reason, have, limit = (
         ("too_long", f"{trial.tokens} tokens", f"data.max_seq_length = {length}")
-        if over
+        if length is not None and trial.tokens > length
         else (
             "too_many_patches",
             f"{trial.patches} patches",

@@ -167,9 +167,11 @@ class Pipeline:
             if isinstance(self.records, Stream)
             else len(self.records.order(seed, 0, shuffle))
         )
-        window = max(WINDOW, int(8 * rows * (len(kept) / packed)))  # 8 steps of examples
-        if sampling == "group_by_length":
-            window = rows * max(1, int(min(MEGABATCH, visits / (4 * rows))))
+        window = (
+            rows * max(1, int(min(MEGABATCH, visits / (4 * rows))))
+            if sampling == "group_by_length"
+            else max(WINDOW, int(8 * rows * (len(kept) / packed)))  # 8 steps of examples
+        )
         self.planner = Planner(
             measurer=self.measurer,
             rows=rows,

@@ -16,7 +16,7 @@ from vlm_jax.data.lengths import FILMED
 from vlm_jax.data.measuring import Measurer
 from vlm_jax.data.packing import pack, row_sizes
 from vlm_jax.data.records.stream import Stream
-from vlm_jax.data.shapes import Shape, cost, fit
+from vlm_jax.data.shapes import Shape, fit, size_order
 from vlm_jax.errors import UserError
 
 State = dict[str, int]
@@ -111,10 +111,9 @@ class Planner:
                 if len(waiting) == self.rows:
                     number, left = number + 1, len(rows) - (i + 1)
                     place = (cursor, i + 1, first) if left else (after, 0, 0)
-                    following = dict(zip(POSITION, (epoch, number, *place), strict=True))
-                    if last and left < (self.micro if self.drop_last else 1):
-                        following = ended
-                    yield self._step(waiting, following, seen, bad)
+                    over = last and left < (self.micro if self.drop_last else 1)
+                    here = dict(zip(POSITION, (epoch, number, *place), strict=True))
+                    yield self._step(waiting, ended if over else here, seen, bad)
                     waiting, seen, bad = [], 0, 0
             first, cursor, done = -len(waiting) % self.rows, after, 0
         if self.drop_last:
@@ -136,14 +135,15 @@ class Planner:
         )
 
     def _windows(self, epoch: int, cursor: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yield (records of a window, whether it is the epoch's last) from the cursor on."""
+        """Return each (records of a window, whether it is the epoch's last) from the cursor on."""
         records = self.measurer.records
         if isinstance(records, Stream):
-            yield from records.windows(cursor, self.window)
-            return
+            return records.windows(cursor, self.window)
         order = records.order(self.seed, epoch, self.shuffle)
-        for start in range(cursor, len(order), self.window):
-            yield order[start : start + self.window], start + self.window >= len(order)
+        return (
+            (order[start : start + self.window], start + self.window >= len(order))
+            for start in range(cursor, len(order), self.window)
+        )
 
     def _rows(self, kept: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
         """Return each row's records, in the order of their first record, and the rows' sizes.
@@ -171,8 +171,7 @@ class Planner:
         if self.sampling == "group_by_length":
             return np.argsort(-sizes[:, 0], stable=True)
         rng = np.random.default_rng(seed)
-        needs = np.array([fit(size, self.shapes) for size in sizes], np.int64)
-        order = np.lexsort((cost(sizes), needs))
+        order = size_order(sizes, self.shapes)
         dropped = np.arange(0)
         if self.drop_last and last:
             count = (len(sizes) - first) % self.micro  # what waits is all rows of a step but these

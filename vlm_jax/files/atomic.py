@@ -53,11 +53,10 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
             path.chmod(temporary.stat().st_mode & 0o666)
         if target.exists():
             fresh = {path.name for path in temporary.iterdir()}
-            patterns = [*instead_of]
-            if fresh & {"model.safetensors", "model.safetensors.index.json"}:
-                # Readers differ in whether shards or a single file come first: leave one kind.
-                patterns += ["model*.safetensors", "model*.index.json"]
-            found = [old for pattern in patterns for old in target.glob(pattern)]
+            weights = fresh & {"model.safetensors", "model.safetensors.index.json"}
+            # Readers differ in whether shards or a single file come first: leave one kind.
+            shards = ("model*.safetensors", "model*.index.json") if weights else ()
+            found = [old for pattern in (*instead_of, *shards) for old in target.glob(pattern)]
             for path in sorted(temporary.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(target / path.name, ignore_errors=True)

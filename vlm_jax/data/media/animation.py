@@ -28,10 +28,11 @@ def open_animation(
     Its rate is that of its first frame. A GIF may have one frame: that is still given as a video.
     """
     with open_image(file, None, access) as image:
-        numbers = range(1)
-        if image.format in ANIMATED:
-            # The picture that programs show which know no animation may be none of its frames.
-            numbers = range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
+        numbers = (  # the picture that programs show which know no animation may be no frame
+            range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
+            if image.format in ANIMATED
+            else range(1)
+        )
         height, width = upright_size(image)
         count = len(numbers)
         refuse(

@@ -216,9 +216,11 @@ def _walk(size: int, begin: Fraction, end: Fraction, seed: list[int], shuffle: b
     pieces = [np.zeros(0, np.int64)]
     for turn in range(start // size, -(-stop // size)):
         a, b = max(start - turn * size, 0), min(stop - turn * size, size)
-        whole = np.arange(size)
-        if shuffle and b - a < size:
-            whole = np.random.default_rng([*seed, turn, size]).permutation(size)
+        whole = (
+            np.random.default_rng([*seed, turn, size]).permutation(size)
+            if shuffle and b - a < size
+            else np.arange(size)
+        )
         pieces.append(whole[a:b])
     return np.concatenate(pieces)
 
