@@ -118,19 +118,24 @@ class Encoder:
         self.directories = [str(one) for one in (adapter, directory) if one is not None]
         self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id, adapter)
         settings = read_settings(*self.directories)
-        processor = None
-        if settings is not None:
-            processor = make_processor(
+        processor = (
+            None
+            if settings is None
+            else make_processor(
                 settings,
                 min_pixels=min_pixels,
                 max_pixels=max_pixels,
                 image_resolution=image_resolution or None,
             )
+        )
+        if processor is not None:
             check_processor(processor, config, self.directory)
         settings = read_video_settings(*self.directories)
         takes_video = config.video_token_id is not None
         video_processor = (
-            make_video_processor(
+            None
+            if settings is None or not takes_video
+            else make_video_processor(
                 settings,
                 fps=video_fps,
                 min_frames=video_min_frames,
@@ -138,8 +143,6 @@ class Encoder:
                 min_pixels=video_min_pixels,
                 max_pixels=video_max_pixels,
             )
-            if takes_video and settings is not None
-            else None
         )
         self.media = Media(
             directory=self.directory,

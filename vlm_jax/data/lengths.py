@@ -118,7 +118,7 @@ class Measures:
 
 
 class StreamMeasures(Measures):
-    """Sizes of a stream's records, whose number is unknown: in memory, per process."""
+    """Sizes in memory, per process: of a stream's records, whose number is unknown, or a sample."""
 
     def _map(self) -> None:
         self.table = np.zeros((1024, len(COLUMNS)), np.int32)

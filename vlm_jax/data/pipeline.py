@@ -184,20 +184,9 @@ class Pipeline:
             window=window,
             sampling=sampling,
         )
-        self.steps_per_epoch: int | None = None
-        if self.streaming:
-            return
-        expected = visits / len(sampled) * packed  # rows an epoch
-        micro = self.planner.micro
-        expected = expected // micro * micro if drop_last else expected
-        self.steps_per_epoch = int(-(-expected // rows))
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"{packed} rows do not fill one micro-batch of {micro} rows, and drop_last leaves "
-                f"out what does not: make the batch smaller or set drop_last to false."
-            )
-        if self.all_measured:
-            self.steps_per_epoch = sum(1 for _ in self.planner.epoch({"epoch": 0, "step": 0}))
+        self.steps_per_epoch = (
+            None if self.streaming else self._count_steps(visits / len(sampled), packed)
+        )
 
     # What is there
 
@@ -318,9 +307,11 @@ class Pipeline:
 
     def _sample(self, seed: int) -> np.ndarray:
         """Return the records that shapes are chosen by."""
-        if isinstance(self.records, Stream):
-            return next(self.records.windows(0, SAMPLE), (np.arange(0), True))[0]
-        return sample(len(self.records), SAMPLE, seed)
+        return (
+            next(self.records.windows(0, SAMPLE), (np.arange(0), True))[0]
+            if isinstance(self.records, Stream)
+            else sample(len(self.records), SAMPLE, seed)
+        )
 
     def _measure(self, indices: np.ndarray) -> np.ndarray:
         """Measure records, the first that come up, and return those that are not left out."""
@@ -359,6 +350,18 @@ class Pipeline:
         cap = tokens, patches
         wider = [] if self.all_measured else wider_shapes(cap, most, unit)
         return capacity, choose_shapes(sizes, cap, max_shapes, unit), wider
+
+    def _count_steps(self, share: float, packed: int) -> int:
+        """Return the steps of an epoch, which visits `share` times what makes `packed` rows."""
+        micro, rows = self.planner.micro, share * packed
+        steps = -(-(rows // micro * micro if self.planner.drop_last else rows) // self.rows)
+        if steps == 0:
+            raise UserError(
+                f"{packed} rows do not fill one micro-batch of {micro} rows, and drop_last leaves "
+                f"out what does not: make the batch smaller or set drop_last to false."
+            )
+        planned = self.planner.epoch({"epoch": 0, "step": 0})
+        return sum(1 for _ in planned) if self.all_measured else int(steps)
 
     # Making
 

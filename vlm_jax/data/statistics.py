@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.data import Encoder
-from vlm_jax.data.lengths import Measures
+from vlm_jax.data.lengths import StreamMeasures
 from vlm_jax.data.measuring import Measurer, sample
 from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.shapes import choose_shapes, cost, group, round_up
@@ -61,7 +61,7 @@ def pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]
 def measure(encoder: Encoder, records: Any, max_pixels: int | None, reason: str = "") -> Sizes:
     """Return the sizes of a seeded sample; raises `UserError` where none can be trained on."""
     sampled = sample(len(records), SAMPLE)
-    measures = Measures(len(records))
+    measures = StreamMeasures(0, path="")
     measurer = Measurer(encoder, records, measures, skip_bad=True)
     measurer.measure(sampled, threads=2)
     kept = measures.kept(sampled)

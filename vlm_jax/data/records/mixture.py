@@ -84,9 +84,8 @@ class Records(Sequence):
 
     def order(self, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
         """Return int64 [N]: the records that an epoch visits, in order."""
-        if not shuffle:
-            return np.arange(len(self))
-        return np.random.default_rng([seed, epoch]).permutation(len(self))
+        rng = np.random.default_rng([seed, epoch])
+        return rng.permutation(len(self)) if shuffle else np.arange(len(self))
 
 
 @dataclasses.dataclass(frozen=True)

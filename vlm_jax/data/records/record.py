@@ -118,9 +118,8 @@ def _media(row: Mapping[str, Any], keys: tuple[str, str], where: str) -> list[An
     if not isinstance(value, list | tuple):
         return [value]
     found = [one for one in value if not is_nothing(one)]
-    if given == ["video"] and all(map(_is_frame, found)):
-        return [list(value)]  # the frames of one, each of which must be there
-    return found
+    # Frames are those of one video, and each of them must be there.
+    return [list(value)] if given == ["video"] and all(map(_is_frame, found)) else found
 
 
 def _is_frame(value: Any) -> bool:

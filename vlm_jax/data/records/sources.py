@@ -139,9 +139,8 @@ def _mixture(sources: Sequence[Any], options: dict[str, Any]) -> Records | Mixtu
             taken = sum(part.name.partition("#")[0] == name for part in parts)
             name += f"#{taken + 1}" if taken else ""
         parts.append(Part(str(name), records, **shares))
-    if len(parts) == 1 and not isinstance(sources[0], Mapping):
-        return parts[0].records
-    return Mixture(parts)
+    is_path = len(parts) == 1 and not isinstance(sources[0], Mapping)
+    return parts[0].records if is_path else Mixture(parts)
 
 
 def _number(value: Any, key: str, where: str) -> float | None:
