@@ -363,8 +363,6 @@ class Pipeline:
         planned = self.planner.epoch({"epoch": 0, "step": 0})
         return sum(1 for _ in planned) if self.all_measured else int(steps)
 
-    # Making
-
     def _made(self, source: Steps) -> Iterator[tuple[Batch, Made]]:
         """Yield batches; take note of what went wrong in them."""
         seen, bad = self._sampled
@@ -376,8 +374,6 @@ class Pipeline:
             bad += len(new)
             self._check_share(seen, bad)
             yield batch, made
-
-    # Bad records
 
     def _first_dropped(self) -> list[Skipped]:
         """Return the first record of each reason."""

@@ -14,8 +14,8 @@ from vlm_jax.data import Encoder, Pipeline
 from vlm_jax.data.records.stream import Stream
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
+from vlm_jax.evals import Eval
 from vlm_jax.evals.accuracy import accuracy
-from vlm_jax.evals.named import Evaluator
 from vlm_jax.model import Model
 from vlm_jax.train.placement import Feed
 from vlm_jax.train.step import TrainState
@@ -171,7 +171,7 @@ def evaluated(
     encoder: Encoder,
     held_out: Pipeline | None,
     losses: Any,
-    named: Sequence[Evaluator],
+    named: Mapping[str, Eval],
     state: TrainState,
     frozen: Any,
     feed: Feed,
@@ -180,7 +180,7 @@ def evaluated(
 ) -> dict[str, float]:
     """Return the loss over all held-out examples, the accuracy of answers, and named figures.
 
-    held_out: None: not now. named: the evaluators that are due.
+    held_out: None: not now. named: the evaluators that are due, see `evaluators_of`.
     check: called first and behind each batch; what it raises ends the evaluation.
     answered(done, total): called behind each batch of answers.
     """
@@ -205,8 +205,9 @@ def evaluated(
             max_examples=e.max_examples,
             on_batch=on_batch,
         ).figures
-    for one in named:
-        values |= one.figures(model, params, encoder, on_batch)
+    for name, eval_of in named.items():
+        figures = eval_of(model, params, encoder, on_batch=on_batch).figures
+        values |= {f"{name}/{metric}": value for metric, value in figures.items()}
     # One process's word: what is chosen by it must be the same in all.
     return processes.gather("evaluation", {**values, "seconds": time.perf_counter() - start})[0]
 
