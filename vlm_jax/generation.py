@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.batch import Batch
 from vlm_jax.distributed import processes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.limits import SIZE, read_json
 from vlm_jax.model import Model
 from vlm_jax.models.decoder import empty_cache
@@ -142,10 +142,13 @@ def generate(
     if eos_token_id is not None:
         eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     pad = pad if pad_token_id is None else pad_token_id
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
-    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
-        raise UserError("Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
+    refuse(
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; it must be 1 or more."),
+        (
+            not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0,
+            "Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.",
+        ),
+    )
     batch, key = left_padded(batch), jax.random.key(seed)
     mesh = mesh_under(params)
     if mesh is None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import check_patterns
 
 Tree = Mapping[str, Any]
@@ -24,10 +24,7 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{path}/"))
-        else:
-            flat[path] = value
+        flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
     return flat
 
 
@@ -59,7 +56,7 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
     check_patterns([pattern for pattern, _ in table], paths, f"row of the {what}")
     rows = [(re.compile(pattern), value) for pattern, value in table]
     result: dict[str, Any] = {}
-    used = [False] * len(rows)
+    used: set[int] = set()
     for path in paths:
         hits = [i for i, (pattern, _) in enumerate(rows) if pattern.fullmatch(path)]
         if not hits:
@@ -68,12 +65,11 @@ def match(table: Table, paths: Iterable[str], what: str, unused: str = "raise") 
                 f"{[pattern for pattern, _ in table]}, each matched against the whole path. "
                 f"Add a row for it, for example a last row '.*'."
             )
-        for i in hits:
-            used[i] = True
+        used.update(hits)
         result[path] = rows[hits[0]][1]
     if unused == "raise":
-        for (pattern, _), hit in zip(table, used, strict=True):
-            if not hit:
+        for i, (pattern, _) in enumerate(table):
+            if i not in used:
                 raise UserError(
                     f"The row {pattern!r} of the {what} matches no parameter. A row must match "
                     f"the whole path of at least one; paths look like "
@@ -107,10 +103,18 @@ class Group:
     layers: tuple[float, ...] | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Group":
-        """Return the group of its string. Raises `UserError` for anything else."""
+    def parse(cls, text: str, row: str = "") -> "Group":
+        """Return the group of its string; raise `UserError` for anything else, naming its row."""
         found = _GROUP.fullmatch(str(text))
-        try:
+        with explained(
+            (AssertionError, ValueError),
+            lambda _: (
+                f"The training table has the group {text!r}; expected 'frozen', 'full', 'lora', "
+                f"'adapter', or one of the last three with a positive learning-rate scale, as in "
+                f"'full(0.1)', and maybe a factor for each layer of a stack, as in "
+                f"'full(0.1; layers 0*8, 1*24)'.{row and f' It stands in the row {row!r}.'}"
+            ),
+        ):
             assert found is not None
             kind, scale, listed = found.groups()
             assert kind != FROZEN or scale is None
@@ -118,13 +122,6 @@ class Group:
             factors = [float(value) for value, _, count in runs for _ in range(int(count or 1))]
             group = cls(kind, 1.0 if scale is None else float(scale), tuple(factors) or None)
             assert group.scale > 0 and math.isfinite(group.scale)
-        except (AssertionError, ValueError):
-            raise UserError(
-                f"The training table has the group {text!r}; expected 'frozen', 'full', 'lora', "
-                f"'adapter', or one of the last three with a positive learning-rate scale, as in "
-                f"'full(0.1)', and maybe a factor for each layer of a stack, as in "
-                f"'full(0.1; layers 0*8, 1*24)'."
-            ) from None
         return group
 
     def __str__(self) -> str:
@@ -144,12 +141,7 @@ def groups_of(table: Table, paths: Iterable[str], unused: str = "raise") -> dict
 
     Raises `UserError` for a string that is no group, naming its row.
     """
-    rows = []
-    for pattern, text in table:
-        try:
-            rows.append((pattern, Group.parse(text)))
-        except UserError as error:
-            raise UserError(f"{error} It stands in the row {pattern!r}.") from None
+    rows = [(pattern, Group.parse(text, row=pattern)) for pattern, text in table]
     return match(rows, paths, "training table", unused)
 
 

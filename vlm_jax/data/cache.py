@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.atomic import replacing
 
 CHUNK = 1 << 22
@@ -76,9 +76,8 @@ def decompress(path: Path) -> Path:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
     places = [path.parent / ".vlm_jax", cache_directory() / "plain"]
     targets = [place / digest / path.stem for place in places]
-    for target in targets:
-        if target.is_file():
-            return target
+    if copied := next(filter(Path.is_file, targets), None):
+        return copied
     for place, target in zip(places, targets, strict=True):
         try:
             _write(target, _plain(path))
@@ -96,12 +95,11 @@ def decompress(path: Path) -> Path:
 def _plain(path: Path) -> Iterator[bytes]:
     import zstandard
 
-    try:
+    with explained(
+        (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError),
+        lambda error: f"The data file '{path}' is damaged or cut short: {error}. Copy it again.",
+    ):
         yield from COMPRESSED[path.suffix.lower()](path)
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(
-            f"The data file '{path}' is damaged or cut short: {error}. Copy it again."
-        ) from error
 
 
 def _gunzip(path: Path) -> Iterator[bytes]:

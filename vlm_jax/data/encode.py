@@ -15,11 +15,7 @@ from vlm_jax.data.media.access import Access
 from vlm_jax.data.media.headers import KINDS, Grids, Media
 from vlm_jax.data.media.image_settings import check_processor, make_processor, read_settings
 from vlm_jax.data.media.processors import look_up
-from vlm_jax.data.media.video_processor import (
-    VideoProcessor,
-    make_video_processor,
-    read_video_settings,
-)
+from vlm_jax.data.media.video_processor import make_video_processor, read_video_settings
 from vlm_jax.data.overlong import POLICIES, Trial, fit, too_long
 from vlm_jax.data.records.boxes import fill
 from vlm_jax.data.records.record import BadExample, Record, canonical, describe
@@ -122,19 +118,24 @@ class Encoder:
         self.directories = [str(one) for one in (adapter, directory) if one is not None]
         self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id, adapter)
         settings = read_settings(*self.directories)
-        processor = None
-        if settings is not None:
-            processor = make_processor(
+        processor = (
+            None
+            if settings is None
+            else make_processor(
                 settings,
                 min_pixels=min_pixels,
                 max_pixels=max_pixels,
                 image_resolution=image_resolution or None,
             )
+        )
+        if processor is not None:
             check_processor(processor, config, self.directory)
-        video_processor: VideoProcessor | None = None
         settings = read_video_settings(*self.directories)
-        if config.video_token_id is not None and settings is not None:
-            video_processor = make_video_processor(
+        takes_video = config.video_token_id is not None
+        video_processor = (
+            None
+            if settings is None or not takes_video
+            else make_video_processor(
                 settings,
                 fps=video_fps,
                 min_frames=video_min_frames,
@@ -142,10 +143,11 @@ class Encoder:
                 min_pixels=video_min_pixels,
                 max_pixels=video_max_pixels,
             )
+        )
         self.media = Media(
             directory=self.directory,
             model_type=self.hf_config["model_type"],
-            takes_video=config.video_token_id is not None,
+            takes_video=takes_video,
             processor=processor,
             video_processor=video_processor,
             access=Access(allow_absolute_paths, allow_urls, max_image_pixels),
@@ -298,14 +300,11 @@ class Encoder:
             sizes=lambda: self.media.headers(record)["image"],
         )
 
-    def most_patches(self) -> int:
-        """Return how many patch slots one image takes at most, whatever its size."""
-        largest = None if self.media.processor is None else self.media.processor.largest
-        return self.config.image_patches() if largest is None else largest
-
-    def most_video_patches(self) -> int:
-        """Return how many patch slots one video takes at most, whatever its length."""
-        return 0 if self.media.video_processor is None else self.media.video_processor.largest
+    def most_patches(self, images: int, videos: int) -> int:
+        """Return how many patch slots so many take at most, whatever their size and length."""
+        still, film = self.media.processor, self.media.video_processor
+        image = (still and still.largest) or self.config.image_patches()
+        return images * image + videos * (film.largest if film else 0)
 
     def collate(
         self,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.data.cache import cache_directory
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 
 VERSION = 3  # raise it when measuring changes: files of an older one are not read
 COLUMNS = ("tokens", "patches", "answers", "notes", "check")
@@ -63,15 +63,16 @@ class Measures:
 
     def _map(self) -> None:
         shape = (self.count, len(COLUMNS))
-        try:
+        with explained(
+            OSError,
+            lambda error: (
+                f"The sizes of the records cannot be kept in '{self.path}' ({error.strerror}): "
+                f"delete it, or make it writable."
+            ),
+        ):
             Path(self.path).touch()
             # NumPy fills it up with zeros, which pass no check: "not measured".
             self.table: np.ndarray = np.memmap(self.path, np.int32, mode="r+", shape=shape)
-        except OSError as error:
-            raise UserError(
-                f"The sizes of the records cannot be kept in '{self.path}' ({error.strerror}): "
-                f"delete it, or make it writable."
-            ) from error
 
     def __reduce__(self) -> tuple:
         return type(self), (self.count, self.path, self.run)
@@ -117,7 +118,7 @@ class Measures:
 
 
 class StreamMeasures(Measures):
-    """Sizes of a stream's records, whose number is unknown: in memory, per process."""
+    """Sizes in memory, per process: of a stream's records, whose number is unknown, or a sample."""
 
     def _map(self) -> None:
         self.table = np.zeros((1024, len(COLUMNS)), np.int32)

@@ -132,8 +132,7 @@ class Steps:
             return self.steps[number]
         if self._plan is None or number < self._next:
             share = number % self.workers / self.workers if self.workers else 0.0
-            plan = dataclasses.replace(self.planner, share=share).steps(self.state)
-            self._plan, self._next = plan, 0
+            self._plan, self._next = self.planner.steps(self.state, share), 0
         # What is passed over is another worker's to make, but was planned here too.
         passed, self._next = number - self._next, number + 1
         return next(itertools.islice(self._plan, passed, None))

@@ -8,7 +8,7 @@ from vlm_jax.data.encode import Encoder
 from vlm_jax.data.lengths import REASONS, Measures
 from vlm_jax.data.records.mixture import Mixture, Records
 from vlm_jax.data.records.record import BadExample
-from vlm_jax.data.records.stream import StreamRecords
+from vlm_jax.data.records.stream import Stream
 from vlm_jax.data.text.template import BadTemplate
 from vlm_jax.errors import UserError
 
@@ -25,7 +25,7 @@ class Measurer:
     def __init__(
         self,
         encoder: Encoder,
-        records: Records | Mixture | StreamRecords,
+        records: Records | Mixture | Stream,
         measures: Measures,
         skip_bad: bool,
     ):

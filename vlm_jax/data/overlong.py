@@ -3,6 +3,7 @@
 An image is whole or not there at all: its tokens are never truncated, and neither is an answer.
 """
 
+import bisect
 import collections
 import itertools
 from collections.abc import Callable, Mapping, Sized
@@ -10,12 +11,16 @@ from typing import Any, NamedTuple
 
 from vlm_jax.data.records.record import BadExample, Record, describe
 
-# data.overlong -> what is tried, in this order, before the example is left out.
-POLICIES: dict[str, tuple[str, ...]] = {
-    "shrink_pixels": ("shrink", "turns"),
-    "drop_turns": ("turns",),
-    "drop": (),
-    "error": (),
+# data.overlong -> what is tried, in this order, before the example is left out, and how the message
+# of one that does not fit says so.
+POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "shrink_pixels": (
+        ("shrink", "turns"),
+        ", even with its images at their least size and its leading turns left out",
+    ),
+    "drop_turns": (("turns",), ", even with its leading turns left out"),
+    "drop": ((), ""),
+    "error": ((), ""),
 }
 
 
@@ -27,15 +32,6 @@ class Trial(NamedTuple):
     tokens: int
     patches: int
     encoded: Any
-
-
-# What the message of one that does not fit says was tried.
-TRIED = {
-    "shrink_pixels": ", even with its images at their least size and its leading turns left out",
-    "drop_turns": ", even with its leading turns left out",
-    "drop": "",
-    "error": "",
-}
 
 
 def fit(
@@ -53,7 +49,7 @@ def fit(
     to the least; if that is not enough, or with "drop_turns", whole leading exchanges are dropped
     with their images, as few as possible, the system prompt kept.
     """
-    steps = POLICIES[policy]
+    steps, _ = POLICIES[policy]
 
     def fits(trial: Trial) -> bool:
         pairs = zip((trial.tokens, trial.patches), limits, strict=True)
@@ -71,24 +67,21 @@ def fit(
         if "shrink" not in steps or pixels is None or not trial.patches:
             return None
         low, high = pixels
-        best = attempt(shorter, low)
-        if not fits(best):
+        if not fits(attempt(shorter, low)):
             return None
-        while high - low > 1:  # low fits, high does not
-            middle = (low + high) // 2
-            trial = attempt(shorter, middle)
-            low, high, best = (middle, high, trial) if fits(trial) else (low, middle, best)
-        return best
+        over = bisect.bisect_left(
+            range(low, high), True, lo=1, key=lambda most: not fits(attempt(shorter, most))
+        )
+        return attempt(shorter, low + over - 1)
 
     found = tried(0)
     exchanges = [message for message in record["messages"] if message["role"] == "user"]
     most = len(exchanges) - 1 if "turns" in steps else 0
     if found is None and most > 0:  # an exchange less never takes more: the fewest are bisected
-        found, few, many = tried(most), 0, most
-        while found is not None and many - few > 1:
-            middle = (few + many) // 2
-            trial = tried(middle)
-            few, many, found = (middle, many, found) if trial is None else (few, middle, trial)
+        fewest = bisect.bisect_left(
+            range(most), True, lo=1, key=lambda dropped: tried(dropped) is not None
+        )
+        found = tried(fewest)
     return (full, False) if found is None else (found, True)
 
 
@@ -104,10 +97,9 @@ def too_long(
     features: its tokens that stand for images and videos; media: one item for each.
     """
     length, most_patches = limits
-    over = length is not None and trial.tokens > length
     reason, have, limit = (
         ("too_long", f"{trial.tokens} tokens", f"data.max_seq_length = {length}")
-        if over
+        if length is not None and trial.tokens > length
         else (
             "too_many_patches",
             f"{trial.patches} patches",
@@ -117,8 +109,8 @@ def too_long(
     return BadExample(
         reason,
         f"{describe(trial.record)} has {have} ({features} tokens are for {len(media['image'])} "
-        f"images and {len(media['video'])} videos), more than {limit}{TRIED[policy]}. It is not "
-        f"cut: raise the limit, lower data.max_pixels, or split the conversation.",
+        f"images and {len(media['video'])} videos), more than {limit}{POLICIES[policy][1]}. "
+        f"It is not cut: raise the limit, lower data.max_pixels, or split the conversation.",
     )
 
 

@@ -5,6 +5,7 @@ and what is left out is counted.
 """
 
 import collections
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +29,9 @@ from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.planner import Planner, State, Step
 from vlm_jax.data.records.mixture import Mixture, Records
 from vlm_jax.data.records.sources import read_records
-from vlm_jax.data.records.stream import Stream, StreamRecords
+from vlm_jax.data.records.stream import Stream
 from vlm_jax.data.shapes import Shape, choose_shapes, group, padding, round_up, wider_shapes
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 
 SAMPLE = 2000  # records that are measured before the first step
 WINDOW = 512  # records that are planned together, at least; and at least 8 steps
@@ -102,7 +103,7 @@ class Pipeline:
         elif options:
             raise UserError(f"Options {sorted(options)} belong to the Encoder, which was given.")
         length = _least(max_length, encoder.max_seq_length)
-        for wrong, message in (
+        refuse(
             (
                 rows < 1 or max_shapes < 1 or workers < 0 or prefetch < 1 or threads < 1,
                 "rows, max_shapes, prefetch, threads must be 1 or more, workers 0.",
@@ -120,15 +121,13 @@ class Pipeline:
                 packing and length is None,
                 "Packing needs to know how long a row is: set data.max_seq_length, its tokens.",
             ),
-        ):
-            if wrong:
-                raise UserError(message)
+        )
         self.encoder = encoder = encoder.replace(
             max_seq_length=length, max_patches=_least(max_patches, encoder.max_patches)
         )
         self.streaming = isinstance(records, Stream)
-        self.records: Records | Mixture | StreamRecords = (
-            StreamRecords(records)
+        self.records: Records | Mixture | Stream = (
+            copy.copy(records)  # with a place of its own in it
             if isinstance(records, Stream)
             else read_records(records, encoder.image_folder)
         )
@@ -136,9 +135,13 @@ class Pipeline:
         share = rows // process_count
         self.mine = slice(process_index * share, (process_index + 1) * share)
         self.max_bad_share = max_bad_share
-        skip_bad = (on_bad_example or encoder.on_bad_example) == "skip"
         self.measures = self._open_measures()
-        self.measurer = Measurer(encoder, self.records, self.measures, skip_bad)
+        self.measurer = Measurer(
+            encoder,
+            self.records,
+            self.measures,
+            skip_bad=(on_bad_example or encoder.on_bad_example) == "skip",
+        )
         self.damaged: dict[int, Skipped] = {}  # found when their pixels were decoded
 
         sampled = self._sample(seed)
@@ -159,12 +162,16 @@ class Pipeline:
         capacity, self.shapes, self.wider = self._choose_shapes(sizes, max_shapes, kept, packing)
         packed = len(sizes) if capacity is None else len(pack(sizes, capacity))
         shuffle = shuffle and sampling != "sequential"
-        visits = math.inf  # of records in an epoch: a mixture may visit one twice, or not
-        if not isinstance(self.records, StreamRecords):
-            visits = len(self.records.order(seed, 0, shuffle))
-        window = max(WINDOW, int(8 * rows * (len(kept) / packed)))  # 8 steps of examples
-        if sampling == "group_by_length":
-            window = rows * max(1, int(min(MEGABATCH, visits / (4 * rows))))
+        visits = (  # of records in an epoch: a mixture may visit one twice, or not
+            math.inf
+            if isinstance(self.records, Stream)
+            else len(self.records.order(seed, 0, shuffle))
+        )
+        window = (
+            rows * max(1, int(min(MEGABATCH, visits / (4 * rows))))
+            if sampling == "group_by_length"
+            else max(WINDOW, int(8 * rows * (len(kept) / packed)))  # 8 steps of examples
+        )
         self.planner = Planner(
             measurer=self.measurer,
             rows=rows,
@@ -177,20 +184,9 @@ class Pipeline:
             window=window,
             sampling=sampling,
         )
-        self.steps_per_epoch: int | None = None
-        if self.streaming:
-            return
-        expected = visits / len(sampled) * packed  # rows an epoch
-        micro = self.planner.micro
-        expected = expected // micro * micro if drop_last else expected
-        self.steps_per_epoch = int(-(-expected // rows))
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"{packed} rows do not fill one micro-batch of {micro} rows, and drop_last leaves "
-                f"out what does not: make the batch smaller or set drop_last to false."
-            )
-        if self.all_measured:
-            self.steps_per_epoch = sum(1 for _ in self.planner.epoch({"epoch": 0, "step": 0}))
+        self.steps_per_epoch = (
+            None if self.streaming else self._count_steps(visits / len(sampled), packed)
+        )
 
     # What is there
 
@@ -302,7 +298,7 @@ class Pipeline:
 
     def _open_measures(self) -> Measures:
         records = self.records
-        if isinstance(records, StreamRecords):
+        if isinstance(records, Stream):
             return StreamMeasures(0, path="")
         sources = [p.records for p in records.parts] if isinstance(records, Mixture) else [records]
         folders = [str(Path(source.folder or "").resolve()) for source in sources]
@@ -311,15 +307,17 @@ class Pipeline:
 
     def _sample(self, seed: int) -> np.ndarray:
         """Return the records that shapes are chosen by."""
-        if isinstance(self.records, StreamRecords):
-            return next(self.records.windows(0, SAMPLE), (np.arange(0), True))[0]
-        return sample(len(self.records), SAMPLE, seed)
+        return (
+            next(self.records.windows(0, SAMPLE), (np.arange(0), True))[0]
+            if isinstance(self.records, Stream)
+            else sample(len(self.records), SAMPLE, seed)
+        )
 
     def _measure(self, indices: np.ndarray) -> np.ndarray:
         """Measure records, the first that come up, and return those that are not left out."""
         self.measurer.measure(indices, self.making.threads)
-        self._sampled = self._seen, self._bad = len(indices), self.measurer.bad(indices)
-        self._check_share()
+        self._sampled = len(indices), self.measurer.bad(indices)
+        self._check_share(*self._sampled)
         return self.measures.kept(indices)
 
     def _choose_shapes(
@@ -338,8 +336,8 @@ class Pipeline:
             # A stream's beginning may hold none, and its rest many.
             images = max(int(self.streaming), *(len(record["images"]) for record in records))
             films = max(len(record["videos"]) for record in records)
-            slots = images * self.encoder.most_patches() + films * self.encoder.most_video_patches()
-            tokens, patches = length or tokens, max(patches, slots)
+            tokens = length or tokens
+            patches = max(patches, self.encoder.most_patches(images, films))
         tokens, patches = round_up(tokens), min(round_up(patches, unit), most)
         if length is not None:
             tokens = min(tokens, length)
@@ -353,20 +351,29 @@ class Pipeline:
         wider = [] if self.all_measured else wider_shapes(cap, most, unit)
         return capacity, choose_shapes(sizes, cap, max_shapes, unit), wider
 
-    # Making
+    def _count_steps(self, share: float, packed: int) -> int:
+        """Return the steps of an epoch, which visits `share` times what makes `packed` rows."""
+        micro, rows = self.planner.micro, share * packed
+        steps = -(-(rows // micro * micro if self.planner.drop_last else rows) // self.rows)
+        if steps == 0:
+            raise UserError(
+                f"{packed} rows do not fill one micro-batch of {micro} rows, and drop_last leaves "
+                f"out what does not: make the batch smaller or set drop_last to false."
+            )
+        planned = self.planner.epoch({"epoch": 0, "step": 0})
+        return sum(1 for _ in planned) if self.all_measured else int(steps)
 
     def _made(self, source: Steps) -> Iterator[tuple[Batch, Made]]:
         """Yield batches; take note of what went wrong in them."""
-        self._seen, self._bad = self._sampled
+        seen, bad = self._sampled
         for batch, made in batches(source, self.making):
             new = {one.index: one for one in made.skipped if one.index not in self.damaged}
             self.damaged |= new
-            # Where all were measured at the start, all have been counted.
-            seen, bad = (0, 0) if self.all_measured else (made.step.seen, made.step.bad)
-            self._check_share(seen, bad + len(new))
+            if not self.all_measured:  # else all have been counted at the start
+                seen, bad = seen + made.step.seen, bad + made.step.bad
+            bad += len(new)
+            self._check_share(seen, bad)
             yield batch, made
-
-    # Bad records
 
     def _first_dropped(self) -> list[Skipped]:
         """Return the first record of each reason."""
@@ -378,13 +385,12 @@ class Pipeline:
             first.setdefault(one.reason, one)
         return list(first.values())
 
-    def _check_share(self, seen: int = 0, bad: int = 0) -> None:
-        """Count records that came up; raise `UserError` where more are bad than may be."""
-        self._seen, self._bad = self._seen + seen, self._bad + bad
-        if self._bad > self.max_bad_share * self._seen:
+    def _check_share(self, seen: int, bad: int) -> None:
+        """Raise `UserError` where more of the records that came up are bad than may be."""
+        if bad > self.max_bad_share * seen:
             bad_ones = (o.why for o in self._first_dropped() if o.reason not in ALWAYS_DROPPED)
             raise UserError(
-                f"{self._bad} of the {self._seen} records of '{self.records.name}' that came up "
+                f"{bad} of the {seen} records of '{self.records.name}' that came up "
                 f"are bad, more than data.max_bad_share = {self.max_bad_share:g}. The first: "
                 f"{next(bad_ones, '')} Repair them, or allow a larger share."
             )

@@ -15,8 +15,8 @@ import numpy as np
 from vlm_jax.data.lengths import FILMED
 from vlm_jax.data.measuring import Measurer
 from vlm_jax.data.packing import pack, row_sizes
-from vlm_jax.data.records.stream import StreamRecords
-from vlm_jax.data.shapes import Shape, cost, fit
+from vlm_jax.data.records.stream import Stream
+from vlm_jax.data.shapes import Shape, fit, size_order
 from vlm_jax.errors import UserError
 
 State = dict[str, int]
@@ -63,11 +63,11 @@ class Planner:
     capacity: Shape | None
     window: int
     sampling: str | None = None
-    share: float = 0.0  # where in a window this process begins to measure
 
-    def steps(self, state: State | None = None) -> Iterator[Step]:
+    def steps(self, state: State | None = None, share: float = 0.0) -> Iterator[Step]:
         """Yield steps without end, epoch after epoch, from a state on.
 
+        share: where in a window this process begins to measure, see `Measurer.measure`.
         Raises `UserError` where the state belongs to other records, seed or batch size.
         """
         state = dict(state or {"epoch": 0, "step": 0})
@@ -84,7 +84,7 @@ class Planner:
         empty = 0
         while empty < 100:  # a source may be visited in few epochs only
             empty += 1
-            for step in self.epoch(state):
+            for step in self.epoch(state, share):
                 empty = 0
                 yield step
             state = {"epoch": state["epoch"] + 1, "step": 0}
@@ -94,14 +94,14 @@ class Planner:
             f"training.dataloader_drop_last to false."
         )
 
-    def epoch(self, state: State) -> Iterator[Step]:
+    def epoch(self, state: State, share: float = 0.0) -> Iterator[Step]:
         """Yield the rest of an epoch's steps from a state on."""
         epoch, number, cursor, done, first = (int(state.get(name, 0)) for name in POSITION)
         ended = {**dict.fromkeys(POSITION, 0), "epoch": epoch + 1}
         waiting: list[tuple[list[int], np.ndarray]] = []  # rows of a step that is not full yet
         seen = bad = 0
         for members, last in self._windows(epoch, cursor):
-            self.measurer.measure(members, share=self.share)
+            self.measurer.measure(members, share=share)
             after = cursor + len(members)
             seen, bad = seen + len(members), bad + self.measurer.bad(members)
             rows, sizes = self._rows(self.measurer.measures.kept(members))
@@ -111,10 +111,9 @@ class Planner:
                 if len(waiting) == self.rows:
                     number, left = number + 1, len(rows) - (i + 1)
                     place = (cursor, i + 1, first) if left else (after, 0, 0)
-                    following = dict(zip(POSITION, (epoch, number, *place), strict=True))
-                    if last and left < (self.micro if self.drop_last else 1):
-                        following = ended
-                    yield self._step(waiting, following, seen, bad)
+                    over = last and left < (self.micro if self.drop_last else 1)
+                    here = dict(zip(POSITION, (epoch, number, *place), strict=True))
+                    yield self._step(waiting, ended if over else here, seen, bad)
                     waiting, seen, bad = [], 0, 0
             first, cursor, done = -len(waiting) % self.rows, after, 0
         if self.drop_last:
@@ -136,14 +135,15 @@ class Planner:
         )
 
     def _windows(self, epoch: int, cursor: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yield (records of a window, whether it is the epoch's last) from the cursor on."""
+        """Return each (records of a window, whether it is the epoch's last) from the cursor on."""
         records = self.measurer.records
-        if isinstance(records, StreamRecords):
-            yield from records.windows(cursor, self.window)
-            return
+        if isinstance(records, Stream):
+            return records.windows(cursor, self.window)
         order = records.order(self.seed, epoch, self.shuffle)
-        for start in range(cursor, len(order), self.window):
-            yield order[start : start + self.window], start + self.window >= len(order)
+        return (
+            (order[start : start + self.window], start + self.window >= len(order))
+            for start in range(cursor, len(order), self.window)
+        )
 
     def _rows(self, kept: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
         """Return each row's records, in the order of their first record, and the rows' sizes.
@@ -171,8 +171,7 @@ class Planner:
         if self.sampling == "group_by_length":
             return np.argsort(-sizes[:, 0], stable=True)
         rng = np.random.default_rng(seed)
-        needs = np.array([fit(size, self.shapes) for size in sizes], np.int64)
-        order = np.lexsort((cost(sizes), needs))
+        order = size_order(sizes, self.shapes)
         dropped = np.arange(0)
         if self.drop_last and last:
             count = (len(sizes) - first) % self.micro  # what waits is all rows of a step but these
@@ -187,7 +186,7 @@ class Planner:
         """Return what a state must agree on."""
         records = self.measurer.records
         return {
-            "records": -1 if isinstance(records, StreamRecords) else len(records),
+            "records": -1 if isinstance(records, Stream) else len(records),
             "rows": self.rows,
             "seed": self.seed,
             "packed": 0 if self.capacity is None else self.capacity[0],

@@ -108,6 +108,12 @@ def fit(size: np.ndarray, shapes: Sequence[Shape]) -> int:
     return next(i for i, (t, p) in enumerate(shapes) if size[0] <= t and size[1] <= p)
 
 
+def size_order(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
+    """Return the order of `sizes` [N, ...] by the shape that each needs, then by its cost."""
+    needs = [fit(size, shapes) for size in sizes]
+    return np.lexsort((cost(sizes), np.array(needs, np.int64)))
+
+
 def group(sizes: np.ndarray, rows: int, shapes: Sequence[Shape]) -> list[tuple[np.ndarray, Shape]]:
     """Return the steps that the examples of one window make: (which examples, their shape).
 
@@ -115,8 +121,7 @@ def group(sizes: np.ndarray, rows: int, shapes: Sequence[Shape]) -> list[tuple[n
     `rows` examples but for the first, which has what is left over. Like goes with like: examples
     are sorted by the shape they need and their cost.
     """
-    needs = np.array([fit(size, shapes) for size in sizes], np.int64)
-    order = np.lexsort((cost(sizes), needs))
+    order = size_order(sizes, shapes)
     first = len(order) % rows or rows
     parts = np.split(order, range(first, len(order), rows)) if len(order) else []
     return [(members, shapes[fit(sizes[members].max(0), shapes)]) for members in parts]

@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlm_jax.data import Encoder
-from vlm_jax.data.lengths import Measures
+from vlm_jax.data.lengths import StreamMeasures
 from vlm_jax.data.measuring import Measurer, sample
 from vlm_jax.data.packing import pack, patch_capacity, row_sizes
 from vlm_jax.data.shapes import choose_shapes, cost, group, round_up
@@ -63,10 +61,9 @@ def pixel_limits(encoder: Encoder, records: Any) -> list[tuple[int | None, str]]
 def measure(encoder: Encoder, records: Any, max_pixels: int | None, reason: str = "") -> Sizes:
     """Return the sizes of a seeded sample; raises `UserError` where none can be trained on."""
     sampled = sample(len(records), SAMPLE)
-    with tempfile.TemporaryDirectory() as folder:
-        measures = Measures(len(records), Path(folder, "sizes"))
-        measurer = Measurer(encoder, records, measures, skip_bad=True)
-        measurer.measure(sampled, threads=2)
+    measures = StreamMeasures(0, path="")
+    measurer = Measurer(encoder, records, measures, skip_bad=True)
+    measurer.measure(sampled, threads=2)
     kept = measures.kept(sampled)
     dropped = np.setdiff1d(sampled, kept)
     first = measurer.why(int(dropped[0])) if len(dropped) else ""

@@ -98,16 +98,17 @@ def _last_message(here: ProcessSlot) -> Iterator[Callable[[str], None]]:
 def _watch(here: ProcessSlot, done: threading.Event, set_message: Callable[[str], None]) -> None:
     """End this process where another one has failed."""
     while not done.wait(LOOK):
-        failure = _failure()
-        if failure is not None and failure["process"] != here.number:
+        if failure := _failure(here):
             ending.acquire()  # for ever where another thread ends this process
             _say_others(here, failure)
             _leave(here, failure["code"], set_message)
 
 
-def _failure() -> dict[str, Any] | None:
+def _failure(here: ProcessSlot) -> dict[str, Any] | None:
+    """Return the failure of another process, if one has told it."""
     try:
-        return json.loads(processes.client().key_value_try_get(FAILED))
+        failure = json.loads(processes.client().key_value_try_get(FAILED))
+        return failure if failure["process"] != here.number else None
     except Exception:  # not there; or the coordinator is gone, of which JAX's own thread knows
         return None
 
@@ -176,8 +177,7 @@ def _tell(
 def _explained(here: ProcessSlot) -> dict[str, Any] | None:
     """Return another process's failure, where that is why this one failed too."""
     for _ in range(6):
-        failure = _failure()
-        if failure is not None and failure["process"] != here.number:
+        if failure := _failure(here):
             return failure
         time.sleep(LOOK)
     return None

@@ -168,7 +168,6 @@ def _check_free(here: ProcessSlot) -> None:
     """Raise `UserError` where process 0 cannot listen; JAX, finding that out, may crash."""
     _, port = _host_and_port(here.address)
     both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
     with explained(
         OSError,
         lambda error: (
@@ -177,7 +176,11 @@ def _check_free(here: ProcessSlot) -> None:
             f"that is free there."
         ),
     ):  # everywhere, as JAX does; a port that a run has just left is free
-        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+        socket.create_server(
+            ("", port),
+            family=socket.AF_INET6 if both else socket.AF_INET,
+            dualstack_ipv6=both,
+        ).close()
 
 
 def _reach(here: ProcessSlot, end: float, timeout: int) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_jax.distributed.interrupts import at_sudden_end
-from vlm_jax.errors import UserError
+from vlm_jax.distributed.interrupts import if_ended
+from vlm_jax.errors import explained
 
 # What an adapter's directory is made of, PEFT's or a bottleneck adapter's: a new one replaces all.
 ADAPTER_PARTS = ("adapter_model.safetensors", "adapter.safetensors", "modules")
@@ -32,29 +32,31 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
     of an earlier save that would be read with this one. Raises `UserError` where it cannot be made.
     """
     target = Path(directory).expanduser().absolute()
-    try:
+    with explained(
+        OSError,
+        lambda error: (
+            f"The directory '{target}' cannot be made ({error.strerror}: '{error.filename}'). "
+            f"Choose another path."
+        ),
+    ):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         temporary, held = _temporary(target)
-    except OSError as error:
-        raise UserError(
-            f"The directory '{target}' cannot be made ({error.strerror}: '{error.filename}'). "
-            f"Choose another path."
-        ) from error
-    remove = functools.partial(shutil.rmtree, temporary, ignore_errors=True)
-    at_sudden_end.append(remove)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, held)
+        remove = functools.partial(shutil.rmtree, temporary, ignore_errors=True)
+        stack.enter_context(if_ended(remove))
+        stack.callback(remove)
         yield temporary
         # Some writers leave files readable by their owner alone.
         for path in (path for path in temporary.iterdir() if not path.is_dir()):
             path.chmod(temporary.stat().st_mode & 0o666)
         if target.exists():
             fresh = {path.name for path in temporary.iterdir()}
-            patterns = [*instead_of]
-            if fresh & {"model.safetensors", "model.safetensors.index.json"}:
-                # Readers differ in whether shards or a single file come first: leave one kind.
-                patterns += ["model*.safetensors", "model*.index.json"]
-            found = [old for pattern in patterns for old in target.glob(pattern)]
+            weights = fresh & {"model.safetensors", "model.safetensors.index.json"}
+            # Readers differ in whether shards or a single file come first: leave one kind.
+            shards = ("model*.safetensors", "model*.index.json") if weights else ()
+            found = [old for pattern in (*instead_of, *shards) for old in target.glob(pattern)]
             for path in sorted(temporary.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(target / path.name, ignore_errors=True)
@@ -66,10 +68,6 @@ def whole_directory(directory: str | Path, instead_of: Sequence[str] = ()) -> It
                     old.unlink()
         else:
             os.replace(temporary, target)
-    finally:
-        remove()
-        at_sudden_end.remove(remove)
-        os.close(held)
 
 
 PART = ".part"  # the end of the name of a directory or file that is not whole yet

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 
 HEAD = 1024  # bytes that are looked at
 
@@ -135,11 +135,9 @@ def head_of(file: Path | bytes) -> bytes:
     """Return the first bytes of a file, or of what it holds; raise `UserError` where none can."""
     if isinstance(file, bytes):
         return file[:HEAD]
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(HEAD)
-    except OSError as error:
-        raise UserError(f"the file cannot be read: {error.strerror}.") from error
+    unreadable = explained(OSError, lambda error: f"the file cannot be read: {error.strerror}.")
+    with unreadable, open(file, "rb") as opened:
+        return opened.read(HEAD)
 
 
 def sentence(kind: Kind | None, head: bytes, subject: str = "the file") -> str:

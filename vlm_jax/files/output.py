@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import refuse
 from vlm_jax.files.file_types import head_of
 
 
@@ -17,16 +17,18 @@ def writable(name: str, option: str, mark: bytes | None = None) -> Path:
     mark: what the beginning of such a file holds; another file of that name is not replaced.
     """
     file = Path(name).expanduser()
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(
+    refuse(
+        (
+            file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK),
             f"{option} '{file}' cannot be written: it must name a file in a directory that is "
-            f"there and can be written. Make '{file.parent}', or choose another path."
-        )
-    if mark is not None and file.is_file() and mark not in (head_of(file) or mark):
-        raise UserError(
+            f"there and can be written. Make '{file.parent}', or choose another path.",
+        ),
+        (
+            mark is not None and file.is_file() and mark not in (head_of(file) or mark),
             f"{option} '{file}' exists, and is not a file of this kind. Delete it, or choose "
-            f"another path."
-        )
+            f"another path.",
+        ),
+    )
     return file
 
 

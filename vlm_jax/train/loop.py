@@ -194,7 +194,7 @@ def _train(
                 found = evaluated(
                     config=config, model=model, encoder=encoder, losses=losses,
                     held_out=data.held_out if HELD_OUT in due else None,
-                    named=[one for name, one in evaluators.items() if name in due],
+                    named={name: one for name, one in evaluators.items() if name in due},
                     state=run.state, frozen=frozen, feed=feed, check=stop.check,
                     answered=lambda done, of: doing.say(f"evaluating {done}/{of}"),
                 )  # fmt: skip

@@ -11,11 +11,11 @@ import numpy as np
 from vlm_jax.adapters.added_tokens import is_added, spare_tokens
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Encoder, Pipeline
-from vlm_jax.data.records.stream import StreamRecords
+from vlm_jax.data.records.stream import Stream
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
+from vlm_jax.evals import Eval
 from vlm_jax.evals.accuracy import accuracy
-from vlm_jax.evals.named import Evaluator
 from vlm_jax.model import Model
 from vlm_jax.train.placement import Feed
 from vlm_jax.train.step import TrainState
@@ -170,7 +170,7 @@ def evaluated(
     encoder: Encoder,
     held_out: Pipeline | None,
     losses: Any,
-    named: Sequence[Evaluator],
+    named: Mapping[str, Eval],
     state: TrainState,
     frozen: Any,
     feed: Feed,
@@ -179,7 +179,7 @@ def evaluated(
 ) -> dict[str, float]:
     """Return the loss over all held-out examples, the accuracy of answers, and named figures.
 
-    held_out: None: not now. named: the evaluators that are due.
+    held_out: None: not now. named: the evaluators that are due, see `evaluators_of`.
     check: called first and behind each batch; what it raises ends the evaluation.
     answered(done, total): called behind each batch of answers.
     """
@@ -193,7 +193,7 @@ def evaluated(
 
     e, params = config.evaluation, join(state.result, frozen)
     if held_out is not None and e.accuracy:
-        assert not isinstance(held_out.records, StreamRecords)  # `eval_batches` refused it
+        assert not isinstance(held_out.records, Stream)  # `eval_batches` refused it
         values |= accuracy(
             model,
             params,
@@ -204,8 +204,9 @@ def evaluated(
             max_examples=e.max_examples,
             on_batch=on_batch,
         ).figures
-    for one in named:
-        values |= one.figures(model, params, encoder, on_batch)
+    for name, eval_of in named.items():
+        figures = eval_of(model, params, encoder, on_batch=on_batch).figures
+        values |= {f"{name}/{metric}": value for metric, value in figures.items()}
     # One process's word: what is chosen by it must be the same in all.
     return processes.gather("evaluation", {**values, "seconds": time.perf_counter() - start})[0]
 

@@ -1,6 +1,7 @@
 """Setup of a run: base, method, data; as arrays, or as shapes and shardings alone."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,7 @@ from vlm_jax.data.records.held_out import hold_out
 from vlm_jax.data.records.stream import open_stream
 from vlm_jax.data.text.tokenizer import has_tokenizer, load_tokenizer
 from vlm_jax.errors import UserError
-from vlm_jax.evals import EVALS
-from vlm_jax.evals.named import Evaluator
+from vlm_jax.evals import EVALS, Eval
 from vlm_jax.hub.load import load, read_hf_config
 from vlm_jax.model import Model, from_config
 from vlm_jax.quantization import Quantization
@@ -157,8 +157,11 @@ def evaluates(config: RunSpec) -> bool:
     return config.data.eval_file is not None or config.data.eval_share > 0
 
 
-def evaluators_of(config: RunSpec) -> dict[str, Evaluator]:
-    """Return the run's named evaluators; raise `UserError` for one that cannot run."""
+def evaluators_of(config: RunSpec) -> Mapping[str, Eval]:
+    """Return the run's named evaluators, each with its own records and options.
+
+    Raises `UserError` for one that cannot run.
+    """
     d, made = config.data, {}
     for name, e in config.evaluators.items():
         check_choice(f"evaluators.{name}.eval", e.eval, EVALS)
@@ -173,7 +176,7 @@ def evaluators_of(config: RunSpec) -> dict[str, Evaluator]:
         except UserError as error:
             raise UserError(f"evaluators.{name}.file: {error}") from error
         options = {key: getattr(e, key) for key in ("max_new_tokens", "batch_size", "max_examples")}
-        made[name] = Evaluator(name, EVALS[e.eval], records, options)
+        made[name] = functools.partial(EVALS[e.eval], records=records, **options)
     return made
 
 

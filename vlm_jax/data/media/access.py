@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import FETCH_BYTES, FETCH_SECONDS, MAX_IMAGE_PIXELS
 
 
@@ -81,11 +81,12 @@ def _fetch(address: str, access: Access) -> bytes:
             f"'{address}' is an address, which is not fetched unless data.allow_urls is true. Set "
             f"it, or download the file and give its path, which is faster and the same every epoch."
         )
-    try:
-        with urllib.request.urlopen(address, timeout=FETCH_SECONDS) as response:
-            data = response.read(FETCH_BYTES + 1)
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
-        raise UserError(f"'{address}' could not be fetched: {error}.") from error
+    failed = explained(
+        (OSError, ValueError),  # URLError and timeouts are OSErrors
+        lambda error: f"'{address}' could not be fetched: {error}.",
+    )
+    with failed, urllib.request.urlopen(address, timeout=FETCH_SECONDS) as response:
+        data = response.read(FETCH_BYTES + 1)
     if len(data) > FETCH_BYTES:
         raise UserError(
             f"'{address}' has more than {FETCH_BYTES} bytes, the most that is fetched. Download it "

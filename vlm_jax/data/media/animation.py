@@ -9,7 +9,7 @@ from PIL import ImageOps
 from vlm_jax.data.media.access import Access
 from vlm_jax.data.media.frame_sampling import Sampling, Video
 from vlm_jax.data.media.images import open_image, to_rgb, upright_size
-from vlm_jax.errors import UserError
+from vlm_jax.errors import refuse
 from vlm_jax.files.limits import MAX_ANIMATION_FRAMES, MAX_ANIMATION_PIXELS
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # the pages of a TIFF and the views of an MPO are no film
@@ -28,20 +28,22 @@ def open_animation(
     Its rate is that of its first frame. A GIF may have one frame: that is still given as a video.
     """
     with open_image(file, None, access) as image:
-        numbers = range(1)
-        if image.format in ANIMATED:
-            # The picture that programs show which know no animation may be none of its frames.
-            numbers = range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
-        if len(numbers) < 2 and image.format != "GIF":
-            raise UserError(still)
+        numbers = (  # the picture that programs show which know no animation may be no frame
+            range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
+            if image.format in ANIMATED
+            else range(1)
+        )
         height, width = upright_size(image)
         count = len(numbers)
-        if count > MAX_ANIMATION_FRAMES or count * height * width > MAX_ANIMATION_PIXELS:
-            raise UserError(
+        refuse(
+            (count < 2 and image.format != "GIF", still),
+            (
+                count > MAX_ANIMATION_FRAMES or count * height * width > MAX_ANIMATION_PIXELS,
                 f"it is an animation of {count} frames of {width} x {height} pixels, more than "
                 f"{MAX_ANIMATION_FRAMES} frames or {MAX_ANIMATION_PIXELS} pixels in all. Write it "
-                f"as a video, as MP4 for example."
-            )
+                f"as a video, as MP4 for example.",
+            ),
+        )
         image.seek(numbers[0])
         image.load()  # some formats tell how long a frame is shown only with it
         milliseconds = image.info.get("duration") or MILLISECONDS

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data.media.processors import Pixels, picture, value_table
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.limits import IMAGE_PIXELS
 from vlm_jax.models.family import Grid
 
@@ -37,11 +37,6 @@ class Fixed:
         max_pixels: int | None,
         image_resolution: int | None,
     ) -> "Fixed":
-        if min_pixels is not None or max_pixels is not None:
-            raise UserError(
-                "min_pixels and max_pixels have no effect on this checkpoint: its image processor "
-                f"({raw['image_processor_type']}) gives every image one size. Remove them."
-            )
         size, crop, sides = raw["size"], raw["crop_size"], {"height", "width"}
         if isinstance(size, int):
             edges = ("height", "width") if raw["default_to_square"] else ("shortest_edge",)
@@ -52,29 +47,33 @@ class Fixed:
         resized = {key: value for key, value in size.items() if value}
         cropped = {key: value for key, value in (crop or {}).items() if value}
         resizes, crops = raw["do_resize"], raw["do_center_crop"]
-        for wrong, message in (
+        refuse(
+            (
+                min_pixels is not None or max_pixels is not None,
+                f"min_pixels and max_pixels have no effect on this checkpoint: its image processor "
+                f"({raw['image_processor_type']}) gives every image one size. Remove them.",
+            ),
             (
                 resizes and resized.keys() not in ({"shortest_edge"}, sides),
-                f"have size {size}; expected shortest_edge alone, or height and width.",
+                f"The image settings have size {size}; expected shortest_edge alone, or height and "
+                f"width.",
             ),
             (
                 crops and not sides <= cropped.keys(),
-                f"have do_center_crop=true and crop_size {crop}; expected an object with height "
-                f"and width.",
+                f"The image settings have do_center_crop=true and crop_size {crop}; expected an "
+                f"object with height and width.",
             ),
             (
                 not crops and not (resizes and resized.keys() == sides),
-                f"(size {size}, no centre crop) leave images of different sizes, but the vision "
-                f"tower takes one. Set crop_size, or height and width.",
+                f"The image settings (size {size}, no centre crop) leave images of different "
+                f"sizes, but the vision tower takes one. Set crop_size, or height and width.",
             ),
             (
                 max([*resized.values(), *cropped.values()], default=1) ** 2 > IMAGE_PIXELS,
-                f"have size {size} and crop_size {crop}; a side may have "
+                f"The image settings have size {size} and crop_size {crop}; a side may have "
                 f"{math.isqrt(IMAGE_PIXELS):,} pixels at most.",
             ),
-        ):
-            if wrong:
-                raise UserError(f"The image settings {message}")
+        )
         if image_resolution not in (None, processor.output[0]):
             raise UserError(
                 f"data.image_resolution is {image_resolution}, but this checkpoint's vision tower "

@@ -36,9 +36,8 @@ class Sampling:
         A video with fewer frames than one patch gives all it has.
         """
         first = max(0, math.ceil((self.video_start or 0) * rate))
-        last = total - 1
-        if self.video_end is not None:
-            last = min(last, math.floor(self.video_end * rate))
+        end = total if self.video_end is None else math.floor(self.video_end * rate)
+        last = min(total - 1, end)
         if first > last:
             raise UserError(
                 f"video_start = {self.video_start} and video_end = {self.video_end} leave none of "

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_jax.data.media.fixed_size import Fixed
 from vlm_jax.data.media.processors import Patches
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, explained, nearest
 from vlm_jax.files.limits import LARGEST, SIZE, finite, read_json
 from vlm_jax.models.family import Family
 
@@ -202,12 +202,13 @@ def check_processor(processor: ImageProcessor, config: Family, directory: str) -
     pixels = {"pixel_values": np.zeros(processor.empty([grid]).shape, np.float32)}
     if grid is not None:
         pixels["image_grid_thw"] = np.array([grid], np.int64)
-    try:
+    with explained(
+        UserError,
+        lambda error: (
+            f"The image settings of '{directory}' (preprocessor_config.json) do not fit "
+            f"its config.json: {error}"
+        ),
+    ):
         if processor.merged != merged:
             raise UserError(f"merge_size squared is {processor.merged}, but must be {merged}.")
         config.layout(np.full(config.image_tokens(grid), config.image_token_id), pixels)
-    except UserError as error:
-        raise UserError(
-            f"The image settings of '{directory}' (preprocessor_config.json) do not fit "
-            f"its config.json: {error}"
-        ) from error

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vlm_jax.data.media.access import SAFE, Access, check_pixels, find, located
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained, first_line, refuse
 from vlm_jax.files.file_types import HEIC, head_of, kind_of, sentence
 from vlm_jax.files.limits import IMAGE_FORMATS
 
@@ -32,12 +32,13 @@ def open_image(
     # Leaving Pillow's own context keeps the pixels, where `close` destroys them.
     with contextlib.nullcontext() if image is source else image:
         check_pixels(*image.size, access)
-        try:
+        with explained(
+            DAMAGED,
+            lambda error: (
+                f"it is damaged or truncated and cannot be decoded ({first_line(error)})."
+            ),
+        ):
             yield image
-        except DAMAGED as error:
-            raise UserError(
-                f"it is damaged or truncated and cannot be decoded ({_words(error)})."
-            ) from error
 
 
 def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.Image:
@@ -49,12 +50,16 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
             )
         return source
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8:
-            raise UserError(f"an image array must be uint8, this one is {source.dtype}.")
-        if source.ndim != 2 and not (source.ndim == 3 and source.shape[2] in range(1, 5)):
-            raise UserError(
-                f"an image array must be [H, W] or [H, W, 1 to 4], this one is {source.shape}."
-            )
+        refuse(
+            (
+                source.dtype != np.uint8,
+                f"an image array must be uint8, this one is {source.dtype}.",
+            ),
+            (
+                source.ndim != 2 and not (source.ndim == 3 and source.shape[2] in range(1, 5)),
+                f"an image array must be [H, W] or [H, W, 1 to 4], this one is {source.shape}.",
+            ),
+        )
         return Image.fromarray(source[:, :, 0] if source.shape[2:] == (1,) else source)
     if isinstance(source, Mapping):
         value = source.get("bytes") or source.get("path")
@@ -80,10 +85,8 @@ def _open_any(source: Any, folder: str | Path | None, access: Access) -> Image.I
 
 
 def _from_base64(text: str, wrong: str) -> bytes:
-    try:
+    with explained(ValueError, lambda _: wrong):
         return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        raise UserError(wrong) from None
 
 
 # What Pillow raises for damaged and for suspiciously large files.
@@ -105,7 +108,7 @@ def _open(file: Path | bytes, subject: str) -> Image.Image:
             raise UserError(sentence(kind, head, subject)) from error
         what = kind.name.removeprefix("a still image ").strip("()")
         is_limit = isinstance(error, ValueError | Image.DecompressionBombError)  # Pillow's own
-        why = f"and Pillow does not open it ({_words(error)}): write it again"
+        why = f"and Pillow does not open it ({first_line(error)}): write it again"
         raise UserError(
             f"{subject} is {what}, {why if is_limit else 'damaged or cut short: copy it again'}."
         ) from error
@@ -127,10 +130,6 @@ def _reads_heic() -> bool:
         return False
     register_heif_opener()
     return True
-
-
-def _words(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_image(source: Any, folder: str | Path | None = None, access: Access = SAFE) -> np.ndarray:

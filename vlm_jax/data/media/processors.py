@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.limits import IMAGE_PIXELS
 from vlm_jax.models.family import Grid
 
@@ -114,13 +114,17 @@ class Patches:
             )
         )
         factor = raw["patch_size"] * raw["merge_size"]
-        if not raw["do_resize"]:
-            raise UserError("The image settings have do_resize=false, which no patch grid allows.")
-        if high < low or high < factor * factor:
-            raise UserError(
+        refuse(
+            (
+                not raw["do_resize"],
+                "The image settings have do_resize=false, which no patch grid allows.",
+            ),
+            (
+                high < low or high < factor * factor,
                 f"The image settings allow {low} to {high} pixels: max_pixels must be at least "
-                f"min_pixels and at least one token's {factor * factor} pixels."
-            )
+                f"min_pixels and at least one token's {factor * factor} pixels.",
+            ),
+        )
         if image_resolution is not None:  # limits alone, since a served image knows no more
             low = high = (max(1, round(image_resolution / factor)) * factor) ** 2
         if low > IMAGE_PIXELS:
@@ -166,7 +170,7 @@ class Patches:
         factor = self.raw["patch_size"] * self.raw["merge_size"]
         return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
 
-    def grid(self, height: int, width: int) -> Grid:
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
         """Return (frames, height, width) in patches of an image of this size; None if fixed."""
         new_height, new_width = self.size(height, width)
         return 1, new_height // self.raw["patch_size"], new_width // self.raw["patch_size"]
@@ -184,12 +188,11 @@ class Patches:
         nothing is.
         """
         pixels = picture(pixels)
-        height, width = self.size(pixels.height, pixels.width)
-        grid = (1, height // self.raw["patch_size"], width // self.raw["patch_size"])
+        grid, patch = self.grid(pixels.height, pixels.width), self.raw["patch_size"]
         out = self.empty([grid]) if out is None else out
         if len(out) == grid[1] * grid[2]:
-            frames = out.reshape(len(out), 3, -1, self.raw["patch_size"] ** 2)
-            self.frame(pixels, (height, width), frames[:, :, 0])
+            frames = out.reshape(len(out), 3, -1, patch**2)
+            self.frame(pixels, (grid[1] * patch, grid[2] * patch), frames[:, :, 0])
             frames[:, :, 1:] = frames[:, :, :1]
         return out, grid
 

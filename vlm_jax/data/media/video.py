@@ -14,7 +14,7 @@ from vlm_jax.data.media.animation import open_animation
 from vlm_jax.data.media.frame_sampling import Sampling, Video
 from vlm_jax.data.media.images import image_size, read_image
 from vlm_jax.data.media.video_file import open_film
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, nearest, refuse
 from vlm_jax.files.file_types import head_of, kind_of, sentence
 
 # What a video dict may say beside its source; the names are those of Qwen's utilities.
@@ -84,10 +84,11 @@ def _open_frames(
     pixels: dict[str, int],
 ) -> Video:
     """A list of frames is taken whole; `fps` tells how it was sampled and changes nothing."""
-    if not frames:
-        raise UserError("the list of frames is empty.")
-    if timed := [key for key in ("video_start", "video_end") if key in options]:
-        raise UserError(f"it has {timed[0]}, but a list of frames has no time. Remove it.")
+    timed = next((key for key in ("video_start", "video_end") if key in options), None)
+    refuse(
+        (not frames, "the list of frames is empty."),
+        (timed, f"it has {timed}, but a list of frames has no time. Remove it."),
+    )
     if sampling.nframes is not None:
         frames = [frames[i] for i in sampling.indices(len(frames), 1.0)]
     if len(frames) > sampling.max_frames:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_jax.data.media.access import Access, check_pixels
 from vlm_jax.data.media.frame_sampling import Sampling, Video
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import MAX_VIDEO_FRAMES, VIDEO_FORMATS
 
 RULES = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": "file"}
@@ -62,32 +62,34 @@ def open_film(
 @contextlib.contextmanager
 def _opened(file: Path | bytes, subject: str, access: Access) -> Iterator[tuple[Any, Any]]:
     """Give (container, video stream); what PyAV raises inside becomes a `UserError`."""
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(
+    with explained(
+        ImportError,
+        lambda _: (
             f"reading a video file needs PyAV, which is not installed: {INSTALL}. A list of frame "
             f"images or an animated picture (GIF, WebP) needs nothing."
-        ) from error
+        ),
+    ):
+        import av
     if int(av.__version__.partition(".")[0]) < 17:  # which reads a file's index
         raise UserError(f"PyAV {av.__version__} is too old to read videos here: {INSTALL}")
     given = io.BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
-    try:
-        with av.open(given, container_options=RULES) as container:
-            stream: Any = container.streams.best("video")
-            if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
-                raise UserError(f"{subject} holds no video stream, or is cut short.")
-            if stream.codec_context is None:
-                raise UserError(f"{subject} is coded in a way that FFmpeg does not decode here.")
-            check_pixels(stream.codec_context.width, stream.codec_context.height, access)
-            # A header may say less than is decoded; sides are padded there (to 128 at most).
-            stream.codec_context.options = {"max_pixels": str(2 * access.max_pixels + 2**16)}
-            yield container, stream
-    except av.FFmpegError as error:
-        raise UserError(
+    damaged = explained(
+        av.FFmpegError,
+        lambda error: (
             f"{subject} is not a video of a supported kind, or it is damaged or cut short "
             f"({error.strerror}). Copy it again, or write it as MP4."
-        ) from error
+        ),
+    )
+    with damaged, av.open(given, container_options=RULES) as container:
+        stream: Any = container.streams.best("video")
+        if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
+            raise UserError(f"{subject} holds no video stream, or is cut short.")
+        if stream.codec_context is None:
+            raise UserError(f"{subject} is coded in a way that FFmpeg does not decode here.")
+        check_pixels(stream.codec_context.width, stream.codec_context.height, access)
+        # A header may say less than is decoded; sides are padded there (to 128 at most).
+        stream.codec_context.options = {"max_pixels": str(2 * access.max_pixels + 2**16)}
+        yield container, stream
 
 
 def _times(container: Any, stream: Any) -> tuple[list[int | None], Any]:

@@ -24,15 +24,13 @@ def fill(
     """
     if not any("objects" in part for m in record["messages"] for part in m["content"]):
         return record
+    sides = sizes()
     try:
         grounding = _grounding(known, model_type, tokenizer)
-        sides = sizes()
         messages = [
             {**m, "content": [_filled(part, grounding, sides) for part in m["content"]]}
             for m in record["messages"]
         ]
-    except BadExample:
-        raise
     except UserError as error:
         raise BadExample("record", f"{describe(record)}: {error}") from error
     return {**record, "messages": messages}

@@ -9,7 +9,7 @@ from typing import Any
 from vlm_jax.data.records.formats import FORMATS, has_all
 from vlm_jax.data.records.jsonl import FileRows, index_lines
 from vlm_jax.data.records.tables import CAPTION, IMAGE, index_table
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.file_types import refuse_lost
 
 PROMPT = "Describe this image."
@@ -93,10 +93,16 @@ def as_turns(
         (n for names in (CAPTION, *formats) for n in names if n in rest and rest[n] is None), None
     )
     answer = take(CAPTION)
-    if answer is None and empty:
-        raise UserError(f"{where} has an empty '{empty}'. Fill it, or remove the row.")
-    if answer is not None and image is None and "images" not in rest:
-        raise UserError(f"{where} has no 'file_name', which says which image it is about.")
+    refuse(
+        (
+            answer is None and empty,
+            f"{where} has an empty '{empty}'. Fill it, or remove the row.",
+        ),
+        (
+            answer is not None and image is None and "images" not in rest,
+            f"{where} has no 'file_name', which says which image it is about.",
+        ),
+    )
     if answer is None:
         return {**rest, **made}  # no format that is known, which says so itself
     asked = take(ASKED)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.data.records.unread_keys import is_given, refuse_unread_in_turn
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, nearest, refuse
 
 Turn = dict[str, Any]
 ROLES = {
@@ -87,13 +87,17 @@ def check_order(turns: list[Turn], where: str) -> None:
     """
     roles = [turn["role"] for turn in turns]
     for number, (before, role) in enumerate(itertools.pairwise(roles), start=1):
-        if role == "system":
-            raise UserError(f"{where}: turn {number} is a system turn; only the first may be one.")
-        if role == before:
-            raise UserError(
+        refuse(
+            (
+                role == "system",
+                f"{where}: turn {number} is a system turn; only the first may be one.",
+            ),
+            (
+                role == before,
                 f"{where}: turns {number - 1} and {number} are both the {role}'s. Roles must take "
-                f"turns: join the two into one, or correct the order."
-            )
+                f"turns: join the two into one, or correct the order.",
+            ),
+        )
 
 
 def rename_columns(
@@ -114,13 +118,17 @@ def rename_columns(
 def check_columns(columns: Mapping[str, str]) -> None:
     """Raise `UserError` for a `data.columns` that names what is not read."""
     for ours, theirs in columns.items():
-        if ours not in READ:
-            raise UserError(
+        refuse(
+            (
+                ours not in READ,
                 f"data.columns names '{ours}'{nearest(ours, READ)}, which is not read: it maps "
-                f"names that are read ({', '.join(sorted(READ))}) to the data's own."
-            )
-        if not isinstance(theirs, str):
-            raise UserError(f"data.columns maps '{ours}' to {theirs!r}; expected a column's name.")
+                f"names that are read ({', '.join(sorted(READ))}) to the data's own.",
+            ),
+            (
+                not isinstance(theirs, str),
+                f"data.columns maps '{ours}' to {theirs!r}; expected a column's name.",
+            ),
+        )
 
 
 # Turns

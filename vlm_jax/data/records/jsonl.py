@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 
 CHUNK = 1 << 24
 BLANK = b" \t\r\n\f\v"
@@ -38,11 +38,10 @@ def parse_row(data: bytes, where: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """The rows of a file from front to back; nothing is indexed. Pickled by path.
+    """The rows of a file from front to back, each as a call that parses it; nothing is indexed.
 
     rows: from an opened file and its name, (line it begins on, what parses it, given what errors
-    call it) of each row. One that cannot be parsed comes as the `UserError` that says so, in its
-    own place.
+    call it) of each row. Pickled by path.
     """
 
     path: Path
@@ -53,15 +52,11 @@ class Lines:
         """Return the rows behind the next `count`."""
         return dataclasses.replace(self, start=self.start + count)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Callable[[], Any]]:
         with open(self.path, "rb") as file:
             rows = enumerate(self.rows(file, str(self.path)))
             for index, (line, parse) in itertools.islice(rows, self.start, None):
-                try:
-                    row = parse(f"Record {index} of '{self.path}', line {line},")
-                except UserError as error:
-                    row = error
-                yield row
+                yield functools.partial(parse, f"Record {index} of '{self.path}', line {line},")
 
 
 def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, Callable[[str], Any]]]:
@@ -118,12 +113,11 @@ class FileRows(Sequence):
     @functools.cached_property
     def _file(self) -> int:
         """The descriptor; two threads may each open one, which does no harm."""
-        try:
+        with explained(
+            OSError,
+            lambda e: f"The data file '{self.path}' cannot be opened any more: {e.strerror}.",
+        ):
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(
-                f"The data file '{self.path}' cannot be opened any more: {error.strerror}."
-            ) from error
         if _stamp(os.fstat(file)) != self._stamp:
             os.close(file)
             raise UserError(

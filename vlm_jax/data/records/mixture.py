@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.records.record import Record, canonical
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 
 
 class Records(Sequence):
@@ -45,20 +45,20 @@ class Records(Sequence):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        index = self._own(range(len(self))[index])
-        line = self._line and self._line(index)
+        index, line = self._place(range(len(self))[index])
         return canonical(
             self.rows[index], index, self.folder, self.name, line=line, columns=self.columns
         )
 
     def place(self, index: int) -> str:
         """Return where a record stands, for errors: "'data.jsonl', line 17"."""
-        index = self._own(int(index))
-        line = self._line and self._line(index)
+        index, line = self._place(int(index))
         return f"'{self.name}'" + (f", line {line}" if line else f", record {index}")
 
-    def _own(self, index: int) -> int:
-        return index if self.chosen is None else int(self.chosen[index])
+    def _place(self, index: int) -> tuple[int, int | None]:
+        """Return a record's number in its file, and the line where that is known."""
+        own = index if self.chosen is None else int(self.chosen[index])
+        return own, self._line and self._line(own)
 
     def choose(self, indices: np.ndarray) -> "Records":
         """Return these of the records alone, in this order. indices: int64 [N]."""
@@ -84,9 +84,8 @@ class Records(Sequence):
 
     def order(self, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
         """Return int64 [N]: the records that an epoch visits, in order."""
-        if not shuffle:
-            return np.arange(len(self))
-        return np.random.default_rng([seed, epoch]).permutation(len(self))
+        rng = np.random.default_rng([seed, epoch])
+        return rng.permutation(len(self)) if shuffle else np.arange(len(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,25 +121,23 @@ class Mixture(Sequence):
         for part in self.parts:
             shares = {"weight": part.weight, "epochs": part.epochs}
             given = {f"{key} {value}": value for key, value in shares.items() if value is not None}
-            for wrong, problem in (
+            refuse(
                 (
                     len(given) == 2,
-                    f"'{part.name}' has a weight and epochs, which both say how often its records "
-                    f"come: keep one.",
+                    f"The source '{part.name}' has a weight and epochs, which both say how often "
+                    f"its records come: keep one.",
                 ),
                 (
                     not all(0 < value < math.inf for value in given.values()),
-                    f"'{part.name}' has {' and '.join(given)}; expected a number above 0. To "
-                    f"leave a source out, take it off the list.",
+                    f"The source '{part.name}' has {' and '.join(given)}; expected a number above "
+                    f"0. To leave a source out, take it off the list.",
                 ),
                 (
                     weighted is not None and part.weight is None,
-                    f"'{weighted}' has a weight and '{part.name}' has none. Give all sources a "
-                    f"weight, or none.",
+                    f"The source '{weighted}' has a weight and '{part.name}' has none. Give all "
+                    f"sources a weight, or none.",
                 ),
-            ):
-                if wrong:
-                    raise UserError(f"The source {problem}")
+            )
         self._quota = self._quotas()
         if not any(math.floor(quota) for quota in self._quota):
             raise UserError(
@@ -218,9 +215,11 @@ def _walk(size: int, begin: Fraction, end: Fraction, seed: list[int], shuffle: b
     pieces = [np.zeros(0, np.int64)]
     for turn in range(start // size, -(-stop // size)):
         a, b = max(start - turn * size, 0), min(stop - turn * size, size)
-        whole = np.arange(size)
-        if shuffle and b - a < size:
-            whole = np.random.default_rng([*seed, turn, size]).permutation(size)
+        whole = (
+            np.random.default_rng([*seed, turn, size]).permutation(size)
+            if shuffle and b - a < size
+            else np.arange(size)
+        )
         pieces.append(whole[a:b])
     return np.concatenate(pieces)
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from vlm_jax.data.records.formats import check_columns
 from vlm_jax.data.records.jsonl import index_lines, index_list
 from vlm_jax.data.records.mixture import Mixture, Part, Records
 from vlm_jax.data.records.tables import index_table
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, explained, first_line, nearest, refuse
 from vlm_jax.files.file_types import refuse_lost
 
 # The keys of one source of a list.
@@ -80,19 +80,28 @@ def read_records(
         folder, rows = str(path), _from_disk(path, split, prompt, taken)
     else:
         rows = _from_hub(name, split)
-    if type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"):
-        raise UserError(
+    refuse(
+        (
+            type(rows).__name__ in ("IterableDataset", "IterableDatasetDict"),
             f"The data '{name}' is a stream, which has no length and cannot be read by index: set "
-            f"data.streaming, or load it without streaming=True."
-        )
-    if not isinstance(rows, Iterable):
-        raise UserError(f"Records are a path, a data set or a sequence of dicts, not {name}.")
+            f"data.streaming, or load it without streaming=True.",
+        ),
+        (
+            not isinstance(rows, Iterable),
+            f"Records are a path, a data set or a sequence of dicts, not {name}.",
+        ),
+    )
     rows = rows if hasattr(rows, "__getitem__") else list(rows)
-    known = getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None)
     rows = encoded_images(rows)
     if len(rows) == 0:
         raise UserError(f"The data '{name}' holds no records.")
-    return Records(rows, name, str(image_folder) if image_folder else folder, columns, known)
+    return Records(
+        rows,
+        name,
+        str(image_folder) if image_folder else folder,
+        columns,
+        fingerprint=getattr(rows, "fingerprint", None) or getattr(rows, "_fingerprint", None),
+    )
 
 
 # Lists
@@ -130,16 +139,16 @@ def _mixture(sources: Sequence[Any], options: dict[str, Any]) -> Records | Mixtu
             taken = sum(part.name.partition("#")[0] == name for part in parts)
             name += f"#{taken + 1}" if taken else ""
         parts.append(Part(str(name), records, **shares))
-    if len(parts) == 1 and not isinstance(sources[0], Mapping):
-        return parts[0].records
-    return Mixture(parts)
+    is_path = len(parts) == 1 and not isinstance(sources[0], Mapping)
+    return parts[0].records if is_path else Mixture(parts)
 
 
 def _number(value: Any, key: str, where: str) -> float | None:
-    try:
+    with explained(
+        (TypeError, ValueError),
+        lambda _: f"{where} has the {key} {value!r}; expected a number.",
+    ):
         return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where} has the {key} {value!r}; expected a number.") from None
 
 
 # Files
@@ -152,13 +161,14 @@ def _from_file(
     packed = path.suffix.lower() in COMPRESSED
     wanted = (Path(path.stem) if packed else path).suffix.lower()
     # What is a table of columns is compressed inside.
-    if wanted not in READERS or (packed and READERS[wanted] is _read_table):
-        raise UserError(
+    refuse(
+        (
+            wanted not in READERS or (packed and READERS[wanted] is _read_table),
             f"The data file '{name}' has the suffix '{path.suffix.lower()}'; expected one of "
-            f"{', '.join(READERS)}, or of a text file with {' or '.join(COMPRESSED)} behind it."
-        )
-    if split:
-        raise UserError(f"The data file '{name}' has no splits, so there is no '{split}' in it.")
+            f"{', '.join(READERS)}, or of a text file with {' or '.join(COMPRESSED)} behind it.",
+        ),
+        (split, f"The data file '{name}' has no splits, so there is no '{split}' in it."),
+    )
     refuse_lost(path, f"The data file '{name}'")
     rows = READERS[wanted](decompress(path) if packed else path, name)
     return captioned(rows, prompt, taken) if READERS[wanted] is index_table else rows
@@ -183,13 +193,12 @@ def _read_table(path: Path, name: str) -> Any:
     return rows
 
 
-@contextlib.contextmanager
-def reporting(problem: str, remedy: str = "") -> Iterator[None]:
+def reporting(problem: str, remedy: str = "") -> contextlib.AbstractContextManager[None]:
     """Raise `UserError` with the problem, the first line of what is raised inside, the remedy."""
-    try:
-        yield
-    except Exception as error:  # network, gating, builders and casts raise many unrelated types
-        raise UserError(f"{problem}: {(str(error).splitlines() or [''])[0]}{remedy}") from error
+    return explained(
+        Exception,  # network, gating, builders and casts raise many unrelated types
+        lambda error: f"{problem}: {first_line(error)}{remedy}",
+    )
 
 
 READERS: dict[str, Callable[[Path, str], Any]] = {

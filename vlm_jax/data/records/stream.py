@@ -24,8 +24,12 @@ class Stream:
     """Canonical records in the order of rows that come one by one; they have no length.
 
     The order is the stream's own and the same each time: `records_from(n)` gives what comes behind
-    the first n records. Pickled with the data set's description, not its data.
+    the first n records. A planner goes through it window by window, in each worker process again;
+    of the last windows a record is given by its number. Pickled with the data set's description,
+    not its data.
     """
+
+    HELD = 3  # windows: a step may begin in one and end in the next
 
     def __init__(
         self,
@@ -37,6 +41,18 @@ class Stream:
         check_columns(columns or {})
         self.rows, self.name, self.folder = encoded_images(rows), name, folder
         self.columns = dict(columns or {})
+        self._held: dict[int, Record | UserError] = {}
+        self._rest: Iterator[Record | UserError] | None = None
+        self._next = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_held": {}, "_rest": None}
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._held[int(index)]
+        if isinstance(record, UserError):
+            raise record
+        return record
 
     def records_from(self, skip: int = 0) -> Iterator[Record | UserError]:
         """Yield the records behind the first `skip`; in a bad one's place, what is wrong with it.
@@ -52,13 +68,32 @@ class Stream:
                 row: Any = next(rows, END)
             if row is END:
                 return
-            record = row
-            if not isinstance(row, UserError):
-                try:
-                    record = canonical(row, index, self.folder, self.name, columns=self.columns)
-                except UserError as error:
-                    record = error
+            try:
+                row = row() if callable(row) else row  # of `Lines`
+                record: Record | UserError = canonical(
+                    row, index, self.folder, self.name, columns=self.columns
+                )
+            except UserError as error:
+                record = error
             yield record
+
+    def windows(self, cursor: int, size: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """Yield (numbers of the records of a window, whether the stream ends with it)."""
+        last = False
+        while not last:
+            if self._rest is None or self._next != cursor:
+                self._rest, self._next, self._held = self.records_from(cursor), cursor, {}
+            # One more, to know whether this is all; it stays for the next window.
+            found = [self._held[cursor]] if cursor in self._held else []
+            found += itertools.islice(self._rest, size + 1 - len(found))
+            members = np.arange(cursor, cursor + min(size, len(found)))
+            self._held.update(enumerate(found, start=cursor))
+            oldest = cursor - (self.HELD - 1) * size
+            self._held = {i: record for i, record in self._held.items() if i >= oldest}
+            last = len(found) <= size
+            cursor = self._next = cursor + len(members)
+            if len(members):
+                yield members, last
 
     def place(self, index: int) -> str:
         """Return where a record stands, for errors."""
@@ -89,16 +124,19 @@ def open_stream(
         if path.is_file():
             folder = folder or str(path.parent)
             refuse_lost(path, f"The data file '{path}'")
-            if path.suffix in (".jsonl", ".ndjson"):
-                return Stream(Lines(path, json_lines), name, folder, columns)
-            if path.suffix.lower() in (".csv", ".tsv"):
-                read = functools.partial(
-                    as_turns,
-                    prompt=caption_prompt or PROMPT,
-                    taken=frozenset((columns or {}).values()),
-                )
-                lines = functools.partial(table_lines, read=read)
-                return Stream(Lines(path, lines), name, folder, columns)
+            read = functools.partial(
+                as_turns,
+                prompt=caption_prompt or PROMPT,
+                taken=frozenset((columns or {}).values()),
+            )
+            table = functools.partial(table_lines, read=read)
+            readers: dict[str, Any] = {
+                **{".jsonl": json_lines, ".ndjson": json_lines},
+                **{".csv": table, ".tsv": table},
+            }
+            if path.suffix.lower() in readers:
+                lines = Lines(path, readers[path.suffix.lower()])
+                return Stream(lines, name, folder, columns)
             if path.suffix != ".parquet":
                 raise UserError(
                     f"The data file '{path}' cannot be streamed; expected .jsonl, .csv, .tsv or "
@@ -116,52 +154,3 @@ def open_stream(
     if not isinstance(rows, datasets.IterableDataset):
         raise UserError(f"A stream is an IterableDataset or a name of one, not {name}.")
     return Stream(rows, name, folder, columns)
-
-
-class StreamRecords:
-    """The records of a stream by number, as far as they are at hand: those of the last windows.
-
-    What the planner has instead of `Records`: it goes through a stream window by window, in each
-    worker process again. Pickles without what it holds.
-    """
-
-    fingerprint = None
-    HELD = 3  # windows: a step may begin in one and end in the next
-
-    def __init__(self, stream: Stream):
-        self.stream, self.name, self.folder = stream, stream.name, stream.folder
-        self._held: dict[int, Record | UserError] = {}
-        self._rest: Iterator[Record | UserError] | None = None
-        self._next = 0
-
-    def __reduce__(self) -> tuple:
-        return StreamRecords, (self.stream,)
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._held[int(index)]
-        if isinstance(record, UserError):
-            raise record
-        return record
-
-    def windows(self, cursor: int, size: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yield (numbers of the records of a window, whether the stream ends with it)."""
-        while True:
-            if self._rest is None or self._next != cursor:
-                self._rest, self._next, self._held = self.stream.records_from(cursor), cursor, {}
-            # One more, to know whether this is all; it stays for the next window.
-            found = [self._held[cursor]] if cursor in self._held else []
-            found += itertools.islice(self._rest, size + 1 - len(found))
-            members = np.arange(cursor, cursor + min(size, len(found)))
-            self._held.update(enumerate(found, start=cursor))
-            oldest = cursor - (self.HELD - 1) * size
-            self._held = {i: record for i, record in self._held.items() if i >= oldest}
-            last = len(found) <= size
-            cursor = self._next = cursor + len(members)
-            if len(members):
-                yield members, last
-            if last:
-                return
-
-    def place(self, index: int) -> str:
-        """Return where a record stands, for errors."""
-        return self.stream.place(index)

@@ -7,13 +7,13 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vlm_jax.data.records.formats import READ
 from vlm_jax.data.records.jsonl import BOM, FileRows, check_utf8
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import CSV_ROW_BYTES
 
 IMAGE = ("image", "file_name", "path")  # the column that names a row's picture
@@ -24,9 +24,9 @@ LISTS = ("image", "images", "video", "videos", "messages", "conversations", "his
 
 
 class _Reader:
-    """A file's header, and its rows front to back: (place in bytes, line from 1, bytes).
+    """A file's rows front to back, as (place in bytes, line from 1, bytes), and what parses one.
 
-    Lines of nothing but separators are none.
+    The header is read at once. Lines of nothing but separators are no rows.
     """
 
     def __init__(self, file: BinaryIO, name: str):
@@ -46,7 +46,13 @@ class _Reader:
         _, _, data = next(self.rows, (0, 0, b""))
         if not data:
             raise UserError(f"The data file '{name}' is empty: its first row names the columns.")
-        self.header = _Header(data, self.separator, name)
+        cells = _cells(data, f"The header of '{name}'", self.separator)
+        columns = [cell.strip() for cell in cells]
+        if twice := {column for column in columns if column and columns.count(column) > 1}:
+            raise UserError(
+                f"The data file '{name}' has the column '{min(twice)}' twice: keep one of them."
+            )
+        self.parse = functools.partial(_row, columns=columns, separator=self.separator)
 
     def _read(self) -> Iterator[tuple[int, int, bytes]]:
         held: list[bytes] = []
@@ -65,18 +71,19 @@ class _Reader:
                 self.digest.update(line)
                 yield line.decode(errors="surrogateescape")
 
-        try:
+        with explained(
+            csv.Error,
+            lambda error: (
+                f"The data file '{self.name}' is not CSV: the row that begins on line {self.line}: "
+                f"{error}. Save it as CSV in UTF-8."
+            ),
+        ):
             for cells in csv.reader(lines(), delimiter=self.separator):
                 data, count = b"".join(held), len(held)
                 held.clear()
                 if any(cells):
                     yield self.place, self.line, data
                 self.place, self.line = self.place + len(data), self.line + count
-        except csv.Error as error:
-            raise UserError(
-                f"The data file '{self.name}' is not CSV: the row that begins on line {self.line}: "
-                f"{error}. Save it as CSV in UTF-8."
-            ) from error
 
 
 def _separator(header: str, name: str) -> str:
@@ -92,41 +99,31 @@ def _separator(header: str, name: str) -> str:
     return max(SEPARATORS, key=fit)
 
 
-class _Header:
-    """The columns of a file, and a row of them by its bytes."""
+def _cells(data: bytes, where: str, separator: str) -> list[str]:
+    try:
+        text = io.StringIO(data.decode(), newline="")
+        return next(csv.reader(text, delimiter=separator, strict=True), [])
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start} of the row): save it as UTF-8"
+    except csv.Error as error:
+        problem = f"is not CSV: {error}"
+    raise UserError(f"{where} {problem}.")
 
-    def __init__(self, data: bytes, separator: str, name: str):
-        self.separator, self.name = separator, name
-        self.columns = [cell.strip() for cell in self._cells(data, f"The header of '{name}'")]
-        if twice := {c for c in self.columns if c and self.columns.count(c) > 1}:
-            raise UserError(
-                f"The data file '{name}' has the column '{min(twice)}' twice: keep one of them."
-            )
 
-    def _cells(self, data: bytes, where: str) -> list[str]:
-        try:
-            text = io.StringIO(data.decode(), newline="")
-            return next(csv.reader(text, delimiter=self.separator, strict=True), [])
-        except UnicodeDecodeError as error:
-            problem = f"is not UTF-8 text (byte {error.start} of the row): save it as UTF-8"
-        except csv.Error as error:
-            problem = f"is not CSV: {error}"
-        raise UserError(f"{where} {problem}.")
-
-    def row(self, data: bytes, where: str) -> dict[str, Any]:
-        """Return {column: text}, None for an empty cell; errors begin with `where`."""
-        cells = self._cells(data, where)
-        if len(cells) != len(self.columns):
-            raise UserError(
-                f"{where} has {'more' if len(cells) > len(self.columns) else 'fewer'} fields than "
-                f"the header ({len(cells)} and {len(self.columns)}, separated by "
-                f"{SEPARATORS[self.separator]}): put a text that holds a separator in quotes."
-            )
-        return {
-            column: _value(column, cell)
-            for column, cell in zip(self.columns, cells, strict=True)
-            if column  # pandas writes its index under no name
-        }
+def _row(data: bytes, where: str, *, columns: Sequence[str], separator: str) -> dict[str, Any]:
+    """Return {column: text}, None for an empty cell; errors begin with `where`."""
+    cells = _cells(data, where, separator)
+    if len(cells) != len(columns):
+        raise UserError(
+            f"{where} has {'more' if len(cells) > len(columns) else 'fewer'} fields than the "
+            f"header ({len(cells)} and {len(columns)}, separated by {SEPARATORS[separator]}): put "
+            f"a text that holds a separator in quotes."
+        )
+    return {
+        column: _value(column, cell)
+        for column, cell in zip(columns, cells, strict=True)
+        if column  # pandas writes its index under no name
+    }
 
 
 def _value(column: str, cell: str) -> Any:
@@ -151,7 +148,7 @@ def index_table(path: Path, name: str | None = None) -> FileRows:
         spans,
         fingerprint=f"{reader.digest.hexdigest()} {reader.separator}",
         name=reader.name,
-        parse=reader.header.row,
+        parse=reader.parse,
     )
 
 
@@ -164,4 +161,4 @@ def table_lines(
     """
     reader = _Reader(file, name)
     for _, line, data in reader.rows:
-        yield line, functools.partial(read, data, parse=reader.header.row)
+        yield line, functools.partial(read, data, parse=reader.parse)

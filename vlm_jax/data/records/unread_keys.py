@@ -11,7 +11,7 @@ from typing import Any
 
 import PIL.Image
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, refuse
 
 # Names count in lower case without punctuation: "image_path", "imagePath" and "Image-Path" are one.
 HELD_AS = "(paths?|files?|filepaths?|filenames?|names?|urls?|uris?|base64|b64|bytes|data|list)?"
@@ -117,16 +117,18 @@ def _is_image(value: Any) -> bool:
 def refuse_unread_in_turn(turn: Mapping[str, Any], read: Set[str], where: str) -> None:
     """Raise `UserError` for content of one turn under a key that is not in `read`."""
     for key, name, _ in _others(turn, read):
-        if re.fullmatch(rf"{ONE_OF_SEVERAL}|{IMAGE}|{VIDEO}|{OTHER_MEDIA}", name):
-            raise UserError(
+        refuse(
+            (
+                re.fullmatch(rf"{ONE_OF_SEVERAL}|{IMAGE}|{VIDEO}|{OTHER_MEDIA}", name),
                 f"{where} has '{key}', which is not read in a turn: expected 'image', "
-                f"'images' or 'videos' beside the turns, or parts of that type in its content."
-            )
-        if re.fullmatch("toolcalls?|functioncall|reasoningcontent", name):
-            raise UserError(
+                f"'images' or 'videos' beside the turns, or parts of that type in its content.",
+            ),
+            (
+                re.fullmatch("toolcalls?|functioncall|reasoningcontent", name),
                 f"{where} has '{key}', which is not read: the turn would be trained on without it. "
-                f"Write it into the turn's text as the model is to write it, or remove it."
-            )
+                f"Write it into the turn's text as the model is to write it, or remove it.",
+            ),
+        )
 
 
 def _others(row: Mapping[str, Any], read: Set[str]) -> list[tuple[str, str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_jax.data.text.sandbox import END, START, TooLarge, compile_template
 from vlm_jax.data.text.watchdog import within
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.limits import TEMPLATE_SECONDS, TEMPLATE_SOURCE
 
 Span = tuple[int, int]
@@ -33,13 +33,14 @@ class Template:
                 f"The chat template of '{directory}' has {len(source)} characters, and more than "
                 f"{TEMPLATE_SOURCE} are not read. Copy the checkpoint's own."
             )
-        try:
-            self._compiled = within(TEMPLATE_SECONDS, compile_template, source)
-        except Exception as error:  # Python compiles what Jinja writes, and has limits of its own
-            raise UserError(
+        with explained(
+            Exception,  # Python compiles what Jinja writes, and has limits of its own
+            lambda error: (
                 f"The chat template of '{directory}' is not valid Jinja: {_reason(error)}. Correct "
                 f"chat_template.jinja, or copy the checkpoint's own."
-            ) from error
+            ),
+        ):
+            self._compiled = within(TEMPLATE_SECONDS, compile_template, source)
 
     def render(self, messages: Messages, prompt: bool, **values: Any) -> tuple[str, list[Span]]:
         """Return the text and what its generation marks hold.

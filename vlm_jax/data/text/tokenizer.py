@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, explained
 from vlm_jax.files.file_types import refuse_lost
 from vlm_jax.files.limits import is_file_name, read_json
 
@@ -57,10 +57,11 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"'{settings}' has fast_tokenizer_files = {files!r:.200}; expected names of files in "
             f"its own directory. Delete the key: tokenizer.json is read without it."
         )
-    try:  # a tokenizer's own code (auto_map) is never run, and nobody is asked whether to
+    with explained(
+        Exception,  # the tokenizers library raises bare ones for a damaged file
+        lambda error: f"The tokenizer in '{directory}' cannot be loaded: {error}",
+    ):  # a tokenizer's own code (auto_map) is never run, and nobody is asked whether to
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare ones for a damaged file
-        raise UserError(f"The tokenizer in '{directory}' cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(
             f"The tokenizer in '{directory}' has no fast form (tokenizer.json), which telling "
