@@ -124,7 +124,7 @@ def from_tensors(
     holds what this library does not know.
     """
 
-    def refuse(what: str) -> UserError:
+    def fault(what: str) -> UserError:
         return UserError(
             f"The 4-bit tensor '{name}' cannot be read: {what} The checkpoint is damaged or was "
             f"written by another version of bitsandbytes: fetch it again, or take it in 16 bits."
@@ -132,26 +132,24 @@ def from_tensors(
 
     keys = [suffix for suffix in tensors if suffix.startswith(STATE)]
     if len(keys) != 1:
-        raise refuse(f"it has {len(keys)} tensors '{name}{STATE}...', expected one.")
+        raise fault(f"it has {len(keys)} tensors '{name}{STATE}...', expected one.")
     try:
         state = json.loads(bytes(np.asarray(tensors[keys[0]], np.uint8)))
         kind, block, dtype = state["quant_type"], state["blocksize"], state["dtype"]
         stated = tuple(int(size) for size in state["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise refuse(f"'{name}{keys[0]}' holds no settings ({error}).") from error
+        raise fault(f"'{name}{keys[0]}' holds no settings ({error}).") from error
     for key, value, known in (
         ("quant_type", kind, tuple(FORMATS)),
         ("blocksize", block, BLOCKS),
         ("dtype", dtype, DTYPES),
     ):
         if value not in known:
-            raise refuse(f"its {key} is {value!r}; known are {', '.join(map(str, known))}.")
+            raise fault(f"its {key} is {value!r}; known are {', '.join(map(str, known))}.")
     shape = stated if shape is None else shape
     count = math.prod(shape)
     if math.prod(stated) != count or (len(shape) == 2 and stated != tuple(shape)):
-        raise refuse(
-            f"it stands for {list(stated)} values, but config.json asks for {list(shape)}."
-        )
+        raise fault(f"it stands for {list(stated)} values, but config.json asks for {list(shape)}.")
     format, blocks, double = FORMATS[kind], -(-count // block), ".nested_absmax" in tensors
     # Suffix -> its length, its dtype and, of a map, its values.
     needed: dict[str, tuple[int, type, Any]] = {
@@ -168,24 +166,24 @@ def from_tensors(
         tensors = {**tensors, "": np.ascontiguousarray(tensors[""]).reshape(-1).view(np.uint8)}
     for suffix, (length, stored_as, values) in needed.items():
         if suffix not in tensors:
-            raise refuse(f"'{name}{suffix}' is missing.")
+            raise fault(f"'{name}{suffix}' is missing.")
         found = tensors[suffix]
         if found.size != length or found.dtype != stored_as:
-            raise refuse(
+            raise fault(
                 f"'{name}{suffix}' holds {found.size} values of {found.dtype}; a weight of "
                 f"{list(shape)} in blocks of {block} needs {length} of {np.dtype(stored_as).name}."
             )
         if suffix.endswith("absmax") and not all_finite(found):
-            raise refuse(f"'{name}{suffix}' holds NaN or infinity.")
+            raise fault(f"'{name}{suffix}' holds NaN or infinity.")
         if values is not None and not np.allclose(found, values, rtol=0, atol=1e-6):
-            raise refuse(f"'{name}{suffix}' is not the map of {kind}.")
+            raise fault(f"'{name}{suffix}' is not the map of {kind}.")
     nested = offset = None
     if double:
         if state.get("nested_blocksize") != dynamic8.BLOCK:
-            raise refuse(f"its nested_blocksize is {state.get('nested_blocksize')!r}, not 256.")
+            raise fault(f"its nested_blocksize is {state.get('nested_blocksize')!r}, not 256.")
         mean = state.get("nested_offset")
         if not isinstance(mean, int | float) or not math.isfinite(mean):
-            raise refuse(f"its nested_offset is {mean!r}, not a number.")
+            raise fault(f"its nested_offset is {mean!r}, not a number.")
         nested, offset = tensors[".nested_absmax"].reshape(-1), np.asarray(mean, np.float32)
     codes, absmax = from_bytes(tensors[""], count), tensors[".absmax"].reshape(-1)
     return Stored(Flat(codes, absmax, nested, offset), format, block, dtype, shape)
