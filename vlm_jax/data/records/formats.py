@@ -87,17 +87,13 @@ def check_order(turns: list[Turn], where: str) -> None:
     """
     roles = [turn["role"] for turn in turns]
     for number, (before, role) in enumerate(itertools.pairwise(roles), start=1):
-        refuse(
-            (
-                role == "system",
-                f"{where}: turn {number} is a system turn; only the first may be one.",
-            ),
-            (
-                role == before,
+        if role == "system":
+            raise UserError(f"{where}: turn {number} is a system turn; only the first may be one.")
+        if role == before:
+            raise UserError(
                 f"{where}: turns {number - 1} and {number} are both the {role}'s. Roles must take "
-                f"turns: join the two into one, or correct the order.",
-            ),
-        )
+                f"turns: join the two into one, or correct the order."
+            )
 
 
 def rename_columns(

@@ -15,7 +15,7 @@ from vlm_jax.data.records.formats import IMAGES, VIDEOS, check_order, read_turns
 from vlm_jax.data.records.grounding import place_objects
 from vlm_jax.data.records.placeholders import refuse_foreign, refuse_inline
 from vlm_jax.data.records.unread_keys import is_given, is_nothing, refuse_unread
-from vlm_jax.errors import UserError, refuse
+from vlm_jax.errors import UserError
 
 Record = dict[str, Any]
 MARKERS = {"image": "<image>", "video": "<video>"}
@@ -159,20 +159,18 @@ def _pair(kind: str, given: list[Any], named: list[Any], where: str) -> list[Any
     wanted, marker = sum(value is None for value in named), MARKERS[kind]
     if not named:
         return given
-    refuse(
-        (
-            wanted == 0 and given,
+    if wanted == 0 and given:
+        raise UserError(
             f"{where} has {len(given)} {kind}s beside its messages, but every {kind} part "
-            f"has its own. Remove one of the two.",
-        ),
-        (
-            wanted != len(given),
+            f"has its own. Remove one of the two."
+        )
+    if wanted != len(given):
+        raise UserError(
             f"{where} has {len(given)} {kind}s, but its turns name {wanted} (by '{marker}' or "
             f"{kind} parts). There must be one for each; a '{marker}' that is meant as text "
             f'belongs in a text part: "content": [{{"type": "text", "text": …}}], and {kind}s of '
-            f"an answer in parts {{'type': '{kind}'}}, where others are placed too.",
-        ),
-    )
+            f"an answer in parts {{'type': '{kind}'}}, where others are placed too."
+        )
     rest = iter(given)
     return [next(rest) if value is None else value for value in named]
 
