@@ -16,6 +16,7 @@ SLOWEST = 10
 
 # Tests (or shared fixtures) of the fast tier that may take longer: {name: why}.
 MAY_BE_SLOW: dict[str, str] = {
+    "fixture straight of tests": "the run that other tests resume; it compiles for them",
     "tests/test_loop.py::test_two_stages_projector_alone_then_lora": "two runs, two programs each",
     "tests/test_loop.py::test_an_evaluation_that_a_stop_meets_is_made_by_the_resumed_run": (
         "a straight, a stopped and a resumed run with evaluations"

@@ -1,6 +1,7 @@
 """A test that takes longer than it may fails the run, its children's time included."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,4 +58,6 @@ def test_what_takes_too_long_fails_the_run(tmp_path, workers):
 def test_what_may_be_slow_is_there():
     for name in MAY_BE_SLOW:
         file, _, test = name.partition("::")
+        if fixture := re.fullmatch(r"fixture (\w+) of tests", name):
+            file, test = "tests/conftest.py", fixture[1]
         assert f"def {test.partition('[')[0]}(" in (HERE.parent / file).read_text(), name
