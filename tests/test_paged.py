@@ -206,7 +206,7 @@ def test_several_processes_turn_moments_as_one_does(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", {}) as checkpoints:
         for step, optim in ((1, "adamw"), (2, "paged_adamw")):
             sizes = [leaf.shape for leaf in jax.tree.leaves(begin(optim)[0].opt_state)]
-            saved = checkpoints._read_meta(step)["shapes"].items()
+            saved = checkpoints.meta(step)["shapes"].items()
             saved = [s.partition("[")[2] for name, s in saved if name.startswith("opt_state")]
             assert saved == [str(list(size))[1:] for size in sizes]
             check_same(checkpoints.restore(begin("paged_adamw")[0], step)[0], state)

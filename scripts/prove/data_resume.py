@@ -8,6 +8,7 @@ worker processes, as one host or two. All that was noted must equal a run that n
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import random
@@ -18,7 +19,6 @@ import time
 from pathlib import Path
 
 import data_files
-import jax
 import numpy as np
 
 from vlm_jax.data import Pipeline
@@ -47,10 +47,10 @@ def read(folder: Path, log: Path, steps: int, workers: int, hosts: int) -> None:
     with log.open("a") as file:
         for _ in range(len(lines), steps):
             parts = [next(reader) for reader in readers]
-            batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(p[0] for p in parts))
             digest = hashlib.sha256()
-            for leaf in jax.tree.leaves(batch):
-                digest.update(np.ascontiguousarray(leaf).tobytes())
+            for field in dataclasses.fields(parts[0][0]):
+                rows = np.concatenate([getattr(batch, field.name) for batch, *_ in parts])
+                digest.update(rows.tobytes())
             line = {"ids": [name for _, ids, _ in parts for name in ids], "after": parts[0][2]}
             file.write(json.dumps({**line, "digest": digest.hexdigest()}) + "\n")
             file.flush()
