@@ -19,7 +19,7 @@ from tiers import fast
 from vlm_jax import UserError, config, plan
 from vlm_jax.cli import main
 from vlm_jax.hardware import DEVICES, hardware, slice_shape
-from vlm_jax.models.layers.scan import REMAT
+from vlm_jax.models.layers.remat import REMAT
 from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.plan import leaves, work
 from vlm_jax.plan.fit import LAST_RESORT, POLICIES, settings

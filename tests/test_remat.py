@@ -9,7 +9,7 @@ from references import quiet, qwen2_vl, qwen2_vl_inputs
 
 import vlm_jax
 from vlm_jax import config, plan
-from vlm_jax.models.layers.scan import REMAT
+from vlm_jax.models.layers.remat import REMAT
 from vlm_jax.train.setup import remat_of
 from vlm_jax.trees import flatten
 

@@ -16,7 +16,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import read_family
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grid
 from vlm_jax.models.layers.block import Compute
-from vlm_jax.models.layers.scan import REMAT
+from vlm_jax.models.layers.remat import REMAT
 from vlm_jax.models.methods import Adapter, LoRA
 from vlm_jax.models.vlm import VisionLanguageModel
 from vlm_jax.trees import flatten, unflatten
@@ -323,7 +323,7 @@ def from_config(
     Args:
         hf_config: the JSON object.
         dtype: of the computation.
-        remat: a key of `layers.scan.REMAT`: the activations kept for the backward pass.
+        remat: a key of `layers.remat.REMAT`: the activations kept for the backward pass.
         source: where the model was loaded from.
         files: access to that checkpoint's files, for `model.encode`.
 

@@ -161,7 +161,7 @@ class TrainSpec:
     ema_decay: float = 0.0
     fp16: bool = False  # not supported: bfloat16 needs no loss scaling
     gradient_checkpointing: bool = True  # recompute each block in the backward pass
-    remat_policy: str | None = None  # what of it is kept: a key of layers.scan.REMAT
+    remat_policy: str | None = None  # what of it is kept: a key of layers.remat.REMAT
     # Processes that prepare batches beside the run's own; 0: threads of the run, which is enough
     # where a step takes longer than its images. metrics.jsonl's data_wait tells.
     dataloader_num_workers: int = 0

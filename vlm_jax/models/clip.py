@@ -11,12 +11,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.clip_config import Tower
 from vlm_jax.models.layers.attention import attention
 from vlm_jax.models.layers.block import Compute, tower_block
 from vlm_jax.models.layers.linear import Embed, Linear, parameter
 from vlm_jax.models.layers.norm import LayerNorm
+from vlm_jax.models.layers.remat import QKV
 from vlm_jax.models.layers.scan import Stack
 
 
@@ -36,6 +38,7 @@ class TowerAttention(nn.Module):
             self.compute.linear(name, E)(x_ISE).reshape(images, slots, self.heads, E // self.heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
+        q, k, v = checkpoint_name((q, k, v), QKV)
         out = attention(q, k, v, None, None, causal=False)
         return self.compute.linear("out_proj", E)(out.reshape(images, slots, E)), None
 

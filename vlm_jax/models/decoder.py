@@ -10,12 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.decoder_config import DecoderConfig
 from vlm_jax.models.layers.attention import attention
 from vlm_jax.models.layers.block import Block, Compute, GatedMLP
 from vlm_jax.models.layers.linear import Embed
 from vlm_jax.models.layers.norm import RMSNorm
+from vlm_jax.models.layers.remat import QKV
 from vlm_jax.models.layers.rope import apply_rope, rope_angles
 from vlm_jax.models.layers.scan import Stack
 
@@ -46,6 +48,7 @@ class SelfAttention(nn.Module):
         q_BTNH = apply_rope(project("q_proj", cfg.num_heads), cos_BTH, sin_BTH)
         k_BTKH = apply_rope(project("k_proj", cfg.num_kv_heads), cos_BTH, sin_BTH)
         v_BTKH = project("v_proj", cfg.num_kv_heads)
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), QKV)
         if cache is not None:
             k_BTKH = jax.lax.dynamic_update_slice(cache["k"], k_BTKH, (0, start, 0, 0))
             v_BTKH = jax.lax.dynamic_update_slice(cache["v"], v_BTKH, (0, start, 0, 0))

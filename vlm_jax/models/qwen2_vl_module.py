@@ -8,12 +8,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.layers.attention import attention
 from vlm_jax.models.layers.block import MLP, Compute, tower_block
 from vlm_jax.models.layers.linear import Linear
 from vlm_jax.models.layers.norm import LayerNorm
+from vlm_jax.models.layers.remat import QKV
 from vlm_jax.models.layers.rope import apply_rope, grid_angles
 from vlm_jax.models.layers.scan import Stack
 from vlm_jax.models.qwen2_vl import Qwen2VL, Tower
@@ -41,6 +43,7 @@ class TowerAttention(nn.Module):
         qkv = qkv.reshape(B, P, 3, self.heads, E // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = checkpoint_name((q, k, v), QKV)
         out = attention(q, k, v, segments_BP, segments_BP, causal=False)
         return self.compute.linear("proj", E)(out.reshape(B, P, E)), None
 

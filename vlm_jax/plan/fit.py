@@ -33,7 +33,7 @@ class Trial:
         }
 
 
-# Each keeps more than the one before, and computes less again; all are of layers.scan.REMAT.
+# Each keeps more than the one before, and computes less again; all are of layers.remat.REMAT.
 POLICIES = ("block", "block_save_attention", "dots", "none")
 # Keeps less than any, for a way to the host and back: where block is too much.
 LAST_RESORT = "offload"

@@ -64,7 +64,7 @@ def quantization_of(config: RunSpec) -> Quantization | None:
 
 
 def remat_of(config: RunSpec) -> str:
-    """Return the remat policy, a key of `layers.scan.REMAT`: the one named, or a block's."""
+    """Return the remat policy, a key of `layers.remat.REMAT`: the one named, or a block's."""
     named = config.training.remat_policy
     return named or ("block" if config.training.gradient_checkpointing else "none")
 

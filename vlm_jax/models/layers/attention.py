@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.layers.partition import gather_places
-
-ATTENDED = "attended"  # what a remat policy calls the result
+from vlm_jax.models.layers.remat import ATTENDED
 
 
 def attention(

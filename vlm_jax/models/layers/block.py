@@ -10,12 +10,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.family import TowerSizes
 from vlm_jax.models.layers.activations import ACTIVATIONS
 from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
 from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.models.layers.norm import LayerNorm
+from vlm_jax.models.layers.remat import GATE, MID, UP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Compute:
     """How the parts of a model compute.
 
     dtype: of activations. lora: alpha and dropout where the tree holds LoRA leaves. remat: a key of
-    `layers.scan.REMAT`. adapter: how bottleneck adapters compute.
+    `layers.remat.REMAT`. adapter: how bottleneck adapters compute.
     """
 
     dtype: Any
@@ -54,7 +56,7 @@ class MLP(nn.Module):
             self.compute.linear(name, width, self.use_bias)
             for name, width in zip(self.names, self.widths, strict=True)
         )
-        return second(ACTIVATIONS[self.activation](first(x)))
+        return second(ACTIVATIONS[self.activation](checkpoint_name(first(x), UP)))
 
 
 class GatedMLP(nn.Module):
@@ -71,9 +73,9 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         linear = functools.partial(self.compute.linear, use_bias=self.use_bias)
-        gate = ACTIVATIONS[self.activation](linear("gate_proj", self.hidden)(x))
-        up = linear("up_proj", self.hidden)(x)
-        return linear("down_proj", x.shape[-1])(gate * up)
+        gate = checkpoint_name(linear("gate_proj", self.hidden)(x), GATE)
+        up = checkpoint_name(linear("up_proj", self.hidden)(x), UP)
+        return linear("down_proj", x.shape[-1])(ACTIVATIONS[self.activation](gate) * up)
 
 
 class Block(nn.Module):
@@ -97,7 +99,7 @@ class Block(nn.Module):
         adapter, dtype = self.compute.adapter, self.compute.dtype
         norm1, norm2, attention = self.names
         attended, out = self.attention(name=attention)(self.norm(name=norm1)(x), context, layer)
-        x = Residual(adapter, dtype, name=ATTENTION)(x, attended)
+        x = checkpoint_name(Residual(adapter, dtype, name=ATTENTION)(x, attended), MID)
         mapped = self.mlp(name="mlp")(self.norm(name=norm2)(x))
         x = Residual(adapter, dtype, name=OUTPUT)(x, mapped)
         return x, (x if self.keep else out)

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _rows: ContextVar[NamedSharding | None] = ContextVar("rows", default=None)
 FREE = PartitionSpec.UNCONSTRAINED
@@ -44,6 +44,14 @@ def mesh() -> Any:
     """Return the `Mesh` that rows are spread over; None outside `rows_over`."""
     sharding = _rows.get()
     return None if sharding is None else sharding.mesh
+
+
+def platform() -> str:
+    """Return "tpu", "gpu" or "cpu": of the devices that rows are spread over, or JAX's default."""
+    over = mesh()
+    if isinstance(over, Mesh):
+        return over.devices.flat[0].platform
+    return jax.default_backend()
 
 
 def parts() -> tuple[int, int]:

@@ -7,27 +7,8 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from vlm_jax.models.layers.attention import ATTENDED
 from vlm_jax.models.layers.partition import constrain_rows
-
-BLOCK_INPUT = "block_input"  # what a policy calls it
-
-# What the forward pass keeps for the backward one; the rest is recomputed.
-REMAT: dict[str, Any] = {
-    "none": None,  # everything
-    "block": jax.checkpoint_policies.nothing_saveable,  # each block's input
-    # and what attention gives, whose scores are the dearest to compute again in long rows
-    "block_save_attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    # and each product with a weight
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # each block's input, in the host's memory
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[BLOCK_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
+from vlm_jax.models.layers.remat import BLOCK_INPUT, REMAT
 
 
 class Stack(nn.Module):
