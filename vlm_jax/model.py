@@ -15,6 +15,7 @@ from vlm_jax.batch import Batch, Example
 from vlm_jax.errors import UserError
 from vlm_jax.models import read_family
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grid
+from vlm_jax.models.layers.attention import KERNELS
 from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.remat import REMAT
 from vlm_jax.models.methods import Adapter, LoRA
@@ -61,7 +62,8 @@ class Model:
     `apply({"params": params}, batch)` is pure; parameters are a nested dict, see `vlm_jax.load`.
     config: sizes, of its family's class. files: what is read of the checkpoint later on, as for
     `encode`; None of a model that was not loaded. unused: tensors of a loaded adapter that nothing
-    here reads, for exports: {name: array}.
+    here reads, for exports: {name: array}. attention: a key of `layers.attention.KERNELS`; None:
+    the fastest of them for each attention's shapes.
     """
 
     config: Family
@@ -73,6 +75,7 @@ class Model:
     unused: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     adapter: Adapter | None = None
     files: Files | None = None
+    attention: str | None = None
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -88,6 +91,7 @@ class Model:
             None if self.lora is None else self.lora.scale,
             self.remat,
             None if self.adapter is None else self.adapter.form,
+            self.attention,
         )
         return pkgutil.resolve_name(self.config.MODULE)(self.config, compute)
 
@@ -317,6 +321,7 @@ def from_config(
     remat: str = "none",
     source: Source | None = None,
     files: Files | None = None,
+    attention: str | None = None,
 ) -> Model:
     """Return the `Model` that a Hugging Face config.json describes; `model.init` makes parameters.
 
@@ -326,12 +331,15 @@ def from_config(
         remat: a key of `layers.remat.REMAT`: the activations kept for the backward pass.
         source: where the model was loaded from.
         files: access to that checkpoint's files, for `model.encode`.
+        attention: what computes attention: a key of `layers.attention.KERNELS`; None: the fastest.
 
     Raises:
         UserError: for an unknown family, or a field with an unknown meaning.
     """
     if remat not in REMAT:
         raise UserError(f"Unknown remat policy '{remat}'; known: {', '.join(REMAT)}.")
+    if attention is not None and attention not in KERNELS:
+        raise UserError(f"Unknown attention '{attention}'; known: {', '.join(KERNELS)}.")
     return Model(
         read_family(hf_config),
         jnp.dtype(dtype),
@@ -339,4 +347,5 @@ def from_config(
         source,
         remat=remat,
         files=files,
+        attention=attention,
     )

@@ -49,16 +49,16 @@ NAMED = (
     ),
     Named(
         "the causal mask shows the next token",
-        "models/layers/attention.py",
-        "allowed_TS = distance_TS >= 0",
-        "allowed_TS = distance_TS >= -1",
+        "models/layers/attention/mask.py",
+        "before = distance >= 0",
+        "before = distance >= -1",
         ("tests/test_lora.py::test_causality_by_gradients",),
     ),
     Named(
         "attention ignores segments",
-        "models/layers/attention.py",
-        "mask_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]",
-        "mask_BTS = q_segments_BT[:, :, None] >= 0",
+        "models/layers/attention/mask.py",
+        "same = q.segments_BT[:, :, None] == k.segments_BT[:, None, :]",
+        "same = (q.segments_BT[:, :, None] >= 0) & (k.segments_BT[:, None, :] >= 0)",
         (PACKED,),
     ),
     Named(

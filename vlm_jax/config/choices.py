@@ -130,6 +130,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
     "model.bnb_4bit_quant_type": ("fp4", "nf4"),
     "model.bnb_4bit_compute_dtype": (None, "float32", "bfloat16"),
+    "model.attention": (None, "splash", "xla", "chunked"),
     "lora.bias": ("none", "all", "lora_only"),
     "lora.task_type": ("CAUSAL_LM",),
     "adapter.type": (None, *ADAPTERS),

@@ -27,7 +27,14 @@ from vlm_jax.train.metrics import Watch, added_only, evaluated, untrained
 from vlm_jax.train.optimizer import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.placement import Feed, on_mesh
 from vlm_jax.train.preemption import Stopped, interruptible
-from vlm_jax.train.progress import Bar, Doing, Monitor, closing_lines, opening_lines
+from vlm_jax.train.progress import (
+    Bar,
+    Doing,
+    Monitor,
+    attention_line,
+    closing_lines,
+    opening_lines,
+)
 from vlm_jax.train.results import write_result
 from vlm_jax.train.run_dir import (
     Places,
@@ -155,6 +162,7 @@ def _train(
     step = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
     shapes = Shapes(data.rows, mesh, data.training.shapes, data.training.wider)
     run_step = compile_largest_step(step, model, run.state, frozen, shapes, doing)
+    say(console, attention_line(run_step.attention))
     losses: Any = None
     if data.held_out is not None:
         shapes = Shapes(data.held_out_rows, mesh, data.held_out.shapes, data.held_out.wider)

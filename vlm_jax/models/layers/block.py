@@ -25,13 +25,15 @@ class Compute:
     """How the parts of a model compute.
 
     dtype: of activations. lora: alpha and dropout where the tree holds LoRA leaves. remat: a key of
-    `layers.remat.REMAT`. adapter: how bottleneck adapters compute.
+    `layers.remat.REMAT`. adapter: how bottleneck adapters compute. attention: a key of
+    `layers.attention.KERNELS`; None: the fastest for each attention's shapes.
     """
 
     dtype: Any
     lora: LoRAScale | None = None
     remat: str = "none"
     adapter: Bottleneck | None = None
+    attention: str | None = None
 
     def linear(self, name: str, features: int, use_bias: bool = True) -> Linear:
         """Return a linear layer for the module that is running, which may carry LoRA."""
