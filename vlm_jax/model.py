@@ -61,7 +61,8 @@ class Model:
     `apply({"params": params}, batch)` is pure; parameters are a nested dict, see `vlm_jax.load`.
     config: sizes, of its family's class. files: what is read of the checkpoint later on, as for
     `encode`; None of a model that was not loaded. unused: tensors of a loaded adapter that nothing
-    here reads, for exports: {name: array}.
+    here reads, for exports: {name: array}. dropout_rng: what makes dropout's masks, a key of
+    `layers.dropout.KEEP`.
     """
 
     config: Family
@@ -73,6 +74,7 @@ class Model:
     unused: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     adapter: Adapter | None = None
     files: Files | None = None
+    dropout_rng: str = "hashed"
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -83,11 +85,12 @@ class Model:
     @property
     def module(self) -> VisionLanguageModel:
         """The Linen module: `module.apply` with `method=` reaches its parts."""
+        lora, adapter, rng = self.lora, self.adapter, self.dropout_rng
         compute = Compute(
             self.dtype,
-            None if self.lora is None else self.lora.scale,
+            None if lora is None else dataclasses.replace(lora.scale, rng=rng),
             self.remat,
-            None if self.adapter is None else self.adapter.form,
+            None if adapter is None else dataclasses.replace(adapter.form, rng=rng),
         )
         return pkgutil.resolve_name(self.config.MODULE)(self.config, compute)
 

@@ -141,6 +141,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     ),
     "training.optim": tuple(OPTIMIZERS),
     "training.remat_policy": (None, "none", "block", "block_save_attention", "dots", "offload"),
+    "training.dropout_rng": (None, "hashed", "threefry"),
     "training.logging_strategy": ("no", "steps", "epoch"),
     "training.train_sampling_strategy": (None, "random", "sequential", "group_by_length"),
     "training.param_dtype": ("float32", "bfloat16"),
