@@ -129,3 +129,16 @@ def count(
         redone = int(once * ATTENTION_AGAIN[model.remat]) * inside[name]
         found[name].append(Work(once, 2 * once * inside[name], 0, redone))
     return {name: total(works) for name, works in found.items()}
+
+
+def masked(model: Model, trainable: Mapping[str, Any], rows: int, tokens: int) -> int:
+    """Return the FLOPs of `count` above the diagonal of the decoder's attention.
+
+    They are half of its scores and of values by weights: the mathematics asks for none of them, and
+    a kernel that skips blocks does few of them.
+    """
+    text = model.config.text
+    once = 2 * rows * tokens**2 * text.num_heads * text.head_dim * text.num_layers
+    before = {"vision", "projector", "embeddings", "language_model"}
+    back = any(model.component(path) in before for path in flatten(trainable))
+    return once * (3 if back else 1)
