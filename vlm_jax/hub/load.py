@@ -222,6 +222,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     remat: str = "none",
+    attention: str | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Return `(model, params)` of a Hugging Face checkpoint: a directory or a hub id.
 
@@ -236,7 +237,7 @@ def load(
             `Quantization`; or a table of (regex, name or "dense") rows over paths.
         mesh: of `vlm_jax.make_mesh`: each leaf is placed on its shards as it is read.
         revision, token: of the hub.
-        remat: as for `from_config`.
+        remat, attention: as for `from_config`.
 
     Returns:
         The model, and a nested dict of arrays and 4-bit leaves named as in the checkpoint: kernels
@@ -246,7 +247,7 @@ def load(
         UserError: for whatever does not fit, naming the tensor or field.
     """
     directory = resolve(str(path_or_repo_id), revision, token)
-    model = from_config(read_json(directory / "config.json"), dtype, remat)
+    model = from_config(read_json(directory / "config.json"), dtype, remat, attention=attention)
     entries = find_tensors(directory)
     check_base(directory, {entry.path.name for entry in entries.values()})
     _check_storage(model, entries, quantize, directory)
@@ -296,7 +297,8 @@ def load(
         revision,
         {name: listed[name] for name in entries if bnb.weight_of(name) in unread},
     )
-    return from_config(model.hf_config, dtype, remat, source, CheckpointFiles()), unflatten(params)
+    made = from_config(model.hf_config, dtype, remat, source, CheckpointFiles(), attention)
+    return made, unflatten(params)
 
 
 def _sharding(model: Model, mesh: Any, path: str, leaf: Any) -> Any:

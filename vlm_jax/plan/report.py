@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.hardware import DEVICES, GB, GIB, Device, hardware
-from vlm_jax.plan import leaves, program, traffic, work
+from vlm_jax.models.layers.attention import recorded
+from vlm_jax.plan import leaves, program, schedule, traffic, work
 from vlm_jax.plan.speed import Speed, sent, speed
 from vlm_jax.plan.step import Step, load, prepare
 from vlm_jax.plan.topologies import INSTALL, compilers, devices
@@ -51,7 +52,8 @@ class Report:
     rows, tokens, patches: of a step, of a row. parts: what the peak is made of; they add up to it.
     moments_host: moments in pages in the host's memory. exchanges, bytes_accessed, code: None where
     nothing was compiled. cycles: of a TPU program. remedy: what to install so that it would be.
-    parameters: every leaf, where asked for.
+    parameters: every leaf, where asked for. attention: what computes it, None where nothing was
+    compiled.
     """
 
     model: str
@@ -80,6 +82,7 @@ class Report:
     compile_seconds: float | None
     remedy: str | None = None
     parameters: list[leaves.Leaf] | None = None
+    attention: list[str] | None = None
 
     @property
     def fits(self) -> bool:
@@ -106,6 +109,7 @@ class _Verdict:
     beside: dict[str, int]  # what the peak holds beside the arguments
     compiled: jax.stages.Compiled | None = None
     seconds: float | None = None
+    attention: list[str] | None = None
 
 
 def plan_step(
@@ -141,7 +145,7 @@ def plan_step(
     compiled, count = found.compiled, step.mesh.size
     each = None if compiled is None else program.collectives(compiled)
     accessed = None if compiled is None else traffic.bytes_accessed(compiled)
-    cycles = program.estimated_cycles(compiled) if compiled is not None and device.is_tpu else None
+    cycles = schedule.estimated_cycles(compiled) if compiled is not None and device.is_tpu else None
     return Report(
         model=str(step.config.model.name_or_path),
         hardware=machine.name,
@@ -188,13 +192,15 @@ def plan_step(
         compile_seconds=found.seconds,
         remedy=INSTALL if device.compiles and not compiles else None,
         parameters=leaves.table(step) if parameters else None,
+        attention=found.attention,
     )
 
 
 def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
     capacity, began = device.usable, time.perf_counter()
     try:
-        compiled = step.compile()
+        with recorded() as chosen:
+            compiled = step.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -223,7 +229,9 @@ def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
         "code": memory.code,
         "alignment": memory.arguments - own.device,
     }
-    return _Verdict(COMPILED, memory.total, capacity, fits, said, beside, compiled, seconds)
+    return _Verdict(
+        COMPILED, memory.total, capacity, fits, said, beside, compiled, seconds, list(chosen)
+    )
 
 
 def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Verdict:

@@ -58,6 +58,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     parts = f", in {report.micro_batches} micro-batches" if report.micro_batches > 1 else ""
     row = f"{report.tokens:,} tokens, {report.patches:,} patches each{parts}"
     yield "rows per step", f"{report.rows:,}", row
+    for one in report.attention or ():
+        name, _, what = one.partition(" for ")
+        yield "attention", name, what
     yield "", "", ""
     named = {"forward": "forward", "activations": "by activations", "weights": "by weights"}
     split = ", ".join(f"{words} {work[key] / work['model']:.0%}" for key, words in named.items())

@@ -10,6 +10,7 @@ import jax
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError, first_line
 from vlm_jax.model import Model
+from vlm_jax.models.layers.attention import recorded
 from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.sharding import batch_shardings, check_lengths
 from vlm_jax.train.losses import joined
@@ -97,7 +98,7 @@ class OnceAShape:
     """A function of (state or trainable, frozen, batch), compiled for each batch of a new shape.
 
     compiling: seconds that the last call spent on it. tell: shows words while a block lasts. why:
-    what stands in them behind the shape.
+    what stands in them behind the shape. attention: what computes it in the largest shape.
     """
 
     def __init__(self, jitted: Callable, shapes: Shapes, tell: Tell, why: str = ""):
@@ -105,6 +106,7 @@ class OnceAShape:
         self.known = {(shapes.rows, *shape) for shape in (*shapes.foreseen, *shapes.wider)}
         self.compiled: set[Shape] = set()
         self.compiling = 0.0
+        self.attention: list[str] = []
 
     def __call__(self, state: Any, frozen: Any, batch: Batch) -> Any:
         assert batch.shape in self.known, f"{batch.shape} is not one of {sorted(self.known)}"
@@ -139,8 +141,9 @@ def compile_largest_step(
     Raises `UserError` where that does not fit into memory; then none of the others fails so.
     """
     batch, steps = shapes.largest(model), OnceAShape(run, shapes, tell)
-    with steps.announced(shapes.foreseen[-1]):
+    with steps.announced(shapes.foreseen[-1]), recorded() as chosen:
         compiled, steps.jitted = compile_step(run, state, frozen, batch)
+    steps.attention = list(chosen)
     _check_memory(compiled, batch.shape)
     return steps
 

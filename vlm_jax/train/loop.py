@@ -21,13 +21,20 @@ from vlm_jax.train.compile import (
     compile_largest_step,
     out_of_memory_explained,
 )
-from vlm_jax.train.fingerprint import identity, settings_of
+from vlm_jax.train.fingerprint import identity, resumed, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import Watch, added_only, evaluated, untrained
 from vlm_jax.train.optimizer import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.placement import Feed, on_mesh
 from vlm_jax.train.preemption import Stopped, interruptible
-from vlm_jax.train.progress import Bar, Doing, Monitor, closing_lines, opening_lines
+from vlm_jax.train.progress import (
+    Bar,
+    Doing,
+    Monitor,
+    attention_line,
+    closing_lines,
+    opening_lines,
+)
 from vlm_jax.train.results import write_result
 from vlm_jax.train.run_dir import (
     Places,
@@ -99,6 +106,10 @@ def train(
     with output_directory(places, resume) as (resumes, warning):
         if warning is not None:
             say(console, warning)
+        if resumes:
+            config, notes = resumed(config, places)
+            for line in notes:
+                say(console, line)
         return _train(config, places, resumes, best, patience, console, verbose)
 
 
@@ -155,6 +166,7 @@ def _train(
     step = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
     shapes = Shapes(data.rows, mesh, data.training.shapes, data.training.wider)
     run_step = compile_largest_step(step, model, run.state, frozen, shapes, doing)
+    say(console, attention_line(run_step.attention))
     losses: Any = None
     if data.held_out is not None:
         shapes = Shapes(data.held_out_rows, mesh, data.held_out.shapes, data.held_out.wider)
@@ -165,6 +177,7 @@ def _train(
     with contextlib.ExitStack() as opened:
         opened.enter_context(nothing_half_written(places))
         written = absolute_paths(config)
+        written["training"]["dropout_rng"] = model.dropout_rng  # whatever a later default is
         if processes.is_primary():
             write_json(directory / "config.json", written)
         checkpoints = checkpoints or open_checkpoints()

@@ -90,7 +90,13 @@ def load_base(config: RunSpec, mesh: Any = None) -> tuple[Model, dict[str, Any]]
     """Return the base checkpoint of a config, in its compute dtype."""
     m, name, dtype = config.model, base_name(config), compute_dtype(config)
     model, params = load(
-        name, dtype, quantization_of(config), mesh, m.revision, remat=remat_of(config)
+        name,
+        dtype,
+        quantization_of(config),
+        mesh,
+        m.revision,
+        remat=remat_of(config),
+        attention=m.attention,
     )
     check_type(config, model.hf_config)
     return model, params
@@ -342,7 +348,12 @@ def abstract_base(config: RunSpec) -> tuple[Model, dict[str, Any]]:
     Only config.json is read. A frozen leaf may be any pytree of shapes.
     """
     name, m = base_name(config), config.model
-    model = from_config(read_hf_config(name, m.revision), compute_dtype(config), remat_of(config))
+    model = from_config(
+        read_hf_config(name, m.revision),
+        compute_dtype(config),
+        remat_of(config),
+        attention=m.attention,
+    )
     check_type(config, model.hf_config)
     return model, quantization.abstract(model, quantization_of(config))
 

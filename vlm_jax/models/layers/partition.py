@@ -67,19 +67,24 @@ def parts() -> tuple[int, int]:
     return rows, tokens
 
 
-def constrain_rows(x: Any) -> Any:
-    """Return x [rows, places, ...] spread by its rows and places; as it is outside `rows_over`.
+def axes_of(rows: int, places: int) -> tuple[Any, Any]:
+    """Return the mesh axes that so many rows, and places of a row, are spread over; None: none.
 
     Places are tokens or patches. Where their number does not divide, more rows do, as the images of
     a batch; where those do not either, each device of a row has all its places.
     """
+    (over_rows, over_places), sizes = _axes(), parts()
+    if places % sizes[1] == 0:
+        return over_rows or None, over_places or None
+    return (over_rows if rows % math.prod(sizes) else (*over_rows, *over_places)) or None, None
+
+
+def constrain_rows(x: Any) -> Any:
+    """Return x [rows, places, ...] spread by `axes_of` them; as it is outside `rows_over`."""
     if mesh() is None:
         return x
-    (rows, tokens), sizes = _axes(), parts()
-    over: list[Any] = [rows or None, tokens or None]
-    if x.ndim < 2 or x.shape[1] % sizes[1]:
-        over = [(rows if x.shape[0] % math.prod(sizes) else (*rows, *tokens)) or None]
-    spec = PartitionSpec(*over, *[None] * (x.ndim - len(over)))
+    over = axes_of(x.shape[0], x.shape[1] if x.ndim > 1 else 1)
+    spec = PartitionSpec(*over[: x.ndim], *[None] * (x.ndim - 2))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), spec))
 
 
