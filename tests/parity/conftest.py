@@ -23,22 +23,22 @@ def pytest_generate_tests(metafunc):
         marks = () if metafunc.function.__name__ in FAST else pytest.mark.nightly
         table = pytest.param(None, id=pytest.HIDDEN_PARAM)
         one = pytest.param("chunked", marks=marks)
-        metafunc.fixturenames.append("kernel")
         metafunc.parametrize("kernel", [table, one], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def kernel(request, monkeypatch):
     """Compute every attention by the one kernel, or as the table chooses."""
-    if request.param is None:
+    forced = getattr(request, "param", None)
+    if forced is None:
         yield
         return
-    for name in KERNELS.keys() - {request.param}:
+    for name in KERNELS.keys() - {forced}:
         monkeypatch.delitem(KERNELS, name)
     monkeypatch.setitem(chunked.BLOCKS, "cpu", (BLOCK, BLOCK))
     jax.clear_caches()  # of programs that were traced with others
     with recorded() as chosen:
         yield
     jax.clear_caches()
-    assert all(line.startswith(request.param) for line in chosen)
+    assert all(line.startswith(forced) for line in chosen)
     assert chosen or request.function.__name__ not in FAST
