@@ -63,7 +63,8 @@ class Model:
     config: sizes, of its family's class. files: what is read of the checkpoint later on, as for
     `encode`; None of a model that was not loaded. unused: tensors of a loaded adapter that nothing
     here reads, for exports: {name: array}. attention: a key of `layers.attention.KERNELS`; None:
-    the fastest of them for each attention's shapes.
+    the fastest of them for each attention's shapes. dropout_rng: what makes dropout's masks, a key
+    of `layers.dropout.KEEP`.
     """
 
     config: Family
@@ -76,6 +77,7 @@ class Model:
     adapter: Adapter | None = None
     files: Files | None = None
     attention: str | None = None
+    dropout_rng: str = "hashed"
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -86,11 +88,12 @@ class Model:
     @property
     def module(self) -> VisionLanguageModel:
         """The Linen module: `module.apply` with `method=` reaches its parts."""
+        lora, adapter, rng = self.lora, self.adapter, self.dropout_rng
         compute = Compute(
             self.dtype,
-            None if self.lora is None else self.lora.scale,
+            None if lora is None else dataclasses.replace(lora.scale, rng=rng),
             self.remat,
-            None if self.adapter is None else self.adapter.form,
+            None if adapter is None else dataclasses.replace(adapter.form, rng=rng),
             self.attention,
         )
         return pkgutil.resolve_name(self.config.MODULE)(self.config, compute)

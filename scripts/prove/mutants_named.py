@@ -21,9 +21,9 @@ PEFT, LOGITS = "tests/parity/test_peft.py::", "tests/parity/test_logits.py::"
 NAMED = (
     Named(
         "LoRA's scale is left out",
-        "models/layers/linear.py",
-        "matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)",
-        "matmul(x_lora, dense(a, dtype))",
+        "models/layers/lora_dot.py",
+        "dense(a, dtype), jnp.float32) * scale",
+        "dense(a, dtype), jnp.float32)",
         (f"{PEFT}test_our_adapter_in_peft[qwen2_vl-preset]",),
     ),
     Named(
@@ -35,9 +35,9 @@ NAMED = (
     ),
     Named(
         "dropout acts on the frozen weight's input too",
-        "models/layers/linear.py",
-        "x_lora = dropped(self, x, self.lora.dropout)",
-        "x = x_lora = dropped(self, x, self.lora.dropout)",
+        "models/layers/lora_dot.py",
+        "y = product(as_rows(x), dense(kernel, dtype))",
+        "y = product(as_rows(_dropped(x, rate, seed)), dense(kernel, dtype))",
         ("tests/test_lora.py::test_dropout_acts_on_the_input_of_the_matrices_alone",),
     ),
     Named(

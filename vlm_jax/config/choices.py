@@ -141,7 +141,11 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
         *("warmup_stable_decay", "wsd"),
     ),
     "training.optim": tuple(OPTIMIZERS),
-    "training.remat_policy": (None, "none", "block", "block_save_attention", "dots", "offload"),
+    "training.remat_policy": (
+        *(None, "block", "qkv", "residual", "gate", "products", "none"),
+        *("block_save_attention", "dots", "offload", "products_offload"),
+    ),
+    "training.dropout_rng": (None, "hashed", "threefry"),
     "training.logging_strategy": ("no", "steps", "epoch"),
     "training.train_sampling_strategy": (None, "random", "sequential", "group_by_length"),
     "training.param_dtype": ("float32", "bfloat16"),

@@ -165,6 +165,9 @@ class TrainSpec:
     fp16: bool = False  # not supported: bfloat16 needs no loss scaling
     gradient_checkpointing: bool = True  # recompute each block in the backward pass
     remat_policy: str | None = None  # what of it is kept: a key of layers.remat.REMAT
+    # What makes the masks of lora.dropout and adapter.dropout: hashed, a counter's hash that costs
+    # next to nothing; threefry, jax.random's. None: hashed, or what a resumed run began with.
+    dropout_rng: str | None = None
     # Processes that prepare batches beside the run's own; 0: threads of the run, which is enough
     # where a step takes longer than its images. metrics.jsonl's data_wait tells.
     dataloader_num_workers: int = 0

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.hardware import DEVICES, GB, GIB, Device, hardware
 from vlm_jax.models.layers.attention import recorded
-from vlm_jax.plan import leaves, program, traffic, work
+from vlm_jax.plan import leaves, program, schedule, traffic, work
 from vlm_jax.plan.speed import Speed, sent, speed
 from vlm_jax.plan.step import Step, load, prepare
 from vlm_jax.plan.topologies import INSTALL, compilers, devices
@@ -145,7 +145,7 @@ def plan_step(
     compiled, count = found.compiled, step.mesh.size
     each = None if compiled is None else program.collectives(compiled)
     accessed = None if compiled is None else traffic.bytes_accessed(compiled)
-    cycles = program.estimated_cycles(compiled) if compiled is not None and device.is_tpu else None
+    cycles = schedule.estimated_cycles(compiled) if compiled is not None and device.is_tpu else None
     return Report(
         model=str(step.config.model.name_or_path),
         hardware=machine.name,

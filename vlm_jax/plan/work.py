@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.model import Model
+from vlm_jax.train.losses import head_of
 from vlm_jax.trees import flatten
 
 # Components in the order in which values flow through them, and so gradients back.
@@ -65,6 +66,7 @@ def count(
     # Whether gradients by activations are asked for at a component's input, and inside of it.
     enters = {name: bool(trains & set(ORDER[:i])) for i, name in enumerate(ORDER)}
     inside = {name: enters[name] or name in trains for name in ORDER}
+    head_trains = any(path.startswith(f"{head_of(model)}/") for path in trained)
     positions = {
         "vision": rows * patches,
         "projector": rows * cfg.features(patches),
@@ -90,8 +92,8 @@ def count(
         once *= layers[component] if in_stack else 1
         redone = False
         if component == "head":
-            # The loss recomputes logits, chunk by chunk, whatever the blocks do.
-            back, redone = enters["head"], True
+            # Of a head that trains the loss recomputes logits, whatever the blocks do.
+            back, redone = enters["head"], head_trains
         elif in_stack:
             back = inside[component]
             # The last product of a block or of an adapter is only added, so it is not computed
@@ -127,3 +129,16 @@ def count(
         redone = int(once * ATTENTION_AGAIN[model.remat]) * inside[name]
         found[name].append(Work(once, 2 * once * inside[name], 0, redone))
     return {name: total(works) for name, works in found.items()}
+
+
+def masked(model: Model, trainable: Mapping[str, Any], rows: int, tokens: int) -> int:
+    """Return the FLOPs of `count` above the diagonal of the decoder's attention.
+
+    They are half of its scores and of values by weights: the mathematics asks for none of them, and
+    a kernel that skips blocks does few of them.
+    """
+    text = model.config.text
+    once = 2 * rows * tokens**2 * text.num_heads * text.head_dim * text.num_layers
+    before = {"vision", "projector", "embeddings", "language_model"}
+    back = any(model.component(path) in before for path in flatten(trainable))
+    return once * (3 if back else 1)

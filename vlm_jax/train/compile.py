@@ -73,7 +73,7 @@ def compile_step(
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
-    with rows_over(batch.tokens.sharding):
+    with rows_over(batch.tokens.sharding, state.trainable, frozen):
         return jitted.lower(state, frozen, batch).compile(options), jitted
 
 
@@ -95,7 +95,7 @@ class Shapes(NamedTuple):
 
 
 class OnceAShape:
-    """A function of (..., batch), compiled when a batch of a new shape comes.
+    """A function of (state or trainable, frozen, batch), compiled for each batch of a new shape.
 
     compiling: seconds that the last call spent on it. tell: shows words while a block lasts. why:
     what stands in them behind the shape. attention: what computes it in the largest shape.
@@ -108,13 +108,14 @@ class OnceAShape:
         self.compiling = 0.0
         self.attention: list[str] = []
 
-    def __call__(self, *args: Any) -> Any:
-        batch = args[-1]
+    def __call__(self, state: Any, frozen: Any, batch: Batch) -> Any:
         assert batch.shape in self.known, f"{batch.shape} is not one of {sorted(self.known)}"
         start, shape = time.perf_counter(), batch.shape[1:]
         new = shape not in self.compiled
-        with rows_over(batch.tokens.sharding), self.announced(shape) if new else nullcontext():
-            result = self.jitted(*args)
+        trainable = state.trainable if isinstance(state, TrainState) else state
+        over = rows_over(batch.tokens.sharding, trainable, frozen)
+        with over, self.announced(shape) if new else nullcontext():
+            result = self.jitted(state, frozen, batch)
         # A program that is there is dispatched and runs on behind the call.
         self.compiling = time.perf_counter() - start if new else 0.0
         return result
@@ -163,7 +164,8 @@ def compile_largest_loss(
         lambda trainable, frozen, batch: objective(model, joined(model, trainable, frozen), batch)
     )
     batch, losses = shapes.largest(model), OnceAShape(jitted, shapes, tell, " to evaluate")
-    with rows_over(batch.tokens.sharding), losses.announced(shapes.foreseen[-1]):
+    over = rows_over(batch.tokens.sharding, state.result, frozen)
+    with over, losses.announced(shapes.foreseen[-1]):
         jitted.lower(state.result, frozen, batch).compile()
     return losses
 

@@ -16,8 +16,9 @@ from vlm_jax.config.specs import MeshSpec, RunSpec
 from vlm_jax.data.media.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
+from vlm_jax.models.layers.cross_entropy import CHUNK_POSITIONS
 from vlm_jax.sharding import make_mesh
-from vlm_jax.train.losses import CHUNK_POSITIONS, head_of
+from vlm_jax.train.losses import head_of
 from vlm_jax.train.setup import abstract_base, abstract_run, base_name
 from vlm_jax.train.step import is_key
 from vlm_jax.trees import flatten
@@ -166,7 +167,7 @@ def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int
         "dots": tokens * products * text.num_layers * size,
         "none": inside * (text.num_layers - 1) + tower * seen * (vision.depth - 1),
     }.get(model.remat, 0)
-    head = 2 * min(tokens, CHUNK_POSITIONS) * text.vocab_size * 4
+    head = 2 * min(tokens, max(CHUNK_POSITIONS.values())) * text.vocab_size * 4
     pixels = patches * getattr(vision, "patch_values", 0) * 4
     # Of the largest of them there are values and their gradients.
     return kept + pixels + max(2 * inside, (1 + tower) * seen, head) + 2 * decoded * size

@@ -21,7 +21,7 @@ from vlm_jax.train.compile import (
     compile_largest_step,
     out_of_memory_explained,
 )
-from vlm_jax.train.fingerprint import identity, settings_of
+from vlm_jax.train.fingerprint import identity, resumed, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import Watch, added_only, evaluated, untrained
 from vlm_jax.train.optimizer import OptimizerSettings, learning_rate, optimizer
@@ -106,6 +106,10 @@ def train(
     with output_directory(places, resume) as (resumes, warning):
         if warning is not None:
             say(console, warning)
+        if resumes:
+            config, notes = resumed(config, places)
+            for line in notes:
+                say(console, line)
         return _train(config, places, resumes, best, patience, console, verbose)
 
 
@@ -173,6 +177,7 @@ def _train(
     with contextlib.ExitStack() as opened:
         opened.enter_context(nothing_half_written(places))
         written = absolute_paths(config)
+        written["training"]["dropout_rng"] = model.dropout_rng  # whatever a later default is
         if processes.is_primary():
             write_json(directory / "config.json", written)
         checkpoints = checkpoints or open_checkpoints()

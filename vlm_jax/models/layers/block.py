@@ -13,7 +13,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.family import TowerSizes
-from vlm_jax.models.layers.activations import ACTIVATIONS
+from vlm_jax.models.layers.activations import ACTIVATIONS, gated
 from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
 from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.models.layers.norm import LayerNorm
@@ -77,7 +77,7 @@ class GatedMLP(nn.Module):
         linear = functools.partial(self.compute.linear, use_bias=self.use_bias)
         gate = checkpoint_name(linear("gate_proj", self.hidden)(x), GATE)
         up = checkpoint_name(linear("up_proj", self.hidden)(x), UP)
-        return linear("down_proj", x.shape[-1])(ACTIVATIONS[self.activation](gate) * up)
+        return linear("down_proj", x.shape[-1])(gated(gate, up, self.activation))
 
 
 class Block(nn.Module):
