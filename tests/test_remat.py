@@ -91,7 +91,7 @@ def test_policies_trade_a_chips_memory_for_the_hosts_or_for_work():
     place = jax.sharding.SingleDeviceSharding(plan.devices("v5e:1x1")[0])
     found = {}
     for policy in ("none", "block", "block_save_attention", "offload"):
-        model = vlm_jax.from_config(NARROW, "bfloat16", policy)
+        model = vlm_jax.from_config(NARROW, "bfloat16", policy, attention="xla")
         trainable, frozen = vlm_jax.split(model.abstract(), TABLE)
         batch = model.collate([[]], 4096, 0)
         given = jax.tree.map(

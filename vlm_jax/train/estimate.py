@@ -16,6 +16,7 @@ from vlm_jax.config.specs import MeshSpec, RunSpec
 from vlm_jax.data.media.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
+from vlm_jax.models.layers.attention import scores_at_once
 from vlm_jax.models.layers.cross_entropy import CHUNK_POSITIONS
 from vlm_jax.sharding import make_mesh
 from vlm_jax.train.losses import head_of
@@ -155,9 +156,10 @@ def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int
     tokens, patches = (rows * n for n in shape)
     # Forward values: q, k, v, the gate and what it gates, residuals; scores in float32.
     inside = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * size
-    inside += rows * text.num_heads * shape[0] ** 2 * 4
+    scores, scores_of_patches = (scores_at_once(n, model.attention) for n in shape)
+    inside += rows * text.num_heads * scores * 4
     seen = tokens and patches * (2 * vision.intermediate_size + 6 * vision.width) * size
-    seen += rows * vision.num_heads * shape[1] ** 2 * 4
+    seen += rows * vision.num_heads * scores_of_patches * 4
     kept = tokens * text.hidden_size * text.num_layers * size
     kept += tower * patches * vision.width * vision.depth * size
     products = 2 * text.intermediate_size + 5 * text.hidden_size  # what each of them gives

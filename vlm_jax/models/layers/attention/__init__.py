@@ -9,10 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.models.layers.attention.choice import KERNELS, case_of, choose, recorded
+from vlm_jax.models.layers.attention.choice import (
+    KERNELS,
+    case_of,
+    choose,
+    recorded,
+    scores_at_once,
+)
 from vlm_jax.models.layers.attention.mask import Form, Mask, Side
 
-__all__ = ["KERNELS", "attention", "recorded"]
+__all__ = ["KERNELS", "attention", "recorded", "scores_at_once"]
 
 
 def attention(
