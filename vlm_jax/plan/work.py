@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.model import Model
-from vlm_jax.train.losses import head_of
 from vlm_jax.trees import flatten
 
 # Components in the order in which values flow through them, and so gradients back.
@@ -66,7 +65,6 @@ def count(
     # Whether gradients by activations are asked for at a component's input, and inside of it.
     enters = {name: bool(trains & set(ORDER[:i])) for i, name in enumerate(ORDER)}
     inside = {name: enters[name] or name in trains for name in ORDER}
-    head_trains = any(path.startswith(f"{head_of(model)}/") for path in trained)
     positions = {
         "vision": rows * patches,
         "projector": rows * cfg.features(patches),
@@ -92,8 +90,7 @@ def count(
         once *= layers[component] if in_stack else 1
         redone = False
         if component == "head":
-            # Of a head that trains the loss recomputes logits, whatever the blocks do.
-            back, redone = enters["head"], head_trains
+            back = enters["head"]  # made with the logits, whatever the blocks recompute
         elif in_stack:
             back = inside[component]
             # The last product of a block or of an adapter is only added, so it is not computed

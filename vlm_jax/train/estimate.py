@@ -167,7 +167,7 @@ def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int
         "dots": tokens * products * text.num_layers * size,
         "none": inside * (text.num_layers - 1) + tower * seen * (vision.depth - 1),
     }.get(model.remat, 0)
-    head = 2 * min(tokens, max(CHUNK_POSITIONS.values())) * text.vocab_size * 4
+    head = 2 * min(tokens, max(map(max, CHUNK_POSITIONS.values()))) * text.vocab_size * size
     pixels = patches * getattr(vision, "patch_values", 0) * 4
     # Of the largest of them there are values and their gradients.
     return kept + pixels + max(2 * inside, (1 + tower) * seen, head) + 2 * decoded * size
