@@ -19,6 +19,7 @@ from vlm_jax.train.compile import (
     Shapes,
     compile_largest_loss,
     compile_largest_step,
+    keep_programs,
     out_of_memory_explained,
 )
 from vlm_jax.train.fingerprint import identity, resumed, settings_of
@@ -128,6 +129,7 @@ def _train(
 
     # Model and data
     mesh, evaluators = mesh_of(config), evaluators_of(config)
+    kept = keep_programs(t.compilation_cache_dir, mesh.devices.flat[0].platform)
     model, params, table, encoder = build(config, mesh)
     data = data_of(config, encoder, mesh, rows_of(config, mesh))
     intervals = Intervals.of(
@@ -141,7 +143,8 @@ def _train(
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
-    for line in (*opening_lines(model, params, data, mesh, verbose), *warnings):
+    said = [] if kept is None else [kept]
+    for line in (*opening_lines(model, params, data, mesh, verbose), *said, *warnings):
         say(console, line)
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=data.total)
     still = [path for path in trained if model.component(path) in idle]
