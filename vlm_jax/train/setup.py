@@ -27,6 +27,7 @@ from vlm_jax.model import Model, from_config
 from vlm_jax.quantization import Quantization
 from vlm_jax.sharding import (
     check_spread,
+    laid_out,
     param_shardings,
     row_parts,
     row_share,
@@ -393,6 +394,7 @@ def abstract_run(
 
     params = jax.eval_shape(build, shapes)
     model, table = made["model"], made["table"]
+    params = laid_out(model, params, mesh)
     check_spread(model, params, mesh)
     shardings = param_shardings(model, params, mesh)
     trainable, frozen = split(abstract(used_on_mesh(params, shardings), shardings), table)
