@@ -168,6 +168,9 @@ class TrainSpec:
     # What makes the masks of lora.dropout and adapter.dropout: hashed, a counter's hash that costs
     # next to nothing; threefry, jax.random's. None: hashed, or what a resumed run began with.
     dropout_rng: str | None = None
+    # Where compiled programs are kept for later runs: a directory of your own, auto (TPU and GPU:
+    # among your caches; CPU: nowhere; or what JAX_COMPILATION_CACHE_DIR says), none.
+    compilation_cache_dir: str | None = "auto"
     # Processes that prepare batches beside the run's own; 0: threads of the run, which is enough
     # where a step takes longer than its images. metrics.jsonl's data_wait tells.
     dataloader_num_workers: int = 0

@@ -14,11 +14,13 @@ from rich.console import Console
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.files.atomic import write_json
+from vlm_jax.train.auto import policy_line, with_policy
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     Shapes,
     compile_largest_loss,
     compile_largest_step,
+    keep_programs,
     out_of_memory_explained,
 )
 from vlm_jax.train.fingerprint import identity, resumed, settings_of
@@ -122,12 +124,15 @@ def _train(
     console: Console,
     verbose: bool,
 ) -> dict:
-    start, t, directory = time.perf_counter(), config.training, places.directory
+    start, directory = time.perf_counter(), places.directory
     claim = places.claim() if places.in_bucket and processes.is_primary() else None
     processes.check_same("configs", settings_of(config))
 
     # Model and data
     mesh, evaluators = mesh_of(config), evaluators_of(config)
+    config, choice = with_policy(config, mesh)
+    t = config.training
+    kept = keep_programs(t.compilation_cache_dir, mesh.devices.flat[0].platform)
     model, params, table, encoder = build(config, mesh)
     data = data_of(config, encoder, mesh, rows_of(config, mesh))
     intervals = Intervals.of(
@@ -141,7 +146,9 @@ def _train(
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
-    for line in (*opening_lines(model, params, data, mesh, verbose), *warnings):
+    chosen = () if choice is None else (policy_line(config, choice, mesh),)
+    said = [] if kept is None else [kept]
+    for line in (*opening_lines(model, params, data, mesh, verbose), *chosen, *said, *warnings):
         say(console, line)
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=data.total)
     still = [path for path in trained if model.component(path) in idle]

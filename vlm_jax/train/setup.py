@@ -64,10 +64,18 @@ def quantization_of(config: RunSpec) -> Quantization | None:
     )
 
 
+AUTO = "auto"  # a remat policy that `train.auto` chooses
+
+
 def remat_of(config: RunSpec) -> str:
-    """Return the remat policy, a key of `layers.remat.REMAT`: the one named, or a block's."""
+    """Return the remat policy, a key of `layers.remat.REMAT`: the one named, or a block's.
+
+    Where it is still to be chosen it is a block's, which needs least of a device.
+    """
     named = config.training.remat_policy
-    return named or ("block" if config.training.gradient_checkpointing else "none")
+    if named in (None, AUTO):
+        return "block" if named or config.training.gradient_checkpointing else "none"
+    return named
 
 
 def base_name(config: RunSpec) -> str:

@@ -14,11 +14,10 @@ from vlm_jax.models.layers.attention.choice import (
     case_of,
     choose,
     recorded,
-    scores_at_once,
 )
 from vlm_jax.models.layers.attention.mask import Form, Mask, Side
 
-__all__ = ["KERNELS", "attention", "recorded", "scores_at_once"]
+__all__ = ["KERNELS", "attention", "recorded"]
 
 
 def attention(

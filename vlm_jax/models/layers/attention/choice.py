@@ -78,19 +78,12 @@ def _splash_lacks(case: Case) -> str | None:
 # The longest rows, as the root of queries x keys, whose scores are computed at once. CPU: above it
 # chunks are faster, forward and backward (docs/PERFORMANCE.md). GPU: not measured; a block is
 # several launches, and scores of so many tokens fit. TPU: of what splash lacks.
-SHORT = {"cpu": 128, "tpu": 512}
-SHORT_ELSEWHERE = 1024
+SHORT = {"cpu": 128, "gpu": 1024, "tpu": 512}
 
 
 def _long(case: Case) -> bool:
     """Return whether a case has long rows; a generation's step, of one query, has not."""
-    short = SHORT.get(case.platform, SHORT_ELSEWHERE)
-    return case.T > 1 and case.T * case.S > short**2
-
-
-def scores_at_once(T: int, forced: str | None) -> int:
-    """Return how many scores of a head and a row of T there are at a time, at most anywhere."""
-    return T * T if forced == "xla" or T <= SHORT_ELSEWHERE else min(T, chunked.OTHERS[0]) ** 2
+    return case.T > 1 and case.T * case.S > SHORT[case.platform] ** 2
 
 
 # The first row that runs, lacks nothing and is not slower computes.
