@@ -102,7 +102,7 @@ def test_segments_of_a_row_do_not_decrease_but_for_the_padding_at_its_end(family
     ("family", "kernel"),
     [
         *(pytest.param(family, None, id=family) for family in FILES),
-        pytest.param("qwen2_vl", "chunked", id="qwen2_vl-chunked"),
+        pytest.param("qwen2_vl", "chunked", id="qwen2_vl-chunked", marks=pytest.mark.nightly),
     ],
 )
 def test_packed_loss_and_gradients_are_those_of_rows_of_their_own(family, kernel, tmp_path):

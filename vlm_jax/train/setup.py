@@ -97,16 +97,9 @@ def check_type(config: RunSpec, hf_config: Mapping[str, Any]) -> None:
 
 def load_base(config: RunSpec, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
     """Return the base checkpoint of a config, in its compute dtype."""
-    m, name, dtype = config.model, base_name(config), compute_dtype(config)
-    model, params = load(
-        name,
-        dtype,
-        quantization_of(config),
-        mesh,
-        m.revision,
-        remat=remat_of(config),
-        attention=m.attention,
-    )
+    m, stored = config.model, (compute_dtype(config), quantization_of(config))
+    how: dict[str, Any] = {"remat": remat_of(config), "attention": m.attention}
+    model, params = load(base_name(config), *stored, mesh, m.revision, **how)
     check_type(config, model.hf_config)
     return model, params
 
@@ -356,13 +349,9 @@ def abstract_base(config: RunSpec) -> tuple[Model, dict[str, Any]]:
 
     Only config.json is read. A frozen leaf may be any pytree of shapes.
     """
-    name, m = base_name(config), config.model
-    model = from_config(
-        read_hf_config(name, m.revision),
-        compute_dtype(config),
-        remat_of(config),
-        attention=m.attention,
-    )
+    m, remat = config.model, remat_of(config)
+    found = read_hf_config(base_name(config), m.revision)
+    model = from_config(found, compute_dtype(config), remat, attention=m.attention)
     check_type(config, model.hf_config)
     return model, quantization.abstract(model, quantization_of(config))
 

@@ -76,7 +76,7 @@ def _splash_lacks(case: Case) -> str | None:
 
 
 # The longest rows, as the root of queries x keys, whose scores are computed at once. CPU: above it
-# chunks are faster, forward and backward (docs/PERFORMANCE.md). GPU: not measured; a block is
+# chunks are faster, forward and backward (docs/LOG.md). GPU: not measured; a block is
 # several launches, and scores of so many tokens fit. TPU: of what splash lacks.
 SHORT = {"cpu": 128, "gpu": 1024, "tpu": 512}
 
