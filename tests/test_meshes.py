@@ -114,7 +114,7 @@ def prepared(model, trainable, frozen, batch, sizes):
 def one_step(*parts):
     """Return the step's loss and {path: gradient}."""
     step, arguments = prepared(*parts)
-    with rows_over(arguments[2].tokens.sharding):
+    with rows_over(arguments[2].tokens.sharding, arguments[0].trainable, arguments[1]):
         state, metrics = step(*arguments)
     return float(metrics["loss"]), flatten(jax.device_get(state.opt_state.trace))
 
@@ -148,7 +148,7 @@ def test_context_shares_the_work_of_decoder_tower_and_head(family, tmp_path):
     flops = {}
     for context in (1, 4):
         step, arguments = prepared(*parts, {"data": 1, "context": context})
-        with rows_over(arguments[2].tokens.sharding):
+        with rows_over(arguments[2].tokens.sharding, arguments[0].trainable, arguments[1]):
             compiled = step.lower(*arguments).compile()
         flops[context] = compiled.cost_analysis()["flops"]
     assert flops[4] < 0.36 * flops[1]

@@ -119,8 +119,9 @@ def test_it_starts_as_the_base_and_its_gradients_are_right(base, method):
     # Several devices compute what one does.
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     rows = shard_batch(batch, mesh)
-    with rows_over(rows.tokens.sharding):
-        spread, shared = value_and_grad(model, shard_params(model, params, mesh), table, rows)
+    placed = shard_params(model, params, mesh)
+    with rows_over(rows.tokens.sharding, placed):
+        spread, shared = value_and_grad(model, placed, table, rows)
     assert spread == pytest.approx(loss, rel=1e-5)
     for path, grad in grads.items():
         np.testing.assert_allclose(shared[path], grad, atol=1e-4 * np.abs(grad).max())

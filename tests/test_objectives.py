@@ -109,8 +109,8 @@ def test_an_objective(tiny, name):
     moved = SimpleNamespace(
         model=tiny.model, trainable=shard_params(tiny.model, tiny.trainable, mesh)
     )
-    with rows_over(rows.tokens.sharding):
-        frozen = shard_params(tiny.model, tiny.frozen, mesh)
+    frozen = shard_params(tiny.model, tiny.frozen, mesh)
+    with rows_over(rows.tokens.sharding, moved.trainable, frozen):
         (shared, *_), same = sums(moved, objective, rows, frozen)
     close(shared, total)
     jax.tree.map(close, same, grads)

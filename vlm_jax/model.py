@@ -15,6 +15,7 @@ from vlm_jax.batch import Batch, Example
 from vlm_jax.errors import UserError
 from vlm_jax.models import read_family
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grid
+from vlm_jax.models.layers.attention import KERNELS
 from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.remat import REMAT
 from vlm_jax.models.methods import Adapter, LoRA
@@ -61,7 +62,9 @@ class Model:
     `apply({"params": params}, batch)` is pure; parameters are a nested dict, see `vlm_jax.load`.
     config: sizes, of its family's class. files: what is read of the checkpoint later on, as for
     `encode`; None of a model that was not loaded. unused: tensors of a loaded adapter that nothing
-    here reads, for exports: {name: array}.
+    here reads, for exports: {name: array}. attention: a key of `layers.attention.KERNELS`; None:
+    the fastest of them for each attention's shapes. dropout_rng: what makes dropout's masks, a key
+    of `layers.dropout.KEEP`.
     """
 
     config: Family
@@ -73,6 +76,8 @@ class Model:
     unused: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     adapter: Adapter | None = None
     files: Files | None = None
+    attention: str | None = None
+    dropout_rng: str = "hashed"
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -83,11 +88,13 @@ class Model:
     @property
     def module(self) -> VisionLanguageModel:
         """The Linen module: `module.apply` with `method=` reaches its parts."""
+        lora, adapter, rng = self.lora, self.adapter, self.dropout_rng
         compute = Compute(
             self.dtype,
-            None if self.lora is None else self.lora.scale,
+            None if lora is None else dataclasses.replace(lora.scale, rng=rng),
             self.remat,
-            None if self.adapter is None else self.adapter.form,
+            None if adapter is None else dataclasses.replace(adapter.form, rng=rng),
+            self.attention,
         )
         return pkgutil.resolve_name(self.config.MODULE)(self.config, compute)
 
@@ -317,6 +324,7 @@ def from_config(
     remat: str = "none",
     source: Source | None = None,
     files: Files | None = None,
+    attention: str | None = None,
 ) -> Model:
     """Return the `Model` that a Hugging Face config.json describes; `model.init` makes parameters.
 
@@ -326,12 +334,15 @@ def from_config(
         remat: a key of `layers.remat.REMAT`: the activations kept for the backward pass.
         source: where the model was loaded from.
         files: access to that checkpoint's files, for `model.encode`.
+        attention: what computes attention: a key of `layers.attention.KERNELS`; None: the fastest.
 
     Raises:
         UserError: for an unknown family, or a field with an unknown meaning.
     """
     if remat not in REMAT:
         raise UserError(f"Unknown remat policy '{remat}'; known: {', '.join(REMAT)}.")
+    if attention is not None and attention not in KERNELS:
+        raise UserError(f"Unknown attention '{attention}'; known: {', '.join(KERNELS)}.")
     return Model(
         read_family(hf_config),
         jnp.dtype(dtype),
@@ -339,4 +350,5 @@ def from_config(
         source,
         remat=remat,
         files=files,
+        attention=attention,
     )

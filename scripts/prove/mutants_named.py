@@ -21,9 +21,9 @@ PEFT, LOGITS = "tests/parity/test_peft.py::", "tests/parity/test_logits.py::"
 NAMED = (
     Named(
         "LoRA's scale is left out",
-        "models/layers/linear.py",
-        "matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)",
-        "matmul(x_lora, dense(a, dtype))",
+        "models/layers/lora_dot.py",
+        "dense(a, dtype), jnp.float32) * scale",
+        "dense(a, dtype), jnp.float32)",
         (f"{PEFT}test_our_adapter_in_peft[qwen2_vl-preset]",),
     ),
     Named(
@@ -35,10 +35,24 @@ NAMED = (
     ),
     Named(
         "dropout acts on the frozen weight's input too",
-        "models/layers/linear.py",
-        "x_lora = dropped(self, x, self.lora.dropout)",
-        "x = x_lora = dropped(self, x, self.lora.dropout)",
+        "models/layers/lora_dot.py",
+        "y = product(as_rows(x), dense(kernel, dtype))",
+        "y = product(as_rows(_dropped(x, rate, seed)), dense(kernel, dtype))",
         ("tests/test_lora.py::test_dropout_acts_on_the_input_of_the_matrices_alone",),
+    ),
+    Named(
+        "the gradient of LoRA's input is not dropped where its input was",
+        "models/layers/lora_dot.py",
+        "dx = dx + _dropped(thin, rate, seed)",
+        "dx = dx + thin",
+        ("tests/test_lora_dot.py::test_values_and_gradients[11-3-5-lead0-0.3]",),
+    ),
+    Named(
+        "a run from before there was a choice resumes with other masks",
+        "train/fingerprint.py",
+        'BEFORE = {"dropout_rng": "threefry"}',
+        'BEFORE = {"dropout_rng": "hashed"}',
+        ("tests/test_dropout.py::test_a_run_from_before_resumes_with_threefry",),
     ),
     Named(
         "the norms of DoRA's columns are not constants in the backward pass",
@@ -49,16 +63,16 @@ NAMED = (
     ),
     Named(
         "the causal mask shows the next token",
-        "models/layers/attention.py",
-        "allowed_TS = distance_TS >= 0",
-        "allowed_TS = distance_TS >= -1",
+        "models/layers/attention/mask.py",
+        "before = distance >= 0",
+        "before = distance >= -1",
         ("tests/test_lora.py::test_causality_by_gradients",),
     ),
     Named(
         "attention ignores segments",
-        "models/layers/attention.py",
-        "mask_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]",
-        "mask_BTS = q_segments_BT[:, :, None] >= 0",
+        "models/layers/attention/mask.py",
+        "same = q.segments_BT[:, :, None] == k.segments_BT[:, None, :]",
+        "same = (q.segments_BT[:, :, None] >= 0) & (k.segments_BT[:, None, :] >= 0)",
         (PACKED,),
     ),
     Named(

@@ -60,6 +60,8 @@ WORDS: dict[str, tuple[str, Any]] = {
     "mesh=auto": ("mesh.auto", True),
     "training.eval_strategy=none": ("training.eval_strategy", "no"),
     "training.report_to=false": ("training.report_to", "none"),
+    "training.compilation_cache_dir=no": ("training.compilation_cache_dir", None),
+    "training.compilation_cache_dir=false": ("training.compilation_cache_dir", None),
     # YAML reads the word no as false.
     **{
         f"training.{name}_strategy=false": (f"training.{name}_strategy", "no")
@@ -130,6 +132,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.quantize": (None, "nf4", "nf4-dq", "fp4", "fp4-dq"),
     "model.bnb_4bit_quant_type": ("fp4", "nf4"),
     "model.bnb_4bit_compute_dtype": (None, "float32", "bfloat16"),
+    "model.attention": (None, "splash", "xla", "chunked"),
     "lora.bias": ("none", "all", "lora_only"),
     "lora.task_type": ("CAUSAL_LM",),
     "adapter.type": (None, *ADAPTERS),
@@ -140,7 +143,11 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
         *("warmup_stable_decay", "wsd"),
     ),
     "training.optim": tuple(OPTIMIZERS),
-    "training.remat_policy": (None, "none", "block", "block_save_attention", "dots", "offload"),
+    "training.remat_policy": (
+        *(None, "auto", "block", "qkv", "residual", "gate", "products", "none"),
+        *("block_save_attention", "dots", "offload", "products_offload"),
+    ),
+    "training.dropout_rng": (None, "hashed", "threefry"),
     "training.logging_strategy": ("no", "steps", "epoch"),
     "training.train_sampling_strategy": (None, "random", "sequential", "group_by_length"),
     "training.param_dtype": ("float32", "bfloat16"),

@@ -31,6 +31,9 @@ class ModelSpec:
     bnb_4bit_quant_type: str = "fp4"  # fp4, nf4
     bnb_4bit_use_double_quant: bool = False  # store the scales in 8 bits too
     bnb_4bit_compute_dtype: str | None = None  # None: as model.dtype says
+    # What computes attention: splash (TPU), chunked or xla (anywhere). None: the fastest for each
+    # length of rows on these devices. Steps of a generation choose themselves where it cannot.
+    attention: str | None = None
     # Learning rate of each component as a multiple of training.learning_rate; 0.0 freezes it.
     vision_encoder_lr_scale: float = 0.0  # of the vision tower
     projector_lr_scale: float = 1.0  # of the layers between tower and language model
@@ -162,6 +165,12 @@ class TrainSpec:
     fp16: bool = False  # not supported: bfloat16 needs no loss scaling
     gradient_checkpointing: bool = True  # recompute each block in the backward pass
     remat_policy: str | None = None  # what of it is kept: a key of layers.remat.REMAT
+    # What makes the masks of lora.dropout and adapter.dropout: hashed, a counter's hash that costs
+    # next to nothing; threefry, jax.random's. None: hashed, or what a resumed run began with.
+    dropout_rng: str | None = None
+    # Where compiled programs are kept for later runs: a directory of your own, auto (TPU and GPU:
+    # among your caches; CPU: nowhere; or what JAX_COMPILATION_CACHE_DIR says), none.
+    compilation_cache_dir: str | None = "auto"
     # Processes that prepare batches beside the run's own; 0: threads of the run, which is enough
     # where a step takes longer than its images. metrics.jsonl's data_wait tells.
     dataloader_num_workers: int = 0

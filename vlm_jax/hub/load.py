@@ -23,7 +23,7 @@ from vlm_jax.model import Model, Source, from_config
 from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.names import Place, current_name, disk_places, embedding_name, is_unused
 from vlm_jax.quantization import Quantize, described, storages
-from vlm_jax.sharding import param_shardings
+from vlm_jax.sharding import laid_out, param_shardings
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights import bnb
 
@@ -222,6 +222,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     remat: str = "none",
+    attention: str | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Return `(model, params)` of a Hugging Face checkpoint: a directory or a hub id.
 
@@ -236,7 +237,7 @@ def load(
             `Quantization`; or a table of (regex, name or "dense") rows over paths.
         mesh: of `vlm_jax.make_mesh`: each leaf is placed on its shards as it is read.
         revision, token: of the hub.
-        remat: as for `from_config`.
+        remat, attention: as for `from_config`.
 
     Returns:
         The model, and a nested dict of arrays and 4-bit leaves named as in the checkpoint: kernels
@@ -246,7 +247,7 @@ def load(
         UserError: for whatever does not fit, naming the tensor or field.
     """
     directory = resolve(str(path_or_repo_id), revision, token)
-    model = from_config(read_json(directory / "config.json"), dtype, remat)
+    model = from_config(read_json(directory / "config.json"), dtype, remat, attention=attention)
     entries = find_tensors(directory)
     check_base(directory, {entry.path.name for entry in entries.values()})
     _check_storage(model, entries, quantize, directory)
@@ -296,13 +297,13 @@ def load(
         revision,
         {name: listed[name] for name in entries if bnb.weight_of(name) in unread},
     )
-    return from_config(model.hf_config, dtype, remat, source, CheckpointFiles()), unflatten(params)
+    made = from_config(model.hf_config, dtype, remat, source, CheckpointFiles(), attention)
+    return made, unflatten(params)
 
 
 def _sharding(model: Model, mesh: Any, path: str, leaf: Any) -> Any:
-    """Return where a leaf of these shapes lies on a mesh; None without one."""
-    return (
-        None
-        if mesh is None
-        else flatten(param_shardings(model, unflatten({path: leaf}), mesh))[path]
-    )
+    """Return where a leaf of these shapes lies on a mesh, and in which layout; None without one."""
+    if mesh is None:
+        return None
+    tree = laid_out(model, unflatten({path: leaf}), mesh)
+    return flatten(param_shardings(model, tree, mesh))[path]

@@ -22,7 +22,7 @@ class Adapted:
 
     module: untouched. lora: what was asked for, or None. layers: those that have LoRA.
     quantized: those whose kernels are in 4 bits. adapter: bottlenecks, or None; sites: the modules
-    that have them.
+    that have them. dropout_rng: what makes dropout's masks, a key of `layers.dropout.KEEP`.
     """
 
     module: nn.Module
@@ -31,6 +31,7 @@ class Adapted:
     quantized: tuple[Layer, ...]
     adapter: Adapter | None = None
     sites: tuple[Site, ...] = ()
+    dropout_rng: str = "threefry"
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return what `module.apply` returns, with additions; it takes all that that takes.
@@ -65,12 +66,13 @@ class Adapted:
             a, b = laid(layer.stack, (a, b))  # sliced along the same axis as the kernel
             # Where dropout cannot act, `adapt` has warned.
             rate = float(self.lora.dropout) if dropout and layer.takes_dropout else 0.0
-            made[joined(layer.path, LEAF)] = LowRank(
-                a, b, self.lora.scale.scale(self.lora.rank), rate
-            )
+            scale = self.lora.scale.scale(self.lora.rank)
+            made[joined(layer.path, LEAF)] = LowRank(a, b, scale, rate, self.dropout_rng)
         for site, leaves in self.bottlenecks(variables):
             assert self.adapter is not None
-            made[joined(site.path, LEAF)] = beside(site, self.adapter, leaves, dropout)
+            made[joined(site.path, LEAF)] = beside(
+                site, self.adapter, leaves, dropout, self.dropout_rng
+            )
         return made
 
     def pairs(

@@ -20,7 +20,8 @@ from opt_einsum.parser import parse_einsum_input
 
 from vlm_jax.errors import UserError
 from vlm_jax.linen.parts import as_weight
-from vlm_jax.models.layers.linear import dropped, lora_update, matmul
+from vlm_jax.models.layers.dropout import dropped
+from vlm_jax.models.layers.linear import lora_update, matmul
 from vlm_jax.trees import flatten
 from vlm_jax.weights import FourBit, dense
 
@@ -159,7 +160,10 @@ class Addition(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """LoRA: a [in, R], b [R, out] of a layer whose kernel is the matrix [in, out]."""
+    """LoRA: a [in, R], b [R, out] of a layer whose kernel is the matrix [in, out].
+
+    rng: a key of `layers.dropout.KEEP`.
+    """
 
     idle: ClassVar[str] = UNKNOWN
 
@@ -167,6 +171,7 @@ class LowRank:
     b: Any
     scale: float
     dropout: float
+    rng: str
 
     def change(self, y: Any, args: tuple, kwargs: dict, context: Any, within: list[str]) -> Any:
         module, method = context.module, context.orig_method.func
@@ -183,11 +188,13 @@ class LowRank:
         rows = layer.rows(jnp.asarray(x).astype(y.dtype))
         if not module.has_rng("dropout"):
             warn_without_dropout("LoRA", self.dropout, [name_of(module)])
-        rows = dropped(module, rows, self.dropout)
+        rows = dropped(module, rows, self.dropout, self.rng)
         return y + layer.from_rows(lora_update(rows, self.a, self.b, self.scale))
 
 
-jax.tree_util.register_dataclass(LowRank, data_fields=["a", "b"], meta_fields=["scale", "dropout"])
+jax.tree_util.register_dataclass(
+    LowRank, data_fields=["a", "b"], meta_fields=["scale", "dropout", "rng"]
+)
 
 
 def warn_without_dropout(what: str, rate: float, names: Sequence[str]) -> None:

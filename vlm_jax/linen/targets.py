@@ -195,7 +195,11 @@ def site_shapes(site: Site, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return leaf_shapes(adapter, joined(site.path, ""), read[-1], site.y[-1], lead)
 
 
-def beside(site: Site, adapter: Adapter, leaves: Any, dropout: bool) -> Beside:
-    """Return the addition of a module; leaves: nested; dropout: whether `apply` has an rng."""
+def beside(site: Site, adapter: Adapter, leaves: Any, dropout: bool, rng: str) -> Beside:
+    """Return the addition of a module.
+
+    leaves: nested. dropout: whether `apply` has an rng. rng: a key of `layers.dropout.KEEP`.
+    """
     rate = float(adapter.dropout) if dropout and site.takes_dropout else 0.0  # else `adapt` warned
-    return Beside(laid(site.stack, leaves), dataclasses.replace(adapter.form, dropout=rate))
+    form = dataclasses.replace(adapter.form, dropout=rate, rng=rng)
+    return Beside(laid(site.stack, leaves), form)

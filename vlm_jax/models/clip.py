@@ -39,7 +39,7 @@ class TowerAttention(nn.Module):
             for name in ("q_proj", "k_proj", "v_proj")
         )
         q, k, v = checkpoint_name((q, k, v), QKV)
-        out = attention(q, k, v, None, None, causal=False)
+        out = attention(q, k, v, None, None, causal=False, implementation=self.compute.attention)
         return self.compute.linear("out_proj", E)(out.reshape(images, slots, E)), None
 
 

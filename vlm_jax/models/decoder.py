@@ -56,6 +56,7 @@ class SelfAttention(nn.Module):
         out_BTNH = attention(
             q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BS,
             causal=True, window=layer.get("window"), q_start=start,
+            implementation=self.compute.attention,
         )  # fmt: skip
         out_BTD = out_BTNH.reshape(B, T, cfg.num_heads * cfg.head_dim)
         return linear("o_proj", cfg.hidden_size, cfg.o_bias)(out_BTD), cache

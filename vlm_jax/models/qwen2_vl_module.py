@@ -44,7 +44,10 @@ class TowerAttention(nn.Module):
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = checkpoint_name((q, k, v), QKV)
-        out = attention(q, k, v, segments_BP, segments_BP, causal=False)
+        out = attention(
+            q, k, v, segments_BP, segments_BP,
+            causal=False, implementation=self.compute.attention,
+        )  # fmt: skip
         return self.compute.linear("proj", E)(out.reshape(B, P, E)), None
 
 

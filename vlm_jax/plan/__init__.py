@@ -4,11 +4,10 @@ from vlm_jax.plan.program import (
     Collective,
     Memory,
     collectives,
-    estimated_cycles,
-    estimated_seconds,
     memory,
 )
 from vlm_jax.plan.report import Report, plan_step
+from vlm_jax.plan.schedule import estimated_cycles, estimated_seconds
 from vlm_jax.plan.step import compile_step
 from vlm_jax.plan.topologies import devices
 

@@ -1,11 +1,10 @@
-"""Facts of a compiled program: memory, time on a TPU, collectives.
+"""Facts of a compiled program: memory, computations, collectives.
 
 The compiler writes its schedule as text: computations of instructions, one the entry. Loops,
 branches and calls name other computations; how often each runs follows from there.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from collections.abc import Mapping
 import jax
 
 from vlm_jax.errors import UserError
-from vlm_jax.hardware import DEVICES
 
 KIND = (
     "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
@@ -89,50 +87,6 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
     )
 
 
-def estimated_cycles(compiled: jax.stages.Compiled) -> int:
-    """Return the cycles of a TPU program, as its compiler estimates each instruction's.
-
-    Loops count as often as they run, of a branch the longest side. Waiting for other chips is not
-    in it, nor the time of Pallas kernels. Raises `UserError` for a program of another compiler.
-    """
-    program, entry = parse(compiled)
-    if not any('"estimated_cycles"' in i.text for lines in program.values() for i in lines):
-        raise UserError(
-            "This program carries no estimated cycles: only the TPU compiler gives them."
-        )
-
-    @functools.cache
-    def cycles(name: str) -> int:
-        return sum(map(of, program[name]))
-
-    def of(instruction: Instruction) -> int:
-        if instruction.opcode == "conditional":
-            return max(map(cycles, called_by(instruction)))
-        if instruction.opcode == "while":
-            return _trips(program, instruction) * sum(map(cycles, called_by(instruction)))
-        if instruction.opcode in ("call", "async-start"):
-            return sum(map(cycles, called_by(instruction)))
-        count = int(first(r'"estimated_cycles":"(\d+)"', instruction.text, "0"))
-        # Of what it has no estimate the compiler writes -1, in 64 bits without a sign.
-        return count if count < 2**63 else 0
-
-    return cycles(entry)
-
-
-def estimated_seconds(compiled: jax.stages.Compiled) -> float:
-    """Return the seconds of a TPU program: `estimated_cycles` at the chip's clock.
-
-    Raises `UserError` where the clock is not known; see `estimated_cycles` for what is left out.
-    """
-    cycles = estimated_cycles(compiled)
-    shardings = jax.tree.leaves(compiled.input_shardings)
-    kind = next(iter(shardings[0].device_set)).device_kind
-    clock = next((device.clock for device in DEVICES.values() if device.kind == kind), None)
-    if clock is None:
-        raise UserError(f"The clock of '{kind}' is not published; use estimated_cycles.")
-    return cycles / clock
-
-
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     """Return what the devices exchange, each array once, in the program's order.
 
@@ -179,10 +133,15 @@ def parse(compiled: jax.stages.Compiled) -> tuple[Program, str]:
     A custom call may hold line breaks and braces of its own: a computation ends only at a line
     that is a brace, behind which the thread that runs it may be named.
     """
+    return parse_text(compiled.as_text() or "")
+
+
+def parse_text(text: str) -> tuple[Program, str]:
+    """Return what `parse` does, of a program's text."""
     program: Program = {}
     entry = ""
     body: list[Instruction] | None = None  # of the computation that goes on
-    for line in (compiled.as_text() or "").splitlines():
+    for line in text.splitlines():
         if body is None:
             if head := re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line):
                 body = program[head[2]] = []
@@ -191,6 +150,8 @@ def parse(compiled: jax.stages.Compiled) -> tuple[Program, str]:
             body = None
         elif found := re.match(r"\s+(?:ROOT )?%?([^\s=]+) = (.*?)\s([a-z][a-z0-9-]*)\(", line):
             body.append(Instruction(found[1], found[3], found[2], line))
+        elif body:  # a custom call's metadata goes over several lines
+            body[-1] = dataclasses.replace(body[-1], text=f"{body[-1].text}\n{line}")
     return program, entry
 
 
@@ -218,7 +179,7 @@ def called_by(instruction: Instruction) -> list[str]:
     return branches or CALLED.findall(instruction.text)
 
 
-def _trips(program: Program, loop: Instruction) -> int:
+def trips(program: Program, loop: Instruction) -> int:
     """Return how often a loop runs: as the compiler says, or the bound that its condition holds."""
     if known := first(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known)
@@ -240,9 +201,9 @@ def run_times(program: Program, entry: str) -> dict[str, int]:
     def run(name: str, count: int) -> None:
         times[name] = times.get(name, 0) + count
         for instruction in program[name]:
-            trips = _trips(program, instruction) if instruction.opcode == "while" else 1
+            loops = trips(program, instruction) if instruction.opcode == "while" else 1
             for called in called_by(instruction):
-                run(called, count * trips)
+                run(called, count * loops)
 
     run(entry, 1)
     return times

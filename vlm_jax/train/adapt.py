@@ -37,6 +37,8 @@ def adapt(
     if tokens > model.vocab_size and config.model.adapter is None:
         model, params = add_tokens(model, params, tokens - model.vocab_size)
     model, params, table = adapt_base(config, model, params)
+    rng = config.training.dropout_rng or model.dropout_rng
+    model = dataclasses.replace(model, dropout_rng=rng)
     if tokens > model.vocab_size:
         raise UserError(
             f"The tokenizer of '{config.model.name_or_path}' has {tokens} tokens, but with the "

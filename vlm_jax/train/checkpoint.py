@@ -17,6 +17,7 @@ from etils import epath
 
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError, first_line
+from vlm_jax.train.fingerprint import BEFORE
 from vlm_jax.train.moments import kept_otherwise
 from vlm_jax.train.progress import tell_failed_saves_once
 from vlm_jax.train.run_dir import SEEN_WITHIN
@@ -231,8 +232,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 f"fingerprints of bases differ. Resume with that version, or start again "
                 f"in another output_dir."
             )
+        before = dict(meta["identity"])
+        before["training"] = {**BEFORE, **before.get("training", {})}
         for what, now in self.identity.items():
-            _compare(what, meta["identity"].get(what), now, where)
+            _compare(what, before.get(what), now, where)
         names = wanted.keys() | {name for name in meta["shapes"] if name.startswith(prefix)}
         saved = {}
         for name in sorted(names, key=lambda name: (not name.startswith("trainable"), name)):

@@ -6,21 +6,33 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError, first_line
+from vlm_jax.files.compiled import AUTO, directory
 from vlm_jax.model import Model
+from vlm_jax.models.layers.attention import recorded
 from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.sharding import batch_shardings, check_lengths
 from vlm_jax.train.losses import joined
 from vlm_jax.train.step import TrainState
 
+# Options of the compiler, by the kind of a device: larger tiles, which take the compiler 1.7 times
+# as long and a v5e's step 7 % less (docs/PERFORMANCE.md).
+OPTIONS: dict[str, dict[str, Any]] = {
+    "TPU v5 lite": {"xla_tpu_scoped_vmem_limit_kib": 65536},
+}
+GIB = 1 << 30
+MOST_KEPT = 4 * GIB  # of compiled programs; those used least recently go first
+
 Shape = tuple[int, int]  # tokens, patches
 Tell = Callable[[str], AbstractContextManager[Any]]
 LESS_MEMORY = (
     "Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-    "data.max_seq_length, data.max_pixels or data.max_patches, or set "
-    "training.gradient_checkpointing=true."
+    "data.max_seq_length, data.max_pixels or data.max_patches, or set training.remat_policy to one "
+    "that keeps less for the backward pass: of none, products, gate, residual, qkv, block and "
+    "offload each keeps less than the one before it."
 )
 
 
@@ -56,6 +68,39 @@ def abstract_batch(model: Model, rows: int, shape: Shape, mesh: Any) -> Batch:
     )
 
 
+def options_for(mesh: Any) -> dict[str, Any]:
+    """Return the compiler's options for the devices of a mesh."""
+    return OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+
+
+def keep_programs(setting: str | None, platform: str) -> str | None:
+    """Keep what is compiled from here on for later runs, and return what to say of it.
+
+    setting: of training.compilation_cache_dir. A directory that JAX was given already stays, but
+    where another is asked for.
+    """
+    if setting is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if setting == AUTO and jax.config.jax_compilation_cache_dir:
+        return None
+    try:
+        place = directory(setting, platform)
+    except UserError as error:
+        if setting != AUTO:
+            raise
+        return f"compiled programs: not kept. {error}"
+    if place is None:
+        return None
+    jax.config.update("jax_compilation_cache_dir", place)
+    most = ""
+    if "://" not in place:
+        jax.config.update("jax_compilation_cache_max_size", MOST_KEPT)
+        most = f", {MOST_KEPT // GIB} GiB at most"
+    reset_cache()  # JAX asks once, at its first program, whether there is one
+    return f"compiled programs: kept in '{place}'{most}"
+
+
 def compile_step(
     run: Callable,
     state: TrainState,
@@ -66,13 +111,14 @@ def compile_step(
     """Return the compiled `run(state, frozen, batch)`, and a function that runs it.
 
     All three may be shapes with shardings. The state is donated and comes back where it lay.
-    options: the compiler's own. The function is `jit`'s, which finds what was compiled: called
-    directly, a compiled program refuses 4-bit arguments on the CPU, whose layout JAX reports
-    differently before and after compilation.
+    options: the compiler's own, besides those of the devices. The function is `jit`'s, which finds
+    what was compiled: called directly, a compiled program refuses 4-bit arguments on the CPU, whose
+    layout JAX reports differently before and after compilation.
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
-    with rows_over(batch.tokens.sharding):
+    own = options_for(batch.tokens.sharding.mesh)
+    jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None), compiler_options=own)
+    with rows_over(batch.tokens.sharding, state.trainable, frozen):
         return jitted.lower(state, frozen, batch).compile(options), jitted
 
 
@@ -94,10 +140,10 @@ class Shapes(NamedTuple):
 
 
 class OnceAShape:
-    """A function of (..., batch), compiled when a batch of a new shape comes.
+    """A function of (state or trainable, frozen, batch), compiled for each batch of a new shape.
 
     compiling: seconds that the last call spent on it. tell: shows words while a block lasts. why:
-    what stands in them behind the shape.
+    what stands in them behind the shape. attention: what computes it in the largest shape.
     """
 
     def __init__(self, jitted: Callable, shapes: Shapes, tell: Tell, why: str = ""):
@@ -105,14 +151,16 @@ class OnceAShape:
         self.known = {(shapes.rows, *shape) for shape in (*shapes.foreseen, *shapes.wider)}
         self.compiled: set[Shape] = set()
         self.compiling = 0.0
+        self.attention: list[str] = []
 
-    def __call__(self, *args: Any) -> Any:
-        batch = args[-1]
+    def __call__(self, state: Any, frozen: Any, batch: Batch) -> Any:
         assert batch.shape in self.known, f"{batch.shape} is not one of {sorted(self.known)}"
         start, shape = time.perf_counter(), batch.shape[1:]
         new = shape not in self.compiled
-        with rows_over(batch.tokens.sharding), self.announced(shape) if new else nullcontext():
-            result = self.jitted(*args)
+        trainable = state.trainable if isinstance(state, TrainState) else state
+        over = rows_over(batch.tokens.sharding, trainable, frozen)
+        with over, self.announced(shape) if new else nullcontext():
+            result = self.jitted(state, frozen, batch)
         # A program that is there is dispatched and runs on behind the call.
         self.compiling = time.perf_counter() - start if new else 0.0
         return result
@@ -138,9 +186,10 @@ def compile_largest_step(
     Raises `UserError` where that does not fit into memory; then none of the others fails so.
     """
     batch, steps = shapes.largest(model), OnceAShape(run, shapes, tell)
-    with steps.announced(shapes.foreseen[-1]):
-        compiled, steps.jitted = compile_step(run, state, frozen, batch)
-    _check_memory(compiled, batch.shape)
+    with steps.announced(shapes.foreseen[-1]), recorded() as chosen:
+        program, steps.jitted = compile_step(run, state, frozen, batch)
+    steps.attention = list(chosen)
+    _check_memory(program, batch.shape)
     return steps
 
 
@@ -160,14 +209,15 @@ def compile_largest_loss(
         lambda trainable, frozen, batch: objective(model, joined(model, trainable, frozen), batch)
     )
     batch, losses = shapes.largest(model), OnceAShape(jitted, shapes, tell, " to evaluate")
-    with rows_over(batch.tokens.sharding), losses.announced(shapes.foreseen[-1]):
+    over = rows_over(batch.tokens.sharding, state.result, frozen)
+    with over, losses.announced(shapes.foreseen[-1]):
         jitted.lower(state.result, frozen, batch).compile()
     return losses
 
 
-def _check_memory(compiled: Any, shape: tuple[int, int, int]) -> None:
+def _check_memory(program: Any, shape: tuple[int, int, int]) -> None:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    usage = compiled.memory_analysis()
+    usage = program.memory_analysis()
     if limit is None or usage is None:
         return
     taken = usage.argument_size_in_bytes + usage.temp_size_in_bytes + usage.output_size_in_bytes

@@ -1,8 +1,10 @@
 """Fingerprint of a run, compared at a resume: settings, and digests of the files that it reads."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,9 +13,13 @@ from typing import Any, BinaryIO
 from vlm_jax.config.checks import optimizer_name
 from vlm_jax.config.parse import general
 from vlm_jax.config.specs import RunSpec
+from vlm_jax.distributed import processes
+from vlm_jax.errors import UserError
+from vlm_jax.files.limits import read_json
 from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
 from vlm_jax.model import Model
-from vlm_jax.train.setup import compute_dtype, quantization_of
+from vlm_jax.train.run_dir import Places
+from vlm_jax.train.setup import AUTO, compute_dtype, quantization_of, remat_of
 from vlm_jax.trees import Table
 
 # Config keys of data that decide which batches come.
@@ -30,6 +36,11 @@ PLACES = (
     *("data.train_file", "data.eval_file", "data.image_folder"),
     *("evaluators.*.file", "evaluators.*.image_folder"),
 )
+
+# training.*: the rows of a step on a device.
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# training.*: what runs had that began before there was such a key.
+BEFORE = {"dropout_rng": "threefry"}
 
 
 def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str, Any]:
@@ -66,6 +77,7 @@ def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str
             "gradient_accumulation_steps": t.gradient_accumulation_steps,
             "seed": t.seed,
             "dataloader_drop_last": t.dataloader_drop_last,
+            "dropout_rng": model.dropout_rng,
             # Absent where unset, as in checkpoints that are older than these keys.
             **{
                 key: value
@@ -76,6 +88,63 @@ def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str
             "optim": optimizer_name(t.optim).removeprefix("paged_"),
         },
     }
+
+
+def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
+    """Return the config with the settings of `BEFORE` as the run began, and lines on what is old.
+
+    All processes call it. Where the run's config.json is lost, as logs of a run in a bucket may be,
+    or cannot be read, nothing is taken: the checkpoint's identity is compared in any case. Raises
+    `UserError` where the config names another value than the run's.
+    """
+    stored: dict[str, Any] | None = None
+    if processes.is_primary():
+        with contextlib.suppress(UserError):
+            stored = read_json(places.directory / "config.json").get("training")
+    stored = processes.gather("settings of the run", stored)[0]
+    if not isinstance(stored, dict):
+        return config, []
+    taken, lines = {}, []
+    for key, before in BEFORE.items():
+        taken[key] = stored.get(key) or before
+        named = getattr(config.training, key)
+        if named not in (None, taken[key]):
+            raise UserError(
+                f"The run in '{places.directory}' has training.{key}={taken[key]}, and cannot be "
+                f"resumed with training.{key}={named}. Leave the key out, or choose another "
+                f"training.output_dir."
+            )
+        if key not in stored:
+            lines.append(
+                f"This run is older than training.{key}: it resumes with {before}, as it began."
+            )
+    again, words = _policy_resumed(config, stored)
+    taken, lines = {**taken, **again}, lines + words
+    training = dataclasses.replace(config.training, **taken)
+    return dataclasses.replace(config, training=training), lines
+
+
+def _policy_resumed(config: RunSpec, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the policy and micro-batch of a run whose config leaves them to `auto`, and lines.
+
+    stored: its training section as it began. A config that names another policy is followed: what
+    is kept for the backward pass changes memory and time, and no number.
+    """
+    t = config.training
+    by_default = "block" if stored.get("gradient_checkpointing", True) else "none"
+    before = stored.get("remat_policy") or by_default
+    if t.remat_policy != AUTO:
+        now = remat_of(config)
+        other = (
+            f"The run began with training.remat_policy={before} and goes on with {now}: memory and "
+            f"time of a step change, what it computes does not."
+        )
+        return {}, [other] if before != now else []
+    sizes = {key: stored.get(key) for key in BATCH}
+    same = math.prod(sizes.values()) == math.prod(getattr(t, key) for key in BATCH)
+    return {"remat_policy": before, **(sizes if same else {})}, [
+        f"training.remat_policy=auto: {before}, as the run began."
+    ]
 
 
 def settings_of(config: RunSpec) -> dict[str, str]:

@@ -14,20 +14,29 @@ from rich.console import Console
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.files.atomic import write_json
+from vlm_jax.train.auto import policy_line, with_policy
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     Shapes,
     compile_largest_loss,
     compile_largest_step,
+    keep_programs,
     out_of_memory_explained,
 )
-from vlm_jax.train.fingerprint import identity, settings_of
+from vlm_jax.train.fingerprint import identity, resumed, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import Watch, added_only, evaluated, untrained
 from vlm_jax.train.optimizer import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.placement import Feed, on_mesh
 from vlm_jax.train.preemption import Stopped, interruptible
-from vlm_jax.train.progress import Bar, Doing, Monitor, closing_lines, opening_lines
+from vlm_jax.train.progress import (
+    Bar,
+    Doing,
+    Monitor,
+    attention_line,
+    closing_lines,
+    opening_lines,
+)
 from vlm_jax.train.results import write_result
 from vlm_jax.train.run_dir import (
     Places,
@@ -99,6 +108,10 @@ def train(
     with output_directory(places, resume) as (resumes, warning):
         if warning is not None:
             say(console, warning)
+        if resumes:
+            config, notes = resumed(config, places)
+            for line in notes:
+                say(console, line)
         return _train(config, places, resumes, best, patience, console, verbose)
 
 
@@ -111,12 +124,15 @@ def _train(
     console: Console,
     verbose: bool,
 ) -> dict:
-    start, t, directory = time.perf_counter(), config.training, places.directory
+    start, directory = time.perf_counter(), places.directory
     claim = places.claim() if places.in_bucket and processes.is_primary() else None
     processes.check_same("configs", settings_of(config))
 
     # Model and data
     mesh, evaluators = mesh_of(config), evaluators_of(config)
+    config, choice = with_policy(config, mesh)
+    t = config.training
+    kept = keep_programs(t.compilation_cache_dir, mesh.devices.flat[0].platform)
     model, params, table, encoder = build(config, mesh)
     data = data_of(config, encoder, mesh, rows_of(config, mesh))
     intervals = Intervals.of(
@@ -130,7 +146,9 @@ def _train(
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
-    for line in (*opening_lines(model, params, data, mesh, verbose), *warnings):
+    chosen = () if choice is None else (policy_line(config, choice, mesh),)
+    said = [] if kept is None else [kept]
+    for line in (*opening_lines(model, params, data, mesh, verbose), *chosen, *said, *warnings):
         say(console, line)
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=data.total)
     still = [path for path in trained if model.component(path) in idle]
@@ -155,6 +173,7 @@ def _train(
     step = make_step(model, tx, t.gradient_accumulation_steps, **step_options(config))
     shapes = Shapes(data.rows, mesh, data.training.shapes, data.training.wider)
     run_step = compile_largest_step(step, model, run.state, frozen, shapes, doing)
+    say(console, attention_line(run_step.attention))
     losses: Any = None
     if data.held_out is not None:
         shapes = Shapes(data.held_out_rows, mesh, data.held_out.shapes, data.held_out.wider)
@@ -165,6 +184,7 @@ def _train(
     with contextlib.ExitStack() as opened:
         opened.enter_context(nothing_half_written(places))
         written = absolute_paths(config)
+        written["training"]["dropout_rng"] = model.dropout_rng  # whatever a later default is
         if processes.is_primary():
             write_json(directory / "config.json", written)
         checkpoints = checkpoints or open_checkpoints()

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,11 @@ def opening_lines(
     weights = summary(model, params) if four else []
     lines = [headline(data, mesh)]
     return lines + (weights + details(data.training, model) if verbose else weights[:1])
+
+
+def attention_line(chosen: Sequence[str]) -> str:
+    """Return what computes the attentions of a run's largest step."""
+    return f"attention: {'; '.join(chosen)}"
 
 
 def closing_lines(

@@ -13,7 +13,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.family import TowerSizes
-from vlm_jax.models.layers.activations import ACTIVATIONS
+from vlm_jax.models.layers.activations import ACTIVATIONS, gated
 from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT, Bottleneck, Residual
 from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.models.layers.norm import LayerNorm
@@ -25,13 +25,15 @@ class Compute:
     """How the parts of a model compute.
 
     dtype: of activations. lora: alpha and dropout where the tree holds LoRA leaves. remat: a key of
-    `layers.remat.REMAT`. adapter: how bottleneck adapters compute.
+    `layers.remat.REMAT`. adapter: how bottleneck adapters compute. attention: a key of
+    `layers.attention.KERNELS`; None: the fastest for each attention's shapes.
     """
 
     dtype: Any
     lora: LoRAScale | None = None
     remat: str = "none"
     adapter: Bottleneck | None = None
+    attention: str | None = None
 
     def linear(self, name: str, features: int, use_bias: bool = True) -> Linear:
         """Return a linear layer for the module that is running, which may carry LoRA."""
@@ -75,7 +77,7 @@ class GatedMLP(nn.Module):
         linear = functools.partial(self.compute.linear, use_bias=self.use_bias)
         gate = checkpoint_name(linear("gate_proj", self.hidden)(x), GATE)
         up = checkpoint_name(linear("up_proj", self.hidden)(x), UP)
-        return linear("down_proj", x.shape[-1])(ACTIVATIONS[self.activation](gate) * up)
+        return linear("down_proj", x.shape[-1])(gated(gate, up, self.activation))
 
 
 class Block(nn.Module):

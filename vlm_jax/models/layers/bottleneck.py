@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.models.layers.activations import ACTIVATIONS
-from vlm_jax.models.layers.linear import along_last, dropped, matmul
+from vlm_jax.models.layers.dropout import dropped
+from vlm_jax.models.layers.linear import along_last, matmul
 from vlm_jax.models.layers.norm import layer_norm
 
 # What stands after a block's attention and after its MLP, as the `adapters` library calls it.
@@ -52,13 +53,14 @@ class Bottleneck:
     """What the forward pass needs to know of an adapter beside its matrices.
 
     reads: "output" of the attention or MLP before it is added to the block's input, their "sum",
-    or the block's "input" to that part, before its norm.
+    or the block's "input" to that part, before its norm. rng: a key of `dropout.KEEP`.
     """
 
     reads: str
     non_linearity: str
     scaling: float = 1.0
     dropout: float = 0.0
+    rng: str = "hashed"
 
 
 def bottleneck(
@@ -75,7 +77,7 @@ def bottleneck(
         z = layer_norm(z, norm["scale"], norm["bias"], NORM_EPSILON)
     low = ACTIVATIONS[form.non_linearity](_affine(z.astype(dtype), leaves["adapter_down"]))
     up = _affine(low, leaves["adapter_up"])
-    return dropped(module, up * jnp.asarray(form.scaling, up.dtype), form.dropout)
+    return dropped(module, up * jnp.asarray(form.scaling, up.dtype), form.dropout, form.rng)
 
 
 def _affine(x: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:

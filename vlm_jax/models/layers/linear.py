@@ -13,8 +13,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from vlm_jax.models.layers.dropout import STREAM, dropped, seed_of
+from vlm_jax.models.layers.lora_dot import lora_dot, product_with_transpose
 from vlm_jax.models.layers.partition import places_are_spread
+from vlm_jax.models.layers.remat import LOW
 from vlm_jax.weights import dense, is_quantized
 
 LORA_LEAVES = ("lora_A", "lora_B", "lora_magnitude", "lora_scale", "start_A", "start_B")
@@ -27,11 +31,15 @@ def is_lora(path: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAScale:
-    """What the forward pass needs to know of an adapter beside its matrices."""
+    """What the forward pass needs to know of an adapter beside its matrices.
+
+    rng: what makes dropout's masks, a key of `dropout.KEEP`.
+    """
 
     alpha: float
     dropout: float = 0.0
     rslora: bool = False
+    rng: str = "hashed"
 
     def scale(self, rank: int) -> float:
         """alpha/r, or alpha/sqrt(r) for rank-stabilised LoRA (https://arxiv.org/abs/2312.03732)."""
@@ -75,12 +83,17 @@ def _quantized_matmul(x: jax.Array, kernel: Any) -> jax.Array:
 
     Nothing contracts over rows here, so they need no flattening, which costs a TPU copies.
     """
-    return x @ dense(kernel, x.dtype)
+    return x @ _decoded(kernel, x)
+
+
+def _decoded(kernel: Any, x: jax.Array) -> jax.Array:
+    """Return a quantized kernel for a product with x [..., features]."""
+    return dense(kernel, x.dtype, rows=math.prod(x.shape[:-1]))
 
 
 _quantized_matmul.defvjp(
-    lambda x, kernel: (x @ dense(kernel, x.dtype), kernel),
-    lambda kernel, dy: (dy @ dense(kernel, dy.dtype).T, None),
+    lambda x, kernel: (x @ _decoded(kernel, x), kernel),
+    lambda kernel, dy: (product_with_transpose(dy, _decoded(kernel, dy)), None),
 )
 
 
@@ -90,21 +103,14 @@ def fresh_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def dropped(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Return x with dropout where the module has an rng for it."""
-    if rate == 0 or not module.has_rng("dropout"):
-        return x
-    mask = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
-    return jnp.where(mask, x / (1.0 - rate), 0).astype(x.dtype)
-
-
 def lora_update(x_lora: jax.Array, a: Any, b: Any, scale: Any) -> jax.Array:
     """Return scale (x_lora @ a) @ b, in x_lora's dtype: [..., in] to [..., out].
 
     scale: a number, or an array of none.
     """
     dtype = x_lora.dtype
-    return matmul(matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype), dense(b, dtype))
+    low = matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)
+    return matmul(checkpoint_name(low, LOW), dense(b, dtype))
 
 
 def lora_matmul(
@@ -113,7 +119,7 @@ def lora_matmul(
     """Return x @ kernel + scale (x_lora @ a) @ b, in x's dtype.
 
     x, x_lora: [..., in], the latter after dropout. kernel: [in, out] leaf. a: [in, R]. b: [R, out].
-    start: see `kernel_product`. The one place where a frozen weight of our models meets an adapter.
+    start: see `kernel_product`. Where there is none, and dropout is hashed, `lora_dot` is the same.
     """
     return kernel_product(x, kernel, scale, start) + lora_update(x_lora, a, b, scale)
 
@@ -205,16 +211,7 @@ class Linear(nn.Module):
         x = x.astype(self.dtype)
         leaves = self.variables["params"]
         if "lora_A" in leaves:
-            a, b, scale = factors_of(self, self.lora)
-            assert self.lora is not None
-            x_lora = dropped(self, x, self.lora.dropout)
-            start = (leaves["start_A"], leaves["start_B"]) if "start_A" in leaves else None
-            factors = (kernel, a, b, scale, x_lora, start)
-            y = (
-                dora_matmul(x, *factors, leaves["lora_magnitude"])
-                if "lora_magnitude" in leaves
-                else lora_matmul(x, *factors)
-            )
+            y = self._adapted(x, kernel, leaves)
         else:
             y = matmul(x, kernel)
         if "added" in leaves:  # outputs of new tokens: see added_tokens.py
@@ -223,6 +220,21 @@ class Linear(nn.Module):
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             y = y + along_last(bias.astype(self.dtype), y)
         return y
+
+    def _adapted(self, x: jax.Array, kernel: Any, leaves: Any) -> jax.Array:
+        """Return x times the kernel with what LoRA or DoRA change of it."""
+        a, b, scale = factors_of(self, self.lora)
+        assert self.lora is not None
+        rate = self.lora.dropout if self.has_rng(STREAM) else 0.0
+        plain = "start_A" not in leaves and "lora_magnitude" not in leaves
+        if plain and (rate == 0 or self.lora.rng == "hashed"):
+            return lora_dot(x, kernel, a, b, scale, rate, seed_of(self) if rate else None)
+        x_lora = dropped(self, x, rate, self.lora.rng)
+        start = (leaves["start_A"], leaves["start_B"]) if "start_A" in leaves else None
+        factors = (kernel, a, b, scale, x_lora, start)
+        if "lora_magnitude" in leaves:
+            return dora_matmul(x, *factors, leaves["lora_magnitude"])
+        return lora_matmul(x, *factors)
 
 
 class Embed(nn.Module):

@@ -1,33 +1,40 @@
 """The one seam for sharding in model code: activations stay with their rows and tokens.
 
 Without it the compiler may follow a kernel's shards instead, and move activations layer by layer
-where it should move weights.
+where it should move weights. Weights are gathered layer by layer.
 """
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlm_jax.trees import flatten, map_leaves
+from vlm_jax.weights import is_quantized
+
 _rows: ContextVar[NamedSharding | None] = ContextVar("rows", default=None)
+_params: ContextVar[tuple[Mapping[str, Any], ...]] = ContextVar("params", default=())
 FREE = PartitionSpec.UNCONSTRAINED
 
 
 @contextlib.contextmanager
-def rows_over(sharding: NamedSharding) -> Iterator[None]:
+def rows_over(sharding: NamedSharding, *params: Mapping[str, Any]) -> Iterator[None]:
     """Keep activations of whatever is traced inside on the devices of their rows and tokens.
 
-    sharding: of a batch's tokens [rows, tokens], each axis over mesh axes.
+    sharding: of a batch's tokens [rows, tokens], each axis over mesh axes. params: trees of arrays,
+    or their shapes, of whose leaves `gathered_layer` learns how they are stored.
     """
-    token = _rows.set(sharding)
+    tokens = _rows.set(sharding), _params.set(params)
     try:
         yield
     finally:
-        _rows.reset(token)
+        _rows.reset(tokens[0])
+        _params.reset(tokens[1])
 
 
 def _axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -60,19 +67,24 @@ def parts() -> tuple[int, int]:
     return rows, tokens
 
 
-def constrain_rows(x: Any) -> Any:
-    """Return x [rows, places, ...] spread by its rows and places; as it is outside `rows_over`.
+def axes_of(rows: int, places: int) -> tuple[Any, Any]:
+    """Return the mesh axes that so many rows, and places of a row, are spread over; None: none.
 
     Places are tokens or patches. Where their number does not divide, more rows do, as the images of
     a batch; where those do not either, each device of a row has all its places.
     """
+    (over_rows, over_places), sizes = _axes(), parts()
+    if places % sizes[1] == 0:
+        return over_rows or None, over_places or None
+    return (over_rows if rows % math.prod(sizes) else (*over_rows, *over_places)) or None, None
+
+
+def constrain_rows(x: Any) -> Any:
+    """Return x [rows, places, ...] spread by `axes_of` them; as it is outside `rows_over`."""
     if mesh() is None:
         return x
-    (rows, tokens), sizes = _axes(), parts()
-    over: list[Any] = [rows or None, tokens or None]
-    if x.ndim < 2 or x.shape[1] % sizes[1]:
-        over = [(rows if x.shape[0] % math.prod(sizes) else (*rows, *tokens)) or None]
-    spec = PartitionSpec(*over, *[None] * (x.ndim - len(over)))
+    over = axes_of(x.shape[0], x.shape[1] if x.ndim > 1 else 1)
+    spec = PartitionSpec(*over[: x.ndim], *[None] * (x.ndim - 2))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), spec))
 
 
@@ -89,3 +101,46 @@ def gather_places(x: Any) -> Any:
         return x
     spec = PartitionSpec(FREE, None, *[FREE] * (x.ndim - 2))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), spec))
+
+
+def weights_are_spread() -> bool:
+    """Return whether several devices share one copy of the weights: see `gathered_layer`."""
+    return mesh() is not None and mesh().shape["fsdp"] > 1
+
+
+def gathered_layer(prefix: str, layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return one layer's leaves, of a stack at `prefix` in the tree, whole where fsdp spread them.
+
+    What the tensor axis spreads stays so. Their gradients are summed onto the shards. Otherwise the
+    compiler passes shards of a kernel on from device to device between partial products, which
+    costs a TPU more than a product of the whole. 4-bit leaves gather their codes where they are
+    decoded.
+    """
+    if not weights_are_spread():
+        return layer
+    stored = {path: leaf for tree in _params.get() for path, leaf in flatten(tree).items()}
+
+    def whole(path: str, leaf: Any) -> Any:
+        where = getattr(stored.get(f"{prefix}/{path}"), "sharding", None)
+        if is_quantized(leaf) or not isinstance(where, NamedSharding) or "fsdp" not in where.spec:
+            return leaf
+        return _whole(leaf, NamedSharding(mesh(), PartitionSpec(*where.spec[1:])))
+
+    return map_leaves(whole, layer)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _whole(leaf: jax.Array, stored: NamedSharding) -> jax.Array:
+    """Return a leaf gathered over fsdp; its gradient lies as it is stored."""
+    spec = PartitionSpec(*(None if name == "fsdp" else name for name in stored.spec))
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(stored.mesh, spec))
+
+
+_whole.defvjp(
+    lambda leaf, stored: (_whole(leaf, stored), None),
+    # Whole first: a product that gives shards would pass their sums on from device to device. The
+    # compiler makes one reduce-scatter of both.
+    lambda stored, _, gradient: (
+        jax.lax.with_sharding_constraint(_whole(gradient, stored), stored),
+    ),
+)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from vlm_jax.models.layers.partition import constrain_rows
+from vlm_jax.models.layers.partition import constrain_rows, gathered_layer, weights_are_spread
 from vlm_jax.models.layers.remat import BLOCK_INPUT, REMAT
 
 
@@ -46,11 +46,13 @@ class Stack(nn.Module):
 
         def body(x: Any, layer: Any) -> Any:
             params, key, extra = layer
+            # Inside of what is recomputed: gathered again for the backward pass, and never kept.
+            params = gathered_layer("/".join(self.path), params)
             x = checkpoint_name(jax.tree.map(constrain_rows, x), BLOCK_INPUT)
             rngs = None if key is None else {"dropout": key}
             return block.apply({"params": params}, x, context, extra, rngs=rngs)
 
-        if self.remat != "none":
+        if self.remat != "none" or weights_are_spread():
             # prevent_cse is for code outside a scan; inside, the loop itself prevents it.
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.remat])
         return jax.lax.scan(body, x, layers)
