@@ -18,14 +18,20 @@ from vlm_jax.train.loop import train
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 
 
-def make_base(directory: Path, seed: int = 0, layers: int = 1) -> Path:
-    """Write a tiny random Qwen2-VL of so many layers, weights included."""
+def make_base(directory: Path, seed: int = 0, layers: int = 1, width: int = 16) -> Path:
+    """Write a tiny random Qwen2-VL of so many layers, weights included. width: of the decoder."""
     directory.mkdir(parents=True)
     qwen2_vl_files(directory)
     file = directory / "config.json"
     settings = json.loads(file.read_text())
     kinds = ["full_attention"] * layers
     settings["text_config"] |= {"num_hidden_layers": layers, "layer_types": kinds}
+    if width != 16:
+        rope = {"rope_type": "default", "rope_theta": 1e4}
+        rope["mrope_section"] = [width // 16, width // 16, width // 8]
+        settings["text_config"] |= {"hidden_size": width, "rope_parameters": rope}
+        settings["text_config"] |= {"intermediate_size": 2 * width, "num_key_value_heads": 2}
+        settings["vision_config"]["hidden_size"] = width
     file.write_text(json.dumps(settings))
     model = vlm_jax.from_config(json.loads((directory / "config.json").read_text()))
     params = jax.jit(model.init)(jax.random.key(seed))

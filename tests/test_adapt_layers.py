@@ -1,5 +1,7 @@
 """`adapt` on single layers and odd modules: each kind, 4 bits, dropout, stacks, what is refused."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import vlm_jax
 from vlm_jax import LoRA, Quantization, UserError
 from vlm_jax.adapters.targets import PRESETS
 from vlm_jax.linen.discover import Layer
+from vlm_jax.models.layers.dropout import KEEP
 from vlm_jax.models.layers.linear import Linear, LoRAScale
 from vlm_jax.trees import flatten, unflatten
 
@@ -326,12 +329,15 @@ def test_dropout_in_a_scan_is_told_or_acts():
     assert np.abs(hearing.apply(variables, X, rngs=rngs) - still).max() > 0.01
 
 
-def test_dropout_is_peft_s():
+@pytest.mark.parametrize("rng", KEEP)
+def test_dropout_is_peft_s(rng):
     """On the input of A alone, zero or scaled up, where there is an rng."""
     x = X[:1, 0, :6]
     params = drawn(nn.Dense(5), x)
     lora = LoRA(2, 4, dropout=0.25, targets="all-linear")
     adapted, fresh = vlm_jax.adapt(nn.Dense(5), params, lora)
+    assert adapted.dropout_rng == "threefry"
+    adapted = dataclasses.replace(adapted, dropout_rng=rng)
     base = nn.Dense(5).apply({"params": params}, x)
     key = jax.random.key(2)
     np.testing.assert_array_equal(adapted.apply(fresh, x, rngs={"dropout": key}), base)

@@ -31,10 +31,9 @@ OTHERS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of which a short row has several."""
-    for name in ("QUERIES", "KEYS"):
-        monkeypatch.setattr(chunked, name, BLOCK)
+    monkeypatch.setitem(chunked.BLOCKS, "cpu", (BLOCK, BLOCK))
+    for name in ("QUERIES", "KEYS", "AT_ONCE"):
         monkeypatch.setattr(splash, name, BLOCK)
-    monkeypatch.setattr(splash, "AT_ONCE", BLOCK)
 
 
 def segments(*rows, length):

@@ -180,7 +180,7 @@ def test_the_estimate_counts_what_a_run_holds(place):
         head = text.vocab_size * text.hidden_size * 4  # gathered; where it trains with gradients
         learned = changes == ["lora.enabled=false"]
         assert got.head == (3 if learned else 1) * head
-        assert got.over(2).activations == got.activations + got.head
+        assert got.over(2).activations == got.activations + got.head + got.layer
         paged = make_config(
             place / "base", place / "data/train.jsonl", place / "no", *changes,
             "training.optim=paged_adamw",

@@ -23,6 +23,7 @@ class Device:
     dimensions: of the topologies of a TPU slice, such as 2 for "2x2"; 0: no TPU.
     clock: cycles a second of a TPU's matrix unit. kind: JAX's device_kind. halves: devices a chip.
     target: XLA's description of a GPU that can be compiled for. per_host: GPUs of a host.
+    at_once: tokens of a micro-batch from which on more at a time are slower; None: not known.
     """
 
     memory: int
@@ -36,6 +37,7 @@ class Device:
     halves: int = 1
     target: str | None = None
     per_host: int = 8
+    at_once: int | None = None
 
     @property
     def is_tpu(self) -> bool:
@@ -61,11 +63,21 @@ class Device:
 # GPUs: NVIDIA's data sheets (https://www.nvidia.com/en-us/data-center/h100, /h200, /a100, /l40s,
 # /l4, /products/a10-gpu, /a40) and the white papers of GeForce RTX 50, Ada and GA102 ("BF16 tensor
 # TFLOPS with FP32 accumulate", without sparsity; links halved). a10g: AWS states its memory alone.
+# at_once: what of [tokens, width of the MLP] in bfloat16 stays in a TPU's vector memory between
+# programs. By the compiler's cycles of Qwen2-VL-7B 8,192 tokens in four times take a v5e 0.70 of
+# one time; a v5p, with links and memory three times as fast, has no use for less than 8,192. v6e's
+# is by its memory's speed, between them.
 DEVICES: dict[str, Device] = {
     "v4": Device(32 * GIB, 275e12, 1200e9, 300e9, None, 3, 1.05e9, "TPU v4"),
-    "v5e": Device(16 * GB, 197e12, 819e9, 200e9, int(15.75 * GIB), 2, 1.5e9, "TPU v5 lite"),
-    "v5p": Device(95 * GIB, 459e12, 2765e9, 600e9, int(95.73 * GIB), 3, 1.75e9, "TPU v5"),
-    "v6e": Device(32 * GB, 918e12, 1638e9, 400e9, int(31.24 * GIB), 2, None, "TPU v6 lite"),
+    "v5e": Device(
+        16 * GB, 197e12, 819e9, 200e9, int(15.75 * GIB), 2, 1.5e9, "TPU v5 lite", at_once=2048
+    ),
+    "v5p": Device(
+        95 * GIB, 459e12, 2765e9, 600e9, int(95.73 * GIB), 3, 1.75e9, "TPU v5", at_once=8192
+    ),
+    "v6e": Device(
+        32 * GB, 918e12, 1638e9, 400e9, int(31.24 * GIB), 2, None, "TPU v6 lite", at_once=4096
+    ),
     "tpu7x": Device(
         96 * GIB, 1153.5e12, 3690e9, None, int(94.74 * GIB), 3, None, "TPU7x", halves=2
     ),
@@ -87,6 +99,16 @@ DEVICES: dict[str, Device] = {
 OTHER_NAMES = {"a100-80": "a100", "a100-80gb": "a100", "a100-40": "a100-40gb", "v5litepod": "v5e"}
 # Cloud names of slices count TensorCores here, of which a chip has two: v4-8 is four chips.
 BY_CORES = ("v4", "v5p", "tpu7x")
+
+
+def device_of(kind: str) -> Device | None:
+    """Return the device of JAX's device_kind, or None where none is known by it."""
+    text = kind.lower().replace(" ", "")
+    for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
+        named = not known.kind and all(part in text for part in name.split("-"))
+        if known.kind == kind or named:
+            return known
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vlm_jax.model import TOKEN_LEAVES, Model
 from vlm_jax.models import decoder_config
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.trees import flatten, map_leaves, match, unflatten
-from vlm_jax.weights import FourBit
+from vlm_jax.weights import FourBit, words
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
@@ -186,17 +186,63 @@ def leaf_sharding(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Any:
     kept = tuple(None if name == "fsdp" else name for name in names)
     axes_of_scales = 2 if leaf.aligned else 1
     used = (
-        place(leaf.shape[-2:], kept),
+        place(leaf.codes.shape[-2:], kept),
         place(leaf.absmax.shape[-axes_of_scales:], kept if leaf.aligned else ()),
     )
     return dataclasses.replace(
         leaf,
-        codes=place(leaf.shape, names),
+        codes=place(leaf.codes.shape, names),
         absmax=place(leaf.absmax.shape, names if leaf.aligned else ()),
         nested=replicated,
         offset=replicated,
         used=used if mesh.size > 1 else None,
     )
+
+
+def laid_out(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Return the tree, of arrays or shapes, whose 4-bit kernels lie as the mesh decodes them best.
+
+    In words on TPUs (see `weights.words`), where each axis of the mesh cuts words, and what it
+    leaves of a kernel fits the layout too; else as they are.
+    """
+    if platform(mesh) != "tpu":
+        return dict(params)
+    flat = flatten(params)
+    axes = _logical_axes(model, flat)
+    return unflatten(
+        {
+            path: _in_words(leaf) if _takes_words(leaf, axes[path], mesh) else leaf
+            for path, leaf in flat.items()
+        }
+    )
+
+
+def platform(mesh: Any) -> str | None:
+    """Return the platform of a mesh's devices; None where it has none, as an abstract one."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+
+
+def _takes_words(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh) -> bool:
+    """Return whether each shard of a leaf, as it lies and as it is decoded, may be words."""
+    if not isinstance(leaf, FourBit) or leaf.in_words:
+        return False
+    sizes = []
+    for size, axis in zip(leaf.shape[-2:], axes[-2:], strict=True):
+        name = RULES[axis]
+        parts = 1 if name is None or size % mesh.shape[name] else mesh.shape[name]
+        sizes.append((size // parts, size if name == "fsdp" else size // parts))
+    (stored, inputs), (_, outputs) = sizes
+    return stored % words.CODES == 0 and words.fits(inputs, outputs, leaf.block)
+
+
+@jax.jit
+def _to_words(leaf: FourBit) -> FourBit:
+    return leaf.to_words()
+
+
+def _in_words(leaf: FourBit) -> FourBit:
+    shapes = isinstance(leaf.codes, jax.ShapeDtypeStruct)
+    return jax.eval_shape(_to_words, leaf) if shapes else _to_words(leaf)
 
 
 def used_on_mesh(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +275,8 @@ def gathered(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, A
 
 
 def shard_params(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Return the tree with every leaf placed on its shards."""
+    """Return the tree with every leaf placed on its shards, in the layout of its devices."""
+    params = laid_out(model, params, mesh)
     shardings = param_shardings(model, params, mesh)
     return jax.tree.map(put, used_on_mesh(params, shardings), shardings)
 

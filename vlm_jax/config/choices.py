@@ -144,7 +144,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     ),
     "training.optim": tuple(OPTIMIZERS),
     "training.remat_policy": (
-        *(None, "block", "qkv", "residual", "gate", "products", "none"),
+        *(None, "auto", "block", "qkv", "residual", "gate", "products", "none"),
         *("block_save_attention", "dots", "offload", "products_offload"),
     ),
     "training.dropout_rng": (None, "hashed", "threefry"),

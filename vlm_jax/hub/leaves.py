@@ -117,9 +117,11 @@ def _place(leaf: FourBit, arrays: Packed, sharding: Any) -> FourBit:
         part: None if array is None else _put(array, where[part])
         for part, array in arrays._asdict().items()
     }
-    unpack = jax.jit(unpack_codes, static_argnums=1, out_shardings=where["codes"])
-    placed["codes"] = unpack(placed["codes"], leaf.shape[-1])
-    return dataclasses.replace(leaf, used=where.get("used"), **placed)
+    in_words = where.get("in_words", False)
+    if not in_words:
+        unpack = jax.jit(unpack_codes, static_argnums=1, out_shardings=where["codes"])
+        placed["codes"] = unpack(placed["codes"], leaf.shape[-1])
+    return dataclasses.replace(leaf, used=where.get("used"), in_words=in_words, **placed)
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:
@@ -172,19 +174,21 @@ def read_leaf(
     arrays: list[Any] = []
     for tensor in tensors:
         stored = _read_4bit(tensor) if storage is None else _quantized(tensor, storage)
-        layer = pack(stored.flat, (shape[-2], shape[-1]), stored.block)
         if not arrays:
             first, lead = stored, shape[:-2]
+            kind = Storage(first.format, first.flat.nested is not None, first.block)
+            leaf = kind.abstract(shape, first.dtype)
+            sharding = sharding_of(leaf)
+            in_words = sharding is not None and sharding.in_words
+        layer = pack(stored.flat, (shape[-2], shape[-1]), stored.block, in_words)
+        if not arrays:
             arrays = [None if a is None else np.empty((*lead, *a.shape), a.dtype) for a in layer]
         elif stored.kind != first.kind:
             raise _mixed(path, tensors[0], str(first.kind), tensor, str(stored.kind))
         for stack, part in zip(arrays, layer, strict=True):
             if stack is not None:
                 stack[tensor.place.index] = part
-    leaf = Storage(first.format, first.flat.nested is not None, first.block).abstract(
-        shape, first.dtype
-    )
-    return _place(leaf, Packed(*arrays), sharding_of(leaf)), first.dtype
+    return _place(leaf, Packed(*arrays), sharding), first.dtype
 
 
 def _quantized(tensor: Tensor, storage: Storage) -> bnb.Stored:

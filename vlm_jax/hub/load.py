@@ -23,7 +23,7 @@ from vlm_jax.model import Model, Source, from_config
 from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.names import Place, current_name, disk_places, embedding_name, is_unused
 from vlm_jax.quantization import Quantize, described, storages
-from vlm_jax.sharding import param_shardings
+from vlm_jax.sharding import laid_out, param_shardings
 from vlm_jax.trees import flatten, unflatten
 from vlm_jax.weights import bnb
 
@@ -302,9 +302,8 @@ def load(
 
 
 def _sharding(model: Model, mesh: Any, path: str, leaf: Any) -> Any:
-    """Return where a leaf of these shapes lies on a mesh; None without one."""
-    return (
-        None
-        if mesh is None
-        else flatten(param_shardings(model, unflatten({path: leaf}), mesh))[path]
-    )
+    """Return where a leaf of these shapes lies on a mesh, and in which layout; None without one."""
+    if mesh is None:
+        return None
+    tree = laid_out(model, unflatten({path: leaf}), mesh)
+    return flatten(param_shardings(model, tree, mesh))[path]

@@ -262,10 +262,10 @@ def _estimated(step: Step, device: Device, own: leaves.Parts) -> _Verdict:
     taken = beside_arguments(
         step.config, step.model, step.state.trainable, step.frozen, step.shape, step.rows_at_once
     )
-    head = taken.head if step.sizes["fsdp"] > 1 else 0
+    gathered = taken.gathered if step.sizes["fsdp"] > 1 else 0
     beside = {
         "gradients and copies of what trains": taken.copies,
-        "activations": taken.activations + head,
+        "activations": taken.activations + gathered,
     }
     peak, capacity = own.device + sum(beside.values()), device.usable
     said = f"{capacity / device.memory:.0%} of the memory are counted on"

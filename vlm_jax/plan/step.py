@@ -17,6 +17,7 @@ from vlm_jax.errors import UserError, refuse
 from vlm_jax.hardware import Hardware
 from vlm_jax.model import Model
 from vlm_jax.plan.topologies import ABSENT, devices
+from vlm_jax.train.auto import with_policy
 from vlm_jax.train.compile import abstract_batch, out_of_memory_explained
 from vlm_jax.train.compile import compile_step as compile_run
 from vlm_jax.train.estimate import image_patches
@@ -139,6 +140,7 @@ def prepare(
     over: Any = (
         abstract_mesh(config, found) if isinstance(found, Hardware) else mesh_of(config, found)
     )
+    config, _ = with_policy(config, over, found if isinstance(found, Hardware) else None)
     model, tx, state, frozen = abstract_run(config, over)
     parts = config.training.gradient_accumulation_steps
     shards = over.shape["data"] * over.shape["fsdp"]

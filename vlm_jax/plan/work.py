@@ -6,21 +6,25 @@ again, and so is that by the kernel, where it trains. Attention is 4 x T^2 x wid
 look-ups are left out. What is recomputed (rematerialisation) is counted by itself.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.model import Model
-from vlm_jax.train.losses import head_of
+from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT
+from vlm_jax.models.layers.remat import ATTENDED, GATE, KEPT, LOW, MID, QKV, UP
 from vlm_jax.trees import flatten
 
 # Components in the order in which values flow through them, and so gradients back.
 ORDER = ("vision", "projector", "embeddings", "language_model", "head")
 KERNELS = ("kernel", "lora_A", "lora_B", "added", "start_A", "start_B")
-# Remat policies under which a block's products with weights are recomputed, and how much of
-# attention's two products is: with its result kept, the scores alone.
-PRODUCTS_AGAIN = ("block", "block_save_attention", "offload")
-ATTENTION_AGAIN = {"none": 0, "block": 1, "block_save_attention": 0.5, "dots": 1, "offload": 1}
+# The module of a product with a weight -> the name of the value that it ends in.
+ENDS_IN = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv"), QKV),
+    **dict.fromkeys(("o_proj", "out_proj", "proj"), MID),
+    **{"gate_proj": GATE, "up_proj": UP, "fc1": UP},
+}
 
 
 class Work(NamedTuple):
@@ -66,7 +70,6 @@ def count(
     # Whether gradients by activations are asked for at a component's input, and inside of it.
     enters = {name: bool(trains & set(ORDER[:i])) for i, name in enumerate(ORDER)}
     inside = {name: enters[name] or name in trains for name in ORDER}
-    head_trains = any(path.startswith(f"{head_of(model)}/") for path in trained)
     positions = {
         "vision": rows * patches,
         "projector": rows * cfg.features(patches),
@@ -80,27 +83,20 @@ def count(
     }
     firsts = {name: min(own, default="/").rsplit("/", 1)[0] for name, own in kernels.items()}
     stacks = tuple(f"{prefix}/" for prefix in cfg.stacks)
-    adapter = model.adapter
-    read = () if adapter is None or adapter.form.reads == "input" else adapter.components
 
     def product(path: str) -> Work:
         # Where matrices started is one product with them, gradients included (see lora_init.py).
-        module, name = path.replace("start_", "lora_").split("/")[-2:]
+        name = path.replace("start_", "lora_").rsplit("/", 1)[1]
         learns, in_stack = path in trained or "/start_" in path, path.startswith(stacks)
         component = "head" if owner[path] == "embeddings" else owner[path]  # a tied one
         once = 2 * positions[component] * math.prod(leaves[path].shape[-2:])
         once *= layers[component] if in_stack else 1
         redone = False
         if component == "head":
-            # Of a head that trains the loss recomputes logits, whatever the blocks do.
-            back, redone = enters["head"], head_trains
+            back = enters["head"]  # made with the logits, whatever the blocks recompute
         elif in_stack:
             back = inside[component]
-            # The last product of a block or of an adapter is only added, so it is not computed
-            # again, unless an adapter reads it.
-            last = module in (*cfg.LAST, "adapter_up") and name != "lora_A"
-            is_read = component in read and module != "adapter_up"
-            redone = back and model.remat in PRODUCTS_AGAIN and (is_read or not last)
+            redone = back and again(model, path, leaves)
         elif component == "vision":  # it sees pixels, by which nothing asks for a gradient
             back = inside[component] and name == "lora_B"
         else:
@@ -126,9 +122,45 @@ def count(
         ("language_model", tokens, cfg.text.num_heads * cfg.text.head_dim),
     ):
         once = 4 * positions[name] * keys * wide * layers[name]
-        redone = int(once * ATTENTION_AGAIN[model.remat]) * inside[name]
+        redone = int(once * attention_again(model.remat)) * inside[name]
         found[name].append(Work(once, 2 * once * inside[name], 0, redone))
     return {name: total(works) for name, works in found.items()}
+
+
+def again(model: Model, path: str, leaves: Collection[str]) -> bool:
+    """Return whether the backward pass computes a product of a block again.
+
+    path: of its kernel, below a stack. leaves: paths of the whole tree. What an adapter reads, and
+    what DoRA's norms are multiplied by, is needed itself, whatever it ends in.
+    """
+    if model.remat in ("none", "dots"):
+        return False
+    kept = {*itertools.chain(*KEPT[model.remat])}
+    part, module, leaf = path.rsplit("/", 2)
+    block, name = part.rsplit("/", 1)
+    if leaf in ("lora_A", "start_A"):
+        return LOW not in kept
+    if module == "adapter_down" or f"{part}/{module}/lora_magnitude" in leaves:
+        return True
+    if name == ATTENTION or ENDS_IN.get(module) == MID:
+        adapter, needed = ATTENTION, MID not in kept
+    elif name == OUTPUT or module in model.config.LAST:
+        adapter, needed = OUTPUT, False
+    else:
+        return ENDS_IN[module] not in kept
+    reads = model.adapter is not None and model.adapter.form.reads != "input"
+    is_read = f"{block}/{adapter}/adapter_down/kernel" in leaves and name != adapter
+    return needed or (reads and is_read)
+
+
+def attention_again(remat: str) -> float:
+    """Return how much of attention's two products is computed again: with its result kept, scores.
+
+    A kernel that never holds scores does so even where everything is kept.
+    """
+    if remat == "none":
+        return 0
+    return 0.5 if ATTENDED in KEPT[remat][0] else 1
 
 
 def masked(model: Model, trainable: Mapping[str, Any], rows: int, tokens: int) -> int:

@@ -30,8 +30,9 @@ Shape = tuple[int, int]  # tokens, patches
 Tell = Callable[[str], AbstractContextManager[Any]]
 LESS_MEMORY = (
     "Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-    "data.max_seq_length, data.max_pixels or data.max_patches, or set "
-    "training.gradient_checkpointing=true."
+    "data.max_seq_length, data.max_pixels or data.max_patches, or set training.remat_policy to one "
+    "that keeps less for the backward pass: of none, products, gate, residual, qkv, block and "
+    "offload each keeps less than the one before it."
 )
 
 

@@ -16,8 +16,10 @@ from vlm_jax.config.specs import MeshSpec, RunSpec
 from vlm_jax.data.media.image_settings import make_processor, read_settings
 from vlm_jax.errors import UserError
 from vlm_jax.model import Model
+from vlm_jax.models.layers.attention.choice import SHORT
 from vlm_jax.models.layers.cross_entropy import CHUNK_POSITIONS
 from vlm_jax.sharding import make_mesh
+from vlm_jax.train.kept import decoder_bytes, kept, tower_bytes
 from vlm_jax.train.losses import head_of
 from vlm_jax.train.setup import abstract_base, abstract_run, base_name
 from vlm_jax.train.step import is_key
@@ -35,6 +37,7 @@ class Estimate(NamedTuple):
     moments: int  # of the optimizer, on the device; and the moving average
     activations: int
     head: int = 0  # a copy of it, and gradients where it trains: see `over`
+    layer: int = 0  # a copy of the dense weights of one: see `over`
 
     @property
     def total(self) -> int:
@@ -43,12 +46,12 @@ class Estimate(NamedTuple):
     def over(self, shards: int) -> "Estimate":
         """Return the estimate where so many devices share the parameters (mesh.fsdp).
 
-        The loss then gathers the head.
+        The loss then gathers the head, and each block its weights.
         """
         if shards == 1:
             return self
         weights, trained, moments = (part // shards for part in self[:3])
-        return Estimate(weights, trained, moments, self.activations + self.head)
+        return Estimate(weights, trained, moments, self.activations + self.head + self.layer)
 
 
 def estimate(config: RunSpec, shape: Shape, rows: int = 1, tokens: int | None = None) -> Estimate:
@@ -68,6 +71,7 @@ def estimate(config: RunSpec, shape: Shape, rows: int = 1, tokens: int | None = 
         moments=(0 if on_host else nbytes(state.opt_state)) + nbytes(state.ema),
         activations=beside.activations,
         head=beside.head,
+        layer=beside.layer,
     )
 
 
@@ -77,21 +81,38 @@ class Beside(NamedTuple):
     copies: int  # float32 gradients of what trains, and copies in the compute dtype
     activations: int
     head: int  # as in `Estimate`
+    layer: int  # likewise
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of what is gathered, where several devices share the parameters."""
+        return self.head + self.layer
 
 
 def beside_arguments(
-    config: RunSpec, model: Model, trainable: Any, frozen: Any, shape: Shape, rows: int
+    config: RunSpec,
+    model: Model,
+    trainable: Any,
+    frozen: Any,
+    shape: Shape,
+    rows: int,
+    platform: str = "gpu",
 ) -> Beside:
     """Return what a step of `rows` rows at once takes beside its arguments.
 
-    trainable, frozen: shapes with their shardings.
+    trainable, frozen: shapes with their shardings. platform: "gpu" takes most, attention's scores.
     """
-    tower = any(model.component(path) == "vision" for path in flatten(trainable))
     return Beside(
         beside_masters(config, model, nbytes(trainable)),
-        activations(model, shape, rows, tower, largest(frozen)),
+        activations(model, shape, rows, tower_trains(model, trainable), largest(frozen), platform),
         gathered_head(model, trainable, frozen),
+        gathered_layer(model, trainable, frozen),
     )
+
+
+def tower_trains(model: Model, trainable: Any) -> bool:
+    """Return whether anything of the vision tower trains, so that its activations are kept."""
+    return any(model.component(path) == "vision" for path in flatten(trainable))
 
 
 def beside_masters(config: RunSpec, model: Model, masters: int) -> int:
@@ -116,6 +137,19 @@ def gathered_head(model: Model, trainable: Any, frozen: Any) -> int:
     )
     gradients = 3 * sum(math.prod(x.shape) for x in learned) * model.dtype.itemsize
     return nbytes(still, whole=True) + gradients
+
+
+def gathered_layer(model: Model, trainable: Any, frozen: Any) -> int:
+    """Return the bytes of the dense leaves of a decoder's layer, whole, in the compute dtype."""
+    leaves = {**flatten(frozen), **flatten(trainable)}
+    own = (
+        leaf
+        for path, leaf in leaves.items()
+        if model.component(path) == "language_model"
+        and path.startswith(tuple(f"{stack}/" for stack in model.config.stacks))
+        and not isinstance(leaf, FourBit)
+    )
+    return sum(math.prod(leaf.shape[1:]) for leaf in own) * model.dtype.itemsize
 
 
 def nbytes(tree: Any, whole: bool = False) -> int:
@@ -143,34 +177,46 @@ def largest(tree: Any) -> int:
     return max((math.prod(leaf.shape[-2:]) for leaf in four), default=0)
 
 
-def activations(model: Model, shape: Shape, rows: int, tower: bool, decoded: int) -> int:
+def activations(
+    model: Model, shape: Shape, rows: int, tower: bool, decoded: int, platform: str
+) -> int:
     """Return the bytes that a step's activations take.
 
-    tower: whether its own are kept. decoded: values of a kernel that is decoded whole.
+    tower: whether its own are kept. decoded: values of a kernel that is decoded whole. platform: of
+    the device.
 
-    Where blocks are recomputed (model.remat), a block's input is kept for the backward pass,
-    and of its inside, as of the head's logits, only one at a time is there; else all of them are.
+    What model.remat keeps is there for all blocks, see `train.kept`; the rest of a block's inside,
+    as of the head's logits, only for one at a time. "none" keeps all of it.
     """
     text, vision, size = model.config.text, model.config.vision, model.dtype.itemsize
     tokens, patches = (rows * n for n in shape)
     # Forward values: q, k, v, the gate and what it gates, residuals; scores in float32.
     inside = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * size
-    inside += rows * text.num_heads * shape[0] ** 2 * 4
+    inside += rows * text.num_heads * scores(model, shape[0], platform) * 4
     seen = tokens and patches * (2 * vision.intermediate_size + 6 * vision.width) * size
-    seen += rows * vision.num_heads * shape[1] ** 2 * 4
-    kept = tokens * text.hidden_size * text.num_layers * size
-    kept += tower * patches * vision.width * vision.depth * size
-    products = 2 * text.intermediate_size + 5 * text.hidden_size  # what each of them gives
-    kept += {
-        "offload": -kept,
-        "block_save_attention": tokens * text.num_heads * text.head_dim * text.num_layers * size,
-        "dots": tokens * products * text.num_layers * size,
-        "none": inside * (text.num_layers - 1) + tower * seen * (vision.depth - 1),
-    }.get(model.remat, 0)
-    head = 2 * min(tokens, max(CHUNK_POSITIONS.values())) * text.vocab_size * 4
+    seen += rows * vision.num_heads * scores(model, shape[1], platform) * 4
+    layer = kept(decoder_bytes(model), model.remat)[0]
+    taken = tokens * text.num_layers * layer
+    taken += tower * patches * vision.depth * kept(tower_bytes(model), model.remat)[0]
+    if model.remat == "none":
+        taken = tokens * text.num_layers * text.hidden_size * size + inside * (text.num_layers - 1)
+        taken += tower * (patches * vision.depth * vision.width * size + seen * (vision.depth - 1))
+    head = 2 * min(tokens, max(CHUNK_POSITIONS[platform])) * text.vocab_size * size
     pixels = patches * getattr(vision, "patch_values", 0) * 4
-    # Of the largest of them there are values and their gradients.
-    return kept + pixels + max(2 * inside, (1 + tower) * seen, head) + 2 * decoded * size
+    # Of the largest of them there are values, which may be kept already, and their gradients.
+    block = 2 * inside - tokens * layer
+    return taken + pixels + max(block, (1 + tower) * seen, head) + 2 * decoded * size
+
+
+def scores(model: Model, places: int, platform: str) -> int:
+    """Return how many scores of a head are there at a time, in rows of so many places.
+
+    Where rows are long, a kernel makes no more than those of some queries, or keeps them to itself.
+    """
+    if model.attention == "xla":
+        return places**2
+    at_once = SHORT[platform]
+    return places**2 if places <= at_once else 0 if platform == "tpu" else places * at_once
 
 
 def row_shape(config: RunSpec) -> Shape:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from vlm_jax.files.limits import read_json
 from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
 from vlm_jax.model import Model
 from vlm_jax.train.run_dir import Places
-from vlm_jax.train.setup import compute_dtype, quantization_of
+from vlm_jax.train.setup import AUTO, compute_dtype, quantization_of, remat_of
 from vlm_jax.trees import Table
 
 # Config keys of data that decide which batches come.
@@ -36,6 +37,8 @@ PLACES = (
     *("evaluators.*.file", "evaluators.*.image_folder"),
 )
 
+# training.*: the rows of a step on a device.
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # training.*: what runs had that began before there was such a key.
 BEFORE = {"dropout_rng": "threefry"}
 
@@ -115,8 +118,33 @@ def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
             lines.append(
                 f"This run is older than training.{key}: it resumes with {before}, as it began."
             )
+    again, words = _policy_resumed(config, stored)
+    taken, lines = {**taken, **again}, lines + words
     training = dataclasses.replace(config.training, **taken)
     return dataclasses.replace(config, training=training), lines
+
+
+def _policy_resumed(config: RunSpec, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the policy and micro-batch of a run whose config leaves them to `auto`, and lines.
+
+    stored: its training section as it began. A config that names another policy is followed: what
+    is kept for the backward pass changes memory and time, and no number.
+    """
+    t = config.training
+    by_default = "block" if stored.get("gradient_checkpointing", True) else "none"
+    before = stored.get("remat_policy") or by_default
+    if t.remat_policy != AUTO:
+        now = remat_of(config)
+        other = (
+            f"The run began with training.remat_policy={before} and goes on with {now}: memory and "
+            f"time of a step change, what it computes does not."
+        )
+        return {}, [other] if before != now else []
+    sizes = {key: stored.get(key) for key in BATCH}
+    same = math.prod(sizes.values()) == math.prod(getattr(t, key) for key in BATCH)
+    return {"remat_policy": before, **(sizes if same else {})}, [
+        f"training.remat_policy=auto: {before}, as the run began."
+    ]
 
 
 def settings_of(config: RunSpec) -> dict[str, str]:

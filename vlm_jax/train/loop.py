@@ -14,6 +14,7 @@ from rich.console import Console
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.files.atomic import write_json
+from vlm_jax.train.auto import policy_line, with_policy
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     Shapes,
@@ -123,12 +124,14 @@ def _train(
     console: Console,
     verbose: bool,
 ) -> dict:
-    start, t, directory = time.perf_counter(), config.training, places.directory
+    start, directory = time.perf_counter(), places.directory
     claim = places.claim() if places.in_bucket and processes.is_primary() else None
     processes.check_same("configs", settings_of(config))
 
     # Model and data
     mesh, evaluators = mesh_of(config), evaluators_of(config)
+    config, choice = with_policy(config, mesh)
+    t = config.training
     kept = keep_programs(t.compilation_cache_dir, mesh.devices.flat[0].platform)
     model, params, table, encoder = build(config, mesh)
     data = data_of(config, encoder, mesh, rows_of(config, mesh))
@@ -143,8 +146,9 @@ def _train(
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
+    chosen = () if choice is None else (policy_line(config, choice, mesh),)
     said = [] if kept is None else [kept]
-    for line in (*opening_lines(model, params, data, mesh, verbose), *said, *warnings):
+    for line in (*opening_lines(model, params, data, mesh, verbose), *chosen, *said, *warnings):
         say(console, line)
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=data.total)
     still = [path for path in trained if model.component(path) in idle]

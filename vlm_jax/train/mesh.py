@@ -12,7 +12,7 @@ import jax
 from vlm_jax.config.specs import MeshSpec, RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError, refuse
-from vlm_jax.hardware import DEVICES
+from vlm_jax.hardware import device_of
 from vlm_jax.sharding import LEAST_SPREAD, make_mesh, mesh_sizes, row_parts, spread
 from vlm_jax.train.estimate import estimate, row_shape
 from vlm_jax.train.setup import abstract_base
@@ -114,14 +114,13 @@ def memory_of(device: Any) -> int:
     # One that is only described, and not here, has no statistics.
     with contextlib.suppress(jax.errors.JaxRuntimeError, KeyError):
         return (device.memory_stats() or {})["bytes_limit"]
-    kind = device.device_kind.lower().replace(" ", "")
-    for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
-        named = not known.kind and all(part in kind for part in name.split("-"))
-        if known.kind == device.device_kind or named:
-            return known.usable
+    known = device_of(device.device_kind)
+    if known is not None:
+        return known.usable
     raise UserError(
-        f"mesh.auto cannot learn how much memory a '{device.device_kind}' has. Set mesh.fsdp, the "
-        f"devices that share one copy of the parameters."
+        f"mesh.auto and training.remat_policy=auto cannot learn how much memory a "
+        f"'{device.device_kind}' has. Set mesh.fsdp, the devices that share one copy of the "
+        f"parameters, and a policy by its name."
     )
 
 

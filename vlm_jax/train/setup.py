@@ -27,6 +27,7 @@ from vlm_jax.model import Model, from_config
 from vlm_jax.quantization import Quantization
 from vlm_jax.sharding import (
     check_spread,
+    laid_out,
     param_shardings,
     row_parts,
     row_share,
@@ -63,10 +64,18 @@ def quantization_of(config: RunSpec) -> Quantization | None:
     )
 
 
+AUTO = "auto"  # a remat policy that `train.auto` chooses
+
+
 def remat_of(config: RunSpec) -> str:
-    """Return the remat policy, a key of `layers.remat.REMAT`: the one named, or a block's."""
+    """Return the remat policy, a key of `layers.remat.REMAT`: the one named, or a block's.
+
+    Where it is still to be chosen it is a block's, which needs least of a device.
+    """
     named = config.training.remat_policy
-    return named or ("block" if config.training.gradient_checkpointing else "none")
+    if named in (None, AUTO):
+        return "block" if named or config.training.gradient_checkpointing else "none"
+    return named
 
 
 def base_name(config: RunSpec) -> str:
@@ -385,6 +394,7 @@ def abstract_run(
 
     params = jax.eval_shape(build, shapes)
     model, table = made["model"], made["table"]
+    params = laid_out(model, params, mesh)
     check_spread(model, params, mesh)
     shardings = param_shardings(model, params, mesh)
     trainable, frozen = split(abstract(used_on_mesh(params, shardings), shardings), table)

@@ -7,7 +7,8 @@ their mean as 8-bit dynamic codes, of which 256 share a scale in turn.
 
 In memory codes are uint4 [in, out], which needs no unpacking. Where `block` divides `in`, a block
 lies along one column and scales are [in / block, out]; otherwise blocks run over the ends of
-columns and scales are flat. Stacked layers lead with the layer axis in every array.
+columns and scales are flat. Stacked layers lead with the layer axis in every array. On a TPU codes
+lie in words instead where they can: see `words`.
 """
 
 import dataclasses
@@ -20,10 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from vlm_jax.weights import dynamic8
-from vlm_jax.weights.decode import decode
+from vlm_jax.weights import dynamic8, words
+from vlm_jax.weights.decode import decode, decode_scales, decode_words, lookup
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes knows
+
+# A product with at most so many rows reads a kernel's codes faster than it would a dense kernel.
+FEW_ROWS = 128
 
 Format = TypeVar("Format", bound="type[FourBit]")
 
@@ -37,6 +41,8 @@ class FourBit:
     [ceil(blocks / 256)] and offset: float32 [] of double quantization, else None.
     dtype: what was quantized, and what bitsandbytes decodes to. used: how codes and scales lie on
     a mesh while the kernel is decoded (gathered from the devices that share one copy), or None.
+    in_words: whether codes are int32 [in / 8, out] of eight each and nested is by column,
+    [runs, out], as `words` has them. What is said of a leaf elsewhere holds for both.
     """
 
     VALUES: ClassVar[tuple[float, ...]]  # of the 16 codes
@@ -50,14 +56,20 @@ class FourBit:
     block: int = 64
     dtype: str = "float32"
     used: tuple[NamedSharding, NamedSharding] | None = None
+    in_words: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
+        *layers, rows, outputs = self.codes.shape
+        return (*layers, rows * words.CODES if self.in_words else rows, outputs)
 
     @property
     def ndim(self) -> int:
         return len(self.codes.shape)
+
+    @property
+    def may_be_words(self) -> bool:
+        return words.fits(*self.shape[-2:], self.block)
 
     @property
     def double(self) -> bool:
@@ -79,12 +91,34 @@ class FourBit:
         """Return one layer of a stack; of a leaf that is not a stack (None), itself."""
         return self if index is None else jax.tree.map(lambda array: array[index], self)
 
+    def to_words(self) -> "FourBit":
+        """Return the leaf with its codes in words; its `shape` must allow it."""
+        if self.in_words:
+            return self
+        codes, nested = words.to_words(self.codes), self.nested
+        if self.double:
+            nested = words.by_column(nested, *self.absmax.shape[-2:])
+        return dataclasses.replace(self, codes=codes, nested=nested, in_words=True)
+
+    def from_words(self) -> "FourBit":
+        """Return the leaf with a uint4 code an element."""
+        if not self.in_words:
+            return self
+        codes, nested = words.from_words(self.codes).astype(jnp.uint4), self.nested
+        if self.double:
+            nested = words.from_columns(nested, self.absmax.shape[-2])
+        return dataclasses.replace(self, codes=codes, nested=nested, in_words=False)
+
     def scales(self) -> jax.Array:
         """Return the float32 scales of one layer, in the shape of `absmax`."""
         if not self.double:
             return self.absmax
-        table = jnp.asarray(dynamic8.dynamic_map(signed=True))
-        code = table.at[self.absmax.astype(jnp.int32)].get(mode="promise_in_bounds")
+        values = dynamic8.dynamic_map(signed=True)
+        code = (
+            decode_scales(self.absmax, values, self.used)
+            if self.in_words
+            else lookup(self.absmax, values)
+        )
         product = code * self._nested_scales()
         # Compilers would join the product and the sum into one operation with one rounding, which
         # is not what bitsandbytes gives. A select between the two keeps them apart.
@@ -100,26 +134,29 @@ class FourBit:
         # are few, so a row of `out` values for each of them, and a select, do without a gather
         # of every scale.
         rows, columns = self.absmax.shape
-        first = np.arange(columns, dtype=np.int32) * rows
-        ends = np.arange(1, (rows + dynamic8.BLOCK - 2) // dynamic8.BLOCK + 1) * dynamic8.BLOCK
+        nested = self.nested if self.in_words else words.by_column(self.nested, rows, columns)
+        first = np.arange(columns, dtype=np.int32) * rows % dynamic8.BLOCK
         place = jnp.arange(rows, dtype=jnp.int32)[:, None]
-
-        def run(i: int) -> jax.Array:
-            index = np.minimum(first // dynamic8.BLOCK + i, self.nested.shape[0] - 1)
-            return self.nested.at[index].get(mode="promise_in_bounds")[None, :]
-
-        scales = jnp.broadcast_to(run(0), (rows, columns))
-        for i, end in enumerate(ends, 1):  # the column's later runs begin at these of its rows
-            scales = jnp.where(place >= (end - first % dynamic8.BLOCK)[None, :], run(i), scales)
+        scales = jnp.broadcast_to(nested[:1], (rows, columns))
+        for i in range(1, nested.shape[0]):  # the column's later runs begin at these of its rows
+            begin = i * dynamic8.BLOCK - first
+            scales = jnp.where(place >= begin[None, :], nested[i : i + 1], scales)
         return scales
 
-    def dense(self, dtype: Any) -> jax.Array:
-        """Return the kernel: float32 code times float32 scale, rounded to `dtype`."""
+    def dense(self, dtype: Any, rows: int | None = None) -> jax.Array:
+        """Return the kernel: float32 code times float32 scale, rounded to `dtype`.
+
+        rows: of the product that it is for, if known. For few of them codes in words are left to
+        the compiler to decode inside of the product.
+        """
         if self.ndim > 2:
-            return jax.vmap(lambda layer: layer.dense(dtype))(self)
+            return jax.vmap(lambda layer: layer.dense(dtype))(self.from_words())
         leaf = self if self.used is None else self._gathered(self.used)
-        inputs, outputs = leaf.shape
         scales = leaf.scales()
+        many = rows is None or rows > FEW_ROWS
+        if leaf.in_words and many and jnp.dtype(dtype) == jnp.bfloat16:
+            return decode_words(leaf.codes, scales, leaf.VALUES, self.used)
+        inputs, outputs = leaf.shape
         if leaf.aligned:
             shape = (inputs // leaf.block, leaf.block, outputs)
             scales = jnp.broadcast_to(scales[:, None, :], shape).reshape(inputs, outputs)
@@ -127,7 +164,8 @@ class FourBit:
             first = jnp.arange(outputs, dtype=jnp.int32) * inputs
             place = first[None, :] + jnp.arange(inputs, dtype=jnp.int32)[:, None]
             scales = scales.at[place // leaf.block].get(mode="promise_in_bounds")
-        kernel = (decode(leaf.codes, leaf.VALUES) * scales).astype(dtype)
+        codes = words.from_words(leaf.codes) if leaf.in_words else leaf.codes
+        kernel = (decode(codes, leaf.VALUES) * scales).astype(dtype)
         if self.used is not None:
             kernel = jax.lax.with_sharding_constraint(kernel, self.used[0])
         return kernel
@@ -138,7 +176,7 @@ class FourBit:
         codes, absmax = jax.lax.optimization_barrier(
             (constrain(self.codes, used[0]), constrain(self.absmax, used[1]))
         )
-        return dataclasses.replace(self, codes=codes, absmax=absmax, used=None)
+        return dataclasses.replace(self, codes=codes, absmax=absmax)
 
 
 def register(format: Format) -> Format:
@@ -147,7 +185,7 @@ def register(format: Format) -> Format:
     Not with `register_dataclass`: JAX takes two classes of it with equal fields for one structure,
     so that a program compiled for one format may be run for the other.
     """
-    data, meta = ("codes", "absmax", "nested", "offset"), ("block", "dtype", "used")
+    data, meta = ("codes", "absmax", "nested", "offset"), ("block", "dtype", "used", "in_words")
     keys = [jax.tree_util.GetAttrKey(name) for name in data]
     arrays, settings = operator.attrgetter(*data), operator.attrgetter(*meta)
     jax.tree_util.register_pytree_with_keys(

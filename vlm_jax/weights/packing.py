@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.weights import words
 from vlm_jax.weights.fourbit import FourBit
 
 
@@ -32,7 +33,7 @@ class Packed(Arrays):
     """One layer of a leaf on the host, in the order of our memory.
 
     codes: uint8 [in, out / 2], the code of the even column in the low bits, or [in, out], one a
-    byte, where `out` is odd. The rest as in `FourBit`.
+    byte, where `out` is odd; or int32 [in / 8, out], in words. The rest as in `FourBit`.
     """
 
 
@@ -44,22 +45,26 @@ def host_device() -> Any:
         return jax.local_devices()[0]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _columns(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _columns(codes: jax.Array, shape: tuple[int, ...], in_words: bool) -> jax.Array:
     inputs, outputs = shape
     codes = codes.reshape(outputs, inputs).T
+    if in_words:
+        return words.to_words(codes)
     return codes if outputs % 2 else codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
-def pack(flat: Flat, shape: tuple[int, ...], block: int) -> Packed:
+def pack(flat: Flat, shape: tuple[int, ...], block: int, in_words: bool = False) -> Packed:
     """Return the arrays of one layer whose kernel has this shape, [in, out]."""
     inputs, outputs = shape
     with jax.default_device(host_device()):
-        codes = np.asarray(_columns(flat.codes, shape))
-    absmax = flat.absmax
+        codes = np.asarray(_columns(flat.codes, shape, in_words))
+    absmax, nested = flat.absmax, flat.nested
     if inputs % block == 0:
         absmax = np.ascontiguousarray(absmax.reshape(outputs, inputs // block).T)
-    return Packed(codes, absmax, flat.nested, flat.offset)
+    if in_words and nested is not None:
+        nested = words.by_column(nested, inputs // block, outputs)
+    return Packed(codes, absmax, nested, flat.offset)
 
 
 def leaf_of(
@@ -79,7 +84,11 @@ def unpack_codes(codes: jax.Array, outputs: int) -> jax.Array:
 
 
 def storable(leaf: FourBit) -> FourBit:
-    """Return a leaf whose codes are bytes, `Packed.codes`: orbax cannot write 4-bit integers."""
+    """Return a leaf whose codes are bytes, `Packed.codes`: orbax cannot write 4-bit integers.
+
+    Codes in words are unpacked first, so that what is stored does not depend on the platform.
+    """
+    leaf = leaf.from_words()
     codes, (*leading, outputs) = leaf.codes, leaf.shape
     if outputs % 2:
         return dataclasses.replace(leaf, codes=codes.astype(jnp.uint8))
@@ -94,8 +103,8 @@ def restored(leaf: FourBit, outputs: int) -> FourBit:
 
 def flatten_layer(leaf: FourBit, layer: int | None = None) -> Flat:
     """Return bitsandbytes' arrays of a leaf, or of one layer of it, on the host."""
-    one = leaf.layer(layer)
-    codes, absmax, nested, offset = jax.device_get((one.codes, one.absmax, one.nested, one.offset))
+    one = jax.device_get(leaf.layer(layer)).from_words()
+    codes, absmax, nested, offset = one.codes, one.absmax, one.nested, one.offset
     if leaf.aligned:
         absmax = absmax.T
     return Flat(codes.astype(np.uint8).T.reshape(-1), absmax.reshape(-1), nested, offset)

@@ -54,8 +54,9 @@ def quantize(
 
 
 def requantized(like: FourBit, kernel: jax.Array, name: str) -> FourBit:
-    """Return a dense kernel [in, out] in the format of a 4-bit one."""
+    """Return a dense kernel [in, out] in the format and layout of a 4-bit one."""
     leaf = quantize(type(like), kernel, like.block, like.double, name)
+    leaf = leaf.to_words() if like.in_words else leaf
     return dataclasses.replace(leaf, dtype=like.dtype, used=like.used)
 
 

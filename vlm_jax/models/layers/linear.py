@@ -13,10 +13,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.layers.dropout import STREAM, dropped, seed_of
 from vlm_jax.models.layers.lora_dot import lora_dot, product_with_transpose
 from vlm_jax.models.layers.partition import places_are_spread
+from vlm_jax.models.layers.remat import LOW
 from vlm_jax.weights import dense, is_quantized
 
 LORA_LEAVES = ("lora_A", "lora_B", "lora_magnitude", "lora_scale", "start_A", "start_B")
@@ -81,12 +83,17 @@ def _quantized_matmul(x: jax.Array, kernel: Any) -> jax.Array:
 
     Nothing contracts over rows here, so they need no flattening, which costs a TPU copies.
     """
-    return x @ dense(kernel, x.dtype)
+    return x @ _decoded(kernel, x)
+
+
+def _decoded(kernel: Any, x: jax.Array) -> jax.Array:
+    """Return a quantized kernel for a product with x [..., features]."""
+    return dense(kernel, x.dtype, rows=math.prod(x.shape[:-1]))
 
 
 _quantized_matmul.defvjp(
-    lambda x, kernel: (x @ dense(kernel, x.dtype), kernel),
-    lambda kernel, dy: (product_with_transpose(dy, dense(kernel, dy.dtype)), None),
+    lambda x, kernel: (x @ _decoded(kernel, x), kernel),
+    lambda kernel, dy: (product_with_transpose(dy, _decoded(kernel, dy)), None),
 )
 
 
@@ -102,7 +109,8 @@ def lora_update(x_lora: jax.Array, a: Any, b: Any, scale: Any) -> jax.Array:
     scale: a number, or an array of none.
     """
     dtype = x_lora.dtype
-    return matmul(matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype), dense(b, dtype))
+    low = matmul(x_lora, dense(a, dtype)) * jnp.asarray(scale, dtype)
+    return matmul(checkpoint_name(low, LOW), dense(b, dtype))
 
 
 def lora_matmul(

@@ -5,6 +5,7 @@ backward pass, and a 4-bit W decoded again. Sums over rows are float32. Letters:
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.layers.dropout import hashed_keep
-from vlm_jax.models.layers.partition import places_are_spread, platform
+from vlm_jax.models.layers.partition import places_are_spread
 from vlm_jax.models.layers.remat import LOW
 from vlm_jax.weights import dense, is_quantized
 
@@ -53,7 +54,7 @@ def _forward(rate, x, kernel, a, b, scale, seed):
     dtype = x.dtype
     low = product(as_rows(_dropped(x, rate, seed)), dense(a, dtype), jnp.float32) * scale
     low = checkpoint_name(low.astype(dtype), LOW)
-    y = product(as_rows(x), dense(kernel, dtype)) + product(low, dense(b, dtype))
+    y = product(as_rows(x), _dense(kernel, x)) + product(low, dense(b, dtype))
     return y.reshape(*x.shape[:-1], y.shape[-1]), (x, low, kernel, a, b, scale, seed)
 
 
@@ -62,10 +63,8 @@ def _backward(rate, kept, dy):
     dtype, dy = x.dtype, as_rows(dy)
     dlow = (product_with_transpose(dy, dense(b, dtype), jnp.float32) * scale).astype(dtype)
     thin = product_with_transpose(dlow, dense(a, dtype)).reshape(x.shape)
-    thin = _dropped(thin, rate, seed)
-    if rate > 0 and a.shape[0] > b.shape[1] and platform() == "tpu":
-        thin = jax.lax.optimization_barrier(thin)  # else its mask is hashed once a tile of the sum
-    dx = product_with_transpose(dy, dense(kernel, dtype)).reshape(x.shape) + thin
+    dx = product_with_transpose(dy, _dense(kernel, x)).reshape(x.shape)
+    dx = dx + _dropped(thin, rate, seed)
     da = summed_over_rows(as_rows(_dropped(x, rate, seed)), dlow, a.dtype)
     db = summed_over_rows(low, dy, b.dtype)
     # XLA drops the product where the kernel is frozen.
@@ -74,6 +73,11 @@ def _backward(rate, kept, dy):
 
 
 _lora_dot.defvjp(_forward, _backward)
+
+
+def _dense(kernel: Any, x: jax.Array) -> jax.Array:
+    """Return a kernel, decoded for a product with x or for that product's gradient."""
+    return dense(kernel, x.dtype, rows=math.prod(x.shape[:-1]))
 
 
 def _dropped(x: jax.Array, rate: float, seed: Any) -> jax.Array:

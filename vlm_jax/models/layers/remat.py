@@ -34,11 +34,13 @@ KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dots": ((QKV, MID, LOW, GATE, UP), ()),
     "none": ((ATTENDED, QKV, MID, LOW, GATE, UP), ()),  # and everything else
 }
-# The module of a product with a weight -> the name of what it ends in: kept, it is not recomputed.
-ENDS_IN = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv"), QKV),
-    **dict.fromkeys(("o_proj", "out_proj", "proj"), MID),
-    **{"gate_proj": GATE, "up_proj": UP, "fc1": UP},
+# Platform -> policies from the fastest, which keeps most, to the one that keeps least. A TPU stores
+# what "none" keeps beside the products in more time than it computes it again; what a CPU calls the
+# host's memory is its own.
+FASTEST = {
+    "tpu": ("products", "gate", "residual", "qkv", "block", "offload"),
+    "gpu": ("none", "products", "gate", "residual", "qkv", "block", "offload"),
+    "cpu": ("none", "products", "gate", "residual", "qkv", "block"),
 }
 
 

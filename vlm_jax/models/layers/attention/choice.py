@@ -74,14 +74,15 @@ def _splash_lacks(case: Case) -> str | None:
     return next((words for met, words in rules if met), None)
 
 
-# The longest rows, as the root of queries x keys, whose scores are computed at once.
-# CPU: see docs/PERFORMANCE.md. GPU: a chunk is a launch of several small programs. TPU: what
-# splash lacks, mostly steps of a generation, which have one query.
-SHORT = {"cpu": 512, "gpu": 1024, "tpu": 512}
+# The longest rows, as the root of queries x keys, whose scores are computed at once. CPU: above it
+# chunks are faster, forward and backward (docs/PERFORMANCE.md). GPU: not measured; a block is
+# several launches, and scores of so many tokens fit. TPU: of what splash lacks.
+SHORT = {"cpu": 128, "gpu": 1024, "tpu": 512}
 
 
 def _long(case: Case) -> bool:
-    return case.T * case.S > SHORT[case.platform] ** 2
+    """Return whether a case has long rows; a generation's step, of one query, has not."""
+    return case.T > 1 and case.T * case.S > SHORT[case.platform] ** 2
 
 
 # The first row that runs, lacks nothing and is not slower computes.

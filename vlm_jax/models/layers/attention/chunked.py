@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.layers.attention.mask import Form, Mask, blocks_seen, seen
+from vlm_jax.models.layers.partition import platform
 from vlm_jax.models.layers.remat import ATTENDED
 
-QUERIES, KEYS = 512, 512  # of a block
+# Queries and keys of a block, and of a row that is one block. CPU: scores stay in a core's cache.
+BLOCKS = {"cpu": (128, 256)}
+OTHERS = (512, 512)
 UNSEEN = float(jnp.finfo(jnp.float32).min)
 F32 = jnp.float32
 
@@ -27,12 +30,19 @@ class Sizes(NamedTuple):
     queries: int
     keys: int
 
+    @classmethod
+    def of(cls, T: int, S: int) -> "Sizes":
+        """Return equal blocks that pad a row least."""
+        limit, whole = BLOCKS.get(platform(), OTHERS)
+        counts = (1 if size <= whole else -(-size // limit) for size in (T, S))
+        return cls(*(-(-size // count) for size, count in zip((T, S), counts, strict=True)))
+
 
 def attend(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, form: Form
 ) -> jax.Array:
     """Return [B, T, N, H]; scores, softmax and sums in float32."""
-    sizes = Sizes(min(QUERIES, q_BTNH.shape[1]), min(KEYS, k_BSKH.shape[1]))
+    sizes = Sizes.of(q_BTNH.shape[1], k_BSKH.shape[1])
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask, form, sizes)
 
 
