@@ -65,7 +65,7 @@ def test_rows_at_once_divide_those_of_a_step(batch, parts, tokens, at_once, size
         ("qlora", "v5e:2x2", ("products", 1)),
         ("qlora", "v5e:1x1", ("residual", 1)),
         ("lora", "v5p:2x2x1", ("products", 4)),  # at once
-        ("lora", "h100:1", ("none", 2)),
+        ("lora", "h100:1", ("products", 4)),
         ("lora", "rtx4090:8", ("products", 2)),
     ],
 )

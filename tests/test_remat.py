@@ -14,7 +14,7 @@ from vlm_jax.config.choices import CHOICES
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.remat import FASTEST, KEPT, REMAT
-from vlm_jax.train.kept import decoder_bytes
+from vlm_jax.train.kept import REST, decoder_bytes
 from vlm_jax.train.setup import remat_of
 from vlm_jax.trees import flatten
 
@@ -128,6 +128,8 @@ def test_policies_keep_less_for_the_backward_pass():
     for policy, less in zip(named[1:], named, strict=False):  # as estimates have it
         more = sum(sizes[name] for name in set(KEPT[policy][0]) - set(KEPT[less][0]))
         assert kept[policy] - kept[less] == pytest.approx(16 * 1024 * more, rel=0.01), policy
+    rest = kept["none"] - kept["products"]
+    assert rest == pytest.approx(16 * 1024 * sizes[REST], rel=0.03)
     carry = 16 * 1024 * 256 * 2  # bytes of all blocks' inputs
     assert kept["block_save_attention"] - kept["block"] >= carry
     in_host_memory = {policy for policy, made in programs.items() if "<host>" in str(made)}

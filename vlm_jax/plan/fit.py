@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax.config.specs import RunSpec
-from vlm_jax.hardware import DEVICES, hardware
-from vlm_jax.models.layers.remat import FASTEST
+from vlm_jax.models.layers.remat import ON_ACCELERATORS
 from vlm_jax.plan.report import Report, plan_step
 
 
@@ -71,10 +70,8 @@ def fit(
     that needs less memory.
     """
     tried: list[Trial] = []
-    device = DEVICES[hardware(topology).device]
-    policies = FASTEST["tpu" if device.is_tpu else "gpu"]
     fitting = 0  # of the sizes
-    for policy in policies:
+    for policy in ON_ACCELERATORS:
         for setting in settings(config, policy)[fitting:]:
             report = plan_step(
                 config,
