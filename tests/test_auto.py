@@ -10,8 +10,9 @@ from vlm_jax.hardware import DEVICES, device_of, hardware
 from vlm_jax.models.layers.remat import FASTEST
 from vlm_jax.plan.step import abstract_mesh
 from vlm_jax.train import auto
-from vlm_jax.train.fingerprint import BATCH
+from vlm_jax.train.fingerprint import BATCH, chosen_settings, resumed
 from vlm_jax.train.mesh import mesh_of
+from vlm_jax.train.run_dir import places_of
 
 ORDER = FASTEST["tpu"]
 # Bytes that a row takes with each of them.
@@ -125,6 +126,13 @@ def test_a_run_keeps_what_was_chosen_for_it(place, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "training.remat_policy=auto: block, as the run began" in said
     assert "remat policy" not in said and began() == ("block", 1, 2)
+
+    # So it is where the run's config.json is lost, as a bucket's may be: its checkpoint says it.
+    (place / "out/config.json").rename(place / "kept.json")
+    asked = config.load(recipe)
+    found, _ = resumed(asked, places_of(asked))
+    assert tuple(chosen_settings(found).values()) == ("block", 1, 2)
+    (place / "kept.json").rename(place / "out/config.json")
 
     # Another policy changes no number, other micro-batches would.
     forced = [*command, "--resume", "--training.max_steps=3", "--training.remat_policy=none"]
