@@ -40,7 +40,8 @@ HARDWARE = ("v5e-1", "v5e-4", "v5e-16", "v5p-8", "v6e-8", "h100:1", "h100:8", "r
 # One row of 2,048 tokens and one image a device; all devices of a slice share one copy, by fsdp.
 ROW: dict[str, Any] = {"data.max_seq_length": 2048, "data.max_pixels": 200704}
 KEPT = ("basis", "verdict", "said", "peak", "capacity", "mesh", "rows", "compile_seconds", "parts",
-        "exchanges", "bytes_accessed")  # fmt: skip
+        "exchanges", "bytes_accessed", "remat_policy", "attention", "kernels",
+        "cycles")  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -94,7 +95,8 @@ def words(found: dict[str, Any] | None) -> str:
     if found["tokens_per_second"] is None:
         return memory
     bound = "" if found["rule"].startswith("the TPU") else "≤ "
-    return f"{memory}, {bound}{found['tokens_per_second']:,.0f} t/s, {bound}{found['mfu']:.0%}"
+    speed = f"{bound}{found['tokens_per_second']:,.0f} t/s, {bound}{found['mfu']:.0%}"
+    return f"{memory}, {speed}, {found.get('remat_policy', 'before')}"
 
 
 def page(known: dict[str, dict[str, Any]]) -> str:
@@ -103,14 +105,16 @@ def page(known: dict[str, dict[str, Any]]) -> str:
         "# What fits where, and how fast",
         "",
         "Made by `scripts/plan_table.py`; nothing here was run on a device. A step has one",
-        "row of 2,048 tokens and one image a device, AdamW in float32, every block computed",
-        "again, and one copy of the model over all devices (fsdp; †: fsdp x tensor 4, where",
-        "that alone does not fit, and a quarter of the rows). A cell: memory of a device,",
-        'tokens a second of all devices, MFU. TPU and H100 programs are compiled; "no" is',
-        "the compiler's refusal, or more than 92 % of a GPU's memory. Seconds of TPUs are",
-        'their compiler\'s, without waiting on other chips; "≤" is a roofline; "~" is',
-        "estimated from shapes: where there is no compiler, or weights and moments alone are",
-        "too large. An empty cell has not been measured yet.",
+        "row of 2,048 tokens and one image a device, AdamW in float32, and one copy of the",
+        "model over all devices (fsdp; †: fsdp x tensor 4, where that alone does not fit, and",
+        "a quarter of the rows). A cell: memory of a device, tokens a second of all devices,",
+        "MFU without recomputation and without attention above the diagonal, the remat",
+        'policy. TPU and H100 programs are compiled; "no" is the compiler\'s refusal, or more',
+        "than 92 % of a GPU's memory. Seconds of TPUs are their compiler's and the bundles of",
+        'Pallas kernels, without waiting on other chips; "≤" is a roofline; "~" is estimated',
+        "from shapes: where there is no compiler, or weights and moments alone are too large.",
+        '"before": with plain attention, every block recomputed. An empty cell has not been',
+        "measured yet.",
         "",
         "| | | " + " | ".join(HARDWARE) + " |",
         "|" + "---|" * (len(HARDWARE) + 2),

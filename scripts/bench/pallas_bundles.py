@@ -14,6 +14,7 @@ skip are counted by themselves: the largest computes, the others begin and end a
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -38,14 +39,18 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 from tpu_step import read as read_kept
 
+from vlm_jax import from_config, quantization
 from vlm_jax.hardware import DEVICES
 from vlm_jax.models.layers.attention import splash
 from vlm_jax.models.layers.attention.mask import Form, Mask, Side
+from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.plan import kernels
 from vlm_jax.plan.program import ARRAY, first, operands, parse_text
 from vlm_jax.plan.schedule import is_kernel
 from vlm_jax.plan.topologies import devices
 from vlm_jax.plan.traffic import in_memory
+from vlm_jax.trees import flatten
+from vlm_jax.weights import FourBit
 
 DUMP = Path(tempfile.gettempdir()) / f"vlm_jax.bundles.{os.getpid()}"
 HEADS = 2
@@ -194,9 +199,40 @@ def usual(chip: str, longest: int) -> Iterator[Call]:
         form = (sizes.queries, sizes.keys, sizes.fused)
         # The shortest with several blocks of keys, whose edges are apart from its steps.
         lengths[form] = min(lengths.get(form, (True, length)), (length == sizes.keys, length))
+    yield from decodes(chip)
     for _, length in sorted(lengths.values(), key=lambda one: one[1]):
-        for causal, trains in ((True, True), (False, True), (False, False)):
+        for causal, trains in itertools.product((True, False), repeat=2):
             yield from in_lowered(attention(chip, length, causal, trains))
+
+
+def decodes(chip: str) -> Iterator[Call]:
+    """Yield the kernels of 4-bit weights: every tile, and the scales of the known models."""
+    from vlm_jax.weights import NF4
+    from vlm_jax.weights import kernels as decoding
+
+    def codes(words: jax.Array, scales: jax.Array) -> jax.Array:
+        return decoding.decode(words, scales, NF4.VALUES, jnp.bfloat16)
+
+    for rows in decoding.ROWS:
+        for columns in decoding.COLUMNS:  # three tiles a side: no larger one divides them
+            words = jax.ShapeDtypeStruct((3 * rows // decoding.CODES, 3 * columns), jnp.int32)
+            scales = jax.ShapeDtypeStruct((3 * rows // decoding.BLOCK, 3 * columns), jnp.float32)
+            yield from in_lowered(lowered(chip, codes, words, scales))
+    values = jax.ShapeDtypeStruct((256,), jnp.float32)
+    for inputs, outputs in sorted(kernels_of_models()):
+        blocks = jax.ShapeDtypeStruct((inputs // decoding.BLOCK, outputs), jnp.uint8)
+        yield from in_lowered(lowered(chip, decoding.look_up, blocks, values))
+
+
+def kernels_of_models() -> set[tuple[int, int]]:
+    """Return [in, out] of the language models' kernels, of all known checkpoints."""
+    found = set()
+    for settings in KNOWN.values():
+        model = from_config(settings, "bfloat16")
+        for path, leaf in flatten(quantization.abstract(model, "nf4-dq")).items():
+            if path.endswith("/kernel") and isinstance(leaf, FourBit):
+                found.add(tuple(leaf.shape[-2:]))
+    return found
 
 
 def attention(chip: str, length: int, causal: bool, trains: bool) -> Any:

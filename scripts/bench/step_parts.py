@@ -150,9 +150,9 @@ PARTS: tuple[tuple[str, Callable[[Seen], bool]], ...] = (
             and bool(re.search(r"lm_head|logits|logsumexp|take_along_axis|head_loss", s.names))
         ),
     ),
-    ("LoRA products, dropout inside", lambda s: s.thin and drops(s)),
+    ("LoRA products, with dropout", lambda s: s.thin and drops(s)),
     ("LoRA products", lambda s: s.thin),
-    ("products, NF4 decode inside", lambda s: s.multiplies and decodes(s)),
+    ("products, with NF4 decode", lambda s: s.multiplies and decodes(s)),
     ("products", lambda s: s.multiplies),
     ("stores, optimizer", stores),
     ("slices of stacked layers", lambda s: s.name.endswith("/dynamic_slice")),

@@ -173,7 +173,7 @@ def show(said: dict[str, Any], listed: list[Row]) -> None:
         f"{said['rows']} rows of {said['tokens']:,} tokens and {said['patches']:,} patches, "
         f"{said['micro_batches']} micro-batches, rank {said['rank']}, {said['remat_policy']}"
     )
-    print(f"\n{unit:36}" + "".join(f"{name:>9}" for name in (*PHASES[:1], "again", *PHASES[2:])) +
+    print(f"\n{unit:30}" + "".join(f"{name:>9}" for name in (*PHASES[:1], "again", *PHASES[2:])) +
           "    all      %")  # fmt: skip
     by_size = sorted(said["parts"].items(), key=lambda item: -sum(item[1].values()))
     total: Counter = Counter()
@@ -209,7 +209,7 @@ def show(said: dict[str, Any], listed: list[Row]) -> None:
 def _row(name: str, count: Counter, scale: float, cycles: int) -> None:
     each = "".join(f"{count[one] * scale:9.1f}" if count.get(one) else " " * 9 for one in PHASES)
     whole = sum(count.values())
-    print(f"{name[:36]:36}{each}{whole * scale:7.1f} {whole / cycles:6.1%}")
+    print(f"{name[:30]:30}{each}{whole * scale:7.1f} {whole / cycles:6.1%}")
 
 
 def main(arguments: list[str] | None = None) -> int:
