@@ -54,7 +54,7 @@ from vlm_jax.weights import FourBit
 
 DUMP = Path(tempfile.gettempdir()) / f"vlm_jax.bundles.{os.getpid()}"
 HEADS = 2
-SMALL = 32  # bundles of a branch that starts or awaits a copy: part of each step
+SMALL = 32  # bundles of a branch, or a loop, that starts or awaits copies: part of each step
 DELAY = 5  # a branch and the bundles behind it that run whatever it does
 BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]+:)? *: *[> ]*\{")
 BRANCH = re.compile(r"sbr\.rel .*?target bundleno = (\d+)")
@@ -146,7 +146,7 @@ def counted(text: str, edges: bool, blocks: bool) -> kernels.Bundles:
         if place := BUNDLE.match(line):
             last = int(place[1], 16)
             branches += [(last, int(to)) for to in BRANCH.findall(line)]
-    loops = [(to, at) for at, to in branches if to <= at]
+    loops = [(to, at) for at, to in branches if to <= at and at - to > SMALL]
     if len(loops) > 1:
         raise SystemExit(f"The kernel has {len(loops) - 1} loops inside of that over its grid.")
     start, end = (loops[0][0], loops[0][1] + DELAY) if loops else (0, last + 1)

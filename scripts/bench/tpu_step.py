@@ -168,7 +168,7 @@ def show(said: dict[str, Any], listed: list[Row]) -> None:
     clock = DEVICES[said["device"]].clock
     unit, scale = ("ms", 1e3 / clock) if clock else ("M cycles", 1e-6)
     mesh = " ".join(f"{name} {size}" for name, size in said["mesh"].items() if size > 1)
-    print(f"{said['config']}  {said['topology']}  {mesh}")
+    print(f"{said['config'][-50:]}  {said['topology']}  {mesh}")
     print(
         f"{said['rows']} rows of {said['tokens']:,} tokens and {said['patches']:,} patches, "
         f"{said['micro_batches']} micro-batches, rank {said['rank']}, {said['remat_policy']}"
@@ -203,7 +203,7 @@ def show(said: dict[str, Any], listed: list[Row]) -> None:
     for row in listed:
         cycles = row.timed.total * scale
         print(f"{cycles:8.2f} x{row.timed.times:<4} {row.phase[:4]} {row.part[:22]:22} "
-              f"{row.name[-38:]}")  # fmt: skip
+              f"{row.name[-37:]}")  # fmt: skip
 
 
 def _row(name: str, count: Counter, scale: float, cycles: int) -> None:
