@@ -99,6 +99,13 @@ def test_a_kernel_gives_plain_attentions_values_and_gradients(case, name):
     check_equal(gradients(OTHERS[name], *given), expected)
 
 
+def test_chunks_of_a_gpu_whose_loops_are_whole(monkeypatch):
+    monkeypatch.setattr(chunked, "WHOLE", ("cpu",))
+    arrays, side = draw(300, 4, 2, 64), Side(jnp.arange(300, dtype=jnp.int32), ODD)
+    given = arrays, Mask(side, side), Form(True, 0.1), (ODD > 0)[:, :, None, None]
+    check_equal(gradients(chunked.attend, *given), gradients(xla.attend, *given))
+
+
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "unbounded"])
 def test_two_way_blocks_by_chunks_and_in_plain_attention(bounded):
     """Tokens 20 to 150 of each row, image tokens say, see one another, in the window or not."""
@@ -143,6 +150,35 @@ def test_a_kernel_on_a_mesh_gives_the_same(name, sizes, heads):
     with rows_over(jax.sharding.NamedSharding(mesh, over)):
         spread_one = functools.partial(spread, OTHERS[name])
         check_equal(gradients(spread_one, arrays, mask, form, real), expected)
+
+
+def test_a_packed_row_by_chunks_gives_what_its_examples_give_alone():
+    q, k, v, _ = draw(300, 4, 2, 64)
+    packed = attention(q, k, v, ODD, ODD, causal=True, implementation="chunked")
+    for row, start, end in ((0, 1, 129), (0, 129, 258), (1, 0, 200), (1, 200, 250)):
+        alone = (x[row : row + 1, start:end] for x in (q, k, v))
+        expected = attention(*alone, None, None, causal=True, implementation="xla")
+        np.testing.assert_allclose(packed[row, start:end], expected[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_memory_of_chunks_goes_with_the_length_of_a_row(packed):
+    """No [T, S], forward or backward: twice the tokens, at most twice the memory."""
+
+    def temporary(T):
+        def loss(q, k, v, segments):
+            segments = segments if packed else None
+            return attention(
+                q, k, v, segments, segments, causal=True, implementation="chunked"
+            ).sum()
+
+        q, k = (jax.ShapeDtypeStruct((1, T, n, 16), jnp.float32) for n in (4, 2))
+        numbers = jax.ShapeDtypeStruct((1, T), jnp.int32)
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, numbers).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one, two = temporary(2048), temporary(4096)
+    assert 2048 * 16 * 4 < one < 2 * 2048**2 and two < 2 * one
 
 
 def test_blocks_that_share_no_segment_are_not_computed():
@@ -248,7 +284,7 @@ def test_the_table_chooses_by_platform_and_features(changes, chosen):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"platform": "cpu"}, "runs on TPUs, and this program is for CPUs"),
+        ({"platform": "cpu"}, "runs on a TPU, and this program is for a CPU"),
         ({"blocks": True}, "lacks blocks seen both ways (causal rows of 2,048, 28 heads for 4 of "),
     ],
 )
@@ -286,4 +322,4 @@ def test_the_command_refuses_a_kernel_that_devices_lack(place, tmp_path, capsys)
         tmp_path, place / "base", place / "data/train.jsonl", "model.attention=splash"
     )
     assert main(["train", "--config", str(recipe)]) == 2
-    assert "model.attention is 'splash', but it runs on TPUs" in capsys.readouterr().err
+    assert "model.attention is 'splash', but it runs on a TPU" in capsys.readouterr().err

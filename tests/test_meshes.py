@@ -3,6 +3,7 @@
 Packed rows with images of several sizes; dense and 4-bit frozen weights; both families.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -119,6 +120,14 @@ def one_step(*parts):
     return float(metrics["loss"]), flatten(jax.device_get(state.opt_state.trace))
 
 
+def check_equal(found, loss, whole):
+    value, gradients = found
+    assert value == pytest.approx(loss, rel=1e-5)
+    for path, gradient in whole.items():
+        difference = np.linalg.norm(gradients[path] - gradient) / np.linalg.norm(gradient)
+        assert difference < 1e-4, (path, difference)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Return a function that gives a setting, and its loss and gradients on one device."""
@@ -135,11 +144,17 @@ def alone(tmp_path_factory):
 def test_every_mesh_gives_the_step_of_one_device(alone, family, quantize, sizes):
     parts, loss, whole = alone(family, quantize)
     assert all(np.abs(gradient).max() > 0 for gradient in whole.values())
-    value, gradients = one_step(*parts, sizes)
-    assert value == pytest.approx(loss, rel=1e-5)
-    for path, gradient in whole.items():
-        difference = np.linalg.norm(gradients[path] - gradient) / np.linalg.norm(gradient)
-        assert difference < 1e-4, (path, difference)
+    check_equal(one_step(*parts, sizes), loss, whole)
+
+
+BY_CHUNKS = [(*KINDS[0], {"data": 1, "tensor": 2, "context": 2}), (*KINDS[1], MESHES[3])]
+
+
+@pytest.mark.parametrize(("family", "quantize", "sizes"), fast(BY_CHUNKS[:1], BY_CHUNKS))
+def test_by_chunks_a_mesh_gives_the_step_of_one_device(alone, family, quantize, sizes):
+    (model, *rest), loss, whole = alone(family, quantize)
+    chunked = dataclasses.replace(model, attention="chunked")
+    check_equal(one_step(chunked, *rest, sizes), loss, whole)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])

@@ -83,11 +83,33 @@ FILES = {"qwen2_vl": qwen2_vl_files, "llava": llava_files}
 
 
 @pytest.mark.parametrize("family", FILES)
-def test_packed_loss_and_gradients_are_those_of_rows_of_their_own(family, tmp_path):
+def test_segments_of_a_row_do_not_decrease_but_for_the_padding_at_its_end(family, tmp_path):
+    """What skipped blocks of attention rest on: a segment's tokens, or patches, lie together."""
     encoder = Encoder(FILES[family](tmp_path), image_folder=tmp_path)
     records = [conversation(tmp_path, seed, *m) for seed, m in enumerate(MEDIA[family])]
     examples = [encoder.example(record) for record in records]
-    model = vlm_jax.from_config(encoder.hf_config)
+    unit = vlm_jax.from_config(encoder.hf_config).config.patch_unit
+    patches = -(-sum(len(e["patches"]) for e in examples) // unit) * unit
+    batch = encoder.collate([examples, examples[::-1]], 2048, patches + unit)
+    for numbers in (batch.segments, batch.patch_segments):
+        for row in numbers:
+            count = np.count_nonzero(row)
+            assert len(examples) <= row[count - 1] < count < len(row)
+            assert (row[:count] > 0).all() and (np.diff(row[:count]) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [
+        *(pytest.param(family, None, id=family) for family in FILES),
+        pytest.param("qwen2_vl", "chunked", id="qwen2_vl-chunked"),
+    ],
+)
+def test_packed_loss_and_gradients_are_those_of_rows_of_their_own(family, kernel, tmp_path):
+    encoder = Encoder(FILES[family](tmp_path), image_folder=tmp_path)
+    records = [conversation(tmp_path, seed, *m) for seed, m in enumerate(MEDIA[family])]
+    examples = [encoder.example(record) for record in records]
+    model = vlm_jax.from_config(encoder.hf_config, attention=kernel)
     params = model.init(jax.random.key(0))
     # Wide enough that attention is far from uniform, so that a leak would show.
     params = jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, params)

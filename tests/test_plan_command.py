@@ -21,10 +21,9 @@ from vlm_jax import UserError, config, plan
 from vlm_jax.cli import main
 from vlm_jax.hardware import DEVICES, hardware, slice_shape
 from vlm_jax.models.layers.cross_entropy import CHUNK_POSITIONS
-from vlm_jax.models.layers.remat import REMAT
 from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.plan import leaves, work
-from vlm_jax.plan.fit import LAST_RESORT, POLICIES, settings
+from vlm_jax.plan.fit import settings
 from vlm_jax.plan.program import Collective, collectives
 from vlm_jax.plan.report import ESTIMATED, plan_step, refused
 from vlm_jax.plan.show import flops, seconds, show, size
@@ -186,10 +185,10 @@ EVERYWHERE = ["lora.target_modules=.*", "model.vision_encoder_lr_scale=1"]
     ],
 )
 def test_flops_are_those_of_the_program(tmp_path, family, changes):
-    limit = ["data.max_pixels=none"] if family is llava else []
-    step = prepare(
-        configured(family(tmp_path), "lora.r=4", *limit, *changes), hardware("rtx4090"), rows=2
-    )
+    # Work is that of the formula, which is plain attention's.
+    fixed = ["lora.r=4", "model.attention=xla"]
+    fixed += ["data.max_pixels=none"] if family is llava else []
+    step = prepare(configured(family(tmp_path), *fixed, *changes), hardware("rtx4090"), rows=2)
     counted = work.total(
         work.count(step.model, step.state.trainable, step.frozen, step.rows, *step.shape).values()
     )
@@ -468,9 +467,9 @@ def test_without_any_compiler_it_is_estimated_and_said(tiny, capsys, monkeypatch
 
 
 def test_the_fastest_setting_that_fits(tiny, capsys):
-    """Of 8 rows a device and step: more at a time, and without recomputation, while it fits."""
+    """Of 8 rows a device and step: the policy that keeps most, and others for rows beyond it."""
     rows = ["--config.training.per_device_train_batch_size=2"]
-    rows += ["--config.training.gradient_accumulation_steps=4"]
+    rows += ["--config.training.gradient_accumulation_steps=4", "--config.model.attention=xla"]
     command = ["plan", "--config", str(tiny), "--topology", "a100", "--fit", *rows]
 
     def found(tokens):
@@ -482,24 +481,21 @@ def test_the_fastest_setting_that_fits(tiny, capsys):
         return code, tree
 
     code, easy = found(128)
-    assert code == 0 and len(easy["trials"]) == 16
-    assert easy["overrides"]["training.remat_policy"] == "none"
+    assert code == 0 and len(easy["trials"]) == 4
+    assert easy["overrides"]["training.remat_policy"] == "products"
     assert easy["best"]["verdict"] == "FITS"
     rates = [trial["tokens_per_second"] for trial in easy["trials"]]
-    assert easy["best"]["speed"]["tokens_per_second"] == max(rates) > min(rates)
+    assert easy["best"]["speed"]["tokens_per_second"] == max(rates)
     peaks = [trial["peak"] for trial in easy["trials"]]
-    for i in range(4):  # each policy keeps more than the first
-        assert peaks[i] < min(peaks[i + 4], peaks[i + 8], peaks[i + 12])
+    assert peaks == sorted(set(peaks))
     code, hard = found(32_000)  # scores of 4 heads: 16 GB a row and layer, of which there are two
     tried = [
         (*list(trial["overrides"].values())[::2], trial["verdict"] == "FITS")
         for trial in hard["trials"]
     ]
     assert code == 0 and tried == [
-        *((1, "block", True), (2, "block", True), (4, "block", False)),
-        *((1, "block_save_attention", True), (2, "block_save_attention", True)),
-        *((1, "dots", True), (2, "dots", True), (1, "none", True), (2, "none", False)),
-        (4, "offload", False),
+        *((1, "products", True), (2, "products", True), (4, "products", False)),
+        *((4, policy, False) for policy in ("gate", "residual", "qkv", "block", "offload")),
     ]
     assert main([*command, "--config.data.max_seq_length=400000"]) == 1
     assert "No setting fits" in capsys.readouterr().out
@@ -507,7 +503,6 @@ def test_the_fastest_setting_that_fits(tiny, capsys):
     six = config.load(tiny, {"training.per_device_train_batch_size": 6})
     batch = "training.per_device_train_batch_size"  # those that divide the rows of a step
     assert [one[batch] for one in settings(six, "dots")] == [1, 2]
-    assert {*POLICIES, LAST_RESORT} == set(REMAT)
 
 
 @pytest.mark.skipif(

@@ -237,7 +237,8 @@ def _takes_words(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh) -> bool:
 
 @jax.jit
 def _to_words(leaf: FourBit) -> FourBit:
-    return leaf.to_words()
+    """A layer at a time: codes are unpacked in between."""
+    return jax.lax.map(FourBit.to_words, leaf) if leaf.ndim > 2 else leaf.to_words()
 
 
 def _in_words(leaf: FourBit) -> FourBit:

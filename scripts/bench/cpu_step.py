@@ -258,15 +258,15 @@ def profile(base: Path, quantize: str | None) -> None:
         for plane in jax.profiler.ProfileData.from_file(file).planes:
             for event in (event for line in plane.lines for event in line.events):
                 name = names.get(event.name)
-                if name is None or event.name.startswith(("while", "conditional", "call")):
+                if name is None or event.name.startswith(("while", "cond", "call")):
                     continue
                 part = next(part for part, pattern in PARTS if re.search(pattern, name))
                 total[part or "rest"] += event.duration_ns
-                single[f"{event.name:32} {name[-90:]}"] += event.duration_ns
+                single[f"{part or 'rest':16}{event.name:32} {name[-70:]}"] += event.duration_ns
     whole = sum(total.values())
     for part, nanoseconds in total.most_common():
         print(f"{part:16}{nanoseconds / 1e9:8.2f} s{nanoseconds / whole:8.1%}")
-    for name, nanoseconds in single.most_common(30):
+    for name, nanoseconds in single.most_common(60):
         print(f"{nanoseconds / 1e9:8.3f} s  {name}")
 
 

@@ -154,6 +154,20 @@ NAMED = (
         ("tests/test_optim.py::test_updates_equal_torch_adamw_with_clipping_and_groups[0.0]",),
     ),
     Named(
+        "a head that trains has no gradient",
+        "models/layers/cross_entropy.py",
+        "if own]",
+        "if False]",
+        ("tests/test_cross_entropy.py::test_a_head_that_trains_has_its_gradient[lora]",),
+    ),
+    Named(
+        "gradients by hidden states stay in the order of their weights",
+        "models/layers/cross_entropy.py",
+        "jnp.argsort(order_BT[:, :T])[:, :, None]",
+        "order_BT[:, :T, None]",
+        ("tests/test_cross_entropy.py::test_losses_and_gradients_are_the_plain_formulas",),
+    ),
+    Named(
         "the warm-up is a step ahead",
         "train/schedules.py",
         "jnp.where(step < warmup, step / max(1, warmup), factor)",

@@ -164,7 +164,9 @@ class TrainSpec:
     ema_decay: float = 0.0
     fp16: bool = False  # not supported: bfloat16 needs no loss scaling
     gradient_checkpointing: bool = True  # recompute each block in the backward pass
-    remat_policy: str | None = None  # what of it is kept: a key of layers.remat.REMAT
+    # What of it is kept, from most: none, products, gate, residual, qkv, block, offload; auto: the
+    # fastest that fits the devices, and micro-batches to go with it (docs/METHODS.md).
+    remat_policy: str | None = None
     # What makes the masks of lora.dropout and adapter.dropout: hashed, a counter's hash that costs
     # next to nothing; threefry, jax.random's. None: hashed, or what a resumed run began with.
     dropout_rng: str | None = None

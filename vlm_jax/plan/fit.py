@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax.config.specs import RunSpec
+from vlm_jax.models.layers.remat import ON_ACCELERATORS
 from vlm_jax.plan.report import Report, plan_step
 
 
@@ -31,12 +32,6 @@ class Trial:
             "peak": self.report.peak,
             "tokens_per_second": self.report.speed.tokens_per_second,
         }
-
-
-# Each keeps more than the one before, and computes less again; all are of layers.remat.REMAT.
-POLICIES = ("block", "block_save_attention", "dots", "none")
-# Keeps less than any, for a way to the host and back: where block is too much.
-LAST_RESORT = "offload"
 
 
 def settings(config: RunSpec, policy: str) -> list[dict[str, Any]]:
@@ -69,15 +64,15 @@ def fit(
 ) -> tuple[Trial | None, list[Trial]]:
     """Return (the fastest setting that fits or None, all that were tried).
 
-    Each is planned by `plan_step`, which see for the arguments and errors. Of each policy rows at a
-    time double until they do not fit, and what does not fit one policy is not tried with another
-    that keeps more. Of equally fast settings it is the one that needs less memory.
+    Each is planned by `plan_step`, which see for the arguments and errors. Rows at a time double
+    under the policy that keeps most until they do not fit; then the next policy goes on from there,
+    since with fewer rows it would only compute more again. Of equally fast settings it is the one
+    that needs less memory.
     """
     tried: list[Trial] = []
-
-    def fitting(candidates: list[dict[str, Any]]) -> int:
-        """Try settings in turn and return how many fit before one does not."""
-        for number, setting in enumerate(candidates):
+    fitting = 0  # of the sizes
+    for policy in ON_ACCELERATORS:
+        for setting in settings(config, policy)[fitting:]:
             report = plan_step(
                 config,
                 topology,
@@ -88,13 +83,8 @@ def fit(
             tried.append(Trial(setting, report))
             on_trial(tried[-1])
             if not report.fits:
-                return number
-        return len(candidates)
-
-    room = rest = fitting(settings(config, POLICIES[0]))
-    for policy in POLICIES[1:]:
-        room = fitting(settings(config, policy)[:room])
-    fitting(settings(config, LAST_RESORT)[rest:])
+                break
+            fitting += 1
     fastest = max(
         (trial for trial in tried if trial.report.fits),
         key=lambda trial: (trial.report.speed.tokens_per_second or 0.0, -trial.report.peak),

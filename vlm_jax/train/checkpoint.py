@@ -63,7 +63,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     identity: what must be equal when the run is resumed, as nested dicts of JSON values; any
     difference is refused and named. keep: how many are kept, the newest; 0 keeps all. best: how
     the one is found that stays whatever comes after it; None: there is none. directory: absolute,
-    or the address of a bucket; there `claim` is checked before each save.
+    or the address of a bucket; there `claim` is checked before each save. settings: what a resumed
+    run takes again but may change.
     They are written while the run continues. Several processes write one together, which is there
     when all have written their part; a failure is raised when the next one begins, or by `close`.
     """
@@ -74,8 +75,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         identity: Mapping[str, Any],
         keep: int = 0,
         best: Best | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
         self.directory = epath.Path(directory)
+        self.settings = dict(settings or {})
         self.identity = json.loads(json.dumps(identity))
         self.keep, self.best = keep, best
         self.claim: Callable[[], None] | None = None  # of `Places.claim`
@@ -164,6 +167,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 "format": FORMAT,
                 "data": dict(data_state),
                 "identity": self.identity,
+                "settings": self.settings,
                 "shapes": {name: _shape(leaf) for name, leaf in flat_state(state).items()},
                 "evaluation": dict(evaluation or {}),
                 "earlier": [item for item in self.evaluations.items() if item[0] < step],

@@ -191,20 +191,20 @@ def activations(
     text, vision, size = model.config.text, model.config.vision, model.dtype.itemsize
     tokens, patches = (rows * n for n in shape)
     # Forward values: q, k, v, the gate and what it gates, residuals; scores in float32.
-    inside = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * size
-    inside += rows * text.num_heads * scores(model, shape[0], platform) * 4
-    seen = tokens and patches * (2 * vision.intermediate_size + 6 * vision.width) * size
-    seen += rows * vision.num_heads * scores(model, shape[1], platform) * 4
-    layer = kept(decoder_bytes(model), model.remat)[0]
-    taken = tokens * text.num_layers * layer
-    taken += tower * patches * vision.depth * kept(tower_bytes(model), model.remat)[0]
+    scored = rows * text.num_heads * scores(model, shape[0], platform) * 4
+    inside = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * size + scored
+    looked = rows * vision.num_heads * scores(model, shape[1], platform) * 4
+    seen = tokens and patches * (2 * vision.intermediate_size + 6 * vision.width) * size + looked
+    layer = tokens * kept(decoder_bytes(model), model.remat)[0]
+    layer_seen = patches * kept(tower_bytes(model), model.remat)[0]
     if model.remat == "none":
-        taken = tokens * text.num_layers * text.hidden_size * size + inside * (text.num_layers - 1)
-        taken += tower * (patches * vision.depth * vision.width * size + seen * (vision.depth - 1))
+        layer += scored
+        layer_seen += looked
+    taken = layer * text.num_layers + tower * layer_seen * vision.depth
     head = 2 * min(tokens, max(CHUNK_POSITIONS[platform])) * text.vocab_size * size
     pixels = patches * getattr(vision, "patch_values", 0) * 4
     # Of the largest of them there are values, which may be kept already, and their gradients.
-    block = 2 * inside - tokens * layer
+    block = max(inside, 2 * inside - layer)
     return taken + pixels + max(block, (1 + tower) * seen, head) + 2 * decoded * size
 
 

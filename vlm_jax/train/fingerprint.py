@@ -98,12 +98,16 @@ def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
     `UserError` where the config names another value than the run's.
     """
     stored: dict[str, Any] | None = None
+    saved: dict[str, Any] | None = None
     if processes.is_primary():
         with contextlib.suppress(UserError):
             stored = read_json(places.directory / "config.json").get("training")
-    stored = processes.gather("settings of the run", stored)[0]
+        if not isinstance(stored, dict) and config.training.remat_policy == AUTO:
+            saved = _settings_saved(places)
+    stored, saved = processes.gather("settings of the run", [stored, saved])[0]
     if not isinstance(stored, dict):
-        return config, []
+        taken, lines = ({}, []) if saved is None else _policy_resumed(config, saved)
+        return _having(config, taken), lines
     taken, lines = {}, []
     for key, before in BEFORE.items():
         taken[key] = stored.get(key) or before
@@ -120,8 +124,26 @@ def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
             )
     again, words = _policy_resumed(config, stored)
     taken, lines = {**taken, **again}, lines + words
-    training = dataclasses.replace(config.training, **taken)
-    return dataclasses.replace(config, training=training), lines
+    return _having(config, taken), lines
+
+
+def _having(config: RunSpec, training: Mapping[str, Any]) -> RunSpec:
+    """Return the config with settings of its training section changed."""
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+
+
+def chosen_settings(config: RunSpec) -> dict[str, Any]:
+    """Return the settings that `train.auto` chooses, as a checkpoint records them."""
+    return {key: getattr(config.training, key) for key in ("remat_policy", *BATCH)}
+
+
+def _settings_saved(places: Places) -> dict[str, Any] | None:
+    """Return `chosen_settings` of a run by its newest checkpoint, None where that has none."""
+    steps = places.saved_steps()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        file = places.checkpoints / str(steps[-1]) / "meta" / "metadata"
+        return json.loads(file.read_text()).get("settings")
+    return None
 
 
 def _policy_resumed(config: RunSpec, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

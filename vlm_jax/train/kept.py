@@ -13,6 +13,9 @@ from vlm_jax.models.layers.remat import (
 )
 
 Sizes = dict[str, int]  # what is kept -> bytes of a token, or of a patch, and layer
+REST = "rest"  # what "none" keeps that has no name; attention's scores are counted by themselves
+# Bytes of it for each number of a block's width: float32 values in and around two norms.
+NORMS = 24
 
 
 def decoder_bytes(model: Model) -> Sizes:
@@ -28,6 +31,7 @@ def decoder_bytes(model: Model) -> Sizes:
         LOW: 7 * rank * size,  # of all products of a block
         GATE: text.intermediate_size * size,
         UP: text.intermediate_size * size,
+        REST: 3 * text.intermediate_size * size + NORMS * text.hidden_size,
     }
 
 
@@ -43,13 +47,12 @@ def tower_bytes(model: Model) -> Sizes:
         LOW: 6 * rank * size,
         GATE: 0,
         UP: vision.intermediate_size * size,
+        REST: 2 * vision.intermediate_size * size + NORMS * vision.width,
     }
 
 
 def kept(sizes: Sizes, policy: str) -> tuple[int, int]:
-    """Return the bytes of a token and layer that a policy keeps: on the device, on the host.
-
-    Of "none" those of what has a name: what it keeps besides follows from no name.
-    """
+    """Return the bytes of a token and layer that a policy keeps: on the device, on the host."""
     device, host = (sum(sizes[name] for name in names) for names in KEPT[policy])
-    return device + (0 if BLOCK_INPUT in KEPT[policy][1] else sizes[BLOCK_INPUT]), host
+    rest = sizes[REST] if policy == "none" else 0
+    return device + rest + (0 if BLOCK_INPUT in KEPT[policy][1] else sizes[BLOCK_INPUT]), host

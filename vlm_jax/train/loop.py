@@ -23,7 +23,7 @@ from vlm_jax.train.compile import (
     keep_programs,
     out_of_memory_explained,
 )
-from vlm_jax.train.fingerprint import identity, resumed, settings_of
+from vlm_jax.train.fingerprint import chosen_settings, identity, resumed, settings_of
 from vlm_jax.train.mesh import mesh_of, rows_of
 from vlm_jax.train.metrics import Watch, added_only, evaluated, untrained
 from vlm_jax.train.optimizer import OptimizerSettings, learning_rate, optimizer
@@ -146,9 +146,9 @@ def _train(
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
-    chosen = () if choice is None else (policy_line(config, choice, mesh),)
+    policy = () if choice is None else (policy_line(config, choice, mesh),)
     said = [] if kept is None else [kept]
-    for line in (*opening_lines(model, params, data, mesh, verbose), *chosen, *said, *warnings):
+    for line in (*opening_lines(model, params, data, mesh, verbose), *policy, *said, *warnings):
         say(console, line)
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=data.total)
     still = [path for path in trained if model.component(path) in idle]
@@ -159,7 +159,10 @@ def _train(
     # Resume
     same = identity(config, model, table, data.rows)
     processes.check_same("data and base checkpoints", {**same, "shapes": data.training.shapes})
-    open_checkpoints = partial(Checkpoints, places.checkpoints, same, t.save_total_limit, best)
+    chosen = chosen_settings(config)
+    open_checkpoints = partial(
+        Checkpoints, places.checkpoints, same, t.save_total_limit, best, chosen
+    )
     checkpoints = open_checkpoints() if resume else None
     run = Standing(state, pending=t.eval_on_start and bool(intervals.evaluate), patience=patience)
     del state

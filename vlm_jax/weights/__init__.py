@@ -20,9 +20,6 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, FourBit)
 
 
-def dense(leaf: Any, dtype: Any, rows: int | None = None) -> jax.Array:
-    """Return a leaf as a dense array of `dtype`, whatever its storage format.
-
-    rows: of the product that it is for, where known: see `FourBit.dense`.
-    """
-    return leaf.dense(dtype, rows) if isinstance(leaf, FourBit) else jnp.asarray(leaf, dtype)
+def dense(leaf: Any, dtype: Any) -> jax.Array:
+    """Return a leaf as a dense array of `dtype`, whatever its storage format."""
+    return leaf.dense(dtype) if isinstance(leaf, FourBit) else jnp.asarray(leaf, dtype)

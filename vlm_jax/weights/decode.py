@@ -80,18 +80,20 @@ Used = tuple[NamedSharding, NamedSharding] | None
 
 
 def decode_words(
-    words: jax.Array, scales: jax.Array, values: tuple[float, ...], used: Used
+    words: jax.Array, scales: jax.Array, values: tuple[float, ...], dtype: Any, used: Used
 ) -> jax.Array:
-    """Return the bfloat16 kernel of `words` int32 [in / 8, out], scales float32 [in / 64, out]."""
+    """Return the kernel [in, out] of `words` int32 [in / 8, out], scales float32 [in / 64, out]."""
+    exact = jnp.dtype(dtype if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32)
 
     def plain(words: jax.Array, scales: jax.Array) -> jax.Array:
-        return (decode(from_words(words), values) * jnp.repeat(scales, BLOCK, 0)).astype(
-            jnp.bfloat16
-        )
+        return (decode(from_words(words), values) * jnp.repeat(scales, BLOCK, 0)).astype(exact)
 
-    branches = {name: functools.partial(kernel, values=values) for name, kernel in WORDS.items()}
+    branches = {
+        platform: functools.partial(kernel, values=values, dtype=exact)
+        for platform, kernel in WORDS.items()
+    }
     where = used and (used[0].mesh, (used[0].spec, used[1].spec), used[0].spec)
-    return _each_shard(plain, branches, where)(words, scales)
+    return _each_shard(plain, branches, where)(words, scales).astype(dtype)
 
 
 def decode_scales(codes: jax.Array, values: Sequence[float], used: Used) -> jax.Array:

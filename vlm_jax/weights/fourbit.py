@@ -26,9 +26,6 @@ from vlm_jax.weights.decode import decode, decode_scales, decode_words, lookup
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes knows
 
-# A product with at most so many rows reads a kernel's codes faster than it would a dense kernel.
-FEW_ROWS = 128
-
 Format = TypeVar("Format", bound="type[FourBit]")
 
 
@@ -143,19 +140,16 @@ class FourBit:
             scales = jnp.where(place >= begin[None, :], nested[i : i + 1], scales)
         return scales
 
-    def dense(self, dtype: Any, rows: int | None = None) -> jax.Array:
-        """Return the kernel: float32 code times float32 scale, rounded to `dtype`.
-
-        rows: of the product that it is for, if known. For few of them codes in words are left to
-        the compiler to decode inside of the product.
-        """
+    def dense(self, dtype: Any) -> jax.Array:
+        """Return the kernel: float32 code times float32 scale, rounded to `dtype`."""
         if self.ndim > 2:
-            return jax.vmap(lambda layer: layer.dense(dtype))(self.from_words())
+            if self.in_words:  # a layer at a time: kernels take no stacks
+                return jax.lax.map(lambda layer: layer.dense(dtype), self)
+            return jax.vmap(lambda layer: layer.dense(dtype))(self)
         leaf = self if self.used is None else self._gathered(self.used)
         scales = leaf.scales()
-        many = rows is None or rows > FEW_ROWS
-        if leaf.in_words and many and jnp.dtype(dtype) == jnp.bfloat16:
-            return decode_words(leaf.codes, scales, leaf.VALUES, self.used)
+        if leaf.in_words:
+            return decode_words(leaf.codes, scales, leaf.VALUES, dtype, self.used)
         inputs, outputs = leaf.shape
         if leaf.aligned:
             shape = (inputs // leaf.block, leaf.block, outputs)
@@ -164,8 +158,7 @@ class FourBit:
             first = jnp.arange(outputs, dtype=jnp.int32) * inputs
             place = first[None, :] + jnp.arange(inputs, dtype=jnp.int32)[:, None]
             scales = scales.at[place // leaf.block].get(mode="promise_in_bounds")
-        codes = words.from_words(leaf.codes) if leaf.in_words else leaf.codes
-        kernel = (decode(codes, leaf.VALUES) * scales).astype(dtype)
+        kernel = (decode(leaf.codes, leaf.VALUES) * scales).astype(dtype)
         if self.used is not None:
             kernel = jax.lax.with_sharding_constraint(kernel, self.used[0])
         return kernel

@@ -43,13 +43,29 @@ def _value(words: jax.Array, nibble: int, values: Sequence[float]) -> jax.Array:
     return jnp.where(upper, _take(values[8:], index), _take(values[:8], index))
 
 
-def _rounded(x: jax.Array) -> jax.Array:
-    """Return int32 whose upper half is float32 x in bfloat16, to nearest, ties to even.
+def _rounded_pairs(even: jax.Array, odd: jax.Array) -> jax.Array:
+    """Return bfloat16 [16, columns] of its even and odd rows, float32 [8, columns].
 
-    By integers: then interpreted and compiled kernels give the same bits. x is no NaN but 0 * inf.
+    Rounded to nearest, ties to even, by integers: then interpreted and compiled kernels give the
+    same bits. Holds for all numbers and infinity, and for the NaN of 0 times it.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return bits + 0x7FFF + ((bits >> 16) & 1)
+
+    def upper_half(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+        return bits + 0x7FFF + ((bits >> 16) & 1)
+
+    low, high = upper_half(even) >> 16, upper_half(odd) & HIGH_HALF
+    return pltpu.bitcast((low & 0xFFFF) | high, jnp.bfloat16)
+
+
+def _interleaved(even: jax.Array, odd: jax.Array, half: int) -> jax.Array:
+    """Return a half of the sixteen rows whose even and odd ones are given, [8, columns] each."""
+    row = jax.lax.broadcasted_iota(jnp.int32, even.shape, 0)
+    index = (row >> 1) + half * (SUBLANES // 2)
+    even, odd = (
+        jnp.take_along_axis(rows, index, axis=0, mode="promise_in_bounds") for rows in (even, odd)
+    )
+    return jnp.where((row & 1) == 0, even, odd)
 
 
 def _decode_kernel(values: Sequence[float], words: Any, scales: Any, out: Any) -> None:
@@ -60,18 +76,26 @@ def _decode_kernel(values: Sequence[float], words: Any, scales: Any, out: Any) -
         word = words[SUBLANES * block : SUBLANES * (block + 1), :]
         scale = jnp.broadcast_to(scales[pl.ds(first + block, 1), :], word.shape)
         for pair in range(CODES // 2):
-            low, high = (_rounded(_value(word, 2 * pair + i, values) * scale) for i in (0, 1))
-            both = ((low >> 16) & 0xFFFF) | (high & HIGH_HALF)
+            even, odd = (_value(word, 2 * pair + i, values) * scale for i in (0, 1))
             start = BLOCK * block + 2 * SUBLANES * pair
-            out[start : start + 2 * SUBLANES, :] = pltpu.bitcast(both, jnp.bfloat16)
+            if out.dtype == jnp.bfloat16:
+                out[start : start + 2 * SUBLANES, :] = _rounded_pairs(even, odd)
+            else:
+                out[start : start + SUBLANES, :] = _interleaved(even, odd, 0)
+                out[start + SUBLANES : start + 2 * SUBLANES, :] = _interleaved(even, odd, 1)
 
 
 def decode(
-    words: jax.Array, scales: jax.Array, values: tuple[float, ...], interpret: bool = False
+    words: jax.Array,
+    scales: jax.Array,
+    values: tuple[float, ...],
+    dtype: Any,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Return the bfloat16 kernel [in, out]: float32 code times float32 scale, rounded once.
+    """Return the kernel [in, out]: float32 code times float32 scale.
 
     words: int32 [in / 8, out]. scales: float32 [in / 64, out]. values: of the 16 codes.
+    dtype: float32, or bfloat16, to which it is rounded once.
     """
     inputs, outputs = words.shape[0] * CODES, words.shape[1]
     rows, columns = tile(inputs, outputs)
@@ -87,9 +111,9 @@ def decode(
             pl.BlockSpec((SUBLANES, columns), eight),
         ],
         out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16),
+        out_shape=jax.ShapeDtypeStruct((inputs, outputs), dtype),
         interpret=interpret,
-        name="nf4_decode",
+        name="nf4_decode" if dtype == jnp.bfloat16 else "nf4_decode_float32",
     )(words, scales)
 
 

@@ -31,10 +31,12 @@ def fits(inputs: int, outputs: int, block: int) -> bool:
 def to_words(codes: Any) -> Any:
     """Return int32 [..., in / 8, out] of codes [..., in, out] of any integer type."""
     *layers, inputs, outputs = codes.shape
-    parts = codes.astype(np.int32).reshape(*layers, inputs // BLOCK, 4, 8, 2, outputs)
-    words = parts[..., 0, :, 0, :]
-    for nibble in range(1, CODES):
-        words = words | (parts[..., nibble // 2, :, nibble % 2, :] << (4 * nibble))
+    blocks = codes.reshape(*layers, inputs // BLOCK, BLOCK, outputs)
+    words: Any = 0
+    for nibble in range(CODES):
+        first = 16 * (nibble // 2) + nibble % 2
+        codes = blocks[..., first : first + 16 - nibble % 2 : 2, :].astype(np.int32)
+        words = words | (codes << (4 * nibble))
     return words.reshape(*layers, inputs // CODES, outputs)
 
 

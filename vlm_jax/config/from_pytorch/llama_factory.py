@@ -27,7 +27,7 @@ LLAMA_FACTORY = {
     "model_revision": Key(RENAMED, "model.revision"),
     "low_cpu_mem_usage": Key(NOT_NEEDED, "weights are read one tensor at a time"),
     "rope_scaling": Key(NOT_NEEDED, "as the checkpoint's config.json says"),
-    "flash_attn": Key(NOT_NEEDED, _KERNELS),
+    "flash_attn": Key(NOT_NEEDED, "the kernel follows from the device; model.attention forces one"),
     "shift_attn": Key(REFUSED, "attention is the checkpoint's own"),
     "use_unsloth": Key(NOT_NEEDED, _KERNELS),
     "use_unsloth_gc": Key(RENAMED, "training.gradient_checkpointing"),

@@ -83,17 +83,12 @@ def _quantized_matmul(x: jax.Array, kernel: Any) -> jax.Array:
 
     Nothing contracts over rows here, so they need no flattening, which costs a TPU copies.
     """
-    return x @ _decoded(kernel, x)
-
-
-def _decoded(kernel: Any, x: jax.Array) -> jax.Array:
-    """Return a quantized kernel for a product with x [..., features]."""
-    return dense(kernel, x.dtype, rows=math.prod(x.shape[:-1]))
+    return x @ dense(kernel, x.dtype)
 
 
 _quantized_matmul.defvjp(
-    lambda x, kernel: (x @ _decoded(kernel, x), kernel),
-    lambda kernel, dy: (product_with_transpose(dy, _decoded(kernel, dy)), None),
+    lambda x, kernel: (x @ dense(kernel, x.dtype), kernel),
+    lambda kernel, dy: (product_with_transpose(dy, dense(kernel, dy.dtype)), None),
 )
 
 

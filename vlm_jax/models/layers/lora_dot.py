@@ -5,7 +5,6 @@ backward pass, and a 4-bit W decoded again. Sums over rows are float32. Letters:
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -54,7 +53,7 @@ def _forward(rate, x, kernel, a, b, scale, seed):
     dtype = x.dtype
     low = product(as_rows(_dropped(x, rate, seed)), dense(a, dtype), jnp.float32) * scale
     low = checkpoint_name(low.astype(dtype), LOW)
-    y = product(as_rows(x), _dense(kernel, x)) + product(low, dense(b, dtype))
+    y = product(as_rows(x), dense(kernel, dtype)) + product(low, dense(b, dtype))
     return y.reshape(*x.shape[:-1], y.shape[-1]), (x, low, kernel, a, b, scale, seed)
 
 
@@ -63,7 +62,7 @@ def _backward(rate, kept, dy):
     dtype, dy = x.dtype, as_rows(dy)
     dlow = (product_with_transpose(dy, dense(b, dtype), jnp.float32) * scale).astype(dtype)
     thin = product_with_transpose(dlow, dense(a, dtype)).reshape(x.shape)
-    dx = product_with_transpose(dy, _dense(kernel, x)).reshape(x.shape)
+    dx = product_with_transpose(dy, dense(kernel, dtype)).reshape(x.shape)
     dx = dx + _dropped(thin, rate, seed)
     da = summed_over_rows(as_rows(_dropped(x, rate, seed)), dlow, a.dtype)
     db = summed_over_rows(low, dy, b.dtype)
@@ -73,11 +72,6 @@ def _backward(rate, kept, dy):
 
 
 _lora_dot.defvjp(_forward, _backward)
-
-
-def _dense(kernel: Any, x: jax.Array) -> jax.Array:
-    """Return a kernel, decoded for a product with x or for that product's gradient."""
-    return dense(kernel, x.dtype, rows=math.prod(x.shape[:-1]))
 
 
 def _dropped(x: jax.Array, rate: float, seed: Any) -> jax.Array:

@@ -34,13 +34,14 @@ KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dots": ((QKV, MID, LOW, GATE, UP), ()),
     "none": ((ATTENDED, QKV, MID, LOW, GATE, UP), ()),  # and everything else
 }
-# Platform -> policies from the fastest, which keeps most, to the one that keeps least. A TPU stores
-# what "none" keeps beside the products in more time than it computes it again; what a CPU calls the
-# host's memory is its own.
+# Platform -> policies from the fastest, which keeps most, to the one that keeps least. What "none"
+# keeps beside the products are elementwise values, which an accelerator stores in more time than it
+# makes them again. What a CPU calls the host's memory is its own.
+ON_ACCELERATORS = ("products", "gate", "residual", "qkv", "block", "offload")
 FASTEST = {
-    "tpu": ("products", "gate", "residual", "qkv", "block", "offload"),
-    "gpu": ("none", "products", "gate", "residual", "qkv", "block", "offload"),
-    "cpu": ("none", "products", "gate", "residual", "qkv", "block"),
+    "tpu": ON_ACCELERATORS,
+    "gpu": ON_ACCELERATORS,
+    "cpu": ("none", *ON_ACCELERATORS[:-1]),
 }
 
 

@@ -9,7 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.models.layers.attention.choice import KERNELS, case_of, choose, recorded
+from vlm_jax.models.layers.attention.choice import (
+    KERNELS,
+    case_of,
+    choose,
+    recorded,
+)
 from vlm_jax.models.layers.attention.mask import Form, Mask, Side
 
 __all__ = ["KERNELS", "attention", "recorded"]

@@ -50,12 +50,13 @@ class Case:
 class Kernel:
     """A row of the table.
 
-    attend: (q, k, v, mask, form) to [B, T, N, H]. runs: on which platforms. lacks: what of a case
-    it does not compute, in words; None: nothing. slower: whether the table has a faster one below.
+    attend: (q, k, v, mask, form) to [B, T, N, H]. runs: on which platform; None: any. lacks: what
+    of a case it does not compute, in words; None: nothing. slower: whether the table has a faster
+    one below.
     """
 
     attend: Callable[..., jax.Array]
-    runs: tuple[str, ...]
+    runs: str | None = None
     lacks: Callable[[Case], str | None] = lambda case: None
     slower: Callable[[Case], bool] = lambda case: False
 
@@ -87,11 +88,10 @@ def _long(case: Case) -> bool:
 
 # The first row that runs, lacks nothing and is not slower computes.
 KERNELS: dict[str, Kernel] = {
-    "splash": Kernel(functools.partial(spread, splash.attend), ("tpu",), _splash_lacks),
-    "xla": Kernel(xla.attend, tuple(SHORT), slower=_long),
-    "chunked": Kernel(functools.partial(spread, chunked.attend), tuple(SHORT)),
+    "splash": Kernel(functools.partial(spread, splash.attend), "tpu", _splash_lacks),
+    "xla": Kernel(xla.attend, slower=_long),
+    "chunked": Kernel(functools.partial(spread, chunked.attend)),
 }
-NAMED = {"tpu": "TPUs", "gpu": "GPUs", "cpu": "CPUs"}
 
 _lines: ContextVar[dict[str, None] | None] = ContextVar("lines", default=None)
 
@@ -143,7 +143,9 @@ def choose(case: Case, forced: str | None = None) -> str:
     """
     if forced is not None and forced not in KERNELS:
         raise UserError(f"Unknown attention '{forced}'; known: {', '.join(KERNELS)}.")
-    passed = {name: one.lacks(case) for name, one in KERNELS.items() if case.platform in one.runs}
+    passed = {
+        name: one.lacks(case) for name, one in KERNELS.items() if one.runs in (None, case.platform)
+    }
     if forced is not None:
         if forced in passed and passed[forced] is None:
             return _chosen(forced, case, {})
@@ -168,8 +170,8 @@ def _refusal(forced: str, case: Case, passed: dict[str, str | None]) -> str:
     why = (
         f"it lacks {passed[forced]} ({case})"
         if forced in passed
-        else f"it runs on {' and '.join(NAMED[one] for one in KERNELS[forced].runs)}, and this "
-        f"program is for {NAMED[case.platform]}"
+        else f"it runs on a {str(KERNELS[forced].runs).upper()}, and this program is for a "
+        f"{case.platform.upper()}"
     )
     return (
         f"model.attention is '{forced}', but {why}. Leave model.attention out, so that each "

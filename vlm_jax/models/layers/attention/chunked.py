@@ -20,6 +20,9 @@ from vlm_jax.models.layers.remat import ATTENDED
 # Queries and keys of a block, and of a row that is one block. CPU: scores stay in a core's cache.
 BLOCKS = {"cpu": (128, 256)}
 OTHERS = (512, 512)
+# Platforms on which all blocks of keys are computed: on a GPU the host would wait for each block to
+# learn whether there is another one.
+WHOLE = ("gpu",)
 UNSEEN = float(jnp.finfo(jnp.float32).min)
 F32 = jnp.float32
 
@@ -75,7 +78,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask, form, sizes):
             jnp.zeros(shape_BKGC),
             jnp.zeros((*shape_BKGC, q.shape[-1])),
         )
-        top, total, out = jax.lax.fori_loop(low, high, keys, start)
+        top, total, out = rows.loop(low, high, keys, start)
         total = jnp.where(total == 0, 1.0, total)  # of a query without keys
         return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
 
@@ -114,7 +117,7 @@ def _attend_backward(form, sizes, kept, d_out_BTNH):
             dv = _add(dv, "BKGCD,BKGCH->BKDH", weights, d_out, j)
             return dq, dk, dv
 
-        dq, *carry = jax.lax.fori_loop(low, high, keys, (jnp.zeros(q.shape), *carry))
+        dq, *carry = rows.loop(low, high, keys, (jnp.zeros(q.shape), *carry))
         return tuple(carry), dq.astype(q.dtype)
 
     zeros = jnp.zeros(rows.k.shape)
@@ -192,6 +195,19 @@ class _Blocks:
         if seen_BTS is not None:
             scores = jnp.where(seen_BTS[:, None, None], scores, UNSEEN)
         return scores, slope
+
+    def loop(self, low: Any, high: Any, body: Any, carry: Any) -> Any:
+        """Return the carry after body(block, carry) of the blocks of keys from low up to high."""
+        count = self.k.shape[2] // self.sizes.keys
+        if platform() in WHOLE:
+            return jax.lax.fori_loop(0, count, body, carry)
+        # The constant says how often at most, for whoever reads the program.
+        _, carry = jax.lax.while_loop(
+            lambda state: (state[0] < count) & (state[0] < high),
+            lambda state: (state[0] + 1, body(*state)),
+            (low, carry),
+        )
+        return carry
 
     def _bounds(self, count: int, keys: int) -> tuple[jax.Array, jax.Array]:
         met = blocks_seen(self.mask, self.form, *self.sizes)
