@@ -150,7 +150,7 @@ def analysed(facts: dict[str, Any], text: str, images: int) -> tuple[dict[str, A
 def kernel_row(row: Row, chip: str, images: int) -> dict[str, Any]:
     """Return what is said of a kernel's call: its bundles and how often they run."""
     kernel = kernels.read(row.timed.instruction)
-    near, far = kernels.table()[chip][kernel.name][kernel.key]
+    near, far = (kernels.bundles(kernel, chip, share) for share in (0, 1))
     run = kernels.steps(kernel, row.timed.instruction.result, images)
     return {
         "name": kernel.name,
@@ -158,7 +158,7 @@ def kernel_row(row: Row, chip: str, images: int) -> dict[str, Any]:
         "grid": kernel.grid,
         "runs": row.timed.times,
         "steps": run._asdict(),
-        "bundles": {"near": near, "far": far},
+        "bundles": {"near": list(map(round, near)), "far": list(map(round, far))},
         "cycles": row.timed.total,
     }
 
