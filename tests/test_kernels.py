@@ -130,7 +130,7 @@ def test_bundles_of_a_step_and_of_what_it_skips(scripts):
     assert pallas_bundles.counted(text, True, False) == (280 - 160, 0, 160)
     assert pallas_bundles.counted(text, False, False) == (280, 0, 0)
     with pytest.raises(SystemExit, match="loops inside"):
-        pallas_bundles.counted(bundles({**BRANCHES, 150: 120}), True, True)
+        pallas_bundles.counted(bundles({**BRANCHES, 150: 110}), True, True)
 
 
 def test_where_the_cycles_of_a_kept_step_go(scripts, compiled, tmp_path, capsys):

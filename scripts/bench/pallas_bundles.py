@@ -54,7 +54,8 @@ from vlm_jax.weights import FourBit
 
 DUMP = Path(tempfile.gettempdir()) / f"vlm_jax.bundles.{os.getpid()}"
 HEADS = 2
-SMALL = 32  # bundles of a branch that starts or awaits a copy: part of each step
+BF16, F32 = jnp.bfloat16, jnp.float32
+SMALL = 32  # bundles of a branch, or a loop, that starts or awaits copies: part of each step
 DELAY = 5  # a branch and the bundles behind it that run whatever it does
 BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]+:)? *: *[> ]*\{")
 BRANCH = re.compile(r"sbr\.rel .*?target bundleno = (\d+)")
@@ -146,7 +147,7 @@ def counted(text: str, edges: bool, blocks: bool) -> kernels.Bundles:
         if place := BUNDLE.match(line):
             last = int(place[1], 16)
             branches += [(last, int(to)) for to in BRANCH.findall(line)]
-    loops = [(to, at) for at, to in branches if to <= at]
+    loops = [(to, at) for at, to in branches if to <= at and at - to > SMALL]
     if len(loops) > 1:
         raise SystemExit(f"The kernel has {len(loops) - 1} loops inside of that over its grid.")
     start, end = (loops[0][0], loops[0][1] + DELAY) if loops else (0, last + 1)
@@ -210,18 +211,19 @@ def decodes(chip: str) -> Iterator[Call]:
     from vlm_jax.weights import NF4
     from vlm_jax.weights import kernels as decoding
 
-    def codes(words: jax.Array, scales: jax.Array) -> jax.Array:
-        return decoding.decode(words, scales, NF4.VALUES, jnp.bfloat16)
+    def codes(words: jax.Array, scales: jax.Array) -> list[jax.Array]:
+        return [decoding.decode(words, scales, NF4.VALUES, dtype) for dtype in (BF16, F32)]
 
-    for rows in decoding.ROWS:
-        for columns in decoding.COLUMNS:  # three tiles a side: no larger one divides them
-            words = jax.ShapeDtypeStruct((3 * rows // decoding.CODES, 3 * columns), jnp.int32)
-            scales = jax.ShapeDtypeStruct((3 * rows // decoding.BLOCK, 3 * columns), jnp.float32)
-            yield from in_lowered(lowered(chip, codes, words, scales))
-    values = jax.ShapeDtypeStruct((256,), jnp.float32)
-    for inputs, outputs in sorted(kernels_of_models()):
-        blocks = jax.ShapeDtypeStruct((inputs // decoding.BLOCK, outputs), jnp.uint8)
-        yield from in_lowered(lowered(chip, decoding.look_up, blocks, values))
+    for rows, columns in itertools.product(decoding.ROWS, decoding.COLUMNS):
+        # Three tiles a side: no larger one divides them.
+        words = jax.ShapeDtypeStruct((3 * rows // decoding.CODES, 3 * columns), jnp.int32)
+        scales = jax.ShapeDtypeStruct((3 * rows // decoding.BLOCK, 3 * columns), F32)
+        yield from in_lowered(lowered(chip, codes, words, scales))
+    shapes = {(inputs // decoding.BLOCK, outputs) for inputs, outputs in kernels_of_models()}
+    shapes |= {(2**n, 3 * columns) for n in range(3, 10) for columns in decoding.COLUMNS[1:]}
+    for shape in sorted(shapes):
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct((256,), F32))
+        yield from in_lowered(lowered(chip, decoding.look_up, *arrays))
 
 
 def kernels_of_models() -> set[tuple[int, int]]:
@@ -249,7 +251,7 @@ def attention(chip: str, length: int, causal: bool, trains: bool) -> Any:
         y, back = jax.vjp(lambda *qkv: row(*qkv, arrays[3]), *arrays[:3])
         return y, back(dy)
 
-    shape = jax.ShapeDtypeStruct((1, length, HEADS, 128), jnp.bfloat16)
+    shape = jax.ShapeDtypeStruct((1, length, HEADS, 128), BF16)
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
     return lowered(chip, run, shape, shape, shape, shape, segments)
 

@@ -150,7 +150,7 @@ def analysed(facts: dict[str, Any], text: str, images: int) -> tuple[dict[str, A
 def kernel_row(row: Row, chip: str, images: int) -> dict[str, Any]:
     """Return what is said of a kernel's call: its bundles and how often they run."""
     kernel = kernels.read(row.timed.instruction)
-    near, far = kernels.table()[chip][kernel.name][kernel.key]
+    near, far = (kernels.bundles(kernel, chip, share) for share in (0, 1))
     run = kernels.steps(kernel, row.timed.instruction.result, images)
     return {
         "name": kernel.name,
@@ -158,7 +158,7 @@ def kernel_row(row: Row, chip: str, images: int) -> dict[str, Any]:
         "grid": kernel.grid,
         "runs": row.timed.times,
         "steps": run._asdict(),
-        "bundles": {"near": near, "far": far},
+        "bundles": {"near": list(map(round, near)), "far": list(map(round, far))},
         "cycles": row.timed.total,
     }
 
@@ -168,7 +168,7 @@ def show(said: dict[str, Any], listed: list[Row]) -> None:
     clock = DEVICES[said["device"]].clock
     unit, scale = ("ms", 1e3 / clock) if clock else ("M cycles", 1e-6)
     mesh = " ".join(f"{name} {size}" for name, size in said["mesh"].items() if size > 1)
-    print(f"{said['config']}  {said['topology']}  {mesh}")
+    print(f"{said['config'][-50:]}  {said['topology']}  {mesh}")
     print(
         f"{said['rows']} rows of {said['tokens']:,} tokens and {said['patches']:,} patches, "
         f"{said['micro_batches']} micro-batches, rank {said['rank']}, {said['remat_policy']}"
@@ -203,7 +203,7 @@ def show(said: dict[str, Any], listed: list[Row]) -> None:
     for row in listed:
         cycles = row.timed.total * scale
         print(f"{cycles:8.2f} x{row.timed.times:<4} {row.phase[:4]} {row.part[:22]:22} "
-              f"{row.name[-38:]}")  # fmt: skip
+              f"{row.name[-37:]}")  # fmt: skip
 
 
 def _row(name: str, count: Counter, scale: float, cycles: int) -> None:

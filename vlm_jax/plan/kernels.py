@@ -79,6 +79,9 @@ LAYOUTS = {
     r"splash_m[hq]a_dkv.*": Layout(1, 2, 0, by_key=True),
 }
 
+# Kernels whose blocks are whole columns, of as many rows as a model has.
+COLUMNS, MOST_ROWS = ("nf4_scales",), 512
+
 
 def read(instruction: Instruction) -> Kernel:
     """Return the kernel that a custom call runs."""
@@ -135,9 +138,14 @@ def table() -> dict[str, dict[str, dict[str, list[list[int]]]]]:
 def bundles(kernel: Kernel, chip: str, far: float = 1.0) -> Bundles | None:
     """Return the bundles of a kernel on a chip, None where the table has none.
 
-    far: the share of its arrays that lie in the device's memory.
+    far: the share of its arrays that lie in the device's memory. Of a kernel of whole columns it
+    may be the next larger one's.
     """
-    found = table().get(chip, {}).get(kernel.name, {}).get(kernel.key)
+    known = table().get(chip, {}).get(kernel.name, {})
+    rows = kernel.blocks[-1].partition("x")[0]
+    more = range(int(rows), MOST_ROWS + 1, 8) if kernel.name in COLUMNS else ()
+    keys = (kernel.key, *(kernel.key.replace(f" {rows}x", f" {n}x") for n in more))
+    found = next((known[key] for key in keys if key in known), None)
     if found is None:
         return None
     return Bundles(*((1 - far) * near + far * away for near, away in zip(*found, strict=True)))
