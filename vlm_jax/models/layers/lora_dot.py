@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.models.layers.dropout import hashed_keep
-from vlm_jax.models.layers.partition import places_are_spread
+from vlm_jax.models.layers.partition import places_are_spread, platform
 from vlm_jax.models.layers.remat import LOW
 from vlm_jax.weights import dense, is_quantized
 
@@ -62,8 +62,10 @@ def _backward(rate, kept, dy):
     dtype, dy = x.dtype, as_rows(dy)
     dlow = (product_with_transpose(dy, dense(b, dtype), jnp.float32) * scale).astype(dtype)
     thin = product_with_transpose(dlow, dense(a, dtype)).reshape(x.shape)
-    dx = product_with_transpose(dy, dense(kernel, dtype)).reshape(x.shape)
-    dx = dx + _dropped(thin, rate, seed)
+    thin = _dropped(thin, rate, seed)
+    if rate > 0 and platform() == "tpu":
+        thin = jax.lax.optimization_barrier(thin)  # else its mask is hashed in the large product
+    dx = product_with_transpose(dy, dense(kernel, dtype)).reshape(x.shape) + thin
     da = summed_over_rows(as_rows(_dropped(x, rate, seed)), dlow, a.dtype)
     db = summed_over_rows(low, dy, b.dtype)
     # XLA drops the product where the kernel is frozen.
