@@ -65,10 +65,6 @@ class FourBit:
         return len(self.codes.shape)
 
     @property
-    def may_be_words(self) -> bool:
-        return words.fits(*self.shape[-2:], self.block)
-
-    @property
     def double(self) -> bool:
         return self.nested is not None
 
@@ -170,6 +166,19 @@ class FourBit:
             (constrain(self.codes, used[0]), constrain(self.absmax, used[1]))
         )
         return dataclasses.replace(self, codes=codes, absmax=absmax)
+
+
+@jax.jit
+def _to_words(leaf: FourBit) -> FourBit:
+    # A layer at a time: codes are unpacked in between.
+    return jax.lax.map(FourBit.to_words, leaf) if leaf.ndim > 2 else leaf.to_words()
+
+
+def in_words(leaf: FourBit) -> FourBit:
+    """Return a leaf, of arrays or of shapes, with its codes in words."""
+    if isinstance(leaf.codes, jax.ShapeDtypeStruct):
+        return jax.eval_shape(_to_words, leaf)
+    return _to_words(leaf)
 
 
 def register(format: Format) -> Format:
