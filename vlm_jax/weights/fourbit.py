@@ -39,7 +39,7 @@ class FourBit:
     dtype: what was quantized, and what bitsandbytes decodes to. used: how codes and scales lie on
     a mesh while the kernel is decoded (gathered from the devices that share one copy), or None.
     in_words: whether codes are int32 [in / 8, out] of eight each and nested is by column,
-    [runs, out], as `words` has them. Its shape and values are those of the leaf in the other layout.
+    [runs, out], as `words` has them. Shape and values are those of the leaf in the other layout.
     """
 
     VALUES: ClassVar[tuple[float, ...]]  # of the 16 codes

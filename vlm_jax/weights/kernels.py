@@ -89,7 +89,7 @@ def decode(
     words: jax.Array,
     scales: jax.Array,
     values: tuple[float, ...],
-    dtype: Any = jnp.bfloat16,
+    dtype: Any,
     interpret: bool = False,
 ) -> jax.Array:
     """Return the kernel [in, out]: float32 code times float32 scale.
