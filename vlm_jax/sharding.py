@@ -22,6 +22,7 @@ from vlm_jax.models import decoder_config
 from vlm_jax.models.layers.linear import is_lora
 from vlm_jax.trees import flatten, map_leaves, match, unflatten
 from vlm_jax.weights import FourBit, words
+from vlm_jax.weights.fourbit import in_words
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
@@ -211,7 +212,7 @@ def laid_out(model: Model, params: Mapping[str, Any], mesh: Mesh) -> dict[str, A
     axes = _logical_axes(model, flat)
     return unflatten(
         {
-            path: _in_words(leaf) if _takes_words(leaf, axes[path], mesh) else leaf
+            path: in_words(leaf) if _takes_words(leaf, axes[path], mesh) else leaf
             for path, leaf in flat.items()
         }
     )
@@ -233,17 +234,6 @@ def _takes_words(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh) -> bool:
         sizes.append((size // parts, size if name == "fsdp" else size // parts))
     (stored, inputs), (_, outputs) = sizes
     return stored % words.CODES == 0 and words.fits(inputs, outputs, leaf.block)
-
-
-@jax.jit
-def _to_words(leaf: FourBit) -> FourBit:
-    """A layer at a time: codes are unpacked in between."""
-    return jax.lax.map(FourBit.to_words, leaf) if leaf.ndim > 2 else leaf.to_words()
-
-
-def _in_words(leaf: FourBit) -> FourBit:
-    shapes = isinstance(leaf.codes, jax.ShapeDtypeStruct)
-    return jax.eval_shape(_to_words, leaf) if shapes else _to_words(leaf)
 
 
 def used_on_mesh(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:

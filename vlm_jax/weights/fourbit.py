@@ -39,7 +39,7 @@ class FourBit:
     dtype: what was quantized, and what bitsandbytes decodes to. used: how codes and scales lie on
     a mesh while the kernel is decoded (gathered from the devices that share one copy), or None.
     in_words: whether codes are int32 [in / 8, out] of eight each and nested is by column,
-    [runs, out], as `words` has them. What is said of a leaf elsewhere holds for both.
+    [runs, out], as `words` has them. Shape and values are those of the leaf in the other layout.
     """
 
     VALUES: ClassVar[tuple[float, ...]]  # of the 16 codes
@@ -63,10 +63,6 @@ class FourBit:
     @property
     def ndim(self) -> int:
         return len(self.codes.shape)
-
-    @property
-    def may_be_words(self) -> bool:
-        return words.fits(*self.shape[-2:], self.block)
 
     @property
     def double(self) -> bool:
@@ -170,6 +166,19 @@ class FourBit:
             (constrain(self.codes, used[0]), constrain(self.absmax, used[1]))
         )
         return dataclasses.replace(self, codes=codes, absmax=absmax)
+
+
+@jax.jit
+def _to_words(leaf: FourBit) -> FourBit:
+    # A layer at a time: codes are unpacked in between.
+    return jax.lax.map(FourBit.to_words, leaf) if leaf.ndim > 2 else leaf.to_words()
+
+
+def in_words(leaf: FourBit) -> FourBit:
+    """Return a leaf, of arrays or of shapes, with its codes in words."""
+    if isinstance(leaf.codes, jax.ShapeDtypeStruct):
+        return jax.eval_shape(_to_words, leaf)
+    return _to_words(leaf)
 
 
 def register(format: Format) -> Format:
