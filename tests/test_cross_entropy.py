@@ -59,23 +59,24 @@ def close(ours, theirs, rel=1e-6):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rel * max(1e-9, np.abs(theirs).max()))
 
 
+@pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_are_the_plain_formulas(case, smoothing):
-    """Of a frozen head, and of one that trains; each row with a cotangent of its own."""
+def test_losses_and_gradients_are_the_plain_formulas(case, smoothing, per_row):
+    """Of a frozen head, and of one that trains; with a cotangent that is not 1."""
     arrays, chunk = drawn(case)
-    scale_B = np.random.default_rng(1).normal(size=len(arrays[1])).astype(np.float32)
-    ours = functools.partial(summed, functools.partial(of_chunk, smoothing), chunk=chunk)
-    reference = functools.partial(plain, smoothing)
-
-    def gradients(run, argnums):
-        scaled = lambda *arrays: jnp.sum(run(*arrays) * scale_B)  # noqa: E731
-        return run(*arrays), jax.grad(scaled, argnums)(*arrays)
-
+    sizes = dict(per_row=per_row, chunk=chunk)
+    rows = lambda *arrays: plain(smoothing, *arrays)  # noqa: E731
+    reference = rows if per_row else lambda *arrays: jnp.sum(rows(*arrays))
+    ours = functools.partial(summed, functools.partial(of_chunk, smoothing), **sizes)
+    scale = np.random.default_rng(1).normal(size=len(arrays[1]) if per_row else ())
+    close(ours(*arrays), reference(*arrays))
     for argnums in (1, (0, 1)):
-        (found, ours_by), (expected, by) = gradients(ours, argnums), gradients(reference, argnums)
-        close(found, expected)
-        jax.tree.map(close, ours_by, by)
+        found, expected = (
+            jax.grad(lambda *arrays, run=run: jnp.sum(run(*arrays) * scale.astype("f")), argnums)
+            for run in (ours, reference)
+        )
+        jax.tree.map(close, found(*arrays), expected(*arrays))
 
 
 def products(function, *args):
@@ -92,25 +93,31 @@ def products(function, *args):
     return count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def test_logits_of_a_frozen_head_are_made_once():
+def test_logits_are_made_once():
     arrays, chunk = drawn("an odd rest")
-    total = lambda *arrays: jnp.sum(summed(functools.partial(of_chunk, 0.0), *arrays, chunk))  # noqa: E731
+
+    def total(*arrays, per_row=False):
+        losses = summed(functools.partial(of_chunk, 0.0), *arrays, per_row=per_row, chunk=chunk)
+        return jnp.sum(losses)
+
     assert products(total, *arrays) == 1  # of an evaluation
     assert products(jax.grad(total, 1), *arrays) == 2  # logits, and the gradient by x
-    assert products(jax.grad(total, (0, 1)), *arrays) == 4  # logits twice, and two gradients
+    assert products(jax.grad(total, (0, 1)), *arrays) == 3  # and by the head
+    rows = functools.partial(total, per_row=True)
+    assert products(jax.grad(rows, 1), *arrays) == 2
+    assert products(jax.grad(rows, (0, 1)), *arrays) == 4  # by a number for each row: logits twice
 
 
 @pytest.mark.parametrize("context", [1, 2])
 def test_several_devices_give_what_one_does(context):
     (head, *of_rows), chunk = drawn("rows without weights")
     arrays = [np.concatenate([array, array[::-1]]) for array in of_rows]  # 6 rows
-    run = jax.value_and_grad(
-        lambda *arrays: jnp.sum(summed(functools.partial(of_chunk, 0.0), head, *arrays, chunk))
-    )
+    total = functools.partial(summed, functools.partial(of_chunk, 0.0), chunk=chunk)
+    run = jax.value_and_grad(total, (0, 1))
     mesh = make_mesh(data=1, fsdp=2, context=context, devices=jax.devices()[: 2 * context])
     with rows_over(jax.NamedSharding(mesh, jax.P("fsdp", "context"))):
-        shared = jit(run)(*arrays)
-    jax.tree.map(close, shared, run(*arrays))
+        shared = jit(run)(head, *arrays)
+    jax.tree.map(close, shared, run(head, *arrays))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_several_devices_give_what_one_does(context):
     [(1, 100, 100), (2, 512, 128), (1, 2048, 256), (4, 768, 64), (64, 4096, 16), (1, 300, 160)],
 )
 def test_a_chunk(rows, tokens, expected):
-    assert CHUNK_POSITIONS["cpu"] == 256
+    assert CHUNK_POSITIONS["cpu"] == (256, 256)
     chunk = chunk_positions(rows, tokens)
     assert chunk == expected
     # Of the chunks of a row the last is as full as the others.

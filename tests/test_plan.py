@@ -11,7 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax import UserError, config, plan
 from vlm_jax.models.reference_configs import KNOWN
+from vlm_jax.plan.step import prepare
 from vlm_jax.sharding import make_mesh
+from vlm_jax.train.compile import OPTIONS, compile_step
 from vlm_jax.train.setup import abstract_run
 from vlm_jax.trees import flatten
 
@@ -75,6 +77,13 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_a_branch_the_longest():
     one = plan.estimated_cycles(on_chip(jnp.matmul, (512, 512), (512, 512)))
     assert few > 4 * 0.5 * one
     assert 2.7 < many / few < 3.1
+
+
+def test_a_run_compiles_with_the_options_of_its_devices(tiny, monkeypatch):
+    monkeypatch.setitem(OPTIONS, "cpu", {"xla_no_such_option": True})
+    step = prepare(tiny, jax.devices()[:1])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        compile_step(step.run, step.state, step.frozen, step.batch)
 
 
 def test_the_step_is_the_runs_own(tiny, step):

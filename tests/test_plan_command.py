@@ -564,7 +564,7 @@ def test_the_head_is_gathered_once_however_many_chunks_of_the_loss_there_are(
     tmp_path, tied, chunk, tokens, monkeypatch
 ):
     """Of 8 rows on 4 devices, whose positions are four chunks a device."""
-    monkeypatch.setitem(CHUNK_POSITIONS, "tpu", chunk)
+    monkeypatch.setitem(CHUNK_POSITIONS, "tpu", (chunk, chunk))
     raw = json.loads((qwen(tmp_path, layers=1) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": tied}))
     changes = {"model.quantize": "nf4-dq", "training.remat_policy": "block"}

@@ -13,6 +13,9 @@ from vlm_jax.plan.schedule import Timed, is_kernel
 
 PHASES = ("forward", "recomputed", "backward", "once")
 HASH = "2246822507"  # 0x85EBCA6B of murmur3's finaliser, which makes dropout's bits
+TOWER = r"visual|vision|TowerBlock|patch_embed|EncoderLayer"
+# The part of a Pallas kernel, by the beginning of its name.
+KERNELS = {"splash": "attention kernels", "nf4": "NF4 decode kernels", "": "other kernels"}
 PLAIN_ATTENTION = r"BTKGH|BKGTS|softmax|SKH"
 
 
@@ -88,9 +91,7 @@ def phase(name: str) -> str:
 
 
 def in_tower(seen: Seen) -> bool:
-    return bool(re.search(r"visual|vision|TowerBlock|patch_embed|EncoderLayer", seen.name)) or (
-        "TowerBlock" in seen.names
-    )
+    return bool(re.search(TOWER, seen.name)) or ("TowerBlock" in seen.names)
 
 
 def in_projector(seen: Seen) -> bool:
@@ -176,7 +177,10 @@ def rows(program: Program, schedule: Sequence[Timed], rank: int) -> list[Row]:
     for one in schedule:
         if is_kernel(one.instruction):
             name = first(r'op_name="([^"]*)"', one.instruction.text)
-            found.append(Row(one, "kernels", phase(name), name))
+            kernel = one.instruction.name.rsplit(".", 1)[0]
+            part = next(part for words, part in KERNELS.items() if re.match(words, kernel))
+            where = "tower: " if re.search(TOWER, name) else ""
+            found.append(Row(one, f"{where}{part}", phase(name), name))
         elif one.cycles:
             seen = reader.seen(one.instruction)
             part = next(part for part, holds in PARTS if holds(seen))

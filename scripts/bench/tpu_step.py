@@ -29,11 +29,12 @@ from step_parts import PHASES, Row, rows
 
 from vlm_jax import UserError
 from vlm_jax.hardware import DEVICES, hardware
-from vlm_jax.plan import work
+from vlm_jax.plan import kernels, work
 from vlm_jax.plan.program import memory, parse_text
 from vlm_jax.plan.schedule import is_kernel, schedule
 from vlm_jax.plan.step import load, prepare
-from vlm_jax.plan.topologies import OPTIONS, devices
+from vlm_jax.plan.topologies import devices
+from vlm_jax.train.compile import OPTIONS
 
 MARK = "// "  # of the first line of a kept file, which holds what the text does not say
 MIB = 1 << 20
@@ -68,7 +69,9 @@ def compiled_step(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         tokens=options.tokens,
         patches=options.patches,
     )
-    OPTIONS["tpu"].update(pairs(options.options))
+    kind = DEVICES[machine.device].kind
+    given = {**OPTIONS.get(kind, {}), **pairs(options.options)}
+    OPTIONS[kind] = {name: value for name, value in given.items() if value is not None}
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     compiled = step.compile()
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -79,7 +82,7 @@ def compiled_step(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     facts = {
         "config": str(options.config),
         "set": changes,
-        "options": dict(OPTIONS["tpu"]),
+        "options": OPTIONS[kind],
         "topology": machine.topology,
         "device": machine.device,
         "devices": step.mesh.size,
@@ -113,18 +116,18 @@ def keep(file: Path, facts: dict[str, Any], text: str) -> None:
         kept.write(f"{MARK}{json.dumps(facts)}\n{text}")
 
 
-def analysed(facts: dict[str, Any], text: str) -> tuple[dict[str, Any], list[Row]]:
-    """Return (what is said of a step as JSON has it, the rows of its schedule)."""
+def analysed(facts: dict[str, Any], text: str, images: int) -> tuple[dict[str, Any], list[Row]]:
+    """Return (what is said of a step as JSON has it, the rows of its schedule).
+
+    images: equal ones in a row's patches.
+    """
     device = DEVICES[facts["device"]]
     program, entry = parse_text(text)
-    found = rows(program, schedule(program, entry), facts["rank"])
+    timing = kernels.timing(program, facts["device"], images)
+    found = rows(program, schedule(program, entry, timing), facts["rank"])
     parts: dict[str, Counter] = defaultdict(Counter)
-    kernels: list[dict[str, Any]] = []
     for row in found:
         parts[row.part][row.phase] += row.timed.total
-        if is_kernel(row.timed.instruction):
-            name = row.timed.instruction.name.rsplit(".", 1)[0]
-            kernels.append({"name": name, "phase": row.phase, "runs": row.timed.times})
     cycles = sum(row.timed.total for row in found)
     seconds = cycles / device.clock if device.clock else None
     useful = facts["useful_flops"] / device.flops if device.flops else None
@@ -136,8 +139,28 @@ def analysed(facts: dict[str, Any], text: str) -> tuple[dict[str, Any], list[Row
         "mfu": useful / seconds if useful and seconds else None,
         "tokens_per_second": tokens / seconds if seconds else None,
         "parts": {name: dict(count) for name, count in parts.items()},
-        "kernels": kernels,
+        "kernels": [
+            kernel_row(row, facts["device"], images)
+            for row in found
+            if is_kernel(row.timed.instruction)
+        ],
     }, found
+
+
+def kernel_row(row: Row, chip: str, images: int) -> dict[str, Any]:
+    """Return what is said of a kernel's call: its bundles and how often they run."""
+    kernel = kernels.read(row.timed.instruction)
+    near, far = kernels.table()[chip][kernel.name][kernel.key]
+    run = kernels.steps(kernel, row.timed.instruction.result, images)
+    return {
+        "name": kernel.name,
+        "phase": row.phase,
+        "grid": kernel.grid,
+        "runs": row.timed.times,
+        "steps": run._asdict(),
+        "bundles": {"near": near, "far": far},
+        "cycles": row.timed.total,
+    }
 
 
 def show(said: dict[str, Any], listed: list[Row]) -> None:
@@ -159,7 +182,13 @@ def show(said: dict[str, Any], listed: list[Row]) -> None:
         _row(name, count, scale, said["cycles"])
     _row("all", total, scale, said["cycles"])
     for one in said["kernels"]:
-        print(f"  {one['name'][:50]:50} {one['phase']:10} x {one['runs']:,}")
+        run, (step, block, edge) = one["steps"], one["bundles"]["near"]
+        took = f"{one['cycles'] * scale:.2f} {unit}"
+        print(f"\n{one['name']}, {one['phase']}, {one['runs']} runs: {took}")
+        print(
+            f"  {run['all']} steps x {step} to {one['bundles']['far'][0]}, "
+            f"{run['blocks']} blocks x {block}, {run['edges']} results x {edge} bundles"
+        )
     memory = {name: size / 1e9 for name, size in said["memory"].items()}
     print(
         f"\nmemory  arguments {memory['arguments']:.2f}  temporary {memory['temporary']:.2f}  "
@@ -193,10 +222,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, metavar="N", help="of a row")
     parser.add_argument("--rows", type=int, metavar="N", help="of the whole step")
     parser.add_argument("--patches", type=int, metavar="N", help="of a row")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="equal ones in a row")
     for name, what in (
         ("set", "of the config, as lora.r=64"),
         ("mesh", "its sizes, as fsdp=4"),
-        ("options", "the compiler's own, as xla_tpu_scoped_vmem_limit_kib=65536"),
+        ("options", "the compiler's, as xla_tpu_scoped_vmem_limit_kib=65536; none takes one away"),
     ):
         parser.add_argument(f"--{name}", nargs="*", default=[], metavar="KEY=VALUE", help=what)
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead")
@@ -211,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         facts, text = read(options.read) if options.read else compiled_step(options)
         if options.keep:
             keep(options.keep, facts, text)
-        said, found = analysed(facts, text)
+        said, found = analysed(facts, text, options.images)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

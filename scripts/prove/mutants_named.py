@@ -41,6 +41,20 @@ NAMED = (
         ("tests/test_lora.py::test_dropout_acts_on_the_input_of_the_matrices_alone",),
     ),
     Named(
+        "the gradient of LoRA's input is not dropped where its input was",
+        "models/layers/lora_dot.py",
+        "dx = dx + _dropped(thin, rate, seed)",
+        "dx = dx + thin",
+        ("tests/test_lora_dot.py::test_values_and_gradients[11-3-5-lead0-0.3]",),
+    ),
+    Named(
+        "a run from before there was a choice resumes with other masks",
+        "train/fingerprint.py",
+        'BEFORE = {"dropout_rng": "threefry"}',
+        'BEFORE = {"dropout_rng": "hashed"}',
+        ("tests/test_dropout.py::test_a_run_from_before_resumes_with_threefry",),
+    ),
+    Named(
         "the norms of DoRA's columns are not constants in the backward pass",
         "models/layers/linear.py",
         "jax.lax.stop_gradient(column_norms(kernel, *whole, scale))",

@@ -60,6 +60,8 @@ WORDS: dict[str, tuple[str, Any]] = {
     "mesh=auto": ("mesh.auto", True),
     "training.eval_strategy=none": ("training.eval_strategy", "no"),
     "training.report_to=false": ("training.report_to", "none"),
+    "training.compilation_cache_dir=no": ("training.compilation_cache_dir", None),
+    "training.compilation_cache_dir=false": ("training.compilation_cache_dir", None),
     # YAML reads the word no as false.
     **{
         f"training.{name}_strategy=false": (f"training.{name}_strategy", "no")

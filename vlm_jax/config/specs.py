@@ -11,6 +11,8 @@ from typing import Any
 from vlm_jax.config.checks import check
 from vlm_jax.config.parse import flatten, plain
 
+AUTO = "auto"  # a remat policy that `train.mesh` chooses
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -170,6 +172,9 @@ class TrainSpec:
     # What makes the masks of lora.dropout and adapter.dropout: hashed, a counter's hash that costs
     # next to nothing; threefry, jax.random's. None: hashed, or what a resumed run began with.
     dropout_rng: str | None = None
+    # Where compiled programs are kept for later runs: a directory of your own, auto (TPU and GPU:
+    # among your caches; CPU: nowhere; or what JAX_COMPILATION_CACHE_DIR says), none.
+    compilation_cache_dir: str | None = "auto"
     # Processes that prepare batches beside the run's own; 0: threads of the run, which is enough
     # where a step takes longer than its images. metrics.jsonl's data_wait tells.
     dataloader_num_workers: int = 0
@@ -191,6 +196,16 @@ class TrainSpec:
             object.__setattr__(self, "eval_steps", default)
         if self.eval_strategy is None:
             object.__setattr__(self, "eval_strategy", "steps")
+
+    @property
+    def remat(self) -> str:
+        """The remat policy, a key of `layers.remat.REMAT`: the one named, or a block's.
+
+        Where it is still to be chosen it is a block's, which needs least of a device.
+        """
+        if self.remat_policy in (None, AUTO):
+            return "block" if self.remat_policy or self.gradient_checkpointing else "none"
+        return self.remat_policy
 
 
 @dataclasses.dataclass(frozen=True)

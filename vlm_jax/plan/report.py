@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vlm_jax.config.specs import RunSpec
+from vlm_jax.errors import UserError
 from vlm_jax.hardware import DEVICES, GB, GIB, Device, hardware
 from vlm_jax.models.layers.attention import recorded
 from vlm_jax.plan import leaves, program, schedule, traffic, work
+from vlm_jax.plan.kernels import Used, timing, used
 from vlm_jax.plan.speed import Speed, sent, speed
 from vlm_jax.plan.step import Step, load, prepare
 from vlm_jax.plan.topologies import INSTALL, compilers, devices
@@ -51,9 +53,10 @@ class Report:
     peak: what the step needs. capacity: what a program may have. said: why. mesh: its sizes.
     rows, tokens, patches: of a step, of a row. parts: what the peak is made of; they add up to it.
     moments_host: moments in pages in the host's memory. exchanges, bytes_accessed, code: None where
-    nothing was compiled. cycles: of a TPU program. remedy: what to install so that it would be.
-    parameters: every leaf, where asked for. attention: what computes it, None where nothing was
-    compiled.
+    nothing was compiled. cycles: of a TPU program, with those of its Pallas kernels, which kernels
+    lists. remat_policy: what is kept for the backward pass. remedy: what to install so that it
+    would be. parameters: every leaf, where asked for. attention: what computes it, None where
+    nothing was compiled.
     """
 
     model: str
@@ -76,6 +79,8 @@ class Report:
     bytes_accessed: int | None
     exchanges: list[Exchange] | None
     cycles: int | None
+    kernels: list[Used] | None
+    remat_policy: str
     speed: Speed
     host_memory: int
     host_rule: str
@@ -93,6 +98,7 @@ class Report:
         rows = self.parameters
         return {
             **dataclasses.asdict(self),
+            "kernels": None if self.kernels is None else [one._asdict() for one in self.kernels],
             "parameters": None if rows is None else [row._asdict() for row in rows],
         }
 
@@ -145,7 +151,10 @@ def plan_step(
     compiled, count = found.compiled, step.mesh.size
     each = None if compiled is None else program.collectives(compiled)
     accessed = None if compiled is None else traffic.bytes_accessed(compiled)
-    cycles = schedule.estimated_cycles(compiled) if compiled is not None and device.is_tpu else None
+    timed = _timed(compiled, machine.device) if compiled is not None and device.is_tpu else None
+    cycles = None if timed is None else sum(one.total for one in timed)
+    # Above the diagonal nothing has to be computed.
+    masked = work.masked(step.model, step.state.trainable, step.rows, step.shape[0])
     return Report(
         model=str(step.config.model.name_or_path),
         hardware=machine.name,
@@ -177,12 +186,14 @@ def plan_step(
         bytes_accessed=accessed,
         exchanges=None if each is None else _summed(each),
         cycles=cycles,
+        kernels=None if timed is None else used(timed),
+        remat_policy=step.model.remat,
         speed=speed(
             device,
             count,
             tokens=step.rows * step.shape[0],
-            model_flops=total.model,
-            flops=total.total,
+            model_flops=total.model - masked,
+            flops=total.total - masked,
             bytes_accessed=accessed,
             sent=None if each is None and count > 1 else sent(each or (), count),
             compiler=None if cycles is None or not device.clock else cycles / device.clock,
@@ -194,6 +205,19 @@ def plan_step(
         parameters=leaves.table(step) if parameters else None,
         attention=found.attention,
     )
+
+
+def _timed(compiled: jax.stages.Compiled, chip: str) -> list[schedule.Timed]:
+    """Return the schedule of a TPU program with its kernels' cycles."""
+    parsed = program.parse(compiled)
+    try:
+        return schedule.schedule(*parsed, timing(parsed[0], chip))
+    except UserError as error:
+        cycles = sum(one.total for one in schedule.schedule(*parsed))
+        raise UserError(
+            f"{error} The step needs {program.memory(compiled).total / GIB:.2f} GiB a device; "
+            f"without its kernels it takes {cycles:,} cycles."
+        ) from error
 
 
 def _compiled(step: Step, device: Device, own: leaves.Parts) -> _Verdict:

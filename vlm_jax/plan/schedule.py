@@ -35,9 +35,11 @@ def is_kernel(instruction: Instruction) -> bool:
 
 
 def schedule(
-    program: Program, entry: str, kernel: Callable[[Instruction], int] = lambda _: 0
+    program: Program, entry: str, kernel: Callable[[str, Instruction], int] = lambda *_: 0
 ) -> list[Timed]:
-    """Return what a TPU program runs, in order. kernel: cycles of a Pallas kernel.
+    """Return what a TPU program runs, in order.
+
+    kernel: (computation, custom call) -> cycles of a Pallas kernel, as `kernels.timing` gives them.
 
     Loops count as often as they run, of a branch the longest side. Raises `UserError` for a program
     of another compiler.
@@ -62,7 +64,7 @@ def schedule(
                 for called in called_by(instruction):
                     yield from run(called, times)
             elif is_kernel(instruction):
-                yield Timed(instruction, times, kernel(instruction))
+                yield Timed(instruction, times, kernel(name, instruction))
             else:
                 yield Timed(instruction, times, _estimate(instruction))
 

@@ -58,6 +58,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     parts = f", in {report.micro_batches} micro-batches" if report.micro_batches > 1 else ""
     row = f"{report.tokens:,} tokens, {report.patches:,} patches each{parts}"
     yield "rows per step", f"{report.rows:,}", row
+    kept = "the blocks keep for the backward pass"
+    yield "remat policy", report.remat_policy, kept
     for one in report.attention or ():
         name, _, what = one.partition(" for ")
         yield "attention", name, what
@@ -83,6 +85,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "tokens per second", f"{at_most}{speed.tokens_per_second:,.0f}", "all devices"
         if speed.mfu is not None:
             yield "MFU", f"{at_most}{speed.mfu:.1%}", "without recomputation"
+    for used in report.kernels or ():
+        share = used.cycles / report.cycles if report.cycles else 0.0
+        yield f"  {used.name}", f"{share:.1%}", f"of the time, {used.runs:,} runs, by bundles"
     if report.cycles is not None and speed.compiler is None:
         yield "cycles", f"{report.cycles:,}", "the compiler's; the chip's clock is not published"
     yield "", "", ""

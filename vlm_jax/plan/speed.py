@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from vlm_jax.hardware import Device
 from vlm_jax.plan.program import Collective
 
-COMPILER = "the TPU compiler's estimate of its own schedule, without waiting on other chips"
+COMPILER = (
+    "the TPU compiler's estimate of its own schedule and the bundles of Pallas kernels, without "
+    "waiting on other chips"
+)
 ROOFLINE = "a roofline: the largest bound, which no program goes below and few come near"
 
 
@@ -16,8 +19,9 @@ class Speed:
 
     compute: all FLOPs at the peak. memory: all bytes at the memory's bandwidth. network: what is
     exchanged, over all links of a device at once. compiler: by the compiler. step: what is
-    predicted, by `rule`. mfu: share of the peak that the model's own FLOPs use, recomputation left
-    out. tokens_per_second: of all devices, padding counted as tokens.
+    predicted, by `rule`. mfu: share of the peak that the model's own FLOPs use: recomputation left
+    out, and of the decoder's attention all above the diagonal. tokens_per_second: of all devices,
+    padding counted as tokens.
     """
 
     compute: float | None

@@ -8,7 +8,7 @@ the host, S(5)) not at all.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -52,21 +52,21 @@ def bytes_accessed(compiled: jax.stages.Compiled) -> int:
     }
     made = {name: {i.name: i for i in body} for name, body in program.items()}
     scheduled = sum(
-        count * _accessed(instruction, made[name], program)
+        count * accessed(instruction, made[name], program)
         for name, count in times.items()
         if name not in inside
         for instruction in program[name]
     )
     owner = {id(instruction): name for name in inside for instruction in program[name]}
     carried = sum(  # by what is computed meanwhile
-        count * _accessed(instruction, made[owner[id(instruction)]], program)
+        count * accessed(instruction, made[owner[id(instruction)]], program)
         for _, instruction, count in exchanges(program, times)
         if id(instruction) in owner
     )
     return scheduled + carried
 
 
-def _accessed(instruction: Instruction, made: Mapping[str, Instruction], program: Program) -> int:
+def accessed(instruction: Instruction, made: Mapping[str, Instruction], program: Program) -> int:
     opcode = instruction.opcode
     if opcode in FREE:
         return 0
@@ -168,6 +168,12 @@ def _bytes(dtype: str, dims: str, layout: str) -> tuple[int, int]:
     """Return (bytes in the device's memory, bytes) of an array."""
     size = math.prod(int(n) for n in dims.split(",") if n) * bits(dtype) // 8
     return (0 if re.search(r"S\([1-9]", layout) else size), size
+
+
+def in_memory(results: Iterable[str]) -> float:
+    """Return the share of arrays that lie in the device's memory, and not on its chip."""
+    each = [_bytes(*found)[0] > 0 for result in results for found in LAYOUT.findall(result)]
+    return sum(each) / max(1, len(each))
 
 
 def _size(result: str) -> int:

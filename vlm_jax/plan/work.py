@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from vlm_jax.model import Model
 from vlm_jax.models.layers.bottleneck import ATTENTION, OUTPUT
 from vlm_jax.models.layers.remat import ATTENDED, GATE, KEPT, LOW, MID, QKV, UP
-from vlm_jax.train.losses import head_of
 from vlm_jax.trees import flatten
 
 # Components in the order in which values flow through them, and so gradients back.
@@ -71,7 +70,6 @@ def count(
     # Whether gradients by activations are asked for at a component's input, and inside of it.
     enters = {name: bool(trains & set(ORDER[:i])) for i, name in enumerate(ORDER)}
     inside = {name: enters[name] or name in trains for name in ORDER}
-    head_trains = any(path.startswith(f"{head_of(model)}/") for path in trained)
     positions = {
         "vision": rows * patches,
         "projector": rows * cfg.features(patches),
@@ -95,8 +93,7 @@ def count(
         once *= layers[component] if in_stack else 1
         redone = False
         if component == "head":
-            # Of a head that trains the loss recomputes logits, whatever the blocks do.
-            back, redone = enters["head"], head_trains
+            back = enters["head"]  # made with the logits, whatever the blocks recompute
         elif in_stack:
             back = inside[component]
             redone = back and again(model, path, leaves)
@@ -157,7 +154,7 @@ def again(model: Model, path: str, leaves: Collection[str]) -> bool:
 
 
 def attention_again(remat: str) -> float:
-    """Return how much of attention's two products is computed again: with its result kept, scores.
+    """Return how much of attention's two products is recomputed: with its result kept, scores.
 
     A kernel that never holds scores does so even where everything is kept.
     """

@@ -6,15 +6,25 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError, first_line
+from vlm_jax.files.compiled import AUTO, directory
 from vlm_jax.model import Model
 from vlm_jax.models.layers.attention import recorded
 from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.sharding import batch_shardings, check_lengths
 from vlm_jax.train.losses import joined
 from vlm_jax.train.step import TrainState
+
+# Options of the compiler, by the kind of a device: larger tiles, which take the compiler 1.7 times
+# as long and a v5e's step 7 % less (docs/PERFORMANCE.md).
+OPTIONS: dict[str, dict[str, Any]] = {
+    "TPU v5 lite": {"xla_tpu_scoped_vmem_limit_kib": 65536},
+}
+GIB = 1 << 30
+MOST_KEPT = 4 * GIB  # of compiled programs; those used least recently go first
 
 Shape = tuple[int, int]  # tokens, patches
 Tell = Callable[[str], AbstractContextManager[Any]]
@@ -58,6 +68,39 @@ def abstract_batch(model: Model, rows: int, shape: Shape, mesh: Any) -> Batch:
     )
 
 
+def options_for(mesh: Any) -> dict[str, Any]:
+    """Return the compiler's options for the devices of a mesh."""
+    return OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+
+
+def keep_programs(setting: str | None, platform: str) -> str | None:
+    """Keep what is compiled from here on for later runs, and return what to say of it.
+
+    setting: of training.compilation_cache_dir. A directory that JAX was given already stays, but
+    where another is asked for.
+    """
+    if setting is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if setting == AUTO and jax.config.jax_compilation_cache_dir:
+        return None
+    try:
+        place = directory(setting, platform)
+    except UserError as error:
+        if setting != AUTO:
+            raise
+        return f"compiled programs: not kept. {error}"
+    if place is None:
+        return None
+    jax.config.update("jax_compilation_cache_dir", place)
+    most = ""
+    if "://" not in place:
+        jax.config.update("jax_compilation_cache_max_size", MOST_KEPT)
+        most = f", {MOST_KEPT // GIB} GiB at most"
+    reset_cache()  # JAX asks once, at its first program, whether there is one
+    return f"compiled programs: kept in '{place}'{most}"
+
+
 def compile_step(
     run: Callable,
     state: TrainState,
@@ -68,12 +111,13 @@ def compile_step(
     """Return the compiled `run(state, frozen, batch)`, and a function that runs it.
 
     All three may be shapes with shardings. The state is donated and comes back where it lay.
-    options: the compiler's own. The function is `jit`'s, which finds what was compiled: called
-    directly, a compiled program refuses 4-bit arguments on the CPU, whose layout JAX reports
-    differently before and after compilation.
+    options: the compiler's own, besides those of the devices. The function is `jit`'s, which finds
+    what was compiled: called directly, a compiled program refuses 4-bit arguments on the CPU, whose
+    layout JAX reports differently before and after compilation.
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
+    own = options_for(batch.tokens.sharding.mesh)
+    jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None), compiler_options=own)
     with rows_over(batch.tokens.sharding, state.trainable, frozen):
         return jitted.lower(state, frozen, batch).compile(options), jitted
 
@@ -143,9 +187,9 @@ def compile_largest_step(
     """
     batch, steps = shapes.largest(model), OnceAShape(run, shapes, tell)
     with steps.announced(shapes.foreseen[-1]), recorded() as chosen:
-        compiled, steps.jitted = compile_step(run, state, frozen, batch)
+        program, steps.jitted = compile_step(run, state, frozen, batch)
     steps.attention = list(chosen)
-    _check_memory(compiled, batch.shape)
+    _check_memory(program, batch.shape)
     return steps
 
 
@@ -171,9 +215,9 @@ def compile_largest_loss(
     return losses
 
 
-def _check_memory(compiled: Any, shape: tuple[int, int, int]) -> None:
+def _check_memory(program: Any, shape: tuple[int, int, int]) -> None:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    usage = compiled.memory_analysis()
+    usage = program.memory_analysis()
     if limit is None or usage is None:
         return
     taken = usage.argument_size_in_bytes + usage.temp_size_in_bytes + usage.output_size_in_bytes

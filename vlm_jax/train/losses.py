@@ -14,7 +14,7 @@ from vlm_jax.adapters.added_tokens import HEAD
 from vlm_jax.batch import Batch
 from vlm_jax.model import Model
 from vlm_jax.models.layers import partition
-from vlm_jax.models.layers.cross_entropy import chunk_positions, losses_of, summed
+from vlm_jax.models.layers.cross_entropy import losses_of, summed
 from vlm_jax.sharding import gathered
 from vlm_jax.trees import flatten, join, unflatten
 
@@ -73,9 +73,8 @@ def summed_losses(
         losses_BC = losses_of(logits_BCV, targets_BC, label_smoothing)
         return jnp.sum(losses_BC * weights_BC, axis=1)
 
-    chunk = chunk_positions(*x_BTD.shape[:2])
-    losses_B = summed(chunk_loss, head, x_BTD, batch.targets, batch.weights, chunk)
-    return losses_B if per_row else jnp.sum(losses_B)
+    of_batch = x_BTD, batch.targets, batch.weights
+    return summed(chunk_loss, head, *of_batch, per_row=per_row)
 
 
 def cross_entropy(

@@ -64,20 +64,6 @@ def quantization_of(config: RunSpec) -> Quantization | None:
     )
 
 
-AUTO = "auto"  # a remat policy that `train.auto` chooses
-
-
-def remat_of(config: RunSpec) -> str:
-    """Return the remat policy, a key of `layers.remat.REMAT`: the one named, or a block's.
-
-    Where it is still to be chosen it is a block's, which needs least of a device.
-    """
-    named = config.training.remat_policy
-    if named in (None, AUTO):
-        return "block" if named or config.training.gradient_checkpointing else "none"
-    return named
-
-
 def base_name(config: RunSpec) -> str:
     """Return the base's directory or hub id; raise `UserError` where the config names none."""
     if config.model.name_or_path is None:
@@ -104,7 +90,7 @@ def load_base(config: RunSpec, mesh: Any = None) -> tuple[Model, dict[str, Any]]
         quantization_of(config),
         mesh,
         m.revision,
-        remat=remat_of(config),
+        remat=config.training.remat,
         attention=m.attention,
     )
     check_type(config, model.hf_config)
@@ -360,7 +346,7 @@ def abstract_base(config: RunSpec) -> tuple[Model, dict[str, Any]]:
     model = from_config(
         read_hf_config(name, m.revision),
         compute_dtype(config),
-        remat_of(config),
+        config.training.remat,
         attention=m.attention,
     )
     check_type(config, model.hf_config)

@@ -1,8 +1,9 @@
 """The vocabulary's cross-entropy of hidden states: logits of weighted positions, chunk by chunk.
 
-No [B, T, V] array ever exists. Where the head does not train, a chunk's gradient by the hidden
-states is made together with its logits: 4 products a weight and position, forward and backward,
-instead of the 6 of a head whose logits are recomputed in the backward pass.
+No [B, T, V] array ever exists. A chunk's gradients are made together with its logits, in the
+forward pass: 4 products a weight and position of a frozen head, 6 of one that trains, where logits
+made again in the backward pass would cost 6 and 8, and copies of the head between the passes. It is
+possible since the loss is a sum: the backward pass scales gradients by one number.
 Letters: B rows, T tokens, N chunks, C positions of a chunk, D model, V vocabulary.
 """
 
@@ -15,22 +16,24 @@ import jax.numpy as jnp
 
 from vlm_jax.models.layers import partition
 
-# Of this many positions logits exist at a time on a device. Each chunk reads the whole head: on an
-# accelerator, fewer are bound by that, and more take memory and are wasted on a row's last chunk.
-CHUNK_POSITIONS = {"cpu": 256, "gpu": 512, "tpu": 512}
+# Of this many positions logits exist at a time on a device: where the head is frozen, and where it
+# trains. Each chunk reads the whole head (and adds to its whole gradient): on an accelerator, fewer
+# positions are bound by that, and more take memory and are wasted on a row's last chunk.
+CHUNK_POSITIONS = {"cpu": (256, 256), "gpu": (512, 1024), "tpu": (512, 1024)}
 GRAIN = 16  # the rows of a tile of 16-bit numbers on a TPU
 
 # (head, x [B, C, D], targets [B, C], weights [B, C]) -> float32 losses, [B].
 ChunkLoss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def chunk_positions(rows: int, tokens: int) -> int:
+def chunk_positions(rows: int, tokens: int, trains: bool = False) -> int:
     """Return how many positions of each row a chunk has, for a batch of [rows, tokens].
 
-    Chunks of a row are of one length, and spread over devices as its tokens are.
+    trains: whether the head does. Chunks of a row are of one length, and spread over devices as
+    its tokens are.
     """
     over_rows, over_tokens = partition.parts()
-    at_once = CHUNK_POSITIONS[partition.platform()] * over_rows * over_tokens // rows
+    at_once = CHUNK_POSITIONS[partition.platform()][trains] * over_rows * over_tokens // rows
     chunks = -(-tokens // max(GRAIN, at_once))
     grain = GRAIN * over_tokens
     return min(tokens, -(-tokens // (chunks * grain)) * grain)
@@ -56,41 +59,60 @@ def summed(
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    chunk: int,
+    *,
+    per_row: bool = False,
+    chunk: int | None = None,
 ) -> jax.Array:
-    """Return float32 [B]: each row's losses, summed over its weighted positions.
+    """Return float32 [], the losses summed over weighted positions; per_row: of each row, [B].
 
     Each row's weighted positions are gathered first, and chunks that hold none are skipped.
     head: the leaves that `chunk_loss` uses; JAX refuses what closes over a differentiated array.
+    chunk: positions of a row in a chunk, None: `chunk_positions`.
 
-    The gradient is exact in whatever is differentiated: JAX says which arguments are, and only
-    where x alone is does the forward pass make the gradient (`symbolic_zeros` of
-    https://docs.jax.dev/en/latest/_autosummary/jax.custom_vjp.defvjp.html).
+    JAX says which leaves are differentiated (`symbolic_zeros` of
+    https://docs.jax.dev/en/latest/_autosummary/jax.custom_vjp.defvjp.html), so that no gradient is
+    missing. A head's gradient by row has no place to be: there logits are made again.
     """
 
+    def size(trains: bool) -> int:
+        return chunk or chunk_positions(*targets_BT.shape, trains)
+
     @jax.custom_vjp
-    def total(head: Any, *arrays: jax.Array) -> jax.Array:
-        return _losses(chunk_loss, head, *arrays, chunk)
+    def total(*arguments: Any) -> jax.Array:
+        losses_B = _losses(chunk_loss, *arguments, size(trains=False))
+        return losses_B if per_row else jnp.sum(losses_B)
 
     def forward(*given: Any) -> tuple[jax.Array, Any]:
-        head, _, *others = given
-        arguments = jax.tree.map(lambda leaf: leaf.value, given)
-        if not any(leaf.perturbed for leaf in jax.tree.leaves((head, others))):
-            return _losses_and_gradient(chunk_loss, *arguments, chunk)
+        arguments, moves = (
+            jax.tree.map(lambda leaf, name=name: getattr(leaf, name), given)
+            for name in ("value", "perturbed")
+        )
+        head_moves, _, *others_move = moves
+        trains = any(jax.tree.leaves(head_moves))
+        if any(others_move) or (trains and per_row):
 
-        def of_some(*arguments: Any) -> jax.Array:
-            def held(leaf: Any, value: Any) -> Any:
-                return value if leaf.perturbed else jax.lax.stop_gradient(value)
+            def of_some(*arguments: Any) -> jax.Array:
+                held = jax.tree.map(
+                    lambda value, moves: value if moves else jax.lax.stop_gradient(value),
+                    arguments,
+                    moves,
+                )
+                losses_B = _losses(chunk_loss, *held, size(trains))
+                return losses_B if per_row else jnp.sum(losses_B)
 
-            return _losses(chunk_loss, *jax.tree.map(held, given, arguments), chunk)
+            return jax.vjp(of_some, *arguments)
+        losses_B, gradients = _losses_and_gradients(
+            chunk_loss, *arguments, size(trains), head_moves
+        )
+        return losses_B if per_row else jnp.sum(losses_B), gradients
 
-        return jax.vjp(of_some, *arguments)
-
-    def backward(kept: Any, scale_B: jax.Array) -> tuple[Any, ...]:
+    def backward(kept: Any, scale: jax.Array) -> tuple[Any, ...]:
         if callable(kept):
-            return kept(scale_B)
-        dx_BTD = kept.astype(jnp.float32) * scale_B[:, None, None]
-        return None, dx_BTD.astype(kept.dtype), None, None
+            return kept(scale)
+        dhead, dx_BTD = kept
+        scaled = lambda leaf, scale: (leaf.astype(jnp.float32) * scale).astype(leaf.dtype)  # noqa: E731
+        dx_BTD = scaled(dx_BTD, scale.reshape(-1, 1, 1))
+        return jax.tree.map(lambda leaf: scaled(leaf, scale), dhead), dx_BTD, None, None
 
     total.defvjp(forward, backward, symbolic_zeros=True)
     return total(head, x_BTD, targets_BT, weights_BT)
@@ -99,12 +121,12 @@ def summed(
 def _losses(
     chunk_loss: ChunkLoss, head: Any, x_BTD: Any, targets_BT: Any, weights_BT: Any, chunk: int
 ) -> jax.Array:
-    """Return the sums, differentiable in everything; the backward pass makes logits again."""
+    """Return the sums [B], differentiable in everything; the backward pass makes logits again."""
     chunks = _chunks(_order(weights_BT, chunk), x_BTD, targets_BT, weights_BT, chunk)
     zero_B = jnp.zeros(len(x_BTD), jnp.float32)
 
-    # The backward pass makes a chunk's logits again rather than keep them. It is the body that is
-    # computed again and not the branch, whose inputs, the head among them, a chunk would keep.
+    # It is the body that is recomputed and not the branch, whose inputs, the head among them, a
+    # chunk would keep.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(total_B: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
         some = jnp.any(inputs[2] > 0)
@@ -114,30 +136,49 @@ def _losses(
     return jax.lax.scan(body, zero_B, chunks)[0]
 
 
-def _losses_and_gradient(
-    chunk_loss: ChunkLoss, head: Any, x_BTD: Any, targets_BT: Any, weights_BT: Any, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return the sums and their gradient by x [B, T, D], in its dtype; logits are made once."""
+def _losses_and_gradients(
+    chunk_loss: ChunkLoss,
+    head: Any,
+    x_BTD: Any,
+    targets_BT: Any,
+    weights_BT: Any,
+    chunk: int,
+    moves: Any,
+) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    """Return the sums [B], and gradients of their sum: by the head's leaves and by x [B, T, D].
+
+    moves: which leaves have one; None stands for the others'. A gradient has its leaf's dtype.
+    """
     order_BT = _order(weights_BT, chunk)
     chunks = _chunks(order_BT, x_BTD, targets_BT, weights_BT, chunk)
-    zero_B = jnp.zeros(len(x_BTD), jnp.float32)
+    leaves, tree = jax.tree.flatten(head)
+    which = [place for place, own in enumerate(jax.tree.leaves(moves)) if own]
 
-    def of_chunk(x_BCD: Any, targets_BC: Any, weights_BC: Any) -> tuple[jax.Array, jax.Array]:
-        losses_B, pullback = jax.vjp(lambda x: chunk_loss(head, x, targets_BC, weights_BC), x_BCD)
-        # Rows are independent, so that one pullback holds each row's own gradient.
-        return losses_B, *pullback(jnp.ones_like(losses_B))
+    def placed(some: Any, others: list[Any]) -> Any:
+        replaced = dict(zip(which, some, strict=True))
+        return tree.unflatten([replaced.get(n, other) for n, other in enumerate(others)])
 
-    def body(total_B: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        def nothing(x_BCD: Any, *_: Any) -> tuple[jax.Array, jax.Array]:
-            return zero_B, jnp.zeros_like(x_BCD)
+    def body(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
+        def of_chunk(sums: Any, x_BCD: Any, targets_BC: Any, weights_BC: Any) -> Any:
+            def losses(some: Any, x_BCD: Any) -> jax.Array:
+                return chunk_loss(placed(some, leaves), x_BCD, targets_BC, weights_BC)
 
-        losses_B, dx_BCD = jax.lax.cond(jnp.any(inputs[2] > 0), of_chunk, nothing, *inputs)
-        return total_B + losses_B, dx_BCD
+            losses_B, pullback = jax.vjp(losses, [leaves[n] for n in which], x_BCD)
+            # Rows are independent, so that one pullback holds each row's own gradient by x.
+            by_some, dx_BCD = pullback(jnp.ones_like(losses_B))
+            return jax.tree.map(jnp.add, sums, (losses_B, by_some)), dx_BCD
 
-    total_B, dx_NBCD = jax.lax.scan(body, zero_B, chunks)
+        def nothing(sums: Any, x_BCD: Any, *_: Any) -> Any:
+            return sums, jnp.zeros_like(x_BCD)
+
+        return jax.lax.cond(jnp.any(inputs[2] > 0), of_chunk, nothing, carry, *inputs)
+
     B, T, D = x_BTD.shape
+    start = (jnp.zeros(B, jnp.float32), [jnp.zeros_like(leaves[n]) for n in which])
+    (losses_B, by_some), dx_NBCD = jax.lax.scan(body, start, chunks)
     dx_BTD = dx_NBCD.swapaxes(0, 1).reshape(B, -1, D)
-    return total_B, jnp.take_along_axis(dx_BTD, jnp.argsort(order_BT[:, :T])[:, :, None], axis=1)
+    dx_BTD = jnp.take_along_axis(dx_BTD, jnp.argsort(order_BT[:, :T])[:, :, None], axis=1)
+    return losses_B, (placed(by_some, [None] * len(leaves)), dx_BTD)
 
 
 def _order(weights_BT: jax.Array, chunk: int) -> jax.Array:

@@ -1,0 +1,58 @@
+"""The directory in which compiled programs lie from one run to the next.
+
+What lies there is run without a look at it, so one that others may write to is refused.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from vlm_jax.errors import explained, refuse
+
+AUTO = "auto"
+KEY = "training.compilation_cache_dir"
+BY_DEFAULT = ("tpu", "gpu")  # a CPU may reject a program that another of its kind compiled
+
+
+def directory(setting: str | None, platform: str) -> str | None:
+    """Return where a run on a platform keeps its programs, made if need be; None: nowhere.
+
+    setting: a path, "auto" or None. A path with a scheme, as "gs://...", is taken as it is. Raises
+    `UserError` for a directory that cannot be made, or that somebody else may write to.
+    """
+    if setting is None or (setting == AUTO and platform not in BY_DEFAULT):
+        return None
+    if "://" in setting:
+        return setting
+    path = _usual() if setting == AUTO else Path(setting).expanduser().absolute()
+    remedy = f"Set {KEY} to a directory of your own, or to none."
+    with explained(
+        OSError,
+        lambda error: f"Compiled programs cannot be kept in '{path}': {error.strerror}. {remedy}",
+    ):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+    refuse(
+        (
+            found.st_uid != os.getuid(),
+            f"Compiled programs cannot be kept in '{path}', which belongs to another user: they "
+            f"are run as they lie there. {remedy}",
+        ),
+        (
+            found.st_mode & stat.S_IWOTH,
+            f"Compiled programs cannot be kept in '{path}', to which every user may write: they "
+            f"are run as they lie there. {remedy}",
+        ),
+    )
+    return str(path)
+
+
+def _usual() -> Path:
+    """Return the place among a user's caches (https://specifications.freedesktop.org/basedir)."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    with explained(
+        RuntimeError,
+        lambda error: f"There is no home directory for compiled programs. Set {KEY} or HOME.",
+    ):
+        caches = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    return caches / "vlm_jax" / "compiled"
