@@ -13,4 +13,5 @@ def get_config():
     c.training.output_dir = "outputs/llava15_13b_lora"
     c.training.per_device_train_batch_size = 2
     c.training.gradient_accumulation_steps = 8
+    c.training.remat_policy = "auto"  # and micro-batches: the fastest that fit
     return c

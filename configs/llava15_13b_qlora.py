@@ -14,4 +14,5 @@ def get_config():
     c.training.output_dir = "outputs/llava15_13b_qlora"
     c.training.learning_rate = 2e-4
     c.training.gradient_accumulation_steps = 16
+    c.training.remat_policy = "auto"  # and micro-batches: the fastest that fit
     return c

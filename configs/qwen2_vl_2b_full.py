@@ -13,4 +13,5 @@ def get_config():
     c.training.output_dir = "outputs/qwen2_vl_2b_full"
     c.training.learning_rate = 1e-5
     c.training.gradient_accumulation_steps = 8
+    c.training.remat_policy = "auto"  # and micro-batches: the fastest that fit
     return c

@@ -15,4 +15,5 @@ def get_config():
     c.training.output_dir = "outputs/qwen2_vl_72b_qlora"
     c.training.learning_rate = 1e-4
     c.training.gradient_accumulation_steps = 8
+    c.training.remat_policy = "auto"  # and micro-batches: the fastest that fit
     return c

@@ -9,9 +9,8 @@ from vlm_jax.files.limits import read_json
 from vlm_jax.hardware import DEVICES, device_of, hardware
 from vlm_jax.models.layers.remat import FASTEST
 from vlm_jax.plan.step import abstract_mesh
-from vlm_jax.train import auto
+from vlm_jax.train import mesh
 from vlm_jax.train.fingerprint import BATCH, chosen_settings, resumed
-from vlm_jax.train.mesh import mesh_of
 from vlm_jax.train.run_dir import places_of
 
 ORDER = FASTEST["tpu"]
@@ -32,7 +31,7 @@ EACH = {"products": 60, "gate": 40, "residual": 20, "qkv": 15, "block": 5, "offl
     ],
 )
 def test_the_first_policy_that_fits_with_as_many_rows_as_fit(memory, sizes, chosen):
-    found = auto.fastest(lambda policy, rows: 10 + rows * EACH[policy], ORDER, sizes, memory)
+    found = mesh.fastest(lambda policy, rows: 10 + rows * EACH[policy], ORDER, sizes, memory)
     assert found == (*chosen, 10 + chosen[1] * EACH[chosen[0]])
 
 
@@ -56,7 +55,7 @@ def test_rows_at_once_divide_those_of_a_step(batch, parts, tokens, at_once, size
             "training.gradient_accumulation_steps": parts,
         },
     )
-    assert auto.sizes_at_once(made, tokens, at_once) == sizes
+    assert mesh.sizes_at_once(made, tokens, at_once) == sizes
 
 
 @pytest.mark.parametrize(
@@ -83,8 +82,8 @@ def test_what_is_chosen_for_a_7b(recipe, topology, chosen):
         },
     )
     is_tpu = DEVICES[machine.device].is_tpu
-    mesh = mesh_of(made, plan.devices(topology)) if is_tpu else abstract_mesh(made, machine)
-    choice = auto.choose(made, mesh, None if is_tpu else machine)
+    over = mesh.mesh_of(made, plan.devices(topology)) if is_tpu else abstract_mesh(made, machine)
+    choice = mesh.choose(made, over, None if is_tpu else machine)
     assert (choice.policy, choice.rows) == chosen
 
 
@@ -114,7 +113,7 @@ def test_a_run_keeps_what_was_chosen_for_it(place, monkeypatch, capsys):
         t = read_json(place / "out/config.json")["training"]
         return tuple(t[key] for key in ("remat_policy", *BATCH))
 
-    monkeypatch.setattr(auto, "memory_of", lambda device: 0)
+    monkeypatch.setattr(mesh, "memory_of", lambda device: 0)
     assert main([*command, "--training.max_steps=1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "remat policy block and 1 row at a time on a device, in 2 micro-batches a step" in said
@@ -140,7 +139,7 @@ def test_a_run_keeps_what_was_chosen_for_it(place, monkeypatch, capsys):
     assert "gradient_accumulation_steps' was 2" in capsys.readouterr().err
     sizes = ["--training.per_device_train_batch_size=1", "--training.gradient_accumulation_steps=2"]
     assert main([*forced, *sizes]) == 0
-    assert "began with training.remat_policy=block and goes on with none" in capsys.readouterr().out
+    assert "began with training.remat_policy=block and now has none" in capsys.readouterr().out
 
 
 def test_a_cpu_with_room_recomputes_nothing(place):

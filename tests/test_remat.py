@@ -11,11 +11,11 @@ from tiers import fast
 import vlm_jax
 from vlm_jax import config, plan
 from vlm_jax.config.choices import CHOICES
+from vlm_jax.config.specs import RunSpec
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.remat import FASTEST, KEPT, REMAT
-from vlm_jax.train.kept import REST, decoder_bytes
-from vlm_jax.train.setup import remat_of
+from vlm_jax.train.estimate import REST, decoder_bytes
 from vlm_jax.trees import flatten
 
 # Two blocks of odd sizes.
@@ -77,14 +77,14 @@ def test_a_policy_gives_the_same_gradients_to_the_bit(gradients, policy):
 
 def test_a_policy_is_named_or_follows_from_gradient_checkpointing():
     c = config.get_config()
-    assert remat_of(c) == "block"
+    assert RunSpec.of(c).training.remat == "block"
     c.training.gradient_checkpointing = False
-    assert remat_of(c) == "none"
+    assert RunSpec.of(c).training.remat == "none"
     for policy in REMAT:
         made = config.load(None, ["model.name_or_path=x", f"training.remat_policy={policy}"])
-        assert remat_of(made) == policy
+        assert made.training.remat == policy
     named = config.load(None, {"model.name_or_path": "x", "training.remat_policy": "none"})
-    assert remat_of(named) == "none"
+    assert named.training.remat == "none"
     with pytest.raises(vlm_jax.UserError, match="remat_policy' is 'blok'.*block_save_attention"):
         config.load(None, ["model.name_or_path=x", "training.remat_policy=blok"])
 

@@ -11,6 +11,8 @@ from typing import Any
 from vlm_jax.config.checks import check
 from vlm_jax.config.parse import flatten, plain
 
+AUTO = "auto"  # a remat policy that `train.mesh` chooses
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -194,6 +196,16 @@ class TrainSpec:
             object.__setattr__(self, "eval_steps", default)
         if self.eval_strategy is None:
             object.__setattr__(self, "eval_strategy", "steps")
+
+    @property
+    def remat(self) -> str:
+        """The remat policy, a key of `layers.remat.REMAT`: the one named, or a block's.
+
+        Where it is still to be chosen it is a block's, which needs least of a device.
+        """
+        if self.remat_policy in (None, AUTO):
+            return "block" if self.remat_policy or self.gradient_checkpointing else "none"
+        return self.remat_policy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,9 +65,9 @@ def fit(
     """Return (the fastest setting that fits or None, all that were tried).
 
     Each is planned by `plan_step`, which see for the arguments and errors. Rows at a time double
-    under the policy that keeps most until they do not fit; then the next policy goes on from there,
-    since with fewer rows it would only compute more again. Of equally fast settings it is the one
-    that needs less memory.
+    under the policy that keeps most until they do not fit; then the next policy is tried with as
+    many, since with fewer it would only recompute more. Of equally fast settings it is the one that
+    needs less memory.
     """
     tried: list[Trial] = []
     fitting = 0  # of the sizes

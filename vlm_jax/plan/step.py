@@ -17,12 +17,11 @@ from vlm_jax.errors import UserError, refuse
 from vlm_jax.hardware import Hardware
 from vlm_jax.model import Model
 from vlm_jax.plan.topologies import ABSENT, devices
-from vlm_jax.train.auto import with_policy
 from vlm_jax.train.compile import abstract_batch, out_of_memory_explained
 from vlm_jax.train.compile import compile_step as compile_run
 from vlm_jax.train.estimate import image_patches
-from vlm_jax.train.mesh import mesh_of, rows_of, sizes_of
-from vlm_jax.train.setup import abstract_run, step_options
+from vlm_jax.train.mesh import mesh_of, rows_of, sizes_of, with_policy
+from vlm_jax.train.setup import abstract_base, abstract_run, step_options
 from vlm_jax.train.step import TrainState, make_step
 
 
@@ -140,13 +139,15 @@ def prepare(
     over: Any = (
         abstract_mesh(config, found) if isinstance(found, Hardware) else mesh_of(config, found)
     )
-    config, _ = with_policy(config, over, found if isinstance(found, Hardware) else None)
-    model, tx, state, frozen = abstract_run(config, over)
-    parts = config.training.gradient_accumulation_steps
-    shards = over.shape["data"] * over.shape["fsdp"]
+    model = abstract_base(config)[0]
     tokens = _multiple("tokens", tokens, config.data.max_seq_length)
     largest = image_patches(config, model, tokens)
     patches = _multiple("patches", patches, largest, model.config.patch_unit, least=0)
+    described = found if isinstance(found, Hardware) else None
+    config, _ = with_policy(config, over, described, (tokens, patches))
+    model, tx, state, frozen = abstract_run(config, over)
+    parts = config.training.gradient_accumulation_steps
+    shards = over.shape["data"] * over.shape["fsdp"]
     rows = _multiple("rows", rows, rows_of(config, over), shards * parts)
     return Step(
         config=config,

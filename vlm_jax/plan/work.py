@@ -154,7 +154,7 @@ def again(model: Model, path: str, leaves: Collection[str]) -> bool:
 
 
 def attention_again(remat: str) -> float:
-    """Return how much of attention's two products is computed again: with its result kept, scores.
+    """Return how much of attention's two products is recomputed: with its result kept, scores.
 
     A kernel that never holds scores does so even where everything is kept.
     """

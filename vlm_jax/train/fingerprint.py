@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 
 from vlm_jax.config.checks import optimizer_name
 from vlm_jax.config.parse import general
-from vlm_jax.config.specs import RunSpec
+from vlm_jax.config.specs import AUTO, RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import read_json
 from vlm_jax.hub.adapter_files import WEIGHTS, is_adapter_directory
 from vlm_jax.model import Model
 from vlm_jax.train.run_dir import Places
-from vlm_jax.train.setup import AUTO, compute_dtype, quantization_of, remat_of
+from vlm_jax.train.setup import compute_dtype, quantization_of
 from vlm_jax.trees import Table
 
 # Config keys of data that decide which batches come.
@@ -133,7 +133,7 @@ def _having(config: RunSpec, training: Mapping[str, Any]) -> RunSpec:
 
 
 def chosen_settings(config: RunSpec) -> dict[str, Any]:
-    """Return the settings that `train.auto` chooses, as a checkpoint records them."""
+    """Return the settings that `train.mesh` chooses, as a checkpoint records them."""
     return {key: getattr(config.training, key) for key in ("remat_policy", *BATCH)}
 
 
@@ -156,9 +156,9 @@ def _policy_resumed(config: RunSpec, stored: Mapping[str, Any]) -> tuple[dict[st
     by_default = "block" if stored.get("gradient_checkpointing", True) else "none"
     before = stored.get("remat_policy") or by_default
     if t.remat_policy != AUTO:
-        now = remat_of(config)
+        now = t.remat
         other = (
-            f"The run began with training.remat_policy={before} and goes on with {now}: memory and "
+            f"The run began with training.remat_policy={before} and now has {now}: memory and "
             f"time of a step change, what it computes does not."
         )
         return {}, [other] if before != now else []

@@ -14,7 +14,6 @@ from rich.console import Console
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.distributed import processes
 from vlm_jax.files.atomic import write_json
-from vlm_jax.train.auto import policy_line, with_policy
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.compile import (
     Shapes,
@@ -24,7 +23,7 @@ from vlm_jax.train.compile import (
     out_of_memory_explained,
 )
 from vlm_jax.train.fingerprint import chosen_settings, identity, resumed, settings_of
-from vlm_jax.train.mesh import mesh_of, rows_of
+from vlm_jax.train.mesh import mesh_of, policy_line, rows_of, with_policy
 from vlm_jax.train.metrics import Watch, added_only, evaluated, untrained
 from vlm_jax.train.optimizer import OptimizerSettings, learning_rate, optimizer
 from vlm_jax.train.placement import Feed, on_mesh
@@ -146,9 +145,9 @@ def _train(
     print_report(
         console, report(model, params, table, t.learning_rate), trainable_line(model, params, table)
     )
-    policy = () if choice is None else (policy_line(config, choice, mesh),)
-    said = [] if kept is None else [kept]
-    for line in (*opening_lines(model, params, data, mesh, verbose), *policy, *said, *warnings):
+    said = [] if choice is None else [policy_line(config, choice, mesh)]
+    said += [] if kept is None else [kept]
+    for line in (*opening_lines(model, params, data, mesh, verbose), *said, *warnings):
         say(console, line)
     settings = dataclasses.replace(OptimizerSettings.of(t), max_steps=data.total)
     still = [path for path in trained if model.component(path) in idle]

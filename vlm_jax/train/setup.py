@@ -64,20 +64,6 @@ def quantization_of(config: RunSpec) -> Quantization | None:
     )
 
 
-AUTO = "auto"  # a remat policy that `train.auto` chooses
-
-
-def remat_of(config: RunSpec) -> str:
-    """Return the remat policy, a key of `layers.remat.REMAT`: the one named, or a block's.
-
-    Where it is still to be chosen it is a block's, which needs least of a device.
-    """
-    named = config.training.remat_policy
-    if named in (None, AUTO):
-        return "block" if named or config.training.gradient_checkpointing else "none"
-    return named
-
-
 def base_name(config: RunSpec) -> str:
     """Return the base's directory or hub id; raise `UserError` where the config names none."""
     if config.model.name_or_path is None:
@@ -98,7 +84,7 @@ def check_type(config: RunSpec, hf_config: Mapping[str, Any]) -> None:
 def load_base(config: RunSpec, mesh: Any = None) -> tuple[Model, dict[str, Any]]:
     """Return the base checkpoint of a config, in its compute dtype."""
     m, stored = config.model, (compute_dtype(config), quantization_of(config))
-    how: dict[str, Any] = {"remat": remat_of(config), "attention": m.attention}
+    how: dict[str, Any] = {"remat": config.training.remat, "attention": m.attention}
     model, params = load(base_name(config), *stored, mesh, m.revision, **how)
     check_type(config, model.hf_config)
     return model, params
@@ -349,7 +335,7 @@ def abstract_base(config: RunSpec) -> tuple[Model, dict[str, Any]]:
 
     Only config.json is read. A frozen leaf may be any pytree of shapes.
     """
-    m, remat = config.model, remat_of(config)
+    m, remat = config.model, config.training.remat
     found = read_hf_config(base_name(config), m.revision)
     model = from_config(found, compute_dtype(config), remat, attention=m.attention)
     check_type(config, model.hf_config)
