@@ -126,7 +126,7 @@ def test_several_devices_give_what_one_does(context):
 )
 def test_a_chunk(rows, tokens, expected):
     assert CHUNK_POSITIONS["cpu"] == (256, 256)
-    chunk = chunk_positions(rows, tokens)
+    chunk = chunk_positions((rows, tokens))
     assert chunk == expected
     # Of the chunks of a row the last is as full as the others.
     assert math.ceil(tokens / chunk) * chunk - tokens < 16 * math.ceil(tokens / chunk)

@@ -26,13 +26,13 @@ GRAIN = 16  # the rows of a tile of 16-bit numbers on a TPU
 ChunkLoss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def chunk_positions(rows: int, tokens: int, trains: bool = False) -> int:
-    """Return how many positions of each row a chunk has, for a batch of [rows, tokens].
+def chunk_positions(shape: tuple[int, ...], trains: bool = False) -> int:
+    """Return how many positions of each row a chunk has, for a batch of `shape` [rows, tokens].
 
     trains: whether the head does. Chunks of a row are of one length, and spread over devices as
     its tokens are.
     """
-    over_rows, over_tokens = partition.parts()
+    (rows, tokens), (over_rows, over_tokens) = shape, partition.parts()
     at_once = CHUNK_POSITIONS[partition.platform()][trains] * over_rows * over_tokens // rows
     chunks = -(-tokens // max(GRAIN, at_once))
     grain = GRAIN * over_tokens
@@ -75,11 +75,11 @@ def summed(
     """
 
     def size(trains: bool) -> int:
-        return chunk or chunk_positions(*targets_BT.shape, trains)
+        return chunk or chunk_positions(targets_BT.shape, trains)
 
     @jax.custom_vjp
     def total(*arguments: Any) -> jax.Array:
-        losses_B = _losses(chunk_loss, *arguments, size(trains=False))
+        losses_B = _losses(chunk_loss, arguments, size(trains=False))
         return losses_B if per_row else jnp.sum(losses_B)
 
     def forward(*given: Any) -> tuple[jax.Array, Any]:
@@ -97,13 +97,11 @@ def summed(
                     arguments,
                     moves,
                 )
-                losses_B = _losses(chunk_loss, *held, size(trains))
+                losses_B = _losses(chunk_loss, held, size(trains))
                 return losses_B if per_row else jnp.sum(losses_B)
 
             return jax.vjp(of_some, *arguments)
-        losses_B, gradients = _losses_and_gradients(
-            chunk_loss, *arguments, size(trains), head_moves
-        )
+        losses_B, gradients = _losses_and_gradients(chunk_loss, arguments, size(trains), head_moves)
         return losses_B if per_row else jnp.sum(losses_B), gradients
 
     def backward(kept: Any, scale: jax.Array) -> tuple[Any, ...]:
@@ -118,10 +116,9 @@ def summed(
     return total(head, x_BTD, targets_BT, weights_BT)
 
 
-def _losses(
-    chunk_loss: ChunkLoss, head: Any, x_BTD: Any, targets_BT: Any, weights_BT: Any, chunk: int
-) -> jax.Array:
+def _losses(chunk_loss: ChunkLoss, arguments: Any, chunk: int) -> jax.Array:
     """Return the sums [B], differentiable in everything; the backward pass makes logits again."""
+    head, x_BTD, targets_BT, weights_BT = arguments
     chunks = _chunks(_order(weights_BT, chunk), x_BTD, targets_BT, weights_BT, chunk)
     zero_B = jnp.zeros(len(x_BTD), jnp.float32)
 
@@ -137,18 +134,13 @@ def _losses(
 
 
 def _losses_and_gradients(
-    chunk_loss: ChunkLoss,
-    head: Any,
-    x_BTD: Any,
-    targets_BT: Any,
-    weights_BT: Any,
-    chunk: int,
-    moves: Any,
+    chunk_loss: ChunkLoss, arguments: Any, chunk: int, moves: Any
 ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
     """Return the sums [B], and gradients of their sum: by the head's leaves and by x [B, T, D].
 
     moves: which leaves have one; None stands for the others'. A gradient has its leaf's dtype.
     """
+    head, x_BTD, targets_BT, weights_BT = arguments
     order_BT = _order(weights_BT, chunk)
     chunks = _chunks(order_BT, x_BTD, targets_BT, weights_BT, chunk)
     leaves, tree = jax.tree.flatten(head)
