@@ -101,13 +101,13 @@ def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
     stored = processes.gather("settings of the run", stored)[0]
     if not isinstance(stored, dict):
         return config, []
-    taken, lines = {}, []
+    taken, lines = dict[str, str](), []
     for key, before in BEFORE.items():
-        taken[key] = stored.get(key) or before
-        named = getattr(config.training, key)
-        if named not in (None, taken[key]):
+        own, named = stored.get(key) or before, getattr(config.training, key)
+        taken[f"training.{key}"] = own
+        if named not in (None, own):
             raise UserError(
-                f"The run in '{places.directory}' has training.{key}={taken[key]}, and cannot be "
+                f"The run in '{places.directory}' has training.{key}={own}, and cannot be "
                 f"resumed with training.{key}={named}. Leave the key out, or choose another "
                 f"training.output_dir."
             )
@@ -115,8 +115,7 @@ def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
             lines.append(
                 f"This run is older than training.{key}: it resumes with {before}, as it began."
             )
-    training = dataclasses.replace(config.training, **taken)
-    return dataclasses.replace(config, training=training), lines
+    return config.having(taken), lines
 
 
 def settings_of(config: RunSpec) -> dict[str, str]:
