@@ -108,13 +108,14 @@ def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
     if not isinstance(stored, dict):
         taken, lines = ({}, []) if saved is None else _policy_resumed(config, saved)
         return _having(config, taken), lines
-    taken, lines = {}, []
+    lines: list[str] = []
+    taken: dict[str, Any] = {}
     for key, before in BEFORE.items():
-        taken[key] = stored.get(key) or before
-        named = getattr(config.training, key)
-        if named not in (None, taken[key]):
+        own, named = stored.get(key) or before, getattr(config.training, key)
+        taken[key] = own
+        if named not in (None, own):
             raise UserError(
-                f"The run in '{places.directory}' has training.{key}={taken[key]}, and cannot be "
+                f"The run in '{places.directory}' has training.{key}={own}, and cannot be "
                 f"resumed with training.{key}={named}. Leave the key out, or choose another "
                 f"training.output_dir."
             )
