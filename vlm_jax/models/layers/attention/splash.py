@@ -49,7 +49,6 @@ class Sizes:
 
     def for_kernel(self) -> kernel.BlockSizes:
         """Return them by the kernel's names."""
-        alone = {} if self.fused else {"block_q_dq": self.queries, "block_kv_dq": self.keys}
         return kernel.BlockSizes(
             block_q=self.queries,
             block_kv=self.keys,
@@ -57,8 +56,9 @@ class Sizes:
             block_q_dkv=self.queries,
             block_kv_dkv=self.keys,
             block_kv_dkv_compute=self.at_once,
+            block_q_dq=None if self.fused else self.queries,
+            block_kv_dq=None if self.fused else self.keys,
             use_fused_bwd_kernel=self.fused,
-            **alone,
         )
 
 
@@ -116,7 +116,7 @@ def _row(
 ) -> jax.Array:
     """Return [N, T, H] of one row. mask: of rows [1, T] and [1, S], padded to whole blocks."""
     forward, dq, dkv = _tables(mask, form, sizes)
-    run = kernel.SplashAttentionKernel(
+    run: Any = kernel.SplashAttentionKernel(
         forward,
         dq,
         dkv,
@@ -138,7 +138,7 @@ def _row(
 def _tables(mask: Mask, form: Form, sizes: Sizes) -> tuple[Any, Any, Any]:
     """Return the `MaskInfo` of the forward kernel, of dq's (None: no kernel), of dk's and dv's."""
     met = blocks_seen(mask, form, sizes.queries, sizes.keys)
-    slots_T = _slots(mask) if form.causal else None
+    slots_T: Any = _slots(mask) if form.causal else None
     if met is None:
         all_of_it = infos.MaskInfo(None, None, None, None, None)
         return all_of_it, None if sizes.fused else all_of_it, all_of_it

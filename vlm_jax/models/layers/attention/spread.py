@@ -41,13 +41,8 @@ def spread(
         return jax.tree.map(lambda x: PartitionSpec(*(rows, over)[-x.ndim :]), of)
 
     leaves, tree = jax.tree.flatten(mask)
-    specs = jax.tree.leaves(
-        Mask(
-            side(mask.q, places),
-            side(mask.k, None),
-            None if mask.window is None else PartitionSpec(),
-        )
-    )
+    window: Any = None if mask.window is None else PartitionSpec()
+    specs = jax.tree.leaves(Mask(side(mask.q, places), side(mask.k, None), window))
 
     def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, *own: jax.Array) -> jax.Array:
         return kernel(q, k, v, jax.tree.unflatten(tree, own), form)

@@ -3,6 +3,8 @@
 Letters: B batch, T query, S key, N heads, K kv heads, G query heads a kv head, H head dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -35,7 +37,7 @@ def attend(
 
 def _gathered(mask: Mask) -> Mask:
     """Return the mask with what it says of keys on each device of a row."""
-    rows = {
+    rows: dict[str, Any] = {
         name: None if leaf is None else gather_places(leaf)
         for name, leaf in mask.k._asdict().items()
         if name != "places_T"
