@@ -105,11 +105,11 @@ def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
         if not isinstance(stored, dict) and config.training.remat_policy == AUTO:
             saved = _settings_saved(places)
     stored, saved = processes.gather("settings of the run", [stored, saved])[0]
-    if not isinstance(stored, dict):
-        taken, lines = ({}, []) if saved is None else _policy_resumed(config, saved)
-        return _having(config, taken), lines
-    lines: list[str] = []
     taken: dict[str, Any] = {}
+    lines: list[str] = []
+    if not isinstance(stored, dict):
+        taken, lines = (taken, lines) if saved is None else _policy_resumed(config, saved)
+        return _having(config, taken), lines
     for key, before in BEFORE.items():
         own, named = stored.get(key) or before, getattr(config.training, key)
         taken[key] = own
@@ -163,7 +163,7 @@ def _policy_resumed(config: RunSpec, stored: Mapping[str, Any]) -> tuple[dict[st
             f"time of a step change, what it computes does not."
         )
         return {}, [other] if before != now else []
-    sizes = {key: stored.get(key) for key in BATCH}
+    sizes: dict[str, Any] = {key: stored.get(key) for key in BATCH}
     same = math.prod(sizes.values()) == math.prod(getattr(t, key) for key in BATCH)
     return {"remat_policy": before, **(sizes if same else {})}, [
         f"training.remat_policy=auto: {before}, as the run began."

@@ -236,7 +236,8 @@ def choose(
         device, memory = DEVICES[machine.device], machine.usable
         platform = "tpu" if device.is_tpu else "gpu"
     one = config.having({"model.adapter": None})  # it counts as the LoRA that is described
-    model, _, state, frozen = abstract_run(one, mesh)
+    over: Any = mesh
+    model, _, state, frozen = abstract_run(one, over)
     shape = shape or row_shape(one)
     tower = tower_trains(model, state.trainable)
 

@@ -30,8 +30,8 @@ def select(codes: jax.Array, values: Sequence[float]) -> jax.Array:
     return level[0]
 
 
-def lookup(codes: jax.Array, values: Sequence[float] | jax.Array) -> jax.Array:
-    """Return float32 `values[codes]` by indexing a table."""
+def lookup(codes: jax.Array, values: Any) -> jax.Array:
+    """Return float32 `values[codes]` by indexing a table. values: numbers, in any array."""
     table = jnp.asarray(values, jnp.float32)
     return table.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
@@ -96,7 +96,7 @@ def decode_words(
     return _each_shard(plain, branches, where)(words, scales).astype(dtype)
 
 
-def decode_scales(codes: jax.Array, values: Sequence[float], used: Used) -> jax.Array:
+def decode_scales(codes: jax.Array, values: Any, used: Used) -> jax.Array:
     """Return float32 `values[codes]` of 8-bit codes [in / 64, out] of scales."""
     table = jnp.asarray(values, jnp.float32)
     where = used and (used[1].mesh, (used[1].spec, PartitionSpec()), used[1].spec)

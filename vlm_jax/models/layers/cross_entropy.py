@@ -148,7 +148,7 @@ def _losses_and_gradients(
 
     def placed(some: Any, others: list[Any]) -> Any:
         replaced = dict(zip(which, some, strict=True))
-        return tree.unflatten([replaced.get(n, other) for n, other in enumerate(others)])
+        return jax.tree.unflatten(tree, [replaced.get(n, o) for n, o in enumerate(others)])
 
     def body(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
         def of_chunk(sums: Any, x_BCD: Any, targets_BC: Any, weights_BC: Any) -> Any:
