@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vlm_jax import config
 from vlm_jax.hardware import hardware
 from vlm_jax.models.reference_configs import KNOWN
 from vlm_jax.plan import kernels
 from vlm_jax.plan.program import memory, parse
 from vlm_jax.plan.schedule import schedule
-from vlm_jax.plan.step import load, prepare
+from vlm_jax.plan.step import prepare
 from vlm_jax.plan.topologies import devices
 
 
@@ -82,12 +83,14 @@ def measure(setting: Setting, chip: str, directory: Path) -> dict[str, int]:
     machine = hardware(f"{chip}-{setting.chips}")
     changes = {
         "model.name_or_path": str(checkpoint(directory, setting.layers)),
+        "data.max_seq_length": setting.tokens,
+        "data.max_pixels": setting.patches * 14 * 14,
         "lora.r": setting.rank,
         "mesh.auto": False,
         "mesh.fsdp": setting.chips,
     }
     step = prepare(
-        load(None, changes), devices(machine.topology), rows=setting.rows * setting.chips,
+        config.load(None, changes), devices(machine.topology), rows=setting.rows * setting.chips,
         tokens=setting.tokens, patches=setting.patches * setting.images,
     )  # fmt: skip
     compiled = step.compile()

@@ -98,8 +98,9 @@ def decoded(body: str) -> Kernel:
         module = ir.Module.parse(base64.b64decode(body))
         function = module.body.operations[0]
         attributes = function.attributes
-        arguments = ir.TypeAttr(attributes["function_type"]).value.inputs
-        blocks = (re.match(r"memref<([^,>]*).*vmem", str(one)) for one in arguments)
+        kind: Any = ir.TypeAttr(attributes["function_type"]).value
+        parallel: Any = attributes["dimension_semantics"]
+        blocks = (re.match(r"memref<([^,>]*).*vmem", str(one)) for one in kind.inputs)
         computing: list[bool] = []
 
         def look(operation: Any) -> Any:
@@ -110,7 +111,7 @@ def decoded(body: str) -> Kernel:
         return Kernel(
             ir.StringAttr(attributes["sym_name"]).value,
             tuple(ir.DenseI64ArrayAttr(attributes["iteration_bounds"])),
-            tuple("parallel" in str(one) for one in attributes["dimension_semantics"]),
+            tuple("parallel" in str(one) for one in parallel),
             tuple(re.sub(r"^(1x)+(?=\d+x\d)", "", one[1]) for one in blocks if one),
             ir.IntegerAttr(attributes["scalar_prefetch"]).value > 0,
             sum(computing),
@@ -172,10 +173,10 @@ def steps(kernel: Kernel, result: str, images: int = 1) -> Steps:
     queries, keys = kernel.grid[layout.queries], kernel.grid[layout.keys]
     # Blocks [queries or keys, width] of q, k, v; int32 ones: segments of queries and keys, then the
     # queries' places where they see only what is before them.
-    rows = [int(one.split("x")[0]) for one in kernel.blocks[:2]]
+    query, key = (int(one.split("x")[0]) for one in kernel.blocks[:2])
     causal = sum(one.endswith("i32") for one in kernel.blocks) % 2 == 1
     seen = (
-        blocks_seen(queries, keys, *rows, causal, 1 if causal else images)
+        blocks_seen(queries, keys, query, key, causal, 1 if causal else images)
         if kernel.tables
         else queries * keys
     )
