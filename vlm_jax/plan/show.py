@@ -60,8 +60,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     yield "rows per step", f"{report.rows:,}", row
     kept = "the blocks keep for the backward pass"
     yield "remat policy", report.remat_policy, kept
-    for one in report.attention or ():
-        name, _, what = one.partition(" for ")
+    for chosen in report.attention or ():
+        name, _, what = chosen.partition(" for ")
         yield "attention", name, what
     yield "", "", ""
     named = {"forward": "forward", "activations": "by activations", "weights": "by weights"}

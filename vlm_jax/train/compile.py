@@ -82,7 +82,7 @@ def keep_programs(setting: str | None, platform: str) -> str | None:
     if setting is None:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    if setting == AUTO and jax.config.jax_compilation_cache_dir:
+    if setting == AUTO and jax.config.values["jax_compilation_cache_dir"]:
         return None
     try:
         place = directory(setting, platform)
