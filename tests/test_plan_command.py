@@ -425,7 +425,8 @@ def test_a_gpu_without_a_compiler_is_estimated_and_says_so(tiny, capsys):
     # float32 gradients of a micro-batch and of all so far, and bfloat16 copies.
     masters = tree["parts"]["LoRA"] + tree["parts"]["other trained weights"]
     assert tree["parts"]["gradients and copies of what trains"] == 2.5 * masters
-    assert main([*command, "--config.data.max_seq_length=400000"]) == 1  # scores of 4 heads alone
+    long = "--config.data.max_seq_length=400000"
+    assert main([*command, long, "--config.model.attention=xla"]) == 1  # scores of 4 heads alone
 
 
 def test_bad_input_is_told_with_code_2(tiny, capsys, monkeypatch):
