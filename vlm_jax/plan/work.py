@@ -3,7 +3,8 @@
 A product of N rows with a kernel [in, out] is 2 x N x in x out; its gradient by the rows is as much
 again, and so is that by the kernel, where it trains. Attention is 4 x T^2 x width a layer and row
 (scores, and values by weights), causal or not; `masked` counts what lies above the diagonal.
-Elementwise work and look-ups are left out. What is recomputed (rematerialisation) is counted by itself.
+Elementwise work and look-ups are left out. What is recomputed (rematerialisation) is counted by
+itself.
 """
 
 import itertools
