@@ -113,8 +113,8 @@ def page(known: dict[str, dict[str, Any]]) -> str:
         "than 92 % of a GPU's memory. Seconds of TPUs are their compiler's and the bundles of",
         'Pallas kernels, without waiting on other chips; "≤" is a roofline; "~" is estimated',
         "from shapes: where there is no compiler, or weights and moments alone are too large.",
-        '"before": with plain attention, every block recomputed. An empty cell has not been',
-        "measured yet.",
+        '"before": a cell made with plain attention and every block recomputed, whose MFU counts',
+        "all of attention. An empty cell has not been measured yet.",
         "",
         "| | | " + " | ".join(HARDWARE) + " |",
         "|" + "---|" * (len(HARDWARE) + 2),
@@ -130,7 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", default=[], metavar="REGEX")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
-    parser.add_argument("--measure-nothing", action="store_true", help="write the page anew")
+    parser.add_argument(
+        "--measure-nothing", action="store_true", help="write the page from the JSON"
+    )
     options = parser.parse_args(arguments)
     kept = options.page.with_suffix(".json")
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}

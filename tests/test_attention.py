@@ -246,31 +246,37 @@ CASE = Case(
 @pytest.mark.parametrize(
     ("changes", "chosen"),
     [
-        ({}, "splash for causal rows of 2,048, 28 heads for 4 of 128"),
+        ({}, "splash for causal rows of 2,048, 28 heads (4 KV heads) of width 128"),
         (
             {"platform": "gpu", "T": 1024, "S": 1024},
-            "xla for causal rows of 1,024, 28 heads for 4 of 128",
+            "xla for causal rows of 1,024, 28 heads (4 KV heads) of width 128",
         ),
-        ({"platform": "gpu"}, "chunked for causal rows of 2,048, 28 heads for 4 of 128"),
-        ({"platform": "cpu", "kv_heads": 28}, "chunked for causal rows of 2,048, 28 heads of 128"),
+        (
+            {"platform": "gpu"},
+            "chunked for causal rows of 2,048, 28 heads (4 KV heads) of width 128",
+        ),
+        (
+            {"platform": "cpu", "kv_heads": 28},
+            "chunked for causal rows of 2,048, 28 heads of width 128",
+        ),
         (
             {"blocks": True},
-            "chunked for causal rows of 2,048, 28 heads for 4 of 128 "
-            "(splash lacks blocks seen both ways)",
+            "chunked for causal rows of 2,048, 28 heads (4 KV heads) of width 128 "
+            "(splash lacks bidirectional blocks)",
         ),
         (
             {"cached": True, "T": 1},
-            "xla for cached rows of 1 x 2,048, 28 heads for 4 of 128 "
+            "xla for cached rows of 1 x 2,048, 28 heads (4 KV heads) of width 128 "
             "(splash lacks the keys of a cache)",
         ),
         (
             {"S": 2**17, "T": 2**17, "window": True},
-            "chunked for causal rows of 131,072, 28 heads for 4 of 128 "
+            "chunked for causal rows of 131,072, 28 heads (4 KV heads) of width 128 "
             "(splash lacks a window in rows of more than 65,536 tokens)",
         ),
         (
             {"form": Form(False, 0.1), "whole": False},
-            "chunked for two-way rows of 2,048, 28 heads for 4 of 128 "
+            "chunked for bidirectional rows of 2,048, 28 heads (4 KV heads) of width 128 "
             "(splash lacks arrays on several devices outside of a mesh)",
         ),
     ],
@@ -285,7 +291,7 @@ def test_the_table_chooses_by_platform_and_features(changes, chosen):
     ("changes", "why"),
     [
         ({"platform": "cpu"}, "runs on a TPU, and this program is for a CPU"),
-        ({"blocks": True}, "lacks blocks seen both ways (causal rows of 2,048, 28 heads for 4 of "),
+        ({"blocks": True}, "lacks bidirectional blocks (causal rows of 2,048, 28 heads (4 KV"),
     ],
 )
 def test_a_forced_kernel_that_cannot_compute_is_refused(changes, why):
@@ -308,9 +314,9 @@ def test_the_config_names_every_kernel():
 
 def test_a_run_with_a_forced_kernel_has_the_same_losses(place, straight):
     _, plain, told = straight
-    assert "attention: xla for two-way rows" in told and "; xla for causal rows" in told
+    assert "attention: xla for bidirectional rows" in told and "; xla for causal rows" in told
     _, forced, told = runs.run(place, "chunked", "data.max_shapes=2", "model.attention=chunked")
-    assert "attention: chunked for two-way rows" in told
+    assert "attention: chunked for bidirectional rows" in told
     losses = [
         [line["loss"] for line in runs.lines(one / "metrics.jsonl")] for one in (plain, forced)
     ]

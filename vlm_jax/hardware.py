@@ -66,7 +66,7 @@ class Device:
 # at_once: what of [tokens, width of the MLP] in bfloat16 stays in a TPU's vector memory between
 # programs. By the compiler's cycles of Qwen2-VL-7B 8,192 tokens in four times take a v5e 0.70 of
 # one time; a v5p, with links and memory three times as fast, has no use for less than 8,192. v6e's
-# is by its memory's speed, between them.
+# is a guess by its memory's speed, between them.
 DEVICES: dict[str, Device] = {
     "v4": Device(32 * GIB, 275e12, 1200e9, 300e9, None, 3, 1.05e9, "TPU v4"),
     "v5e": Device(

@@ -5,7 +5,7 @@
 
 Needs no TPU: `pip install "vlm_jax[plan]"`. Each kernel is compiled alone, some seconds each, and
 libtpu writes its program, bundle by bundle. What the table has already is left out; --again counts
-it anew. --usual: attention's kernels, in bfloat16, for rows of up to --longest positions, and those
+it too. --usual: attention's kernels, in bfloat16, for rows of up to --longest positions, and those
 of 4-bit weights. FILE: what tpu_step.py --keep wrote.
 
 A bundle takes a cycle. Bundles are counted before the compiler folds those in which it only waits

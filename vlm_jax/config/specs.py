@@ -33,8 +33,8 @@ class ModelSpec:
     bnb_4bit_quant_type: str = "fp4"  # fp4, nf4
     bnb_4bit_use_double_quant: bool = False  # store the scales in 8 bits too
     bnb_4bit_compute_dtype: str | None = None  # None: as model.dtype says
-    # What computes attention: splash (TPU), chunked or xla (anywhere). None: the fastest for each
-    # length of rows on these devices. Steps of a generation choose themselves where it cannot.
+    # What computes attention: splash (TPU), chunked or xla (any device). None: the fastest for each
+    # length of rows. Steps of a generation, with a KV cache, never take splash.
     attention: str | None = None
     # Learning rate of each component as a multiple of training.learning_rate; 0.0 freezes it.
     vision_encoder_lr_scale: float = 0.0  # of the vision tower
@@ -166,14 +166,16 @@ class TrainSpec:
     ema_decay: float = 0.0
     fp16: bool = False  # not supported: bfloat16 needs no loss scaling
     gradient_checkpointing: bool = True  # recompute each block in the backward pass
-    # What of it is kept, from most: none, products, gate, residual, qkv, block, offload; auto: the
-    # fastest that fits the devices, and micro-batches to go with it (docs/METHODS.md).
+    # What is kept for the backward pass, from most to least: none, products, gate, residual, qkv,
+    # block, offload; also products_offload, block_save_attention, dots. auto: the fastest that
+    # fits, with micro-batches to match (docs/METHODS.md). None: block, or none without
+    # gradient_checkpointing.
     remat_policy: str | None = None
-    # What makes the masks of lora.dropout and adapter.dropout: hashed, a counter's hash that costs
+    # What draws the masks of lora.dropout and adapter.dropout: hashed, a counter's hash that costs
     # next to nothing; threefry, jax.random's. None: hashed, or what a resumed run began with.
     dropout_rng: str | None = None
-    # Where compiled programs are kept for later runs: a directory of your own, auto (TPU and GPU:
-    # among your caches; CPU: nowhere; or what JAX_COMPILATION_CACHE_DIR says), none.
+    # Where compiled programs are kept for later runs: a directory that only you may write to; none;
+    # auto: what JAX_COMPILATION_CACHE_DIR says, else ~/.cache/vlm_jax/compiled, on a CPU nowhere.
     compilation_cache_dir: str | None = "auto"
     # Processes that prepare batches beside the run's own; 0: threads of the run, which is enough
     # where a step takes longer than its images. metrics.jsonl's data_wait tells.

@@ -1,6 +1,6 @@
 """The directory in which compiled programs lie from one run to the next.
 
-What lies there is run without a look at it, so one that others may write to is refused.
+JAX executes unchecked what lies there, so one that others may write to is refused.
 """
 
 import os
@@ -35,13 +35,13 @@ def directory(setting: str | None, platform: str) -> str | None:
     refuse(
         (
             found.st_uid != os.getuid(),
-            f"Compiled programs cannot be kept in '{path}', which belongs to another user: they "
-            f"are run as they lie there. {remedy}",
+            f"Compiled programs cannot be kept in '{path}', which belongs to another user: JAX "
+            f"executes unchecked what lies there. {remedy}",
         ),
         (
             found.st_mode & stat.S_IWOTH,
-            f"Compiled programs cannot be kept in '{path}', to which every user may write: they "
-            f"are run as they lie there. {remedy}",
+            f"Compiled programs cannot be kept in '{path}', to which every user may write: JAX "
+            f"executes unchecked what lies there. {remedy}",
         ),
     )
     return str(path)

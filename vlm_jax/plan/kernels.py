@@ -252,9 +252,9 @@ def timing(program: Program, chip: str, images: int = 1) -> Callable[[str, Instr
         if known is None:
             raise UserError(
                 f"The step runs the Pallas kernel '{kernel.name}' with blocks "
-                f"{' '.join(kernel.blocks)}, of which {TABLE.name} has no bundles on {chip}, so "
-                f"its time is not known. Keep the program by scripts/bench/tpu_step.py --keep FILE "
-                f"and add the kernel by scripts/bench/pallas_bundles.py FILE."
+                f"{' '.join(kernel.blocks)}. Its time is unknown: vlm_jax/plan/{TABLE.name} has no "
+                f"bundles on {chip} for it. Save the program with scripts/bench/tpu_step.py --keep "
+                f"FILE and count the kernel with scripts/bench/pallas_bundles.py FILE."
             )
         least = 0.0
         if device.clock and device.bandwidth:

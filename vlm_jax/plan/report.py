@@ -215,8 +215,8 @@ def _timed(compiled: jax.stages.Compiled, chip: str) -> list[schedule.Timed]:
     except UserError as error:
         cycles = sum(one.total for one in schedule.schedule(*parsed))
         raise UserError(
-            f"{error} The step needs {program.memory(compiled).total / GIB:.2f} GiB a device; "
-            f"without its kernels it takes {cycles:,} cycles."
+            f"{error} The step needs {program.memory(compiled).total / GIB:.2f} GiB a device, and "
+            f"{cycles:,} cycles without its Pallas kernels."
         ) from error
 
 

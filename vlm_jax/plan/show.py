@@ -58,7 +58,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     parts = f", in {report.micro_batches} micro-batches" if report.micro_batches > 1 else ""
     row = f"{report.tokens:,} tokens, {report.patches:,} patches each{parts}"
     yield "rows per step", f"{report.rows:,}", row
-    kept = "the blocks keep for the backward pass"
+    kept = "what each block keeps for the backward pass"
     yield "remat policy", report.remat_policy, kept
     for chosen in report.attention or ():
         name, _, what = chosen.partition(" for ")
@@ -84,10 +84,14 @@ def _rows(report: Report) -> Iterator[tuple[str, str, str]]:
     if speed.step is not None and report.fits:
         yield "tokens per second", f"{at_most}{speed.tokens_per_second:,.0f}", "all devices"
         if speed.mfu is not None:
-            yield "MFU", f"{at_most}{speed.mfu:.1%}", "without recomputation"
+            yield "MFU", f"{at_most}{speed.mfu:.1%}", "without recomputation and masked attention"
     for used in report.kernels or ():
         share = used.cycles / report.cycles if report.cycles else 0.0
-        yield f"  {used.name}", f"{share:.1%}", f"of the time, {used.runs:,} runs, by bundles"
+        yield (
+            f"  {used.name}",
+            f"{share:.1%}",
+            f"of the time, {used.runs:,} calls, by their bundles",
+        )
     if report.cycles is not None and speed.compiler is None:
         yield "cycles", f"{report.cycles:,}", "the compiler's; the chip's clock is not published"
     yield "", "", ""

@@ -18,7 +18,8 @@ INSTALL = 'Install the compilers for hardware that is not here: pip install "vlm
 EXAMPLES = ("v5e:2x2", "v5e:4x4", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1", "h100:8")
 TPUS = {name: device for name, device in DEVICES.items() if device.is_tpu and device.compiles}
 GPUS = {name: device for name, device in DEVICES.items() if device.target is not None}
-# What the compiler is told besides where devices are not here: autotuning times kernels on a GPU.
+# The compiler's options where devices are not here, besides those of `train.compile.OPTIONS`:
+# autotuning would time kernels on a GPU.
 ABSENT: dict[str, dict[str, Any]] = {"tpu": {}, "gpu": {"xla_gpu_autotune_level": 0}}
 
 

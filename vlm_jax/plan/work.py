@@ -2,8 +2,9 @@
 
 A product of N rows with a kernel [in, out] is 2 x N x in x out; its gradient by the rows is as much
 again, and so is that by the kernel, where it trains. Attention is 4 x T^2 x width a layer and row
-(scores, and values by weights): causal or not, since all of it is computed. Elementwise work and
-look-ups are left out. What is recomputed (rematerialisation) is counted by itself.
+(scores, and values by weights), causal or not; `masked` counts what lies above the diagonal.
+Elementwise work and look-ups are left out. What is recomputed (rematerialisation) is counted by
+itself.
 """
 
 import itertools
@@ -128,7 +129,7 @@ def count(
 
 
 def again(model: Model, path: str, leaves: Collection[str]) -> bool:
-    """Return whether the backward pass computes a product of a block again.
+    """Return whether the backward pass recomputes a product of a block.
 
     path: of its kernel, below a stack. leaves: paths of the whole tree. What an adapter reads, and
     what DoRA's norms are multiplied by, is needed itself, whatever it ends in.

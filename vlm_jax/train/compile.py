@@ -19,7 +19,7 @@ from vlm_jax.train.losses import joined
 from vlm_jax.train.step import TrainState
 
 # Options of the compiler, by the kind of a device: larger tiles, which take the compiler 1.7 times
-# as long and a v5e's step 7 % less (docs/PERFORMANCE.md).
+# as long and a v5e's step 7 % less, by its own estimate.
 OPTIONS: dict[str, dict[str, Any]] = {
     "TPU v5 lite": {"xla_tpu_scoped_vmem_limit_kib": 65536},
 }
@@ -74,7 +74,7 @@ def options_for(mesh: Any) -> dict[str, Any]:
 
 
 def keep_programs(setting: str | None, platform: str) -> str | None:
-    """Keep what is compiled from here on for later runs, and return what to say of it.
+    """Keep what is compiled from here on for later runs, and return the line that says where.
 
     setting: of training.compilation_cache_dir. A directory that JAX was given already stays, but
     where another is asked for.

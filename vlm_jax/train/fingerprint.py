@@ -91,7 +91,7 @@ def identity(config: RunSpec, model: Model, table: Table, rows: int) -> dict[str
 
 
 def resumed(config: RunSpec, places: Places) -> tuple[RunSpec, list[str]]:
-    """Return the config with the settings of `BEFORE` as the run began, and lines on what is old.
+    """Return the config with the settings of `BEFORE` as the run began, and lines that say so.
 
     All processes call it. Where the run's config.json is lost, as logs of a run in a bucket may be,
     or cannot be read, nothing is taken: the checkpoint's identity is compared in any case. Raises
@@ -160,7 +160,7 @@ def _policy_resumed(config: RunSpec, stored: Mapping[str, Any]) -> tuple[dict[st
         now = t.remat
         other = (
             f"The run began with training.remat_policy={before} and now has {now}: memory and "
-            f"time of a step change, what it computes does not."
+            f"time of a step change, its results do not."
         )
         return {}, [other] if before != now else []
     sizes: dict[str, Any] = {key: stored.get(key) for key in BATCH}

@@ -140,7 +140,7 @@ def memory_of(device: Any) -> int:
     raise UserError(
         f"mesh.auto and training.remat_policy=auto cannot learn how much memory a "
         f"'{device.device_kind}' has. Set mesh.fsdp, the devices that share one copy of the "
-        f"parameters, and a policy by its name."
+        f"parameters, and a remat policy by name."
     )
 
 

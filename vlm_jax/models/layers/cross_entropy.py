@@ -1,8 +1,8 @@
 """The vocabulary's cross-entropy of hidden states: logits of weighted positions, chunk by chunk.
 
 No [B, T, V] array ever exists. A chunk's gradients are made together with its logits, in the
-forward pass: 4 products a weight and position of a frozen head, 6 of one that trains, where logits
-made again in the backward pass would cost 6 and 8, and copies of the head between the passes. It is
+forward pass: 4 FLOPs a weight and position of a frozen head, 6 of one that trains, where logits
+recomputed in the backward pass would cost 6 and 8, and copies of the head between the passes. It is
 possible since the loss is a sum: the backward pass scales gradients by one number.
 Letters: B rows, T tokens, N chunks, C positions of a chunk, D model, V vocabulary.
 """
@@ -71,7 +71,7 @@ def summed(
 
     JAX says which leaves are differentiated (`symbolic_zeros` of
     https://docs.jax.dev/en/latest/_autosummary/jax.custom_vjp.defvjp.html), so that no gradient is
-    missing. A head's gradient by row has no place to be: there logits are made again.
+    missing. A head's gradient by row has no place to be: there logits are recomputed.
     """
 
     def size(trains: bool) -> int:
@@ -117,7 +117,7 @@ def summed(
 
 
 def _losses(chunk_loss: ChunkLoss, arguments: Any, chunk: int) -> jax.Array:
-    """Return the sums [B], differentiable in everything; the backward pass makes logits again."""
+    """Return the sums [B], differentiable in everything; the backward pass recomputes logits."""
     head, x_BTD, targets_BT, weights_BT = arguments
     chunks = _chunks(_order(weights_BT, chunk), x_BTD, targets_BT, weights_BT, chunk)
     zero_B = jnp.zeros(len(x_BTD), jnp.float32)

@@ -33,7 +33,7 @@ def lora_dot(
     Args:
         kernel: [in, out], dense or in 4 bits.
         a, b: [in, R] and [R, out].
-        scale: a number, or an array of none.
+        scale: a scalar.
         rate: of dropout.
         seed: uint32 [2], which decides what is dropped; not needed at a rate of 0.
     """

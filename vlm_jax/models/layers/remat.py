@@ -35,8 +35,8 @@ KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "none": ((ATTENDED, QKV, MID, LOW, GATE, UP), ()),  # and everything else
 }
 # Platform -> policies from the fastest, which keeps most, to the one that keeps least. What "none"
-# keeps beside the products are elementwise values, which an accelerator stores in more time than it
-# makes them again. What a CPU calls the host's memory is its own.
+# keeps beside the products are elementwise values, which an accelerator recomputes in less time
+# than it stores them. What a CPU calls the host's memory is its own.
 ON_ACCELERATORS = ("products", "gate", "residual", "qkv", "block", "offload")
 FASTEST = {
     "tpu": ON_ACCELERATORS,

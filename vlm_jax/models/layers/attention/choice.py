@@ -40,10 +40,10 @@ class Case:
     whole: bool
 
     def __str__(self) -> str:
-        kind = "cached" if self.cached else "causal" if self.form.causal else "two-way"
+        kind = "cached" if self.cached else "causal" if self.form.causal else "bidirectional"
         keys = f" x {self.S:,}" if self.cached else ""
-        grouped = f" for {self.kv_heads}" if self.kv_heads != self.heads else ""
-        return f"{kind} rows of {self.T:,}{keys}, {self.heads} heads{grouped} of {self.width}"
+        grouped = f" ({self.kv_heads} KV heads)" if self.kv_heads != self.heads else ""
+        return f"{kind} rows of {self.T:,}{keys}, {self.heads} heads{grouped} of width {self.width}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Kernel:
 def _splash_lacks(case: Case) -> str | None:
     rules = (
         (case.cached, "the keys of a cache"),
-        (case.blocks, "blocks seen both ways"),
+        (case.blocks, "bidirectional blocks"),
         (case.dtype not in ("bfloat16", "float32"), f"{case.dtype} arrays"),
         (
             case.window and case.S > splash.LONGEST,

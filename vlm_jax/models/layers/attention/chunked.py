@@ -88,7 +88,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask, form, sizes):
 
 def _attend_forward(q_BTNH, k_BSKH, v_BSKH, mask, form, sizes):
     made = _forward(q_BTNH, k_BSKH, v_BSKH, mask, form, sizes)
-    # Both, or the backward pass would run all of this again for the one that is not kept.
+    # Both, or the backward pass would recompute all of this for the one that is not kept.
     out_BTNH, sums_BKGT = checkpoint_name(made, ATTENDED)
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask, out_BTNH, sums_BKGT)
 
