@@ -38,7 +38,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 HARDWARE = ("v5e-1", "v5e-4", "v5e-16", "v5p-8", "v6e-8", "h100:1", "h100:8", "rtx4090")
 # One row of 2,048 tokens and one image a device; all devices of a slice share one copy, by fsdp.
-ROW: dict[str, Any] = {"data.max_seq_length": 2048, "data.max_pixels": 200704}
+ROW: dict[str, Any] = {
+    "data.max_seq_length": 2048,
+    "data.max_pixels": 200704,
+    "training.remat_policy": "auto",
+}
 KEPT = ("basis", "verdict", "said", "peak", "capacity", "mesh", "rows", "compile_seconds", "parts",
         "exchanges", "bytes_accessed", "remat_policy", "attention", "kernels",
         "cycles")  # fmt: skip
