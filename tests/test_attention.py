@@ -298,6 +298,10 @@ def test_a_forced_kernel_that_cannot_compute_is_refused(changes, why):
 def test_a_forced_kernel_computes_all_but_a_cache_that_it_lacks():
     assert choose(CASE, "xla") == "xla"
     assert choose(dataclasses.replace(CASE, cached=True), "splash") == "chunked"
+    images = dataclasses.replace(CASE, form=Form(False, 0.1), whole=False)  # of a generation
+    assert choose(images, "splash") == "chunked"
+    with pytest.raises(vlm_jax.UserError, match="runs on a TPU"):
+        choose(dataclasses.replace(images, platform="cpu"), "splash")
     with pytest.raises(vlm_jax.UserError, match="Unknown attention 'flash'; known: splash"):
         choose(CASE, "flash")
 
