@@ -77,12 +77,14 @@ def keep_programs(setting: str | None, platform: str) -> str | None:
     """Keep what is compiled from here on for later runs, and return what to say of it.
 
     setting: of training.compilation_cache_dir. A directory that JAX was given already stays, but
-    where another is asked for.
+    where another, or none, is asked for; so does a cache that JAX was told not to use.
     """
     if setting is None:
-        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_compilation_cache_dir", None)
+        reset_cache()
         return None
-    if setting == AUTO and jax.config.values["jax_compilation_cache_dir"]:
+    own = jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache
+    if setting == AUTO and own:
         return None
     try:
         place = directory(setting, platform)
@@ -92,6 +94,7 @@ def keep_programs(setting: str | None, platform: str) -> str | None:
         return f"compiled programs: not kept. {error}"
     if place is None:
         return None
+    jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", place)
     most = ""
     if "://" not in place:
