@@ -10,8 +10,10 @@ from runs import make_base, make_data, write_recipe
 
 from vlm_jax import UserError
 from vlm_jax.cli import main
-from vlm_jax.files.compiled import directory
+from vlm_jax.config.specs import RunSpec
+from vlm_jax.files.compiled import KEY, directory
 from vlm_jax.train import compile as compiling
+from vlm_jax.train.fingerprint import settings_of
 
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -76,6 +78,10 @@ def test_a_run_goes_on_where_its_usual_place_is_refused(restored, caches, monkey
     jax.config.update("jax_compilation_cache_dir", None)
     assert "not kept" in compiling.keep_programs("auto", "tpu")
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_each_process_may_have_a_place_of_its_own():
+    assert KEY not in settings_of(RunSpec()) and "training.remat_policy" in settings_of(RunSpec())
 
 
 def test_what_jax_was_given_already_stays(restored, caches):
