@@ -131,6 +131,9 @@ def test_a_run_keeps_what_was_chosen_for_it(place, monkeypatch, capsys):
     asked = config.load(recipe)
     found, _ = resumed(asked, places_of(asked))
     assert tuple(chosen_settings(found).values()) == ("block", 1, 2)
+    (place / "out/config.json").write_text('{"training": {}}')
+    found, _ = resumed(asked, places_of(asked))
+    assert chosen_settings(found)["remat_policy"] == "block"
     (place / "kept.json").rename(place / "out/config.json")
 
     # Another policy changes no number, other micro-batches would.
