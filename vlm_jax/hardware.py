@@ -106,7 +106,7 @@ def device_of(kind: str) -> Device | None:
     text = kind.lower().replace(" ", "")
     for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
         named = not known.kind and all(part in text for part in name.split("-"))
-        if known.kind == kind or named:
+        if kind in (known.kind, f"TPU {name}") or named:  # JAX knows TPUs by two names
             return known
     return None
 

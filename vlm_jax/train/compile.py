@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError, first_line
 from vlm_jax.files.compiled import AUTO, directory
+from vlm_jax.hardware import device_of
 from vlm_jax.model import Model
 from vlm_jax.models.layers.attention import recorded
 from vlm_jax.models.layers.partition import rows_over
@@ -70,7 +71,9 @@ def abstract_batch(model: Model, rows: int, shape: Shape, mesh: Any) -> Batch:
 
 def options_for(mesh: Any) -> dict[str, Any]:
     """Return the compiler's options for the devices of a mesh."""
-    return OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+    kind = mesh.devices.flat[0].device_kind
+    known = device_of(kind)
+    return OPTIONS.get((known and known.kind) or kind, {})
 
 
 def keep_programs(setting: str | None, platform: str) -> str | None:
