@@ -86,7 +86,8 @@ def keep_programs(setting: str | None, platform: str) -> str | None:
         jax.config.update("jax_compilation_cache_dir", None)
         reset_cache()
         return None
-    own = jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache
+    given = jax.config.values
+    own = given["jax_compilation_cache_dir"] or not given["jax_enable_compilation_cache"]
     if setting == AUTO and own:
         return None
     try:
