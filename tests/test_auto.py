@@ -96,7 +96,9 @@ def test_devices_are_known_by_what_jax_calls_them():
     assert device_of("TPU v5") is device_of("TPU v5p") is DEVICES["v5p"]
     assert device_of("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
     assert device_of("NVIDIA A100-SXM4-40GB") is DEVICES["a100-40gb"]
-    assert device_of("cpu") is None
+    assert device_of("NVIDIA GeForce RTX 4090") is DEVICES["rtx4090"]
+    assert device_of("NVIDIA RTX A6000") is DEVICES["a6000"]
+    assert device_of("NVIDIA RTX A4000") is device_of("NVIDIA L40") is device_of("cpu") is None
     for kind, options in OPTIONS.items():
         for name in (kind, *(f"TPU {name}" for name, one in DEVICES.items() if one.kind == kind)):
             devices = np.array([SimpleNamespace(device_kind=name)])
