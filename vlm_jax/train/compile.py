@@ -80,7 +80,7 @@ def keep_programs(setting: str | None, platform: str) -> str | None:
     """Keep what is compiled from here on for later runs, and return what to say of it.
 
     setting: of training.compilation_cache_dir. A directory that JAX was given already stays, but
-    where another, or none, is asked for; so does a cache that JAX was told not to use.
+    where another, or none, is asked for; so does a cache that is switched off in JAX.
     """
     if setting is None:
         jax.config.update("jax_compilation_cache_dir", None)
