@@ -11,6 +11,7 @@ import runs
 from jax.extend.core import jaxprs_in_params
 
 import vlm_jax
+from vlm_jax import config
 from vlm_jax.cli import main
 from vlm_jax.config.choices import CHOICES
 from vlm_jax.models.layers.attention import KERNELS, attention, chunked, recorded, splash, xla
@@ -20,6 +21,7 @@ from vlm_jax.models.layers.attention.spread import spread
 from vlm_jax.models.layers.partition import rows_over
 from vlm_jax.models.layers.remat import REMAT
 from vlm_jax.sharding import make_mesh
+from vlm_jax.train.results import open_run
 
 BLOCK = 128
 OTHERS = {
@@ -304,6 +306,10 @@ def test_a_forced_kernel_that_cannot_compute_is_refused(changes, why):
 def test_a_forced_kernel_computes_all_but_a_cache_that_it_lacks():
     assert choose(CASE, "xla") == "xla"
     assert choose(dataclasses.replace(CASE, cached=True), "splash") == "chunked"
+    images = dataclasses.replace(CASE, form=Form(False, 0.1), whole=False)  # of a generation
+    assert choose(images, "splash") == "chunked"
+    with pytest.raises(vlm_jax.UserError, match="runs on a TPU"):
+        choose(dataclasses.replace(images, platform="cpu"), "splash")
     with pytest.raises(vlm_jax.UserError, match="Unknown attention 'flash'; known: splash"):
         choose(CASE, "flash")
 
@@ -321,6 +327,9 @@ def test_a_run_with_a_forced_kernel_has_the_same_losses(place, straight):
         [line["loss"] for line in runs.lines(one / "metrics.jsonl")] for one in (plain, forced)
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    # Its result is read on any devices, by what is fastest there.
+    assert config.load(forced / "config.json").model.attention == "chunked"
+    assert open_run(forced)[0].model.attention is None
 
 
 def test_the_command_refuses_a_kernel_that_devices_lack(place, tmp_path, capsys):

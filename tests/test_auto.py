@@ -1,5 +1,8 @@
 """`training.remat_policy: auto`: the fastest policy and micro-batch that fit, kept at a resume."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from runs import make_base, make_data, run, write_recipe
 
@@ -10,6 +13,7 @@ from vlm_jax.hardware import DEVICES, device_of, hardware
 from vlm_jax.models.layers.remat import FASTEST
 from vlm_jax.plan.step import abstract_mesh
 from vlm_jax.train import mesh
+from vlm_jax.train.compile import OPTIONS, options_for
 from vlm_jax.train.fingerprint import BATCH, chosen_settings, resumed
 from vlm_jax.train.run_dir import places_of
 
@@ -88,10 +92,17 @@ def test_what_is_chosen_for_a_7b(recipe, topology, chosen):
 
 
 def test_devices_are_known_by_what_jax_calls_them():
-    assert device_of("TPU v5 lite") is DEVICES["v5e"]
+    assert device_of("TPU v5 lite") is device_of("TPU v5e") is DEVICES["v5e"]
+    assert device_of("TPU v5") is device_of("TPU v5p") is DEVICES["v5p"]
     assert device_of("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
     assert device_of("NVIDIA A100-SXM4-40GB") is DEVICES["a100-40gb"]
-    assert device_of("cpu") is None
+    assert device_of("NVIDIA GeForce RTX 4090") is DEVICES["rtx4090"]
+    assert device_of("NVIDIA RTX A6000") is DEVICES["a6000"]
+    assert device_of("NVIDIA RTX A4000") is device_of("NVIDIA L40") is device_of("cpu") is None
+    for kind, options in OPTIONS.items():
+        for name in (kind, *(f"TPU {name}" for name, one in DEVICES.items() if one.kind == kind)):
+            devices = np.array([SimpleNamespace(device_kind=name)])
+            assert options_for(SimpleNamespace(devices=devices)) == options
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +142,9 @@ def test_a_run_keeps_what_was_chosen_for_it(place, monkeypatch, capsys):
     asked = config.load(recipe)
     found, _ = resumed(asked, places_of(asked))
     assert tuple(chosen_settings(found).values()) == ("block", 1, 2)
+    (place / "out/config.json").write_text('{"training": {}}')
+    found, _ = resumed(asked, places_of(asked))
+    assert chosen_settings(found)["remat_policy"] == "block"
     (place / "kept.json").rename(place / "out/config.json")
 
     # Another policy changes no number, other micro-batches would.

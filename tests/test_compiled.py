@@ -10,8 +10,10 @@ from runs import make_base, make_data, write_recipe
 
 from vlm_jax import UserError
 from vlm_jax.cli import main
-from vlm_jax.files.compiled import directory
+from vlm_jax.config.specs import RunSpec
+from vlm_jax.files.compiled import KEY, directory
 from vlm_jax.train import compile as compiling
+from vlm_jax.train.fingerprint import settings_of
 
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -63,6 +65,8 @@ def test_what_others_may_write_to_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="compilation_cache_dir"):
         directory(str(tmp_path / "file"), "cpu")
+    with pytest.raises(UserError, match="kept in '~nobody-at-all/x': "):
+        directory("~nobody-at-all/x", "cpu")
     monkeypatch.setattr(os, "getuid", lambda: place.stat().st_uid + 1)
     with pytest.raises(UserError, match="belongs to another user"):
         directory(str(place), "cpu")
@@ -74,6 +78,10 @@ def test_a_run_goes_on_where_its_usual_place_is_refused(restored, caches, monkey
     jax.config.update("jax_compilation_cache_dir", None)
     assert "not kept" in compiling.keep_programs("auto", "tpu")
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_each_process_may_have_a_place_of_its_own():
+    assert KEY not in settings_of(RunSpec()) and "training.remat_policy" in settings_of(RunSpec())
 
 
 def test_what_jax_was_given_already_stays(restored, caches):
@@ -95,19 +103,37 @@ def test_a_run_keeps_its_programs_up_to_a_size(restored, tmp_path, monkeypatch, 
     assert sum(file.stat().st_size for file in files) <= 1 << 22
 
 
-def test_programs_that_are_kept_are_taken_from_there(restored, tmp_path):
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compiling.keep_programs(str(tmp_path), "cpu")
+def looked_up(times: int) -> list[str]:
+    """Return what JAX says of the cache as it compiles one program so many times."""
     seen: list[str] = []
 
     def note(event: str, **_: object) -> None:
         seen.append(event.rpartition("/")[2])
 
     jax.monitoring.register_event_listener(note)
-    for _ in range(2):
+    for _ in range(times):
         jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((3,), "int32")).compile()
     jax.monitoring.unregister_event_listener(note)
-    assert [one for one in seen if one in ("cache_hits", "cache_misses")] == [
-        "cache_misses",
-        "cache_hits",
-    ]
+    return [one for one in seen if one in ("cache_hits", "cache_misses")]
+
+
+def test_programs_that_are_kept_are_taken_from_there(restored, tmp_path):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    (tmp_path / "of_another_run-cache").write_bytes(b"kept without a bound, or killed at it")
+    compiling.keep_programs(str(tmp_path), "cpu")
+    assert looked_up(2) == ["cache_misses", "cache_hits"]
+
+
+def test_none_keeps_nothing_and_a_later_run_may_keep_again(restored, tmp_path):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compiling.keep_programs(str(tmp_path), "cpu")
+    looked_up(1)
+    assert compiling.keep_programs(None, "cpu") is None and looked_up(1) == []
+    compiling.keep_programs(str(tmp_path), "cpu")
+    assert looked_up(1) == ["cache_hits"]
+
+
+def test_a_cache_that_is_switched_off_stays_so(restored, caches):
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert compiling.keep_programs("auto", "tpu") is None and not caches.exists()

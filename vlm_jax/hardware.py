@@ -103,10 +103,11 @@ BY_CORES = ("v4", "v5p", "tpu7x")
 
 def device_of(kind: str) -> Device | None:
     """Return the device of JAX's device_kind, or None where none is known by it."""
-    text = kind.lower().replace(" ", "")
+    words = re.findall(r"(?:rtx )?\w+", kind.lower())  # "rtx 4090" is one
+    said = {word.replace(" ", "") for word in words} | {*kind.lower().split()}
     for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
-        named = not known.kind and all(part in text for part in name.split("-"))
-        if known.kind == kind or named:
+        named = not known.kind and said.issuperset(name.split("-"))
+        if kind in (known.kind, f"TPU {name}") or named:  # JAX knows TPUs by two names
             return known
     return None
 

@@ -3,6 +3,7 @@
 JAX executes unchecked what lies there, so one that others may write to is refused.
 """
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -24,12 +25,17 @@ def directory(setting: str | None, platform: str) -> str | None:
         return None
     if "://" in setting:
         return setting
-    path = _usual() if setting == AUTO else Path(setting).expanduser().absolute()
     remedy = f"Set {KEY} to a directory of your own, or to none."
     with explained(
-        OSError,
-        lambda error: f"Compiled programs cannot be kept in '{path}': {error.strerror}. {remedy}",
+        RuntimeError,  # a user without a home
+        lambda error: f"Compiled programs cannot be kept in '{setting}': {error} {remedy}",
     ):
+        path = _usual() if setting == AUTO else Path(setting).expanduser().absolute()
+
+    def words(error: OSError) -> str:
+        return f"Compiled programs cannot be kept in '{path}': {error.strerror}. {remedy}"
+
+    with explained(OSError, words):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
     refuse(
@@ -44,7 +50,22 @@ def directory(setting: str | None, platform: str) -> str | None:
             f"executes unchecked what lies there. {remedy}",
         ),
     )
+    with explained(OSError, words):
+        _date(path)
     return str(path)
+
+
+def _date(path: Path) -> None:
+    """Write the time of its last use beside each program that has none.
+
+    JAX's cache of bounded size keeps nothing more where one lacks it: one that was kept without a
+    bound, or whose run was killed as it kept it.
+    """
+    for program in path.glob("*-cache"):
+        time = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        with contextlib.suppress(FileNotFoundError):  # another run dropped it
+            if not time.exists():
+                time.write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
 def _usual() -> Path:

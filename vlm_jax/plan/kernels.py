@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax._src.lib import tpu  # the dialect of a kernel's text
-from jaxlib.mlir import ir
+from jax.experimental.mosaic.dialects import tpu  # of a kernel's text
+from jax.extend.mlir import ir
 
 from vlm_jax.errors import UserError
 from vlm_jax.hardware import DEVICES

@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from vlm_jax.batch import Batch
 from vlm_jax.errors import UserError, first_line
 from vlm_jax.files.compiled import AUTO, directory
+from vlm_jax.hardware import device_of
 from vlm_jax.model import Model
 from vlm_jax.models.layers.attention import recorded
 from vlm_jax.models.layers.partition import rows_over
@@ -70,19 +71,24 @@ def abstract_batch(model: Model, rows: int, shape: Shape, mesh: Any) -> Batch:
 
 def options_for(mesh: Any) -> dict[str, Any]:
     """Return the compiler's options for the devices of a mesh."""
-    return OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+    kind = mesh.devices.flat[0].device_kind
+    known = device_of(kind)
+    return OPTIONS.get((known and known.kind) or kind, {})
 
 
 def keep_programs(setting: str | None, platform: str) -> str | None:
     """Keep what is compiled from here on for later runs, and return the line that says where.
 
     setting: of training.compilation_cache_dir. A directory that JAX was given already stays, but
-    where another is asked for.
+    where another, or none, is asked for; so does a cache that is switched off in JAX.
     """
     if setting is None:
-        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_compilation_cache_dir", None)
+        reset_cache()
         return None
-    if setting == AUTO and jax.config.values["jax_compilation_cache_dir"]:
+    given = jax.config.values
+    own = given["jax_compilation_cache_dir"] or not given["jax_enable_compilation_cache"]
+    if setting == AUTO and own:
         return None
     try:
         place = directory(setting, platform)
@@ -92,6 +98,7 @@ def keep_programs(setting: str | None, platform: str) -> str | None:
         return f"compiled programs: not kept. {error}"
     if place is None:
         return None
+    jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", place)
     most = ""
     if "://" not in place:

@@ -33,6 +33,7 @@ DATA_KEYS = (
 # Where things lie, which may differ from host to host.
 PLACES = (
     *("model.name_or_path", "model.adapter", "training.output_dir", "training.run_name"),
+    "training.compilation_cache_dir",
     *("data.train_file", "data.eval_file", "data.image_folder"),
     *("evaluators.*.file", "evaluators.*.image_folder"),
 )
@@ -163,7 +164,7 @@ def _policy_resumed(config: RunSpec, stored: Mapping[str, Any]) -> tuple[dict[st
             f"time of a step change, its results do not."
         )
         return {}, [other] if before != now else []
-    sizes: dict[str, Any] = {key: stored.get(key) for key in BATCH}
+    sizes: dict[str, Any] = {key: stored.get(key, getattr(t, key)) for key in BATCH}
     same = math.prod(sizes.values()) == math.prod(getattr(t, key) for key in BATCH)
     return {"remat_policy": before, **(sizes if same else {})}, [
         f"training.remat_policy=auto: {before}, as the run began."

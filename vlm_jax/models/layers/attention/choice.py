@@ -138,8 +138,9 @@ def case_of(
 def choose(case: Case, forced: str | None = None) -> str:
     """Return the name of the kernel of a case.
 
-    forced: one that all but cached attention has to be computed by. Raises `UserError` where its
-    kernel lacks the platform or something of the case.
+    forced: one that has to compute all but what a generation has alone: a cache, and images on
+    several devices outside of a mesh. Raises `UserError` where its kernel lacks the platform or
+    something of another case.
     """
     if forced is not None and forced not in KERNELS:
         raise UserError(f"Unknown attention '{forced}'; known: {', '.join(KERNELS)}.")
@@ -149,7 +150,7 @@ def choose(case: Case, forced: str | None = None) -> str:
     if forced is not None:
         if forced in passed and passed[forced] is None:
             return _chosen(forced, case, {})
-        if not case.cached:
+        if not case.cached and (case.whole or forced not in passed):
             raise UserError(_refusal(forced, case, passed))
     able = (name for name, lack in passed.items() if lack is None)
     chosen = next(name for name in able if not KERNELS[name].slower(case))
