@@ -19,11 +19,10 @@ from vlm_jax.sharding import batch_shardings, check_lengths
 from vlm_jax.train.losses import joined
 from vlm_jax.train.step import TrainState
 
-# Options of the compiler, by the kind of a device: larger tiles, which take the compiler 1.7 times
-# as long and a v5e's step 7 % less, by its own estimate.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "TPU v5 lite": {"xla_tpu_scoped_vmem_limit_kib": 65536},
-}
+# Options of the compiler, by the kind of a device: larger tiles, which take the compiler up to twice
+# as long, and by its own estimate a v5e's step 7 % less and a v5p's 15 % (docs/LOG.md).
+LARGE_TILES = {"xla_tpu_scoped_vmem_limit_kib": 65536}
+OPTIONS: dict[str, dict[str, Any]] = {"TPU v5 lite": LARGE_TILES, "TPU v5": LARGE_TILES}
 GIB = 1 << 30
 MOST_KEPT = 4 * GIB  # of compiled programs; those used least recently go first
 
