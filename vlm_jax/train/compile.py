@@ -19,8 +19,8 @@ from vlm_jax.sharding import batch_shardings, check_lengths
 from vlm_jax.train.losses import joined
 from vlm_jax.train.step import TrainState
 
-# Options of the compiler, by the kind of a device: larger tiles, which take the compiler up to twice
-# as long, and by its own estimate a v5e's step 7 % less and a v5p's 15 % (docs/LOG.md).
+# Options of the compiler, by the kind of a device: larger tiles, which take the compiler up to
+# twice as long, and by its own estimate a v5e's step 7 % less and a v5p's 15 % (docs/LOG.md).
 LARGE_TILES = {"xla_tpu_scoped_vmem_limit_kib": 65536}
 OPTIONS: dict[str, dict[str, Any]] = {"TPU v5 lite": LARGE_TILES, "TPU v5": LARGE_TILES}
 GIB = 1 << 30

@@ -24,6 +24,7 @@ AT_ONCE = 640  # keys of a block whose scores are computed at once, at most
 # Blocks of keys for which one kernel makes all gradients. It writes a part of dq for each, which
 # with more would be the largest array of the step; then dq has a kernel of its own.
 FUSED = 4
+UNROLLED = 8  # rows, of which a loop would copy each one's arrays out and back
 FIELD = 16  # bits of a slot where two lie in one word
 LONGEST = 1 << FIELD  # keys of a row with a window
 
@@ -96,13 +97,14 @@ def _over_rows(row: Any, arrays: Any, mask: Mask) -> jax.Array:
         return one(*(x[0] for x in arrays))[None] if len(arrays[0]) == 1 else jax.vmap(one)(*arrays)
     pair = (mask.q.segments_BT, mask.k.segments_BT)
 
-    def with_own(given: Any) -> jax.Array:
+    def with_own(_: None, given: Any) -> tuple[None, jax.Array]:
         *own, (q_segments_T, k_segments_S) = given
         q = mask.q._replace(segments_BT=q_segments_T[None])
         k = mask.k._replace(segments_BT=k_segments_S[None])
-        return row(*own, mask=Mask(q, k, mask.window))
+        return None, row(*own, mask=Mask(q, k, mask.window))
 
-    return jax.lax.map(with_own, (*arrays, pair))
+    unroll = min(len(segments), UNROLLED)
+    return jax.lax.scan(with_own, None, (*arrays, pair), unroll=unroll)[1]
 
 
 def _row(
