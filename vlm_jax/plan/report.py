@@ -18,7 +18,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.hardware import DEVICES, GB, GIB, Device, hardware
 from vlm_jax.models.layers.attention import recorded
 from vlm_jax.plan import leaves, program, schedule, traffic, work
-from vlm_jax.plan.kernels import Used, timing, used
+from vlm_jax.plan.kernels import Used, table, timing, used
 from vlm_jax.plan.speed import Speed, sent, speed
 from vlm_jax.plan.step import Step, load, prepare
 from vlm_jax.plan.topologies import INSTALL, compilers, devices
@@ -151,7 +151,8 @@ def plan_step(
     compiled, count = found.compiled, step.mesh.size
     each = None if compiled is None else program.collectives(compiled)
     accessed = None if compiled is None else traffic.bytes_accessed(compiled)
-    timed = _timed(compiled, machine.device) if compiled is not None and device.is_tpu else None
+    counts = device.is_tpu and machine.device in table()  # its kernels' bundles
+    timed = _timed(compiled, machine.device) if compiled is not None and counts else None
     cycles = None if timed is None else sum(one.total for one in timed)
     # Above the diagonal nothing has to be computed.
     masked = work.masked(step.model, step.state.trainable, step.rows, step.shape[0])
