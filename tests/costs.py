@@ -32,6 +32,8 @@ MAY_BE_SLOW: dict[str, str] = {
     "tests/test_export_spread.py::test_files_are_those_of_one_device[nf4-dq-True]": (
         "a run on four devices in 4 bits, and exports of it by four devices and by one"
     ),
+    "tests/test_packing.py::test_packed_loss_and_gradients_are_those_of_rows_of_their_own"
+    "[qwen2_vl]": "gradients of packed rows and of each example's own, a program each",
     "tests/test_quantization.py::test_merging_makes_dense_kernels_or_quantizes_again": (
         "programs of both merges and of the adapted and the merged model, at 4 bits"
     ),
