@@ -1,6 +1,6 @@
 """The directory in which compiled programs lie from one run to the next.
 
-JAX executes unchecked what lies there, so one that others may write to is refused.
+JAX executes unchecked what lies there, so one that every user may write to is refused.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ def directory(setting: str | None, platform: str) -> str | None:
     """Return where a run on a platform keeps its programs, made if need be; None: nowhere.
 
     setting: a path, "auto" or None. A path with a scheme, as "gs://...", is taken as it is. Raises
-    `UserError` for a directory that cannot be made, or that somebody else may write to.
+    `UserError` for a directory that cannot be made, that belongs to another user, or that every
+    user may write to.
     """
     if setting is None or (setting == AUTO and platform not in BY_DEFAULT):
         return None

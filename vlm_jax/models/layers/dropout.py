@@ -38,7 +38,7 @@ def hashed_keep(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Arr
         row = mixed(row ^ jax.lax.broadcasted_iota(jnp.uint32, rows, axis))
     columns = (1,) * len(lead) + (width,)
     column = jax.lax.broadcasted_iota(jnp.uint32, columns, len(lead)) * jnp.uint32(GOLDEN)
-    return mixed(row ^ (column + seed[1])) >= jnp.uint32(round(rate * 2**32))
+    return mixed(row ^ (column + seed[1])) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def seed_of(module: nn.Module) -> jax.Array:
