@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -81,22 +82,37 @@ def held(base, method):
     return vlm_jax.load(base.directory, quantize=quantize)[1] if quantize else base.params
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_it_starts_as_the_base_and_its_gradients_are_right(base, method):
-    model, params, table = built(base, method)
-    batch = base.batch
-    plain = logits(base.model, held(base, method), batch)
+class Moved(NamedTuple):
+    """A method's model away from its start, with its loss and gradients."""
 
-    # It starts as the base; LoftQ's start is nearer to the weights before they were in 4 bits.
-    start = logits(model, params, batch)
-    if method == "loftq":
+    model: Any
+    params: Any
+    table: Any
+    loss: float
+    grads: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def of_method(request, base):
+    model, params, table = built(base, request.param)
+    params = moved(params, table)
+    loss, grads = value_and_grad(model, params, table, base.batch)
+    return request.param, Moved(model, params, table, loss, grads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_starts_as_the_base(base, method):
+    plain = logits(base.model, held(base, method), base.batch)
+    model, params, _ = built(base, method)
+    start = logits(model, params, base.batch)
+    if method == "loftq":  # nearer to the weights before they were in 4 bits
         assert np.linalg.norm(start - base.plain) < 0.9 * np.linalg.norm(plain - base.plain)
     else:
         np.testing.assert_allclose(start, plain, atol=1e-5)
 
-    # Gradients reach all that trains, which is the method's and the projector, and nothing else.
-    params = moved(params, table)
-    loss, grads = value_and_grad(model, params, table, batch)
+
+def test_gradients_reach_all_that_trains_and_nothing_else(base, of_method):
+    method, (model, params, _, _, grads) = of_method
     own = {path for path in grads if is_lora(path) or is_adapter(path)}
     base_leaves = {path for path in grads if path in flatten(base.params)}
     assert own | base_leaves == grads.keys()
@@ -107,18 +123,23 @@ def test_it_starts_as_the_base_and_its_gradients_are_right(base, method):
         assert own and components == {"projector"}
     dead = [path for path, grad in grads.items() if not np.abs(grad).max() > 0]
     assert not dead
+    plain = logits(base.model, held(base, method), base.batch)
+    assert np.abs(logits(model, params, base.batch) - plain).max() > 0.01
 
-    # Layers that are recomputed give the same gradients.
+
+def test_recomputed_layers_give_the_same_gradients(base, of_method):
+    _, (model, params, table, loss, grads) = of_method
     again = dataclasses.replace(model, remat="block")
-    value, recomputed = value_and_grad(again, params, table, batch)
+    value, recomputed = value_and_grad(again, params, table, base.batch)
     assert value == pytest.approx(loss, rel=1e-6)
     for path, grad in grads.items():
         np.testing.assert_allclose(recomputed[path], grad, atol=1e-5 * np.abs(grad).max())
-    assert np.abs(logits(model, params, batch) - plain).max() > 0.01
 
-    # Several devices compute what one does.
+
+def test_several_devices_compute_what_one_does(base, of_method):
+    _, (model, params, table, loss, grads) = of_method
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
-    rows = shard_batch(batch, mesh)
+    rows = shard_batch(base.batch, mesh)
     placed = shard_params(model, params, mesh)
     with rows_over(rows.tokens.sharding, placed):
         spread, shared = value_and_grad(model, placed, table, rows)
