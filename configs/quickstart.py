@@ -22,7 +22,7 @@ def get_config():
     c.training.save_steps = 500
     c.training.eval_strategy = "no"  # before and after, on all test questions
     c.training.bf16 = False  # two cores multiply float32 faster than bfloat16
-    c.training.gradient_checkpointing = False
+    c.training.remat_policy = "products"  # no product is recomputed
     c.evaluation.max_new_tokens = 6
     c.evaluation.batch_size = 64
     return c

@@ -156,6 +156,6 @@ def test_a_run_keeps_what_was_chosen_for_it(place, monkeypatch, capsys):
     assert "began with training.remat_policy=block and now has none" in capsys.readouterr().out
 
 
-def test_a_cpu_with_room_recomputes_nothing(place):
+def test_a_cpu_with_room_recomputes_no_product(place):
     *_, said = run(place, "roomy", *SETTINGS, "training.max_steps=1")
-    assert "remat policy none and 2 rows at a time" in said
+    assert "remat policy products and 2 rows at a time" in said
