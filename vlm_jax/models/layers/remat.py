@@ -34,13 +34,14 @@ KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dots": ((QKV, MID, LOW, GATE, UP), ()),
     "none": ((ATTENDED, QKV, MID, LOW, GATE, UP), ()),  # and everything else
 }
-# Platform -> policies from the fastest, which keeps most, to the one that keeps least. What "none"
-# keeps beside the products are elementwise values, which are recomputed in less time than they are
-# stored, on a CPU too (docs/LOG.md). What a CPU calls the host's memory is its own.
+# Policies from the fastest, which keeps most, to the one that keeps least. What "none" keeps beside
+# the products are elementwise values, which are recomputed in less time than they are stored, on a
+# CPU too (docs/LOG.md).
+ON_ACCELERATORS = ("products", "gate", "residual", "qkv", "block", "offload")
 FASTEST = {
-    "tpu": ("products", "gate", "residual", "qkv", "block", "offload"),
-    "gpu": ("products", "gate", "residual", "qkv", "block", "offload"),
-    "cpu": ("products", "gate", "residual", "qkv", "block"),
+    "tpu": ON_ACCELERATORS,
+    "gpu": ON_ACCELERATORS,
+    "cpu": ON_ACCELERATORS[:-1],  # what a CPU calls the host's memory is its own
 }
 
 
