@@ -294,6 +294,7 @@ def test_the_config_trains(place, tmp_path, capsys, suffix):
         and made.lora.r == 4
         and made.data.eval_share == 0.1
         and made.data.packing in (0, 1)
+        and made.training.remat_policy == "auto"
     )
     outcome = train(made)
     assert outcome["steps"] == 2 and not outcome["interrupted"]

@@ -227,6 +227,7 @@ def _config(
             "gradient_accumulation_steps": 2,  # gradients are summed: what needs most
             "learning_rate": method.rate,
             "optim": method.optim,
+            "remat_policy": "auto",  # estimated here as what keeps least
         },
         "data": {
             **given["data"],
@@ -303,6 +304,7 @@ def _reasons(
             if micro_batches == 1
             else f"in {micro_batches} micro-batches: more would not fit",
         ),
+        ("remat policy", "auto", "recomputes what does not fit: the memory below is the least"),
         (
             "memory",
             f"{size(need.total)} a device",
