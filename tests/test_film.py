@@ -151,7 +151,7 @@ def test_a_film_without_a_rate_has_the_one_of_its_times(tmp_path):
             container.mux(stream.encode(given))
         container.mux(stream.encode())
     with av.open(str(tmp_path / "a.ts")) as container:
-        assert container.streams.video[0].average_rate is None
+        assert not container.streams.video[0].average_rate  # None or 0 / 0
     assert open_video(tmp_path / "a.ts", None, SAFE, Sampling(fps=10)).count == 40
 
 
