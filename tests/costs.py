@@ -41,6 +41,19 @@ MAY_BE_SLOW: dict[str, str] = {
     ),
     "tests/test_packing.py::test_packed_loss_and_gradients_are_those_of_rows_of_their_own"
     "[qwen2_vl]": "gradients of packed rows and of each example's own, a program each",
+    "tests/test_packing.py::test_packed_loss_and_gradients_are_those_of_rows_of_their_own"
+    "[llava]": "as of qwen2_vl",
+    "tests/test_meshes.py::test_every_mesh_gives_the_step_of_one_device[qwen2_vl-nf4-dq-sizes0]": (
+        "a step in 4 bits on one device and on a mesh"
+    ),
+    "tests/parity/test_starts.py::test_what_4_bits_lose_is_less_in_every_layer[pissa_niter_4]": (
+        "PEFT's start and ours of every layer, each with its SVDs"
+    ),
+    "tests/test_lora_run.py::test_starts": "a run of each start of LoRA",
+    "tests/test_features.py::test_llava_in_4_bits_from_captions": (
+        "a run and its export, in 4 bits, of the second family"
+    ),
+    "tests/test_recipe_yaml.py::test_the_recipe_trains_as_it_is": "a run of a whole recipe",
     "tests/test_quantization.py::test_merging_makes_dense_kernels_or_quantizes_again": (
         "programs of both merges and of the adapted and the merged model, at 4 bits"
     ),
