@@ -47,9 +47,9 @@ MAY_BE_SLOW: dict[str, str] = {
         "a step in 4 bits on one device and on a mesh"
     ),
     "tests/parity/test_starts.py::test_what_4_bits_lose_is_less_in_every_layer[pissa_niter_4]": (
-        "PEFT's start and ours of every layer, each with its SVDs"
+        "starts in 4 bits of every layer, each by SVDs"
     ),
-    "tests/test_lora_run.py::test_starts": "a run of each start of LoRA",
+    "tests/test_lora_run.py::test_starts": "runs of several starts and their exports",
     "tests/test_features.py::test_llava_in_4_bits_from_captions": (
         "a run and its export, in 4 bits, of the second family"
     ),
