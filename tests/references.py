@@ -102,6 +102,14 @@ TEXTS = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
+    "qwen3": dict(
+        attention_bias=True,
+        head_dim=14,
+        sliding_window=5,
+        use_sliding_window=True,
+        max_window_layers=1,
+        num_key_value_heads=3,
+    ),
 }
 
 

@@ -1,5 +1,7 @@
 """Logits, greedy tokens and the round trip of every family against transformers, float32."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from references import (
     tensors,
 )
 from safetensors.numpy import load_file
+from transformers import LlavaForConditionalGeneration
 
 import vlm_jax
 
@@ -122,6 +125,7 @@ LLAVAS = {
         "siglip", "llama",
         dict(vision_feature_layer=[-1, -3], projector_hidden_act="gelu_new"),
     ),
+    "clip qwen3 default": ("clip", "qwen3", {}),
 }  # fmt: skip
 
 
@@ -153,6 +157,17 @@ def test_rope_scaling(tmp_path, name):
     reference = llava(tmp_path, "clip", "llama", extra=extra)
     model, params = vlm_jax.load(tmp_path)
     check(reference, model, params, llava_inputs(4))
+
+
+def test_rope_scaling_goes_before_rope_parameters(tmp_path):
+    llava(tmp_path, "clip", "llama")
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    raw["text_config"]["rope_scaling"] = dict(rope_type="linear", factor=3.0, rope_theta=300.0)
+    path.write_text(json.dumps(raw))
+    reference = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert reference.config.text_config.rope_parameters["rope_theta"] == 300
+    check(reference, *vlm_jax.load(tmp_path), llava_inputs(4))
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava clip", "llava siglip"])

@@ -42,12 +42,17 @@ class SelfAttention(nn.Module):
         B, T, _ = x_BTD.shape
 
         def project(name: str, heads: int) -> jax.Array:
-            x = linear(name, heads * cfg.head_dim, cfg.qkv_bias)(x_BTD)
+            x = linear(f"{name}_proj", heads * cfg.head_dim, cfg.qkv_bias)(x_BTD)
             return x.reshape(B, T, heads, cfg.head_dim)
 
-        q_BTNH = apply_rope(project("q_proj", cfg.num_heads), cos_BTH, sin_BTH)
-        k_BTKH = apply_rope(project("k_proj", cfg.num_kv_heads), cos_BTH, sin_BTH)
-        v_BTKH = project("v_proj", cfg.num_kv_heads)
+        def turned(name: str, heads: int) -> jax.Array:
+            x = project(name, heads)
+            if cfg.qk_norm:
+                x = RMSNorm(cfg.epsilon, self.compute.dtype, name=f"{name}_norm")(x)
+            return apply_rope(x, cos_BTH, sin_BTH, cfg.rope.pairs)
+
+        q_BTNH, k_BTKH = turned("q", cfg.num_heads), turned("k", cfg.num_kv_heads)
+        v_BTKH = project("v", cfg.num_kv_heads)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), QKV)
         if cache is not None:
             k_BTKH = jax.lax.dynamic_update_slice(cache["k"], k_BTKH, (0, start, 0, 0))

@@ -11,7 +11,11 @@ from vlm_jax.models.rope_config import Rope, rope_from_hf
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder. windows: sliding window of each layer in tokens, or None for all."""
+    """Sizes of a decoder.
+
+    windows: sliding window of each layer in tokens, or None for all. qk_norm: whether queries and
+    keys are normalised, each head by itself, before they turn.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -28,29 +32,68 @@ class DecoderConfig:
     rope: Rope
     windows: tuple[int, ...] | None
     tied: bool
+    qk_norm: bool = False
 
 
-# What a config.json of each decoder may leave out, as the reference's classes define it.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=None, rms_norm_eps=1e-6, rope_theta=1e4,
-        max_position_embeddings=2048,
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What the reference's classes of a text model_type fix.
+
+    defaults: of fields that a config.json may leave out. qkv_bias: whether queries, keys and values
+    have biases; None: whether the field attention_bias says so, of the output too. mlp_bias:
+    whether there is a field of that name. windows: "none", "all" layers, or the "late" ones from
+    max_window_layers on. sections: whether positions have three axes, by mrope_section.
+    """
+
+    defaults: dict[str, Any]
+    qkv_bias: bool | None
+    windows: str
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sections: bool = False
+    interleaved: bool = False
+
+
+KINDS = {
+    "llama": Kind(
+        dict(
+            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6,
+            rope_theta=1e4, max_position_embeddings=2048,
+        ),
+        qkv_bias=None, windows="none", mlp_bias=True,
     ),
-    "mistral": dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=1e4,
-        max_position_embeddings=131072,
+    "mistral": Kind(
+        dict(
+            vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=None, rms_norm_eps=1e-6,
+            rope_theta=1e4, max_position_embeddings=131072,
+        ),
+        qkv_bias=False, windows="all",
     ),
-    "qwen2": dict(
-        vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
-        max_position_embeddings=32768, max_window_layers=28,
+    "qwen2": Kind(
+        dict(
+            vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=32, head_dim=None, rms_norm_eps=1e-6,
+            rope_theta=1e4, max_position_embeddings=32768, max_window_layers=28,
+        ),
+        qkv_bias=True, windows="late",
     ),
-    "qwen2_vl_text": dict(
-        vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
-        num_attention_heads=64, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6,
-        max_position_embeddings=32768, max_window_layers=80,
+    "qwen2_vl_text": Kind(
+        dict(
+            vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
+            num_attention_heads=64, num_key_value_heads=8, head_dim=None, rms_norm_eps=1e-5,
+            rope_theta=1e6, max_position_embeddings=32768, max_window_layers=80,
+        ),
+        qkv_bias=True, windows="late", sections=True,
+    ),
+    "qwen3": Kind(
+        dict(
+            vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6,
+            rope_theta=1e4, max_position_embeddings=32768, max_window_layers=28,
+        ),
+        qkv_bias=None, windows="late", qk_norm=True,
     ),
 }  # fmt: skip
 
@@ -67,12 +110,12 @@ AXES = [
 ]
 
 
-def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int, ...] | None:
+def _windows(fields: Fields, where: str, num_layers: int) -> tuple[int, ...] | None:
     """Return each layer's window as the reference applies it, or None where none has one."""
-    if model_type == "llama":
+    if where == "none":
         return None
     size = fields.size("sliding_window", 4096, null=True)
-    if model_type == "mistral":
+    if where == "all":
         return None if size is None else (int(size),) * num_layers
     first = fields.take("max_window_layers")
     kinds = fields.take("layer_types", None, list)
@@ -104,11 +147,12 @@ def decoder_from_hf(
 
     tied: the value at the top level of a nested config.json; either level may tie the head.
     """
-    fields = Fields(raw, where, irrelevant, entry(DEFAULTS, model_type, where))
+    kind = entry(KINDS, model_type, where)
+    fields = Fields(raw, where, irrelevant, kind.defaults)
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     # A null means as many as there are query heads.
     kv_heads = fields.size("num_key_value_heads", null=True) or heads
-    head_dim = fields.size("head_dim", None) or hidden // heads
+    head_dim = fields.size("head_dim", null=True) or hidden // heads
     refuse(
         (
             head_dim % 2,
@@ -121,19 +165,20 @@ def decoder_from_hf(
             f"must divide the former.",
         ),
     )
-    scaling = fields.take("rope_scaling", None, dict)
+    newer = fields.take("rope_parameters", None, dict)
     rope = rope_from_hf(
-        fields.take("rope_parameters", None, dict) or scaling,
+        fields.take("rope_scaling", None, dict) or newer,  # in transformers' order
         fields.take("rope_theta"),
         head_dim,
         fields.size("max_position_embeddings"),
         where,
+        interleaved=kind.interleaved,
     )
-    if model_type == "qwen2_vl_text" and not rope.mrope_section:
+    if kind.sections and not rope.mrope_section:
         raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
     fields.require("attention_dropout", (0.0, 0), 0.0)
-    layers, is_llama = fields.size("num_hidden_layers"), model_type == "llama"
-    bias = bool(is_llama and fields.take("attention_bias", False))
+    layers = fields.size("num_hidden_layers")
+    bias = bool(kind.qkv_bias is None and fields.take("attention_bias", False))
     return fields.finish(
         DecoderConfig(
             vocab_size=fields.size("vocab_size"),
@@ -145,12 +190,13 @@ def decoder_from_hf(
             head_dim=head_dim,
             epsilon=fields.positive("rms_norm_eps"),
             activation=fields.require("hidden_act", ACTIVATION_NAMES, "silu"),
-            qkv_bias=model_type.startswith("qwen2") or bias,
+            qkv_bias=bool(kind.qkv_bias or bias),
             o_bias=bias,
-            mlp_bias=bool(is_llama and fields.take("mlp_bias", False)),
+            mlp_bias=bool(kind.mlp_bias and fields.take("mlp_bias", False)),
             rope=rope,
-            windows=_windows(fields, model_type, layers),
+            windows=_windows(fields, kind.windows, layers),
             tied=bool(fields.take("tie_word_embeddings", False) or tied),
+            qk_norm=kind.qk_norm,
         )
     )
 

@@ -10,17 +10,30 @@ from vlm_jax.models.layers.linear import along_last, parameter
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm, https://arxiv.org/abs/1910.07467: [..., D] to [..., D]."""
+    """RMSNorm, https://arxiv.org/abs/1910.07467: [..., D] to [..., D].
+
+    offset: added to the scale as it is stored, as Gemma's 1. wide: multiplied in float32 too, then
+    cast, not cast first. learned: whether there is a scale.
+    """
 
     epsilon: float
     dtype: Any
+    offset: float = 0.0
+    wide: bool = False
+    learned: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(self.dtype) * along_last(scale.astype(self.dtype), x)
+        if not self.learned:
+            return normed.astype(self.dtype)
+        start = nn.initializers.constant(1.0 - self.offset)
+        scale = parameter(self, "scale", start, (x.shape[-1],))
+        if not self.wide:
+            normed = normed.astype(self.dtype)
+        scale = along_last(scale.astype(normed.dtype), x)
+        return (normed * (scale + self.offset if self.offset else scale)).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
