@@ -31,6 +31,12 @@ class Batch:
         their way to the device they may be uint8 and of one frame, see `models.pixel_table`.
     patch_segments int32 [B, P]: which image (or video frame) a patch belongs to; 0 is padding.
     patch_positions int32 [B, P] or [B, P, 2]: where in its image a patch lies.
+
+    None where a family's towers have no use for it:
+    patch_windows int32 [B, P]: which part of its image a patch belongs to, numbered through the row
+        as `patch_segments` are, where some blocks attend inside such parts.
+    patch_taps int32 [B, P, 4], patch_tap_weights float32 [B, P, 4]: the rows of a learned table of
+        positions that a patch's own is interpolated from, and their weights.
     """
 
     tokens: Array
@@ -42,6 +48,9 @@ class Batch:
     patches: Array
     patch_segments: Array
     patch_positions: Array
+    patch_windows: Array | None = None
+    patch_taps: Array | None = None
+    patch_tap_weights: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -50,8 +59,14 @@ class Batch:
 
 
 # One example before padding: tokens int [T], weights float [T] (of token t itself, as labels are),
-# and a family's layout: positions, image_index, patches, patch_segments, patch_positions.
+# and a family's layout: positions, image_index, patches, patch_segments, patch_positions, and what
+# else its towers use.
 Example = dict[str, np.ndarray]
+# Of each patch, beside its pixels; numbered through a row: those that count parts of an example.
+OF_PATCHES = (
+    "patch_segments", "patch_positions", "patch_windows", "patch_taps", "patch_tap_weights",
+)  # fmt: skip
+NUMBERED = ("patch_segments", "patch_windows")
 
 
 def shift(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +99,7 @@ def collate(
     """
     B = len(rows)
     C = like["patches"].shape[1]
+    of_patches = [name for name in OF_PATCHES if name in like]
     held = sum(len(example["patches"]) for examples in rows for example in examples)
     batch = Batch(
         tokens=np.zeros((B, length), np.int32),
@@ -93,12 +109,15 @@ def collate(
         positions=np.zeros((B, *like["positions"].shape[:-1], length), np.int32),  # () or (3,)
         image_index=np.full((B, length), -1, np.int32),
         patches=np.zeros((B, patches, C), pixels) if padded else np.empty((held, C), pixels),
-        patch_segments=np.zeros((B, patches), np.int32),
-        patch_positions=np.zeros((B, patches, *like["patch_positions"].shape[1:]), np.int32),
+        **{
+            name: np.zeros((B, patches, *like[name].shape[1:]), like[name].dtype)
+            for name in of_patches
+        },
     )
     slots, taken = batch.patches.reshape(-1, C), 0
     for row, examples in enumerate(rows):
-        t = p = images = 0
+        t = p = 0
+        counts = dict.fromkeys(NUMBERED, 0)
         for number, example in enumerate(examples, start=1):
             n, m = len(example["tokens"]), len(example["patches"])
             if t + n > length or p + m > patches:
@@ -119,10 +138,13 @@ def collate(
             start = row * patches + p if padded else taken
             if m:
                 slots[start : start + m] = example["patches"]
-            segments = example["patch_segments"]
-            batch.patch_segments[row, there] = np.where(segments > 0, segments + images, 0)
-            batch.patch_positions[row, there] = example["patch_positions"]
-            t, p, images = t + n, p + m, images + int(segments.max(initial=0))
+            for name in of_patches:
+                values = example[name]
+                if name in NUMBERED:
+                    values = np.where(values > 0, values + counts[name], 0)
+                    counts[name] = int(values.max(initial=counts[name]))
+                getattr(batch, name)[row, there] = values
+            t, p = t + n, p + m
             taken += m
     return batch
 

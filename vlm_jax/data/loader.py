@@ -154,7 +154,8 @@ class Steps:
         batch = self.planner.measurer.encoder.collate(
             rows, *step.shape, self.bytes_only, padded=not self.workers, still=still
         )
-        return vars(batch), Made(ids, step, skipped)
+        arrays = {name: array for name, array in vars(batch).items() if array is not None}
+        return arrays, Made(ids, step, skipped)
 
     def _example(self, index: int, still: bool) -> tuple[str, Example] | Skipped:
         """Return (id, example) of a record; what is wrong with it where it proves damaged."""

@@ -90,10 +90,10 @@ class Decoder(nn.Module):
         self.layers = Stack(make_layer, cfg.num_layers, compute.remat)
         self.norm = norm()
 
-    def __call__(self, x_BTD, positions, segments_BT, cache=None):
+    def __call__(self, x_BTD, positions, segments_BT, cache=None, added_ABTD=None):
         """Return `(hidden_BTD, cache)`.
 
-        cache: None, or {"k", "v" [L, B, S, K, H], "segments" [B, S], "start" int32}: the slots
+        added_ABTD: added to what the first A layers give, or None. cache: None, or {"k", "v" [L, B, S, K, H], "segments" [B, S], "start" int32}: the slots
         from start on are written, and attended to along with those before.
         """
         cos, sin = rope_angles(self.cfg.rope, positions)
@@ -105,7 +105,8 @@ class Decoder(nn.Module):
             start = cache["start"]
             keys = jax.lax.dynamic_update_slice(cache["segments"], segments_BT, (0, start))
             per_layer["cache"] = {"k": cache["k"], "v": cache["v"]}
-        x_BTD, new = self.layers(x_BTD, (cos, sin, segments_BT, keys, start), per_layer)
+        context = (cos, sin, segments_BT, keys, start)
+        x_BTD, new = self.layers(x_BTD, context, per_layer, added=added_ABTD)
         if cache is not None:
             cache = {**new, "segments": keys, "start": start + x_BTD.shape[1]}
         return self.norm(x_BTD), cache

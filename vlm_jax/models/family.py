@@ -95,6 +95,7 @@ class Family(Protocol):
     GROUNDING: ClassVar[Grounding | None] = None  # None: nothing is agreed on
     # Learned rows that the module puts behind a row's features; `image_index` -2 is the last one.
     LEARNED_FEATURES: ClassVar[int] = 0
+    ADDED_FEATURES: ClassVar[bool] = False  # whether some are added in the decoder's first layers
     KNOWN: ClassVar[Mapping[str, dict[str, Any]]] = {}  # hub id -> its config.json
     KNOWN_IMAGES: ClassVar[Mapping[str, Any]] = {}  # the limits in their image settings
 

@@ -11,27 +11,15 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.errors import UserError, refuse
-from vlm_jax.files.limits import number
 from vlm_jax.models.decoder_config import flat_or_nested
-from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, TowerSizes, components
+from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
+from vlm_jax.models.qwen_vit_config import Tower, check_heads, patch_shape
 from vlm_jax.positions import grid_list, mrope, vision_positions, vision_segments
 
 # Fields beside the decoder's, in flat files among them.
 NOT_OF_TEXT = """image_token_id video_token_id vision_start_token_id vision_end_token_id
     vision_token_id spatial_merge_size"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tower(TowerSizes):
-    """Sizes of the vision tower; patch_values = channels x frames x size x size."""
-
-    BLOCKS = "blocks"
-    CONVOLUTION = "patch_embed/proj"
-
-    theta: float
-    merge: int
-    patch_values: int
 
 
 def _published(
@@ -83,8 +71,6 @@ class Qwen2VL(Family):
         decoder = flat_or_nested(top, "qwen2_vl_text", NOT_OF_TEXT)
         width = vision.size("embed_dim", 1280)
         heads = vision.size("num_heads", 16)
-        patch, frames = vision.size("patch_size", 14), vision.size("temporal_patch_size", 2)
-        channels = vision.size("in_channels", vision.size("in_chans", 3))
         rope = Fields(vision.take("rope_parameters", None, dict) or {}, vision.where)
         refuse(
             (
@@ -92,18 +78,9 @@ class Qwen2VL(Family):
                 "The vision_config's hidden_size must equal the decoder's hidden_size, "
                 f"{decoder.hidden_size}: the merger's output replaces token embeddings.",
             ),
-            (
-                width % heads,
-                f"The vision_config has {heads} heads for a width of {width}: they must divide it.",
-            ),
-            (
-                width // heads % 4,
-                f"The vision_config has heads of {width // heads} numbers (embed_dim / num_heads); "
-                f"they are turned in pairs by two positions, so it must be a multiple of 4.",
-            ),
         )
-        shape = (channels, frames, patch, patch)
-        number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
+        check_heads(width, heads, "embed_dim / num_heads")
+        shape = patch_shape(vision, 14)
         tower = vision.finish(
             Tower(
                 depth=vision.size("depth", 32),

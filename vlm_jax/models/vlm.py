@@ -45,7 +45,9 @@ class VisionLanguageModel(nn.Module):
     """Tower, projector, decoder and head: a `Batch` to float32 logits [B, T, V].
 
     BODY: a family's part of it, made of (cfg, compute): its submodules are named as in the
-    checkpoint's `model`, the decoder among them, and `features(batch)` gives [B, F, D].
+    checkpoint's `model`, the decoder among them, and `features(batch)` gives [B, F, D]; with
+    `Family.ADDED_FEATURES` = A it gives (those, [A, B, F, D] that are added to what the first A
+    layers give at the features' tokens, https://arxiv.org/abs/2406.04334).
     """
 
     BODY: ClassVar[type[nn.Module]]
@@ -65,12 +67,20 @@ class VisionLanguageModel(nn.Module):
 
     def see(self, batch: Batch) -> jax.Array:
         """Return the projected image features [B, F, D]."""
-        return self.model.features(batch)
+        features = self.model.features(batch)
+        return features[0] if self.cfg.ADDED_FEATURES else features
 
     def embed(self, batch: Batch, noise: float = 0.0) -> jax.Array:
         """Return [B, T, D]: token embeddings with the image features in their places.
 
         noise: NEFTune's alpha; above 0 the embeddings of text get uniform noise of rng "noise".
+        """
+        return self._embed(batch, noise)[0]
+
+    def _embed(self, batch: Batch, noise: float) -> tuple[jax.Array, jax.Array | None]:
+        """Return what `embed` does, and the features that are added in the first A layers.
+
+        [A, B, T, D], 0 at other tokens; None where there are none.
         """
         x_BTD = self.decoder.embed_tokens(batch.tokens)
         if noise > 0:
@@ -78,18 +88,23 @@ class VisionLanguageModel(nn.Module):
             drawn_BTD = jax.random.uniform(self.make_rng("noise"), x_BTD.shape, minval=-1.0)
             x_BTD += (size_BT[:, :, None] * drawn_BTD).astype(x_BTD.dtype)
         if batch.patches.shape[1] == 0 and not self.is_initializing():
-            return x_BTD
-        features_BFD, index_BT = self.model.features(batch), batch.image_index
+            return x_BTD, None
+        features, index_BT, added_ABTD = self.model.features(batch), batch.image_index, None
+        if self.cfg.ADDED_FEATURES:
+            features, added_ABFD = features
+            nothing = jnp.zeros_like(x_BTD)
+            added_ABTD = jnp.stack([place_features(nothing, x, index_BT) for x in added_ABFD])
         if self.cfg.LEARNED_FEATURES:  # index -2 is the last of a row's features
-            index_BT += jnp.where(index_BT < -1, features_BFD.shape[1] + 1, 0)
-        return place_features(x_BTD, features_BFD, index_BT)
+            index_BT += jnp.where(index_BT < -1, features.shape[1] + 1, 0)
+        return place_features(x_BTD, features, index_BT), added_ABTD
 
     def hidden(self, batch: Batch, cache: Any = None, noise: float = 0.0) -> tuple[jax.Array, Any]:
         """Return final hidden states [B, T, D] and the cache, filled where one is given.
 
         noise: see `embed`.
         """
-        return self.decoder(self.embed(batch, noise), batch.positions, batch.segments, cache)
+        x_BTD, added_ABTD = self._embed(batch, noise)
+        return self.decoder(x_BTD, batch.positions, batch.segments, cache, added_ABTD)
 
     def decode(self, tokens_BT, positions, segments_BT, cache) -> tuple[jax.Array, Any]:
         """Return hidden states [B, T, D] of text that follows what the cache holds."""

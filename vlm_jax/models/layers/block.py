@@ -113,17 +113,24 @@ def tower_block(
     names: tuple[str, str, str],
     epsilon: float,
     compute: Compute,
+    norm: Callable[..., nn.Module] = LayerNorm,
+    mlp: tuple[str, ...] = ("fc1", "fc2"),
 ) -> Callable[..., Block]:
-    """Return what makes a ViT's block, https://arxiv.org/abs/2010.11929: LayerNorms, fc1 and fc2.
+    """Return what makes a ViT's block, https://arxiv.org/abs/2010.11929.
 
-    attention: made of (heads, compute).
+    attention: made of (heads, compute). mlp: the names of its layers; three: a gated one's.
     """
-    widths = (vision.intermediate_size, vision.width)
+    hidden, activation = vision.intermediate_size, vision.activation
+    make_mlp: Callable[..., nn.Module] = functools.partial(
+        MLP, mlp, (hidden, vision.width), activation, compute
+    )
+    if len(mlp) == 3:
+        make_mlp = functools.partial(GatedMLP, hidden, activation, compute, True)
     return functools.partial(
         Block,
-        norm=functools.partial(LayerNorm, epsilon, compute.dtype),
+        norm=functools.partial(norm, epsilon, compute.dtype),
         attention=functools.partial(attention, vision.num_heads, compute),
-        mlp=functools.partial(MLP, ("fc1", "fc2"), widths, vision.activation, compute),
+        mlp=make_mlp,
         names=names,
         compute=compute,
     )

@@ -1,0 +1,67 @@
+"""The sizes of the Qwen line's ViT, and patches as its image processors cut them.
+
+`qwen_vit` computes with them.
+"""
+
+import dataclasses
+import math
+
+from vlm_jax.errors import refuse
+from vlm_jax.files.limits import number
+from vlm_jax.models.family import TowerSizes
+from vlm_jax.models.hf_config import Fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower(TowerSizes):
+    """Sizes of the vision tower; patch_values = channels x frames x size x size.
+
+    norm: "layer" or "rms". mlp: the names of its layers, three for a gated one. patch_bias: whether
+    patches are embedded with a bias. window: the side of the windows that blocks attend in, in
+    merged patches, 0 for none; full: the blocks that attend to a whole frame all the same. table:
+    the side of a learned table of positions, 0 for none. added: the blocks whose outputs are merged
+    too, and added in the decoder's first layers.
+    """
+
+    BLOCKS = "blocks"
+    CONVOLUTION = "patch_embed/proj"
+
+    theta: float
+    merge: int
+    patch_values: int
+    norm: str = "layer"
+    mlp: tuple[str, ...] = ("fc1", "fc2")
+    patch_bias: bool = False
+    window: int = 0
+    full: tuple[int, ...] = ()
+    table: int = 0
+    added: tuple[int, ...] = ()
+
+    @property
+    def full_blocks(self) -> list[bool]:
+        """Whether each block attends to whole frames."""
+        return [n in self.full for n in range(self.depth)]
+
+
+def patch_shape(vision: Fields, size: int) -> tuple[int, int, int, int]:
+    """Return (channels, frames, height, width) of a patch; size: its side in pixels by default."""
+    patch, frames = vision.size("patch_size", size), vision.size("temporal_patch_size", 2)
+    channels = vision.size("in_channels", vision.size("in_chans", 3))
+    shape = (channels, frames, patch, patch)
+    number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
+    return shape
+
+
+def check_heads(width: int, heads: int, names: str) -> None:
+    """Raise `UserError` where 2-D rotary positions do not fit; names: of width and heads."""
+    refuse(
+        (
+            width % heads,
+            f"The vision_config has {heads} heads for a width of {width}: they must divide it.",
+        ),
+        (
+            width // heads % 4,
+            f"The vision_config has heads of {width // heads} numbers ({names}); they are turned "
+            f"in pairs by two positions, so it must be a multiple of 4.",
+        ),
+    )
