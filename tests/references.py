@@ -15,6 +15,8 @@ import transformers
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -63,6 +65,46 @@ def qwen2_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, 
         **top,
     )
     model = spread(Qwen2VLForConditionalGeneration(config), seed, factor)
+    model.save_pretrained(directory)
+    return model
+
+
+def qwen2_5_vl(
+    directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, vision=None, **top
+):
+    """Return a tiny Qwen2.5-VL saved to `directory`: windows of 2 x 2 merged patches, 3 blocks."""
+    config = Qwen2_5_VLConfig(
+        vision_config=dict(
+            depth=3,
+            hidden_size=32,
+            num_heads=2,
+            intermediate_size=24,
+            out_hidden_size=48,
+            patch_size=4,
+            window_size=16,
+            fullatt_block_indexes=[1],
+            tokens_per_second=2,
+        )
+        | (vision or {}),
+        text_config=dict(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=200,
+            bos_token_id=1,
+            eos_token_id=2,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+        )
+        | (text or {}),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        **top,
+    )
+    model = spread(Qwen2_5_VLForConditionalGeneration(config), seed, factor)
     model.save_pretrained(directory)
     return model
 
@@ -197,6 +239,7 @@ def qwen2_vl_inputs(layout: str, left: bool = False, seed: int = 0) -> dict[str,
 LAYOUTS = {
     "one image": [[3, ("i", 1, 4, 6), 5]],
     "images of different sizes": [[2, ("i", 1, 4, 6), 4, ("i", 1, 2, 2), ("i", 1, 6, 4), 3]],
+    "large images": [[2, ("i", 1, 12, 20), 1, ("i", 1, 8, 8), 3]],
     "video": [[4, ("v", 3, 4, 2), 3]],
     "text": [[9]],
     "mixed": [

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, nearest
 from vlm_jax.models import read_family
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grid
 from vlm_jax.models.layers.attention import KERNELS
@@ -162,6 +164,7 @@ class Model:
         mm_token_type_ids: Any = None,
         labels: Any = None,
         pad_to: int | None = None,
+        **more: Any,
     ) -> Batch:
         """Return the `Batch` of the arrays that a Hugging Face processor returns.
 
@@ -172,9 +175,17 @@ class Model:
         mm_token_type_ids: accepted and not needed: it follows from the tokens.
         labels: int [B, T], -100 where nothing is learned. Without labels every real token that is
             not an image or video placeholder is a target.
-        Raises `UserError` where placeholders and images do not match.
+        more: what the family's processor returns beside these: of Qwen2.5-VL second_per_grid_ts
+            float [V], 1 where it is missing.
+        Raises `UserError` where placeholders and images do not match, and for other names.
         """
         cfg = self.config
+        for name in more.keys() - set(cfg.OF_VIDEOS):
+            raise UserError(
+                f"{self.hf_config['model_type']} takes no '{name}'"
+                f"{nearest(name, (*inspect.signature(self.batch).parameters, *cfg.OF_VIDEOS))}. "
+                f"Expected are the arrays that its Hugging Face processor returns."
+            )
         ids = np.asarray(input_ids, np.int32)
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
         if ids.ndim != 2 or mask.shape != ids.shape:
@@ -189,7 +200,8 @@ class Model:
         rows = [row[kept] for row, kept in zip(ids, real, strict=True)]
         image_id, video_id = cfg.image_token_id, cfg.video_token_id
         images = _by_row(cfg, "image", image_id, rows, pixel_values, image_grid_thw)
-        videos = _by_row(cfg, "video", video_id, rows, pixel_values_videos, video_grid_thw)
+        given = pixel_values_videos, video_grid_thw, more
+        videos = _by_row(cfg, "video", video_id, rows, *given)
         examples = []
         for row, tokens in enumerate(rows):
             if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
@@ -241,10 +253,12 @@ def _by_row(
     rows: Sequence[np.ndarray],
     values: Any,
     grids: Any,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[dict[str, np.ndarray]]:
     """Return the arrays of the media whose placeholders stand in each row's tokens, in order.
 
-    values, grids: of a whole batch, as a processor gives them; returned by its names of them.
+    values, grids, more: of a whole batch, as a processor gives them, the last with an entry for
+    each of the media; returned by its names of them.
     """
     pixels, sizes = NAMES_OF_MEDIA[kind]
     if not config.HAS_GRIDS and grids is not None:
@@ -259,6 +273,10 @@ def _by_row(
         raise UserError(f"{sizes} must be [{kind}s, 3]; it is {list(np.shape(grids))}.")
     if values is None:
         return [{} for _ in rows]
+    more = {name: array for name, array in more.items() if array is not None}
+    for name, array in more.items():
+        if np.shape(array) != (len(grids),):
+            raise UserError(f"{name} must be [{kind}s], {len(grids)}; it is {np.shape(array)}.")
     values = np.asarray(values, np.float32)
     each: Sequence[Grid] = [None] * len(values)
     if grids is not None:
@@ -280,6 +298,7 @@ def _by_row(
         found.append({pixels: values[starts[first] : starts[last]]})
         if grids is not None and last > first:
             found[-1][sizes] = np.asarray(each[first:last], np.int64)
+            found[-1] |= {name: np.asarray(values)[first:last] for name, values in more.items()}
         first = last
     if first != len(each):
         raise UserError(

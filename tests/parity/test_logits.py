@@ -11,6 +11,7 @@ from references import (
     llava_inputs,
     our_logits,
     quiet,
+    qwen2_5_vl,
     qwen2_vl,
     qwen2_vl_inputs,
     tensors,
@@ -105,6 +106,30 @@ def test_a_row_ends_with_its_eos_and_is_then_padded(qwen):
 def test_qwen2_vl_variants(tmp_path, text, top):
     reference = qwen2_vl(tmp_path, 1, text=text, **top)
     check(reference, *vlm_jax.load(tmp_path), qwen2_vl_inputs("mixed"))
+
+
+@pytest.fixture(scope="module")
+def qwen25(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("qwen2_5_vl")
+    return qwen2_5_vl(directory), *vlm_jax.load(directory)
+
+
+def timed(layout, left=False):
+    """Return inputs of Qwen2.5-VL: 0.7 seconds between frames, which round down here and there."""
+    inputs = qwen2_vl_inputs(layout, left)
+    if "video_grid_thw" in inputs:
+        inputs["second_per_grid_ts"] = np.float32([0.7] * len(inputs["video_grid_thw"]))
+    return inputs
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_qwen2_5_vl_logits(qwen25, layout, left):
+    check(*qwen25, timed(layout, left))
+
+
+def test_qwen2_5_vl_generates_the_same_ids(qwen25):
+    check_generation(*qwen25, timed("mixed", left=True))
 
 
 LLAVAS = {

@@ -96,6 +96,7 @@ KINDS = {
         qkv_bias=None, windows="late", qk_norm=True,
     ),
 }  # fmt: skip
+KINDS["qwen2_5_vl_text"] = KINDS["qwen2_vl_text"]
 
 
 # Logical axes of the decoder's parameters (see sharding.py), without the stacked layer axis.

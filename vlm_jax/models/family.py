@@ -91,6 +91,8 @@ class Family(Protocol):
     # The last products of blocks, by module: their results are only added.
     LAST: ClassVar[Sequence[str]] = ("down_proj", "fc2")
     BEHIND: ClassVar[str] = r".*/(post_layernorm|norm)/.*"  # of a tower, what follows its blocks
+    # What a Hugging Face processor returns of each video beside its pixels and grid.
+    OF_VIDEOS: ClassVar[Sequence[str]] = ()
     HAS_GRIDS: ClassVar[bool]  # whether images differ in size, so that each brings a `Grid`
     GROUNDING: ClassVar[Grounding | None] = None  # None: nothing is agreed on
     # Learned rows that the module puts behind a row's features; `image_index` -2 is the last one.

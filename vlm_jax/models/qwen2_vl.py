@@ -4,18 +4,24 @@ Letters: T tokens, P patches, C values a patch, I images.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from vlm_jax.errors import UserError, refuse
+from vlm_jax.errors import UserError
 from vlm_jax.models.decoder_config import flat_or_nested
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
-from vlm_jax.models.qwen_vit_config import Tower, check_heads, patch_shape
-from vlm_jax.positions import grid_list, mrope, vision_positions, vision_segments
+from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
+from vlm_jax.positions import (
+    grid_list,
+    interpolation,
+    mrope,
+    vision_positions,
+    vision_segments,
+    vision_windows,
+)
 
 # Fields beside the decoder's, in flat files among them.
 NOT_OF_TEXT = """image_token_id video_token_id vision_start_token_id vision_end_token_id
@@ -58,8 +64,12 @@ class Qwen2VL(Family):
 
     vision: Tower
 
+    TEXT_TYPE: ClassVar[str] = (
+        "qwen2_vl_text"  # what a flat config.json describes, as the reference names it
+    )
+
     @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> "Qwen2VL":
+    def from_hf(cls, raw: dict[str, Any]) -> Self:
         top = Fields(raw, "config.json", "vision_token_id spatial_merge_size")
         vision = Fields(
             top.take("vision_config", kind=dict),
@@ -68,41 +78,29 @@ class Qwen2VL(Family):
         )
         image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
-        decoder = flat_or_nested(top, "qwen2_vl_text", NOT_OF_TEXT)
-        width = vision.size("embed_dim", 1280)
-        heads = vision.size("num_heads", 16)
-        rope = Fields(vision.take("rope_parameters", None, dict) or {}, vision.where)
-        refuse(
-            (
-                vision.take("hidden_size", 3584) != decoder.hidden_size,
-                "The vision_config's hidden_size must equal the decoder's hidden_size, "
-                f"{decoder.hidden_size}: the merger's output replaces token embeddings.",
-            ),
-        )
-        check_heads(width, heads, "embed_dim / num_heads")
-        shape = patch_shape(vision, 14)
-        tower = vision.finish(
-            Tower(
-                depth=vision.size("depth", 32),
-                width=width,
-                num_heads=heads,
-                intermediate_size=int(width * vision.positive("mlp_ratio", 4.0)),
-                activation=vision.require("hidden_act", ACTIVATION_NAMES, "quick_gelu"),
-                theta=float(rope.positive("rope_theta", 10000.0)),
-                merge=vision.size("spatial_merge_size", 2),
-                patch_values=math.prod(shape),
-                patch_shape=shape,
-            )
-        )
+        decoder = flat_or_nested(top, cls.TEXT_TYPE, NOT_OF_TEXT)
+        tower = vision.finish(cls.tower(vision, decoder.hidden_size))
         return cls(decoder, tower, image, video)
+
+    @staticmethod
+    def tower(vision: Fields, width: int) -> Tower:
+        """Return the sizes in a vision_config; width: the decoder's."""
+        check_output("hidden_size", vision.take("hidden_size", 3584), width)
+        own, heads = vision.size("embed_dim", 1280), vision.size("num_heads", 16)
+        return Tower(
+            width=own,
+            intermediate_size=int(own * vision.positive("mlp_ratio", 4.0)),
+            activation=vision.require("hidden_act", ACTIVATION_NAMES, "quick_gelu"),
+            **common_sizes(vision, own, heads, "embed_dim / num_heads"),
+        )
 
     MODULE = "vlm_jax.models.qwen2_vl_module:Module"
     PROJECTOR = "merger"
     VISION = "visual"
     COMPONENTS = components("visual", "visual/merger")
     AXES = [
-        (r"model/visual/.*/(qkv|fc1|0)/kernel", ("embed", "wide")),
-        (r"model/visual/.*/(proj|fc2|2)/kernel", ("wide", "embed")),
+        (r"model/visual/.*/(qkv|fc1|0|gate_proj|up_proj)/kernel", ("embed", "wide")),
+        (r"model/visual/.*/(proj|fc2|2|down_proj)/kernel", ("wide", "embed")),
         (r"model/visual/.*(scale|bias)", (None,)),
     ]
     RENAMES = [
@@ -162,19 +160,30 @@ class Qwen2VL(Family):
         image_index = np.full(len(tokens), -1, np.int32)
         slots = np.concatenate([image_slots, video_slots])
         image_index[slots] = np.arange(len(slots))
-        grids, merge = [*image_grids, *video_grids], self.vision.merge
-        return {
-            "positions": mrope(
-                tokens, image_grids, video_grids, merge, self.image_token_id, self.video_token_id
-            ),
+        grids, tower = [*image_grids, *video_grids], self.vision
+        made = {
+            "positions": self.token_positions(tokens, image_grids, video_grids, media),
             "image_index": image_index,
             # Tens of megabytes: copied only where there are both.
             "patches": np.concatenate([images, videos])
             if len(images) and len(videos)
             else (videos if len(videos) else images),
             "patch_segments": vision_segments(grids),
-            "patch_positions": vision_positions(grids, merge),
+            "patch_positions": vision_positions(grids, tower.merge),
         }
+        if tower.window:
+            made["patch_windows"] = vision_windows(grids, tower.merge, tower.window)
+        if tower.table:
+            taps, weights = interpolation(grids, tower.merge, tower.table)
+            made |= {"patch_taps": taps, "patch_tap_weights": weights}
+        return made
+
+    def token_positions(
+        self, tokens: np.ndarray, images: Any, videos: Any, media: Mapping[str, Any]
+    ) -> np.ndarray:
+        """Return the positions int32 [3, T]; images, videos: their grids."""
+        ids = self.image_token_id, self.video_token_id
+        return mrope(tokens, images, videos, self.vision.merge, *ids)
 
     def pixels(self, patches: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Return `Family.pixels`; a still image fills all frames with the same pixels."""

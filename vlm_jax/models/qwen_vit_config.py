@@ -5,8 +5,9 @@
 
 import dataclasses
 import math
+from typing import Any
 
-from vlm_jax.errors import refuse
+from vlm_jax.errors import UserError, refuse
 from vlm_jax.files.limits import number
 from vlm_jax.models.family import TowerSizes
 from vlm_jax.models.hf_config import Fields
@@ -43,17 +44,14 @@ class Tower(TowerSizes):
         return [n in self.full for n in range(self.depth)]
 
 
-def patch_shape(vision: Fields, size: int) -> tuple[int, int, int, int]:
-    """Return (channels, frames, height, width) of a patch; size: its side in pixels by default."""
-    patch, frames = vision.size("patch_size", size), vision.size("temporal_patch_size", 2)
-    channels = vision.size("in_channels", vision.size("in_chans", 3))
-    shape = (channels, frames, patch, patch)
-    number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
-    return shape
+def common_sizes(
+    vision: Fields, width: int, heads: int, names: str, patch: int = 14
+) -> dict[str, Any]:
+    """Return the sizes that every `Tower` of the line has, by name, beside its MLP's.
 
-
-def check_heads(width: int, heads: int, names: str) -> None:
-    """Raise `UserError` where 2-D rotary positions do not fit; names: of width and heads."""
+    names: what of the vision_config a head's width is, for errors. patch: a patch's side in pixels
+    where the config leaves it out. Raises `UserError` where 2-D rotary positions do not fit.
+    """
     refuse(
         (
             width % heads,
@@ -65,3 +63,25 @@ def check_heads(width: int, heads: int, names: str) -> None:
             f"in pairs by two positions, so it must be a multiple of 4.",
         ),
     )
+    side, frames = vision.size("patch_size", patch), vision.size("temporal_patch_size", 2)
+    channels = vision.size("in_channels", vision.size("in_chans", 3))
+    shape = (channels, frames, side, side)
+    number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
+    rope = Fields(vision.take("rope_parameters", None, dict) or {}, vision.where)
+    return {
+        "num_heads": heads,
+        "depth": vision.size("depth", 32),
+        "merge": vision.size("spatial_merge_size", 2),
+        "theta": float(rope.positive("rope_theta", 10000.0)),
+        "patch_shape": shape,
+        "patch_values": math.prod(shape),
+    }
+
+
+def check_output(name: str, given: int, width: int) -> None:
+    """Raise `UserError` where what a tower's projector gives is not as wide as the decoder."""
+    if given != width:
+        raise UserError(
+            f"The vision_config's {name} must equal the decoder's hidden_size, {width}: the "
+            f"merger's output replaces token embeddings."
+        )
