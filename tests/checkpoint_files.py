@@ -13,7 +13,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig
+from transformers import AutoConfig, LlavaConfig, PreTrainedTokenizerFast
 
 TEXT = ["What color is the ball? It is red, and the box is blue. You are a helpful assistant."] * 4
 
@@ -65,8 +65,22 @@ VICUNA_MARKED = (
 VICUNA = VICUNA_MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
-def qwen2_vl_files(directory: Path, template: str = CHATML, **image_settings) -> Path:
-    """Write a tiny Qwen2-VL's files: byte-level BPE, patches of 4 x 4, tokens of 8 x 8 pixels."""
+VISIONS = {
+    "qwen2_vl": dict(depth=1, embed_dim=16, num_heads=2, hidden_size=16, patch_size=4, mlp_ratio=2),
+    "qwen2_5_vl": dict(
+        depth=2, hidden_size=16, num_heads=2, out_hidden_size=16, patch_size=4,
+        intermediate_size=12, window_size=16, fullatt_block_indexes=[1], tokens_per_second=2,
+    ),
+}  # fmt: skip
+
+
+def qwen2_vl_files(
+    directory: Path, template: str = CHATML, family: str = "qwen2_vl", **image_settings
+) -> Path:
+    """Write a tiny Qwen2-VL's files: byte-level BPE, patches of 4 x 4, tokens of 8 x 8 pixels.
+
+    family: or another of the line's, a key of VISIONS.
+    """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     special += ["<|image_pad|>", "<|video_pad|>"]
     tokenizer = Tokenizer(models.BPE())
@@ -83,10 +97,9 @@ def qwen2_vl_files(directory: Path, template: str = CHATML, **image_settings) ->
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     fast.save_pretrained(directory)
-    config = Qwen2VLConfig(
-        vision_config=dict(
-            depth=1, embed_dim=16, num_heads=2, hidden_size=16, patch_size=4, mlp_ratio=2
-        ),
+    config = AutoConfig.for_model(
+        family,
+        vision_config=VISIONS[family],
         text_config=dict(
             hidden_size=16,
             intermediate_size=16,

@@ -65,15 +65,15 @@ def test_sampled_frames_are_those_of_qwens_utilities():
         fps, least, most = float(rng.choice([0.5, 1, 2, 4])), int(rng.integers(2, 9)), 64
         count = smart_nframes(total, rate, fps, least, most)
         want = torch.linspace(0, total - 1, count).round().long().numpy()
-        got = Sampling(fps, least, most).indices(total, rate)
+        got = Sampling(fps, least, most).taken(total, rate)[0]
         np.testing.assert_array_equal(got, want)
-    assert Sampling(nframes=5).indices(9, 1.0).tolist() == [0, 3, 5, 8]
-    assert Sampling(video_start=1, video_end=2).indices(100, 10).tolist() == [10, 13, 17, 20]
-    assert Sampling().indices(1, 10).tolist() == [0]
+    assert Sampling(nframes=5).taken(9, 1.0)[0].tolist() == [0, 3, 5, 8]
+    assert Sampling(video_start=1, video_end=2).taken(100, 10)[0].tolist() == [10, 13, 17, 20]
+    assert Sampling().taken(1, 10)[0].tolist() == [0]
     with pytest.raises(UserError, match="leave none of its 10 frames"):
-        Sampling(video_start=5).indices(10, 10)
+        Sampling(video_start=5).taken(10, 10)
     with pytest.raises(UserError, match="nframes is 20"):
-        Sampling(nframes=20).indices(10, 10)
+        Sampling(nframes=20).taken(10, 10)[0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -177,7 +177,7 @@ def test_a_film_gives_the_frames_that_are_sampled(tmp_path, suffix):
         video = open_video(source, None, SAFE, Sampling())
         assert (video.count, video.height, video.width) == (6, 32, 48)
         means = [frame.mean() for frame in video.frames()]
-        want = 8 * Sampling().indices(24, 8.0)
+        want = 8 * Sampling().taken(24, 8.0)[0]
         assert abs(np.array(means) - want).max() < 4
     few = open_video({"video": str(path), "nframes": 2}, None, SAFE, Sampling())
     assert len(list(few.frames())) == 2
@@ -203,7 +203,7 @@ def test_an_animated_gif_is_a_video(tmp_path):
     video = open_video("a.gif", tmp_path, SAFE, Sampling())
     assert (video.count, video.height, video.width) == (4, 12, 20)
     means = [int(frame.mean()) for frame in video.frames()]
-    assert means == [10 * i for i in Sampling().indices(8, 4.0)]
+    assert means == [10 * i for i in Sampling().taken(8, 4.0)[0]]
 
 
 def test_without_pyav_a_film_says_how_to_install_it(tmp_path, monkeypatch):

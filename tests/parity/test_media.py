@@ -7,7 +7,11 @@ import torch
 from checkpoint_files import qwen2_vl_files, text
 from PIL import Image
 from references import quiet, spread, tensors
-from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -63,11 +67,12 @@ def test_no_value_differs_in_300_sizes(name):
     assert refused < 10
 
 
-def test_logits_of_a_conversation_with_images_and_videos(tmp_path):
-    qwen2_vl_files(tmp_path)
-    reference = spread(
-        Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(tmp_path)), 0, 8.0
-    )
+@pytest.mark.parametrize(
+    "make", [Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration]
+)
+def test_logits_of_a_conversation_with_images_and_videos(tmp_path, make):
+    qwen2_vl_files(tmp_path, family=make.config_class.model_type)
+    reference = spread(make(AutoConfig.from_pretrained(tmp_path)), 0, 8.0)
     reference.save_pretrained(tmp_path)
     model, params = vlm_jax.load(tmp_path)
     rng = np.random.default_rng(0)
@@ -82,7 +87,10 @@ def test_logits_of_a_conversation_with_images_and_videos(tmp_path):
             text("assistant", "red and blue"),
         ],
         "images": [noise(30, 20), noise(17, 40)],
-        "videos": [list(noise(3, 24, 24)), {"video": noise(7, 16, 40), "nframes": 4}],
+        "videos": [
+            {"video": list(noise(3, 24, 24)), "fps": 3.0},
+            {"video": noise(7, 16, 40), "nframes": 4},
+        ],
     }
     encoder = Encoder(tmp_path)
     arrays, example = encoder.encode(record), encoder.example(record)
@@ -93,6 +101,9 @@ def test_logits_of_a_conversation_with_images_and_videos(tmp_path):
     for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
         inputs[key] = arrays[key]
     assert arrays["video_grid_thw"][:, 0].tolist() == [2, 2]
+    if "second_per_grid_ts" in config.OF_VIDEOS:  # 4 of 7 frames at 2 a second: 8/7 a second
+        inputs["second_per_grid_ts"] = arrays["second_per_grid_ts"]
+        np.testing.assert_allclose(arrays["second_per_grid_ts"], [2 / 3, 7 / 4], rtol=1e-6)
     with torch.no_grad(), quiet():
         want = reference(**tensors(inputs)).logits.numpy()
     assert want.std() > 0.5

@@ -3,6 +3,7 @@
 import collections
 import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from vlm_jax.data.text.template import BadTemplate
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import MAX_IMAGE_PIXELS, read_json
 from vlm_jax.models import read_family
-from vlm_jax.models.family import Grid
+from vlm_jax.models.family import NAMES_OF_MEDIA, Grid
 
 ON_BAD_EXAMPLE = ("raise", "skip")
 # What of a checkpoint directory the sizes of examples hang on.
@@ -34,7 +35,8 @@ SIZE_FILES = ("*config.json", "*token*.json", "vocab*", "merges.txt", "*.model",
 class Fitted(NamedTuple):
     """An example as it fits a row, before any pixel is decoded.
 
-    media: the processors with the limit its images got. notes: bits of `measures`.
+    media: the processors with the limit its images got. notes: bits of `measures`. fps: how many
+    frames of a second were taken of each video.
     """
 
     record: Record
@@ -43,6 +45,7 @@ class Fitted(NamedTuple):
     tokens: np.ndarray
     weights: np.ndarray
     notes: int = 0
+    fps: Sequence[float] = ()
 
 
 class Encoder:
@@ -188,7 +191,8 @@ class Encoder:
         tokens int32 [T], weights float32 [T] (weights[t] belongs to token t, as labels do), id;
         pixel_values float32 and image_grid_thw int64 [I, 3] as the checkpoint's processor gives
         them: Qwen2-VL [P, C]; LLaVA [I, 3, height, width] and None. Both None without images.
-        pixel_values_videos and video_grid_thw: the same of videos.
+        pixel_values_videos and video_grid_thw: the same of videos, and `Family.OF_VIDEOS`: of
+        Qwen2.5-VL second_per_grid_ts float32 [V].
 
         An over-long example is treated by the policy `overlong`, see `vlm_jax.data.overlong`.
         Raises `BadExample`, naming the record, for an unreadable image, an example that stays
@@ -230,7 +234,9 @@ class Encoder:
         features = self._features(grids)
         tokens = self.chat.prompt(messages, features["image"], features["video"])
         no_weights = np.zeros(len(tokens), np.float32)
-        return self._example(self._decode(Fitted(record, fitted.media, grids, tokens, no_weights)))
+        fps = fitted.fps[: counts["video"]]
+        shown = Fitted(record, fitted.media, grids, tokens, no_weights, fps=fps)
+        return self._example(self._decode(shown))
 
     def measure(self, record: Record) -> Size:
         """Return the example's `Size` from its text and its images' headers: no pixel is decoded.
@@ -288,7 +294,9 @@ class Encoder:
             tokens, weights = self._encode_text(trial.record, self._features(grids))
         notes = SHRUNK * (trial.max_pixels is not None) | FILMED * bool(trial.record["videos"])
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
-        return Fitted(trial.record, media, grids, tokens, weights, notes)
+        films = headers["video"][len(headers["video"]) - len(trial.record["videos"]) :]
+        fps = [film.fps for film in films]
+        return Fitted(trial.record, media, grids, tokens, weights, notes, fps)
 
     def grounded(self, record: Record) -> Record:
         """Return a canonical record with its objects and boxes written as the family does."""
@@ -342,10 +350,20 @@ class Encoder:
             "image_grid_thw": _stack_grids(fitted.grids["image"]),
             "pixel_values_videos": values["video"],
             "video_grid_thw": _stack_grids(fitted.grids["video"]),
+            **self._of_videos(fitted),
         }
 
+    def _of_videos(self, fitted: Fitted) -> dict[str, np.ndarray | None]:
+        """Return what the family's processor tells of each video beside its pixels and grid."""
+        made: dict[str, np.ndarray | None] = dict.fromkeys(self.config.OF_VIDEOS)
+        film = self.media.video_processor
+        if "second_per_grid_ts" in made and film is not None and fitted.fps:
+            seconds = [film.sampling.factor / fps for fps in fitted.fps]
+            made["second_per_grid_ts"] = np.array(seconds, np.float32)
+        return made
+
     def _example(self, arrays: dict[str, Any]) -> Example:
-        media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+        media = (*itertools.chain(*NAMES_OF_MEDIA.values()), *self.config.OF_VIDEOS)
         given = {name: arrays[name] for name in media if arrays[name] is not None}
         layout = self.config.layout(arrays["tokens"], given)
         return {"tokens": arrays["tokens"], "weights": arrays["weights"], **layout}

@@ -47,7 +47,7 @@ def open_animation(
         image.seek(numbers[0])
         image.load()  # some formats tell how long a frame is shown only with it
         milliseconds = image.info.get("duration") or MILLISECONDS
-    wanted = sampling.indices(count, 1000 / milliseconds)
+    wanted, fps = sampling.taken(count, 1000 / milliseconds)
 
     def read() -> Iterator[np.ndarray]:
         with open_image(file, None, access) as opened:
@@ -55,4 +55,4 @@ def open_animation(
                 opened.seek(numbers[number])
                 yield np.array(to_rgb(ImageOps.exif_transpose(opened)))
 
-    return Video(len(wanted), height, width, read, pixels)
+    return Video(len(wanted), height, width, read, pixels, fps)

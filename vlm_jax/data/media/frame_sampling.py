@@ -30,10 +30,10 @@ class Sampling:
     video_end: float | None = None
     factor: int = 2
 
-    def indices(self, total: int, rate: float) -> np.ndarray:
-        """Return which of `total` frames at `rate` frames a second are taken, in order.
+    def taken(self, total: int, rate: float) -> tuple[np.ndarray, float]:
+        """Return which of `total` frames at `rate` frames a second are taken, and at what rate.
 
-        A video with fewer frames than one patch gives all it has.
+        In order. A video with fewer frames than one patch gives all it has.
         """
         first = max(0, math.ceil((self.video_start or 0) * rate))
         end = total if self.video_end is None else math.floor(self.video_end * rate)
@@ -60,7 +60,7 @@ class Sampling:
             count = math.floor(wanted / self.factor) * self.factor
             if count < 1:
                 raise UserError(f"max_frames is {self.max_frames}: give {self.factor} or more.")
-        return spread(first, last, count)
+        return spread(first, last, count), count / total * rate
 
 
 def spread(first: int, last: int, count: int) -> np.ndarray:
@@ -81,7 +81,8 @@ def spread(first: int, last: int, count: int) -> np.ndarray:
 class Video:
     """A video whose header was read: sampled frames of one size, decoded when iterated over.
 
-    pixels: the record's own min_pixels and max_pixels. Frames are uint8 [H, W, 3].
+    pixels: the record's own min_pixels and max_pixels. fps: how many of a second were taken.
+    Frames are uint8 [H, W, 3].
     """
 
     count: int
@@ -89,3 +90,4 @@ class Video:
     width: int
     frames: Callable[[], Iterator[np.ndarray]]
     pixels: Mapping[str, int]
+    fps: float

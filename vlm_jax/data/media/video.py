@@ -83,14 +83,16 @@ def _open_frames(
     options: dict[str, Any],
     pixels: dict[str, int],
 ) -> Video:
-    """A list of frames is taken whole; `fps` tells how it was sampled and changes nothing."""
+    """A list of frames is taken whole; `fps` tells how it was sampled."""
     timed = next((key for key in ("video_start", "video_end") if key in options), None)
     refuse(
         (not frames, "the list of frames is empty."),
         (timed, f"it has {timed}, but a list of frames has no time. Remove it."),
     )
+    fps = sampling.fps
     if sampling.nframes is not None:
-        frames = [frames[i] for i in sampling.indices(len(frames), 1.0)]
+        wanted, fps = sampling.taken(len(frames), fps)
+        frames = [frames[i] for i in wanted]
     if len(frames) > sampling.max_frames:
         raise UserError(
             f"it lists {len(frames)} frames, more than max_frames = {sampling.max_frames}. List "
@@ -105,7 +107,7 @@ def _open_frames(
                 f"{width}: the frames of a video must have one size."
             )
     read = functools.partial(_each, read_image, frames, folder, access)
-    return Video(len(frames), height, width, read, pixels)
+    return Video(len(frames), height, width, read, pixels, fps)
 
 
 def _each(read: Callable[..., Any], frames: list[Any], *place: Any) -> Iterator[Any]:

@@ -41,7 +41,7 @@ def open_film(
                 f"at most {MAX_VIDEO_FRAMES} frames. Write it again, as MP4 for example."
             )
         height, width = _upright(first, access).shape[:2]
-    wanted = sampling.indices(total, rate)
+    wanted, fps = sampling.taken(total, rate)
 
     def read() -> Iterator[np.ndarray]:
         number = -1
@@ -56,7 +56,7 @@ def open_film(
             f"damaged or truncated, or begins in the middle of a scene. Write it again."
         )
 
-    return Video(len(wanted), height, width, read, pixels)
+    return Video(len(wanted), height, width, read, pixels, fps)
 
 
 @contextlib.contextmanager
