@@ -118,8 +118,10 @@ def wide(family: str, directory: Path, factor: float = 6.0):
     if family == "llava":
         return llava(directory, "clip", "llama", factor=factor, extra=WIDE)
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
-    text, vision = WIDE | dict(rope_parameters=rope), dict(hidden_size=64)
-    return qwen2_vl(directory, factor=factor, text=text, vision=vision)
+    text = WIDE | dict(rope_parameters=rope)
+    if family == "qwen2_5_vl":
+        return qwen2_5_vl(directory, factor=factor, text=text, vision=dict(out_hidden_size=64))
+    return qwen2_vl(directory, factor=factor, text=text, vision=dict(hidden_size=64))
 
 
 TEXTS = {
@@ -233,6 +235,14 @@ def qwen2_vl_inputs(layout: str, left: bool = False, seed: int = 0) -> dict[str,
             patches = sum(t * h * w for t, h, w in grids[kind])
             inputs[values] = rng.normal(size=(patches, 3 * 2 * 4 * 4)).astype(np.float32)
             inputs[grid] = np.array(grids[kind])
+    return inputs
+
+
+def qwen2_5_vl_inputs(layout: str, left: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the same with 0.7 seconds from frame to frame, which positions round down."""
+    inputs = qwen2_vl_inputs(layout, left, seed)
+    if "video_grid_thw" in inputs:
+        inputs["second_per_grid_ts"] = np.float32([0.7] * len(inputs["video_grid_thw"]))
     return inputs
 
 

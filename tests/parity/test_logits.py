@@ -12,6 +12,7 @@ from references import (
     our_logits,
     quiet,
     qwen2_5_vl,
+    qwen2_5_vl_inputs,
     qwen2_vl,
     qwen2_vl_inputs,
     tensors,
@@ -114,22 +115,14 @@ def qwen25(tmp_path_factory):
     return qwen2_5_vl(directory), *vlm_jax.load(directory)
 
 
-def timed(layout, left=False):
-    """Return inputs of Qwen2.5-VL: 0.7 seconds between frames, which round down here and there."""
-    inputs = qwen2_vl_inputs(layout, left)
-    if "video_grid_thw" in inputs:
-        inputs["second_per_grid_ts"] = np.float32([0.7] * len(inputs["video_grid_thw"]))
-    return inputs
-
-
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_qwen2_5_vl_logits(qwen25, layout, left):
-    check(*qwen25, timed(layout, left))
+    check(*qwen25, qwen2_5_vl_inputs(layout, left))
 
 
 def test_qwen2_5_vl_generates_the_same_ids(qwen25):
-    check_generation(*qwen25, timed("mixed", left=True))
+    check_generation(*qwen25, qwen2_5_vl_inputs("mixed", left=True))
 
 
 LLAVAS = {
@@ -195,11 +188,11 @@ def test_rope_scaling_goes_before_rope_parameters(tmp_path):
     check(reference, *vlm_jax.load(tmp_path), llava_inputs(4))
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava clip", "llava siglip"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llava clip", "llava siglip"])
 def test_save_is_the_identity_and_loads_in_transformers(tmp_path, family):
     base, out = tmp_path / "base", tmp_path / "out"
-    if family == "qwen2_vl":
-        reference = qwen2_vl(base)
+    if family.startswith("qwen"):
+        reference = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}[family](base)
     else:
         reference = llava(base, family.split()[1], "qwen2")
     model, params = vlm_jax.load(base)

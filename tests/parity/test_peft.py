@@ -12,23 +12,38 @@ import torch
 from draws import shaken
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from references import llava, llava_inputs, our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors
+from references import (
+    llava,
+    llava_inputs,
+    our_logits,
+    quiet,
+    qwen2_5_vl,
+    qwen2_5_vl_inputs,
+    qwen2_vl,
+    qwen2_vl_inputs,
+    tensors,
+)
 
 import vlm_jax
 from vlm_jax.names import current_name, disk_places, to_tree
 from vlm_jax.train.trainable import training_table
 from vlm_jax.trees import flatten, unflatten
 
-FAMILIES = ["qwen2_vl", "llava"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "llava"]
+QWEN = {
+    "qwen2_vl": (qwen2_vl, qwen2_vl_inputs),
+    "qwen2_5_vl": (qwen2_5_vl, qwen2_5_vl_inputs),
+}
 KINDS = {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}}
-PROJECTOR = {"qwen2_vl": "merger", "llava": "multi_modal_projector"}
+PROJECTOR = {**dict.fromkeys(QWEN, "merger"), "llava": "multi_modal_projector"}
 
 
 def build(family, directory, factor=6.0):
     """Return (reference, model, params, inputs) of one family."""
-    if family == "qwen2_vl":
-        reference = qwen2_vl(directory, factor=factor)
-        return reference, *vlm_jax.load(directory), qwen2_vl_inputs("mixed")
+    if family in QWEN:
+        make, inputs = QWEN[family]
+        reference = make(directory, factor=factor)
+        return reference, *vlm_jax.load(directory), inputs("mixed")
     reference = llava(directory, "clip", "llama", factor=factor)
     model, params = vlm_jax.load(directory)
     return reference, model, params, llava_inputs(model.config.image_tokens())
@@ -52,7 +67,7 @@ TARGETS = {
     "preset": "llama",
     "all-linear": "all-linear",
     "head": ("o_proj", "lm_head"),
-    "regex into the tower": r"model\.vis.*\.(fc1|qkv|q_proj)|.*layers.*\.o_proj",
+    "regex into the tower": r"model\.vis.*\.(fc1|qkv|q_proj|up_proj)|.*layers.*\.o_proj",
 }
 
 
@@ -130,12 +145,12 @@ def to_legacy(file, family):
     from safetensors.numpy import load_file, save_file
 
     renames = {
-        "qwen2_vl": [("model.language_model.", "model."), ("model.visual.", "visual.")],
+        "qwen": [("model.language_model.", "model."), ("model.visual.", "visual.")],
         "llava": [
             ("model.language_model.", "language_model.model."),
             ("model.multi_modal_projector.", "multi_modal_projector."),
         ],
-    }[family]
+    }["qwen" if family in QWEN else family]
     renamed = {}
     for key, tensor in load_file(file).items():
         name = key.removeprefix("base_model.model.")
