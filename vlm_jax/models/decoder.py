@@ -93,8 +93,9 @@ class Decoder(nn.Module):
     def __call__(self, x_BTD, positions, segments_BT, cache=None, added_ABTD=None):
         """Return `(hidden_BTD, cache)`.
 
-        added_ABTD: added to what the first A layers give, or None. cache: None, or {"k", "v" [L, B, S, K, H], "segments" [B, S], "start" int32}: the slots
-        from start on are written, and attended to along with those before.
+        cache: None, or {"k", "v" [L, B, S, K, H], "segments" [B, S], "start" int32}: the slots
+        from start on are written, and attended to along with those before. added_ABTD: added to
+        what the first A layers give, or None.
         """
         cos, sin = rope_angles(self.cfg.rope, positions)
         start, keys = 0, segments_BT
