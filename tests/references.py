@@ -18,6 +18,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
 )
 
@@ -105,6 +107,46 @@ def qwen2_5_vl(
         **top,
     )
     model = spread(Qwen2_5_VLForConditionalGeneration(config), seed, factor)
+    model.save_pretrained(directory)
+    return model
+
+
+def qwen3_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, vision=None, **top):
+    """Return a tiny Qwen3-VL saved to `directory`: a table of 5 x 5, features added twice."""
+    config = Qwen3VLConfig(
+        vision_config=dict(
+            depth=3,
+            hidden_size=32,
+            num_heads=2,
+            intermediate_size=24,
+            out_hidden_size=48,
+            patch_size=4,
+            num_position_embeddings=25,
+            deepstack_visual_indexes=[0, 2],
+        )
+        | (vision or {}),
+        text_config=dict(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=24,
+            vocab_size=200,
+            bos_token_id=1,
+            eos_token_id=2,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e4, mrope_section=[4, 4, 4], mrope_interleaved=True
+            ),
+        )
+        | (text or {}),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        **top,
+    )
+    model = spread(Qwen3VLForConditionalGeneration(config), seed, factor)
     model.save_pretrained(directory)
     return model
 
@@ -208,8 +250,13 @@ def media(kind: int, t: int, h: int, w: int) -> list[int]:
     return [START] + [kind] * (t * h * w // 4) + [END]
 
 
-def qwen2_vl_inputs(layout: str, left: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return what a processor returns for a layout: a row is text, "i" image, "v" video grids."""
+def qwen2_vl_inputs(
+    layout: str, left: bool = False, seed: int = 0, apart: bool = False
+) -> dict[str, np.ndarray]:
+    """Return what a processor returns for a layout: a row is text, "i" image, "v" video grids.
+
+    apart: a video's frames stand apart, each behind two tokens of text.
+    """
     rng = np.random.default_rng(seed)
     rows: list[list[int]] = []
     grids: dict[str, list[tuple[int, int, int]]] = {"i": [], "v": []}
@@ -221,7 +268,10 @@ def qwen2_vl_inputs(layout: str, left: bool = False, seed: int = 0) -> dict[str,
             else:
                 kind, *grid = part
                 grids[kind].append(tuple(grid))
-                tokens += media(IMAGE if kind == "i" else VIDEO, *grid)
+                frames = grid[0] if apart else 1
+                for _ in range(frames):
+                    tokens += [7, 8] * (apart and kind == "v")
+                    tokens += media(IMAGE if kind == "i" else VIDEO, grid[0] // frames, *grid[1:])
         rows.append(tokens)
     ids, mask = pad(rows, left)
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -236,6 +286,11 @@ def qwen2_vl_inputs(layout: str, left: bool = False, seed: int = 0) -> dict[str,
             inputs[values] = rng.normal(size=(patches, 3 * 2 * 4 * 4)).astype(np.float32)
             inputs[grid] = np.array(grids[kind])
     return inputs
+
+
+def qwen3_vl_inputs(layout: str, left: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the same with the frames of each video apart, behind text that stands for times."""
+    return qwen2_vl_inputs(layout, left, seed, apart=True)
 
 
 def qwen2_5_vl_inputs(layout: str, left: bool = False, seed: int = 0) -> dict[str, np.ndarray]:

@@ -15,6 +15,8 @@ from references import (
     qwen2_5_vl_inputs,
     qwen2_vl,
     qwen2_vl_inputs,
+    qwen3_vl,
+    qwen3_vl_inputs,
     tensors,
 )
 from safetensors.numpy import load_file
@@ -125,6 +127,22 @@ def test_qwen2_5_vl_generates_the_same_ids(qwen25):
     check_generation(*qwen25, qwen2_5_vl_inputs("mixed", left=True))
 
 
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("qwen3_vl")
+    return qwen3_vl(directory), *vlm_jax.load(directory)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_qwen3_vl_logits(qwen3, layout, left):
+    check(*qwen3, qwen3_vl_inputs(layout, left))
+
+
+def test_qwen3_vl_generates_the_same_ids(qwen3):
+    check_generation(*qwen3, qwen3_vl_inputs("mixed", left=True))
+
+
 LLAVAS = {
     "clip llama default": ("clip", "llama", dict(vision_feature_layer=-2)),
     "siglip qwen2 full": (
@@ -188,11 +206,15 @@ def test_rope_scaling_goes_before_rope_parameters(tmp_path):
     check(reference, *vlm_jax.load(tmp_path), llava_inputs(4))
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llava clip", "llava siglip"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava clip", "llava siglip"]
+)
 def test_save_is_the_identity_and_loads_in_transformers(tmp_path, family):
     base, out = tmp_path / "base", tmp_path / "out"
     if family.startswith("qwen"):
-        reference = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}[family](base)
+        reference = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}[family](
+            base
+        )
     else:
         reference = llava(base, family.split()[1], "qwen2")
     model, params = vlm_jax.load(base)

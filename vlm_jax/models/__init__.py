@@ -11,11 +11,13 @@ from vlm_jax.models.hf_config import Fields, entry
 from vlm_jax.models.llava import Llava
 from vlm_jax.models.qwen2_5_vl import Qwen25VL
 from vlm_jax.models.qwen2_vl import Qwen2VL
+from vlm_jax.models.qwen3_vl import Qwen3VL
 
 MODELS: dict[str, type[Family]] = {
     "llava": Llava,
     "qwen2_vl": Qwen2VL,
     "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
 }
 
 

@@ -42,7 +42,9 @@ class Kind:
     defaults: of fields that a config.json may leave out. qkv_bias: whether queries, keys and values
     have biases; None: whether the field attention_bias says so, of the output too. mlp_bias:
     whether there is a field of that name. windows: "none", "all" layers, or the "late" ones from
-    max_window_layers on. sections: whether positions have three axes, by mrope_section.
+    max_window_layers on. sections: of positions of three axes, how many frequencies turn with each
+    where mrope_section is missing; () where it must not be; None: of one axis. interleaved: see
+    `Rope`.
     """
 
     defaults: dict[str, Any]
@@ -50,7 +52,7 @@ class Kind:
     windows: str
     mlp_bias: bool = False
     qk_norm: bool = False
-    sections: bool = False
+    sections: tuple[int, ...] | None = None
     interleaved: bool = False
 
 
@@ -85,7 +87,7 @@ KINDS = {
             num_attention_heads=64, num_key_value_heads=8, head_dim=None, rms_norm_eps=1e-5,
             rope_theta=1e6, max_position_embeddings=32768, max_window_layers=80,
         ),
-        qkv_bias=True, windows="late", sections=True,
+        qkv_bias=True, windows="late", sections=(),
     ),
     "qwen3": Kind(
         dict(
@@ -97,6 +99,14 @@ KINDS = {
     ),
 }  # fmt: skip
 KINDS["qwen2_5_vl_text"] = KINDS["qwen2_vl_text"]
+KINDS["qwen3_vl_text"] = Kind(
+    dict(
+        vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6,
+        rope_theta=5e5, max_position_embeddings=128000,
+    ),
+    qkv_bias=None, windows="none", qk_norm=True, sections=(24, 20, 20), interleaved=True,
+)  # fmt: skip
 
 
 # Logical axes of the decoder's parameters (see sharding.py), without the stacked layer axis.
@@ -167,15 +177,18 @@ def decoder_from_hf(
         ),
     )
     newer = fields.take("rope_parameters", None, dict)
+    given = fields.take("rope_scaling", None, dict) or newer or {}  # in transformers' order
+    if kind.sections:
+        given = {"mrope_section": kind.sections, **given}
     rope = rope_from_hf(
-        fields.take("rope_scaling", None, dict) or newer,  # in transformers' order
+        given,
         fields.take("rope_theta"),
         head_dim,
         fields.size("max_position_embeddings"),
         where,
         interleaved=kind.interleaved,
     )
-    if kind.sections and not rope.mrope_section:
+    if kind.sections is not None and not rope.mrope_section:
         raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
     fields.require("attention_dropout", (0.0, 0), 0.0)
     layers = fields.size("num_hidden_layers")

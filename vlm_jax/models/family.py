@@ -97,7 +97,6 @@ class Family(Protocol):
     GROUNDING: ClassVar[Grounding | None] = None  # None: nothing is agreed on
     # Learned rows that the module puts behind a row's features; `image_index` -2 is the last one.
     LEARNED_FEATURES: ClassVar[int] = 0
-    ADDED_FEATURES: ClassVar[bool] = False  # whether some are added in the decoder's first layers
     KNOWN: ClassVar[Mapping[str, dict[str, Any]]] = {}  # hub id -> its config.json
     KNOWN_IMAGES: ClassVar[Mapping[str, Any]] = {}  # the limits in their image settings
 
@@ -145,6 +144,11 @@ class Family(Protocol):
     def values_per_image(self, grid: Grid = None) -> int:
         """Return how many rows of the processor's pixel_values an image or video takes."""
         return self.image_patches(grid) if self.HAS_GRIDS else 1
+
+    @property
+    def added_features(self) -> bool:
+        """Whether `features` also gives some that are added in the decoder's first layers."""
+        return False
 
     @property
     def unit_features(self) -> int:

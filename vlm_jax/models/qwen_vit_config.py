@@ -45,12 +45,12 @@ class Tower(TowerSizes):
 
 
 def common_sizes(
-    vision: Fields, width: int, heads: int, names: str, patch: int = 14
+    vision: Fields, width: int, heads: int, names: str, depth: int = 32, patch: int = 14
 ) -> dict[str, Any]:
     """Return the sizes that every `Tower` of the line has, by name, beside its MLP's.
 
-    names: what of the vision_config a head's width is, for errors. patch: a patch's side in pixels
-    where the config leaves it out. Raises `UserError` where 2-D rotary positions do not fit.
+    names: what of the vision_config a head's width is, for errors. depth, patch: the blocks, and a
+    patch's side in pixels, where the config leaves them out. Raises `UserError` where 2-D rotary positions do not fit.
     """
     refuse(
         (
@@ -70,7 +70,7 @@ def common_sizes(
     rope = Fields(vision.take("rope_parameters", None, dict) or {}, vision.where)
     return {
         "num_heads": heads,
-        "depth": vision.size("depth", 32),
+        "depth": vision.size("depth", depth),
         "merge": vision.size("spatial_merge_size", 2),
         "theta": float(rope.positive("rope_theta", 10000.0)),
         "patch_shape": shape,

@@ -46,7 +46,7 @@ class VisionLanguageModel(nn.Module):
 
     BODY: a family's part of it, made of (cfg, compute): its submodules are named as in the
     checkpoint's `model`, the decoder among them, and `features(batch)` gives [B, F, D]; with
-    `Family.ADDED_FEATURES` = A it gives (those, [A, B, F, D] that are added to what the first A
+    `Family.added_features` it gives (those, [A, B, F, D] that are added to what the first A
     layers give at the features' tokens, https://arxiv.org/abs/2406.04334).
     """
 
@@ -68,7 +68,7 @@ class VisionLanguageModel(nn.Module):
     def see(self, batch: Batch) -> jax.Array:
         """Return the projected image features [B, F, D]."""
         features = self.model.features(batch)
-        return features[0] if self.cfg.ADDED_FEATURES else features
+        return features[0] if self.cfg.added_features else features
 
     def embed(self, batch: Batch, noise: float = 0.0) -> jax.Array:
         """Return [B, T, D]: token embeddings with the image features in their places.
@@ -90,7 +90,7 @@ class VisionLanguageModel(nn.Module):
         if batch.patches.shape[1] == 0 and not self.is_initializing():
             return x_BTD, None
         features, index_BT, added_ABTD = self.model.features(batch), batch.image_index, None
-        if self.cfg.ADDED_FEATURES:
+        if self.cfg.added_features:
             features, added_ABFD = features
             nothing = jnp.zeros_like(x_BTD)
             added_ABTD = jnp.stack([place_features(nothing, x, index_BT) for x in added_ABFD])

@@ -1,0 +1,95 @@
+"""Qwen3-VL (https://arxiv.org/abs/2511.21631): features added in layers, times of frames as text.
+
+Letters: T tokens.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.models.decoder_config import decoder_from_hf
+from vlm_jax.models.family import components
+from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
+from vlm_jax.models.qwen2_vl import Qwen2VL
+from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
+from vlm_jax.positions import grid_list, mrope
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VL(Qwen2VL):
+    """What the computation depends on; `from_hf` reads a config.json, whose parts are nested."""
+
+    MODULE = "vlm_jax.models.qwen3_vl_module:Module"
+    COMPONENTS = components("visual", "visual/(merger|deepstack_merger_list)")
+    AXES = [
+        (r"model/visual/.*/(qkv|linear_fc1)/kernel", ("embed", "wide")),
+        (r"model/visual/.*/(proj|linear_fc2)/kernel", ("wide", "embed")),
+        (r"model/visual/pos_embed/embedding", (None, None)),
+        (r"model/visual/.*(scale|bias)", (None,)),
+    ]
+    RENAMES = ()
+    LAST = ("down_proj", "linear_fc2")
+    KNOWN = {}
+    KNOWN_IMAGES = {"min_pixels": 65536, "max_pixels": 16777216}
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> Self:
+        top = Fields(raw, "config.json")
+        vision = Fields(top.take("vision_config", kind=dict), "config.json, vision_config")
+        image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
+        top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
+        text, tied = top.take("text_config", kind=dict), top.take("tie_word_embeddings", False)
+        # The top level alone says whether the head is tied.
+        text = {key: value for key, value in text.items() if key != "tie_word_embeddings"}
+        decoder = decoder_from_hf(text, "qwen3_vl_text", tied, "config.json, text_config")
+        tower = vision.finish(cls.tower(vision, decoder.hidden_size))
+        if len(tower.added) > decoder.num_layers:
+            raise UserError(
+                f"The {vision.where} names {len(tower.added)} blocks whose features are added in "
+                f"the decoder, which has {decoder.num_layers} layers."
+            )
+        return top.finish(cls(decoder, tower, image, video))
+
+    @staticmethod
+    def tower(vision: Fields, width: int) -> Tower:
+        check_output("out_hidden_size", vision.take("out_hidden_size", 3584), width)
+        own, heads = vision.size("hidden_size", 1152), vision.size("num_heads", 16)
+        sizes = common_sizes(vision, own, heads, "hidden_size / num_heads", depth=27, patch=16)
+        places, depth = vision.size("num_position_embeddings", 2304), sizes["depth"]
+        side = math.isqrt(places)
+        added = tuple(vision.take("deepstack_visual_indexes", [8, 16, 24], list))
+        if side * side != places:
+            raise UserError(
+                f"The {vision.where} has num_position_embeddings = {places}, which is no square."
+            )
+        if list(added) != sorted({n for n in added if isinstance(n, int) and 0 <= n < depth}):
+            raise UserError(
+                f"The {vision.where} has deepstack_visual_indexes = {list(added)}; expected "
+                f"numbers of its {depth} blocks, rising."
+            )
+        return Tower(
+            width=own,
+            intermediate_size=vision.size("intermediate_size", 4304),
+            activation=vision.require("hidden_act", ACTIVATION_NAMES, "gelu_pytorch_tanh"),
+            mlp=("linear_fc1", "linear_fc2"),
+            patch_bias=True,
+            table=side,
+            added=added,
+            **sizes,
+        )
+
+    @property
+    def added_features(self) -> bool:
+        return bool(self.vision.added)
+
+    def token_positions(
+        self, tokens: np.ndarray, images: Any, videos: Any, media: Mapping[str, Any]
+    ) -> np.ndarray:
+        """Return the positions; each frame of a video counts as an image, behind its time."""
+        frames = [(1, h, w) for t, h, w in grid_list(videos) for _ in range(t)]
+        ids = self.image_token_id, self.video_token_id
+        return mrope(tokens, images, frames, self.vision.merge, *ids)
