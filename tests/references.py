@@ -18,9 +18,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
 )
 
 IMAGE, VIDEO, START, END = 190, 191, 192, 193

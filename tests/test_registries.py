@@ -95,8 +95,9 @@ def test_a_familys_tables_know_every_leaf(family):
     match(model.config.COMPONENTS, list(flat), "component table")  # raises for a row in vain
     for path in flat:
         parts = path.split("/")
-        tower = "projector" if model.config.PROJECTOR in parts else "vision"
-        media = model.config.VISION in parts or model.config.PROJECTOR in parts
+        projector = any(f"/{one.replace('.', '/')}/" in path for one in model.config.projectors)
+        tower = "projector" if projector else "vision"
+        media = projector or model.config.VISION in parts
         assert (model.component(path) in ("vision", "projector")) == media, path
         assert not media or model.component(path) == tower, path
     for prefix, layers in model.config.stacks.items():

@@ -21,6 +21,8 @@ from references import (
     qwen2_5_vl_inputs,
     qwen2_vl,
     qwen2_vl_inputs,
+    qwen3_vl,
+    qwen3_vl_inputs,
     tensors,
 )
 
@@ -29,13 +31,19 @@ from vlm_jax.names import current_name, disk_places, to_tree
 from vlm_jax.train.trainable import training_table
 from vlm_jax.trees import flatten, unflatten
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "llava"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"]
 QWEN = {
     "qwen2_vl": (qwen2_vl, qwen2_vl_inputs),
     "qwen2_5_vl": (qwen2_5_vl, qwen2_5_vl_inputs),
+    "qwen3_vl": (qwen3_vl, qwen3_vl_inputs),
 }
 KINDS = {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}}
-PROJECTOR = {**dict.fromkeys(QWEN, "merger"), "llava": "multi_modal_projector"}
+PROJECTOR = {
+    "qwen2_vl": ["merger"],
+    "qwen2_5_vl": ["merger"],
+    "qwen3_vl": ["merger", "deepstack_merger_list.0", "deepstack_merger_list.1"],
+    "llava": ["multi_modal_projector"],
+}
 
 
 def build(family, directory, factor=6.0):
@@ -67,7 +75,8 @@ TARGETS = {
     "preset": "llama",
     "all-linear": "all-linear",
     "head": ("o_proj", "lm_head"),
-    "regex into the tower": r"model\.vis.*\.(fc1|qkv|q_proj|up_proj)|.*layers.*\.o_proj",
+    "regex into the tower": r"model\.vis.*(layers|blocks).*\.(fc1|qkv|q_proj|up_proj|linear_fc2)"
+    r"|.*layers.*\.o_proj",
 }
 
 
@@ -115,8 +124,15 @@ def test_our_dora_in_peft(tmp_path, family):
     np.testing.assert_allclose(merged, our_logits(model, params, inputs), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["current", "legacy", "DoRA"])
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [
+        (layout, family)
+        for layout in ("current", "legacy", "DoRA")
+        for family in FAMILIES
+        if (layout, family) != ("legacy", "qwen3_vl")  # younger than the names of today
+    ],
+)
 def test_peft_adapter_here(tmp_path, family, layout):
     reference, model, params, inputs = build(family, tmp_path / "base")
     config = LoraConfig(
@@ -125,7 +141,7 @@ def test_peft_adapter_here(tmp_path, family, layout):
         use_rslora=True,
         use_dora=layout == "DoRA",
         target_modules=r".*language_model.*(q_proj|down_proj)",
-        modules_to_save=[PROJECTOR[family]],
+        modules_to_save=PROJECTOR[family],
     )
     with quiet():
         adapted = get_peft_model(reference, config)
@@ -242,7 +258,7 @@ def adapted_pair(family, tmp_path, factor, **kind):
 def split(model, params):
     rows = [
         (r".*/lora_.*", "lora"),
-        (rf".*/{model.config.PROJECTOR}/.*", "full"),
+        (rf".*/({'|'.join(model.config.projectors)})/.*".replace(r"list.", "list/"), "full"),
         (".*", "frozen"),
     ]
     return rows, *vlm_jax.split(params, rows)

@@ -22,7 +22,7 @@ def adapted_pair(family, tmp_path):
         r=3,
         lora_alpha=5,
         target_modules=r".*language_model.*_proj",
-        modules_to_save=[PROJECTOR[family]],
+        modules_to_save=PROJECTOR[family],
     )
     with quiet():
         torch.manual_seed(0)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vlm_jax.adapters.added_tokens import is_added
-from vlm_jax.adapters.targets import PROJECTOR_NAMES
+from vlm_jax.adapters.targets import ANY_PROJECTOR, PROJECTOR_NAMES
 from vlm_jax.errors import UserError, nearest
 from vlm_jax.model import Model
 from vlm_jax.models.layers.bottleneck import is_adapter
@@ -65,16 +65,17 @@ def module_names(model: Model, params: Mapping[str, Any]) -> set[str]:
     }
 
 
-def peft_module(model: Model, modules: Iterable[str], name: str) -> str | None:
-    """Return a name of modules_to_save as PEFT knows it, or None where it means no module.
+def peft_modules(model: Model, modules: Iterable[str], name: str) -> tuple[str, ...]:
+    """Return what a name of modules_to_save means as PEFT knows it; () where it means no module.
 
-    modules: those of `module_names`. The projector goes by several names, and full names come in
-    several layouts.
+    modules: those of `module_names`. The projector goes by several names and may be several
+    modules, and full names come in several layouts.
     """
-    if name in PROJECTOR_NAMES:
-        return model.config.PROJECTOR
     known = filter(None, (name, current_name(model, f"{name}.").removesuffix(".")))
-    return next((one for one in known if any(m.endswith(one) for m in modules)), None)
+    own = next((one for one in known if any(m.endswith(one) for m in modules)), None)
+    if name in PROJECTOR_NAMES and (own is None or name in ANY_PROJECTOR):
+        return model.config.projectors
+    return () if own is None else (own,)
 
 
 def saved_modules(model: Model, params: Mapping[str, Any], names: Iterable[str]) -> SavedModules:
@@ -87,10 +88,10 @@ def saved_modules(model: Model, params: Mapping[str, Any], names: Iterable[str])
     """
     places, unused = base_places(model, params), unused_names(model)
     modules = module_names(model, params)
-    known = []
+    known: list[str] = []
     for name in names:
-        found = peft_module(model, modules, name)
-        if found is None:
+        found = peft_modules(model, modules, name)
+        if not found:
             parts = sorted({module.rsplit(".", 1)[-1] for module in modules})
             if name == "lm_head" and model.config.text.tied:
                 raise UserError(
@@ -102,7 +103,7 @@ def saved_modules(model: Model, params: Mapping[str, Any], names: Iterable[str])
                 f"{nearest(name, parts)}. Use 'projector', 'embed_tokens', 'lm_head' or another "
                 f"module's name."
             )
-        known.append(found)
+        known += found
     hits = {
         tensor: [module for module in owners(tensor) if module.endswith(tuple(known))]
         for tensor in (*places, *unused)

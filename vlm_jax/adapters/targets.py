@@ -27,7 +27,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "vit": ("qkv", "proj"),
 }
 # The projector by our name, by LLaVA's old one, and by what families call it.
-PROJECTOR_NAMES = {"projector", "mm_projector", *(f.PROJECTOR for f in MODELS.values())}
+ANY_PROJECTOR = {"projector", "mm_projector"}
+PROJECTOR_NAMES = {*ANY_PROJECTOR, *(f.PROJECTOR for f in MODELS.values())}
 
 
 ALPHA = 1e9  # as of a config, see RANGES

@@ -1,6 +1,7 @@
 """Reads PEFT adapter directories, in every naming layout of transformers."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ from vlm_jax.adapters.modules_to_save import (
     base_places,
     module_names,
     owners,
-    peft_module,
+    peft_modules,
     saved_modules,
 )
 from vlm_jax.adapters.targets import (
-    PROJECTOR_NAMES,
     is_uniform,
     key_regex,
     pattern_value,
@@ -166,10 +166,14 @@ def _saved_names(
     without naming them are named where they differ from the base's.
     """
     modules = module_names(model, params)
+    given = config.get("modules_to_save") or ()
+    found = {name: peft_modules(model, modules, name) for name in given}
+    projector = set(model.config.projectors)
+    whole = projector <= set(itertools.chain(*found.values()))
     names = [
-        "projector" if name in PROJECTOR_NAMES else name
-        for name in config.get("modules_to_save") or ()
-        if peft_module(model, modules, name) is not None
+        "projector" if whole and projector & set(meant) else name
+        for name, meant in found.items()
+        if meant
     ]
     held, flat = saved_modules(model, params, names).places, flatten(params)
     differing = [

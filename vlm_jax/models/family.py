@@ -151,6 +151,11 @@ class Family(Protocol):
         return False
 
     @property
+    def projectors(self) -> tuple[str, ...]:
+        """The projector's modules as PEFT is to hold them in full."""
+        return (self.PROJECTOR,)
+
+    @property
     def unit_features(self) -> int:
         """How many features the tower makes of `patch_unit` patches."""
         return 1

@@ -18,22 +18,70 @@ from vlm_jax.models.qwen2_vl import Qwen2VL
 from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
 from vlm_jax.positions import grid_list, mrope
 
+# Two sizes of tower: blocks, width, width of the MLP, blocks whose features are added.
+SMALL, LARGE = (24, 1024, 4096, [5, 11, 17]), (27, 1152, 4304, [8, 16, 24])
+
+
+def _published(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    tower: tuple[int, int, int, list[int]],
+    tied: bool = False,
+) -> dict[str, Any]:
+    """Return the config.json that the Qwen3-VL checkpoints carry."""
+    depth, width, mlp, added = tower
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "image_token_id": 151655,
+        "model_type": "qwen3_vl", "tie_word_embeddings": tied,
+        "transformers_version": "4.57.0.dev0", "video_token_id": 151656,
+        "vision_end_token_id": 151653, "vision_start_token_id": 151652,
+        "text_config": {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+            "dtype": "bfloat16", "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": intermediate,
+            "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
+            "num_attention_heads": heads, "num_hidden_layers": layers, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06, "rope_theta": 5000000, "tie_word_embeddings": tied,
+            "use_cache": True, "vocab_size": 151936,
+            "rope_scaling": {
+                "mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default",
+            },
+        },
+        "vision_config": {
+            "deepstack_visual_indexes": added, "depth": depth, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": width, "in_channels": 3, "initializer_range": 0.02,
+            "intermediate_size": mlp, "model_type": "qwen3_vl", "num_heads": 16,
+            "num_position_embeddings": 2304, "out_hidden_size": hidden, "patch_size": 16,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+    }  # fmt: skip
+
+
+MERGERS = "deepstack_merger_list"  # of features that are added in layers
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VL(Qwen2VL):
     """What the computation depends on; `from_hf` reads a config.json, whose parts are nested."""
 
     MODULE = "vlm_jax.models.qwen3_vl_module:Module"
-    COMPONENTS = components("visual", "visual/(merger|deepstack_merger_list)")
+    COMPONENTS = components("visual", f"visual/(merger|{MERGERS})")
     AXES = [
         (r"model/visual/.*/(qkv|linear_fc1)/kernel", ("embed", "wide")),
         (r"model/visual/.*/(proj|linear_fc2)/kernel", ("wide", "embed")),
         (r"model/visual/pos_embed/embedding", (None, None)),
         (r"model/visual/.*(scale|bias)", (None,)),
     ]
-    RENAMES = ()
+    RENAMES = []
     LAST = ("down_proj", "linear_fc2")
-    KNOWN = {}
+    KNOWN = {
+        "Qwen/Qwen3-VL-2B-Instruct": _published(2048, 6144, 28, 16, SMALL, tied=True),
+        "Qwen/Qwen3-VL-4B-Instruct": _published(2560, 9728, 36, 32, SMALL, tied=True),
+        "Qwen/Qwen3-VL-8B-Instruct": _published(4096, 12288, 36, 32, LARGE),
+        "Qwen/Qwen3-VL-32B-Instruct": _published(5120, 25600, 64, 64, LARGE),
+    }
     KNOWN_IMAGES = {"min_pixels": 65536, "max_pixels": 16777216}
 
     @classmethod
@@ -85,6 +133,11 @@ class Qwen3VL(Qwen2VL):
     @property
     def added_features(self) -> bool:
         return bool(self.vision.added)
+
+    @property
+    def projectors(self) -> tuple[str, ...]:
+        # One by one: PEFT can hold no list of modules in full.
+        return self.PROJECTOR, *(f"{MERGERS}.{n}" for n in range(len(self.vision.added)))
 
     def token_positions(
         self, tokens: np.ndarray, images: Any, videos: Any, media: Mapping[str, Any]

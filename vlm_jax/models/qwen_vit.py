@@ -5,6 +5,7 @@ section 2.1.1. Letters: B rows, P patches, C values a patch, D model, E tower wi
 features, A added features.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,9 +105,10 @@ class PositionTable(nn.Module):
     def __call__(self, batch: Batch) -> jax.Array:
         start = nn.initializers.normal(0.02)
         table = parameter(self, "embedding", start, (self.rows, self.width)).astype(jnp.float32)
-        taps_BPK, weights_BPK = batch.patch_taps, batch.patch_tap_weights
-        taps = range(taps_BPK.shape[-1])
-        return sum(table[taps_BPK[..., k]] * weights_BPK[..., k, None] for k in taps)
+        taps_BPK: Any = batch.patch_taps
+        weights_BPK: Any = batch.patch_tap_weights
+        parts = (table[taps_BPK[..., k]] * weights_BPK[..., k, None] for k in range(4))
+        return functools.reduce(jnp.add, parts)
 
 
 class Visual(nn.Module):

@@ -50,7 +50,8 @@ def common_sizes(
     """Return the sizes that every `Tower` of the line has, by name, beside its MLP's.
 
     names: what of the vision_config a head's width is, for errors. depth, patch: the blocks, and a
-    patch's side in pixels, where the config leaves them out. Raises `UserError` where 2-D rotary positions do not fit.
+    patch's side in pixels, where the config leaves them out. Raises `UserError` where
+    2-D rotary positions do not fit.
     """
     refuse(
         (

@@ -136,7 +136,7 @@ def rope_from_hf(
             f"rotary positions turn pairs, so it must be even.",
         ),
         (
-            section and sum(section) != turned // 2,
+            section and not interleaved and sum(section) != turned // 2,
             f"The mrope_section {list(section)} of the {where} sums to {sum(section)}, but half "
             f"of what turns of a head is {turned // 2}; the two must be equal.",
         ),

@@ -12,7 +12,7 @@ from vlm_jax.adapters.modules_to_save import (
     bias_leaves,
     bias_places,
     module_names,
-    peft_module,
+    peft_modules,
     saved_leaves,
     saved_modules,
 )
@@ -96,17 +96,17 @@ def training_table(
     modules = module_names(model, params)
     for name in modules_to_save:
         owners = {model.component(path) for path in saved_leaves(model, params, (name,))}
-        known = peft_module(model, modules, name)
-        assert known is not None
+        known = peft_modules(model, modules, name)
         if owners and all(scales[owner] == 0 for owner in owners):
             key = keys.get(min(owners), "language_model_lr_scale")
             raise UserError(
-                f"lora.modules_to_save names '{known}', but model.{key} is 0.0, which freezes it. "
-                f"Set the scale above 0 or remove '{known}'."
+                f"lora.modules_to_save names '{name}', but model.{key} is 0.0, which freezes it. "
+                f"Set the scale above 0 or remove '{name}'."
             )
         if owners <= keys.keys() - adapted:
             continue  # the tower and the projector have rows below
-        regex = rf".*{re.escape(known.replace('.', '/'))}/.*"
+        any_of = "|".join(re.escape(one.replace(".", "/")) for one in known)
+        regex = rf".*(?:{any_of})/.*"
         for pattern, component in model.config.COMPONENTS:
             if component in owners:
                 row = regex if len(owners) == 1 else f"(?={pattern}$){regex}"
@@ -246,7 +246,8 @@ def lora_modules_to_save(
     tower = vision_encoder_lr_scale > 0 and "vision" not in adapted
     if tower:
         names.append(family.VISION)
-    named = any(name in (*PROJECTOR_NAMES, family.PROJECTOR) for name in names)
+    own = set(family.projectors)
+    named = own <= set(names) or bool(PROJECTOR_NAMES.intersection(names) - own)
     if projector_lr_scale > 0 and not (
         "projector" in adapted or (tower and family.projector_in_tower) or named
     ):

@@ -122,7 +122,7 @@ def tower_block(
     """
     hidden, activation = vision.intermediate_size, vision.activation
     make_mlp: Callable[..., nn.Module] = functools.partial(
-        MLP, mlp, (hidden, vision.width), activation, compute
+        MLP, (mlp[0], mlp[-1]), (hidden, vision.width), activation, compute
     )
     if len(mlp) == 3:
         make_mlp = functools.partial(GatedMLP, hidden, activation, compute, True)
