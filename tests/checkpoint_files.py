@@ -71,6 +71,10 @@ VISIONS = {
         depth=2, hidden_size=16, num_heads=2, out_hidden_size=16, patch_size=4,
         intermediate_size=12, window_size=16, fullatt_block_indexes=[1], tokens_per_second=2,
     ),
+    "qwen3_vl": dict(
+        depth=2, hidden_size=16, num_heads=2, out_hidden_size=16, patch_size=4,
+        intermediate_size=12, num_position_embeddings=9, deepstack_visual_indexes=[0],
+    ),
 }  # fmt: skip
 
 
@@ -106,6 +110,7 @@ def qwen2_vl_files(
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
+            head_dim=8,
             vocab_size=512,
             bos_token_id=None,
             eos_token_id=ids["<|im_end|>"],

@@ -1,5 +1,8 @@
 """Images of 300 sizes, and a conversation with images and videos, against transformers."""
 
+import importlib
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -11,17 +14,24 @@ from transformers import (
     AutoConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.video_utils import VideoMetadata
 
 import vlm_jax
 from vlm_jax.data import Encoder
+from vlm_jax.data.media.frame_sampling import Sampling
 from vlm_jax.data.media.image_settings import make_processor
 from vlm_jax.data.media.images import read_image
 from vlm_jax.data.media.processors import look_up
+from vlm_jax.data.media.video_processor import fit_together, make_video_processor
 from vlm_jax.errors import UserError
+from vlm_jax.models import read_family
+from vlm_jax.models.qwen3_vl import Qwen3VL
 
 CROPPED = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
 PROCESSORS = {
@@ -68,7 +78,12 @@ def test_no_value_differs_in_300_sizes(name):
 
 
 @pytest.mark.parametrize(
-    "make", [Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration]
+    "make",
+    [
+        Qwen2VLForConditionalGeneration,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen3VLForConditionalGeneration,
+    ],
 )
 def test_logits_of_a_conversation_with_images_and_videos(tmp_path, make):
     qwen2_vl_files(tmp_path, family=make.config_class.model_type)
@@ -115,3 +130,62 @@ def test_logits_of_a_conversation_with_images_and_videos(tmp_path, make):
     np.testing.assert_allclose(logits[length:], want[0], atol=1e-4, rtol=0)
     prompt = model.encode(record["messages"], record["images"], record["videos"])
     assert prompt.patches.shape[1] == patches
+
+
+def test_frames_and_sizes_of_a_bound_on_all_frames_are_the_references():
+    # Not by its name in transformers, which wants torchvision for the rest of it.
+    qwen3_video = importlib.import_module("transformers.models.qwen3_vl.video_processing_qwen3_vl")
+    rng, taken, refused = np.random.default_rng(3), 0, 0
+    for frames, height, width in np.exp(rng.uniform(0.7, 6.5, (300, 3))).astype(int):
+        given = (int(frames), int(height), int(width), 2, 32, 131072, 786432)
+        try:
+            want = qwen3_video.smart_resize(*given)
+        except ValueError as error:  # a side 200 times the other, or too few frames
+            refused += 1
+            with pytest.raises(UserError, match="200 times" if "aspect" in str(error) else "1 "):
+                fit_together(*given)
+        else:
+            assert fit_together(*given) == want
+        total, rate, fps = int(frames), float(rng.uniform(5, 60)), float(rng.uniform(0.5, 4))
+        if total < 2:
+            continue
+        metadata = VideoMetadata(total_num_frames=total, fps=rate)
+        stub = SimpleNamespace(min_frames=4, max_frames=16, fps=2)
+        want = qwen3_video.Qwen3VLVideoProcessor.sample_frames(stub, metadata, fps=fps)
+        got, sampled = Sampling(fps, 4, 16, whole=False).taken(total, rate)
+        np.testing.assert_array_equal(got, want)
+        metadata.frames_indices = got
+        assert sampled == pytest.approx(metadata.sampled_fps)
+        taken += len(got) % 2
+    assert 0 < refused < 30
+    assert taken > 20  # odd numbers, of which the last frame is repeated
+
+
+def test_frames_of_a_video_stand_behind_their_times_as_the_references_do():
+    family = read_family(Qwen3VL.KNOWN["Qwen/Qwen3-VL-2B-Instruct"])
+    stub = SimpleNamespace(
+        image_token="<|image_pad|>",
+        video_token="V",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
+    )
+    stub._calculate_timestamps = lambda *args: Qwen3VLProcessor._calculate_timestamps(stub, *args)
+    rng = np.random.default_rng(4)
+    for _ in range(100):
+        numbers = np.sort(rng.integers(0, 900, rng.integers(1, 9)))
+        rate, grid = float(rng.uniform(5, 60)), (-(-len(numbers) // 2), 4, 6)
+        metadata = VideoMetadata(total_num_frames=900, fps=rate, frames_indices=numbers)
+        given = {"video_grid_thw": np.array([grid]), "video_metadata": [metadata]}
+        want = Qwen3VLProcessor.replace_video_token(stub, given, 0)
+        parts = family.written("video", grid, [n / rate for n in numbers])
+        assert "".join("V" * p if isinstance(p, int) else p for p in parts) == want
+    assert family.written("image", (1, 4, 6), ()) == [6]
+
+
+def test_settings_of_a_bound_on_all_frames():
+    raw = {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 2}
+    ours = make_video_processor(raw)
+    assert ours.patches.raw["patch_size"] == 16 and not ours.sampling.whole
+    assert ours.largest == 786432 // 16**2 and ours.max_video_tokens == 768
+    assert make_video_processor(ours.settings()).settings() == ours.settings()

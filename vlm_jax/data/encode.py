@@ -13,6 +13,7 @@ import numpy as np
 from vlm_jax.batch import Batch, Example
 from vlm_jax.data.lengths import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media.access import Access
+from vlm_jax.data.media.frame_sampling import Video
 from vlm_jax.data.media.headers import KINDS, Grids, Media
 from vlm_jax.data.media.image_settings import check_processor, make_processor, read_settings
 from vlm_jax.data.media.processors import look_up
@@ -27,6 +28,7 @@ from vlm_jax.files.limits import MAX_IMAGE_PIXELS, read_json
 from vlm_jax.models import read_family
 from vlm_jax.models.family import NAMES_OF_MEDIA, Grid
 
+Features = dict[str, list[Sequence[str | int]]]  # of each medium by kind, see Family.written
 ON_BAD_EXAMPLE = ("raise", "skip")
 # What of a checkpoint directory the sizes of examples hang on.
 SIZE_FILES = ("*config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat*")
@@ -35,8 +37,8 @@ SIZE_FILES = ("*config.json", "*token*.json", "vocab*", "merges.txt", "*.model",
 class Fitted(NamedTuple):
     """An example as it fits a row, before any pixel is decoded.
 
-    media: the processors with the limit its images got. notes: bits of `measures`. fps: how many
-    frames of a second were taken of each video.
+    media: the processors with the limit its images got. notes: bits of `measures`. films: the
+    videos' headers.
     """
 
     record: Record
@@ -45,7 +47,7 @@ class Fitted(NamedTuple):
     tokens: np.ndarray
     weights: np.ndarray
     notes: int = 0
-    fps: Sequence[float] = ()
+    films: Sequence[Video] = ()
 
 
 class Encoder:
@@ -231,11 +233,11 @@ class Encoder:
         own = {f"{kind}s": record[f"{kind}s"][: counts[kind]] for kind in KINDS}
         record = {**record, "messages": messages, **own}
         grids = {kind: fitted.grids[kind][: counts[kind]] for kind in KINDS}
-        features = self._features(grids)
+        films = fitted.films[: counts["video"]]
+        features = self._features(grids, films)
         tokens = self.chat.prompt(messages, features["image"], features["video"])
         no_weights = np.zeros(len(tokens), np.float32)
-        fps = fitted.fps[: counts["video"]]
-        shown = Fitted(record, fitted.media, grids, tokens, no_weights, fps=fps)
+        shown = Fitted(record, fitted.media, grids, tokens, no_weights, films=films)
         return self._example(self._decode(shown))
 
     def measure(self, record: Record) -> Size:
@@ -274,7 +276,8 @@ class Encoder:
             media = self.media.limited(max_pixels)
             own = {k: headers[k][len(headers[k]) - len(record[f"{k}s"]) :] for k in KINDS}
             grids = media.grids(record, own)
-            features, turns = self._features(grids), len(record["messages"])
+            features = self._features(grids, own["video"])
+            turns = len(record["messages"])
             if turns not in texts:
                 texts[turns] = features, *self._encode_text(record, features)
             encoded, ids, weights = texts[turns]
@@ -288,15 +291,15 @@ class Encoder:
         limits = self.max_seq_length, self.max_patches
         trial, fits = fit(record, attempt, limits, self.overlong, self.media.pixels)
         media, grids, tokens, weights = trial.encoded
+        films = headers["video"][len(headers["video"]) - len(trial.record["videos"]) :]
+        features = self._features(grids, films)
         if not fits:
-            raise too_long(trial, limits, self.overlong, _count(self._features(grids)), grids)
+            raise too_long(trial, limits, self.overlong, _count(features), grids)
         if tokens is None:
-            tokens, weights = self._encode_text(trial.record, self._features(grids))
+            tokens, weights = self._encode_text(trial.record, features)
         notes = SHRUNK * (trial.max_pixels is not None) | FILMED * bool(trial.record["videos"])
         notes |= TURNS_DROPPED * (len(trial.record["messages"]) < len(record["messages"]))
-        films = headers["video"][len(headers["video"]) - len(trial.record["videos"]) :]
-        fps = [film.fps for film in films]
-        return Fitted(trial.record, media, grids, tokens, weights, notes, fps)
+        return Fitted(trial.record, media, grids, tokens, weights, notes, films)
 
     def grounded(self, record: Record) -> Record:
         """Return a canonical record with its objects and boxes written as the family does."""
@@ -357,8 +360,8 @@ class Encoder:
         """Return what the family's processor tells of each video beside its pixels and grid."""
         made: dict[str, np.ndarray | None] = dict.fromkeys(self.config.OF_VIDEOS)
         film = self.media.video_processor
-        if "second_per_grid_ts" in made and film is not None and fitted.fps:
-            seconds = [film.sampling.factor / fps for fps in fitted.fps]
+        if "second_per_grid_ts" in made and film is not None and fitted.films:
+            seconds = [film.sampling.factor / one.fps for one in fitted.films]
             made["second_per_grid_ts"] = np.array(seconds, np.float32)
         return made
 
@@ -371,12 +374,20 @@ class Encoder:
     def _patches(self, grids: Grids) -> int:
         return sum(self.config.image_patches(grid) for kind in KINDS for grid in grids[kind])
 
-    def _features(self, grids: Grids) -> dict[str, list[int]]:
-        return {kind: [self.config.image_tokens(grid) for grid in grids[kind]] for kind in KINDS}
+    def _features(self, grids: Grids, films: Sequence[Video]) -> Features:
+        times: dict[str, list[Sequence[float]]] = {
+            "image": [()] * len(grids["image"]),
+            "video": [film.times for film in films],
+        }
+        return {
+            kind: [
+                self.config.written(kind, grid, when)
+                for grid, when in zip(grids[kind], times[kind], strict=True)
+            ]
+            for kind in KINDS
+        }
 
-    def _encode_text(
-        self, record: Record, features: dict[str, list[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_text(self, record: Record, features: Features) -> tuple[np.ndarray, np.ndarray]:
         try:
             return self.chat.encode(
                 record["messages"], features["image"], self.train_on, features["video"]
@@ -387,8 +398,10 @@ class Encoder:
             raise BadExample("template", f"{describe(record)}: {error}") from error
 
 
-def _count(features: dict[str, list[int]]) -> int:
-    return sum(map(sum, features.values()))
+def _count(features: Features) -> int:
+    """Return how many placeholders there are in all."""
+    parts = itertools.chain(*itertools.chain(*features.values()))
+    return sum(part for part in parts if isinstance(part, int))
 
 
 def _stack_grids(grids: Sequence[Grid]) -> np.ndarray | None:

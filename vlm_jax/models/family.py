@@ -141,6 +141,13 @@ class Family(Protocol):
         """Return how many placeholders an image or video stands for."""
         return self.features(self.image_patches(grid))
 
+    def written(self, kind: str, grid: Grid, times: Sequence[float]) -> Sequence[str | int]:
+        """Return what stands in a text for a medium: words, and numbers of its placeholders.
+
+        kind: "image" or "video". times: of a video, the seconds at which each frame was taken.
+        """
+        return [self.image_tokens(grid)]
+
     def values_per_image(self, grid: Grid = None) -> int:
         """Return how many rows of the processor's pixel_values an image or video takes."""
         return self.image_patches(grid) if self.HAS_GRIDS else 1

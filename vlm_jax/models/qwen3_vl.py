@@ -5,14 +5,14 @@ Letters: T tokens.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.models.decoder_config import decoder_from_hf
-from vlm_jax.models.family import components
+from vlm_jax.models.family import Grid, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.models.qwen2_vl import Qwen2VL
 from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
@@ -129,6 +129,18 @@ class Qwen3VL(Qwen2VL):
             added=added,
             **sizes,
         )
+
+    def written(self, kind: str, grid: Grid, times: Sequence[float]) -> Sequence[str | int]:
+        """Before each patch's frames of a video, the mean of the first's and the last's times."""
+        if kind != "video" or grid is None:
+            return super().written(kind, grid, times)
+        frames, depth = grid[0], self.vision.patch_shape[1]
+        padded = [*times, *[times[-1]] * (frames * depth - len(times))]
+        parts: list[str | int] = []
+        for first, last in zip(padded[::depth], padded[depth - 1 :: depth], strict=True):
+            parts += [f"<{(first + last) / 2:.1f} seconds><|vision_start|>"]
+            parts += [self.image_tokens((1, *grid[1:])), "<|vision_end|>"]
+        return parts
 
     @property
     def added_features(self) -> bool:

@@ -47,7 +47,8 @@ def open_animation(
         image.seek(numbers[0])
         image.load()  # some formats tell how long a frame is shown only with it
         milliseconds = image.info.get("duration") or MILLISECONDS
-    wanted, fps = sampling.taken(count, 1000 / milliseconds)
+    rate = 1000 / milliseconds
+    wanted, fps = sampling.taken(count, rate)
 
     def read() -> Iterator[np.ndarray]:
         with open_image(file, None, access) as opened:
@@ -55,4 +56,4 @@ def open_animation(
                 opened.seek(numbers[number])
                 yield np.array(to_rgb(ImageOps.exif_transpose(opened)))
 
-    return Video(len(wanted), height, width, read, pixels, fps)
+    return Video(len(wanted), height, width, read, pixels, fps, [n / rate for n in wanted])

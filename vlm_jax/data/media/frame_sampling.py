@@ -1,14 +1,14 @@
-"""Frame sampling of videos, as in Qwen's own utilities.
+"""Frame sampling of videos, as in Qwen's own utilities and in transformers.
 
-These are `qwen-vl-utils`, `smart_nframes` and the `linspace` behind it
+The former are `qwen-vl-utils`, `smart_nframes` and the `linspace` behind it
 (https://github.com/QwenLM/Qwen2.5-VL): fps frames a second, at least min_frames, at most
 max_frames and never more than there are, in multiples of the temporal patch, spread evenly from
-the first frame to the last.
+the first frame to the last. `Qwen3VLVideoProcessor` takes the same without the multiples.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from vlm_jax.errors import UserError
 class Sampling:
     """Which frames are taken. nframes, if set, replaces fps; video_start and video_end are seconds.
 
-    factor: what the number of frames is a multiple of, the frames of one patch.
+    factor: the frames of one patch. whole: whether their number is a multiple of it.
     """
 
     fps: float = 2.0
@@ -29,6 +29,7 @@ class Sampling:
     video_start: float | None = None
     video_end: float | None = None
     factor: int = 2
+    whole: bool = True
 
     def taken(self, total: int, rate: float) -> tuple[np.ndarray, float]:
         """Return which of `total` frames at `rate` frames a second are taken, and at what rate.
@@ -44,6 +45,16 @@ class Sampling:
                 f"its {total} frames ({total / rate:.2f} seconds)."
             )
         total = last - first + 1
+        if not self.whole:
+            least, most = self.min_frames, min(self.max_frames, total)
+            own = self.nframes
+            count = min(max(int(total / rate * self.fps), least), most) if own is None else own
+            if not self.factor <= count <= total:
+                raise UserError(
+                    f"{count} frames are to be taken of {total}: give nframes, video_min_frames "
+                    f"or a longer video such that there are {self.factor} or more."
+                )
+            return np.linspace(first, last, count).round().astype(int), count / total * rate
         if self.nframes is not None:
             count = round(self.nframes / self.factor) * self.factor
             if not self.factor <= count <= total:
@@ -82,6 +93,7 @@ class Video:
     """A video whose header was read: sampled frames of one size, decoded when iterated over.
 
     pixels: the record's own min_pixels and max_pixels. fps: how many of a second were taken.
+    times: at which second each was.
     Frames are uint8 [H, W, 3].
     """
 
@@ -91,3 +103,4 @@ class Video:
     frames: Callable[[], Iterator[np.ndarray]]
     pixels: Mapping[str, int]
     fps: float
+    times: Sequence[float]

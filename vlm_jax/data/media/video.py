@@ -90,9 +90,10 @@ def _open_frames(
         (timed, f"it has {timed}, but a list of frames has no time. Remove it."),
     )
     fps = sampling.fps
+    times = [number / fps for number in range(len(frames))]
     if sampling.nframes is not None:
         wanted, fps = sampling.taken(len(frames), fps)
-        frames = [frames[i] for i in wanted]
+        frames, times = [frames[i] for i in wanted], [times[i] for i in wanted]
     if len(frames) > sampling.max_frames:
         raise UserError(
             f"it lists {len(frames)} frames, more than max_frames = {sampling.max_frames}. List "
@@ -107,7 +108,7 @@ def _open_frames(
                 f"{width}: the frames of a video must have one size."
             )
     read = functools.partial(_each, read_image, frames, folder, access)
-    return Video(len(frames), height, width, read, pixels, fps)
+    return Video(len(frames), height, width, read, pixels, fps, times)
 
 
 def _each(read: Callable[..., Any], frames: list[Any], *place: Any) -> Iterator[Any]:

@@ -56,7 +56,7 @@ def open_film(
             f"damaged or truncated, or begins in the middle of a scene. Write it again."
         )
 
-    return Video(len(wanted), height, width, read, pixels, fps)
+    return Video(len(wanted), height, width, read, pixels, fps, [n / rate for n in wanted])
 
 
 @contextlib.contextmanager

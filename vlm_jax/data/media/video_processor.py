@@ -2,7 +2,7 @@
 
 Resizing is Pillow's, frame by frame, as for images: the reference resizes by torchvision, whose
 bicubic filter differs from Pillow's in the last bit of some values. Sizes, order and numbers are
-those of transformers' `Qwen2VLVideoProcessor`.
+those of transformers' `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor`.
 """
 
 import dataclasses
@@ -30,9 +30,43 @@ FILES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", ""),
 )
-NAME, IMAGE_NAME = "Qwen2VLVideoProcessor", "Qwen2VLImageProcessor"
-# What a file leaves out.
-SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}
+IMAGE_NAME = "Qwen2VLImageProcessor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How one video processor differs from the others.
+
+    defaults: what a file may leave out. together: whether sizes bound the pixels of all frames, not
+    of each. whole: see `Sampling`.
+    """
+
+    defaults: dict[str, Any]
+    together: bool
+    whole: bool
+
+
+KINDS = {
+    "Qwen2VLVideoProcessor": Kind(
+        {
+            "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
+            "max_video_tokens": 128000,
+        },
+        together=False,
+        whole=True,
+    ),
+    "Qwen3VLVideoProcessor": Kind(
+        {
+            "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768},
+            "patch_size": 16,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "max_video_tokens": 768,
+        },
+        together=True,
+        whole=False,
+    ),
+}
 OWN: dict[str, Any] = {  # settings that images do not have
     "fps": None,
     "num_frames": None,
@@ -40,7 +74,7 @@ OWN: dict[str, Any] = {  # settings that images do not have
     "max_frames": 768,
     "do_sample_frames": False,  # here frames are always sampled, as Qwen's utilities do first
     "cap_pixels_per_frame": None,
-    "max_video_tokens": 128000,
+    "max_video_tokens": None,
 }
 NO_EFFECT = IGNORED | {"video_processor_type", "return_metadata", "video_metadata"}
 
@@ -51,12 +85,14 @@ class VideoProcessor:
 
     patches: how one frame is cut. sampling: which frames, where a record does not say.
     cap: whether all frames share `max_video_tokens`, so that many frames become small ones.
+    name: a key of `KINDS`.
     """
 
     patches: Patches
     sampling: Sampling
     cap: bool
     max_video_tokens: int
+    name: str
     limit: float = math.inf  # pixels of a frame, as far as the least allows
 
     def limited(self, max_pixels: int) -> "VideoProcessor":
@@ -67,6 +103,8 @@ class VideoProcessor:
         """Return the (height, width) in pixels that the video's frames are resized to."""
         raw = self.patches.raw
         factor = raw["patch_size"] * raw["merge_size"]
+        if KINDS[self.name].together:
+            return self._size_together(video, factor)
         least = video.pixels.get("min_pixels", self.patches.min_pixels)
         most = video.pixels.get("max_pixels", self.patches.max_pixels)
         if most < max(least, factor * factor):
@@ -81,6 +119,22 @@ class VideoProcessor:
         most = max(least, factor * factor, min(most, self.limit))
         return smart_resize(video.height, video.width, factor, least, int(most))
 
+    def _size_together(self, video: Video, factor: int) -> tuple[int, int]:
+        """By a bound on the pixels of all frames; a record's, and `limit`, are of one frame."""
+        frames = video.count
+        least: float = self.patches.min_pixels
+        most: float = self.patches.max_pixels
+        if self.cap:
+            share = max(min(self.max_video_tokens * factor**2, most // frames), int(least * 1.05))
+            most = share * frames
+        if "min_pixels" in video.pixels:
+            least = video.pixels["min_pixels"] * frames
+        each = min(video.pixels.get("max_pixels", math.inf), self.limit)
+        most = max(min(most, each * frames), least, factor**2 * frames)
+        return fit_together(
+            frames, video.height, video.width, self.sampling.factor, factor, int(least), int(most)
+        )
+
     def grid(self, video: Video) -> tuple[int, int, int]:
         """Return (frames, height, width) in patches, from the header alone."""
         height, width = self.size(video)
@@ -90,6 +144,8 @@ class VideoProcessor:
     @property
     def largest(self) -> int:
         """The most patches a video may have whose record sets nothing itself."""
+        if KINDS[self.name].together:
+            return self.patches.largest
         return -(-self.sampling.max_frames // self.sampling.factor) * self.patches.largest
 
     def settings(self) -> dict[str, Any]:
@@ -98,7 +154,7 @@ class VideoProcessor:
         count = {"num_frames": sampling.nframes} if sampling.nframes else {"fps": sampling.fps}
         return {
             **{key: value for key, value in frame.items() if key != "image_processor_type"},
-            "video_processor_type": NAME,
+            "video_processor_type": self.name,
             **count,
             "min_frames": sampling.min_frames,
             "max_frames": sampling.max_frames,
@@ -128,6 +184,41 @@ class VideoProcessor:
         return cut.reshape(int(np.prod(grid)), -1), grid
 
 
+def fit_together(
+    frames: int, height: int, width: int, depth: int, factor: int, least: int, most: int
+) -> tuple[int, int]:
+    """Return the (height, width) in pixels, multiples of `factor`, of frames with a bound on all.
+
+    depth: the frames of one patch, of which a multiple counts. `smart_resize` of transformers'
+    `Qwen3VLVideoProcessor`. Raises `UserError` for fewer frames than that, and for sides that
+    differ more than 200 times.
+    """
+    if frames < depth:
+        raise UserError(f"it has {frames} frame, and a patch holds {depth}: give {depth} or more.")
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > 200 * min(height, width):
+        raise UserError(
+            f"a frame has {width} x {height} pixels: one side is more than 200 times the other."
+        )
+    high, wide = (round(side / factor) * factor for side in (height, width))
+    count = round(frames / depth) * depth
+    if count * high * wide > most:
+        shrink = math.sqrt(frames * height * width / most)
+        return (
+            max(factor, math.floor(height / shrink / factor) * factor),
+            max(factor, math.floor(width / shrink / factor) * factor),
+        )
+    if count * high * wide < least:
+        grow = math.sqrt(least / (frames * height * width))
+        return (
+            math.ceil(height * grow / factor) * factor,
+            math.ceil(width * grow / factor) * factor,
+        )
+    return high, wide
+
+
 def read_video_settings(*directories: str | Path) -> dict[str, Any] | None:
     """Return the video settings of the first directory that has some, or None.
 
@@ -152,23 +243,31 @@ def make_video_processor(
     """
     named = raw.get("video_processor_type") or raw.get("image_processor_type")
     name = str(named or "").removesuffix("Fast").removesuffix("Pil")
-    if name not in (NAME, IMAGE_NAME):
+    own_kind = name in KINDS
+    if not own_kind and name != IMAGE_NAME:
         raise UserError(
             f"The video settings have the type {named!r}, which is not supported"
-            f"{nearest(name, [NAME])}. Supported: {NAME}."
+            f"{nearest(name, KINDS)}. Supported: {', '.join(KINDS)}."
         )
-    cut = PROCESSORS[IMAGE_NAME][1]
-    check_keys("video", raw, NAME, [*cut, *OWN], NO_EFFECT)
+    name = name if own_kind else "Qwen2VLVideoProcessor"
+    kind, cut = KINDS[name], PROCESSORS[IMAGE_NAME][1]
+    check_keys("video", raw, name, [*cut, *OWN], NO_EFFECT)
     frames = {key: raw[key] for key in cut if raw.get(key) is not None}
-    if name == NAME:
-        frames["size"] = {**SIZE, **frames.get("size", {})}
+    if own_kind:
+        left_out = {key: value for key, value in kind.defaults.items() if key in cut}
+        frames = {
+            **left_out,
+            **frames,
+            "size": {**kind.defaults["size"], **frames.get("size", {})},
+        }
     processor = make_processor(
         {**frames, "image_processor_type": IMAGE_NAME},
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )
     assert isinstance(processor, Patches)
-    own = {**OWN, **{key: raw[key] for key in OWN if raw.get(key) is not None}}
+    defaults = {key: value for key, value in kind.defaults.items() if key in OWN}
+    own = {**OWN, **defaults, **{key: raw[key] for key in OWN if raw.get(key) is not None}}
     numbers = ("fps", "num_frames", "min_frames", "max_frames", "max_video_tokens")
     for key, value in ((key, own[key]) for key in numbers if own[key] is not None):
         if not (isinstance(value, int | float) and value > 0):
@@ -180,12 +279,12 @@ def make_video_processor(
         max_frames=max_frames or own["max_frames"],
         nframes=None if fps else own["num_frames"],
         factor=processor.raw["temporal_patch_size"],
+        whole=kind.whole,
     )
     if sampling.max_frames < max(sampling.min_frames, sampling.factor):
         raise UserError(
             f"A video may have {sampling.min_frames} to {sampling.max_frames} frames: "
             f"data.video_max_frames must be at least data.video_min_frames and {sampling.factor}."
         )
-    return VideoProcessor(
-        processor, sampling, bool(own["cap_pixels_per_frame"]), own["max_video_tokens"]
-    )
+    cap, most = bool(own["cap_pixels_per_frame"]), own["max_video_tokens"]
+    return VideoProcessor(processor, sampling, cap, most, name)

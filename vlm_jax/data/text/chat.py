@@ -27,6 +27,8 @@ SLOTS = ("\ue0f2", "\ue0f3")  # where an image's, a video's features go
 RESERVED = re.compile("[\ue0f0-\ue0f5]")  # and the marks of `Template`
 SPACE = re.compile(r"\s*")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no tokenizer takes it
+# What stands for a medium: a number of placeholders, or words and such numbers.
+Written = int | Sequence[str | int]
 ANSWER = "The answer."  # of a conversation that is rendered to see how the template ends it
 
 
@@ -78,16 +80,16 @@ class Chat:
     def encode(
         self,
         messages: Messages,
-        image_tokens: Sequence[int],
+        image_tokens: Sequence[Written],
         train_on: str = "all",
-        video_tokens: Sequence[int] = (),
+        video_tokens: Sequence[Written] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens int32 [T] and weights float32 [T]: 1 on what the assistant writes.
 
         A message's own "weight" (0 or above) stands in place of 1 on what it writes.
 
-        image_tokens: how many placeholders each image takes, in the order of the image parts;
-        video_tokens likewise.
+        image_tokens: how many placeholders each image takes, in the order of the image parts, or
+        what is written for it: words and numbers of placeholders; video_tokens likewise.
         train_on: "all" (or "answers") assistant turns, or the "last" one.
 
         An answer's weights run up to and with its end of turn, for Qwen2-VL `<|im_end|>` and the
@@ -118,7 +120,10 @@ class Chat:
         return self._tokens(messages, False, counts, (image_tokens, video_tokens))
 
     def prompt(
-        self, messages: Messages, image_tokens: Sequence[int], video_tokens: Sequence[int] = ()
+        self,
+        messages: Messages,
+        image_tokens: Sequence[Written],
+        video_tokens: Sequence[Written] = (),
     ) -> np.ndarray:
         """Return tokens int32 [T] of the conversation up to where the assistant is to write."""
         counts = [0.0 for message in messages if message["role"] == "assistant"]
@@ -192,17 +197,26 @@ class Chat:
         messages: Messages,
         prompt: bool,
         counts: Sequence[float],
-        features: tuple[Sequence[int], Sequence[int]],
+        features: tuple[Sequence[Written], Sequence[Written]],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and weights: `counts` has one for each of the assistant's turns."""
         messages = [self._escape(message) for message in messages]
         rendered, turns = find_answers(self._render, messages, prompt, self.compiled, self.ends)
-        edits = [
-            (*found.span(), new)
-            for name, slot, literal in zip(self.placeholders, SLOTS, LITERALS, strict=False)
-            for old, new in ((name, slot), (literal, name))
-            for found in re.finditer(re.escape(old), rendered)
-        ]
+        each_media = [[_parts(one) for one in many] for many in features]
+        edits = []
+        for kind, name, slot, literal, many in zip(
+            self.media.values(), self.placeholders, SLOTS, LITERALS, each_media, strict=False
+        ):
+            places = [found.span() for found in re.finditer(re.escape(name), rendered)]
+            if len(places) != len(many):
+                raise UserError(
+                    f"The chat template of '{self.directory}' renders {len(places)} {kind} "
+                    f"placeholders for {len(many)} {kind}s. Does it know {kind} parts "
+                    f"({{'type': '{kind}'}}) in every role that has them?"
+                )
+            texts = ["".join(slot if isinstance(p, int) else p for p in parts) for parts in many]
+            edits += [(*place, text) for place, text in zip(places, texts, strict=True)]
+            edits += [(*found.span(), name) for found in re.finditer(literal, rendered)]
         stops = {}  # where a turn's last span ends instead
         for start, end in (turn[-1] for turn in turns if turn):  # marks leave out an empty answer
             body = start + len(rendered[start:end].rstrip())
@@ -234,17 +248,15 @@ class Chat:
         each = [count for turn, count in zip(turns, counts, strict=True) for _ in turn]
         weights = np.where(starts < bounds[last, 1], np.array([0, *each], np.float32)[last], 0)
         repeats = np.ones(len(tokens), np.int64)
-        for (token_id, kind), many in zip(self.media.items(), features, strict=False):
+        for token_id, many in zip(self.media, each_media, strict=False):
             slots = tokens == token_id
-            if slots.sum() != len(many):
-                raise UserError(
-                    f"The chat template of '{self.directory}' renders {slots.sum()} {kind} "
-                    f"placeholders for {len(many)} {kind}s. Does it know {kind} parts "
-                    f"({{'type': '{kind}'}}) in every role that has them?"
-                )
             weights[slots] = 0  # a placeholder is not written by anybody
-            repeats[slots] = many
+            repeats[slots] = [p for parts in many for p in parts if isinstance(p, int)]
         return np.repeat(tokens, repeats), np.repeat(weights, repeats)
+
+
+def _parts(written: Written) -> Sequence[str | int]:
+    return [written] if isinstance(written, int) else written
 
 
 def apply_edits(
