@@ -161,8 +161,12 @@ def wide(family: str, directory: Path, factor: float = 6.0):
         return llava(directory, "clip", "llama", factor=factor, extra=WIDE)
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
     text = WIDE | dict(rope_parameters=rope)
-    if family == "qwen2_5_vl":
-        return qwen2_5_vl(directory, factor=factor, text=text, vision=dict(out_hidden_size=64))
+    if family != "qwen2_vl":
+        make = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}[family]
+        rope["mrope_interleaved"] = family == "qwen3_vl"
+        return make(
+            directory, factor=factor, text=text | dict(head_dim=16), vision=dict(out_hidden_size=64)
+        )
     return qwen2_vl(directory, factor=factor, text=text, vision=dict(hidden_size=64))
 
 

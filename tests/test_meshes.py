@@ -33,8 +33,8 @@ MESHES = [
 KINDS = [("qwen2_vl", "nf4-dq"), ("llava", None), ("qwen2_vl", None), ("llava", "nf4-dq")]
 CASES = [(*kind, sizes) for kind in KINDS for sizes in MESHES]
 FAST = CASES[:4] + CASES[6:7]
-CASES += [("qwen2_5_vl", "nf4-dq", sizes) for sizes in MESHES]
-FAST += CASES[-2:-1]
+CASES += [(family, "nf4-dq", sizes) for family in ("qwen2_5_vl", "qwen3_vl") for sizes in MESHES]
+FAST += CASES[-6:-5] + CASES[-1:]
 
 
 def example(model, rng, *parts):

@@ -80,10 +80,11 @@ MEDIA = {
     "qwen2_vl": [("image", "image"), (), ("video",), ("image", "video", "image"), ("image",)],
     "llava": [("image", "image"), (), ("image",), ("image", "image", "image")],
 }
-MEDIA["qwen2_5_vl"] = MEDIA["qwen2_vl"]
+MEDIA |= dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), MEDIA["qwen2_vl"])
 FILES = {
     "qwen2_vl": qwen2_vl_files,
     "qwen2_5_vl": functools.partial(qwen2_vl_files, family="qwen2_5_vl"),
+    "qwen3_vl": functools.partial(qwen2_vl_files, family="qwen3_vl"),
     "llava": llava_files,
 }
 

@@ -1,5 +1,6 @@
 """Loss masks without marks equal those of TRL's training templates, token for token."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -46,6 +47,7 @@ def conversation(rng, system):
     ("plain", "marked", "files"),
     [
         ("qwen2_5_vl", "qwen2_5_vl_training", qwen2_vl_files),  # Qwen2-VL's is the same text
+        ("qwen3_vl", "qwen3_vl_training", functools.partial(qwen2_vl_files, family="qwen3_vl")),
         ("llava_next", "llava_next_training", llava_files),
     ],
 )

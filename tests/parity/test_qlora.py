@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from references import llava_inputs, quiet, qwen2_vl_inputs, wide
+from references import llava_inputs, quiet, wide
 from references_4bit import OUTSIDE, four_bit, layers_4bit
-from test_peft import PROJECTOR, assert_twenty_equal_steps
+from test_peft import PROJECTOR, QWEN, assert_twenty_equal_steps
 
 import vlm_jax
 from vlm_jax.trees import flatten
@@ -32,12 +32,13 @@ def adapted_pair(family, tmp_path):
                 if "lora_B" in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         twin.save_pretrained(tmp_path / "adapter")
-    assert len(layers_4bit(twin)) == 14, "bitsandbytes computes all layers of the decoder"
+    layers = dense.config.text_config.num_hidden_layers
+    assert len(layers_4bit(twin)) == 7 * layers, "bitsandbytes computes all layers of the decoder"
     model, params = vlm_jax.load_peft(*vlm_jax.load(tmp_path / "4bit"), tmp_path / "adapter")
     kernels = [leaf for leaf in flatten(params).values() if isinstance(leaf, NF4)]
     assert len(kernels) == 7 and all(leaf.double and leaf.aligned for leaf in kernels)
-    if family == "qwen2_vl":
-        inputs = qwen2_vl_inputs("mixed")
+    if family in QWEN:
+        inputs = QWEN[family][1]("mixed")
     else:
         inputs = llava_inputs(model.config.image_tokens())
     answers = (inputs["attention_mask"] == 1) & (inputs["input_ids"] < 99)
