@@ -10,9 +10,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import transformers
 import yaml
-from checkpoint_files import llava_files
+from checkpoint_files import llava_files, qwen2_vl_files
 from runs import lines
+from safetensors.numpy import load_file
 from test_video import write_video
 
 import vlm_jax
@@ -92,6 +94,33 @@ def test_llava_in_4_bits_from_captions(place, made, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(exporting, "_answers", lambda *given: np.zeros((1, 1)))
     assert main(["export", "--run", str(run), "--merge", "--quantized"]) == 0
     assert "Quantizing the sums again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_qlora_of_images_and_film_in_packed_rows(place, made, tmp_path, family):
+    """And what it writes loads in transformers."""
+    base = tmp_path / "base"
+    base.mkdir()
+    raw = json.loads((qwen2_vl_files(base, family=family) / "config.json").read_text())
+    model = vlm_jax.from_config(raw)
+    vlm_jax.save_pretrained(model, jax.jit(model.init)(jax.random.key(0)), base)
+    write_video(tmp_path / "a.mp4", 6)
+    turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "red"}]
+    row = json.dumps({"video": "a.mp4", "messages": turns}) + "\n"
+    (tmp_path / "films.jsonl").write_text(row * 4)
+    sources = [{"path": str(place / "data/train.jsonl"), "weight": 1},
+               {"path": str(tmp_path / "films.jsonl"), "weight": 1}]  # fmt: skip
+    changes = {"data": {"packing": True, "max_seq_length": 160}, "method": "qlora"}
+    run, words = made(family, base, sources, changes)
+    assert main([*words, "--lora.r", "2"]) == 0
+    assert "model.visual.merger" in " ".join(load_file(run / "adapter/adapter_model.safetensors"))
+    assert main(["export", "--run", str(run), "--merge"]) == 0
+    merged = transformers.AutoModelForImageTextToText
+    _, found = merged.from_pretrained(run / "merged", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    image, question = str(place / "data/0.png"), "What color is it?"
+    words = ["--model", str(run / "merged"), "--image", image, "--prompt", question]
+    assert main(["generate", *words, "--max-new-tokens", "3"]) == 0
 
 
 def test_full_training_of_a_mixture_with_video_keeps_the_best(place, made, tmp_path):

@@ -1,13 +1,14 @@
-"""Positions of tokens and patches equal those of transformers' Qwen2-VL and Qwen2.5-VL."""
+"""Positions of tokens and patches equal those of transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -103,6 +104,27 @@ def test_mrope_with_times_equals_the_reference(timed_reference):
         got = mrope(tokens, images, videos, 2, IMAGE, VIDEO, 3 * seconds)
         np.testing.assert_array_equal(got, want)
         assert got.max() + 1 - len(tokens) == delta
+
+
+def test_mrope_of_frames_apart_equals_the_reference():
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"intermediate_size": 16, "deepstack_visual_indexes": []}
+    with torch.device("meta"):
+        model = Qwen3VLModel(Qwen3VLConfig(text_config=TEXT, vision_config=vision))
+    rng = np.random.default_rng(6)
+    for trial in range(300):
+        parts, images, videos = [], [], []
+        for _ in range(1 + trial % 4):
+            frames, is_film = int(rng.integers(1, 6)), bool(rng.integers(2))
+            grid = tuple(int(n) * 2 for n in rng.integers(1, 6, 2))
+            (videos if is_film else images).append((frames if is_film else 1, *grid))
+            for _ in range(frames if is_film else 1):
+                parts += list(rng.integers(0, 900, rng.integers(1, 6)))
+                parts += [VIDEO if is_film else IMAGE] * (grid[0] * grid[1] // 4)
+        tokens = np.array([*parts, 1], np.int32)
+        want, _ = expected(model, tokens, images, videos)
+        apart = [(1, h, w) for t, h, w in videos for _ in range(t)]
+        np.testing.assert_array_equal(mrope(tokens, images, apart, 2, IMAGE, VIDEO), want)
 
 
 def grids_of(rng, count, merge):

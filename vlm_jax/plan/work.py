@@ -24,7 +24,7 @@ KERNELS = ("kernel", "lora_A", "lora_B", "added", "start_A", "start_B")
 ENDS_IN = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv"), QKV),
     **dict.fromkeys(("o_proj", "out_proj", "proj"), MID),
-    **{"gate_proj": GATE, "up_proj": UP, "fc1": UP},
+    **{"gate_proj": GATE, "up_proj": UP, "fc1": UP, "linear_fc1": UP},
 }
 
 
