@@ -28,6 +28,8 @@ MODELS = {
     "Qwen2-VL 2B": "Qwen/Qwen2-VL-2B-Instruct",
     "Qwen2-VL 7B": "Qwen/Qwen2-VL-7B-Instruct",
     "Qwen2-VL 72B": "Qwen/Qwen2-VL-72B-Instruct",
+    "Qwen2.5-VL 7B": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "Qwen3-VL 8B": "Qwen/Qwen3-VL-8B-Instruct",
     "LLaVA-1.5 7B": "llava-hf/llava-1.5-7b-hf",
     "LLaVA-1.5 13B": "llava-hf/llava-1.5-13b-hf",
 }

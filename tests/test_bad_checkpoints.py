@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -15,7 +16,13 @@ from vlm_jax.generation import end_tokens
 from vlm_jax.model import Source
 from vlm_jax.models import MODELS
 
-FILES = {"qwen2_vl": qwen2_vl_files, "llava": llava_files}
+FILES = {
+    "llava": llava_files,
+    **{
+        family: functools.partial(qwen2_vl_files, family=family)
+        for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    },
+}
 
 
 @pytest.fixture(scope="module", params=FILES)
@@ -179,7 +186,61 @@ def test_every_family_says_whether_its_images_have_grids():
     assert {name: family.HAS_GRIDS for name, family in MODELS.items()} == {
         "llava": False,
         "qwen2_vl": True,
+        "qwen2_5_vl": True,
+        "qwen3_vl": True,
     }
+
+
+VISION = "vision_config"
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "value", "message"),
+    [
+        ("qwen2_5_vl", (VISION, "out_hidden_size"), 8, "out_hidden_size must equal the decoder's"),
+        ("qwen2_5_vl", (VISION, "window_size"), 7, "window_size = 7 pixels, less than one merged"),
+        ("qwen2_5_vl", (VISION, "fullatt_block_indexes"), [1.5], "whole numbers"),
+        ("qwen3_vl", (VISION, "num_position_embeddings"), 8, "num_position_embeddings = 8, which"),
+        ("qwen3_vl", (VISION, "deepstack_visual_indexes"), [1, 0], "numbers of its 2 blocks"),
+        ("qwen3_vl", (VISION, "deepstack_visual_indexes"), [0, 1], "which has 1 layers"),
+        ("qwen3_vl", ("model_type",), "qwen3_vl_moe", "layers of experts, which are not supported"),
+        (
+            "qwen3_vl",
+            ("model_type",),
+            "internvl_chat",
+            "is code in the checkpoint's own repository",
+        ),
+    ],
+)
+def test_what_a_newer_family_cannot_be_is_said(tmp_path, family, path, value, message):
+    config = json.loads((FILES[family](tmp_path) / "config.json").read_text())
+    with pytest.raises(UserError, match=message):
+        vlm_jax.from_config(broken(config, path, value))
+
+
+def test_rotary_positions_that_the_reference_would_not_read_are_refused(tmp_path):
+    config = json.loads((FILES["qwen3_vl"](tmp_path) / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["mrope_interleaved"] = False
+    with pytest.raises(UserError, match="mrope_interleaved = False; this model computes with true"):
+        vlm_jax.from_config(config)
+    config["text_config"]["rope_parameters"] |= {"mrope_interleaved": True}
+    config["text_config"]["rope_parameters"] |= {"partial_rotary_factor": 0.5}
+    with pytest.raises(UserError, match="partial_rotary_factor, which is not supported"):
+        vlm_jax.from_config(config)
+
+
+def test_arrays_of_another_familys_processor_are_refused(tmp_path):
+    raw = json.loads((FILES["qwen2_5_vl"](tmp_path) / "config.json").read_text())
+    model, ids = vlm_jax.from_config(raw), np.array([[5, 6]])
+    with pytest.raises(UserError, match="takes no 'second_per_grid_t'.*second_per_grid_ts"):
+        model.batch(ids, second_per_grid_t=[1.0])
+    grid = np.array([[1, 2, 2]])
+    film = dict(pixel_values_videos=np.zeros((4, 96)), video_grid_thw=grid)
+    with pytest.raises(UserError, match=r"second_per_grid_ts must be \[videos\], 1; it is \(2,\)"):
+        model.batch(ids, **film, second_per_grid_ts=[1.0, 2.0])
+    with pytest.raises(UserError, match="qwen3_vl takes no 'second_per_grid_ts'"):
+        raw = json.loads((FILES["qwen3_vl"](tmp_path) / "config.json").read_text())
+        vlm_jax.from_config(raw).batch(ids, second_per_grid_ts=[1.0])
 
 
 def test_a_processor_that_does_not_fit_the_model(tmp_path):

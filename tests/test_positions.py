@@ -1,4 +1,4 @@
-"""Positions of tokens and patches equal those of transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+"""Positions of tokens and patches are those of transformers' Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
 
 import itertools
 

@@ -6,14 +6,14 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from vlm_jax.batch import Batch, Example
+from vlm_jax.data.fitted import Features, Fitted, count, stack_grids, written
 from vlm_jax.data.lengths import FILMED, SHRUNK, TURNS_DROPPED, Size
 from vlm_jax.data.media.access import Access
-from vlm_jax.data.media.frame_sampling import Video
 from vlm_jax.data.media.headers import KINDS, Grids, Media
 from vlm_jax.data.media.image_settings import check_processor, make_processor, read_settings
 from vlm_jax.data.media.processors import look_up
@@ -26,28 +26,11 @@ from vlm_jax.data.text.template import BadTemplate
 from vlm_jax.errors import UserError
 from vlm_jax.files.limits import MAX_IMAGE_PIXELS, read_json
 from vlm_jax.models import read_family
-from vlm_jax.models.family import NAMES_OF_MEDIA, Grid
+from vlm_jax.models.family import NAMES_OF_MEDIA
 
-Features = dict[str, list[Sequence[str | int]]]  # of each medium by kind, see Family.written
 ON_BAD_EXAMPLE = ("raise", "skip")
 # What of a checkpoint directory the sizes of examples hang on.
 SIZE_FILES = ("*config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat*")
-
-
-class Fitted(NamedTuple):
-    """An example as it fits a row, before any pixel is decoded.
-
-    media: the processors with the limit its images got. notes: bits of `measures`. films: the
-    videos' headers.
-    """
-
-    record: Record
-    media: Media
-    grids: Grids
-    tokens: np.ndarray
-    weights: np.ndarray
-    notes: int = 0
-    films: Sequence[Video] = ()
 
 
 class Encoder:
@@ -234,7 +217,7 @@ class Encoder:
         record = {**record, "messages": messages, **own}
         grids = {kind: fitted.grids[kind][: counts[kind]] for kind in KINDS}
         films = fitted.films[: counts["video"]]
-        features = self._features(grids, films)
+        features = written(self.config, grids, films)
         tokens = self.chat.prompt(messages, features["image"], features["video"])
         no_weights = np.zeros(len(tokens), np.float32)
         shown = Fitted(record, fitted.media, grids, tokens, no_weights, films=films)
@@ -276,12 +259,12 @@ class Encoder:
             media = self.media.limited(max_pixels)
             own = {k: headers[k][len(headers[k]) - len(record[f"{k}s"]) :] for k in KINDS}
             grids = media.grids(record, own)
-            features = self._features(grids, own["video"])
+            features = written(self.config, grids, own["video"])
             turns = len(record["messages"])
             if turns not in texts:
                 texts[turns] = features, *self._encode_text(record, features)
             encoded, ids, weights = texts[turns]
-            tokens = len(ids) + _count(features) - _count(encoded)
+            tokens = len(ids) + count(features) - count(encoded)
             if features != encoded:  # other features for the same text: encoded once it fits
                 ids = None
             return Trial(
@@ -292,9 +275,9 @@ class Encoder:
         trial, fits = fit(record, attempt, limits, self.overlong, self.media.pixels)
         media, grids, tokens, weights = trial.encoded
         films = headers["video"][len(headers["video"]) - len(trial.record["videos"]) :]
-        features = self._features(grids, films)
+        features = written(self.config, grids, films)
         if not fits:
-            raise too_long(trial, limits, self.overlong, _count(features), grids)
+            raise too_long(trial, limits, self.overlong, count(features), grids)
         if tokens is None:
             tokens, weights = self._encode_text(trial.record, features)
         notes = SHRUNK * (trial.max_pixels is not None) | FILMED * bool(trial.record["videos"])
@@ -350,9 +333,9 @@ class Encoder:
             "tokens": fitted.tokens,
             "weights": fitted.weights,
             "pixel_values": values["image"],
-            "image_grid_thw": _stack_grids(fitted.grids["image"]),
+            "image_grid_thw": stack_grids(fitted.grids["image"]),
             "pixel_values_videos": values["video"],
-            "video_grid_thw": _stack_grids(fitted.grids["video"]),
+            "video_grid_thw": stack_grids(fitted.grids["video"]),
             **self._of_videos(fitted),
         }
 
@@ -374,19 +357,6 @@ class Encoder:
     def _patches(self, grids: Grids) -> int:
         return sum(self.config.image_patches(grid) for kind in KINDS for grid in grids[kind])
 
-    def _features(self, grids: Grids, films: Sequence[Video]) -> Features:
-        times: dict[str, list[Sequence[float]]] = {
-            "image": [()] * len(grids["image"]),
-            "video": [film.times for film in films],
-        }
-        return {
-            kind: [
-                self.config.written(kind, grid, when)
-                for grid, when in zip(grids[kind], times[kind], strict=True)
-            ]
-            for kind in KINDS
-        }
-
     def _encode_text(self, record: Record, features: Features) -> tuple[np.ndarray, np.ndarray]:
         try:
             return self.chat.encode(
@@ -396,16 +366,6 @@ class Encoder:
             raise
         except UserError as error:
             raise BadExample("template", f"{describe(record)}: {error}") from error
-
-
-def _count(features: Features) -> int:
-    """Return how many placeholders there are in all."""
-    parts = itertools.chain(*itertools.chain(*features.values()))
-    return sum(part for part in parts if isinstance(part, int))
-
-
-def _stack_grids(grids: Sequence[Grid]) -> np.ndarray | None:
-    return np.array(grids, np.int64) if grids and grids[0] is not None else None
 
 
 def encode(model_directory: str | Path, record: Any, **options: Any) -> dict[str, Any] | None:

@@ -64,6 +64,7 @@ class Qwen25VL(Qwen2VL):
     vision: TimedTower
 
     TEXT_TYPE = "qwen2_5_vl_text"
+    GROUNDING = None  # pixels of the image as it is resized, in more than one notation
     OF_VIDEOS = ("second_per_grid_ts",)
     KNOWN = {
         "Qwen/Qwen2.5-VL-3B-Instruct": _published(2048, 11008, 36, 16, 2, 151936, tied=True),
@@ -79,6 +80,12 @@ class Qwen25VL(Qwen2VL):
         sizes = common_sizes(vision, own, heads, "hidden_size / num_heads")
         window = vision.size("window_size", 112)
         merged = window // sizes["merge"] // sizes["patch_shape"][-1]
+        full = vision.take("fullatt_block_indexes", [7, 15, 23, 31], list)
+        if not all(isinstance(n, int) for n in full):
+            raise UserError(
+                f"The {vision.where} has fullatt_block_indexes = {full!r:.80}; expected whole "
+                f"numbers."
+            )
         if not merged:
             raise UserError(
                 f"The {vision.where} has window_size = {window} pixels, less than one merged "
@@ -91,7 +98,7 @@ class Qwen25VL(Qwen2VL):
             norm="rms",
             mlp=("gate_proj", "up_proj", "down_proj"),
             window=merged,
-            full=tuple(vision.take("fullatt_block_indexes", [7, 15, 23, 31], list)),
+            full=tuple(full),
             tokens_per_second=vision.positive("tokens_per_second", 4),
             **sizes,
         )

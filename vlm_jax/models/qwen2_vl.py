@@ -109,7 +109,7 @@ class Qwen2VL(Family):
     ]
     UNUSED = [r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq"]
     HAS_GRIDS = True
-    GROUNDING = Grounding(
+    GROUNDING: ClassVar[Grounding | None] = Grounding(
         "<|object_ref_start|>{}<|object_ref_end|>", "<|box_start|>{}<|box_end|>", 1000
     )
     KNOWN = {

@@ -75,6 +75,7 @@ class Qwen3VL(Qwen2VL):
         (r"model/visual/.*(scale|bias)", (None,)),
     ]
     RENAMES = []
+    GROUNDING = None  # JSON, in more than one notation
     LAST = ("down_proj", "linear_fc2")
     KNOWN = {
         "Qwen/Qwen3-VL-2B-Instruct": _published(2048, 6144, 28, 16, SMALL, tied=True),
