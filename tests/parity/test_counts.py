@@ -11,7 +11,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
 )
 
 import vlm_jax
@@ -25,6 +27,11 @@ BASES = {
     "llava": ("llava-hf/llava-1.5-7b-hf", LlavaForConditionalGeneration),
     "qwen": ("Qwen/Qwen2-VL-7B-Instruct", Qwen2VLForConditionalGeneration),
 }
+NEWER = {
+    "qwen2.5": ("Qwen/Qwen2.5-VL-3B-Instruct", Qwen2_5_VLForConditionalGeneration),
+    "qwen3": ("Qwen/Qwen3-VL-8B-Instruct", Qwen3VLForConditionalGeneration),
+}
+MERGERS = ["merger", *(f"deepstack_merger_list.{n}" for n in range(3))]
 # Family, our LoRA, peft's LoraConfig.
 CASES = {
     "llava 16": ("llava", dict(rank=16, targets="llama"), dict(r=16, target_modules=LM)),
@@ -45,6 +52,16 @@ CASES = {
             rank_pattern={r"layers\.5\..*q_proj": 32},
         ),
     ),
+    "qwen2.5 16, projector": (  # whose tower has layers of the same names
+        "qwen2.5",
+        dict(rank=16, targets="qwen", modules_to_save=("projector",)),
+        dict(r=16, target_modules=LM, modules_to_save=["merger"]),
+    ),
+    "qwen3 8, projector": (
+        "qwen3",
+        dict(rank=8, targets="qwen", modules_to_save=("projector",)),
+        dict(r=8, target_modules=LM, modules_to_save=MERGERS),
+    ),
 }  # fmt: skip
 
 
@@ -63,16 +80,18 @@ def adapted_shapes(model, method, add=vlm_jax.add_lora):
 
 @pytest.fixture(scope="module")
 def ours():
-    return {family: vlm_jax.from_config(KNOWN[name]) for family, (name, _) in BASES.items()}
+    bases = {**BASES, **NEWER}
+    return {family: vlm_jax.from_config(KNOWN[name]) for family, (name, _) in bases.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_counts_are_pefts(ours, case):
     family, lora, config = CASES[case]
-    made = dict(KNOWN[BASES[family][0]])
+    hub, make = {**BASES, **NEWER}[family]
+    made = dict(KNOWN[hub])
     kind = made.pop("model_type")
     with torch.device("meta"), quiet():
-        reference = BASES[family][1](AutoConfig.for_model(kind, **made))
+        reference = make(AutoConfig.for_model(kind, **made))
         expected = get_peft_model(reference, LoraConfig(**config)).get_nb_trainable_parameters()
     model, params = adapted_shapes(ours[family], vlm_jax.LoRA(**lora))
     assert vlm_jax.count_parameters(model, params) == expected
