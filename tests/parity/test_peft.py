@@ -25,6 +25,7 @@ from references import (
     qwen3_vl_inputs,
     tensors,
 )
+from tiers import fast
 
 import vlm_jax
 from vlm_jax.names import current_name, disk_places, to_tree
@@ -269,8 +270,13 @@ def torch_loss(twin, inputs, labels):
     return twin(**tensors(inputs), labels=torch.from_numpy(labels)).loss
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+EVERY = [(family, kind) for family in FAMILIES for kind in KINDS]
+BOTH = [("qwen2_vl", kind) for kind in KINDS] + [("llava", kind) for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), fast([*BOTH, ("qwen2_5_vl", "DoRA"), ("qwen3_vl", "DoRA")], EVERY)
+)
 def test_gradients(tmp_path, family, kind):
     twin, model, params, inputs, labels = adapted_pair(family, tmp_path, 6.0, **KINDS[kind])
     with quiet():
@@ -334,8 +340,9 @@ def assert_twenty_equal_steps(
     return state.trainable
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"), fast([*BOTH, ("qwen2_5_vl", "LoRA"), ("qwen3_vl", "LoRA")], EVERY)
+)
 def test_twenty_steps(tmp_path, family, kind):
     assert_twenty_equal_steps(*adapted_pair(family, tmp_path, 3.0, **KINDS[kind]))
 
