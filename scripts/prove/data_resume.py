@@ -8,7 +8,6 @@ worker processes, as one host or two. All that was noted must equal a run that n
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import random
@@ -48,9 +47,11 @@ def read(folder: Path, log: Path, steps: int, workers: int, hosts: int) -> None:
         for _ in range(len(lines), steps):
             parts = [next(reader) for reader in readers]
             digest = hashlib.sha256()
-            for field in dataclasses.fields(parts[0][0]):
-                rows = np.concatenate([getattr(batch, field.name) for batch, *_ in parts])
-                digest.update(rows.tobytes())
+            each = [batch for batch, *_ in parts]
+            for name, array in vars(each[0]).items():
+                if array is not None:
+                    rows = np.concatenate([getattr(batch, name) for batch in each])
+                    digest.update(rows.tobytes())
             line = {"ids": [name for _, ids, _ in parts for name in ids], "after": parts[0][2]}
             file.write(json.dumps({**line, "digest": digest.hexdigest()}) + "\n")
             file.flush()

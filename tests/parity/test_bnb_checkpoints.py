@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from references import llava, llava_inputs, our_logits, quiet, qwen2_vl, qwen2_vl_inputs, tensors
+from references import llava, llava_inputs, our_logits, quiet, tensors
 from references_4bit import OUTSIDE, four_bit, layers_4bit, make_dense
 from safetensors.numpy import load_file
+from test_peft import QWEN
 
 import vlm_jax
 from vlm_jax.trees import flatten
@@ -23,16 +24,17 @@ KINDS = {
 
 
 def base(family, directory):
-    if family == "qwen2_vl":
-        return qwen2_vl(directory)
+    if family in QWEN:
+        return QWEN[family][0](directory)
     if family == "siglip":  # its head, which nothing here reads, has linear layers
         return llava(directory, "siglip", "qwen2")
     return llava(directory, "clip", "llama")
 
 
 def inputs_for(model):
-    if model.hf_config["model_type"] == "qwen2_vl":
-        return qwen2_vl_inputs("mixed")
+    family = model.hf_config["model_type"]
+    if family in QWEN:
+        return QWEN[family][1]("mixed")
     return llava_inputs(model.config.image_tokens())
 
 
@@ -77,6 +79,7 @@ def assert_near(logits, expected, inputs):
             for kind in ("nf4-dq", "fp4", "nf4 in part")
         ),
         *(("siglip", "nf4-dq"), ("siglip", "nf4 but fc1")),
+        *(("qwen2_5_vl", "nf4-dq"), ("qwen3_vl", "nf4-dq")),
     ],
 )
 def test_in_and_out(tmp_path, family, kind):

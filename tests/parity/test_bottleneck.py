@@ -90,6 +90,8 @@ def adapters_in(reference, model, params):
         ("llava", "houlsby"),
         ("qwen2_vl", "pfeiffer"),
         ("llava", "parallel"),
+        ("qwen2_5_vl", "pfeiffer"),
+        ("qwen3_vl", "houlsby"),
     ],
 )
 def test_logits_and_ten_steps(tmp_path, family, kind):
@@ -120,7 +122,7 @@ def test_logits_and_ten_steps(tmp_path, family, kind):
 
     trained = dict(named)
     for name, parameter in reference.named_parameters():
-        parameter.requires_grad_(model.config.PROJECTOR in name)
+        parameter.requires_grad_(any(one in name for one in model.config.projectors))
         if parameter.requires_grad:
             trained[name] = parameter
     adam = torch.optim.AdamW(trained.values(), lr=3e-3, weight_decay=0.0)

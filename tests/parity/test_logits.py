@@ -143,6 +143,44 @@ def test_qwen3_vl_generates_the_same_ids(qwen3):
     check_generation(*qwen3, qwen3_vl_inputs("mixed", left=True))
 
 
+@pytest.mark.parametrize(
+    ("make", "inputs", "more"),
+    [
+        (
+            qwen2_5_vl, qwen2_5_vl_inputs,
+            dict(
+                text=dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+                vision=dict(
+                    fullatt_block_indexes=[], patch_size=5, window_size=24, hidden_act="gelu"
+                ),
+                tie_word_embeddings=True,
+            ),
+        ),
+        (
+            qwen3_vl, qwen3_vl_inputs,
+            dict(
+                text=dict(
+                    attention_bias=True,
+                    num_key_value_heads=4,
+                    rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4),
+                ),
+                vision=dict(deepstack_visual_indexes=[]),
+                tie_word_embeddings=True,
+            ),
+        ),
+    ],
+    ids=["qwen2_5_vl", "qwen3_vl"],
+)  # fmt: skip
+def test_what_else_configs_of_newer_families_say(tmp_path, make, inputs, more):
+    reference = make(tmp_path, 1, **more)
+    given = inputs("mixed")
+    side = more["vision"].get("patch_size", 4)
+    rng = np.random.default_rng(9)
+    for name in ("pixel_values", "pixel_values_videos"):
+        given[name] = rng.normal(size=(len(given[name]), 6 * side**2)).astype(np.float32)
+    check(reference, *vlm_jax.load(tmp_path), given)
+
+
 LLAVAS = {
     "clip llama default": ("clip", "llama", dict(vision_feature_layer=-2)),
     "siglip qwen2 full": (

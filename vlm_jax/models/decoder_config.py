@@ -43,8 +43,7 @@ class Kind:
     have biases; None: whether the field attention_bias says so, of the output too. mlp_bias:
     whether there is a field of that name. windows: "none", "all" layers, or the "late" ones from
     max_window_layers on. sections: of positions of three axes, how many frequencies turn with each
-    where mrope_section is missing; () where it must not be; None: of one axis. interleaved: see
-    `Rope`.
+    where mrope_section is missing; () of one axis. interleaved: see `Rope`.
     """
 
     defaults: dict[str, Any]
@@ -52,7 +51,7 @@ class Kind:
     windows: str
     mlp_bias: bool = False
     qk_norm: bool = False
-    sections: tuple[int, ...] | None = None
+    sections: tuple[int, ...] = ()
     interleaved: bool = False
 
 
@@ -87,7 +86,7 @@ KINDS = {
             num_attention_heads=64, num_key_value_heads=8, head_dim=None, rms_norm_eps=1e-5,
             rope_theta=1e6, max_position_embeddings=32768, max_window_layers=80,
         ),
-        qkv_bias=True, windows="late", sections=(),
+        qkv_bias=True, windows="late", sections=(16, 24, 24),
     ),
     "qwen3": Kind(
         dict(
@@ -188,7 +187,7 @@ def decoder_from_hf(
         where,
         interleaved=kind.interleaved,
     )
-    if kind.sections is not None and not rope.mrope_section:
+    if kind.sections and not rope.mrope_section:
         raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
     fields.require("attention_dropout", (0.0, 0), 0.0)
     layers = fields.size("num_hidden_layers")
