@@ -112,6 +112,9 @@ def test_qlora_of_images_and_film_in_packed_rows(place, made, tmp_path, family):
                {"path": str(tmp_path / "films.jsonl"), "weight": 1}]  # fmt: skip
     changes = {"data": {"packing": True, "max_seq_length": 160}, "method": "qlora"}
     run, words = made(family, base, sources, changes)
+    page = tmp_path / "page.html"
+    assert main(["preview", *words[1:], "--out", str(page)]) == 0
+    assert ("video 2" in page.read_text()) == (family == "qwen3_vl")  # frames apart
     assert main([*words, "--lora.r", "2"]) == 0
     assert "model.visual.merger" in " ".join(load_file(run / "adapter/adapter_model.safetensors"))
     assert main(["export", "--run", str(run), "--merge"]) == 0

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.data import Pipeline
+from vlm_jax.data.fitted import written
 from vlm_jax.data.lengths import SHRUNK, TURNS_DROPPED
 from vlm_jax.data.planner import Step
 from vlm_jax.data.records.record import canonical
@@ -216,11 +217,18 @@ def _rows(
 
 def _named(pipeline: Pipeline, example: Example, index: int) -> Example:
     """Return the example with what its record tells: id, place, sizes of its files, notes."""
-    record = canonical(pipeline.records[index])
-    headers = pipeline.encoder.media.headers(record)
+    record, media = canonical(pipeline.records[index]), pipeline.encoder.media
+    headers = media.headers(record)
+    films = headers["video"]
+    texts = written(pipeline.encoder.config, media.grids(record, headers), films)["video"]
     originals = {
         "image": list(headers["image"]),
-        "video": [(film.height, film.width) for film in headers["video"]],
+        "video": [  # frames that stand apart in the text are a picture each
+            (film.height, film.width)
+            for film, text in zip(films, texts, strict=True)
+            for part in text
+            if isinstance(part, int)
+        ],
     }
     pictures = [
         dataclasses.replace(picture, original=originals[picture.kind].pop())
