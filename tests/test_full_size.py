@@ -25,6 +25,8 @@ PARAMETERS = {
     "llava-hf/llava-1.5-7b-hf": 7_063_425_024,
     "llava-hf/llava-1.5-13b-hf": 13_351_492_608,
     "Qwen/Qwen2-VL-72B-Instruct": 73_405_560_320,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
 }
 
 

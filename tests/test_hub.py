@@ -120,8 +120,8 @@ def test_config_fields(base):
     config["text_config"]["rope_parameters"]["rope_type"] = "longrope"
     (base / "config.json").write_text(json.dumps(config))
     refused(base, "longrope")
-    change_config(base, model_type="qwen3_vl")
-    refused(base, "qwen3_vl.*did you mean 'qwen2_vl'")
+    change_config(base, model_type="qwen2_vlm")
+    refused(base, "qwen2_vlm.*did you mean 'qwen2_vl'")
     (base / "config.json").write_text("{,")
     refused(base, "not valid JSON")
 

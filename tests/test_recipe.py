@@ -66,6 +66,14 @@ FULL_SIZE = {
     "llava15_7b_lora": (KNOWN["llava-hf/llava-1.5-7b-hf"], 7_063_427_072 - 2048),
     "llava15_13b_lora": (KNOWN["llava-hf/llava-1.5-13b-hf"], 13_351_494_656 - 2048),
     "qwen2_vl_7b_qlora": (KNOWN["Qwen/Qwen2-VL-7B-Instruct"], 8_291_375_616),
+    **{
+        f"qwen2_5_vl_7b_{kind}": (KNOWN["Qwen/Qwen2.5-VL-7B-Instruct"], 8_292_166_656)
+        for kind in ("lora", "qlora")
+    },
+    **{
+        f"qwen3_vl_8b_{kind}": (KNOWN["Qwen/Qwen3-VL-8B-Instruct"], 8_767_123_696)
+        for kind in ("lora", "qlora")
+    },
     "qwen2_vl_72b_qlora": (KNOWN["Qwen/Qwen2-VL-72B-Instruct"], 73_405_560_320),
     "llava15_7b_qlora": (KNOWN["llava-hf/llava-1.5-7b-hf"], 7_063_427_072 - 2048),
     "llava15_13b_qlora": (KNOWN["llava-hf/llava-1.5-13b-hf"], 13_351_494_656 - 2048),

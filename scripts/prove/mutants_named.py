@@ -78,8 +78,8 @@ NAMED = (
     Named(
         "M-RoPE's sections are in reverse order",
         "models/layers/rope.py",
-        "axis = np.repeat(np.arange(len(rope.mrope_section)), rope.mrope_section)",
-        "axis = np.repeat(np.arange(len(rope.mrope_section))[::-1], rope.mrope_section)",
+        "return np.repeat(axes, rope.mrope_section)",
+        "return np.repeat(axes[::-1], rope.mrope_section)",
         (f"{LOGITS}test_qwen2_vl_logits[one image-right]",),
     ),
     Named(

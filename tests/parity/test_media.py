@@ -24,7 +24,7 @@ from transformers.video_utils import VideoMetadata
 
 import vlm_jax
 from vlm_jax.data import Encoder
-from vlm_jax.data.media.frame_sampling import Sampling
+from vlm_jax.data.media.frame_sampling import Sampling, Video
 from vlm_jax.data.media.image_settings import make_processor
 from vlm_jax.data.media.images import read_image
 from vlm_jax.data.media.processors import look_up
@@ -189,3 +189,25 @@ def test_settings_of_a_bound_on_all_frames():
     assert ours.patches.raw["patch_size"] == 16 and not ours.sampling.whole
     assert ours.largest == 786432 // 16**2 and ours.max_video_tokens == 768
     assert make_video_processor(ours.settings()).settings() == ours.settings()
+
+    def film(frames=16, **pixels):
+        return Video(frames, 480, 640, None, pixels, 2.0, [])
+
+    # Options and a record's keys bound one frame; the record's come first.
+    bounded = make_video_processor(raw, max_pixels=65536)
+    assert bounded.size(film()) == ours.size(film(max_pixels=65536)) == (192, 256)
+    assert bounded.size(film(max_pixels=32768)) == ours.size(film(max_pixels=32768))
+    least = make_video_processor(raw, min_pixels=40000)
+    assert ours.size(film(4, min_pixels=40000)) == least.size(film(4))
+    for wrong, message in (
+        (film(max_pixels=100), "one token's 1024 pixels"),
+        (film(min_pixels=3000, max_pixels=2000), "3000 to 2000 pixels"),
+        (film(min_pixels=10**6), "more than the 786432 that the video settings allow"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ours.size(wrong)
+    assert ours.least == 1024 and ours.limited(1024).size(film(512)) == (32, 32)
+    assert make_video_processor(raw, max_frames=10**4).largest == 4 * 5000
+    image = {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 16}
+    assert make_video_processor(image, default="Qwen3VLVideoProcessor").name == ours.name
+    assert make_video_processor(image).name == "Qwen2VLVideoProcessor"

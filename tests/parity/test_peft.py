@@ -28,6 +28,7 @@ from references import (
 from tiers import fast
 
 import vlm_jax
+from vlm_jax.adapters.modules_to_save import saved_modules
 from vlm_jax.names import current_name, disk_places, to_tree
 from vlm_jax.train.trainable import training_table
 from vlm_jax.trees import flatten, unflatten
@@ -101,6 +102,14 @@ def test_our_adapter_in_peft(tmp_path, family, targets):
     )
     assert len(found) == ours, "peft adapts other modules than we do"
     assert_equal_logits(adapted, model, params, inputs)
+
+
+def test_a_list_of_modules_stands_for_its_members(tmp_path):
+    """PEFT holds no list of modules in full."""
+    _, model, params, _ = build("qwen3_vl", tmp_path)
+    names = ("deepstack_merger_list", "merger")
+    found = saved_modules(model, params, names).names
+    assert set(found) == set(PROJECTOR["qwen3_vl"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -75,7 +75,10 @@ def peft_modules(model: Model, modules: Iterable[str], name: str) -> tuple[str, 
     own = next((one for one in known if any(m.endswith(one) for m in modules)), None)
     if name in PROJECTOR_NAMES and (own is None or name in ANY_PROJECTOR):
         return model.config.projectors
-    return () if own is None else (own,)
+    # A list of modules, which PEFT cannot hold, stands for its members.
+    lists = {one: one.rpartition(".")[0] for one in model.config.projectors if "." in one}
+    members = tuple(one for one, outer in lists.items() if own and own.endswith(outer))
+    return members or (() if own is None else (own,))
 
 
 def saved_modules(model: Model, params: Mapping[str, Any], names: Iterable[str]) -> SavedModules:

@@ -130,6 +130,7 @@ class Encoder:
                 max_frames=video_max_frames,
                 min_pixels=video_min_pixels,
                 max_pixels=video_max_pixels,
+                default=config.VIDEO_PROCESSOR,
             )
         )
         self.media = Media(

@@ -51,6 +51,11 @@ class TowerSizes:
     patch_shape: tuple[int, ...]
     activation: str
 
+    @property
+    def gated(self) -> bool:
+        """Whether its blocks' MLPs have a gate."""
+        return False
+
 
 def components(vision: str, projector: str, text: str = "language_model") -> list[tuple[str, str]]:
     """Return `Family.COMPONENTS` of modules by their paths in `model`."""
@@ -91,6 +96,7 @@ class Family(Protocol):
     # The last products of blocks, by module: their results are only added.
     LAST: ClassVar[Sequence[str]] = ("down_proj", "fc2")
     BEHIND: ClassVar[str] = r".*/(post_layernorm|norm)/.*"  # of a tower, what follows its blocks
+    VIDEO_PROCESSOR: ClassVar[str] = "Qwen2VLVideoProcessor"  # where no file names one
     # What a Hugging Face processor returns of each video beside its pixels and grid.
     OF_VIDEOS: ClassVar[Sequence[str]] = ()
     HAS_GRIDS: ClassVar[bool]  # whether images differ in size, so that each brings a `Grid`
@@ -153,9 +159,9 @@ class Family(Protocol):
         return self.image_patches(grid) if self.HAS_GRIDS else 1
 
     @property
-    def added_features(self) -> bool:
-        """Whether `features` also gives some that are added in the decoder's first layers."""
-        return False
+    def added_features(self) -> int:
+        """In how many of the decoder's first layers further features are added."""
+        return 0
 
     @property
     def projectors(self) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ class Qwen3VL(Qwen2VL):
     RENAMES = []
     GROUNDING = None  # JSON, in more than one notation
     LAST = ("down_proj", "linear_fc2")
+    VIDEO_PROCESSOR = "Qwen3VLVideoProcessor"
     KNOWN = {
         "Qwen/Qwen3-VL-2B-Instruct": _published(2048, 6144, 28, 16, SMALL, tied=True),
         "Qwen/Qwen3-VL-4B-Instruct": _published(2560, 9728, 36, 32, SMALL, tied=True),
@@ -144,8 +145,8 @@ class Qwen3VL(Qwen2VL):
         return parts
 
     @property
-    def added_features(self) -> bool:
-        return bool(self.vision.added)
+    def added_features(self) -> int:
+        return len(self.vision.added)
 
     @property
     def projectors(self) -> tuple[str, ...]:

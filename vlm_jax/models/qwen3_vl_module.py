@@ -1,5 +1,7 @@
 """Qwen3-VL's Linen module: the line's ViT with a table of positions, mergers, a decoder."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ class Body(nn.Module):
         self.visual = Visual(self.cfg.vision, text.hidden_size, self.compute, Merger, Mergers)
         self.language_model = Decoder(text, self.compute)
 
-    def features(self, batch) -> tuple[jax.Array, jax.Array]:
+    def features(self, batch) -> Any:
         return self.visual(batch)
 
 

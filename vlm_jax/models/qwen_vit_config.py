@@ -39,6 +39,10 @@ class Tower(TowerSizes):
     added: tuple[int, ...] = ()
 
     @property
+    def gated(self) -> bool:
+        return len(self.mlp) == 3
+
+    @property
     def full_blocks(self) -> list[bool]:
         """Whether each block attends to whole frames."""
         return [n in self.full for n in range(self.depth)]

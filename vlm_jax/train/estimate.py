@@ -207,7 +207,10 @@ def activations(
     scored = rows * text.num_heads * scores(model, shape[0], platform) * 4
     inside = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * size + scored
     looked = rows * vision.num_heads * scores(model, shape[1], platform) * 4
-    seen = tokens and patches * (2 * vision.intermediate_size + 6 * vision.width) * size + looked
+    mlp = (2 + vision.gated) * vision.intermediate_size
+    seen = tokens and patches * (mlp + 6 * vision.width) * size + looked
+    # Features that are added in layers, and their gradients.
+    added = 2 * model.config.added_features * tokens * text.hidden_size * size
     layer = tokens * kept(decoder_bytes(model), model.remat)[0]
     layer_seen = patches * kept(tower_bytes(model), model.remat)[0]
     if model.remat == "none":
@@ -218,7 +221,7 @@ def activations(
     pixels = patches * getattr(vision, "patch_values", 0) * 4
     # Of the largest of them there are values, which may be kept already, and their gradients.
     block = max(inside, 2 * inside - layer)
-    return taken + pixels + max(block, (1 + tower) * seen, head) + 2 * decoded * size
+    return taken + added + pixels + max(block, (1 + tower) * seen, head) + 2 * decoded * size
 
 
 def scores(model: Model, places: int, platform: str) -> int:
@@ -250,8 +253,9 @@ def decoder_bytes(model: Model) -> Sizes:
 
 
 def tower_bytes(model: Model) -> Sizes:
-    """Return the bytes of each named value of the vision tower's blocks, whose MLP has no gate."""
+    """Return the bytes of each named value of the vision tower's blocks."""
     vision, size = model.config.vision, model.dtype.itemsize
+    gate = vision.intermediate_size * vision.gated
     rank = 0 if model.lora is None else model.lora.rank
     return {
         BLOCK_INPUT: vision.width * size,
@@ -259,9 +263,9 @@ def tower_bytes(model: Model) -> Sizes:
         ATTENDED: vision.width * size + vision.num_heads * 4,
         MID: vision.width * size,
         LOW: 6 * rank * size,
-        GATE: 0,
+        GATE: gate * size,
         UP: vision.intermediate_size * size,
-        REST: 2 * vision.intermediate_size * size + NORMS * vision.width,
+        REST: (2 * vision.intermediate_size + gate) * size + NORMS * vision.width,
     }
 
 

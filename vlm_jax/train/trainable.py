@@ -100,8 +100,8 @@ def training_table(
         if owners and all(scales[owner] == 0 for owner in owners):
             key = keys.get(min(owners), "language_model_lr_scale")
             raise UserError(
-                f"lora.modules_to_save names '{name}', but model.{key} is 0.0, which freezes it. "
-                f"Set the scale above 0 or remove '{name}'."
+                f"lora.modules_to_save names '{known[0]}', but model.{key} is 0.0, which freezes "
+                f"it. Set the scale above 0 or remove '{known[0]}'."
             )
         if owners <= keys.keys() - adapted:
             continue  # the tower and the projector have rows below

@@ -44,7 +44,8 @@ class Media:
         limits = None if self.processor is None else self.processor.pixels
         if limits is None or self.video_processor is None:
             return limits
-        return limits[0], max(limits[1], self.video_processor.patches.max_pixels)
+        film = self.video_processor
+        return min(limits[0], film.least), max(limits[1], film.patches.max_pixels)
 
     def limited(self, max_pixels: int | None) -> "Media":
         """Return the media with at most so many pixels an image or frame; None: as they are."""
@@ -135,7 +136,7 @@ class Media:
             raise BadExample(
                 "video",
                 f"{describe(record)} has a video, but '{self.directory}' is a {self.model_type} "
-                f"model, which takes images only. Train a Qwen2-VL, or give single frames as "
+                f"model, which takes images only. Train a Qwen model, or give single frames as "
                 f"images.",
             )
         if sources and processor is None:

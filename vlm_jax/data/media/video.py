@@ -89,7 +89,7 @@ def _open_frames(
         (not frames, "the list of frames is empty."),
         (timed, f"it has {timed}, but a list of frames has no time. Remove it."),
     )
-    fps = sampling.fps
+    fps = options.get("fps", Sampling.fps)
     times = [number / fps for number in range(len(frames))]
     if sampling.nframes is not None:
         wanted, fps = sampling.taken(len(frames), fps)

@@ -23,7 +23,7 @@ from vlm_jax.data.media.image_settings import (
     read_first,
 )
 from vlm_jax.data.media.processors import Patches, smart_resize
-from vlm_jax.errors import UserError, nearest
+from vlm_jax.errors import UserError, nearest, refuse
 from vlm_jax.files.limits import number
 
 FILES = (
@@ -84,8 +84,9 @@ class VideoProcessor:
     """Frames to uint8 [P, C] and (frames, height, width) in patches.
 
     patches: how one frame is cut. sampling: which frames, where a record does not say.
-    cap: whether all frames share `max_video_tokens`, so that many frames become small ones.
-    name: a key of `KINDS`.
+    cap: whether all frames share `max_video_tokens`, so that many frames become small ones; of
+    bounds on all frames: whether one has at most so many. name: a key of `KINDS`. each: the least
+    and most pixels of a frame beside such bounds, None where nothing asks for any.
     """
 
     patches: Patches
@@ -93,6 +94,7 @@ class VideoProcessor:
     cap: bool
     max_video_tokens: int
     name: str
+    each: tuple[int | None, int | None] = (None, None)
     limit: float = math.inf  # pixels of a frame, as far as the least allows
 
     def limited(self, max_pixels: int) -> "VideoProcessor":
@@ -120,20 +122,34 @@ class VideoProcessor:
         return smart_resize(video.height, video.width, factor, least, int(most))
 
     def _size_together(self, video: Video, factor: int) -> tuple[int, int]:
-        """By a bound on the pixels of all frames; a record's, and `limit`, are of one frame."""
-        frames = video.count
+        """By bounds on the pixels of all frames, and those of one that a record or option sets."""
+        frames, cell = video.count, factor * factor
         least: float = self.patches.min_pixels
         most: float = self.patches.max_pixels
         if self.cap:
-            share = max(min(self.max_video_tokens * factor**2, most // frames), int(least * 1.05))
+            share = max(min(self.max_video_tokens * cell, most // frames), int(least * 1.05))
             most = share * frames
-        if "min_pixels" in video.pixels:
-            least = video.pixels["min_pixels"] * frames
-        each = min(video.pixels.get("max_pixels", math.inf), self.limit)
-        most = max(min(most, each * frames), least, factor**2 * frames)
-        return fit_together(
-            frames, video.height, video.width, self.sampling.factor, factor, int(least), int(most)
+        low = video.pixels.get("min_pixels", self.each[0])
+        high = video.pixels.get("max_pixels", self.each[1])
+        refuse(
+            (
+                high is not None and high < max(low or 0, cell),
+                f"a frame may have {low or 0} to {high} pixels: max_pixels must be at least "
+                f"min_pixels and one token's {cell} pixels.",
+            ),
+            (
+                (low or 0) * frames > most,
+                f"its {frames} frames of {low} pixels or more would have more than the {most:.0f} "
+                f"that the video settings allow all together: lower min_pixels, or take fewer.",
+            ),
         )
+        least = least if low is None else low * frames
+        most = min(most, (math.inf if high is None else high) * frames, self.limit * frames)
+        most = max(most, cell * frames)
+        return fit_together(
+            frames, video.height, video.width, self.sampling.factor, factor,
+            int(min(least, most)), int(most),
+        )  # fmt: skip
 
     def grid(self, video: Video) -> tuple[int, int, int]:
         """Return (frames, height, width) in patches, from the header alone."""
@@ -142,11 +158,21 @@ class VideoProcessor:
         return -(-video.count // frames), height // patch, width // patch
 
     @property
+    def least(self) -> int:
+        """The least pixels a frame may be made to have, whose record sets nothing itself."""
+        raw = self.patches.raw
+        cell = int(raw["patch_size"] * raw["merge_size"]) ** 2
+        return (
+            max(self.each[0] or 0, cell) if KINDS[self.name].together else self.patches.min_pixels
+        )
+
+    @property
     def largest(self) -> int:
         """The most patches a video may have whose record sets nothing itself."""
+        depth = -(-self.sampling.max_frames // self.sampling.factor)
         if KINDS[self.name].together:
-            return self.patches.largest
-        return -(-self.sampling.max_frames // self.sampling.factor) * self.patches.largest
+            return max(self.patches.largest, depth * self.patches.raw["merge_size"] ** 2)
+        return depth * self.patches.largest
 
     def settings(self) -> dict[str, Any]:
         """Return the `video_preprocessor_config.json` that serves videos as they are cut here."""
@@ -236,9 +262,11 @@ def make_video_processor(
     max_frames: int | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    default: str = "Qwen2VLVideoProcessor",
 ) -> VideoProcessor:
     """Return the video processor that settings describe; arguments replace what they say.
 
+    min_pixels, max_pixels: of a frame. default: the kind where the settings are those of images.
     Raises `UserError` for an unknown type or key.
     """
     named = raw.get("video_processor_type") or raw.get("image_processor_type")
@@ -249,11 +277,11 @@ def make_video_processor(
             f"The video settings have the type {named!r}, which is not supported"
             f"{nearest(name, KINDS)}. Supported: {', '.join(KINDS)}."
         )
-    name = name if own_kind else "Qwen2VLVideoProcessor"
+    name = name if own_kind else default
     kind, cut = KINDS[name], PROCESSORS[IMAGE_NAME][1]
     check_keys("video", raw, name, [*cut, *OWN], NO_EFFECT)
     frames = {key: raw[key] for key in cut if raw.get(key) is not None}
-    if own_kind:
+    if own_kind or kind.together:
         left_out = {key: value for key, value in kind.defaults.items() if key in cut}
         frames = {
             **left_out,
@@ -262,8 +290,8 @@ def make_video_processor(
         }
     processor = make_processor(
         {**frames, "image_processor_type": IMAGE_NAME},
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
+        min_pixels=None if kind.together else min_pixels,
+        max_pixels=None if kind.together else max_pixels,
     )
     assert isinstance(processor, Patches)
     defaults = {key: value for key, value in kind.defaults.items() if key in OWN}
@@ -287,4 +315,5 @@ def make_video_processor(
             f"data.video_max_frames must be at least data.video_min_frames and {sampling.factor}."
         )
     cap, most = bool(own["cap_pixels_per_frame"]), own["max_video_tokens"]
-    return VideoProcessor(processor, sampling, cap, most, name)
+    each = (min_pixels, max_pixels) if kind.together else (None, None)
+    return VideoProcessor(processor, sampling, cap, most, name, each)
