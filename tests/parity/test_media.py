@@ -39,6 +39,16 @@ PROCESSORS = {
         Qwen2VLImageProcessorPil,
         {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 28 * 28 * 40},
     ),
+    "qwen3-vl": (
+        Qwen2VLImageProcessorPil,
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": 16,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "size": {"shortest_edge": 65536, "longest_edge": 32 * 32 * 90},
+        },
+    ),
     "clip": (CLIPImageProcessorPil, {"image_processor_type": "CLIPImageProcessor", **CROPPED}),
     "llava, padded": (
         LlavaImageProcessorPil,
