@@ -41,6 +41,22 @@ def spread(model: torch.nn.Module, seed: int, factor: float = 6.0) -> torch.nn.M
     return model.eval()
 
 
+QWEN_IDS = dict(
+    image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END
+)
+QWEN_TEXT = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    vocab_size=200,
+    bos_token_id=1,
+    eos_token_id=2,
+    rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+)
+
+
 def qwen2_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, vision=None, **top):
     """Return a tiny Qwen2-VL (6 query heads on 2 kv heads) saved to `directory`."""
     config = Qwen2VLConfig(
@@ -48,22 +64,8 @@ def qwen2_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, 
             depth=2, embed_dim=32, num_heads=2, hidden_size=48, patch_size=4, mlp_ratio=2
         )
         | (vision or {}),
-        text_config=dict(
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            vocab_size=200,
-            bos_token_id=1,
-            eos_token_id=2,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
-        )
-        | (text or {}),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+        text_config=QWEN_TEXT | (text or {}),
+        **QWEN_IDS,
         **top,
     )
     model = spread(Qwen2VLForConditionalGeneration(config), seed, factor)
@@ -88,22 +90,8 @@ def qwen2_5_vl(
             tokens_per_second=2,
         )
         | (vision or {}),
-        text_config=dict(
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            vocab_size=200,
-            bos_token_id=1,
-            eos_token_id=2,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
-        )
-        | (text or {}),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+        text_config=QWEN_TEXT | (text or {}),
+        **QWEN_IDS,
         **top,
     )
     model = spread(Qwen2_5_VLForConditionalGeneration(config), seed, factor)
@@ -125,25 +113,17 @@ def qwen3_vl(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, 
             deepstack_visual_indexes=[0, 2],
         )
         | (vision or {}),
-        text_config=dict(
-            hidden_size=48,
-            intermediate_size=64,
+        text_config=QWEN_TEXT
+        | dict(
             num_hidden_layers=4,
             num_attention_heads=4,
-            num_key_value_heads=2,
             head_dim=24,
-            vocab_size=200,
-            bos_token_id=1,
-            eos_token_id=2,
             rope_parameters=dict(
                 rope_type="default", rope_theta=1e4, mrope_section=[4, 4, 4], mrope_interleaved=True
             ),
         )
         | (text or {}),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+        **QWEN_IDS,
         **top,
     )
     model = spread(Qwen3VLForConditionalGeneration(config), seed, factor)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
-from vlm_jax.models.qwen2_vl import Qwen2VL
+from vlm_jax.models.qwen2_vl import Qwen2VL, published
 from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
 from vlm_jax.positions import mrope
 
@@ -34,18 +34,11 @@ def _published(
     tied: bool = False,
 ) -> dict[str, Any]:
     """Return the flat config.json that the Qwen2.5-VL checkpoints carry."""
+    older = published(hidden, intermediate, layers, heads, kv_heads, vocabulary, tied)
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0,
-        "bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
-        "video_token_id": 151656, "hidden_act": "silu", "hidden_size": hidden,
-        "initializer_range": 0.02, "intermediate_size": intermediate,
-        "max_position_embeddings": 128000, "max_window_layers": layers,
-        "model_type": "qwen2_5_vl", "num_attention_heads": heads, "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-        "sliding_window": 32768, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
-        "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
-        "vocab_size": vocabulary,
+        **older,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+        "max_position_embeddings": 128000,
         "vision_config": {
             "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": tower_mlp,
             "num_heads": 16, "in_chans": 3, "out_hidden_size": hidden, "patch_size": 14,
@@ -53,7 +46,6 @@ def _published(
             "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
             "temporal_patch_size": 2,
         },
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ NOT_OF_TEXT = """image_token_id video_token_id vision_start_token_id vision_end_
     vision_token_id spatial_merge_size"""
 
 
-def _published(
+def published(
     hidden: int,
     intermediate: int,
     layers: int,
@@ -113,9 +113,9 @@ class Qwen2VL(Family):
         "<|object_ref_start|>{}<|object_ref_end|>", "<|box_start|>{}<|box_end|>", 1000
     )
     KNOWN = {
-        "Qwen/Qwen2-VL-2B-Instruct": _published(1536, 8960, 28, 12, 2, 151936, tied=True),
-        "Qwen/Qwen2-VL-7B-Instruct": _published(3584, 18944, 28, 28, 4, 152064),
-        "Qwen/Qwen2-VL-72B-Instruct": _published(8192, 29568, 80, 64, 8, 152064),
+        "Qwen/Qwen2-VL-2B-Instruct": published(1536, 8960, 28, 12, 2, 151936, tied=True),
+        "Qwen/Qwen2-VL-7B-Instruct": published(3584, 18944, 28, 28, 4, 152064),
+        "Qwen/Qwen2-VL-72B-Instruct": published(8192, 29568, 80, 64, 8, 152064),
     }
     KNOWN_IMAGES = {"min_pixels": 3136, "max_pixels": 12845056}
 
