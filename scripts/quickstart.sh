@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv, installs, and fine-tunes a tiny VLM on real images: about 13 minutes on two cores.
+# Makes .venv, installs, and fine-tunes a tiny VLM on real images: 4 to 13 minutes on two cores.
 # Works from any directory. `--method qlora` stores the language model in 4 bits; other arguments
 # change the run: `--config.training.learning_rate=1e-3`.
 # For an accelerator: VLM_JAX_EXTRA=cuda (or tpu) bash scripts/quickstart.sh
