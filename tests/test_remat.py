@@ -14,8 +14,9 @@ from vlm_jax.config.choices import CHOICES
 from vlm_jax.config.specs import RunSpec
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.layers.block import Compute
-from vlm_jax.models.layers.remat import FASTEST, KEPT, REMAT
-from vlm_jax.train.estimate import REST, decoder_bytes
+from vlm_jax.models.layers.remat import FASTEST, GATE, KEPT, REMAT, UP
+from vlm_jax.models.reference_configs import KNOWN
+from vlm_jax.train.estimate import REST, decoder_bytes, tower_bytes
 from vlm_jax.trees import flatten
 
 # Two blocks of odd sizes.
@@ -158,3 +159,11 @@ def test_policies_trade_a_chips_memory_for_the_hosts_or_for_work():
     assert memory["block"] - memory["offload"] > 0.5 * carry
     assert found["offload"][0].host >= carry > found["block"][0].host
     assert found["block_save_attention"][1] < found["block"][1]
+
+
+def test_estimates_know_which_towers_have_gates():
+    kept = {}
+    for name in ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"):
+        model = vlm_jax.from_config(KNOWN[name], "bfloat16")
+        kept[model.config.vision.gated] = tower_bytes(model)
+    assert kept[False][GATE] == 0 and kept[True][GATE] == kept[True][UP] == 2 * 3420

@@ -241,3 +241,10 @@ def test_bad_videos_say_what_is_wrong(tmp_path, source, message):
 def test_llava_refuses_video(tmp_path):
     with pytest.raises(BadExample, match="takes images only"):
         Encoder(llava_files(tmp_path)).measure(asked(VIDEO, videos=[frames(2)]))
+
+
+def test_a_list_of_frames_has_its_own_rate_and_not_that_of_films():
+    frames = [np.zeros((8, 8, 3), np.uint8)] * 3
+    for given, times in ((frames, [0, 0.5, 1]), ({"video": frames, "fps": 4.0}, [0, 0.25, 0.5])):
+        video = open_video(given, None, Access(), Sampling(fps=1.0))
+        assert list(video.times) == times and video.fps == 1 / times[1]
