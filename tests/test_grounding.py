@@ -121,6 +121,52 @@ def test_objects_are_written_as_qwen2_vl_writes_them(qwen, record, asked, answer
     assert texts(qwen, record) == (asked, marked)
 
 
+@pytest.mark.parametrize(
+    ("family", "record", "options", "answered"),
+    [
+        ("qwen3_vl", row({"bbox": [[16, 12, 32, 24]]}, "<image>q"), {}, "[250, 250, 500, 500]"),
+        ("qwen3_vl", row({"bbox": [[16, 12]]}, "<image>q"), {}, "[250, 250]"),
+        # 64 x 48 pixels have an area of at most 40 x 64 only as 56 x 40.
+        ("qwen2_5_vl", row({"bbox": [[16, 12, 32, 24]]}, "<image>q"), {}, "[14, 10, 28, 20]"),
+        (
+            "qwen2_5_vl",
+            row({"bbox": [[0.5, 1]], "bbox_type": "norm1"}, "<image>q"),
+            {"max_pixels": 1024},
+            "[16, 24]",
+        ),
+        (
+            "qwen2_5_vl",
+            row({"bbox": [[64, 48]]}, "<image>q"),
+            {"max_patches": 24, "overlong": "shrink_pixels"},
+            "[24, 16]",
+        ),
+        # Of the image that is left of two.
+        (
+            "qwen2_5_vl",
+            {
+                "images": ["b.png", "a.png"],
+                "messages": [
+                    {"role": "user", "content": "<image>q"},
+                    {"role": "assistant", "content": "a"},
+                    {"role": "user", "content": "<image>q"},
+                    {"role": "assistant", "content": "<bbox>"},
+                ],
+                "objects": {"bbox": [[32, 24]], "image_id": [1]},
+            },
+            {"max_patches": 160, "overlong": "drop_turns"},
+            "[28, 20]",
+        ),
+    ],
+)
+def test_newer_families_write_lists(tmp_path, qwen, family, record, options, answered):
+    directory = qwen2_vl_files(tmp_path, family=family)
+    encoder = Encoder(directory, image_folder=qwen, **options)
+    tokens = encoder.encode(record)["tokens"]
+    assert f"assistant\n{answered}<|im_end|>" in encoder.tokenizer.decode(tokens)
+    plain = encoder.grounded(canonical(record))["messages"][-1]["content"]
+    assert plain == [{"type": "text", "text": answered}]
+
+
 def test_several_boxes_of_one_word_stand_behind_one_another(qwen):
     several = old({"caption": "dots", "bbox": [[16, 12], [32, 24, 64, 48]]})
     wanted = "<|box_start|>(250,250)<|box_end|><|box_start|>(500,500),(1000,1000)<|box_end|>"

@@ -19,7 +19,7 @@ from vlm_jax.data.media.image_settings import check_processor, make_processor, r
 from vlm_jax.data.media.processors import look_up
 from vlm_jax.data.media.video_processor import make_video_processor, read_video_settings
 from vlm_jax.data.overlong import POLICIES, Trial, fit, too_long
-from vlm_jax.data.records.boxes import fill
+from vlm_jax.data.records.boxes import fill, has_objects
 from vlm_jax.data.records.record import BadExample, Record, canonical, describe
 from vlm_jax.data.text.chat import TRAIN_ON, Chat
 from vlm_jax.data.text.template import BadTemplate
@@ -252,24 +252,35 @@ class Encoder:
         return fitted
 
     def _fit(self, record: Any) -> Fitted:
-        record = self.grounded(canonical(record))
+        record = canonical(record)
         headers = self.media.headers(record)
-        texts: dict[int, tuple] = {}  # by number of turns: features, tokens, weights
+        # features, tokens, weights, by the number of turns, and by the limit of pixels where boxes
+        # are written in pixels of the resized image.
+        texts: dict[tuple[int, int | None], tuple] = {}
+        in_pixels = has_objects(record) and getattr(self.config.GROUNDING, "side", 0) is None
 
-        def attempt(record: Record, max_pixels: int | None) -> Trial:
+        def attempt(part: Record, max_pixels: int | None) -> Trial:
             media = self.media.limited(max_pixels)
-            own = {k: headers[k][len(headers[k]) - len(record[f"{k}s"]) :] for k in KINDS}
-            grids = media.grids(record, own)
+            own = {k: headers[k][len(headers[k]) - len(part[f"{k}s"]) :] for k in KINDS}
+            grids = media.grids(part, own)
+            part = fill(  # objects count the images of the whole record
+                part,
+                self.config.GROUNDING,
+                self.hf_config["model_type"],
+                self.tokenizer,
+                headers["image"],
+                resized=lambda: media.sizes(record, headers),
+            )
             features = written(self.config, grids, own["video"])
-            turns = len(record["messages"])
-            if turns not in texts:
-                texts[turns] = features, *self._encode_text(record, features)
-            encoded, ids, weights = texts[turns]
+            key = len(part["messages"]), max_pixels if in_pixels else None
+            if key not in texts:
+                texts[key] = features, *self._encode_text(part, features)
+            encoded, ids, weights = texts[key]
             tokens = len(ids) + count(features) - count(encoded)
             if features != encoded:  # other features for the same text: encoded once it fits
                 ids = None
             return Trial(
-                record, max_pixels, tokens, self._patches(grids), (media, grids, ids, weights)
+                part, max_pixels, tokens, self._patches(grids), (media, grids, ids, weights)
             )
 
         limits = self.max_seq_length, self.max_patches
@@ -286,14 +297,11 @@ class Encoder:
         return Fitted(trial.record, media, grids, tokens, weights, notes, films)
 
     def grounded(self, record: Record) -> Record:
-        """Return a canonical record with its objects and boxes written as the family does."""
-        return fill(
-            record,
-            self.config.GROUNDING,
-            self.hf_config["model_type"],
-            self.tokenizer,
-            sizes=lambda: self.media.headers(record)["image"],
-        )
+        """Return a canonical record with its objects and boxes written as the family does.
+
+        With objects it is the record as it fits: boxes may be in pixels that the model sees.
+        """
+        return self._fit(record).record if has_objects(record) else record
 
     def most_patches(self, images: int, videos: int) -> int:
         """Return how many patch slots so many take at most, whatever their size and length."""

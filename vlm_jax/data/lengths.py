@@ -19,7 +19,7 @@ import numpy as np
 from vlm_jax.data.cache import cache_directory
 from vlm_jax.errors import UserError, explained
 
-VERSION = 3  # raise it when measuring changes: files of an older one are not read
+VERSION = 4  # raise it when measuring changes: files of an older one are not read
 COLUMNS = ("tokens", "patches", "answers", "notes", "check")
 CHECK = 0x56_4C_4D  # a row's check is this and the other columns xor-ed: no half-written row passes
 SHRUNK, TURNS_DROPPED, FILMED = 1, 2, 4  # bits of notes; FILMED: it holds a video

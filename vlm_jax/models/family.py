@@ -26,11 +26,16 @@ NAMES_OF_MEDIA = {
 
 
 class Grounding(NamedTuple):
-    """How texts name an object and a box, and what a picture's sides count as there."""
+    """How texts name an object and a box, and what a picture's sides count as there.
+
+    side: None: the pixels that the model sees, after resizing. point, between: of a box's corners.
+    """
 
     ref: str
     box: str
-    side: int
+    side: int | None
+    point: str = "({},{})"
+    between: str = ","
 
 
 @dataclasses.dataclass(frozen=True)

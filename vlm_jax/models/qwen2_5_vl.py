@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.models.family import Grounding
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.models.qwen2_vl import Qwen2VL, published
 from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
@@ -56,7 +57,7 @@ class Qwen25VL(Qwen2VL):
     vision: TimedTower
 
     TEXT_TYPE = "qwen2_5_vl_text"
-    GROUNDING = None  # pixels of the image as it is resized, in more than one notation
+    GROUNDING = Grounding("{}", "[{}]", None, "{}, {}", ", ")
     OF_VIDEOS = ("second_per_grid_ts",)
     KNOWN = {
         "Qwen/Qwen2.5-VL-3B-Instruct": _published(2048, 11008, 36, 16, 2, 151936, tied=True),

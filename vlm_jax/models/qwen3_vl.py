@@ -12,7 +12,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.models.decoder_config import decoder_from_hf
-from vlm_jax.models.family import Grid, components
+from vlm_jax.models.family import Grid, Grounding, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.models.qwen2_vl import Qwen2VL
 from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
@@ -75,7 +75,7 @@ class Qwen3VL(Qwen2VL):
         (r"model/visual/.*(scale|bias)", (None,)),
     ]
     RENAMES = []
-    GROUNDING = None  # JSON, in more than one notation
+    GROUNDING = Grounding("{}", "[{}]", 1000, "{}, {}", ", ")
     LAST = ("down_proj", "linear_fc2")
     VIDEO_PROCESSOR = "Qwen3VLVideoProcessor"
     KNOWN = {

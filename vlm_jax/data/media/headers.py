@@ -78,6 +78,11 @@ class Media:
             ),
         }
 
+    def sizes(self, record: Record, headers: Headers) -> list[tuple[int, int]]:
+        """Return the (height, width) in pixels that each image is resized to."""
+        sizes = headers["image"]
+        return self._each(record, "image", lambda processor, n, file: processor.size(*sizes[n]))
+
     def tables(self) -> dict[str, np.ndarray]:
         """Return the value of each byte of each channel, float32 [3, 256], of each kind."""
         return {
