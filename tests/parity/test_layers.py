@@ -1,18 +1,27 @@
-"""Layers by themselves against transformers' own: norms and rotary positions."""
+"""Layers by themselves against transformers' own: norms, rotary positions, decoders of layers."""
 
+import copy
+import dataclasses
+
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from references import spread
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3RotaryEmbedding
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.glm4v import modeling_glm4v as glm4v
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
+from vlm_jax.errors import UserError
+from vlm_jax.models import decoder_config
+from vlm_jax.models.decoder import Decoder, empty_cache
+from vlm_jax.models.layers.block import Compute
 from vlm_jax.models.layers.norm import RMSNorm
 from vlm_jax.models.layers.rope import apply_rope, rope_angles
 from vlm_jax.models.rope_config import rope_from_hf
@@ -99,3 +108,126 @@ def test_proportional_frequencies_are_the_references():
     cos, _ = rope_angles(made, positions)
     np.testing.assert_allclose(cos, np.cos(positions[..., None] * expected.numpy()), atol=1e-6)
     assert (expected == 0).any() and (expected != 0).any()
+
+
+# Of three layers, the second without a window.
+SIZES = dict(
+    hidden_size=42, intermediate_size=30, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=14, vocab_size=5, sliding_window=4,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+)  # fmt: skip
+SCALED = dict(rope_type="linear", factor=8.0)
+# How a config.json gives layers with a window a rope of their own.
+TWO_ROPES = {
+    "nested": dict(
+        rope_parameters=dict(
+            full_attention=dict(rope_theta=2e4, **SCALED),
+            sliding_attention=dict(rope_theta=300.0, rope_type="default"),
+        ),
+        rope_theta=7.0,
+        rope_local_base_freq=7.0,
+    ),
+    "older": dict(rope_theta=2e4, rope_scaling=SCALED, rope_local_base_freq=300.0),
+    "older, by default": dict(rope_scaling=SCALED),
+    "both": dict(
+        rope_parameters=dict(
+            full_attention=dict(rope_theta=2e4, rope_type="linear", factor=2.0),
+            sliding_attention=None,
+        ),
+        rope_scaling=dict(factor=8.0),
+        rope_local_base_freq=300.0,
+    ),
+}
+
+
+def with_two_ropes(monkeypatch, **more):
+    """Return the config of a decoder of Qwen3's layers that turn by two ropes."""
+    qwen3 = decoder_config.KINDS["qwen3"]
+    defaults = qwen3.defaults | dict(rope_theta=1e6, rope_local_base_freq=1e4)
+    kind = dataclasses.replace(qwen3, defaults=defaults, ropes=True)
+    monkeypatch.setitem(decoder_config.KINDS, "two ropes", kind)
+    raw = SIZES | dict(use_sliding_window=True) | more
+    return decoder_config.decoder_from_hf(raw, "two ropes", None, "config.json")
+
+
+def reference_angles(form, positions):
+    """Return (cos, sin) [B, T, H] of each type of layer."""
+    config = transformers.Gemma3TextConfig(**SIZES, **copy.deepcopy(TWO_ROPES[form]))
+    embedding = Gemma3RotaryEmbedding(config)
+    x, positions = torch.zeros(()), torch.from_numpy(positions)
+    return {kind: embedding(x, positions, kind) for kind in set(SIZES["layer_types"])}
+
+
+@pytest.mark.parametrize("form", TWO_ROPES)
+def test_two_ropes_are_the_references(monkeypatch, form):
+    cfg = with_two_ropes(monkeypatch, **TWO_ROPES[form])
+    positions = np.random.default_rng(0).integers(0, 40, (2, 7))
+    expected = reference_angles(form, positions)
+    ropes = {"full_attention": cfg.rope, "sliding_attention": cfg.window_rope}
+    for kind, rope in ropes.items():
+        for ours, wanted in zip(rope_angles(rope, positions), expected[kind], strict=True):
+            np.testing.assert_allclose(ours, wanted[..., :7], atol=1e-5)  # angles up to 40
+
+
+def test_without_windows_there_is_one_rope(monkeypatch):
+    layer_types = ["full_attention"] * 3
+    cfg = with_two_ropes(monkeypatch, **TWO_ROPES["older"] | dict(layer_types=layer_types))
+    assert cfg.rope.factor == 8 and cfg.window_rope is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (dict(rope_parameters=SCALED), "hold .'factor', 'rope_type'.; expected an object for each"),
+        (dict(rope_parameters=dict(full_attention=3)), "full_attention = 3; expected an object"),
+        (
+            dict(rope_parameters=dict(sliding_attention=dict(beta=1))),
+            r"config.json \(sliding_attention\) hold unknown fields: \['beta'\]",
+        ),
+        (dict(rope_scaling=dict(full_attention=SCALED)), "unknown fields: .'full_attention'"),
+        (dict(rope_local_base_freq=0.0), "rope_local_base_freq = 0.0; expected more than 0"),
+    ],
+)
+def test_what_two_ropes_do_not_know_is_refused(monkeypatch, more, message):
+    with pytest.raises(UserError, match=message):
+        with_two_ropes(monkeypatch, **more)
+
+
+def test_layers_with_a_window_turn_by_their_own_rope(monkeypatch):
+    cfg = with_two_ropes(monkeypatch, **TWO_ROPES["nested"])
+    config = transformers.Qwen3Config(**SIZES, use_sliding_window=True, attn_implementation="eager")
+    reference = spread(transformers.Qwen3Model(config), 0)
+    B, T = 2, 11
+    x = np.random.default_rng(0).normal(size=(B, T, cfg.hidden_size)).astype(np.float32)
+    positions = np.tile(np.arange(T), (B, 1))
+    angles = reference_angles("nested", positions)
+    behind = torch.arange(T)[:, None] - torch.arange(T)
+    state = torch.from_numpy(x)
+    with torch.no_grad():
+        for kind, layer in zip(SIZES["layer_types"], reference.layers, strict=True):
+            reach = cfg.windows[0] if kind == "sliding_attention" else T
+            mask = torch.where((behind >= 0) & (behind < reach), 0.0, -torch.inf)
+            state = layer(state, mask, position_embeddings=angles[kind])
+        expected = reference.norm(state).numpy()
+    assert expected.std() > 0.5
+
+    decoder, segments = Decoder(cfg, Compute(jnp.float32)), jnp.ones((B, T), jnp.int32)
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0), x, positions, segments)["params"]
+    weights = {name: leaf.detach().numpy() for name, leaf in reference.named_parameters()}
+
+    def taken(path, _):
+        stack, *names, leaf = path
+        if stack != "layers":
+            return weights[f"{stack}.weight"]
+        layers = [weights[".".join([stack, str(n), *names, "weight"])] for n in range(3)]
+        return np.stack([w.T if leaf == "kernel" else w for w in layers])
+
+    params = flax.traverse_util.path_aware_map(taken, shapes)
+    run = jax.jit(lambda *inputs: decoder.apply({"params": params}, *inputs))
+    whole, _ = run(x, positions, segments)
+    np.testing.assert_allclose(whole, expected, atol=2e-5)
+
+    cache = empty_cache(cfg, B, T, jnp.float32)
+    for part in (slice(0, T - 1), slice(T - 1, T)):
+        out, cache = run(x[:, part], positions[:, part], segments[:, part], cache)
+    np.testing.assert_allclose(out, expected[:, -1:], atol=2e-5)

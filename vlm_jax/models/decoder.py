@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vlm_jax.models.decoder_config import DecoderConfig
+from vlm_jax.models.decoder_config import UNBOUNDED, DecoderConfig
 from vlm_jax.models.layers.attention import attention
 from vlm_jax.models.layers.block import Block, Compute, GatedMLP
 from vlm_jax.models.layers.linear import Embed
@@ -28,8 +28,9 @@ class SelfAttention(nn.Module):
     https://arxiv.org/abs/2305.13245 (grouped heads), https://arxiv.org/abs/2104.09864 (RoPE).
     x_BTD [B, T, D] to ([B, T, D], cache). context: cos and sin [B, T, H], segments of queries
     [B, T] and keys [B, S], and the cache slot of the first query. layer: this layer's "window", a
-    token's reach in tokens, and "cache" {"k", "v" [B, S, K, H]}, returned with k and v of x written
-    from that slot on, where there are such.
+    token's reach in tokens, "rope", which of two cos and sin [2, B, T, H] it turns by, and "cache"
+    {"k", "v" [B, S, K, H]}, returned with k and v of x written from that slot on, where there are
+    such.
     """
 
     cfg: DecoderConfig
@@ -40,6 +41,8 @@ class SelfAttention(nn.Module):
         cfg, linear, cache = self.cfg, self.compute.linear, layer.get("cache")
         cos_BTH, sin_BTH, q_segments_BT, k_segments_BS, start = context
         B, T, _ = x_BTD.shape
+        if "rope" in layer:
+            cos_BTH, sin_BTH = cos_BTH[layer["rope"]], sin_BTH[layer["rope"]]
 
         def project(name: str, heads: int) -> jax.Array:
             x = linear(f"{name}_proj", heads * cfg.head_dim, cfg.qkv_bias)(x_BTD)
@@ -102,6 +105,10 @@ class Decoder(nn.Module):
         per_layer: dict[str, Any] = {}
         if self.cfg.windows is not None:
             per_layer["window"] = jnp.asarray(self.cfg.windows, jnp.int32)
+        if self.cfg.window_rope is not None:
+            windowed = rope_angles(self.cfg.window_rope, positions)
+            cos, sin = map(jnp.stack, zip((cos, sin), windowed, strict=True))
+            per_layer["rope"] = (per_layer["window"] < UNBOUNDED).astype(jnp.int32)
         if cache is not None:
             start = cache["start"]
             keys = jax.lax.dynamic_update_slice(cache["segments"], segments_BT, (0, start))

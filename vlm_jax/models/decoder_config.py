@@ -8,13 +8,16 @@ from vlm_jax.errors import UserError, refuse
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields, entry
 from vlm_jax.models.rope_config import Rope, rope_from_hf
 
+UNBOUNDED = 2**30  # the window of a full-attention layer among windowed ones: longer than any row
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of a decoder.
 
-    windows: sliding window of each layer in tokens, or None for all. qk_norm: whether queries and
-    keys are normalised, each head by itself, before they turn.
+    windows: sliding window of each layer in tokens, `UNBOUNDED` of one without, or None for all.
+    qk_norm: whether queries and keys are normalised, each head by itself, before they turn.
+    window_rope: how layers with a window turn; None: as the others.
     """
 
     vocab_size: int
@@ -33,6 +36,7 @@ class DecoderConfig:
     windows: tuple[int, ...] | None
     tied: bool
     qk_norm: bool = False
+    window_rope: Rope | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,9 @@ class Kind:
     have biases; None: whether the field attention_bias says so, of the output too. mlp_bias:
     whether there is a field of that name. windows: "none", "all" layers, or the "late" ones from
     max_window_layers on. sections: of positions of three axes, how many frequencies turn with each
-    where mrope_section is missing; () of one axis. interleaved: see `Rope`.
+    where mrope_section is missing; () of one axis. interleaved: see `Rope`. ropes: whether layers
+    with a window have a rope of their own, by rope_parameters["sliding_attention"] or, in 4.x,
+    rope_local_base_freq, which `defaults` then holds too.
     """
 
     defaults: dict[str, Any]
@@ -53,6 +59,7 @@ class Kind:
     qk_norm: bool = False
     sections: tuple[int, ...] = ()
     interleaved: bool = False
+    ropes: bool = False
 
 
 KINDS = {
@@ -146,8 +153,38 @@ def _windows(fields: Fields, where: str, num_layers: int) -> tuple[int, ...] | N
             f"The {fields.where} has sliding_attention layers but no sliding window "
             f"(use_sliding_window, sliding_window)."
         )
-    # A full-attention layer among windowed ones has a window longer than any row.
-    return tuple(int(size) if kind == "sliding_attention" else 2**30 for kind in kinds)
+    return tuple(int(size) if kind == "sliding_attention" else UNBOUNDED for kind in kinds)
+
+
+def _ropes(fields: Fields, kind: Kind, head_dim: int) -> tuple[Rope, Rope | None]:
+    """Return how layers turn, and how those with a window do, or None where they turn alike."""
+    newer = fields.take("rope_parameters", None, dict) or {}
+    older = fields.take("rope_scaling", None, dict) or {}
+    theta, longest = fields.take("rope_theta"), fields.size("max_position_embeddings")
+
+    def read(given: Mapping[str, Any], theta: float, where: str) -> Rope:
+        if kind.sections:
+            given = {"mrope_section": kind.sections, **given}
+        rope = rope_from_hf(given, theta, head_dim, longest, where, interleaved=kind.interleaved)
+        if kind.sections and not rope.mrope_section:
+            raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
+        return rope
+
+    if not kind.ropes:
+        return read(older or newer, theta, fields.where), None  # in transformers' order
+    nested = Fields(newer, f"{fields.where}, rope_parameters")
+    full, sliding = "full_attention", "sliding_attention"
+    of = {name: nested.take(name, None, dict) or {} for name in (full, sliding)}
+    if nested.fields:
+        raise UserError(
+            f"The rope_parameters of the {fields.where} hold {sorted(nested.fields)}; expected an "
+            f"object for each of {full} and {sliding}, and nothing else."
+        )
+    # In transformers rope_scaling is of full layers alone, and goes before each field of theirs.
+    return (
+        read({**of[full], **older}, theta, f"{fields.where} ({full})"),
+        read(of[sliding], fields.positive("rope_local_base_freq"), f"{fields.where} ({sliding})"),
+    )
 
 
 def decoder_from_hf(
@@ -175,22 +212,10 @@ def decoder_from_hf(
             f"must divide the former.",
         ),
     )
-    newer = fields.take("rope_parameters", None, dict)
-    given = fields.take("rope_scaling", None, dict) or newer or {}  # in transformers' order
-    if kind.sections:
-        given = {"mrope_section": kind.sections, **given}
-    rope = rope_from_hf(
-        given,
-        fields.take("rope_theta"),
-        head_dim,
-        fields.size("max_position_embeddings"),
-        where,
-        interleaved=kind.interleaved,
-    )
-    if kind.sections and not rope.mrope_section:
-        raise UserError(f"The {where} lacks mrope_section in its rope parameters.")
+    rope, window_rope = _ropes(fields, kind, head_dim)
     fields.require("attention_dropout", (0.0, 0), 0.0)
     layers = fields.size("num_hidden_layers")
+    windows = _windows(fields, kind.windows, layers)
     bias = bool(kind.qkv_bias is None and fields.take("attention_bias", False))
     return fields.finish(
         DecoderConfig(
@@ -207,9 +232,10 @@ def decoder_from_hf(
             o_bias=bias,
             mlp_bias=bool(kind.mlp_bias and fields.take("mlp_bias", False)),
             rope=rope,
-            windows=_windows(fields, kind.windows, layers),
+            windows=windows,
             tied=bool(fields.take("tie_word_embeddings", False) or tied),
             qk_norm=kind.qk_norm,
+            window_rope=window_rope if windows else None,
         )
     )
 
