@@ -23,7 +23,8 @@ from vlm_jax.weights import FourBit, bnb
 from vlm_jax.weights.packing import Packed, pack, unpack_codes
 from vlm_jax.weights.quantize import check, encode, kind
 
-ALIGNMENT = 64  # bytes: a line of the cache, and what XLA asks of memory that it takes over
+ALIGNMENT = 64  # bytes, of memory that XLA takes over
+PART = 1 << 20  # bytes that are read at once, and are still in a core's cache when they are used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,28 +39,36 @@ class Tensor:
     place: Place
     beside: Mapping[str, Entry]
 
-    def in_tree(self, path: str, block: Block) -> np.ndarray:
-        """Return a block of the weight as it lies in the tree, without the axis of layers."""
-        if len(self.place.shape) != len(block):  # a convolution, whose kernel is a matrix here
-            return to_tree(path, read_tensor(self.entry))[block]
-        on_disk = block[::-1] if path.endswith("/kernel") else block
-        return to_tree(path, read_tensor(self.entry, on_disk))
-
     def fill(self, held: np.ndarray, path: str, block: Block) -> None:
-        """Write a block of the weight to where it is held; `UserError` where it is not finite.
+        """Write a block of the weight, as it lies in the tree without its layers, to `held`.
 
-        What was written is looked at, which is still in the cache and whose dtype may be narrower.
+        By rows on disk that stay in a core's cache until they are transposed and looked at.
+        Raises `UserError` for values that are not finite, or not so in the dtype of `held`.
         """
-        read = self.in_tree(path, block)
+        shape = self.place.shape
+        if not shape or len(shape) != len(block):  # of a convolution the kernel is a matrix here
+            self._write(held, to_tree(path, read_tensor(self.entry))[block])
+            return
+        if path.endswith("/kernel"):
+            held, block = held.T, block[::-1]
+        first, last, _ = block[0].indices(shape[0])
+        rows = max(1, PART // max(1, math.prod(shape[1:]) * self.entry.read_as.itemsize))
+        for start in range(first, last, rows):
+            some = slice(start, min(start + rows, last))
+            read = read_tensor(self.entry, (some, *block[1:]))
+            self._write(held[start - first : some.stop - first], read)
+
+    def _write(self, held: np.ndarray, read: np.ndarray) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            _fill(held, read)
-        if not all_finite(held):
-            check_finite(read, self.name, self.entry.path)
+            values = read.astype(held.dtype, copy=False)
+        if not all_finite(values):
+            check_finite(read_tensor(self.entry), self.name, self.entry.path)
             raise UserError(
                 f"The tensor '{self.name}' in '{self.entry.path}' holds values that "
                 f"{held.dtype.name} cannot hold: they would be infinite. Load it in bfloat16 or "
                 f"float32."
             )
+        held[...] = values
 
 
 def block_here(shape: tuple[int, ...], sharding: Any) -> Block:
@@ -82,19 +91,6 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
     space = np.empty(size + ALIGNMENT, np.uint8)
     start = -space.ctypes.data % ALIGNMENT
     return space[start : start + size].view(dtype).reshape(shape)
-
-
-def _fill(held: np.ndarray, tensor: np.ndarray) -> None:
-    """Copy a tensor into its part of a leaf, in the leaf's dtype.
-
-    A transpose is copied by strips as wide as a line of the cache: each line is written once.
-    """
-    if held.ndim < 2 or tensor.flags.c_contiguous:
-        held[...] = tensor
-        return
-    width = ALIGNMENT // held.itemsize
-    for start in range(0, held.shape[-1], width):
-        held[..., start : start + width] = tensor[..., start : start + width]
 
 
 def _put_block(held: np.ndarray, block: Block, shape: tuple[int, ...], sharding: Any) -> jax.Array:

@@ -34,6 +34,16 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def read_as(self) -> np.dtype:
+        """The dtype of the values; raises `UserError` for one that is not read."""
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"'{self.path}' holds a tensor of the type {self.dtype}, which is not read; known "
+                f"are {', '.join(DTYPES)}. Use the checkpoint in 16 bits."
+            )
+        return np.dtype(DTYPES[self.dtype])
+
 
 def find_tensors(directory: Path) -> dict[str, Entry]:
     """Return where each tensor is of a checkpoint of one file or a sharded index; headers alone."""
@@ -135,12 +145,7 @@ def read_tensor(entry: Entry, block: Block = ()) -> np.ndarray:
     The memory is the array's own. A file that stays mapped, as safetensors' does while it is open,
     counts with every page that was read, which adds up to the whole checkpoint.
     """
-    if entry.dtype not in DTYPES:
-        raise UserError(
-            f"'{entry.path}' holds a tensor of the type {entry.dtype}, which is not read; known "
-            f"are {', '.join(DTYPES)}. Use the checkpoint in 16 bits."
-        )
-    dtype = np.dtype(DTYPES[entry.dtype])
+    dtype = entry.read_as
     with explained(
         (OSError, ValueError),
         lambda error: (
@@ -148,8 +153,12 @@ def read_tensor(entry: Entry, block: Block = ()) -> np.ndarray:
             f"when nothing writes to it."
         ),
     ):
-        if all(one.indices(n) == (0, n, 1) for one, n in zip(block, entry.shape, strict=False)):
-            return np.fromfile(
-                entry.path, dtype, math.prod(entry.shape), offset=entry.start
-            ).reshape(entry.shape)
-        return np.array(np.memmap(entry.path, dtype, "r", entry.start, entry.shape)[block])
+        others = zip(block[1:], entry.shape[1:], strict=False)
+        if not all(one.indices(n) == (0, n, 1) for one, n in others):
+            return np.array(np.memmap(entry.path, dtype, "r", entry.start, entry.shape)[block])
+        shape, skipped = entry.shape, 0
+        if block:
+            first, last, _ = block[0].indices(shape[0])
+            shape, skipped = (last - first, *shape[1:]), first * math.prod(shape[1:])
+        start = entry.start + skipped * dtype.itemsize
+        return np.fromfile(entry.path, dtype, math.prod(shape), offset=start).reshape(shape)
