@@ -129,13 +129,16 @@ AXES = [
 
 def _windows(fields: Fields, where: str, num_layers: int) -> tuple[int, ...] | None:
     """Return each layer's window as the reference applies it, or None where none has one."""
-    if where == "none":
+    if where == "none":  # as a config.json may say in the fields of models that have windows
+        if fields.require("use_sliding_window", (False, None), None) is False:
+            fields.known |= {"sliding_window", "max_window_layers"}
+        _layer_types(fields, {"full_attention"})
         return None
     size = fields.size("sliding_window", 4096, null=True)
     if where == "all":
         return None if size is None else (int(size),) * num_layers
     first = fields.take("max_window_layers")
-    kinds = fields.take("layer_types", None, list)
+    kinds = _layer_types(fields, {"sliding_attention", "full_attention"})
     if not fields.take("use_sliding_window", False):
         size = None
     if kinds is None:
@@ -143,9 +146,6 @@ def _windows(fields: Fields, where: str, num_layers: int) -> tuple[int, ...] | N
             "sliding_attention" if size is not None and layer >= first else "full_attention"
             for layer in range(num_layers)
         ]
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise UserError(f"The {fields.where} has the layer types {sorted(unknown)}: not supported.")
     if "sliding_attention" not in kinds:
         return None
     if size is None:
@@ -185,6 +185,15 @@ def _ropes(fields: Fields, kind: Kind, head_dim: int) -> tuple[Rope, Rope | None
         read({**of[full], **older}, theta, f"{fields.where} ({full})"),
         read(of[sliding], fields.positive("rope_local_base_freq"), f"{fields.where} ({sliding})"),
     )
+
+
+def _layer_types(fields: Fields, known: set[str]) -> list[str] | None:
+    """Return the field layer_types; raise `UserError` for others than the known ones."""
+    kinds = fields.take("layer_types", None, list)
+    unknown = [kind for kind in kinds or () if kind not in known]
+    if unknown:
+        raise UserError(f"The {fields.where} has layer_types {unknown[0]!r}: not supported.")
+    return kinds
 
 
 def decoder_from_hf(
@@ -243,29 +252,39 @@ def decoder_from_hf(
 def flat_or_nested(top: Fields, model_type: str, irrelevant: str) -> DecoderConfig:
     """Return the decoder of a config.json with its fields at the top (4.x), nested, or in both.
 
-    top: what no one else takes of it, consumed. Raises `UserError` where the top level's copies of
+    top: what no one else takes of it, consumed.
+    """
+    tied, text = top.take("tie_word_embeddings", False), top.take("text_config", None, dict)
+    if text is None:
+        return decoder_from_hf(top.fields, model_type, tied, "config.json", irrelevant)
+    return nested(top, text, model_type, tied, irrelevant)
+
+
+def nested(
+    top: Fields, text: Mapping[str, Any], model_type: str, tied: bool | None, irrelevant: str = ""
+) -> DecoderConfig:
+    """Return the decoder of a text_config.
+
+    top: what no one else takes of config.json, consumed. Raises `UserError` where its copies of
     nested fields would make another decoder: transformers reads the nested ones since 4.52 and the
     top level before. Where both describe one decoder, as a sliding window does that nothing uses,
     there is nothing to choose.
     """
-    tied, nested = top.take("tie_word_embeddings", False), top.take("text_config", None, dict)
-    where = "config.json" if nested is None else "config.json, text_config"
 
     def read(fields: Mapping[str, Any]) -> DecoderConfig:
+        where = "config.json, text_config"
         return decoder_from_hf(dict(fields), model_type, tied, where, irrelevant)
 
-    if nested is None:
-        return read(top.fields)
-    copies = top.drop_copies(nested)  # 4.52 and later wrote the decoder's fields twice
+    copies = top.drop_copies(text)  # 4.52 and later wrote the decoder's fields twice
     top.finish()
-    decoder = read(nested)
+    decoder = read(text)
     try:
-        same = not copies or read({**nested, **copies}) == decoder
+        same = not copies or read({**text, **copies}) == decoder
     except UserError:
         same = False
     if not same:
         differ = ", ".join(
-            f"'{name}' (as {value!r} and nested as {nested[name]!r})"
+            f"'{name}' (as {value!r} and nested as {text[name]!r})"
             for name, value in copies.items()
         )
         raise UserError(

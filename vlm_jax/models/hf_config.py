@@ -137,11 +137,14 @@ class Fields:
         return value
 
     def finish(self, made: Any = None) -> Any:
-        """Return what was made of the fields; raise `UserError` for the first unhandled one."""
-        for name in self.fields:
-            if name not in self.known and not name.startswith("_"):
+        """Return what was made of the fields; raise `UserError` for the first unhandled one.
+
+        A null sets nothing, which is what the reference's class has no field for.
+        """
+        for name, value in self.fields.items():
+            if value is not None and name not in self.known and not name.startswith("_"):
                 raise UserError(
-                    f"The {self.where} has the field '{name}' = {self.fields[name]!r}, which this "
+                    f"The {self.where} has the field '{name}' = {value!r}, which this "
                     f"model family does not know{nearest(name, self.known)}. It may change the "
                     f"computation, so the checkpoint is refused rather than computed wrongly."
                 )

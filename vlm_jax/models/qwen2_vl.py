@@ -13,7 +13,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models.decoder_config import flat_or_nested
 from vlm_jax.models.family import NAMES_OF_MEDIA, Family, Grounding, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
-from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
+from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes, vision_fields
 from vlm_jax.positions import (
     grid_list,
     interpolation,
@@ -71,11 +71,7 @@ class Qwen2VL(Family):
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
         top = Fields(raw, "config.json", "vision_token_id spatial_merge_size")
-        vision = Fields(
-            top.take("vision_config", kind=dict),
-            "config.json, vision_config",
-            "spatial_patch_size",
-        )
+        vision = vision_fields(top)
         image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
         decoder = flat_or_nested(top, cls.TEXT_TYPE, NOT_OF_TEXT)

@@ -11,11 +11,11 @@ from typing import Any, Self
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.decoder_config import decoder_from_hf
+from vlm_jax.models.decoder_config import nested
 from vlm_jax.models.family import Grid, Grounding, components
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 from vlm_jax.models.qwen2_vl import Qwen2VL
-from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes
+from vlm_jax.models.qwen_vit_config import Tower, check_output, common_sizes, vision_fields
 from vlm_jax.positions import grid_list, mrope
 
 # Two sizes of tower: blocks, width, width of the MLP, blocks whose features are added.
@@ -89,20 +89,20 @@ class Qwen3VL(Qwen2VL):
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
         top = Fields(raw, "config.json")
-        vision = Fields(top.take("vision_config", kind=dict), "config.json, vision_config")
+        vision = vision_fields(top)
         image, video = top.size("image_token_id", 151655), top.size("video_token_id", 151656)
         top.take("vision_start_token_id", 151652), top.take("vision_end_token_id", 151653)
         text, tied = top.take("text_config", kind=dict), top.take("tie_word_embeddings", False)
         # The top level alone says whether the head is tied.
         text = {key: value for key, value in text.items() if key != "tie_word_embeddings"}
-        decoder = decoder_from_hf(text, "qwen3_vl_text", tied, "config.json, text_config")
+        decoder = nested(top, text, "qwen3_vl_text", tied)
         tower = vision.finish(cls.tower(vision, decoder.hidden_size))
         if len(tower.added) > decoder.num_layers:
             raise UserError(
                 f"The {vision.where} names {len(tower.added)} blocks whose features are added in "
                 f"the decoder, which has {decoder.num_layers} layers."
             )
-        return top.finish(cls(decoder, tower, image, video))
+        return cls(decoder, tower, image, video)
 
     @staticmethod
     def tower(vision: Fields, width: int) -> Tower:

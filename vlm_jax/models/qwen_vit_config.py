@@ -48,6 +48,12 @@ class Tower(TowerSizes):
         return [n in self.full for n in range(self.depth)]
 
 
+def vision_fields(top: Fields) -> Fields:
+    """Return the fields of a vision_config. A tower has no head to tie, whatever a default says."""
+    given = top.take("vision_config", kind=dict)
+    return Fields(given, "config.json, vision_config", "spatial_patch_size tie_word_embeddings")
+
+
 def common_sizes(
     vision: Fields, width: int, heads: int, names: str, depth: int = 32, patch: int = 14
 ) -> dict[str, Any]:
@@ -73,6 +79,7 @@ def common_sizes(
     shape = (channels, frames, side, side)
     number("patch_values", math.prod(shape), f"{vision.where} (channels x frames x size^2)")
     rope = Fields(vision.take("rope_parameters", None, dict) or {}, vision.where)
+    rope.require("rope_type", ("axial", "default"), "axial")
     return {
         "num_heads": heads,
         "depth": vision.size("depth", depth),
