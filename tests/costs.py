@@ -64,6 +64,12 @@ MAY_BE_SLOW: dict[str, str] = {
             "qwen3_vl-nf4-dq-sizes23",
         )
     },
+    **{
+        f"tests/parity/test_full_steps.py::test_ten_steps_of_all_weights[{family}]": (
+            "ten steps of every weight here and in torch"
+        )
+        for family in ("qwen2_5_vl", "qwen3_vl")
+    },
     "tests/parity/test_starts.py::test_what_4_bits_lose_is_less_in_every_layer[pissa_niter_4]": (
         "starts in 4 bits of every layer, each by SVDs"
     ),

@@ -305,15 +305,16 @@ def test_gradients(tmp_path, family, kind):
 
 
 def assert_twenty_equal_steps(
-    twin, model, params, inputs, labels, recipe=None, steps=20, adam=None
+    twin, model, params, inputs, labels, recipe=None, steps=20, adam=None, decay=0.01
 ):
     """Train some of 20 steps here and in torch: each loss and the last weights must agree."""
     training = dict(
-        learning_rate=3e-3, weight_decay=0.01, max_grad_norm=0.5, max_steps=20, warmup_steps=4,
+        learning_rate=3e-3, weight_decay=decay, max_grad_norm=0.5, max_steps=20, warmup_steps=4,
         lr_scheduler_type="cosine",
     )  # fmt: skip
-    rows, trainable, frozen = split(model, params)
-    if recipe is not None:
+    if recipe is None:
+        rows, trainable, frozen = split(model, params)
+    else:
         rows = training_table(model, params, **recipe)
         trainable, frozen = vlm_jax.split(params, rows)
     tx = vlm_jax.optimizer(trainable, rows, training)
@@ -323,10 +324,9 @@ def assert_twenty_equal_steps(
 
     trained = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
     groups = [
-        dict(params=[p], weight_decay=0.0 if n.endswith("bias") or "ln_q" in n else 0.01,
-             lr=3e-3)
+        dict(params=[p], weight_decay=0.0 if re.search("bias$|norm|ln_q", n) else decay, lr=3e-3)
         for n, p in trained
-    ]  # fmt: skip
+    ]
     adam = adam or torch.optim.AdamW(groups)
     from transformers import get_cosine_schedule_with_warmup
 
