@@ -3,9 +3,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from references import llava, qwen2_vl
+from references import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
@@ -254,6 +255,49 @@ def test_integer_buffers_of_old_files_are_kept(tmp_path):
     model, params = vlm_jax.load(tmp_path)
     vlm_jax.save_pretrained(model, params, tmp_path / "out")
     np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")[name], ids)
+
+
+@pytest.mark.parametrize("make", [qwen2_5_vl, qwen3_vl])
+def test_every_tensor_keeps_its_own_dtype_and_what_nothing_reads_its_bits(tmp_path, make):
+    base = tmp_path / "base"
+    make(base)
+    unread = {
+        "model.language_model.rotary_emb.inv_freq": np.float32([1, 1 / 3]),
+        "model.visual.rotary_pos_emb.inv_freq": np.float16([1, 1 / 3]),
+        "model.language_model.layers.0.self_attn.rotary_emb.inv_freq": np.float64([1, 1 / 3]),
+    }
+    if make is qwen2_5_vl:  # published in the older layout
+        unread = {
+            name.replace("model.visual.", "visual.").replace("language_model.", ""): value
+            for name, value in unread.items()
+        }
+
+    def mix(tensors):
+        for name, value in tensors.items():
+            if ".mlp." in name or "_proj.weight" in name:  # of the tower, of the decoder
+                tensors[name] = value.astype(jnp.bfloat16)
+        tensors.update(unread)
+
+    change_tensors(base, mix)
+    before = load_file(base / "model.safetensors")
+    kinds = {str(value.dtype) for value in before.values()}
+    assert kinds == {"float16", "float32", "float64", "bfloat16"}
+    model, params = vlm_jax.load(base)
+    vlm_jax.save_pretrained(model, params, tmp_path / "out")
+    lora = vlm_jax.LoRA(2, 4, targets=("q_proj",))
+    vlm_jax.save_pretrained(
+        *vlm_jax.add_lora(model, params, lora, jax.random.key(0)), tmp_path / "merged"
+    )
+    for directory in ("out", "merged"):  # B is zero
+        after = load_file(tmp_path / directory / "model.safetensors")
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            assert after[name].dtype == value.dtype, name
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+    for name in ("model.visual.extra.inv_freqs", "model.language_model.mystery.weight"):
+        change_tensors(base, lambda t, name=name: t.update({name: np.zeros(3, np.float16)}))
+        refused(base, f"Left over.*{name}")
+        change_tensors(base, lambda t, name=name: t.pop(name))
 
 
 def test_image_settings_go_where_readers_look_first(base, tmp_path):
