@@ -17,7 +17,10 @@ class DecoderConfig:
 
     windows: sliding window of each layer in tokens, `UNBOUNDED` of one without, or None for all.
     qk_norm: whether queries and keys are normalised, each head by itself, before they turn.
-    window_rope: how layers with a window turn; None: as the others.
+    window_rope: how layers with a window turn; None: as the others. norm_offset, norm_wide: see
+    `layers.norm.RMSNorm`. norms_behind: whether attention and MLP are normalised once more before
+    they are added. scale: of attention's scores; None: 1 / sqrt(head_dim). embed_scale: of token
+    embeddings, not of image features; None: 1.
     """
 
     vocab_size: int
@@ -37,6 +40,11 @@ class DecoderConfig:
     tied: bool
     qk_norm: bool = False
     window_rope: Rope | None = None
+    norm_offset: float = 0.0
+    norm_wide: bool = False
+    norms_behind: bool = False
+    scale: float | None = None
+    embed_scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +53,13 @@ class Kind:
 
     defaults: of fields that a config.json may leave out. qkv_bias: whether queries, keys and values
     have biases; None: whether the field attention_bias says so, of the output too. mlp_bias:
-    whether there is a field of that name. windows: "none", "all" layers, or the "late" ones from
-    max_window_layers on. sections: of positions of three axes, how many frequencies turn with each
-    where mrope_section is missing; () of one axis. interleaved: see `Rope`. ropes: whether layers
-    with a window have a rope of their own, by rope_parameters["sliding_attention"] or, in 4.x,
-    rope_local_base_freq, which `defaults` then holds too.
+    whether there is a field of that name. windows: "none", "all" layers, the "late" ones from
+    max_window_layers on, or all but each sixth by a "pattern". sections: of positions of three
+    axes, how many frequencies turn with each where mrope_section is missing; () of one axis.
+    interleaved: see `Rope`. ropes: whether layers with a window have a rope of their own, by
+    rope_parameters["sliding_attention"] or, in 4.x, rope_local_base_freq, which `defaults` then
+    holds too. gemma: whether norms multiply by 1 + the weight in float32 and stand behind attention
+    and MLP too, embeddings are scaled by sqrt(hidden_size), and fields have Gemma's names.
     """
 
     defaults: dict[str, Any]
@@ -60,6 +70,7 @@ class Kind:
     sections: tuple[int, ...] = ()
     interleaved: bool = False
     ropes: bool = False
+    gemma: bool = False
 
 
 KINDS = {
@@ -113,6 +124,16 @@ KINDS["qwen3_vl_text"] = Kind(
     ),
     qkv_bias=None, windows="none", qk_norm=True, sections=(24, 20, 20), interleaved=True,
 )  # fmt: skip
+KINDS["gemma3_text"] = Kind(
+    dict(
+        vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6,
+        rope_theta=1e6, rope_local_base_freq=1e4, max_position_embeddings=131072,
+        query_pre_attn_scalar=256.0, hidden_activation="gelu_pytorch_tanh",
+        tie_word_embeddings=True,
+    ),
+    qkv_bias=None, windows="pattern", qk_norm=True, ropes=True, gemma=True,
+)  # fmt: skip
 
 
 # Logical axes of the decoder's parameters (see sharding.py), without the stacked layer axis.
@@ -137,15 +158,17 @@ def _windows(fields: Fields, where: str, num_layers: int) -> tuple[int, ...] | N
     size = fields.size("sliding_window", 4096, null=True)
     if where == "all":
         return None if size is None else (int(size),) * num_layers
-    first = fields.take("max_window_layers")
     kinds = _layer_types(fields, {"sliding_attention", "full_attention"})
-    if not fields.take("use_sliding_window", False):
-        size = None
+    if where == "pattern":
+        every = fields.size("sliding_window_pattern", 6)
+        windowed = [bool((layer + 1) % every) for layer in range(num_layers)]
+    else:
+        first = fields.take("max_window_layers")
+        if not fields.take("use_sliding_window", False):
+            size = None
+        windowed = [size is not None and layer >= first for layer in range(num_layers)]
     if kinds is None:
-        kinds = [
-            "sliding_attention" if size is not None and layer >= first else "full_attention"
-            for layer in range(num_layers)
-        ]
+        kinds = ["sliding_attention" if one else "full_attention" for one in windowed]
     if "sliding_attention" not in kinds:
         return None
     if size is None:
@@ -226,6 +249,19 @@ def decoder_from_hf(
     layers = fields.size("num_hidden_layers")
     windows = _windows(fields, kind.windows, layers)
     bias = bool(kind.qkv_bias is None and fields.take("attention_bias", False))
+    more: dict[str, Any] = {}
+    if kind.gemma:
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            fields.require(name, (None,), None)
+        fields.require("use_bidirectional_attention", (False, None), None)
+        more = dict(
+            norm_offset=1.0,
+            norm_wide=True,
+            norms_behind=True,
+            scale=fields.positive("query_pre_attn_scalar") ** -0.5,
+            embed_scale=hidden**0.5,
+        )
+    activation = "hidden_activation" if kind.gemma else "hidden_act"
     return fields.finish(
         DecoderConfig(
             vocab_size=fields.size("vocab_size"),
@@ -236,7 +272,7 @@ def decoder_from_hf(
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             epsilon=fields.positive("rms_norm_eps"),
-            activation=fields.require("hidden_act", ACTIVATION_NAMES, "silu"),
+            activation=fields.require(activation, ACTIVATION_NAMES, "silu"),
             qkv_bias=bool(kind.qkv_bias or bias),
             o_bias=bias,
             mlp_bias=bool(kind.mlp_bias and fields.take("mlp_bias", False)),
@@ -245,6 +281,7 @@ def decoder_from_hf(
             tied=bool(fields.take("tie_word_embeddings", False) or tied),
             qk_norm=kind.qk_norm,
             window_rope=window_rope if windows else None,
+            **more,
         )
     )
 

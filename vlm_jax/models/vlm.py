@@ -82,7 +82,7 @@ class VisionLanguageModel(nn.Module):
 
         [A, B, T, D], 0 at other tokens; None where there are none.
         """
-        x_BTD = self.decoder.embed_tokens(batch.tokens)
+        x_BTD = self.decoder.embed(batch.tokens)
         if noise > 0:
             size_BT = noise_size(batch.segments, x_BTD.shape[-1], noise)
             drawn_BTD = jax.random.uniform(self.make_rng("noise"), x_BTD.shape, minval=-1.0)
@@ -108,7 +108,7 @@ class VisionLanguageModel(nn.Module):
 
     def decode(self, tokens_BT, positions, segments_BT, cache) -> tuple[jax.Array, Any]:
         """Return hidden states [B, T, D] of text that follows what the cache holds."""
-        return self.decoder(self.decoder.embed_tokens(tokens_BT), positions, segments_BT, cache)
+        return self.decoder(self.decoder.embed(tokens_BT), positions, segments_BT, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return float32 [..., V]: the loss and sampling need the full precision."""

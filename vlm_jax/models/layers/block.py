@@ -86,7 +86,8 @@ class Block(nn.Module):
     x + attention(norm(x)), then x + mlp(norm(x)): x [..., D] to (x, what attention gives beside
     it), as `Stack` calls it. norm, attention, mlp: make these; `attention(x, context, layer)`.
     names: of the two norms and of attention. keep: give x itself beside x (features of several
-    layers).
+    layers). behind: names of two more norms, of what is added
+    (https://arxiv.org/abs/2408.00118, section 2).
     """
 
     norm: Callable[..., nn.Module]
@@ -95,14 +96,19 @@ class Block(nn.Module):
     names: tuple[str, str, str]
     compute: Compute
     keep: bool = False
+    behind: tuple[str, str] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Any, layer: Any) -> tuple[jax.Array, Any]:
         adapter, dtype = self.compute.adapter, self.compute.dtype
         norm1, norm2, attention = self.names
         attended, out = self.attention(name=attention)(self.norm(name=norm1)(x), context, layer)
+        if self.behind is not None:
+            attended = self.norm(name=self.behind[0])(attended)
         x = checkpoint_name(Residual(adapter, dtype, name=ATTENTION)(x, attended), MID)
         mapped = self.mlp(name="mlp")(self.norm(name=norm2)(x))
+        if self.behind is not None:
+            mapped = self.norm(name=self.behind[1])(mapped)
         x = Residual(adapter, dtype, name=OUTPUT)(x, mapped)
         return x, (x if self.keep else out)
 
