@@ -30,6 +30,7 @@ MODELS = {
     "Qwen2-VL 72B": "Qwen/Qwen2-VL-72B-Instruct",
     "Qwen2.5-VL 7B": "Qwen/Qwen2.5-VL-7B-Instruct",
     "Qwen3-VL 8B": "Qwen/Qwen3-VL-8B-Instruct",
+    "Gemma 3 12B": "google/gemma-3-12b-it",
     "LLaVA-1.5 7B": "llava-hf/llava-1.5-7b-hf",
     "LLaVA-1.5 13B": "llava-hf/llava-1.5-13b-hf",
 }
@@ -75,7 +76,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     changes |= {**ROW, **METHODS[cell.method]}
     count = hardware(cell.hardware).count
     changes |= {"mesh.data": 1, "mesh.fsdp": count}
-    if "LLaVA" in cell.model:
+    if cell.model.startswith(("LLaVA", "Gemma 3")):
         del changes["data.max_pixels"]  # its images have one size
     try:
         report = plan_step(config.load(None, changes), cell.hardware)

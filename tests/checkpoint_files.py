@@ -13,7 +13,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoConfig, LlavaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, Gemma3Config, LlavaConfig, PreTrainedTokenizerFast
 
 TEXT = ["What color is the ball? It is red, and the box is blue. You are a helpful assistant."] * 4
 
@@ -188,6 +188,86 @@ def llava_files(directory: Path, template: str = VICUNA_MARKED, **image_settings
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": 16},
         "crop_size": {"height": 16, "width": 16},
+        **image_settings,
+    }
+    return _finish(directory, config, template, settings)
+
+
+# Gemma 3's own template, in short.
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) }}"
+    "{{ '\n' }}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<start_of_image>{% else %}{{ content['text'] | trim }}{% endif %}{% endfor %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def gemma3_files(directory: Path, template: str = GEMMA, **image_settings) -> Path:
+    """Write a tiny Gemma 3's files: BPE with runs of newlines, 4 tokens for 16 x 16 pixels."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    spaces = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
+    alphabet = list("▁\nABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz?.,:<>")
+    tokenizer.train_from_iterator(
+        ["\n" * 9, *TEXT],
+        trainers.BpeTrainer(
+            vocab_size=160,
+            special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    named = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
+    tokenizer.add_special_tokens(["<start_of_turn>", "<end_of_turn>", *named.values()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens=named,
+    )
+    fast.save_pretrained(directory)
+    config = Gemma3Config(
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+            vision_use_head=False,
+        ),
+        text_config=dict(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            vocab_size=200,
+            sliding_window=3,
+            sliding_window_pattern=2,
+            query_pre_attn_scalar=8,
+        ),
+        image_token_index=tokenizer.token_to_id("<image_soft_token>"),
+        boi_token_index=tokenizer.token_to_id("<start_of_image>"),
+        eoi_token_index=tokenizer.token_to_id("<end_of_image>"),
+        mm_tokens_per_image=4,
+    )
+    settings = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": 16, "width": 16},
         **image_settings,
     }
     return _finish(directory, config, template, settings)

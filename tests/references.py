@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import transformers
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -137,6 +139,8 @@ WIDE = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_ke
 
 def wide(family: str, directory: Path, factor: float = 6.0):
     """Return a tiny model of a family with a decoder of `WIDE`, saved to `directory`."""
+    if family == "gemma3":
+        return gemma3(directory, factor=factor, text=WIDE | dict(head_dim=16))
     if family == "llava":
         return llava(directory, "clip", "llama", factor=factor, extra=WIDE)
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
@@ -227,6 +231,57 @@ def pad(rows: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:
         ids[row, here] = tokens
         mask[row, here] = 1
     return ids, mask
+
+
+GEMMA_IMAGE = 195
+
+
+def gemma3(directory: Path, seed: int = 0, *, factor: float = 6.0, text=None, **top):
+    """Write a tiny Gemma 3 whose blocks of 16 features are longer than its windows."""
+    config = Gemma3Config(
+        vision_config=dict(
+            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+            image_size=58, patch_size=7, vision_use_head=False,
+        ),
+        text_config=dict(
+            hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=6,
+            num_key_value_heads=2, head_dim=10, vocab_size=200, query_pre_attn_scalar=24,
+            sliding_window=5, sliding_window_pattern=3, max_position_embeddings=64,
+            rope_scaling=dict(rope_type="linear", factor=8.0), bos_token_id=1, eos_token_id=2,
+        ) | (text or {}),
+        image_token_index=GEMMA_IMAGE, boi_token_index=193, eoi_token_index=194,
+        mm_tokens_per_image=16,
+        **top,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = spread(Gemma3ForConditionalGeneration(config), seed, factor)
+    model.save_pretrained(directory)
+    return model
+
+
+def gemma3_inputs(
+    layout: str = "mixed", left: bool = False, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Return rows with images in a row, an image at the start, and long text; or "text" alone."""
+    rng = np.random.default_rng(seed)
+    image = [GEMMA_IMAGE] * 16
+
+    def text(count: int) -> list[int]:
+        return rng.integers(3, 190, count).tolist()
+
+    rows = [
+        text(3) + image + text(1) + image + image + text(4),  # of which two are one block
+        image + text(9),
+        text(17),
+    ]
+    if layout == "text":
+        rows = rows[-1:]
+    ids, mask = pad(rows, left)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs["token_type_ids"] = (ids == GEMMA_IMAGE).astype(np.int64)
+    if layout != "text":
+        inputs["pixel_values"] = rng.normal(size=(4, 3, 58, 58)).astype(np.float32)
+    return inputs
 
 
 def media(kind: int, t: int, h: int, w: int) -> list[int]:

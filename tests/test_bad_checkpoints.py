@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from checkpoint_files import llava_files, qwen2_vl_files
+from checkpoint_files import gemma3_files, llava_files, qwen2_vl_files
 
 import vlm_jax
 from vlm_jax import UserError
@@ -18,6 +18,7 @@ from vlm_jax.models import MODELS
 
 FILES = {
     "llava": llava_files,
+    "gemma3": gemma3_files,
     **{
         family: functools.partial(qwen2_vl_files, family=family)
         for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -184,6 +185,7 @@ def test_arrays_that_do_not_belong_together():
 
 def test_every_family_says_whether_its_images_have_grids():
     assert {name: family.HAS_GRIDS for name, family in MODELS.items()} == {
+        "gemma3": False,
         "llava": False,
         "qwen2_vl": True,
         "qwen2_5_vl": True,
@@ -203,6 +205,9 @@ VISION = "vision_config"
         ("qwen3_vl", (VISION, "num_position_embeddings"), 8, "num_position_embeddings = 8, which"),
         ("qwen3_vl", (VISION, "deepstack_visual_indexes"), [1, 0], "numbers of its 2 blocks"),
         ("qwen3_vl", (VISION, "deepstack_visual_indexes"), [0, 1], "which has 1 layers"),
+        ("gemma3", ("mm_tokens_per_image",), 9, "to which the tower's 4 x 4 patches cannot be"),
+        ("gemma3", ("text_config", "final_logit_softcapping"), 30.0, "final_logit_softcapping=30"),
+        ("gemma3", ("text_config", "use_bidirectional_attention"), True, "use_bidirectional"),
         ("qwen3_vl", ("model_type",), "qwen3_vl_moe", "layers of experts, which are not supported"),
         (
             "qwen3_vl",

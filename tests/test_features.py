@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import transformers
 import yaml
-from checkpoint_files import llava_files, qwen2_vl_files
+from checkpoint_files import gemma3_files, llava_files, qwen2_vl_files
 from runs import lines
 from safetensors.numpy import load_file
 from test_video import write_video
@@ -76,6 +76,28 @@ def test_ranks_rates_pages_and_packing(place, made, tmp_path, capsys):
     adapter = json.loads((run / "adapter/adapter_config.json").read_text())
     assert adapter["use_dora"] and adapter["use_rslora"] and adapter["rank_pattern"]
     assert any((run / "tensorboard").iterdir())
+
+
+def test_gemma3_in_packed_rows(place, made, tmp_path, capsys):
+    """And what it writes loads in transformers."""
+    base = tmp_path / "base"
+    base.mkdir()
+    model = vlm_jax.from_config(json.loads((gemma3_files(base) / "config.json").read_text()))
+    vlm_jax.save_pretrained(model, jax.jit(model.init)(jax.random.key(0)), base)
+    changes = {"data": {"packing": True, "max_seq_length": 128}}
+    run, words = made("gemma3", base, str(place / "data/train.jsonl"), changes)
+    assert main(["preview", "--text", *words[1:]]) == 0
+    assert "<image_soft_token>" in capsys.readouterr().out
+    assert main([*words, "--lora.r", "2"]) == 0
+    names = " ".join(load_file(run / "adapter/adapter_model.safetensors"))
+    assert "multi_modal_projector.mm_input_projection_weight" in names
+    assert main(["export", "--run", str(run), "--merge"]) == 0
+    merged = transformers.AutoModelForImageTextToText
+    _, found = merged.from_pretrained(run / "merged", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    image, question = str(place / "data/0.png"), "What color is it?"
+    words = ["--model", str(run / "merged"), "--image", image, "--prompt", question]
+    assert main(["generate", *words, "--max-new-tokens", "3"]) == 0
 
 
 def test_llava_in_4_bits_from_captions(place, made, tmp_path, capsys, monkeypatch):

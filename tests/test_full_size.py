@@ -27,6 +27,8 @@ PARAMETERS = {
     "Qwen/Qwen2-VL-72B-Instruct": 73_405_560_320,
     "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
     "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-12b-it": 12_187_325_040,
 }
 
 

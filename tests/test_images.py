@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, features
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -18,6 +19,7 @@ from vlm_jax.data.media.processors import look_up
 from vlm_jax.errors import UserError
 
 REFERENCES = {
+    "Gemma3ImageProcessor": Gemma3ImageProcessorPil,
     "Qwen2VLImageProcessor": Qwen2VLImageProcessorPil,
     "CLIPImageProcessor": CLIPImageProcessorPil,
     "LlavaImageProcessor": LlavaImageProcessorPil,

@@ -22,7 +22,7 @@ from vlm_jax.train.compile import abstract_batch
 from vlm_jax.train.placement import on_mesh
 from vlm_jax.trees import flatten
 
-TOKENS = 64
+TOKENS = 72
 QUICK = {"xla_backend_optimization_level": 0}
 MESHES = [
     {"data": 1, "fsdp": 8},
@@ -35,6 +35,8 @@ CASES = [(*kind, sizes) for kind in KINDS for sizes in MESHES]
 FAST = CASES[:4] + CASES[6:7]
 CASES += [(family, "nf4-dq", sizes) for family in ("qwen2_5_vl", "qwen3_vl") for sizes in MESHES]
 FAST += CASES[-6:-5] + CASES[-1:]
+CASES += [("gemma3", "nf4-dq", sizes) for sizes in MESHES]
+FAST += CASES[-2:-1]
 
 
 def example(model, rng, *parts):
@@ -62,7 +64,8 @@ def example(model, rng, *parts):
             given[values] = rng.normal(size=(count, cfg.vision.patch_values)).astype(np.float32)
             given[grid] = np.array(grids[kind])
     if images:
-        given["pixel_values"] = rng.normal(size=(images, 3, 30, 30)).astype(np.float32)
+        size = (images, 3, *[cfg.vision.image_size] * 2)
+        given["pixel_values"] = rng.normal(size=size).astype(np.float32)
     tokens = np.array(tokens)
     placeholder = np.isin(tokens, [cfg.image_token_id, cfg.video_token_id or -1])
     weights = np.where(placeholder, 0, rng.uniform(0.5, 1.5, len(tokens))).astype(np.float32)
@@ -70,7 +73,7 @@ def example(model, rng, *parts):
 
 
 def packed_batch(model):
-    """Return 8 rows of 64 tokens: one to three examples each; the last row is empty."""
+    """Return 8 rows of 72 tokens: one to three examples each; the last row is empty."""
     rng = np.random.default_rng(0)
     a, b, c = (1, 4, 6), (1, 2, 2), (3, 2, 4) if model.config.video_token_id else (1, 2, 4)
     rows = [

@@ -74,6 +74,8 @@ FULL_SIZE = {
         f"qwen3_vl_8b_{kind}": (KNOWN["Qwen/Qwen3-VL-8B-Instruct"], 8_767_123_696)
         for kind in ("lora", "qlora")
     },
+    "gemma3_4b_lora": (KNOWN["google/gemma-3-4b-it"], 4_300_079_472),
+    "gemma3_12b_qlora": (KNOWN["google/gemma-3-12b-it"], 12_187_325_040),
     "qwen2_vl_72b_qlora": (KNOWN["Qwen/Qwen2-VL-72B-Instruct"], 73_405_560_320),
     "llava15_7b_qlora": (KNOWN["llava-hf/llava-1.5-7b-hf"], 7_063_427_072 - 2048),
     "llava15_13b_qlora": (KNOWN["llava-hf/llava-1.5-13b-hf"], 13_351_494_656 - 2048),

@@ -50,13 +50,13 @@ ROOT = Path(__file__).parents[1]
 @functools.cache
 def published(family):
     """Return (model, shapes of its parameters) of a published checkpoint with a head of its own."""
-    known = [raw for raw in KNOWN.values() if raw["model_type"] == family]
-    raw = next(raw for raw in known if not raw["tie_word_embeddings"])
+    raw = next(raw for raw in KNOWN.values() if raw["model_type"] == family)
+    raw = {**raw, "tie_word_embeddings": False}
     model = vlm_jax.from_config(raw)
     return model, model.abstract()
 
 
-MAY_BE_NONE = {"video_token_id", "GROUNDING", "image_settings"}
+MAY_BE_NONE = {"video_token_id", "GROUNDING", "IMAGE_MARK", "image_settings"}
 MEMBERS = {name for name in (*Family.__annotations__, *vars(Family)) if not name.startswith("_")}
 
 

@@ -162,6 +162,7 @@ class Model:
         pixel_values_videos: Any = None,
         video_grid_thw: Any = None,
         mm_token_type_ids: Any = None,
+        token_type_ids: Any = None,
         labels: Any = None,
         pad_to: int | None = None,
         **more: Any,
@@ -172,7 +173,7 @@ class Model:
             adds padding on the right.
         pixel_values: of all rows, in order: Qwen2-VL [patches, values] with image_grid_thw [I, 3];
             LLaVA [I, 3, height, width]. Videos likewise.
-        mm_token_type_ids: accepted and not needed: it follows from the tokens.
+        mm_token_type_ids, token_type_ids: accepted and not needed: they follow from the tokens.
         labels: int [B, T], -100 where nothing is learned. Without labels every real token that is
             not an image or video placeholder is a target.
         more: what the family's processor returns beside these: of Qwen2.5-VL second_per_grid_ts

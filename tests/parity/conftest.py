@@ -13,6 +13,7 @@ OF_MODELS = ("test_logits", "test_peft", "test_bottleneck", "test_lora_kin", "te
 FAST = (
     "test_qwen2_vl_generates_the_same_ids",
     "test_qwen2_vl_variants",
+    "test_gemma3_logits",
     "test_twenty_steps_of_lora_plus",
 )
 BLOCK = 16  # rows here are short

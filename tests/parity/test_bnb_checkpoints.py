@@ -8,7 +8,7 @@ import torch
 from references import llava, llava_inputs, our_logits, quiet, tensors
 from references_4bit import OUTSIDE, four_bit, layers_4bit, make_dense
 from safetensors.numpy import load_file
-from test_peft import QWEN
+from test_peft import MADE
 
 import vlm_jax
 from vlm_jax.trees import flatten
@@ -24,8 +24,8 @@ KINDS = {
 
 
 def base(family, directory):
-    if family in QWEN:
-        return QWEN[family][0](directory)
+    if family in MADE:
+        return MADE[family][0](directory)
     if family == "siglip":  # its head, which nothing here reads, has linear layers
         return llava(directory, "siglip", "qwen2")
     return llava(directory, "clip", "llama")
@@ -33,8 +33,8 @@ def base(family, directory):
 
 def inputs_for(model):
     family = model.hf_config["model_type"]
-    if family in QWEN:
-        return QWEN[family][1]("mixed")
+    if family in MADE:
+        return MADE[family][1]("mixed")
     return llava_inputs(model.config.image_tokens())
 
 
@@ -79,7 +79,7 @@ def assert_near(logits, expected, inputs):
             for kind in ("nf4-dq", "fp4", "nf4 in part")
         ),
         *(("siglip", "nf4-dq"), ("siglip", "nf4 but fc1")),
-        *(("qwen2_5_vl", "nf4-dq"), ("qwen3_vl", "nf4-dq")),
+        *(("qwen2_5_vl", "nf4-dq"), ("qwen3_vl", "nf4-dq"), ("gemma3", "nf4-dq")),
     ],
 )
 def test_in_and_out(tmp_path, family, kind):
@@ -122,7 +122,12 @@ def test_in_and_out(tmp_path, family, kind):
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("qwen2_vl", "nf4-dq"), ("llava", "fp4"), ("qwen2_5_vl", "nf4-dq"), ("qwen3_vl", "fp4")],
+    [
+        ("qwen2_vl", "nf4-dq"),
+        ("llava", "fp4"),
+        ("qwen2_5_vl", "nf4-dq"),
+        ("qwen3_vl", "fp4"),
+    ],
 )
 def test_quantized_here_and_loaded_there(tmp_path, family, kind):
     """What is quantized while loading is what transformers makes of the same base."""

@@ -28,6 +28,10 @@ PARTS = {
     "model.vision_tower.vision_model.encoder.layers": ("self_attn", "layer_norm2", "mlp"),
     "model.vision_tower.encoder.layers": ("self_attn", "layer_norm2", "mlp"),
 }
+# Where what attention and the MLP give is normalised before it is added.
+BEHIND = tuple(f"{name}_layernorm" for name in (
+    "post_attention", "pre_feedforward", "post_feedforward",
+))  # fmt: skip
 FUNCTIONS = {"swish": torch.nn.functional.silu, "relu": torch.relu}
 
 
@@ -79,7 +83,8 @@ def adapters_in(reference, model, params):
         there = next(name for name in modules if name in PARTS and name.split(".")[1] in ours)
         if any(name.startswith(ours) for name in named):
             for number, block in enumerate(modules[there]):
-                attach(block, f"{ours}.{number}", *PARTS[there])
+                parts = BEHIND if hasattr(block, BEHIND[-1]) else PARTS[there]
+                attach(block, f"{ours}.{number}", *parts)
     return named
 
 
@@ -92,6 +97,7 @@ def adapters_in(reference, model, params):
         ("llava", "parallel"),
         ("qwen2_5_vl", "pfeiffer"),
         ("qwen3_vl", "houlsby"),
+        pytest.param("gemma3", "houlsby", marks=pytest.mark.nightly),
     ],
 )
 def test_logits_and_ten_steps(tmp_path, family, kind):

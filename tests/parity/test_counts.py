@@ -8,6 +8,7 @@ from references import llava, quiet
 from test_peft import build
 from transformers import (
     AutoConfig,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -30,6 +31,7 @@ BASES = {
 NEWER = {
     "qwen2.5": ("Qwen/Qwen2.5-VL-3B-Instruct", Qwen2_5_VLForConditionalGeneration),
     "qwen3": ("Qwen/Qwen3-VL-8B-Instruct", Qwen3VLForConditionalGeneration),
+    "gemma3": ("google/gemma-3-27b-it", Gemma3ForConditionalGeneration),
 }
 MERGERS = ["merger", *(f"deepstack_merger_list.{n}" for n in range(3))]
 # Family, our LoRA, peft's LoraConfig.
@@ -61,6 +63,11 @@ CASES = {
         "qwen3",
         dict(rank=8, targets="qwen", modules_to_save=("projector",)),
         dict(r=8, target_modules=LM, modules_to_save=MERGERS),
+    ),
+    "gemma3 8, projector": (
+        "gemma3",
+        dict(rank=8, targets="llama", modules_to_save=("projector",)),
+        dict(r=8, target_modules=LM, modules_to_save=["multi_modal_projector"]),
     ),
 }  # fmt: skip
 

@@ -2,18 +2,18 @@
 
 import numpy as np
 import pytest
-from test_peft import QWEN, assert_twenty_equal_steps
+from test_peft import MADE, assert_twenty_equal_steps
 from tiers import fast
 
 import vlm_jax
 from vlm_jax.trees import flatten
 
-TIED = {"qwen2_vl": False, "qwen2_5_vl": False, "qwen3_vl": True}
+TIED = {"qwen2_vl": False, "qwen2_5_vl": False, "qwen3_vl": True, "gemma3": True}
 
 
-@pytest.mark.parametrize("family", fast(["qwen2_5_vl", "qwen3_vl"], QWEN))
+@pytest.mark.parametrize("family", fast(["qwen3_vl"], MADE))
 def test_ten_steps_of_all_weights(tmp_path, family):
-    (make, inputs_of), tied = QWEN[family], TIED[family]
+    (make, inputs_of), tied = MADE[family], TIED[family]
     reference = make(tmp_path, factor=3.0, tie_word_embeddings=tied)
     model, params = vlm_jax.load(tmp_path)
     before = {path: np.array(leaf) for path, leaf in flatten(params).items()}
@@ -28,4 +28,6 @@ def test_ten_steps_of_all_weights(tmp_path, family):
     after = flatten(trained)
     assert after.keys() == before.keys(), "some leaf is frozen"
     for path, leaf in before.items():
+        if path.endswith("k_proj/bias") and family == "gemma3":
+            continue  # it adds the same to all scores of a query: its gradient is rounding
         assert np.abs(after[path] - leaf).max() > 1e-3, path

@@ -7,6 +7,8 @@ import pytest
 import torch
 from references import (
     LAYOUTS,
+    gemma3,
+    gemma3_inputs,
     llava,
     llava_inputs,
     our_logits,
@@ -244,15 +246,35 @@ def test_rope_scaling_goes_before_rope_parameters(tmp_path):
     check(reference, *vlm_jax.load(tmp_path), llava_inputs(4))
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gemma3")
+    return gemma3(directory), *vlm_jax.load(directory)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("layout", ["mixed", "text"])
+def test_gemma3_logits(gemma, layout, left):
+    check(*gemma, gemma3_inputs(layout, left))
+
+
+def test_gemma3_generates_the_same_ids(gemma):
+    check_generation(*gemma, gemma3_inputs(left=True))
+
+
 @pytest.mark.parametrize(
-    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava clip", "llava siglip"]
+    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava clip", "llava siglip"]
 )
 def test_save_is_the_identity_and_loads_in_transformers(tmp_path, family):
     base, out = tmp_path / "base", tmp_path / "out"
-    if family.startswith("qwen"):
-        reference = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}[family](
-            base
-        )
+    made = {
+        "qwen2_vl": qwen2_vl,
+        "qwen2_5_vl": qwen2_5_vl,
+        "qwen3_vl": qwen3_vl,
+        "gemma3": gemma3,
+    }
+    if family in made:
+        reference = made[family](base)
     else:
         reference = llava(base, family.split()[1], "qwen2")
     model, params = vlm_jax.load(base)

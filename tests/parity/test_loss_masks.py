@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import llava_files, qwen2_vl_files, text
+from checkpoint_files import gemma3_files, llava_files, qwen2_vl_files, text
 from transformers import AutoTokenizer
 
 from vlm_jax.data.text.chat import Chat
+from vlm_jax.models import MODELS
 
 WORDS = (
     "what color is the ball ? It's red, and\nthe box is 12 blue; Über ASSISTANT: user <b> \t [INST]"
@@ -49,6 +50,7 @@ def conversation(rng, system):
         ("qwen2_5_vl", "qwen2_5_vl_training", qwen2_vl_files),  # Qwen2-VL's is the same text
         ("qwen3_vl", "qwen3_vl_training", functools.partial(qwen2_vl_files, family="qwen3_vl")),
         ("llava_next", "llava_next_training", llava_files),
+        ("gemma3", "gemma3_training", gemma3_files),
     ],
 )
 def test_masks_equal_the_marks(tmp_path, plain, marked, files):
@@ -56,7 +58,8 @@ def test_masks_equal_the_marks(tmp_path, plain, marked, files):
     directory = files(tmp_path, plain)
     ids = json.loads((directory / "config.json").read_text())
     image = ids.get("image_token_id", ids.get("image_token_index"))
-    chat = Chat(directory, image, ids.get("video_token_id"))
+    mark = MODELS[ids["model_type"]].IMAGE_MARK
+    chat = Chat(directory, image, ids.get("video_token_id"), image_mark=mark)
     assert not chat.has_marks
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rng = np.random.default_rng(0)
@@ -70,10 +73,10 @@ def test_masks_equal_the_marks(tmp_path, plain, marked, files):
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        tokens, weights = chat.encode(messages, [1] * images)
+        tokens, weights = chat.encode(messages, [1 if mark is None else [mark]] * images)
         # A tokenizer that begins every text with BOS does so here, as a processor's does, where
         # the template has none; `apply_chat_template` of a tokenizer leaves it out.
-        begin = int(tokens[0] == tokenizer.bos_token_id)
+        begin = int(tokens[0] == tokenizer.bos_token_id != out["input_ids"][0])
         np.testing.assert_array_equal(tokens[begin:], out["input_ids"])
         np.testing.assert_array_equal(weights[begin:], out["assistant_masks"])
         assert not weights[:begin].any()

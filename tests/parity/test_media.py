@@ -7,17 +7,20 @@ import jax
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import qwen2_vl_files, text
+from checkpoint_files import GEMMA, gemma3_files, qwen2_vl_files, text
 from PIL import Image
 from references import quiet, spread, tensors
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
+    Gemma3Processor,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.video_utils import VideoMetadata
@@ -47,6 +50,15 @@ PROCESSORS = {
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
             "size": {"shortest_edge": 65536, "longest_edge": 32 * 32 * 90},
+        },
+    ),
+    "gemma3": (
+        Gemma3ImageProcessorPil,
+        {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "size": {"height": 21, "width": 21},
+            "do_pan_and_scan": False,
+            "pan_and_scan_min_crop_size": 256,
         },
     ),
     "clip": (CLIPImageProcessorPil, {"image_processor_type": "CLIPImageProcessor", **CROPPED}),
@@ -140,6 +152,36 @@ def test_logits_of_a_conversation_with_images_and_videos(tmp_path, make):
     np.testing.assert_allclose(logits[length:], want[0], atol=1e-4, rtol=0)
     prompt = model.encode(record["messages"], record["images"], record["videos"])
     assert prompt.patches.shape[1] == patches
+
+
+def test_a_conversation_with_images_between_newlines(tmp_path):
+    """Blank lines around an image join those of the text, as in the reference's processor."""
+    directory = gemma3_files(tmp_path)
+    image_processor = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    reference = Gemma3Processor(image_processor, tokenizer, GEMMA, image_seq_length=4)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((20, 30), (16, 16), (9, 5))]
+    picture, asked = {"type": "image"}, {"type": "text", "text": "What\n\n color?"}
+    messages = [
+        {"role": "user", "content": [picture, asked, picture]},
+        text("assistant", "red"),
+        {"role": "user", "content": [{"type": "text", "text": "And?\n"}, picture]},
+        text("assistant", "blue"),
+    ]
+    wanted = reference(
+        text=reference.apply_chat_template(messages, tokenize=False),
+        images=[Image.fromarray(one) for one in images],
+        add_special_tokens=False,
+        return_tensors="np",
+    )
+    encoder = Encoder(directory)
+    record = {"messages": messages, "images": images}
+    arrays = encoder.encode(record)
+    np.testing.assert_array_equal(arrays["tokens"], wanted["input_ids"][0])
+    np.testing.assert_array_equal(arrays["pixel_values"], wanted["pixel_values"])
+    size = encoder.measure(record)
+    assert size.tokens == len(arrays["tokens"]) and size.patches == 3 * 16
 
 
 def test_frames_and_sizes_of_a_bound_on_all_frames_are_the_references():

@@ -6,7 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from references import llava_inputs, quiet, wide
 from references_4bit import OUTSIDE, four_bit, layers_4bit
-from test_peft import PROJECTOR, QWEN, assert_twenty_equal_steps
+from test_peft import MADE, PROJECTOR, assert_twenty_equal_steps
+from tiers import fast
 
 import vlm_jax
 from vlm_jax.trees import flatten
@@ -37,15 +38,15 @@ def adapted_pair(family, tmp_path):
     model, params = vlm_jax.load_peft(*vlm_jax.load(tmp_path / "4bit"), tmp_path / "adapter")
     kernels = [leaf for leaf in flatten(params).values() if isinstance(leaf, NF4)]
     assert len(kernels) == 7 and all(leaf.double and leaf.aligned for leaf in kernels)
-    if family in QWEN:
-        inputs = QWEN[family][1]("mixed")
+    if family in MADE:
+        inputs = MADE[family][1]("mixed")
     else:
         inputs = llava_inputs(model.config.image_tokens())
     answers = (inputs["attention_mask"] == 1) & (inputs["input_ids"] < 99)
     return twin, model, params, inputs, np.where(answers, inputs["input_ids"], -100)
 
 
-@pytest.mark.parametrize("family", PROJECTOR)
+@pytest.mark.parametrize("family", fast(["qwen2_vl", "qwen3_vl", "llava"], PROJECTOR))
 def test_twenty_steps(tmp_path, family):
     twin, model, params, inputs, labels = adapted_pair(family, tmp_path)
     twin.train()

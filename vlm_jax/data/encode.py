@@ -104,7 +104,8 @@ class Encoder:
         self.overlong, self.train_on, self.on_bad_example = overlong, train_on, on_bad_example
         self.image_folder = None if image_folder is None else str(image_folder)
         self.directories = [str(one) for one in (adapter, directory) if one is not None]
-        self.chat = chat or Chat(directory, config.image_token_id, config.video_token_id, adapter)
+        ids = config.image_token_id, config.video_token_id
+        self.chat = chat or Chat(directory, *ids, adapter, config.IMAGE_MARK)
         settings = read_settings(*self.directories)
         processor = (
             None

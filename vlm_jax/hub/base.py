@@ -34,7 +34,8 @@ class CheckpointFiles:
         assert model.source is not None
         ids = model.config.image_token_id, model.config.video_token_id
         try:
-            return Chat(model.source.directory, *ids, model.source.adapter).turn_end
+            mark = model.config.IMAGE_MARK
+            return Chat(model.source.directory, *ids, model.source.adapter, mark).turn_end
         except UserError:  # `encode` reports it; arrays may come from elsewhere
             return None
 

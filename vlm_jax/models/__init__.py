@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm_jax.errors import UserError
 from vlm_jax.models.family import Family
+from vlm_jax.models.gemma3 import Gemma3
 from vlm_jax.models.hf_config import Fields, entry
 from vlm_jax.models.llava import Llava
 from vlm_jax.models.qwen2_5_vl import Qwen25VL
@@ -15,6 +16,7 @@ from vlm_jax.models.qwen2_vl import Qwen2VL
 from vlm_jax.models.qwen3_vl import Qwen3VL
 
 MODELS: dict[str, type[Family]] = {
+    "gemma3": Gemma3,
     "llava": Llava,
     "qwen2_vl": Qwen2VL,
     "qwen2_5_vl": Qwen25VL,

@@ -99,12 +99,13 @@ class Encoder(nn.Module):
 class VisionTower(nn.Module):
     """Patches [B, P, C] to the wanted hidden states side by side [B, P, E x len(wanted)].
 
-    wanted: as in `Encoder`.
+    wanted: as in `Encoder`. last_norm: normalise what the last block gives.
     """
 
     vision: Tower
     wanted: tuple[int, ...]
     compute: Compute
+    last_norm: bool = False
 
     @nn.compact
     def __call__(self, patches_BPC, positions_BP) -> jax.Array:
@@ -115,4 +116,6 @@ class VisionTower(nn.Module):
         B, P, E = x_BPE.shape
         x_ISE = x_BPE.reshape(-1, vision.slots, E)
         out = Encoder(vision, self.wanted, self.compute, name="encoder")(x_ISE)
+        if self.last_norm:
+            out = LayerNorm(vision.epsilon, dtype, name="post_layernorm")(out)
         return out.reshape(B, P, out.shape[-1])

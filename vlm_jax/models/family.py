@@ -106,6 +106,10 @@ class Family(Protocol):
     OF_VIDEOS: ClassVar[Sequence[str]] = ()
     HAS_GRIDS: ClassVar[bool]  # whether images differ in size, so that each brings a `Grid`
     GROUNDING: ClassVar[Grounding | None] = None  # None: nothing is agreed on
+    # What the chat template writes for an image; None: the placeholder itself.
+    IMAGE_MARK: ClassVar[str | None] = None
+    # Whether tokens of a run of image features attend to all of it.
+    FEATURES_SEE_BOTH_WAYS: ClassVar[bool] = False
     # Learned rows that the module puts behind a row's features; `image_index` -2 is the last one.
     LEARNED_FEATURES: ClassVar[int] = 0
     KNOWN: ClassVar[Mapping[str, dict[str, Any]]] = {}  # hub id -> its config.json

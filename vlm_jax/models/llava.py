@@ -1,18 +1,15 @@
-"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): a CLIP or SigLIP tower, a projector, a decoder.
-
-Letters: T tokens, I images, S tower tokens an image, C values a patch.
-"""
+"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): a CLIP or SigLIP tower, a projector, a decoder."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.clip_config import Tower, cut_patches, tower_from_hf
+from vlm_jax.models.clip_config import tower_from_hf
 from vlm_jax.models.decoder_config import decoder_from_hf
-from vlm_jax.models.family import Family, Grid, components
+from vlm_jax.models.family import Grid, components
+from vlm_jax.models.fixed_size import HEAD, TOWER_AXES, FixedSize
 from vlm_jax.models.hf_config import ACTIVATION_NAMES, Fields
 
 
@@ -38,11 +35,10 @@ def _published(**text: int) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Llava(Family):
+class Llava(FixedSize):
     """What the computation depends on. layers: the tower's hidden states that are concatenated,
     counted from 0, the tower's input. drop_first: strategy "default"."""
 
-    vision: Tower
     layers: tuple[int, ...]
     drop_first: bool
     projector_activation: str
@@ -82,33 +78,19 @@ class Llava(Family):
         )
 
     MODULE = "vlm_jax.models.llava_module:Module"
-    PROJECTOR = "multi_modal_projector"
-    VISION = "vision_tower"
     COMPONENTS = components("vision_tower", "multi_modal_projector")
     AXES = [
-        (r"model/vision_tower/.*/([qkv]_proj|fc1|patch_embedding)/kernel", ("embed", "wide")),
-        (r"model/vision_tower/.*/(out_proj|fc2)/kernel", ("wide", "embed")),
-        (r"model/vision_tower/.*/position_embedding/embedding", (None, "embed")),
-        (r"model/vision_tower/.*(scale|bias|class_embedding)", (None,)),
+        *TOWER_AXES,
         (r"model/multi_modal_projector/linear_1/kernel", ("embed", "wide")),
         (r"model/multi_modal_projector/linear_2/kernel", ("wide", "embed")),
         (r"model/multi_modal_projector/.*bias", (None,)),
     ]
-    RENAMES = [
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^language_model\.lm_head$", "lm_head"),
-        (r"^language_model\.model\.", "model.language_model."),
-        (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
-        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-    ]
     # Features are taken before the tower's last norm, and SigLIP's pooling head has no use here.
     UNUSED = [
         r".*rotary_emb\.inv_freq",
-        r"model\.vision_tower\.embeddings\.position_ids",
         r"model\.vision_tower\.post_layernorm\..*",
-        r"model\.vision_tower\.head\..*",
+        *HEAD,
     ]
-    HAS_GRIDS = False  # every image has the tower's own size
     KNOWN = {
         "llava-hf/llava-1.5-7b-hf": _published(),
         "llava-hf/llava-1.5-13b-hf": _published(
@@ -124,64 +106,15 @@ class Llava(Family):
         return self.vision.slots - int(self.drop_first)
 
     @property
-    def patch_unit(self) -> int:
-        return self.vision.slots
-
-    @property
     def unit_features(self) -> int:
         return self.vision.slots
 
-    def layout(self, tokens: np.ndarray, media: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Return `Family.layout`; media: pixel_values [I, channels, height, width]."""
-        vision = self.vision
-        size = (vision.patch_shape[0], vision.image_size, vision.image_size)
-        pixel_values = media.get("pixel_values", np.zeros((0, *size), np.float32))
-        if pixel_values.shape[1:] != size:
-            raise UserError(
-                f"pixel_values must be [images, {', '.join(map(str, size))}]; it is "
-                f"{list(pixel_values.shape)}. Take it from the checkpoint's own processor."
-            )
-        patches = cut_patches(vision, pixel_values)
-        images, slots, values = patches.shape
-        places = np.flatnonzero(tokens == self.image_token_id)
-        each = self.image_tokens()
-        if len(places) != images * each:
-            raise UserError(
-                f"An example holds {len(places)} image tokens, but its {images} images stand for "
-                f"{images * each} ({each} each). Tokens and images must agree exactly: check that "
-                f"nothing was truncated and that every placeholder was expanded."
-            )
-        used = np.arange(int(self.drop_first), slots)
-        image_index = np.full(len(tokens), -1, np.int32)
-        image_index[places] = (np.arange(images)[:, None] * slots + used[None, :]).reshape(-1)
-        return {
-            "positions": np.arange(len(tokens), dtype=np.int32),
-            "image_index": image_index,
-            "patches": patches.reshape(images * slots, values),
-            "patch_segments": np.repeat(np.arange(1, images + 1, dtype=np.int32), slots),
-            "patch_positions": np.tile(np.arange(slots, dtype=np.int32), images),
-        }
-
-    def pixels(self, patches: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Return `Family.pixels`, without what the tower's last whole patch leaves out."""
-        (channels, size, _), grid = self.vision.patch_shape, self.vision.grid
-        held = patches[np.argsort(positions)][-(grid**2) :]  # a class token has no pixels
-        image = held.reshape(grid, grid, channels, size, size).transpose(0, 3, 1, 4, 2)
-        return image.reshape(1, grid * size, grid * size, channels)
-
-    def holds_pixels(self, positions: Any) -> Any:
-        return positions >= int(self.vision.kind.has_class_token)
-
-    @property
-    def cell(self) -> int:
-        return self.vision.patch_shape[-1]
+    def used_features(self) -> np.ndarray:
+        return np.arange(int(self.drop_first), self.vision.slots)
 
     @property
     def vision_layers(self) -> int:
         return max(self.layers)
-
-    def attended_patches(self, patches: int) -> int:
-        return self.vision.slots  # of its own image
 
     @property
     def unused_parameters(self) -> int:

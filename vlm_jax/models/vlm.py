@@ -30,6 +30,14 @@ def place_features(x_BTD: jax.Array, features_BFD: jax.Array, image_index_BT: ja
     return jnp.where((image_index_BT >= 0)[:, :, None], picked_BTD, x_BTD)
 
 
+def runs(image_index_BT: jax.Array) -> jax.Array:
+    """Return int32 [B, T]: the number, from 1, of the run of features a token is in; 0: of none."""
+    feature_BT = image_index_BT != -1
+    before_BT = jnp.pad(feature_BT, ((0, 0), (1, 0)))[:, :-1]
+    number_BT = jnp.cumsum(feature_BT & ~before_BT, axis=1, dtype=jnp.int32)
+    return jnp.where(feature_BT, number_BT, 0)
+
+
 def noise_size(segments_BT: jax.Array, width: int, alpha: float) -> jax.Array:
     """Return [B, T]: how large a token's NEFTune noise may be, alpha / sqrt(tokens * width).
 
@@ -104,7 +112,10 @@ class VisionLanguageModel(nn.Module):
         noise: see `embed`.
         """
         x_BTD, added_ABTD = self._embed(batch, noise)
-        return self.decoder(x_BTD, batch.positions, batch.segments, cache, added_ABTD)
+        blocks_BT = None
+        if self.cfg.FEATURES_SEE_BOTH_WAYS and batch.patches.shape[1]:
+            blocks_BT = runs(batch.image_index)
+        return self.decoder(x_BTD, batch.positions, batch.segments, cache, added_ABTD, blocks_BT)
 
     def decode(self, tokens_BT, positions, segments_BT, cache) -> tuple[jax.Array, Any]:
         """Return hidden states [B, T, D] of text that follows what the cache holds."""

@@ -61,6 +61,17 @@ PROCESSORS: dict[str, tuple[Callable[..., ImageProcessor], dict[str, Any]]] = {
             "image_std": (0.5, 0.5, 0.5),
         },
     ),
+    "Gemma3ImageProcessor": (
+        Fixed.from_settings,
+        {
+            **COMMON,
+            "size": {"height": 224, "width": 224},
+            "default_to_square": True,
+            "resample": 2,  # bilinear
+            "image_mean": (0.5, 0.5, 0.5),
+            "image_std": (0.5, 0.5, 0.5),
+        },
+    ),
 }
 # Keys that settings files carry and that change no pixel of a still image here.
 IGNORED = {
@@ -75,6 +86,10 @@ IGNORED = {
     "disable_grouping",
     "image_seq_length",
     "_valid_processor_keys",
+    # Of Gemma 3's crops, without which (do_pan_and_scan) they change nothing.
+    "pan_and_scan_min_crop_size",
+    "pan_and_scan_max_num_crops",
+    "pan_and_scan_min_ratio_to_activate",
 }
 # (file, key within it), in the order of transformers, whose release 5 writes the nested one.
 IMAGE_FILES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", ""))
@@ -145,6 +160,11 @@ def make_processor(
             f"The image settings (preprocessor_config.json) have image_processor_type {named!r}, "
             f"which is not supported{nearest(name, PROCESSORS)}. "
             f"Supported: {', '.join(PROCESSORS)}."
+        )
+    if raw.get("do_pan_and_scan"):
+        raise UserError(
+            "The image settings have do_pan_and_scan=true: crops beside an image are not supported "
+            "yet. Set it to false, so that an image is resized as a whole."
         )
     make, defaults = PROCESSORS[name]
     check_keys("image", raw, name, defaults, IGNORED)

@@ -45,8 +45,12 @@ class Chat:
         image_token_id: int,
         video_token_id: int | None = None,
         adapter: str | Path | None = None,
+        image_mark: str | None = None,
     ):
-        """adapter: a directory whose tokenizer and template, where it has them, come first."""
+        """adapter: a directory whose tokenizer and template, where it has them, come first.
+
+        image_mark: what the template writes for an image; None: the image's placeholder.
+        """
         home = directory if adapter is None or not has_tokenizer(adapter) else adapter
         tokenizer = self.tokenizer = load_tokenizer(home)
         ids = [image_token_id] if video_token_id is None else [image_token_id, video_token_id]
@@ -58,6 +62,7 @@ class Chat:
         self.special = {**tokenizer.special_tokens_map}
         self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token
         self.placeholders = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids]
+        self.marks = [image_mark or self.placeholders[0], *self.placeholders[1:]]
         ends = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         # The words between which the template writes turns and images.
         self.written = {name for name in ends - {*self.placeholders} if name in self.template}
@@ -204,10 +209,16 @@ class Chat:
         rendered, turns = find_answers(self._render, messages, prompt, self.compiled, self.ends)
         each_media = [[_parts(one) for one in many] for many in features]
         edits = []
-        for kind, name, slot, literal, many in zip(
-            self.media.values(), self.placeholders, SLOTS, LITERALS, each_media, strict=False
+        for kind, mark, name, slot, literal, many in zip(
+            self.media.values(),
+            self.marks,
+            self.placeholders,
+            SLOTS,
+            LITERALS,
+            each_media,
+            strict=False,
         ):
-            places = [found.span() for found in re.finditer(re.escape(name), rendered)]
+            places = [found.span() for found in re.finditer(re.escape(mark), rendered)]
             if len(places) != len(many):
                 raise UserError(
                     f"The chat template of '{self.directory}' renders {len(places)} {kind} "
