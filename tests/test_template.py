@@ -1,5 +1,7 @@
 """A chat template that never ends or fills the memory is refused; any other is transformers'."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -109,6 +111,20 @@ def test_an_exception_of_the_watchdog_stays_within():
     assert within(5, sum, [1, 2]) == 3
     with pytest.raises(ZeroDivisionError):
         within(5, lambda: 1 / 0)
+
+
+def test_a_debugger_goes_on_behind_the_watchdog():
+    """In a process of its own, which the fault would hold up for ever."""
+    program = (
+        "import sys; from vlm_jax.data.text.watchdog import within\n"
+        "def count():\n  for n in range(3): pass\n  return n\n"
+        "sys.settrace(lambda *event: None)\n"
+        "print(within(5, count), count())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2 2\n"
 
 
 def test_the_command_names_the_template(tmp_path, capsys, monkeypatch):

@@ -42,10 +42,16 @@ def within(seconds: float, function: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def _end(job: list[int]) -> None:
-    """Take a job out, with what is on its way to it: nothing may arrive behind."""
+    """Take a job out, and let what is on its way to it arrive here: nothing may arrive behind.
+
+    Not by sending None in its place: Python 3.11 then looks for an exception at every step until
+    the next one comes, and never goes on where a tracer is set (a debugger, coverage).
+    """
     with _lock:
         _jobs.pop(id(job), None)
-        _send(ctypes.c_ulong(job[0]), None)
+    if job[1] < 0:
+        for _ in range(2):  # the interpreter looks for it where a loop jumps back
+            pass
 
 
 def _start() -> None:
