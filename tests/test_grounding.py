@@ -13,6 +13,7 @@ from vlm_jax.cli import main
 from vlm_jax.data import Encoder, encode
 from vlm_jax.data.records.record import BadExample, canonical
 from vlm_jax.errors import UserError
+from vlm_jax.evals.answers import _plan
 
 TOKENS = ["<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"]
 SQUARE = "<|object_ref_start|>the blue square<|object_ref_end|>"
@@ -165,6 +166,17 @@ def test_newer_families_write_lists(tmp_path, qwen, family, record, options, ans
     assert f"assistant\n{answered}<|im_end|>" in encoder.tokenizer.decode(tokens)
     plain = encoder.grounded(canonical(record))["messages"][-1]["content"]
     assert plain == [{"type": "text", "text": answered}]
+
+
+def test_an_evaluation_shows_the_image_of_the_size_that_boxes_count(tmp_path, qwen):
+    directory = qwen2_vl_files(tmp_path, family="qwen2_5_vl")
+    boxes = {"bbox": [[63, 47, 64, 48]] * 3}
+    record = canonical(row(boxes, "<image>q", "<bbox><bbox><bbox>"))
+    for most in range(73, 78):  # tokens, of which shorter words leave more to the image
+        encoder = Encoder(directory, image_folder=qwen, max_seq_length=most)
+        [([kept], _)] = _plan(encoder, [record], 1, 1)
+        arrays = encoder.encode(record)
+        assert len(encoder.prompt(kept)["patches"]) == len(arrays["pixel_values"])
 
 
 def test_several_boxes_of_one_word_stand_behind_one_another(qwen):

@@ -1,11 +1,13 @@
 """What the forward pass keeps changes memory and never a gradient."""
 
+import dataclasses
 import functools
 import itertools
 
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from tiers import fast
 
 import vlm_jax
@@ -74,6 +76,33 @@ def test_a_policy_gives_the_same_gradients_to_the_bit(gradients, policy):
     for path, kept in gradients("none").items():
         assert np.abs(kept).max() > 0 or path.startswith("embed_tokens"), path
         np.testing.assert_array_equal(gradients(policy)[path], kept, path)
+
+
+def products(jaxpr, times=1):
+    """Return how many products with weights a program has, those of loops counted by turns."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            count += times * (equation.params["dimension_numbers"][1] == ((), ()))
+        turns = times * equation.params.get("length", 1)
+        for inner in jaxprs_in_params(equation.params):
+            count += products(inner, turns)
+    return count
+
+
+@pytest.mark.parametrize("norms", ["qk_norm", "norms_behind"])
+def test_no_product_but_attentions_is_computed_twice(norms):
+    """Whatever is normalised behind a product: the norm's gradient needs what went in."""
+    config = dataclasses.replace(vlm_jax.from_config(TINY).config.text, **{norms: True})
+    x, positions = np.zeros((2, 7, 32), np.float32), np.zeros((2, 3, 7), np.int32)
+    inputs = x, positions, np.ones((2, 7), np.int32)
+    counts = {}
+    for policy in ("none", "products", "block"):
+        decoder = Decoder(config, Compute(np.dtype("float32"), remat=policy))
+        params = jax.eval_shape(decoder.init, jax.random.key(0), *inputs)
+        value = lambda params: decoder.apply(params, *inputs)[0].sum()  # noqa: B023, E731
+        counts[policy] = products(jax.make_jaxpr(jax.grad(value))(params).jaxpr)
+    assert counts["products"] == counts["none"] < counts["block"]
 
 
 def test_a_policy_is_named_or_follows_from_gradient_checkpointing():

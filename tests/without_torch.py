@@ -32,7 +32,8 @@ def module_needs(file: Path) -> bool:
 
 
 def statement_needs(node: ast.AST) -> bool:
-    helpers = [TESTS / f"{name}.py" for name in imported(node) - REFERENCES]
+    names = imported(node) - REFERENCES
+    helpers = [folder / f"{name}.py" for folder in (TESTS, TESTS / "parity") for name in names]
     return bool(imported(node) & REFERENCES) or any(
         module_needs(helper) for helper in helpers if helper.exists()
     )

@@ -55,6 +55,22 @@ def test_fields_that_change_nothing_are_read_over(case):
     assert read(changed(QWEN3, *SAYS_NOTHING[case])) == read(KNOWN[QWEN3])
 
 
+def test_a_gemma_as_others_save_it_describes_the_same_model():
+    name = "google/gemma-3-12b-it"
+    raw = changed(
+        name,
+        "text_config",
+        dict(
+            cache_implementation="hybrid", sliding_window_pattern=6, attn_logit_softcapping=None,
+            rope_local_base_freq=10000.0, rope_theta=1e6, attention_bias=False, head_dim=256,
+        ),
+    )  # fmt: skip
+    raw |= dict(boi_token_id=255999, eoi_token_id=256000, hidden_size=3840)
+    assert read(raw) == read(KNOWN[name])
+    with pytest.raises(vlm_jax.UserError, match="'hidden_size'.*twice"):
+        read(raw | dict(hidden_size=7))
+
+
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [

@@ -300,7 +300,8 @@ class Encoder:
     def grounded(self, record: Record) -> Record:
         """Return a canonical record with its objects and boxes written as the family does.
 
-        With objects it is the record as it fits: boxes may be in pixels that the model sees.
+        With objects it is the record as it fits: boxes may be in pixels that the model sees. Not to
+        be encoded again: without its boxes' words it might fit at another size.
         """
         return self._fit(record).record if has_objects(record) else record
 

@@ -98,7 +98,6 @@ def _plan(
         try:
             record = records[number]
             if right_answers(record):
-                record = encoder.grounded(record)
                 sizes.append(encoder.measure(record)[:2])
                 kept.append(record)
         except UserError as error:  # a malformed record, or a `BadExample`
@@ -199,7 +198,9 @@ def scored(
         if good:
             new = generate(model, params, batch, max_new_tokens, eos_token_id=eos, pad_token_id=pad)
             predictions += [
-                _prediction(record, encoder.chat.answer(tokens, eos).strip(), score)
+                _prediction(
+                    encoder.grounded(record), encoder.chat.answer(tokens, eos).strip(), score
+                )
                 for record, tokens in zip(good, new, strict=False)  # the rest of new is empty rows
             ]
         on_batch(done, len(readable))

@@ -52,13 +52,16 @@ class SelfAttention(nn.Module):
 
         def turned(name: str, heads: int) -> jax.Array:
             x = project(name, heads)
-            if cfg.qk_norm:
-                x = _norm(cfg, self.compute)(name=f"{name}_norm")(x)
+            if cfg.qk_norm:  # kept before the norm, whose gradient needs it
+                x = _norm(cfg, self.compute)(name=f"{name}_norm")(checkpoint_name(x, QKV))
             return apply_rope(x, cos_BTH, sin_BTH, cfg.rope.pairs)
 
         q_BTNH, k_BTKH = turned("q", cfg.num_heads), turned("k", cfg.num_kv_heads)
         v_BTKH = project("v", cfg.num_kv_heads)
-        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), QKV)
+        if cfg.qk_norm:
+            v_BTKH = checkpoint_name(v_BTKH, QKV)
+        else:
+            q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), QKV)
         if cache is not None:
             k_BTKH = jax.lax.dynamic_update_slice(cache["k"], k_BTKH, (0, start, 0, 0))
             v_BTKH = jax.lax.dynamic_update_slice(cache["v"], v_BTKH, (0, start, 0, 0))

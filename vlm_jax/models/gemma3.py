@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_jax.errors import UserError
 from vlm_jax.models.clip_config import tower_from_hf
-from vlm_jax.models.decoder_config import decoder_from_hf
+from vlm_jax.models.decoder_config import nested
 from vlm_jax.models.family import Grid, components
 from vlm_jax.models.fixed_size import HEAD, TOWER_AXES, FixedSize
 from vlm_jax.models.hf_config import Fields
@@ -62,7 +62,9 @@ class Gemma3(FixedSize):
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Gemma3":
-        top = Fields(raw, "config.json", "boi_token_index eoi_token_index")
+        top = Fields(
+            raw, "config.json", "boi_token_index eoi_token_index boi_token_id eoi_token_id"
+        )
         text = top.take("text_config", {}, dict)
         # The reference's default of the head is tied, at both levels.
         tied = top.take("tie_word_embeddings", True)
@@ -79,15 +81,8 @@ class Gemma3(FixedSize):
             )
         if tower.kind.has_class_token:
             raise UserError("config.json has a tower with a class token; expected SigLIP's.")
-        return top.finish(
-            cls(
-                text=decoder_from_hf(text, "gemma3_text", tied, "config.json, text_config"),
-                vision=tower,
-                image_token_id=top.size("image_token_index", top.size("image_token_id", 262144)),
-                video_token_id=None,
-                side=side,
-            )
-        )
+        image = top.size("image_token_index", top.size("image_token_id", 262144))
+        return cls(nested(top, text, "gemma3_text", tied), tower, image, None, side)
 
     @property
     def unit_features(self) -> int:

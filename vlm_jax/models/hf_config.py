@@ -33,7 +33,7 @@ IRRELEVANT = frozenset(
     output_attentions output_hidden_states output_scores prefix problem_type pruned_heads
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate
     task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p typical_p
-    auto_map unsloth_fixed unsloth_version ignore_index quantization_config
+    auto_map cache_implementation unsloth_fixed unsloth_version ignore_index quantization_config
     projection_dim""".split()
 )
 

@@ -146,7 +146,8 @@ def again(model: Model, path: str, leaves: Collection[str]) -> bool:
     if name == ATTENTION or ENDS_IN.get(module) == MID:
         adapter, needed = ATTENTION, MID not in kept
     elif name == OUTPUT or module in model.config.LAST:
-        adapter, needed = OUTPUT, False
+        behind = name != OUTPUT and path.startswith(f"model/{model.config.TEXT}/")
+        adapter, needed = OUTPUT, behind and model.config.text.norms_behind and MID not in kept
     else:
         return ENDS_IN[module] not in kept
     reads = model.adapter is not None and model.adapter.form.reads != "input"

@@ -244,7 +244,7 @@ def decoder_bytes(model: Model) -> Sizes:
         BLOCK_INPUT: text.hidden_size * size,
         QKV: (heads + 2 * grouped) * size,
         ATTENDED: heads * size + text.num_heads * 4,  # and a float32 log-sum-exp a head
-        MID: text.hidden_size * size,
+        MID: text.hidden_size * size * (1 + text.norms_behind),
         LOW: 7 * rank * size,  # of all products of a block
         GATE: text.intermediate_size * size,
         UP: text.intermediate_size * size,

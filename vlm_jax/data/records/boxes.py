@@ -79,9 +79,11 @@ def _written(one: Object, grounding: Grounding, pictures: Sequence[tuple[Size, S
         return grounding.ref.format(one["ref"])
     unit, side, number = UNITS[one["unit"]], grounding.side, one["image"]
     if None in (unit, side) and number >= len(pictures):
+        way = "'image_id', or bbox_type norm1" if side else "'image_id'"
         raise UserError(
             f"It has a box of image {number} in 'objects', but {len(pictures)} images: a box in "
-            f"pixels belongs to one, counted from 0. Give 'image_id', or bbox_type norm1."
+            f"pixels, as it is given or as the model writes it, belongs to one, counted from 0. "
+            f"Give {way}."
         )
     file, seen = pictures[number] if None in (unit, side) else ((unit, unit), (side, side))
     height, width = (unit, unit) if unit else file

@@ -103,12 +103,13 @@ class Block(nn.Module):
         adapter, dtype = self.compute.adapter, self.compute.dtype
         norm1, norm2, attention = self.names
         attended, out = self.attention(name=attention)(self.norm(name=norm1)(x), context, layer)
-        if self.behind is not None:
-            attended = self.norm(name=self.behind[0])(attended)
-        x = checkpoint_name(Residual(adapter, dtype, name=ATTENTION)(x, attended), MID)
+        if self.behind is not None:  # kept before the norms, whose gradients need it
+            attended = self.norm(name=self.behind[0])(checkpoint_name(attended, MID))
+        x = Residual(adapter, dtype, name=ATTENTION)(x, attended)
+        x = checkpoint_name(x, MID) if self.behind is None else x
         mapped = self.mlp(name="mlp")(self.norm(name=norm2)(x))
         if self.behind is not None:
-            mapped = self.norm(name=self.behind[1])(mapped)
+            mapped = self.norm(name=self.behind[1])(checkpoint_name(mapped, MID))
         x = Residual(adapter, dtype, name=OUTPUT)(x, mapped)
         return x, (x if self.keep else out)
 

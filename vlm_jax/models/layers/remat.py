@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 BLOCK_INPUT = "block_input"
-QKV = "qkv"  # queries, keys and values, after rotary positions
+QKV = "qkv"  # queries, keys and values, after rotary positions; before their norms, where they have
 ATTENDED = "attended"  # what attention gives, and the log-sum-exp of its scores where a kernel does
-MID = "mid"  # the residual stream between attention and MLP
+# The residual stream between attention and MLP; what both give, where norms stand behind them.
+MID = "mid"
 LOW = "low"  # x A of LoRA, [..., R]
 GATE = "gate"  # what the first layer of a gated MLP gives, before its activation
 UP = "up"  # what its second layer gives, or the first one of an MLP without gate
