@@ -369,6 +369,15 @@ def llava_inputs(per_image: int, left: bool = False, seed: int = 0) -> dict[str,
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
+def assert_loads_in_transformers(directory: Path) -> None:
+    """Every key of a checkpoint must have its place in transformers' model, and every place one."""
+    with quiet():
+        _, found = transformers.AutoModelForImageTextToText.from_pretrained(
+            directory, output_loading_info=True
+        )
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+
+
 def tensors(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
 

@@ -10,7 +10,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import transformers
 import yaml
 from checkpoint_files import gemma3_files, llava_files, qwen2_vl_files
 from runs import lines
@@ -80,6 +79,8 @@ def test_ranks_rates_pages_and_packing(place, made, tmp_path, capsys):
 
 def test_gemma3_in_packed_rows(place, made, tmp_path, capsys):
     """And what it writes loads in transformers."""
+    from references import assert_loads_in_transformers
+
     base = tmp_path / "base"
     base.mkdir()
     model = vlm_jax.from_config(json.loads((gemma3_files(base) / "config.json").read_text()))
@@ -92,9 +93,7 @@ def test_gemma3_in_packed_rows(place, made, tmp_path, capsys):
     names = " ".join(load_file(run / "adapter/adapter_model.safetensors"))
     assert "multi_modal_projector.mm_input_projection_weight" in names
     assert main(["export", "--run", str(run), "--merge"]) == 0
-    merged = transformers.AutoModelForImageTextToText
-    _, found = merged.from_pretrained(run / "merged", output_loading_info=True)
-    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert_loads_in_transformers(run / "merged")
     image, question = str(place / "data/0.png"), "What color is it?"
     words = ["--model", str(run / "merged"), "--image", image, "--prompt", question]
     assert main(["generate", *words, "--max-new-tokens", "3"]) == 0
@@ -121,6 +120,8 @@ def test_llava_in_4_bits_from_captions(place, made, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_qlora_of_images_and_film_in_packed_rows(place, made, tmp_path, family):
     """And what it writes loads in transformers."""
+    from references import assert_loads_in_transformers
+
     base = tmp_path / "base"
     base.mkdir()
     raw = json.loads((qwen2_vl_files(base, family=family) / "config.json").read_text())
@@ -140,9 +141,7 @@ def test_qlora_of_images_and_film_in_packed_rows(place, made, tmp_path, family):
     assert main([*words, "--lora.r", "2"]) == 0
     assert "model.visual.merger" in " ".join(load_file(run / "adapter/adapter_model.safetensors"))
     assert main(["export", "--run", str(run), "--merge"]) == 0
-    merged = transformers.AutoModelForImageTextToText
-    _, found = merged.from_pretrained(run / "merged", output_loading_info=True)
-    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert_loads_in_transformers(run / "merged")
     image, question = str(place / "data/0.png"), "What color is it?"
     words = ["--model", str(run / "merged"), "--image", image, "--prompt", question]
     assert main(["generate", *words, "--max-new-tokens", "3"]) == 0
