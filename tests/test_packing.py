@@ -120,7 +120,9 @@ def test_packed_loss_and_gradients_are_those_of_rows_of_their_own(family, kernel
     examples = [encoder.example(record) for record in records]
     model = vlm_jax.from_config(encoder.hf_config, attention=kernel)
     # Of six seeds two round to more than 1e-5 with families that have M-RoPE or windows: others.
-    params = model.init(jax.random.key({"qwen2_5_vl": 4, "gemma3": 1}.get(family, 0)))
+    params = model.init(
+        jax.random.key({"qwen2_5_vl": 4, "qwen3_vl": 4, "gemma3": 1}.get(family, 0))
+    )
     # Wide enough that attention is far from uniform, so that a leak would show.
     params = jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, params)
     lora = vlm_jax.LoRA(rank=4, targets="all-linear")
