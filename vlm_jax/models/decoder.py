@@ -29,10 +29,9 @@ class SelfAttention(nn.Module):
     https://arxiv.org/abs/2305.13245 (grouped heads), https://arxiv.org/abs/2104.09864 (RoPE).
     x_BTD [B, T, D] to ([B, T, D], cache). context: cos and sin [B, T, H], segments of queries
     [B, T] and keys [B, S], the cache slot of the first query, and the blocks of both that see both
-    ways, or None. layer: this layer's "window", a
-    token's reach in tokens, "rope", which of two cos and sin [2, B, T, H] it turns by, and "cache"
-    {"k", "v" [B, S, K, H]}, returned with k and v of x written from that slot on, where there are
-    such.
+    ways, or None. layer: this layer's "window", a token's reach in tokens, "rope", which of two cos
+    and sin [2, B, T, H] it turns by, and "cache" {"k", "v" [B, S, K, H]}, returned with k and v of
+    x written from that slot on, where there are such.
     """
 
     cfg: DecoderConfig
